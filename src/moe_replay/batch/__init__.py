@@ -1,0 +1,10 @@
+"""Samples to microbatches: the token budget, packing, and the one gather vector of each rank.
+
+In: rollouts with advantages. Out: microbatches. Called by: grpo, megatron.
+"""
+
+from moe_replay.batch.microbatch import Microbatch, build_microbatch
+from moe_replay.batch.packing import plan_microbatches
+from moe_replay.batch.samples import Sample
+
+__all__ = ["Microbatch", "Sample", "build_microbatch", "plan_microbatches"]

@@ -1,0 +1,41 @@
+"""Which samples share a microbatch: fill a token budget, the same way on every rank and every run.
+
+In: sequence lengths. Out: groups of sample positions. Called by: grpo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_replay.errors import RecipeError
+
+
+def plan_microbatches(
+    lengths: Sequence[int], *, max_tokens: int | None, max_samples: int | None
+) -> list[list[int]]:
+    """Return positions of ``lengths`` grouped so that no group exceeds ``max_tokens`` or ``max_samples``.
+
+    First-fit in decreasing length, ties by position: deterministic, and at most 11/9 of the least number of groups.
+    ``plan_microbatches([4, 1, 3], max_tokens=4, max_samples=None)`` gives ``[[0], [1, 2]]``.
+
+    Raises:
+        RecipeError: when one sequence alone exceeds the budget; it is never cut.
+    """
+    if max_tokens is not None and lengths and max(lengths) > max_tokens:
+        raise RecipeError(
+            f"a sequence of {max(lengths)} tokens does not fit batch.max_tokens_per_microbatch = {max_tokens}; raise the "
+            "budget to at least rollout.max_prompt_length + rollout.max_completion_length"
+        )
+    groups: list[list[int]] = []
+    used: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda p: (-lengths[p], p)):
+        for group, tokens in enumerate(used):
+            fits = max_tokens is None or tokens + lengths[position] <= max_tokens
+            if fits and (max_samples is None or len(groups[group]) < max_samples):
+                groups[group].append(position)
+                used[group] += lengths[position]
+                break
+        else:
+            groups.append([position])
+            used.append(lengths[position])
+    return [sorted(group) for group in groups]

@@ -1,0 +1,74 @@
+"""Sample: one prompt with one completion, its advantage and its routes, as the trainer sees it.
+
+In: completions and advantages. Out: Sample. Called by: batch, grpo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from moe_replay.errors import TraceError
+from moe_replay.routing import Coverage, LiveReason, RoutingTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """P prompt tokens followed by T sampled ones.
+
+    Row ``t`` predicts token ``t + 1``; rows ``P-1 .. P+T-2`` therefore carry the log-probabilities of the T sampled
+    tokens, and the last row predicts nothing.
+    """
+
+    sample_id: int
+    """Position in the rollout batch; unique in a step."""
+    token_ids: Int32[np.ndarray, " tokens"]
+    """``[P + T]``."""
+    prompt_length: int
+    """P, at least 1."""
+    rollout_logprobs: Float32[np.ndarray, " completion"]
+    """``[T]``, in nats, from the engine."""
+    advantage: float
+    """One number for the whole completion."""
+    trains: bool
+    """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
+    trace: RoutingTrace | None
+    """P + T rows bound to ``token_ids``; None when nothing is replayed."""
+
+    def __post_init__(self) -> None:
+        completion = len(self.token_ids) - self.prompt_length
+        if self.prompt_length < 1 or completion < 1 or len(self.rollout_logprobs) != completion:
+            raise TraceError(
+                f"sample {self.sample_id}: {len(self.token_ids)} tokens with a prompt of {self.prompt_length} leave "
+                f"{completion} sampled tokens, and there are {len(self.rollout_logprobs)} rollout_logprobs"
+            )
+        if self.trace is not None:
+            self.trace.check_tokens(self.token_ids, where=f"sample {self.sample_id}")
+
+    @property
+    def completion_length(self) -> int:
+        """T."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def predicts_sampled(self) -> Bool[np.ndarray, " tokens"]:
+        """``[P + T]``, True at the rows whose next token was sampled."""
+        rows = np.zeros(len(self.token_ids), dtype=bool)
+        rows[self.prompt_length - 1 : -1] = True
+        return rows
+
+    def coverage(self) -> Coverage:
+        """Count the rows that the trace can replay, and the others by reason."""
+        if self.trace is None:
+            return Coverage()
+        valid = self.trace.valid
+        last = int(not valid[-1])
+        prompt = int((~valid[: self.prompt_length]).sum())
+        live = {
+            LiveReason.LAST_TOKEN: last,
+            LiveReason.PROMPT_OMITTED: prompt,
+            LiveReason.ENGINE_GAVE_NONE: int((~valid).sum()) - last - prompt,
+        }
+        return Coverage(num_replayed=self.trace.num_valid, num_live=live)

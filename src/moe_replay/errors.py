@@ -1,0 +1,69 @@
+"""The whole error tree: one class for each kind of thing that a caller must tell apart.
+
+::
+
+    MoeReplayError
+    ├── RecipeError (ValueError)         the recipe, a dataset or a path in it is wrong
+    │   └── UnsupportedError             a model, layout or option that replay cannot honour exactly
+    ├── TraceError (ValueError)          routes that cannot be what they claim to be
+    │   ├── TokenMismatchError           routes that belong to other tokens than these
+    │   └── CodecError                   bytes that are not an intact trace
+    ├── ReplayScopeError (RuntimeError)  a router was run outside the scope's contract
+    ├── CoverageError (RuntimeError)     fewer rows were replayed than the recipe demands
+    ├── MisalignmentError (RuntimeError) replayed and live routes disagree too much
+    ├── EngineError (RuntimeError)       an inference engine failed or broke its contract
+    ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
+    └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
+
+In: nothing. Out: exception classes. Called by: every module.
+"""
+
+from __future__ import annotations
+
+
+class MoeReplayError(Exception):
+    """Base of every error that moe-replay raises on purpose."""
+
+
+class RecipeError(MoeReplayError, ValueError):
+    """The recipe, or something that it points to, is wrong; nothing has run yet."""
+
+
+class UnsupportedError(RecipeError):
+    """The model, layout or option is one that cannot be honoured exactly, so it is refused."""
+
+
+class TraceError(MoeReplayError, ValueError):
+    """Routes have the wrong shape, type, range or structure to be what they claim to be."""
+
+
+class TokenMismatchError(TraceError):
+    """Routes are bound to other tokens than the ones they were offered for."""
+
+
+class CodecError(TraceError):
+    """Bytes are truncated, altered, of another version, or otherwise not an intact trace."""
+
+
+class ReplayScopeError(MoeReplayError, RuntimeError):
+    """A router ran outside the contract of the replay scope that owns it."""
+
+
+class CoverageError(MoeReplayError, RuntimeError):
+    """Fewer rows were replayed than the recipe demands."""
+
+
+class MisalignmentError(MoeReplayError, RuntimeError):
+    """Replayed and live routes agree so little that the routes cannot belong to these rows."""
+
+
+class EngineError(MoeReplayError, RuntimeError):
+    """An inference engine failed or broke its contract."""
+
+
+class RewardError(MoeReplayError, RuntimeError):
+    """A reward function raised, or returned something that is not one finite number a sample."""
+
+
+class CheckpointError(MoeReplayError, RuntimeError):
+    """A checkpoint could not be written, read or trusted."""

@@ -1,0 +1,137 @@
+"""The policy loss: clipped surrogate and KL penalty, weighted so that sums over microbatches and ranks are the loss.
+
+In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and its statistics.
+Called by: grpo.loop, through megatron.actor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """What the recipe says about the loss."""
+
+    loss_type: LossType
+    """How tokens are averaged, see `sample_weights`."""
+    epsilon: float
+    """Lower clip of the importance ratio: ``1 - epsilon``."""
+    epsilon_high: float
+    """Upper clip: ``1 + epsilon_high``."""
+    beta: float
+    """Weight of the KL penalty to the reference model; 0 leaves it out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossInputs:
+    """Sampled tokens of one microbatch, one entry each; everything but ``new_logprobs`` is constant."""
+
+    new_logprobs: Float[torch.Tensor, " tokens"]
+    """Under the weights being trained, at the sampling temperature, in nats; differentiable."""
+    old_logprobs: Float[torch.Tensor, " tokens"]
+    """Of the trainer, before the update."""
+    ref_logprobs: Float[torch.Tensor, " tokens"] | None
+    """Of the reference model; None when ``beta`` is 0."""
+    advantages: Float[torch.Tensor, " tokens"]
+    """Advantage of the token's sample."""
+    weights: Float[torch.Tensor, " tokens"]
+    """Weight of the token in the mini-batch loss; 0 for tokens that do not train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossStatistics:
+    """Sums over the trained tokens of a microbatch, to be added up over microbatches and ranks."""
+
+    num_tokens: int
+    """Tokens with a weight."""
+    loss: float
+    """Part of the mini-batch loss."""
+    num_clipped_low: int
+    """Tokens whose ratio lies below the clip range with a negative advantage: they get no gradient."""
+    num_clipped_high: int
+    """Tokens whose ratio lies above it with a positive advantage."""
+    ratio_sum: float
+    """Sum of importance ratios new / old."""
+    kl_sum: float
+    """Sum of the k3 estimate of KL(new || reference), in nats."""
+
+
+def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tensor, LossStatistics]:
+    """Return the microbatch's part of the loss, and its statistics.
+
+    Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)`` and
+    ``k3 = exp(ref - new) - (ref - new) - 1``.
+
+    Source: GRPO, arXiv 2402.03300, equations 3 and 4; asymmetric clip from DAPO, arXiv 2503.14476, equation 10.
+    """
+    ratio = torch.exp(inputs.new_logprobs - inputs.old_logprobs)
+    clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
+    per_token = -torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
+    kl_sum = 0.0
+    trains = inputs.weights > 0
+    if settings.beta:
+        assert inputs.ref_logprobs is not None
+        difference = inputs.ref_logprobs - inputs.new_logprobs
+        k3 = torch.exp(difference) - difference - 1
+        per_token = per_token + settings.beta * k3
+        kl_sum = float(k3.detach()[trains].sum())
+    loss = (per_token * inputs.weights).sum()
+    low = (ratio < 1 - settings.epsilon) & (inputs.advantages < 0) & trains
+    high = (ratio > 1 + settings.epsilon_high) & (inputs.advantages > 0) & trains
+    statistics = LossStatistics(
+        num_tokens=int(trains.sum()),
+        loss=float(loss.detach()),
+        num_clipped_low=int(low.sum()),
+        num_clipped_high=int(high.sum()),
+        ratio_sum=float(ratio.detach()[trains].sum()),
+        kl_sum=kl_sum,
+    )
+    return loss, statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSize:
+    """Size of a mini-batch over all ranks: what a weight is divided by."""
+
+    num_samples: int
+    """Samples that train."""
+    num_tokens: int
+    """Their sampled tokens."""
+
+
+def sample_weights(
+    lengths: Sequence[int],
+    trains: Sequence[bool],
+    *,
+    loss_type: LossType,
+    whole: BatchSize,
+    max_completion_length: int,
+) -> Float64[np.ndarray, " samples"]:
+    """Return the weight of each token of each sample; samples that do not train get 0 and are counted nowhere.
+
+    ``grpo`` averages over a sample's tokens, then over samples; ``bnpo`` and ``dapo`` over all tokens of the
+    mini-batch (they differ elsewhere only in what a framework calls a batch; here it is the whole mini-batch over all
+    ranks); ``dr_grpo`` divides by ``max_completion_length``, the same for every sample.
+
+    Source: Dr. GRPO, arXiv 2503.20783, equation 2; DAPO, arXiv 2503.14476, equation 8.
+    """
+    weights = np.zeros(len(lengths))
+    for position, (length, counted) in enumerate(zip(lengths, trains, strict=True)):
+        if not counted:
+            continue
+        if loss_type == "grpo":
+            weights[position] = 1 / (whole.num_samples * length)
+        elif loss_type == "dr_grpo":
+            weights[position] = 1 / (whole.num_samples * max_completion_length)
+        else:
+            weights[position] = 1 / whole.num_tokens
+    return weights

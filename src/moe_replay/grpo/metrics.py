@@ -1,0 +1,239 @@
+"""Metrics that ranks can add up: every rank tallies its own tokens, and the merged tally is that of the whole batch.
+
+In: log-probabilities, lengths, loss statistics. Out: Tally. Called by: grpo.loop.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from moe_replay.errors import MoeReplayError
+
+if TYPE_CHECKING:
+    from moe_replay.grpo.loss import LossStatistics
+
+Kind = Literal["mean", "sum", "min", "max"]
+
+_COMBINE: dict[Kind, Callable[[float, float], float]] = {
+    "mean": operator.add,
+    "sum": operator.add,
+    "min": min,
+    "max": max,
+}
+
+EXTREME_TAUS = (1.1, 1.5, 2.0)
+"""Factors of ``extreme_frac_tau_*``."""
+
+MAX_LOG_RATIO = 20.0
+"""Largest log ratio that is exponentiated, so that one broken token cannot overflow a sum."""
+
+
+class Tally:
+    """Means, sums, minima and maxima by metric name, in plain numbers that travel as JSON.
+
+    >>> left, right = Tally(), Tally()
+    >>> left.add_mean("reward", total=3.0, count=3)
+    >>> right.add_mean("reward", total=0.0, count=1)
+    >>> Tally.merge([left, right]).finish()
+    {'reward': 0.75}
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[Kind, float, int]] = {}
+
+    def add_mean(self, name: str, *, total: float, count: int = 1) -> None:
+        """Add ``count`` items whose values sum to ``total``; a mean over no items is left out of `finish`.
+
+        Raises:
+            MoeReplayError: when the number is not finite, as in every ``add``.
+        """
+        assert count > 0 or (count == 0 and total == 0), f"{name}: {total} from {count} items"
+        self._add(name, "mean", total, count)
+
+    def add_sum(self, name: str, value: float) -> None:
+        """Add a part of a number that is spread over microbatches and ranks."""
+        self._add(name, "sum", value, 1)
+
+    def add_min(self, name: str, value: float) -> None:
+        """Keep the smallest value."""
+        self._add(name, "min", value, 1)
+
+    def add_max(self, name: str, value: float) -> None:
+        """Keep the largest value."""
+        self._add(name, "max", value, 1)
+
+    @staticmethod
+    def merge(parts: Iterable[Tally]) -> Tally:
+        """Combine tallies; the same parts in the same order give the same result to the last bit."""
+        merged = Tally()
+        for part in parts:
+            for name, (kind, value, count) in part._entries.items():
+                merged._add(name, kind, value, count)
+        return merged
+
+    def finish(self) -> dict[str, float]:
+        """Return the value of every metric that has one, sorted by name."""
+        return {
+            name: value / count if kind == "mean" else value
+            for name, (kind, value, count) in sorted(self._entries.items())
+            if count
+        }
+
+    def to_plain(self) -> dict[str, list[str | float | int]]:
+        """Return name -> [kind, value, count], which JSON carries without loss."""
+        return {name: list(entry) for name, entry in self._entries.items()}
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Sequence[Any]]) -> Tally:
+        """Rebuild what `to_plain` returned."""
+        tally = Tally()
+        for name, (kind, value, count) in plain.items():
+            tally._add(name, kind, value, count)
+        return tally
+
+    def _add(self, name: str, kind: Kind, value: float, count: int) -> None:
+        if not math.isfinite(value):
+            raise MoeReplayError(
+                f"metric {name} is {value}, expected a finite number; training has probably diverged or a "
+                "log-probability is broken: look at grad_norm and rollout_correction/* of the steps before"
+            )
+        value, count = float(value), int(count)
+        if name in self._entries:
+            old_kind, old_value, old_count = self._entries[name]
+            assert old_kind == kind, f"{name} is tallied as {old_kind} and as {kind}"
+            value, count = _COMBINE[kind](old_value, value), old_count + count
+        self._entries[name] = (kind, value, count)
+
+
+def engine_gap(
+    old_logprobs: Sequence[Float[np.ndarray, " completion"]],
+    rollout_logprobs: Sequence[Float[np.ndarray, " completion"]],
+    *,
+    prefix: str = "rollout_correction",
+) -> Tally:
+    """Tally how far the trainer's probabilities of the sampled tokens are from the engine's; one array per sample.
+
+    With ``r = exp(old - rollout)`` of a token and ``m`` the mean log-probability of a sample's tokens:
+
+    - over tokens: ``kl`` mean(-log r), ``k3_kl`` mean(r - 1 - log r), ``ratio_mean`` mean(r), ``chi2_token``
+      mean(r^2) - 1, ``extreme_frac_tau_<tau>`` fraction with max(r, 1/r) > tau;
+    - over samples: ``{training,rollout}_log_ppl`` mean(-m), ``{training,rollout}_ppl`` mean(exp(-m)),
+      ``log_ppl_{diff,abs_diff,diff_max,diff_min}`` of m_rollout - m_training, ``ppl_ratio`` its mean exp, ``chi2_seq``
+      mean((product of r)^2) - 1.
+
+    Log ratios above `MAX_LOG_RATIO` count as that in exponentials; ``ratio_bounded_frac`` (tokens) and
+    ``seq_ratio_bounded_frac`` (samples) say how often.
+
+    Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other names and their
+    averaging, verl, ``compute_offpolicy_metrics``.
+
+    Raises:
+        MoeReplayError: when a log-probability is not finite.
+    """
+    tally = Tally()
+    for number, (old, rollout) in enumerate(zip(old_logprobs, rollout_logprobs, strict=True)):
+        assert len(old) == len(rollout) > 0, f"sample {number}: {len(old)} and {len(rollout)} values"
+        for name, values in (("old_logprobs", old), ("rollout_logprobs", rollout)):
+            if not np.isfinite(values).all():
+                raise MoeReplayError(
+                    f"{name} of sample {number} are not finite at {np.flatnonzero(~np.isfinite(values))[:5].tolist()} "
+                    f"of {len(values)} tokens; the weights hold NaN or infinity, or the sampled token was masked out"
+                )
+        _tally_tokens(tally, prefix, old.astype(np.float64) - rollout.astype(np.float64))
+        _tally_sample(tally, prefix, old.astype(np.float64), rollout.astype(np.float64))
+    return tally
+
+
+def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:
+    bounded = np.minimum(log_ratio, MAX_LOG_RATIO)
+    per_token = {
+        "kl": -log_ratio,
+        # expm1 keeps the small differences that r - 1 - log r would lose to rounding.
+        "k3_kl": np.expm1(bounded) - log_ratio,
+        "ratio_mean": np.exp(bounded),
+        "chi2_token": np.expm1(2 * bounded),
+        "ratio_bounded_frac": log_ratio > MAX_LOG_RATIO,
+    }
+    for tau in EXTREME_TAUS:
+        per_token[f"extreme_frac_tau_{tau:g}"] = np.abs(log_ratio) > math.log(tau)
+    for name, values in per_token.items():
+        tally.add_mean(f"{prefix}/{name}", total=float(values.sum()), count=len(log_ratio))
+
+
+def _tally_sample(tally: Tally, prefix: str, old: np.ndarray, rollout: np.ndarray) -> None:
+    training_log_ppl, rollout_log_ppl = -float(old.mean()), -float(rollout.mean())
+    difference = training_log_ppl - rollout_log_ppl
+    log_ratio = float((old - rollout).sum())
+    per_sample = {
+        "training_log_ppl": training_log_ppl,
+        "rollout_log_ppl": rollout_log_ppl,
+        "training_ppl": _perplexity(training_log_ppl),
+        "rollout_ppl": _perplexity(rollout_log_ppl),
+        "log_ppl_diff": difference,
+        "log_ppl_abs_diff": abs(difference),
+        "ppl_ratio": math.exp(min(difference, MAX_LOG_RATIO)),
+        "chi2_seq": math.expm1(2 * min(log_ratio, MAX_LOG_RATIO)),
+        "seq_ratio_bounded_frac": float(log_ratio > MAX_LOG_RATIO),
+    }
+    for name, value in per_sample.items():
+        tally.add_mean(f"{prefix}/{name}", total=value)
+    tally.add_max(f"{prefix}/log_ppl_diff_max", difference)
+    tally.add_min(f"{prefix}/log_ppl_diff_min", difference)
+
+
+def _perplexity(log_perplexity: float) -> float:
+    # A sum of larger exponentials would overflow; the log perplexity still shows such a sample.
+    return math.exp(min(log_perplexity, 300.0))
+
+
+def completion_lengths(lengths: Sequence[int]) -> Tally:
+    """Tally ``completions/{mean,min,max}_length``, in sampled tokens."""
+    tally = Tally()
+    for length in lengths:
+        tally.add_mean("completions/mean_length", total=length)
+        tally.add_min("completions/min_length", length)
+        tally.add_max("completions/max_length", length)
+    return tally
+
+
+def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:
+    """Tally one rank's microbatches of one optimizer update; ``kl`` only ``with_kl``, else it would be a false 0."""
+    tally = Tally()
+    for part in statistics:
+        tokens = part.num_tokens
+        tally.add_sum("loss", part.loss)
+        tally.add_mean("policy_ratio/mean", total=part.ratio_sum, count=tokens)
+        for name, total in (
+            ("low_mean", part.num_clipped_low),
+            ("high_mean", part.num_clipped_high),
+            ("region_mean", part.num_clipped_low + part.num_clipped_high),
+        ):
+            tally.add_mean(f"clip_ratio/{name}", total=total, count=tokens)
+        if with_kl:
+            tally.add_mean("kl", total=part.kl_sum, count=tokens)
+    return tally
+
+
+def step_tally(updates: Sequence[Tally]) -> Tally:
+    """Combine the updates of a step, each merged over all ranks before.
+
+    ``loss`` is averaged over updates; the ``clip_ratio`` means are over the tokens of all updates, and
+    ``clip_ratio/low_min`` and ``clip_ratio/high_max`` are those of the updates with the fewest and the most.
+    """
+    step = Tally()
+    for update in updates:
+        values = update.finish()
+        for name, (kind, value, count) in update._entries.items():
+            step._add(name, "mean" if kind == "sum" else kind, value, count if kind != "sum" else 1)
+        if "clip_ratio/low_mean" in values:
+            step.add_min("clip_ratio/low_min", values["clip_ratio/low_mean"])
+            step.add_max("clip_ratio/high_max", values["clip_ratio/high_mean"])
+    return step

@@ -1,0 +1,95 @@
+"""What the loop says about itself: the records of a run, and the seam through which they are shown and stored.
+
+In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary and the Reporter protocol.
+Called by: grpo.loop (writes), report and cli (read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What is about to run, in words for a person: heading -> lines (`Model`, `Layout`, `Engine`, `Replay`, `Batch`...)."""
+
+    sections: Mapping[str, Sequence[str]]
+    """Heading -> lines, in the order in which they are shown."""
+    first_step: int
+    """First step of this process; above 1 when a run resumes."""
+    max_steps: int
+    """Last step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRecord:
+    """One sampled completion and what it earned: a line of ``completions.jsonl``."""
+
+    step: int
+    """Step that sampled it, from 1."""
+    prompt: str
+    """Prompt text as decoded from its ids."""
+    completion: str
+    """Completion text."""
+    rewards: Mapping[str, float]
+    """Reward function -> its score, before weights."""
+    reward: float
+    """Weighted sum."""
+    advantage: float
+    """What the update used."""
+    num_tokens: int
+    """Sampled tokens."""
+    finish_reason: str
+    """Value of `FinishReason`."""
+    policy_version: int
+    """Weight pushes that the engine had received."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One finished step: a line of ``metrics.jsonl``."""
+
+    step: int
+    """From 1."""
+    metrics: Mapping[str, float]
+    """Metric name (``reward``, ``rollout_correction/k3_kl``, ``replay/coverage``...) -> value; deterministic."""
+    seconds: Mapping[str, float]
+    """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``, ``checkpoint``...) -> wall seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecord:
+    """Held-out accuracy after ``step`` steps."""
+
+    step: int
+    """0 before training."""
+    metrics: Mapping[str, float]
+    """``eval/reward``, ``eval/rewards/<function>``, ``eval/num_items``..."""
+    seconds: float
+    """Wall seconds of the evaluation."""
+
+
+class Reporter(Protocol):
+    """Receives what the loop says. Every method returns quickly and never changes the run."""
+
+    def start(self, summary: RunSummary) -> None:
+        """Announce the run."""
+        ...
+
+    def station(self, step: int, name: str) -> None:
+        """Say that ``step`` has entered a station of the flow (``rollout``, ``update``...)."""
+        ...
+
+    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take a finished step."""
+        ...
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Take an evaluation."""
+        ...
+
+    def finish(self, message: str) -> None:
+        """Close: show the summary table and ``message`` (where the results are)."""
+        ...

@@ -1,0 +1,172 @@
+"""MegatronActor: the policy that is trained: scoring, the update, and its weights for everybody else.
+
+In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights, gradient norms. Called by: grpo.loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from moe_replay.batch import Microbatch
+from moe_replay.megatron.logprobs import token_logprobs
+from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing, opened
+
+TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
+"""``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """Adam with decoupled weight decay, and its learning-rate schedule."""
+
+    lr: float
+    """Peak learning rate."""
+    min_lr: float
+    """Learning rate at the end of a decaying schedule."""
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    """Shape of the decay."""
+    warmup_steps: int
+    """Optimizer steps of linear warm-up."""
+    num_steps: int
+    """Optimizer steps of the whole run, warm-up included."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    beta1: float
+    """Decay of the first moment."""
+    beta2: float
+    """Decay of the second moment."""
+    eps: float
+    """Adam's epsilon."""
+    clip_grad: float
+    """Largest norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    learning_rate: float
+    """Learning rate that the step used."""
+
+
+class MegatronActor(MegatronScorer):
+    """A Megatron model with gradients, the distributed optimizer and a learning-rate schedule."""
+
+    def __init__(
+        self,
+        modules: Sequence[torch.nn.Module],
+        *,
+        config: Any,
+        num_experts: int,
+        settings: OptimizerSettings,
+    ) -> None:
+        """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config`` for training."""
+        self.modules = list(modules)
+        self.config = config
+        wrapping = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        )
+        wrapped = [DistributedDataParallel(config, wrapping, module) for module in self.modules]
+        super().__init__(wrapped, num_experts=num_experts)
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                bf16=bool(config.bf16),
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            wrapped,
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(settings.num_steps, settings.warmup_steps + 1),
+            lr_decay_style=settings.lr_scheduler,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=settings.num_steps,
+            wd_incr_style="constant",
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def update(
+        self,
+        microbatches: Sequence[Microbatch],
+        loss: TokenLoss,
+        *,
+        temperature: float,
+        routing: Routing,
+        watch: RouteWatch | None = None,
+    ) -> UpdateResult:
+        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks.
+
+        ``watch.observe`` sees the evidence before the step is taken, so raising there leaves the weights untouched.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        num_tokens = torch.tensor(
+            [sum(int(m.predicts_sampled.sum()) for m in microbatches)], device=self.device
+        )
+        dist.all_reduce(
+            num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        scope = self._scope(microbatches, routing, watch)
+
+        def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            microbatch = next(batches)
+            output = self._forward(chunk, microbatch, scope)
+
+            def scaled_loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                rows, next_ids = self._predicting(microbatch)
+                logprobs = token_logprobs(logits[0, rows], next_ids, temperature=temperature)
+                # Megatron divides the summed gradient by the summed token count; `loss` is already an average.
+                part = loss(microbatch, logprobs) * num_tokens.item()
+                count = torch.tensor(len(rows), dtype=torch.int, device=self.device)
+                return part, count, {}
+
+            return output, scaled_loss
+
+        with opened(scope):
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=self._iterators(microbatches),
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(microbatches),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+        self._observe(microbatches, scope, watch)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return UpdateResult(grad_norm=float(grad_norm), learning_rate=learning_rate)

@@ -1,0 +1,353 @@
+"""Stand-ins that let the unmodified Megatron-Core run without CUDA, over gloo.
+
+Each stand-in is one function whose docstring says what breaks without it. Nothing here runs where CUDA is
+available. Where it can, a stand-in replaces a name inside the Megatron modules that use it and leaves torch
+alone: wrapping `torch.tensor` and friends globally would break `with torch.device(...)` and with it
+transformers' `from_pretrained`.
+
+In: nothing. Out: a patched `torch.cuda` and patched Megatron modules.
+Called by: `moe_replay.megatron` on import, before anything imports `megatron.core`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from moe_replay.errors import UnsupportedError
+
+_CPU = torch.device("cpu")
+_MARK = "_moe_replay_cpu_installed"
+
+# Modules that spell device="cuda" or pin_memory=True as literals.
+_MODULES_WITH_CUDA_LITERALS = (
+    "dist_checkpointing.exchange_utils",
+    "models.common.embeddings.rope_utils",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "rerun_state_machine",
+    "transformer.moe.moe_utils",
+    "transformer.utils",
+    "utils",
+)
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+
+def install() -> None:
+    """Make Megatron-Core importable and runnable on this machine; do nothing where CUDA exists.
+
+    Idempotent. Has to run before the first import of `megatron.core`, because Megatron decides while it is
+    imported whether to compile its fused functions.
+
+    Raises:
+        UnsupportedError: `megatron.core` was imported first.
+    """
+    if torch.cuda.is_available() or getattr(torch.cuda, _MARK, False):
+        return
+    if "megatron.core" in sys.modules:
+        raise UnsupportedError(
+            "megatron.core was imported before moe_replay.megatron on a machine without CUDA, so its "
+            "fused functions are already bound to torch.compile. Import moe_replay.megatron first."
+        )
+    _replace_paged_stash_without_triton()
+    _name_the_cpu_as_current_device()
+    _ignore_streams_and_events()
+    _use_cpu_generator_as_cuda_generator()
+    _import_megatron_without_compiling()
+    _redirect_cuda_literals()
+    _keep_tensors_on_cpu()
+    _return_numpy_split_sizes()
+    _pad_uneven_collectives()
+    _order_two_stage_p2p()
+    _repair_output_discarding_checkpoint()
+    _keep_torch_adam_state_whole()
+    setattr(torch.cuda, _MARK, True)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hide what Megatron warns about while it is imported: absent Apex and Transformer Engine."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*Apex (is|are) not installed.*",
+            "Transformer Engine and Apex are not installed.*",
+            "The following imports from `dynamic_context.py`.*",
+            "`torch.jit.script.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def _replace_paged_stash_without_triton() -> None:
+    """Provide an empty `paged_stash`: from 0.18 the schedules import it, and it imports triton unguarded."""
+    if importlib.util.find_spec("triton"):
+        return
+    module = types.ModuleType("megatron.core.transformer.moe.paged_stash")
+    for name in (
+        "check_paged_stash_overflow",
+        "get_paged_stash_context",
+        "paged_stash_group_commit",
+        "paged_stash_group_start",
+        "paged_stash_init_chunk_handler",
+        "paged_stash_reset",
+        "paged_stash_set_last_layer",
+    ):
+        setattr(module, name, lambda *args, **kwargs: None)
+    sys.modules[module.__name__] = module
+
+
+def _name_the_cpu_as_current_device() -> None:
+    """Answer `device=torch.cuda.current_device()`, which Megatron writes everywhere, with the CPU."""
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+
+
+class _NoEvent:
+    """A CUDA event on a device that runs everything in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _NoEvent) -> float:
+        return 0.0
+
+
+class _NoStream:
+    """A CUDA stream on a device that has only one; a class, because annotations name it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _NoStream)
+
+    __hash__ = object.__hash__
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, event: _NoEvent | None = None) -> _NoEvent:
+        return event or _NoEvent()
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _ignore_streams_and_events() -> None:
+    """Run side-stream work in line: token dispatchers and schedules create streams unconditionally."""
+    stream = _NoStream()
+    torch.cuda.Event = _NoEvent
+    torch.cuda.Stream = _NoStream
+    torch.cuda.current_stream = lambda *args, **kwargs: stream
+    torch.cuda.default_stream = lambda *args, **kwargs: stream
+    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _use_cpu_generator_as_cuda_generator() -> None:
+    """Let Megatron's RNG-state tracker fork the CPU generator, since initialisation and dropout draw from it."""
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+
+
+def _import_megatron_without_compiling() -> None:
+    """Bind Megatron's fused functions to plain Python: it decorates them with torch.compile on import.
+
+    Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an identity
+    only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
+    try:
+        with quiet_imports():
+            importlib.import_module("megatron.core")
+            importlib.import_module("megatron.core.models.gpt")
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+            for name in _MODULES_WITH_CUDA_LITERALS:
+                importlib.import_module(f"megatron.core.{name}")
+            random = importlib.import_module("megatron.core.tensor_parallel.random")
+    finally:
+        torch.compile = compile_function
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # The tracker warns when a fork moved the CPU generator; here that is the generator it forks.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+class _Overlay:
+    """A module seen through some replaced names; everything else is looked up in the module itself."""
+
+    def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.device(kwargs.get("device") or _CPU).type == "cuda":
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _redirect_cuda_literals() -> None:
+    """Create on the CPU what some modules create with a literal device="cuda" or pinned memory."""
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        sys.modules[f"megatron.core.{name}"].torch = _Overlay(torch, **factories)
+
+
+def _called_by_megatron() -> bool:
+    """Tell whether the caller of the function that asks is a Megatron-Core module."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.core")
+
+
+def _keep_tensors_on_cpu() -> None:
+    """Give Megatron `tensor.cuda()` as identity and `tensor.type()` under its CUDA name.
+
+    The optimizers compare the type name with 'torch.cuda.FloatTensor' and refuse anything else. Callers outside
+    Megatron get what torch answers.
+    """
+    move, name_type = torch.Tensor.cuda, torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_megatron() else move(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = name_type(self, *args, **kwargs)
+        if args or kwargs or not _called_by_megatron() or result.startswith("torch.cuda."):
+            return result
+        return result.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.cuda, torch.Tensor.type = cuda, type_
+
+
+def _return_numpy_split_sizes() -> None:
+    """Hand all-to-all its split sizes as numpy: Megatron converts only tensors that come from a GPU."""
+    utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = utils.maybe_move_tensor_to_cpu
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _pad_uneven_collectives() -> None:
+    """Gather and scatter tensors of unequal sizes: gloo has no such collectives, expert parallelism needs them."""
+    from moe_replay.megatron import uneven
+
+    distributed = _Overlay(
+        torch.distributed, all_gather=uneven.all_gather, reduce_scatter=uneven.reduce_scatter
+    )
+    for name in ("tensor_parallel.mappings", "dist_checkpointing.exchange_utils"):
+        module = importlib.import_module(f"megatron.core.{name}")
+        module.torch = _Overlay(module.torch, distributed=distributed)
+
+
+def _order_two_stage_p2p() -> None:
+    """Pair sends with receives when the previous and the next pipeline stage are the same rank.
+
+    Both ranks post (previous, next), so with two stages the second rank's order has to be reversed; nccl
+    groups the batch and does not care, gloo matches strictly in order and would swap activations silently.
+    """
+    communication = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    post = torch.distributed.batch_isend_irecv
+
+    def batch_isend_irecv(ops: list[Any]) -> list[Any]:
+        group = ops[0].group or torch.distributed.group.WORLD
+        if len(ops) > 2 and group.size() == 2 and group.rank() == 1:
+            sends = [op for op in ops if op.op is torch.distributed.isend]
+            receives = [op for op in ops if op.op is torch.distributed.irecv]
+            ops = [*reversed(sends), *reversed(receives)]
+        return post(ops)
+
+    distributed = _Overlay(torch.distributed, batch_isend_irecv=batch_isend_irecv)
+    communication.torch = _Overlay(torch, distributed=distributed)
+
+
+def _repair_output_discarding_checkpoint() -> None:
+    """Let selective recompute of layernorm and moe_act run: its `fp8=False` default counts as 'fp8 is on'."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+def _keep_torch_adam_state_whole() -> None:
+    """Let the distributed optimizer save and load the state of torch's Adam, the only one without CUDA.
+
+    torch's Adam creates its state at the first step and keeps `step` in it. Megatron expects the state to exist
+    when it saves, has no `step` in what it loads, and gives every parameter the *same* step tensor, to which
+    Adam then adds one per parameter: training goes on silently wrong.
+    """
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer_class = module.DistributedOptimizer
+    state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
+
+    def state_dict_with_state(self: Any) -> Any:
+        if not self.optimizer.state:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return state_dict(self)
+
+    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @torch.no_grad()
+    def set_parameter_state(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        parameter = self.optimizer.param_groups[group]["params"][order]
+        for name, target in {"param": parameter, **self.optimizer.state[parameter]}.items():
+            if name in tensors:
+                target.copy_(tensors[name])
+
+    optimizer_class.state_dict = state_dict_with_state
+    optimizer_class.load_state_dict = load_state_dict_with_own_steps
+    optimizer_class._set_main_param_and_optimizer_states = set_parameter_state

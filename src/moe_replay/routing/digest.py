@@ -1,0 +1,72 @@
+"""A rolling digest of token ids, so that routes can be bound to their tokens after any cut, join or transport.
+
+The digest of row ``r`` covers the tokens of rows ``0..r``: ``d[r] = sum_{i<=r} mix(token[i]) * B**i  (mod 2**64)``,
+with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix sums make cropping (subtract and
+divide by ``B**start``) and joining (multiply by ``B**length`` and add) linear in the rows, without the tokens.
+It guards against mistakes, not against an adversary.
+
+In: token ids. Out: uint64 digests. Called by: trace, codec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, UInt64
+
+_MASK = (1 << 64) - 1
+_BASE = 0x9E3779B97F4A7C15 | 1
+_BASE_INVERSE = pow(_BASE, -1, 1 << 64)
+
+
+def _mix(token_ids: Integer[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
+    x = token_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _powers(base: int, count: int) -> UInt64[np.ndarray, " count"]:
+    steps = np.full(count, base, dtype=np.uint64)
+    if count:
+        steps[0] = 1
+    return np.cumprod(steps, dtype=np.uint64)
+
+
+def digest_tokens(token_ids: Integer[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
+    """Return the digest of every prefix of ``token_ids``.
+
+    ``digest_tokens([5, 7])[0] == digest_tokens([5])[0]``: row ``r`` depends on rows ``0..r`` only.
+    """
+    ids = np.asarray(token_ids)
+    return np.cumsum(_mix(ids) * _powers(_BASE, len(ids)), dtype=np.uint64)
+
+
+def crop_digest(
+    digest: UInt64[np.ndarray, " tokens"], start: int, stop: int
+) -> UInt64[np.ndarray, " cropped"]:
+    """Return the digest that the rows ``start:stop`` would have on their own."""
+    before = digest[start - 1] if start else np.uint64(0)
+    undo = np.uint64(pow(_BASE_INVERSE, start, 1 << 64))
+    return (digest[start:stop] - before) * undo
+
+
+def join_digests(parts: list[UInt64[np.ndarray, " _"]]) -> UInt64[np.ndarray, " tokens"]:
+    """Return the digest of the concatenated rows of ``parts``."""
+    joined: list[np.ndarray[Any, Any]] = []
+    rows, total = 0, np.uint64(0)
+    for part in parts:
+        shifted = part * np.uint64(pow(_BASE, rows, 1 << 64)) + total
+        joined.append(shifted)
+        rows += len(part)
+        total = shifted[-1] if len(shifted) else total
+    return np.concatenate(joined) if joined else np.zeros(0, dtype=np.uint64)
+
+
+def first_difference(
+    ours: UInt64[np.ndarray, " tokens"], theirs: UInt64[np.ndarray, " tokens"]
+) -> int | None:
+    """Return the first row at which two digests differ, or None when every row agrees."""
+    differs = ours != theirs
+    return int(differs.argmax()) if differs.any() else None

@@ -1,0 +1,79 @@
+"""What is replayed, what runs live and why: the replay mode, the reasons, and the coverage that is always reported.
+
+In: counts of rows. Out: ReplayMode, LiveReason, Coverage. Called by: batch, megatron, grpo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from moe_replay.errors import CoverageError
+
+
+class ReplayMode(StrEnum):
+    """Where the routes of a training step come from; the values are those of ``router_replay_mode``."""
+
+    DISABLED = "disabled"
+    """Every pass routes by its own weights."""
+    R2 = "R2"
+    """Routes are recorded in the trainer's old-logprob pass and replayed in the update."""
+    R3 = "R3"
+    """Routes are recorded by the engine while it samples and replayed in every trainer pass of the sample."""
+
+
+class LiveReason(StrEnum):
+    """Why a row is routed by the current weights although replay is on."""
+
+    LAST_TOKEN = "last_token"
+    """The token sampled last was never fed to the engine; nothing is predicted from its row."""
+    PADDING = "padding"
+    """The row holds no token."""
+    PROMPT_OMITTED = "prompt_omitted"
+    """The engine left the routes of prompt rows out."""
+    ENGINE_GAVE_NONE = "engine_gave_none"
+    """The engine returned no route for a row that it must have run."""
+
+
+UNREPLAYABLE = frozenset({LiveReason.LAST_TOKEN, LiveReason.PADDING})
+"""Reasons that no engine can avoid; rows with them do not count against coverage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Rows replayed, and rows live by reason. Sum coverages with `Coverage.total`."""
+
+    num_replayed: int = 0
+    """Rows whose experts were forced."""
+    num_live: Mapping[LiveReason, int] = field(default_factory=dict)
+    """Rows routed by the current weights, by reason; a reason that did not occur may be absent."""
+
+    @property
+    def fraction(self) -> float:
+        """Replayed rows over rows that could have been; 1.0 when there were none."""
+        missed = sum(n for reason, n in self.num_live.items() if reason not in UNREPLAYABLE)
+        could = self.num_replayed + missed
+        return self.num_replayed / could if could else 1.0
+
+    @staticmethod
+    def total(parts: Iterable[Coverage]) -> Coverage:
+        """Add coverages up."""
+        replayed = 0
+        live = dict.fromkeys(LiveReason, 0)
+        for part in parts:
+            replayed += part.num_replayed
+            for reason, count in part.num_live.items():
+                live[reason] += count
+        return Coverage(num_replayed=replayed, num_live=live)
+
+    def require(self, min_coverage: float) -> None:
+        """Raise `CoverageError` when less than ``min_coverage`` of the replayable rows was replayed."""
+        if self.fraction >= min_coverage:
+            return
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in self.num_live.items() if n)
+        raise CoverageError(
+            f"coverage is {self.fraction:.4f} ({self.num_replayed} rows replayed; live rows {reasons}), "
+            f"min_coverage is {min_coverage}; the engine did not return the routes of every row: make it return "
+            "prompt and completion routes, or lower replay.min_coverage if live rows are acceptable"
+        )

@@ -1,0 +1,334 @@
+"""RoutingTrace: the experts that a sequence of tokens used, bound to those very tokens and layers.
+
+In: arrays from an engine, a recorder or the codec. Out: immutable traces. Called by: rollout, batch, megatron, compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Integer, UInt64
+
+from moe_replay.errors import TokenMismatchError, TraceError
+from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference, join_digests
+
+# A layer whose rows are all the same routes in the same order is a buffer that nobody wrote, not a router's
+# choice. Below this many rows the same thing can happen by chance (a short prompt of one repeated token).
+MIN_ROWS_FOR_CONSTANT_CHECK = 16
+
+
+def expert_dtype(num_experts: int) -> np.dtype[Any]:
+    """Return the dtype of expert ids: uint8 up to 256 experts, uint16 above.
+
+    The dtype follows the model's expert count, never the largest id of a payload: samples of one batch must agree.
+    """
+    if not 2 <= num_experts <= 65_536:
+        raise TraceError(
+            f"num_experts is {num_experts}, expected 2 to 65536: routes need at least two experts to choose from "
+            "and ids are stored in 16 bits"
+        )
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpan:
+    """Rows ``start:stop`` were routed by the weights of ``policy_version``."""
+
+    start: int
+    """First row, from the start of the trace that holds the span."""
+    stop: int
+    """One past the last row."""
+    policy_version: int
+    """Number of weight pushes that the recording model had received."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Who recorded a trace, and under which weights."""
+
+    engine: str
+    """Short name of the recorder, such as ``embedded`` or ``vllm``."""
+    engine_version: str
+    """Version of the recorder's library."""
+    spans: tuple[PolicySpan, ...]
+    """Contiguous, covering every row in order; several when a rollout crossed a weight push."""
+
+    @classmethod
+    def single(
+        cls, *, engine: str, engine_version: str, policy_version: int, num_rows: int
+    ) -> Origin:
+        """Return an origin whose rows all come from one policy version."""
+        span = PolicySpan(start=0, stop=num_rows, policy_version=policy_version)
+        return cls(engine=engine, engine_version=engine_version, spans=(span,) if num_rows else ())
+
+
+def _crop_spans(spans: Sequence[PolicySpan], start: int, stop: int) -> tuple[PolicySpan, ...]:
+    cut = (
+        (max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans
+    )
+    return tuple(
+        PolicySpan(start=a - start, stop=b - start, policy_version=v) for a, b, v in cut if a < b
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingTrace:
+    """Routes of consecutive tokens in some layers of one model.
+
+    Row ``t`` holds the experts that ran when token ``t`` was fed to the model. The token sampled last was never
+    fed, so the last row of a rollout exists and is ``valid=False``.
+
+    Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row, no layer
+    whose rows are all equal. ``RoutingTrace(...)`` therefore raises `TraceError` instead of holding nonsense.
+    """
+
+    expert_ids: Integer[np.ndarray, "tokens layers topk"]
+    """``[tokens, layers, topk]``, uint8 up to 256 experts, uint16 above. Rows with ``valid=False`` hold anything."""
+    valid: Bool[np.ndarray, " tokens"]
+    """``[tokens]``; False where no route was recorded. Nothing may read the ids of such a row."""
+    layers: tuple[int, ...]
+    """Global decoder-layer index (from 0) of each entry of the layer dim, strictly increasing."""
+    num_experts: int
+    """Routed experts in each layer of the model, not the largest id seen."""
+    token_digest: UInt64[np.ndarray, " tokens"]
+    """``[tokens]``, rolling digest of the token ids of rows ``0..t`` (see `digest_tokens`)."""
+    origin: Origin
+    """Who recorded the routes, and under which weights."""
+
+    def __post_init__(self) -> None:
+        self._check_form()
+        self._check_routes()
+
+    def __len__(self) -> int:
+        return self.expert_ids.shape[0]
+
+    @property
+    def topk(self) -> int:
+        """Experts per token and layer."""
+        return self.expert_ids.shape[2]
+
+    @property
+    def num_valid(self) -> int:
+        """Rows that hold routes."""
+        return int(self.valid.sum())
+
+    @classmethod
+    def record(
+        cls,
+        expert_ids: Integer[np.ndarray, "tokens layers topk"],
+        *,
+        token_ids: Integer[np.ndarray, " tokens"],
+        valid: Bool[np.ndarray, " tokens"],
+        layers: Sequence[int],
+        num_experts: int,
+        origin: Origin,
+    ) -> RoutingTrace:
+        """Bind freshly recorded routes to the tokens that they were recorded for.
+
+        ``expert_ids`` may come in any integer dtype; ids outside the model's experts raise before they are narrowed.
+
+        Raises:
+            TraceError: when rows, tokens and ``valid`` differ in number, or a valid row is not a possible route.
+        """
+        ids = np.asarray(expert_ids)
+        if ids.ndim == 3 and valid.shape == ids.shape[:1]:
+            _check_range(ids, valid, layers, num_experts)
+        narrow = np.ascontiguousarray(ids.astype(expert_dtype(num_experts), copy=False))
+        return cls(
+            expert_ids=narrow,
+            valid=np.asarray(valid, dtype=bool),
+            layers=tuple(int(layer) for layer in layers),
+            num_experts=num_experts,
+            token_digest=digest_tokens(np.asarray(token_ids)),
+            origin=origin,
+        )
+
+    def check_tokens(self, token_ids: Integer[np.ndarray, " tokens"], *, where: str) -> None:
+        """Raise `TokenMismatchError` unless this trace was recorded for exactly these tokens.
+
+        ``where`` names the sample in the message. A row count proves nothing: a rollout of 7 tokens has 6 routed
+        rows, and so has the same rollout after one token was lost to re-tokenisation.
+        """
+        ids = np.asarray(token_ids)
+        if len(ids) != len(self):
+            raise TokenMismatchError(
+                f"{where}: routes were recorded for {len(self)} tokens, the sample has {len(ids)}; "
+                "the text was probably re-tokenised or truncated after the rollout: keep the engine's token ids, "
+                "and crop trace and tokens together"
+            )
+        row = first_difference(self.token_digest, digest_tokens(ids))
+        if row is not None:
+            raise TokenMismatchError(
+                f"{where}: the sample's tokens differ from the recorded ones from row {row} of {len(self)} on "
+                f"(token id {int(ids[row])} there); the routes belong to another sample or to shifted tokens: "
+                "check that samples kept their order and that no token was inserted or dropped"
+            )
+
+    def crop(self, start: int, stop: int) -> RoutingTrace:
+        """Return the rows ``start:stop``, still bound to their tokens. Indices must lie inside the trace."""
+        if not 0 <= start <= stop <= len(self):
+            raise TraceError(f"cannot crop rows {start}:{stop} of a trace of {len(self)} rows")
+        return RoutingTrace(
+            expert_ids=self.expert_ids[start:stop],
+            valid=self.valid[start:stop],
+            layers=self.layers,
+            num_experts=self.num_experts,
+            token_digest=crop_digest(self.token_digest, start, stop),
+            origin=Origin(
+                engine=self.origin.engine,
+                engine_version=self.origin.engine_version,
+                spans=_crop_spans(self.origin.spans, start, stop),
+            ),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Join traces of consecutive tokens of one sequence, recorded by one engine on one model."""
+        if not parts:
+            raise TraceError("cannot concat zero traces: layers and experts would be unknown")
+        first = parts[0]
+        for number, part in enumerate(parts):
+            ours = (first.layers, first.num_experts, first.topk, first.origin.engine)
+            theirs = (part.layers, part.num_experts, part.topk, part.origin.engine)
+            if ours != theirs:
+                raise TraceError(
+                    f"part {number} has (layers, experts, topk, engine) {theirs}, part 0 has {ours}; "
+                    "only traces of one model and engine can be joined"
+                )
+        spans: list[PolicySpan] = []
+        rows = 0
+        for part in parts:
+            for span in part.origin.spans:
+                moved = PolicySpan(
+                    start=span.start + rows, stop=span.stop + rows, policy_version=span.policy_version
+                )
+                if spans and spans[-1].policy_version == moved.policy_version:
+                    moved = PolicySpan(
+                        start=spans.pop().start, stop=moved.stop, policy_version=moved.policy_version
+                    )
+                spans.append(moved)
+            rows += len(part)
+        return RoutingTrace(
+            expert_ids=np.concatenate([part.expert_ids for part in parts]),
+            valid=np.concatenate([part.valid for part in parts]),
+            layers=first.layers,
+            num_experts=first.num_experts,
+            token_digest=join_digests([part.token_digest for part in parts]),
+            origin=Origin(
+                engine=first.origin.engine,
+                engine_version=first.origin.engine_version,
+                spans=tuple(spans),
+            ),
+        )
+
+    def take(
+        self, rows: Integer[np.ndarray, " rows"]
+    ) -> Integer[np.ndarray, "rows layers topk"]:
+        """Return the routes of ``rows`` as an array; every row asked for must be valid."""
+        if not self.valid[rows].all():
+            bad = int(np.asarray(rows)[~self.valid[rows]][0])
+            raise TraceError(f"row {bad} holds no route (valid=False); ask `valid` before taking rows")
+        return self.expert_ids[rows]
+
+    def select_layers(self, layers: Sequence[int]) -> RoutingTrace:
+        """Return the trace restricted to ``layers`` (global decoder indices, increasing), each looked up by number."""
+        place = {layer: index for index, layer in enumerate(self.layers)}
+        missing = [layer for layer in layers if layer not in place]
+        if missing:
+            raise TraceError(
+                f"layers {missing} are not in the trace, which holds {list(self.layers)}; the recording model and "
+                "this one number their layers differently, or dense layers were asked for"
+            )
+        if tuple(layers) == self.layers:
+            return self
+        return RoutingTrace(
+            expert_ids=np.ascontiguousarray(self.expert_ids[:, [place[layer] for layer in layers]]),
+            valid=self.valid,
+            layers=tuple(layers),
+            num_experts=self.num_experts,
+            token_digest=self.token_digest,
+            origin=self.origin,
+        )
+
+    def _check_form(self) -> None:
+        ids, expected = self.expert_ids, expert_dtype(self.num_experts)
+        if ids.ndim != 3:
+            raise TraceError(f"expert_ids has shape {ids.shape}, expected [tokens, layers, topk]")
+        if ids.dtype != expected:
+            raise TraceError(
+                f"expert_ids is {ids.dtype}, expected {expected} for a model of {self.num_experts} experts; "
+                "use RoutingTrace.record to narrow an engine's payload"
+            )
+        tokens, num_layers, topk = ids.shape
+        if len(self.layers) != num_layers or num_layers == 0:
+            raise TraceError(
+                f"expert_ids holds {num_layers} layers, `layers` names {len(self.layers)}: {list(self.layers)}; "
+                "an engine that reports dense layers too has more rows of layers than the model has routers"
+            )
+        if any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)) or self.layers[0] < 0:
+            raise TraceError(f"layers must be increasing indices from 0, got {list(self.layers)}")
+        if not 1 <= topk < self.num_experts:
+            raise TraceError(
+                f"topk is {topk} of {self.num_experts} experts, expected at least 1 and fewer than all"
+            )
+        for name, array, dtype in (
+            ("valid", self.valid, np.bool_),
+            ("token_digest", self.token_digest, np.uint64),
+        ):
+            if array.shape != (tokens,) or array.dtype != dtype:
+                raise TraceError(
+                    f"{name} is {array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}[{tokens}]: one entry a row"
+                )
+        covered = 0
+        for span in self.origin.spans:
+            if span.start != covered or span.stop <= span.start:
+                break
+            covered = span.stop
+        if covered != tokens:
+            raise TraceError(
+                f"policy spans {self.origin.spans} must cover the {tokens} rows in order without a gap or overlap"
+            )
+
+    def _check_routes(self) -> None:
+        _check_range(self.expert_ids, self.valid, self.layers, self.num_experts)
+        ids = self.expert_ids if self.valid.all() else self.expert_ids[self.valid]
+        ordered = np.sort(ids, axis=2)
+        twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
+        if twice.any():
+            row, layer = (int(x[0]) for x in np.nonzero(twice))
+            raise TraceError(
+                f"row {int(np.flatnonzero(self.valid)[row])}, layer {self.layers[layer]}: experts "
+                f"{ids[row, layer].tolist()} name one twice ({int(twice.any(axis=1).sum())} such rows); a router never "
+                "does: the buffer is zero-filled or padded, so mark those rows valid=False"
+            )
+        if len(ids) >= MIN_ROWS_FOR_CONSTANT_CHECK:
+            constant = (ids == ids[:1]).all(axis=(0, 2))
+            if constant.any():
+                layer = int(constant.argmax())
+                raise TraceError(
+                    f"layer {self.layers[layer]}: all {len(ids)} valid rows hold {ids[0, layer].tolist()}; "
+                    "that is a constant fill, not routing: the engine did not capture this layer"
+                )
+
+
+def _check_range(
+    ids: Integer[np.ndarray, "tokens layers topk"],
+    valid: Bool[np.ndarray, " tokens"],
+    layers: Sequence[int],
+    num_experts: int,
+) -> None:
+    held = ids if valid.all() else ids[valid]
+    if held.size == 0:
+        return
+    low, high = int(held.min()), int(held.max())
+    if low < 0 or high >= num_experts:
+        worst = high if high >= num_experts else low
+        row, layer, _ = (int(x[0]) for x in np.nonzero(held == worst))
+        raise TraceError(
+            f"expert id {worst} in row {int(np.flatnonzero(valid)[row])}, layer entry {layer} of {list(layers)}, "
+            f"expected 0 to {num_experts - 1}; a sentinel, a narrowed integer or another expert-id space "
+            "(physical ids under expert load balancing): mark missing rows valid=False, map physical ids first"
+        )

@@ -1,0 +1,114 @@
+"""Small mixture-of-experts checkpoints in Hugging Face format, written locally, for tests and examples.
+
+In: a family name and a seed. Out: a directory that transformers, vLLM and `moe_replay.megatron` can load.
+Called by: tests, `moe_replay.cli` (a first run without downloads).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
+VOCAB_SIZE = len(SPECIAL_TOKENS) + len(CHARACTERS)
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 16,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 16,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "intermediate_size": 128,
+    },
+    "mixtral": {"num_local_experts": 16, "intermediate_size": 32},
+    "olmoe": {"num_experts": 16, "intermediate_size": 32},
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def write_tiny_checkpoint(
+    path: str | Path,
+    family: str = "qwen3_moe",
+    *,
+    seed: int = 0,
+    initializer_range: float = 0.2,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write config, safetensors, generation config and character tokenizer of a random model into `path`.
+
+    The default `initializer_range` is ten times the usual one: with usual weights all experts and all router
+    logits of an untrained model are nearly alike, and wrong routes would change nothing that a test could see.
+    The norm weights are random too, so that a norm loaded into the wrong place shows. `overrides` are fields of
+    the family's transformers config.
+
+    Example:
+        >>> write_tiny_checkpoint(tmp_path, num_hidden_layers=2, num_experts=32)
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**_COMMON, **_FAMILIES[family], "initializer_range": initializer_range, **overrides}
+    config = AutoConfig.for_model(family, **fields)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    finally:
+        torch.set_rng_state(generator_state)
+    path = Path(path)
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def character_tokenizer() -> Any:
+    """Build a transformers tokenizer with one token a character; lossless on printable ASCII and newlines.
+
+    Example:
+        >>> tokenizer = character_tokenizer()
+        >>> tokenizer.decode(tokenizer.encode("2 + 2 = 4"))
+        '2 + 2 = 4'
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
