@@ -30,6 +30,8 @@ class Microbatch:
     """Input ids, 0 at padding."""
     positions: Int64[np.ndarray, " rows"]
     """Position of the token in its own sequence, 0 at padding."""
+    sample_ids: Int64[np.ndarray, " rows"]
+    """`Sample.sample_id` of the row's sample, -1 at padding."""
     next_ids: Int64[np.ndarray, " rows"]
     """Id of the following token of the same sequence; 0 where there is none."""
     predicts_sampled: Bool[np.ndarray, " rows"]
@@ -100,6 +102,9 @@ def build_microbatch(
     )
     tokens = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
     positions = np.concatenate([np.arange(len(sample.token_ids)) for sample in samples])
+    owners = np.concatenate(
+        [np.full(len(sample.token_ids), sample.sample_id, dtype=np.int64) for sample in samples]
+    )
     following = np.concatenate([np.append(sample.token_ids[1:], 0) for sample in samples])
     predicts = np.concatenate([sample.predicts_sampled for sample in samples])
     ids, valid, layers, num_experts = _routes(samples)
@@ -111,6 +116,7 @@ def build_microbatch(
         index=index,
         token_ids=index.gather(tokens, fill=0),
         positions=index.gather(positions, fill=0),
+        sample_ids=index.gather(owners, fill=-1),
         next_ids=index.gather(following.astype(np.int64), fill=0),
         predicts_sampled=index.gather(predicts, fill=False),
         expert_ids=None if ids is None else index.gather(ids, fill=0),
@@ -125,7 +131,9 @@ def build_microbatch(
 
 def _routes(
     samples: Sequence[Sample],
-) -> tuple[Integer[np.ndarray, "rows layers topk"] | None, Bool[np.ndarray, " rows"], tuple[int, ...], int]:
+) -> tuple[
+    Integer[np.ndarray, "rows layers topk"] | None, Bool[np.ndarray, " rows"], tuple[int, ...], int
+]:
     traces = [sample.trace for sample in samples if sample.trace is not None]
     if not traces:
         rows = sum(len(sample.token_ids) for sample in samples)
@@ -138,7 +146,9 @@ def _routes(
         )
     shapes = {(trace.layers, trace.num_experts, trace.topk) for trace in traces}
     if len(shapes) > 1:
-        raise TraceError(f"traces of one microbatch differ in (layers, experts, topk): {sorted(shapes)}")
+        raise TraceError(
+            f"traces of one microbatch differ in (layers, experts, topk): {sorted(shapes)}"
+        )
     ids = np.concatenate([trace.expert_ids for trace in traces])
     valid = np.concatenate([trace.valid for trace in traces])
     return ids, valid, traces[0].layers, traces[0].num_experts

@@ -52,13 +52,9 @@ def group_advantages(
     ``GRPOTrainer`` (``batch``, and n - 1).
 
     Raises:
-        RecipeError: for groups of one, which have no advantage, or an unknown ``scale_rewards``.
+        RecipeError: for groups of one, which have no advantage.
         RewardError: when a reward is not finite.
     """
-    if scale_rewards not in ("group", "batch", "none"):
-        raise RecipeError(
-            f"grpo.scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'"
-        )
     num_groups, num_generations = rewards.shape
     if num_groups < 1 or num_generations < 2:
         raise RecipeError(
@@ -71,8 +67,12 @@ def group_advantages(
     # The mean of n equal numbers may differ from them in the last bit, which the division would blow up.
     centred[equal] = 0.0
     group_std = np.sqrt((centred**2).sum(axis=1) / (num_generations - 1))
-    batch_std = float(rewards.std(ddof=1))
-    divisor = {"group": group_std[:, None] + STD_EPSILON, "batch": batch_std + STD_EPSILON, "none": 1.0}
+    batch_std = _std(rewards)
+    divisor = {
+        "group": group_std[:, None] + STD_EPSILON,
+        "batch": batch_std + STD_EPSILON,
+        "none": 1.0,
+    }
     return GroupAdvantages(
         advantages=centred / divisor[scale_rewards],
         reward_mean=float(rewards.mean()),
@@ -99,8 +99,12 @@ def reward_metrics(
     for name, scores in rewards.items():
         _check_finite(name, scores)
         metrics[f"rewards/{name}/mean"] = float(scores.mean())
-        metrics[f"rewards/{name}/std"] = float(scores.std(ddof=1))
+        metrics[f"rewards/{name}/std"] = _std(scores)
     return metrics
+
+
+def _std(scores: np.ndarray) -> float:
+    return 0.0 if scores.max() == scores.min() else float(scores.std(ddof=1))
 
 
 def _check_finite(name: str, scores: np.ndarray) -> None:

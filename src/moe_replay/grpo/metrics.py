@@ -114,8 +114,8 @@ class Tally:
 
 
 def engine_gap(
-    old_logprobs: Sequence[Float[np.ndarray, " completion"]],
-    rollout_logprobs: Sequence[Float[np.ndarray, " completion"]],
+    old_logprobs: Sequence[Float[np.ndarray, "_"]],
+    rollout_logprobs: Sequence[Float[np.ndarray, "_"]],
     *,
     prefix: str = "rollout_correction",
 ) -> Tally:
@@ -140,7 +140,9 @@ def engine_gap(
     """
     tally = Tally()
     for number, (old, rollout) in enumerate(zip(old_logprobs, rollout_logprobs, strict=True)):
-        assert len(old) == len(rollout) > 0, f"sample {number}: {len(old)} and {len(rollout)} values"
+        assert len(old) == len(rollout) > 0, (
+            f"sample {number}: {len(old)} and {len(rollout)} values"
+        )
         for name, values in (("old_logprobs", old), ("rollout_logprobs", rollout)):
             if not np.isfinite(values).all():
                 raise MoeReplayError(

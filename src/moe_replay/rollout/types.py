@@ -123,9 +123,7 @@ class Engine(Protocol):
         """Weight pushes received so far."""
         ...
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
         Raises:

@@ -4,17 +4,33 @@ In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard and
 Called by: every other package, and other trainers.
 """
 
+from moe_replay.routing.agreement import (
+    Agreement,
+    GuardEvidence,
+    agreement_floor,
+    measure_agreement,
+)
+from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
+from moe_replay.routing.guard import Guard
 from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
 from moe_replay.routing.rows import RowIndex
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
 
 __all__ = [
+    "Agreement",
+    "Cause",
     "Coverage",
+    "Diagnosis",
+    "Guard",
+    "GuardEvidence",
     "LiveReason",
     "Origin",
     "PolicySpan",
     "ReplayMode",
     "RoutingTrace",
     "RowIndex",
+    "agreement_floor",
+    "diagnose",
     "expert_dtype",
+    "measure_agreement",
 ]

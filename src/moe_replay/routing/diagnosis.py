@@ -15,9 +15,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Integer
+from jaxtyping import Float64, Int64
 
 from moe_replay.errors import TraceError
+from moe_replay.routing.agreement import (
+    GuardEvidence,
+    Overlaps,
+    agreement_floor,
+    agreement_of,
+    row_gain,
+)
 
 MIN_GAIN = 0.1
 """Overlap by which a hypothesis must beat the aligned rows to be believed."""
@@ -27,58 +34,7 @@ MAX_DIAGNOSED_ROWS = 512
 # Hypotheses within this of the best are as good; the simplest of them, tried first, is named.
 _TIE = 0.03
 _TOKEN_SHIFTS = (-1, 1, -2, 2)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GuardEvidence:
-    """Live routes of a few rows of one microbatch, next to the routes that were replayed for all of its rows."""
-
-    live_ids: Integer[np.ndarray, "sampled layers topk"]
-    """``[sampled, layers, topk]``, top-k of the current weights, in any order within a row."""
-    rows: Integer[np.ndarray, " sampled"]
-    """``[sampled]``, local row of each entry of ``live_ids``; every one valid."""
-    expert_ids: Integer[np.ndarray, "rows layers topk"]
-    """``[rows, layers, topk]``, replayed ids of all local rows. Rows with ``valid=False`` hold anything."""
-    valid: Bool[np.ndarray, " rows"]
-    """``[rows]``, True where a route was replayed."""
-    sample: Integer[np.ndarray, " rows"]
-    """``[rows]``, number of the sample that the row belongs to, -1 at padding."""
-    position: Integer[np.ndarray, " rows"]
-    """``[rows]``, position of the token in its own sample."""
-    layers: tuple[int, ...]
-    """Global decoder index of each entry of the layer dim."""
-
-    def __post_init__(self) -> None:
-        sampled, rows = len(self.rows), len(self.valid)
-        expected = {
-            "live_ids": (self.live_ids.shape, (sampled, *self.expert_ids.shape[1:])),
-            "expert_ids": (self.expert_ids.shape[:2], (rows, len(self.layers))),
-            "sample": (self.sample.shape, (rows,)),
-            "position": (self.position.shape, (rows,)),
-        }
-        for name, (got, wanted) in expected.items():
-            if got != wanted:
-                raise TraceError(
-                    f"guard evidence: {name} has shape {got}, expected {wanted} for {rows} local rows, "
-                    f"{sampled} sampled ones and layers {list(self.layers)}; hand over the arrays of one microbatch"
-                )
-        if not self.valid[self.rows].all():
-            raise TraceError(
-                f"guard evidence: {int((~self.valid[self.rows]).sum())} of {sampled} sampled rows are valid=False, "
-                "expected none; nothing was replayed there, so sample rows from np.flatnonzero(valid)"
-            )
-
-    def select(self, chosen: np.ndarray) -> GuardEvidence:
-        """Return the evidence of the sampled rows that ``chosen`` (a mask or positions) picks."""
-        return GuardEvidence(
-            live_ids=self.live_ids[chosen],
-            rows=self.rows[chosen],
-            expert_ids=self.expert_ids,
-            valid=self.valid,
-            sample=self.sample,
-            position=self.position,
-            layers=self.layers,
-        )
+_LAYER_SHIFTS = (-1, 1, -2, 2)
 
 
 class Cause(StrEnum):
@@ -120,82 +76,23 @@ class Diagnosis:
     """The finding in words, ready for an error message."""
 
 
-class Overlaps:
-    """Slot overlaps between the live routes of the sampled rows and any other routes of the microbatch."""
-
-    def __init__(self, evidence: GuardEvidence, num_experts: int) -> None:
-        self.evidence = evidence
-        self.num_experts = num_experts
-        sampled, layers, _ = evidence.live_ids.shape
-        self.live = np.zeros((sampled, layers, num_experts), dtype=bool)
-        np.put_along_axis(self.live, evidence.live_ids.astype(np.int64), True, axis=2)
-        self.ids = evidence.expert_ids[evidence.rows].astype(np.int64)
-        self.sample = evidence.sample[evidence.rows]
-        self.position = evidence.position[evidence.rows].astype(np.int64)
-        self.samples = np.unique(evidence.sample[evidence.valid])
-        self._place = self._table()
-        self.aligned = self.of_ids(self.ids)
-
-    def of_ids(
-        self, ids: Int64[np.ndarray, "sampled layers topk"]
-    ) -> Float64[np.ndarray, "sampled layers"]:
-        """Return ``|live & ids| / topk``."""
-        return np.take_along_axis(self.live, ids, axis=2).mean(axis=2)
-
-    def of_place(
-        self, sample: Integer[np.ndarray, " sampled"], position: Int64[np.ndarray, " sampled"]
-    ) -> Float64[np.ndarray, "sampled layers"]:
-        """Return the overlap with the routes at other places; nan where no route is held for one."""
-        rows = self._row_at(sample, position)
-        held = rows >= 0
-        ids = np.where(
-            held[:, None, None], self.evidence.expert_ids[np.where(held, rows, 0)], 0
-        ).astype(np.int64)
-        return np.where(held[:, None], self.of_ids(ids), np.nan)
-
-    def of_token_shift(self, shift: int) -> Float64[np.ndarray, "sampled layers"]:
-        """Return the overlap with the routes that lie ``shift`` tokens later in the same sample."""
-        return self.of_place(self.sample, self.position + shift)
-
-    def of_layer_shift(self, shift: int) -> Float64[np.ndarray, "sampled layers"]:
-        """Return the overlap with the routes that lie ``shift`` layer entries later; nan past the ends."""
-        source = np.arange(self.ids.shape[1]) + shift
-        inside = (source >= 0) & (source < self.ids.shape[1])
-        found = self.of_ids(self.ids[:, np.where(inside, source, 0)])
-        return np.where(inside, found, np.nan)
-
-    def _table(self) -> Int64[np.ndarray, "samples positions"]:
-        evidence = self.evidence
-        rows = np.flatnonzero(evidence.valid)
-        width = int(evidence.position[rows].max()) + 1 if len(rows) else 1
-        table = np.full((len(self.samples), width), -1, dtype=np.int64)
-        table[np.searchsorted(self.samples, evidence.sample[rows]), evidence.position[rows]] = rows
-        return table
-
-    def _row_at(
-        self, sample: Integer[np.ndarray, " sampled"], position: Int64[np.ndarray, " sampled"]
-    ) -> Int64[np.ndarray, " sampled"]:
-        inside = (position >= 0) & (position < self._place.shape[1])
-        entry = np.searchsorted(self.samples, sample)
-        return np.where(inside, self._place[entry, np.where(inside, position, 0)], -1)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Hypothesis:
+class Hypothesis:
+    """Where the right routes may lie, and the overlap of those with the live ones."""
+
     cause: Cause
+    """The misalignment, were it true."""
     overlap: Float64[np.ndarray, "sampled layers"]
+    """``[sampled, layers]``; nan where the hypothesis says nothing."""
     sentence: str
+    """The hypothesis in words."""
     shift: int = 0
+    """Rows, layer entries or ids off, where the cause has such a number."""
 
-
-def row_gain(
-    overlap: Float64[np.ndarray, "sampled layers"], aligned: Float64[np.ndarray, "sampled layers"]
-) -> Float64[np.ndarray, " held"]:
-    """Return by how much each row's overlap beats the aligned one, over the rows and layers that have both."""
-    held = np.isfinite(overlap)
-    count = held.sum(axis=1)
-    gain = np.where(held, overlap - aligned, 0.0).sum(axis=1)
-    return gain[count > 0] / count[count > 0]
+    @property
+    def name(self) -> str:
+        """The cause with its shift, such as ``token shift +1``."""
+        return f"{self.cause} {self.shift:+d}" if self.shift else str(self.cause)
 
 
 def diagnose(
@@ -209,6 +106,8 @@ def diagnose(
     if len(evidence.rows) > MAX_DIAGNOSED_ROWS:
         spread = np.linspace(0, len(evidence.rows) - 1, MAX_DIAGNOSED_ROWS).astype(np.int64)
         evidence = evidence.select(spread)
+    if not len(evidence.rows):
+        raise TraceError("guard evidence: no row was sampled, so there is nothing to diagnose")
     found = Overlaps(evidence, num_experts)
     wanted = np.isin(evidence.layers, evidence.layers if layers is None else layers)
     aligned = found.aligned[:, wanted]
@@ -216,6 +115,7 @@ def diagnose(
     for hypothesis in _hypotheses(found):
         overlap = hypothesis.overlap[:, wanted]
         gain = row_gain(overlap, aligned)
+        gain = gain[np.isfinite(gain)]
         if len(gain) < 2 or gain.mean() < MIN_GAIN + SIGMAS * gain.std() / len(gain) ** 0.5:
             continue
         agreement = float(np.nanmean(overlap))
@@ -227,14 +127,16 @@ def diagnose(
                 shift=hypothesis.shift,
                 sentence=f"{hypothesis.sentence} (that explains {agreement:.0%} of the expert slots)",
             )
-    return best or _without_hypothesis(found, aligned)
+    return best or _without_hypothesis(found, wanted)
 
 
-def _without_hypothesis(
-    found: Overlaps, aligned: Float64[np.ndarray, "sampled layers"]
-) -> Diagnosis:
-    agreement = float(aligned.mean()) if aligned.size else float("nan")
-    if agreement >= 0.5:
+def _without_hypothesis(found: Overlaps, wanted: np.ndarray) -> Diagnosis:
+    measured = agreement_of(found)
+    agreement = float(measured.slot_overlap[wanted].mean())
+    floor = agreement_floor(
+        found.num_experts, found.evidence.live_ids.shape[2], float(measured.chance[wanted].mean())
+    )
+    if agreement >= floor > 0:
         cause, sentence = Cause.ALIGNED, "the routes lie where they belong; what differs is drift"
     else:
         cause, sentence = (
@@ -247,94 +149,104 @@ def _without_hypothesis(
     )
 
 
-def _hypotheses(found: Overlaps) -> Iterator[_Hypothesis]:
-    """Yield what could be wrong, the simplest first."""
+def alternatives(found: Overlaps) -> Iterator[Hypothesis]:
+    """Yield the hypotheses that are cheap enough to be tried on every check, the simplest first."""
     for shift in _TOKEN_SHIFTS:
         side = "late" if shift > 0 else "early"
-        yield _Hypothesis(
+        yield Hypothesis(
             cause=Cause.TOKEN_SHIFT,
             overlap=found.of_token_shift(shift),
             shift=shift,
             sentence=f"token shift {shift:+d}: the route of token t lies in row t{shift:+d}, {abs(shift)} row(s) too "
             f"{side}; a row was {'inserted' if shift > 0 else 'dropped'} before these tokens",
         )
-    yield from _layer_shifts(found)
+    for shift in _LAYER_SHIFTS:
+        if abs(shift) < len(found.evidence.layers):
+            yield _layer_shift(found, shift)
     if len(found.samples) > 1:
         yield _swapped_samples(found)
+
+
+def _hypotheses(found: Overlaps) -> Iterator[Hypothesis]:
+    yield from alternatives(found)
     yield _expert_offset(found)
     if found.num_experts > 256:
         yield _expert_wrap(found)
-    if len(found.evidence.layers) > 1:
+    num_layers = len(found.evidence.layers)
+    for shift in range(3, num_layers - 2):
+        yield Hypothesis(
+            cause=Cause.LAYER_SHIFT,
+            overlap=found.of_ids(np.roll(found.ids, -shift, axis=1)),
+            shift=shift,
+            sentence=f"layers rotated by {shift}: the route of layer entry l lies in entry (l+{shift}) mod {num_layers}",
+        )
+    if num_layers > 1:
         yield _layer_order(found)
     yield from _expert_maps(found)
 
 
-def _layer_shifts(found: Overlaps) -> Iterator[_Hypothesis]:
+def _layer_shift(found: Overlaps, shift: int) -> Hypothesis:
+    """Shift by a few layer entries; a rotation when the entries that wrap around are explained as well."""
     num_layers = len(found.evidence.layers)
-    for shift in (-1, 1, -2, 2):
-        if abs(shift) < num_layers:
-            yield _Hypothesis(
-                cause=Cause.LAYER_SHIFT,
-                overlap=found.of_layer_shift(shift),
-                shift=shift,
-                sentence=f"layer shift {shift:+d}: the route of a layer lies {abs(shift)} entry(ies) too "
-                f"{'late' if shift > 0 else 'early'}; dense or MTP layers were counted on one side only",
-            )
-    for shift in range(1, num_layers):
-        ids = np.roll(found.ids, -shift, axis=1)
-        yield _Hypothesis(
-            cause=Cause.LAYER_SHIFT,
-            overlap=found.of_ids(ids),
-            shift=shift,
-            sentence=f"layers rotated by {shift}: the route of layer entry l lies in entry (l+{shift}) mod {num_layers}",
+    inside = found.of_layer_shift(shift)
+    rotated = found.of_ids(np.roll(found.ids, -shift, axis=1))
+    wraps = ~np.isfinite(inside).any(axis=0)
+    if (rotated - found.aligned)[:, wraps].mean() > MIN_GAIN:
+        sentence = (
+            f"layers rotated by {shift:+d}: the route of layer entry l lies in entry (l{shift:+d}) mod {num_layers}; "
+            "layers were gathered in another order"
         )
+        return Hypothesis(cause=Cause.LAYER_SHIFT, overlap=rotated, shift=shift, sentence=sentence)
+    sentence = (
+        f"layer shift {shift:+d}: the route of a layer lies {abs(shift)} layer entry(ies) too "
+        f"{'late' if shift > 0 else 'early'}; dense or MTP layers were counted on one side only"
+    )
+    return Hypothesis(cause=Cause.LAYER_SHIFT, overlap=inside, shift=shift, sentence=sentence)
 
 
-def _swapped_samples(found: Overlaps) -> _Hypothesis:
-    scores = np.full((len(found.sample), len(found.samples)), np.nan)
-    for entry, other in enumerate(found.samples):
-        row = found.of_place(np.full_like(found.sample, other), found.position).mean(axis=1)
-        scores[:, entry] = np.where(found.sample == other, np.nan, row)
+def _swapped_samples(found: Overlaps) -> Hypothesis:
+    """Let each sample choose whose routes it holds; its own choice makes a row irrelevant to the hypothesis."""
+    own = np.searchsorted(found.samples, found.sample)
+    scores = np.stack(
+        [
+            found.of_place(np.full_like(found.sample, other), found.position).mean(axis=1)
+            for other in found.samples
+        ],
+        axis=1,
+    )
 
     def choose(rows: np.ndarray) -> Int64[np.ndarray, " sampled"]:
-        chosen = np.zeros(len(found.sample), dtype=np.int64)
-        for own in np.unique(found.sample):
-            part = scores[rows & (found.sample == own)]
+        chosen = own.copy()
+        for entry in np.unique(own):
+            part = scores[rows & (own == entry)]
             count = np.isfinite(part).sum(axis=0)
-            means = np.nansum(part, axis=0) / np.maximum(count, 1)
-            chosen[found.sample == own] = int(np.where(count > 0, means, -1.0).argmax())
+            if count[entry]:
+                means = np.nansum(part, axis=0) / np.maximum(count, 1)
+                chosen[own == entry] = int(np.where(count > 0, means, -1.0).argmax())
         return chosen
 
-    overlap = _cross_fitted(
-        len(found.sample),
-        lambda rows: found.of_place(found.samples[choose(rows)], found.position),
-    )
-    overlap[found.samples[choose(np.ones(len(found.sample), dtype=bool))] == found.sample] = np.nan
-    pairs = sorted(
-        {
-            (int(own), int(other))
-            for own, other in zip(
-                found.sample,
-                found.samples[choose(np.ones(len(found.sample), dtype=bool))],
-                strict=True,
-            )
-        }
-    )
-    shown = ", ".join(f"{own} has the routes of {other}" for own, other in pairs[:4])
-    return _Hypothesis(
+    def fit(rows: np.ndarray) -> Float64[np.ndarray, "sampled layers"]:
+        chosen = choose(rows)
+        overlap = found.of_place(found.samples[chosen], found.position)
+        return np.where((chosen == own)[:, None], np.nan, overlap)
+
+    chosen = choose(np.ones(len(own), dtype=bool))
+    pairs = sorted({(int(a), int(b)) for a, b in zip(own, chosen, strict=True) if a != b})
+    shown = [f"sample {found.samples[a]} has the routes of {found.samples[b]}" for a, b in pairs]
+    return Hypothesis(
         cause=Cause.SWAPPED_SAMPLES,
-        overlap=overlap,
-        sentence=f"swapped samples: {shown}{', ...' if len(pairs) > 4 else ''}; "
-        "completions were put together in another order than their traces",
+        overlap=_cross_fitted(len(own), fit),
+        sentence=f"swapped samples: {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}; "
+        "completions and their traces were put together in different orders",
     )
 
 
-def _expert_offset(found: Overlaps) -> _Hypothesis:
+def _expert_offset(found: Overlaps) -> Hypothesis:
     apart = found.ids[..., :, None] - found.evidence.live_ids[..., None, :].astype(np.int64)
     counts = np.bincount((apart % found.num_experts).ravel(), minlength=found.num_experts)
     offset = int(counts[1:].argmax()) + 1
     signed = offset if offset <= found.num_experts // 2 else offset - found.num_experts
-    return _Hypothesis(
+    return Hypothesis(
         cause=Cause.EXPERT_OFFSET,
         overlap=found.of_ids((found.ids - offset) % found.num_experts),
         shift=signed,
@@ -343,21 +255,21 @@ def _expert_offset(found: Overlaps) -> _Hypothesis:
     )
 
 
-def _expert_wrap(found: Overlaps) -> _Hypothesis:
+def _expert_wrap(found: Overlaps) -> Hypothesis:
     wrapped = np.zeros((*found.live.shape[:2], 256), dtype=bool)
     for start in range(0, found.num_experts, 256):
         part = found.live[..., start : start + 256]
         wrapped[..., : part.shape[2]] |= part
     narrow = bool((found.ids < 256).all())
     overlap = np.take_along_axis(wrapped, found.ids % 256, axis=2).mean(axis=2)
-    return _Hypothesis(
+    return Hypothesis(
         cause=Cause.EXPERT_WRAP,
         overlap=overlap if narrow else np.full_like(overlap, np.nan),
         sentence=f"expert ids wrapped at 256: {found.num_experts} experts were stored in 8 bits",
     )
 
 
-def _layer_order(found: Overlaps) -> _Hypothesis:
+def _layer_order(found: Overlaps) -> Hypothesis:
     num_layers = len(found.evidence.layers)
     every = np.stack(
         [found.of_ids(np.repeat(found.ids[:, [m]], num_layers, axis=1)) for m in range(num_layers)],
@@ -372,9 +284,9 @@ def _layer_order(found: Overlaps) -> _Hypothesis:
     )
     layers = found.evidence.layers
     source = choose(np.ones(len(found.sample), dtype=bool))
-    moved = [f"{layers[l]} has those of {layers[m]}" for l, m in enumerate(source) if l != m]
+    moved = [f"{layers[at]} has those of {layers[m]}" for at, m in enumerate(source) if at != m]
     overlap = np.where(source == np.arange(num_layers), np.nan, overlap)
-    return _Hypothesis(
+    return Hypothesis(
         cause=Cause.LAYER_ORDER,
         overlap=overlap,
         sentence=f"layers hold each other's routes: {', '.join(moved[:6])}{', ...' if len(moved) > 6 else ''}; "
@@ -382,10 +294,10 @@ def _layer_order(found: Overlaps) -> _Hypothesis:
     )
 
 
-def _expert_maps(found: Overlaps) -> Iterator[_Hypothesis]:
+def _expert_maps(found: Overlaps) -> Iterator[Hypothesis]:
     for pooled in (True, False):
         words = "one renaming for all layers" if pooled else "a renaming for each layer"
-        yield _Hypothesis(
+        yield Hypothesis(
             cause=Cause.EXPERT_IDS,
             overlap=_cross_fitted(
                 len(found.sample), lambda rows, pooled=pooled: _renamed(found, rows, pooled=pooled)

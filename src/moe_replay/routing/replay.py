@@ -67,6 +67,12 @@ class Coverage:
                 live[reason] += count
         return Coverage(num_replayed=replayed, num_live=live)
 
+    @classmethod
+    def from_counts(cls, num_replayed: int, num_live: Mapping[str, int]) -> Coverage:
+        """Rebuild a coverage from plain counts whose reasons are spelled as in `LiveReason`."""
+        live = {LiveReason(reason): count for reason, count in num_live.items()}
+        return cls(num_replayed=num_replayed, num_live=live)
+
     def require(self, min_coverage: float) -> None:
         """Raise `CoverageError` when less than ``min_coverage`` of the replayable rows was replayed."""
         if self.fraction >= min_coverage:

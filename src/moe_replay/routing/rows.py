@@ -171,7 +171,9 @@ def _common_multiple(a: int, b: int) -> int:
 
 def _check_lengths(lengths: Sequence[int]) -> None:
     if not lengths or min(lengths) < 1:
-        raise TraceError(f"sequence lengths must be at least 1 and there must be one, got {list(lengths)}")
+        raise TraceError(
+            f"sequence lengths must be at least 1 and there must be one, got {list(lengths)}"
+        )
 
 
 def _check_rank(axis: str, rank: int, size: int) -> None:

@@ -66,9 +66,7 @@ class Origin:
 
 
 def _crop_spans(spans: Sequence[PolicySpan], start: int, stop: int) -> tuple[PolicySpan, ...]:
-    cut = (
-        (max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans
-    )
+    cut = ((max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans)
     return tuple(
         PolicySpan(start=a - start, stop=b - start, policy_version=v) for a, b, v in cut if a < b
     )
@@ -203,11 +201,15 @@ class RoutingTrace:
         for part in parts:
             for span in part.origin.spans:
                 moved = PolicySpan(
-                    start=span.start + rows, stop=span.stop + rows, policy_version=span.policy_version
+                    start=span.start + rows,
+                    stop=span.stop + rows,
+                    policy_version=span.policy_version,
                 )
                 if spans and spans[-1].policy_version == moved.policy_version:
                     moved = PolicySpan(
-                        start=spans.pop().start, stop=moved.stop, policy_version=moved.policy_version
+                        start=spans.pop().start,
+                        stop=moved.stop,
+                        policy_version=moved.policy_version,
                     )
                 spans.append(moved)
             rows += len(part)
@@ -224,13 +226,13 @@ class RoutingTrace:
             ),
         )
 
-    def take(
-        self, rows: Integer[np.ndarray, " rows"]
-    ) -> Integer[np.ndarray, "rows layers topk"]:
+    def take(self, rows: Integer[np.ndarray, " rows"]) -> Integer[np.ndarray, "rows layers topk"]:
         """Return the routes of ``rows`` as an array; every row asked for must be valid."""
         if not self.valid[rows].all():
             bad = int(np.asarray(rows)[~self.valid[rows]][0])
-            raise TraceError(f"row {bad} holds no route (valid=False); ask `valid` before taking rows")
+            raise TraceError(
+                f"row {bad} holds no route (valid=False); ask `valid` before taking rows"
+            )
         return self.expert_ids[rows]
 
     def select_layers(self, layers: Sequence[int]) -> RoutingTrace:
@@ -268,7 +270,10 @@ class RoutingTrace:
                 f"expert_ids holds {num_layers} layers, `layers` names {len(self.layers)}: {list(self.layers)}; "
                 "an engine that reports dense layers too has more rows of layers than the model has routers"
             )
-        if any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False)) or self.layers[0] < 0:
+        if (
+            any(b <= a for a, b in zip(self.layers, self.layers[1:], strict=False))
+            or self.layers[0] < 0
+        ):
             raise TraceError(f"layers must be increasing indices from 0, got {list(self.layers)}")
         if not 1 <= topk < self.num_experts:
             raise TraceError(

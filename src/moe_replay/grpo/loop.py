@@ -1,0 +1,63 @@
+"""The training loop: the stations of a step in their order, and nothing else.
+
+In: a recipe. Out: a run directory with metrics, completions, checkpoints and the exported model. Called by: cli.
+"""
+
+from __future__ import annotations
+
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.records import Reporter
+from moe_replay.grpo.run import open_run
+from moe_replay.grpo.stations import (
+    evaluate,
+    export_model,
+    make_samples,
+    push_weights,
+    roll_out,
+    save_checkpoint,
+    score_old,
+    score_reference,
+    score_rewards,
+    step_record,
+    update_policy,
+)
+
+
+def train(
+    recipe: Recipe, *, process: ProcessSpec, reporter: Reporter, restart: bool = False
+) -> None:
+    """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
+
+    Every rank of a data-parallel run calls this. ``restart`` discards what the output directory holds.
+
+    Raises:
+        MoeReplayError: of the kind that names what went wrong; the newest checkpoint stays usable.
+    """
+    with open_run(recipe, process, reporter, restart=restart) as run:
+        reporter.start(run.summary())
+        if run.step == 0:
+            evaluate(run)
+        while run.step < recipe.run.max_steps:
+            run.begin_step()
+            with run.station("rollout"):
+                rollout = roll_out(run)
+            with run.station("reward"):
+                scored = score_rewards(run, rollout)
+            samples = make_samples(run, rollout, scored)
+            with run.station("old_logprobs"):
+                old = score_old(run, samples)
+            with run.station("ref_logprobs"):
+                reference = score_reference(run, old.samples)
+            with run.station("update"):
+                update = update_policy(run, old, reference)
+            with run.station("sync"):
+                push_weights(run)
+            record, completions = step_record(run, rollout, scored, old, update)
+            reporter.step(record, completions)
+            if run.evaluation_is_due:
+                evaluate(run)
+            if run.checkpoint_is_due:
+                with run.station("checkpoint"):
+                    save_checkpoint(run)
+        where = export_model(run)
+        reporter.finish(where)

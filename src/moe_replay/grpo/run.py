@@ -1,0 +1,310 @@
+"""Run: everything that a run holds, put together from its recipe and closed again.
+
+In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off. Called by: grpo.loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.metrics import Tally
+from moe_replay.grpo.records import Reporter, RunSummary
+from moe_replay.megatron.actor import MegatronActor, OptimizerSettings
+from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
+from moe_replay.megatron.model import (
+    ParallelLayout,
+    build_model,
+    initialize,
+    shut_down,
+    transformer_config,
+)
+from moe_replay.megatron.scorer import MegatronScorer
+from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
+from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.rollout.prompts import PromptSource, load_tokenizer
+from moe_replay.rollout.rewards import RewardSet
+from moe_replay.rollout.types import Engine, SamplingParams
+from moe_replay.routing import Guard, ReplayMode
+from moe_replay.sync.messages import gather_json
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run and its position. Stations read it and move it on."""
+
+    recipe: Recipe
+    process: ProcessSpec
+    reporter: Reporter
+    tokenizer: Any
+    source: PromptSource
+    eval_source: PromptSource | None
+    rewards: RewardSet
+    engine: Engine
+    actor: MegatronActor
+    reference: MegatronScorer | None
+    guard: Guard | None
+    checkpoints: CheckpointFolder
+    step: int = 0
+    """Finished steps; during a step, its number."""
+    policy_version: int = 0
+    """Weight pushes that the engine has received."""
+    next_prompt: int = 0
+    """Position of the next step's first prompt."""
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> ReplayMode:
+        """Where routes come from."""
+        return ReplayMode(self.recipe.replay.router_replay_mode)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature at which the trainer computes log-probabilities: that of the rollout."""
+        return self.recipe.rollout.temperature
+
+    @property
+    def min_coverage(self) -> float:
+        """Coverage below which the run stops; 0 when nothing is replayed."""
+        return 0.0 if self.mode is ReplayMode.DISABLED else self.recipe.replay.min_coverage
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the trainer."""
+        return self.actor.device
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks."""
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+
+    @property
+    def directory(self) -> Path:
+        """Run directory."""
+        return Path(self.recipe.run.output_dir)
+
+    @property
+    def export_path(self) -> Path:
+        """Folder of the exported Hugging Face checkpoint."""
+        return self.directory / "export"
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether to evaluate after this step: at the end, and every ``eval.every_steps``."""
+        every = self.recipe.eval.every_steps
+        return self.step == self.recipe.run.max_steps or (every > 0 and self.step % every == 0)
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether to save after this step: at the end, and every ``checkpoint.save_steps``."""
+        every = self.recipe.checkpoint.save_steps
+        return self.step == self.recipe.run.max_steps or self.step % every == 0
+
+    @property
+    def live_gap_is_due(self) -> bool:
+        """Whether this step also measures the engine gap with live routing."""
+        every = self.recipe.replay.live_gap_every
+        return every > 0 and (self.step - 1) % every == 0 and self.mode is not ReplayMode.DISABLED
+
+    def begin_step(self) -> None:
+        """Move on to the next step."""
+        self.step += 1
+
+    @contextmanager
+    def station(self, name: str) -> Iterator[None]:
+        """Announce a station and time it."""
+        self.reporter.station(self.step, name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + passed
+
+    def take_seconds(self) -> dict[str, float]:
+        """Return the seconds of each station since the last call; what follows a record counts to the next one."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def share_of_prompts(self) -> list[int]:
+        """Return this rank's places among the step's prompts: an equal part of every mini-batch.
+
+        With 2 mini-batches of 4 prompts, rank 1 of 2 gets places 2, 3, 6, 7, so that a mini-batch holds the same
+        prompts whatever the number of ranks.
+        """
+        per_update = self.recipe.prompts_per_step // self.recipe.batch.steps_per_generation
+        per_rank = per_update // self.process.world_size
+        first = self.process.rank * per_rank
+        return [
+            update * per_update + first + place
+            for update in range(self.recipe.batch.steps_per_generation)
+            for place in range(per_rank)
+        ]
+
+    def sampling(self) -> SamplingParams:
+        """Return how training completions are sampled."""
+        rollout = self.recipe.rollout
+        return SamplingParams(
+            max_completion_length=rollout.max_completion_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.recipe.run.seed,
+        )
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        """Return the text of sampled tokens, without special tokens."""
+        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the JSON-serialisable ``value`` of every rank, in rank order."""
+        return gather_json(value, self.group, device=self.device)
+
+    def merge(self, tally: Tally) -> dict[str, float]:
+        """Return the metrics of ``tally`` over all ranks."""
+        return Tally.merge(Tally.from_plain(part) for part in self.gather(tally.to_plain())).finish()
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the policy's weights under their Hugging Face names; every rank iterates together."""
+        return export_hf_weights(self.actor.modules)
+
+    def write_export(self) -> None:
+        """Write the policy as a Hugging Face checkpoint that transformers loads."""
+        save_hf_checkpoint(self.actor.modules, Path(self.recipe.model.path), self.export_path)
+
+    def position(self) -> RunPosition:
+        """Return where the run stands."""
+        return RunPosition(
+            step=self.step,
+            policy_version=self.policy_version,
+            next_prompt=self.next_prompt,
+            fingerprint=self.recipe.fingerprint(),
+            scheduler=self.actor.scheduler.state_dict(),
+        )
+
+    def resume(self, step: int) -> None:
+        """Continue after ``step``: load its checkpoint, and push its weights to the engine.
+
+        Raises:
+            CheckpointError: when the checkpoint was written by a recipe that trains differently.
+        """
+        position = self.checkpoints.position(step)
+        if position.fingerprint != self.recipe.fingerprint():
+            raise CheckpointError(
+                f"{self.checkpoints.path} holds step {step} of a recipe that trains differently from this one; to "
+                "continue that run, restore its recipe (recipe.toml in the run directory); to start anew, choose "
+                "another run.output_dir or pass --restart"
+            )
+        self.checkpoints.load(self.actor, step)
+        self.step, self.next_prompt = position.step, position.next_prompt
+        self.policy_version = position.policy_version
+        self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
+
+    def summary(self) -> RunSummary:
+        """Return what is about to run, in words."""
+        recipe, engine = self.recipe, self.engine.description
+        num_parameters = sum(p.numel() for module in self.actor.modules for p in module.parameters())
+        replayed = {
+            ReplayMode.DISABLED: "nothing is replayed: every pass routes by its own weights",
+            ReplayMode.R2: "routes of the old-logprob pass are replayed in the update",
+            ReplayMode.R3: "routes of the engine are replayed in old-logprobs, update and recompute",
+        }[self.mode]
+        layers = len(self.actor.routers)
+        return RunSummary(
+            sections={
+                "Model": [
+                    f"{recipe.model.path}: {num_parameters / 1e6:.2f}M parameters, {layers} MoE layers, "
+                    f"top-{engine.topk} of {engine.num_experts} experts",
+                    f"trained in {recipe.model.dtype} on {self.device}",
+                ],
+                "Layout": [f"{self.process.world_size} data-parallel rank(s)"],
+                "Engine": [
+                    f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}"
+                ],
+                "Replay": [
+                    f"router_replay_mode = {self.mode.value}: {replayed}",
+                    "live: padding rows, the token sampled last, and rows that the engine left out",
+                    f"guard {'on' if self.guard else 'off'}, min_coverage {self.min_coverage}",
+                ],
+                "Batch": [
+                    f"{recipe.prompts_per_step} prompts x {recipe.rollout.num_generations} completions a step, "
+                    f"{recipe.batch.steps_per_generation} update(s) of {recipe.batch.global_batch_size} samples",
+                ],
+                "Output": [str(self.directory)],
+            },
+            first_step=self.step + 1,
+            max_steps=recipe.run.max_steps,
+        )
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe, process: ProcessSpec, reporter: Reporter, *, restart: bool
+) -> Iterator[Run]:
+    """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
+
+    Raises:
+        RecipeError: when the recipe does not fit its files, the model or the number of ranks.
+    """
+    recipe.check_world(process.world_size)
+    tokenizer = load_tokenizer(recipe.model.path)
+    source = PromptSource.open(recipe, tokenizer, split="train")
+    eval_source = PromptSource.open(recipe, tokenizer, split="eval") if recipe.data.eval else None
+    rewards = RewardSet.load(recipe)
+    rewards.check(source)
+    layout = ParallelLayout()
+    initialize(layout, process=process, seed=recipe.run.seed)
+    try:
+        actor = _build_actor(recipe, layout)
+        engine = EmbeddedEngine(
+            recipe.model.path,
+            dtype=recipe.rollout.dtype,
+            device=actor.device,
+            max_batch_size=recipe.rollout.max_batch_size,
+            record_routes=recipe.replay.router_replay_mode == "R3",
+        )
+        description = engine.description
+        run = Run(
+            recipe=recipe,
+            process=process,
+            reporter=reporter,
+            tokenizer=tokenizer,
+            source=source,
+            eval_source=eval_source,
+            rewards=rewards,
+            engine=engine,
+            actor=actor,
+            reference=_build_reference(recipe, layout),
+            guard=Guard(
+                num_experts=description.num_experts,
+                topk=description.topk,
+                floor=recipe.replay.guard_floor,
+            )
+            if recipe.replay.guard and recipe.replay.router_replay_mode != "disabled"
+            else None,
+            checkpoints=CheckpointFolder(
+                Path(recipe.run.output_dir) / "checkpoints",
+                save_total_limit=recipe.checkpoint.save_total_limit,
+            ),
+        )
+        steps = run.checkpoints.steps()
+        if restart:
+            run.checkpoints.remove_all()
+        elif steps:
+            run.resume(steps[-1])
+        yield run
+        engine.close()
+    finally:
+        shut_down()

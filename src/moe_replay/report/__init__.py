@@ -1,0 +1,24 @@
+"""What a person sees of a run, and what the run leaves behind.
+
+In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters. Called by: cli.
+"""
+
+from moe_replay.report.display import ConsoleReporter
+from moe_replay.report.reporters import (
+    BaseReporter,
+    CompositeReporter,
+    JsonlReporter,
+    SilentReporter,
+    build_reporter,
+)
+from moe_replay.report.run_directory import RunDirectory
+
+__all__ = [
+    "BaseReporter",
+    "CompositeReporter",
+    "ConsoleReporter",
+    "JsonlReporter",
+    "RunDirectory",
+    "SilentReporter",
+    "build_reporter",
+]

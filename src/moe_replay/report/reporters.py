@@ -1,0 +1,98 @@
+"""Who is told what the loop says: files first, then the terminal, then the sinks.
+
+In: the recipe. Out: a reporter. Called by: cli.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.report.base import BaseReporter, SilentReporter
+from moe_replay.report.display import ConsoleReporter
+from moe_replay.report.run_directory import RunDirectory
+from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbReporter
+
+if TYPE_CHECKING:
+    from moe_replay.grpo.config import Recipe
+
+
+class JsonlReporter(BaseReporter):
+    """Writes the run directory; a step is on the disk when `step` returns."""
+
+    def __init__(self, run_directory: RunDirectory, *, recipe_toml: str) -> None:
+        self._run_directory = run_directory
+        self._recipe_toml = recipe_toml
+
+    def start(self, summary: RunSummary) -> None:
+        """Lay out the directory, and cut off records of steps that are run again."""
+        self._run_directory.open(recipe_toml=self._recipe_toml, last_step=summary.first_step - 1)
+
+    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Append a step and its completions."""
+        self._run_directory.write_step(record, completions)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Append an evaluation."""
+        self._run_directory.write_evaluation(record)
+
+
+class CompositeReporter(BaseReporter):
+    """Tells several reporters, in order; the first that fails ends the run, and all are closed."""
+
+    def __init__(self, reporters: Sequence[BaseReporter]) -> None:
+        self._reporters = tuple(reporters)
+
+    def start(self, summary: RunSummary) -> None:
+        """Announce the run."""
+        for reporter in self._reporters:
+            reporter.start(summary)
+
+    def station(self, step: int, name: str) -> None:
+        """Say that ``step`` has entered a station of the flow."""
+        for reporter in self._reporters:
+            reporter.station(step, name)
+
+    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take a finished step."""
+        for reporter in self._reporters:
+            reporter.step(record, completions)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Take an evaluation."""
+        for reporter in self._reporters:
+            reporter.evaluation(record)
+
+    def finish(self, message: str) -> None:
+        """Show the summary and ``message``."""
+        for reporter in self._reporters:
+            reporter.finish(message)
+
+    def close(self) -> None:
+        """Close every reporter, even if one of them fails to."""
+        with ExitStack() as stack:
+            for reporter in self._reporters:
+                stack.callback(reporter.close)
+
+
+def build_reporter(recipe: Recipe, *, rank: int, run_directory: RunDirectory) -> BaseReporter:
+    """Return what the recipe asks for; ranks other than 0 are silent. Use it as a context manager.
+
+    Raises:
+        RecipeError: when the package of a sink is missing.
+    """
+    if rank != 0:
+        return SilentReporter()
+    recipe_toml = recipe.to_toml()
+    sinks: list[BaseReporter] = []
+    for name in recipe.logging.sinks:
+        if name == "tensorboard":
+            sinks.append(TensorBoardReporter(run_directory))
+        elif name == "wandb":
+            sinks.append(WandbReporter(run_directory, recipe_toml=recipe_toml))
+        else:
+            sinks.append(TrackioReporter(run_directory, recipe_toml=recipe_toml))
+    files = JsonlReporter(run_directory, recipe_toml=recipe_toml)
+    return CompositeReporter([files, ConsoleReporter(run_directory=run_directory), *sinks])

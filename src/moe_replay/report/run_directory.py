@@ -1,0 +1,251 @@
+"""The run directory: everything that a run leaves behind, each step exactly once, whatever interrupts it.
+
+::
+
+    <output_dir>/
+    ├── recipe.toml         the recipe with every default filled in
+    ├── versions.json       the software that ran it
+    ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
+    ├── completions.jsonl   one line a completion, see `CompletionRecord`
+    ├── eval.jsonl          one line an evaluation
+    ├── checkpoints/        what a run resumes from
+    └── export/             the trained model as a Hugging Face checkpoint
+
+In: records of the loop. Out: files, and the records back. Called by: cli, report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_replay.errors import CheckpointError, MoeReplayError
+from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord
+
+PACKAGES = (
+    "moe-replay",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "reasoning-gym",
+    "math-verify",
+    "vllm",
+    "sglang",
+)
+"""Packages whose versions are written down; one that is not installed is null."""
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class RunDirectory:
+    """Writes and reads the files of one run; only one process may write.
+
+    Nothing is touched before `open`, so that a finished run can be read without changing it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path).absolute()
+        self.path = path
+        """The directory itself."""
+        self.metrics = path / "metrics.jsonl"
+        """One line a step."""
+        self.completions = path / "completions.jsonl"
+        """One line a completion."""
+        self.evaluations = path / "eval.jsonl"
+        """One line an evaluation."""
+        self.checkpoints = path / "checkpoints"
+        """What a run resumes from."""
+        self.export = path / "export"
+        """The trained model."""
+        self.missing_steps: tuple[int, ...] = ()
+        """Steps before the one that was resumed from of which ``metrics.jsonl`` holds no line; empty as a rule."""
+
+    def open(self, *, recipe_toml: str, last_step: int) -> None:
+        """Lay out the directory, or take it up again after ``last_step`` (0: from the start).
+
+        Records of later steps are cut off: those steps are run again. A recipe or version file that differs from the
+        present one is kept as ``<name>.until-step-<last_step>``.
+
+        Raises:
+            CheckpointError: when a record cannot be read, or the directory cannot be written.
+        """
+        self._lay_out(recipe_toml, last_step=last_step)
+        for file in (self.metrics, self.completions, self.evaluations):
+            _keep_lines(file, lambda line: line["step"] <= last_step)
+        recorded = {record.step for record in self.read_steps()}
+        self.missing_steps = tuple(sorted(set(range(1, last_step + 1)) - recorded))
+
+    def write_step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Append a finished step and put it on the disk; the line in ``metrics.jsonl`` comes last.
+
+        Raises:
+            CheckpointError: when the disk is full or cannot be written; the files are then as before.
+            MoeReplayError: when a metric is not finite.
+        """
+        _append(self.completions, [asdict(completion) for completion in completions])
+        line = {"step": record.step, **_sorted(record.metrics), "seconds": dict(record.seconds)}
+        _append(self.metrics, [line])
+
+    def write_evaluation(self, record: EvalRecord) -> None:
+        """Append an evaluation, or replace that of the same step.
+
+        Raises:
+            CheckpointError: when the disk is full or cannot be written.
+        """
+        if any(known.step == record.step for known in self.read_evaluations()):
+            _keep_lines(self.evaluations, lambda line: line["step"] != record.step)
+        line = {"step": record.step, **_sorted(record.metrics), "seconds": record.seconds}
+        _append(self.evaluations, [line])
+
+    def read_steps(self) -> list[StepRecord]:
+        """Return the recorded steps, in order."""
+        return [
+            StepRecord(step=line.pop("step"), seconds=line.pop("seconds"), metrics=line)
+            for _, line in _lines(self.metrics)
+        ]
+
+    def read_evaluations(self) -> list[EvalRecord]:
+        """Return the recorded evaluations, in order."""
+        return [
+            EvalRecord(step=line.pop("step"), seconds=line.pop("seconds"), metrics=line)
+            for _, line in _lines(self.evaluations)
+        ]
+
+    def _lay_out(self, recipe_toml: str, *, last_step: int) -> None:
+        versions = json.dumps(software_versions(), indent=2) + "\n"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.export.mkdir(exist_ok=True)
+            for name, text in (("recipe.toml", recipe_toml), ("versions.json", versions)):
+                file = self.path / name
+                earlier = file.with_name(f"{name}.until-step-{last_step}")
+                if file.exists() and file.read_bytes() != text.encode() and not earlier.exists():
+                    file.replace(earlier)
+                _replace(file, [text.encode()])
+        except OSError as error:
+            raise _write_error(self.path, error) from error
+
+
+def software_versions() -> dict[str, str | None]:
+    """Return package, Python and platform versions."""
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+    }
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _sorted(metrics: Mapping[str, float]) -> dict[str, float]:
+    clash = {"step", "seconds"} & metrics.keys()
+    assert not clash, f"metrics must not be called {clash}"
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise MoeReplayError(
+                f"metric {name} is {value}, expected a finite number; training has probably diverged: look at the "
+                "steps before in metrics.jsonl"
+            )
+    return dict(sorted(metrics.items()))
+
+
+def _append(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    rest = memoryview("".join(map(_encode, lines)).encode())
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _write_error(file, error) from error
+    try:
+        size_before = os.fstat(descriptor).st_size
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            # Half a line must not stay: the next one would be appended to it.
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size_before)
+            raise _write_error(file, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def _encode(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a file, as bytes and parsed; an unfinished last line, left by a crash, is passed over."""
+    if not file.exists():
+        return
+    with file.open("rb") as raws:
+        for number, raw in enumerate(raws, start=1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(raw)
+                step = line["step"]
+            except (ValueError, KeyError, TypeError):
+                step = None
+            if not isinstance(step, int):
+                raise CheckpointError(
+                    f"{file}, line {number} is not a JSON object with a step: {raw[:60]!r}; something other than "
+                    "moe-replay wrote to it, or the disk lost data: repair or remove that line, then resume"
+                )
+            yield raw, line
+
+
+def _keep_lines(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Replace a file by those of its lines that ``keep`` accepts."""
+    if file.exists():
+        _replace(file, (raw for raw, line in _lines(file) if keep(line)))
+
+
+def _replace(file: Path, parts: Iterable[bytes]) -> None:
+    """Write a file so that a crash leaves either the old or the new one."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.writelines(parts)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+        directory = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _write_error(file, error) from error
+
+
+def _write_error(file: Path, error: OSError) -> CheckpointError:
+    parent = next((path for path in (file, *file.parents) if path.is_dir()), Path("/"))
+    free = shutil.disk_usage(parent).free
+    advice = (
+        "free space or a larger quota is needed: then resume, nothing before this step is lost"
+        if error.errno in _NO_SPACE
+        else "check that the directory exists and may be written, then resume"
+    )
+    return CheckpointError(
+        f"cannot write {file}: {error.strerror}; {free} bytes are free on that disk; {advice}"
+    )

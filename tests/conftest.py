@@ -1,0 +1,48 @@
+"""What every test gets: one thread, checked annotations, repeatable examples, and skips that say what is missing."""
+
+import importlib.util
+import os
+
+# Before the first import of torch, which reads it once. Two test processes on two cores leave nothing to share.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Every signature of the package is checked at every call, array shapes and dtypes included. With the tower an int is
+# accepted where a float is annotated, as type checkers do.
+install_import_hook(
+    "moe_replay", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+# The default profile tries the same examples on every run; `--hypothesis-profile explore` looks for new ones.
+# Both print the blob that repeats a failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+REQUIREMENTS = {
+    "gpu": ("no CUDA device", _has_cuda),
+    "vllm": ("vLLM is not installed", lambda: importlib.util.find_spec("vllm") is not None),
+    "sglang": ("SGLang is not installed", lambda: importlib.util.find_spec("sglang") is not None),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; asks for CUDA only when a collected test needs it."""
+    for marker, (reason, is_met) in REQUIREMENTS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_met():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,81 @@
+"""Advantages against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_replay.errors import RecipeError, RewardError
+from moe_replay.grpo.advantage import group_advantages, reward_metrics
+
+
+def test_group_scale_divides_by_the_standard_deviation_with_n_minus_1() -> None:
+    result = group_advantages(np.array([[1.0, 2.0, 3.0, 6.0]]), scale_rewards="group")
+    # mean 3, squares 4 + 1 + 0 + 9 = 14, variance 14 / 3
+    std = math.sqrt(14 / 3)
+    expected = [[-2 / (std + 1e-4), -1 / (std + 1e-4), 0, 3 / (std + 1e-4)]]
+    np.testing.assert_allclose(result.advantages, expected, rtol=1e-14)
+    assert result.reward_std == pytest.approx(std, rel=1e-14)
+
+
+def test_group_scale_treats_every_group_by_itself() -> None:
+    result = group_advantages(np.array([[0.0, 1.0], [0.0, 100.0]]), scale_rewards="group")
+    first, second = 0.5 / (math.sqrt(0.5) + 1e-4), 50 / (math.sqrt(5000) + 1e-4)
+    np.testing.assert_allclose(result.advantages, [[-first, first], [-second, second]], rtol=1e-14)
+
+
+def test_batch_scale_divides_all_groups_by_one_standard_deviation() -> None:
+    result = group_advantages(np.array([[0.0, 2.0], [4.0, 6.0]]), scale_rewards="batch")
+    # All rewards: mean 3, squares 9 + 1 + 1 + 9 = 20, variance 20 / 3
+    std = math.sqrt(20 / 3)
+    scaled = 1 / (std + 1e-4)
+    np.testing.assert_allclose(
+        result.advantages, [[-scaled, scaled], [-scaled, scaled]], rtol=1e-14
+    )
+    assert result.reward_std == pytest.approx(std, rel=1e-14)
+
+
+def test_no_scale_leaves_the_difference_from_the_group_mean() -> None:
+    result = group_advantages(np.array([[1.0, 0.0], [3.0, 7.0]]), scale_rewards="none")
+    assert result.advantages.tolist() == [[0.5, -0.5], [-2.0, 2.0]]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_give_exactly_zero(scale: str) -> None:
+    # The mean of three times 0.1 is not 0.1 in floating point.
+    assert np.full(3, 0.1).mean() != 0.1
+    result = group_advantages(np.array([[0.1, 0.1, 0.1], [0.0, 0.5, 1.0]]), scale_rewards=scale)
+    assert result.advantages[0].tolist() == [0.0, 0.0, 0.0]
+    assert result.frac_reward_zero_std == 0.5
+    assert result.advantages[1, 2] > 0
+
+
+def test_reward_std_is_the_mean_over_groups() -> None:
+    result = group_advantages(np.array([[0.0, 2.0], [5.0, 5.0]]), scale_rewards="none")
+    assert result.reward_std == pytest.approx(math.sqrt(2) / 2, rel=1e-14)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(RecipeError, match="num_generations"):
+        group_advantages(np.array([[1.0], [2.0]]), scale_rewards="group")
+
+
+def test_a_reward_that_is_not_finite_is_refused_with_its_place() -> None:
+    with pytest.raises(RewardError, match="group 1, completion 0"):
+        group_advantages(np.array([[1.0, 2.0], [math.nan, 0.0]]), scale_rewards="group")
+
+
+def test_reward_metrics_hold_every_function() -> None:
+    accuracy = np.array([[1.0, 0.0], [1.0, 1.0]])
+    result = group_advantages(2 * accuracy, scale_rewards="group")
+    metrics = reward_metrics(result, {"accuracy": accuracy})
+    assert metrics == {
+        "reward": 1.5,
+        "reward_std": pytest.approx(math.sqrt(2) / 2),
+        "frac_reward_zero_std": 0.5,
+        "rewards/accuracy/mean": 0.75,
+        # squares 3 / 16 + 9 / 16 = 0.75, variance 0.75 / 3
+        "rewards/accuracy/std": pytest.approx(0.5),
+    }

@@ -1,0 +1,158 @@
+"""What the repository says about itself is true: its map, its errors, its defects, its version."""
+
+import re
+
+import pytest
+
+import moe_replay
+from moe_replay import errors
+
+# Defects in each chapter of docs/defects.md.
+CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
+MACHINE = re.compile(
+    r"/(?:work|root|opt|farm)/\w|file:///|/home/\w|\.pyenv|bash_jobs"
+    r"|https?://[^/\s]*(?:pypi|pythonhosted|registry|artifactory|nexus)"
+)
+MAP_FOLDERS = {"scripts", "tests", "docs", "recipes"}
+
+
+def errors_drawn_wrongly(module) -> set[str]:
+    """Return classes whose place in the drawn tree is not their place in the code."""
+    parents: dict[str, str | None] = {}
+    path: list[str] = []
+    for indent, name in re.findall(r"^([ │├└─]*)([A-Z]\w+Error)\b", module.__doc__, re.MULTILINE):
+        depth = (len(indent) - 4) // 4
+        parents[name] = path[depth - 1] if depth else None
+        path[depth:] = [name]
+    classes = {
+        name: kind
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and kind.__module__ == module.__name__
+    }
+    real = {
+        name: kind.__bases__[0].__name__ if kind.__bases__[0].__name__ in classes else None
+        for name, kind in classes.items()
+    }
+    return {
+        name for name in parents.keys() | real.keys() if parents.get(name, 0) != real.get(name, 0)
+    }
+
+
+def unmapped(readme: str, names: set[str]) -> set[str]:
+    """Return folders that a README does not name as ``name/``."""
+    return {name for name in names if not re.search(rf"\b{re.escape(name)}/", readme)}
+
+
+def strange_defect_tests(names: list[str]) -> list[str]:
+    """Return tests whose name does not start with the id of a defect in the catalogue."""
+    strange = []
+    for name in names:
+        match = re.match(r"test_([a-f])(\d+)_[a-z]", name)
+        if not match or not 1 <= int(match[2]) <= CHAPTERS[match[1]]:
+            strange.append(name)
+    return strange
+
+
+def machine_places(text: str) -> list[str]:
+    """Return traces of one machine: absolute paths and addresses of package registries."""
+    return MACHINE.findall(text)
+
+
+def open_ends(text: str) -> list[str]:
+    """Return reminders that name no issue; ``TODO(#12)`` names one."""
+    return re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b(?!\(#\d+\))", text)
+
+
+def newest_version(changelog: str) -> str | None:
+    """Return the version of the first dated or upcoming release of a changelog."""
+    match = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
+    return match[1] if match else None
+
+
+def test_error_tree_is_drawn_as_it_is():
+    assert errors_drawn_wrongly(errors) == set()
+
+
+def test_readme_maps_every_folder(root, package):
+    packages = {path.split("/")[0] for path in package if "/" in path}
+    present = {name for name in MAP_FOLDERS if (root / name).is_dir()}
+    assert unmapped((root / "README.md").read_text(), packages | present) == set()
+
+
+def test_readme_names_every_make_target(root):
+    targets = re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE)
+    readme = (root / "README.md").read_text()
+    assert [target for target in targets if f"make {target}" not in readme] == []
+
+
+def test_defect_tests_name_their_defect(tests):
+    names = [
+        name
+        for path, tree in tests.items()
+        if path.startswith("defects/")
+        for name in (getattr(node, "name", "") for node in tree.body)
+        if name.startswith("test_")
+    ]
+    assert strange_defect_tests(names) == []
+
+
+def test_no_file_knows_the_machine_it_was_written_on(texts):
+    own = "tests/meta/test_tree.py"
+    found = {path: machine_places(text) for path, text in texts.items() if path != own}
+    assert {path: places for path, places in found.items() if places} == {}
+
+
+def test_no_file_leaves_an_open_end(texts):
+    own = "tests/meta/test_tree.py"
+    found = {path: open_ends(text) for path, text in texts.items() if path != own}
+    assert {path: ends for path, ends in found.items() if ends} == {}
+
+
+def test_changelog_leads_to_the_version(root):
+    assert newest_version((root / "CHANGELOG.md").read_text()) == moe_replay.__version__
+
+
+def test_scripts_can_be_executed(root):
+    scripts = [*(root / "scripts").iterdir(), root / ".ci" / "run"]
+    assert [path.name for path in scripts if not path.stat().st_mode & 0o100] == []
+
+
+def test_constraints_name_no_place_and_no_build(root):
+    lines = (root / "constraints.txt").read_text().splitlines()[1:]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+
+
+def test_errors_drawn_wrongly_finds_a_class_that_is_not_drawn(monkeypatch):
+    forgotten = type("ForgottenError", (errors.TraceError,), {"__module__": errors.__name__})
+    monkeypatch.setattr(errors, "ForgottenError", forgotten, raising=False)
+    assert errors_drawn_wrongly(errors) == {"ForgottenError"}
+
+
+def test_errors_drawn_wrongly_finds_a_class_under_the_wrong_parent(monkeypatch):
+    moved = type("CodecError", (errors.MoeReplayError,), {"__module__": errors.__name__})
+    monkeypatch.setattr(errors, "CodecError", moved)
+    assert errors_drawn_wrongly(errors) == {"CodecError"}
+
+
+def test_unmapped_finds_a_folder():
+    assert unmapped("routing/ is the core", {"routing", "sync"}) == {"sync"}
+
+
+def test_strange_defect_tests_finds_them():
+    names = ["test_a1_raises", "test_a13_raises", "test_g1_raises", "test_shift_raises"]
+    assert strange_defect_tests(names) == names[1:]
+
+
+@pytest.mark.parametrize(
+    "text", ["cd /work/project", "--find-links file:///wheels", "https://pypi.example/simple"]
+)
+def test_machine_places_finds_them(text):
+    assert machine_places(text)
+
+
+def test_open_ends_finds_one_without_an_issue():
+    assert open_ends("# TODO: later\n# TODO(#12): later") == ["TODO"]
+
+
+def test_newest_version_skips_what_is_unreleased():
+    assert newest_version("## [Unreleased]\n\n## [0.2.0] - 2027-01-02\n\n## [0.1.0]") == "0.2.0"
