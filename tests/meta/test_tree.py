@@ -1,19 +1,20 @@
 """What the repository says about itself is true: its map, its errors, its defects, its version."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 import moe_replay
 from moe_replay import errors
 
-# Defects in each chapter of docs/defects.md.
+# Defects in each chapter of the catalogue.
 CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
 MACHINE = re.compile(
     r"/(?:work|root|opt|farm)/\w|file:///|/home/\w|\.pyenv|bash_jobs"
     r"|https?://[^/\s]*(?:pypi|pythonhosted|registry|artifactory|nexus)"
 )
-MAP_FOLDERS = {"scripts", "tests", "docs", "recipes"}
+NOT_OURS = {"site", "runs", "build", "dist"}
 
 
 def errors_drawn_wrongly(module) -> set[str]:
@@ -53,6 +54,18 @@ def strange_defect_tests(names: list[str]) -> list[str]:
     return strange
 
 
+def untested_defects(names: list[str]) -> set[str]:
+    """Return the ids of defects that no test names."""
+    every = {f"{chapter}{n + 1}" for chapter, count in CHAPTERS.items() for n in range(count)}
+    return every - {name.split("_")[1] for name in names if name.count("_") > 1}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Return the relative links of a Markdown page that lead nowhere."""
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
 def machine_places(text: str) -> list[str]:
     """Return traces of one machine: absolute paths and addresses of package registries."""
     return MACHINE.findall(text)
@@ -75,8 +88,8 @@ def test_error_tree_is_drawn_as_it_is():
 
 def test_readme_maps_every_folder(root, package):
     packages = {path.split("/")[0] for path in package if "/" in path}
-    present = {name for name in MAP_FOLDERS if (root / name).is_dir()}
-    assert unmapped((root / "README.md").read_text(), packages | present) == set()
+    top = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - NOT_OURS
+    assert unmapped((root / "README.md").read_text(), packages | top) == set()
 
 
 def test_readme_names_every_make_target(root):
@@ -85,15 +98,34 @@ def test_readme_names_every_make_target(root):
     assert [target for target in targets if f"make {target}" not in readme] == []
 
 
-def test_defect_tests_name_their_defect(tests):
-    names = [
+@pytest.fixture
+def defect_tests(tests) -> list[str]:
+    return [
         name
         for path, tree in tests.items()
         if path.startswith("defects/")
         for name in (getattr(node, "name", "") for node in tree.body)
         if name.startswith("test_")
     ]
-    assert strange_defect_tests(names) == []
+
+
+def test_defect_tests_name_their_defect(defect_tests):
+    assert strange_defect_tests(defect_tests) == []
+
+
+def test_every_defect_has_a_test(defect_tests):
+    assert untested_defects(defect_tests) == set()
+
+
+def test_links_between_pages_lead_somewhere(root):
+    pages = [*root.glob("*.md"), *(root / "docs").rglob("*.md")]
+    assert {page.name: dead for page in pages if (dead := dead_links(page))} == {}
+
+
+def test_every_page_is_in_the_navigation(root):
+    pages = [path.relative_to(root / "docs").as_posix() for path in (root / "docs").rglob("*.md")]
+    navigation = (root / "mkdocs.yml").read_text().split("\nnav:")[1]
+    assert [page for page in pages if page not in navigation] == []
 
 
 def test_no_file_knows_the_machine_it_was_written_on(texts):
@@ -141,6 +173,17 @@ def test_unmapped_finds_a_folder():
 def test_strange_defect_tests_finds_them():
     names = ["test_a1_raises", "test_a13_raises", "test_g1_raises", "test_shift_raises"]
     assert strange_defect_tests(names) == names[1:]
+
+
+def test_untested_defects_finds_one():
+    names = [f"test_{c}{n + 1}_raises" for c, count in CHAPTERS.items() for n in range(count)]
+    assert untested_defects(names[:-1]) == {"f8"}
+
+
+def test_dead_links_finds_one(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md) [b](https://example.org) [c](#here) [d](gone.md#there)")
+    assert dead_links(page) == ["gone.md"]
 
 
 @pytest.mark.parametrize(

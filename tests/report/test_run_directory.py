@@ -179,6 +179,12 @@ def test_resuming_with_the_same_recipe_leaves_no_copies(tmp_path: Path) -> None:
     ]
 
 
+def test_a_resumed_run_keeps_its_id_and_one_from_the_start_gets_another(tmp_path: Path) -> None:
+    first = _run_of(tmp_path, 2).run_id
+    assert _opened(tmp_path, last_step=2).run_id == first
+    assert _opened(tmp_path, last_step=0).run_id != first
+
+
 def test_an_evaluation_repeated_after_resuming_replaces_the_first(tmp_path: Path) -> None:
     run = _run_of(tmp_path, 0)
     run.write_evaluation(EvalRecord(step=5, metrics={"eval/reward": 0.5}, seconds=1.0))

@@ -16,27 +16,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import Reporter, RunSummary
-from moe_replay.megatron.actor import MegatronActor, OptimizerSettings
+from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
-from moe_replay.megatron.model import (
-    ParallelLayout,
-    build_model,
-    initialize,
-    shut_down,
-    transformer_config,
-)
+from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.scorer import MegatronScorer
-from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
+from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.prompts import PromptSource, load_tokenizer
 from moe_replay.rollout.rewards import RewardSet
 from moe_replay.rollout.types import Engine, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -66,7 +63,7 @@ class Run:
     @property
     def mode(self) -> ReplayMode:
         """Where routes come from."""
-        return ReplayMode(self.recipe.replay.router_replay_mode)
+        return self.recipe.replay.router_replay_mode
 
     @property
     def temperature(self) -> float:
@@ -93,7 +90,7 @@ class Run:
     @property
     def directory(self) -> Path:
         """Run directory."""
-        return Path(self.recipe.run.output_dir)
+        return self.recipe.run.output_dir
 
     @property
     def export_path(self) -> Path:
@@ -182,7 +179,7 @@ class Run:
 
     def write_export(self) -> None:
         """Write the policy as a Hugging Face checkpoint that transformers loads."""
-        save_hf_checkpoint(self.actor.modules, Path(self.recipe.model.path), self.export_path)
+        save_hf_checkpoint(self.actor.modules, self.recipe.model.path, self.export_path)
 
     def position(self) -> RunPosition:
         """Return where the run stands."""
@@ -265,15 +262,27 @@ def open_run(
     rewards = RewardSet.load(recipe)
     rewards.check(source)
     layout = ParallelLayout()
-    initialize(layout, process=process, seed=recipe.run.seed)
+    initialize(
+        layout,
+        from_environment=process.launched_by_torchrun,
+        local_rank=process.local_rank,
+        seed=recipe.run.seed,
+    )
     try:
-        actor = _build_actor(recipe, layout)
+        actor = build_policy(
+            recipe.model.path,
+            layout,
+            dtype=_DTYPES[recipe.model.dtype],
+            settings=_optimizer_settings(recipe),
+            grouped_experts=recipe.model.grouped_experts,
+            recompute=_recompute_fields(recipe),
+        )
         engine = EmbeddedEngine(
             recipe.model.path,
             dtype=recipe.rollout.dtype,
             device=actor.device,
             max_batch_size=recipe.rollout.max_batch_size,
-            record_routes=recipe.replay.router_replay_mode == "R3",
+            record_routes=recipe.replay.router_replay_mode is ReplayMode.R3,
         )
         description = engine.description
         run = Run(
@@ -286,16 +295,23 @@ def open_run(
             rewards=rewards,
             engine=engine,
             actor=actor,
-            reference=_build_reference(recipe, layout),
+            reference=build_scorer(
+                recipe.model.path,
+                layout,
+                dtype=_DTYPES[recipe.model.dtype],
+                grouped_experts=recipe.model.grouped_experts,
+            )
+            if recipe.grpo.beta > 0
+            else None,
             guard=Guard(
                 num_experts=description.num_experts,
                 topk=description.topk,
                 floor=recipe.replay.guard_floor,
             )
-            if recipe.replay.guard and recipe.replay.router_replay_mode != "disabled"
+            if recipe.replay.guard and recipe.replays
             else None,
             checkpoints=CheckpointFolder(
-                Path(recipe.run.output_dir) / "checkpoints",
+                recipe.run.output_dir / "checkpoints",
                 save_total_limit=recipe.checkpoint.save_total_limit,
             ),
         )
@@ -307,4 +323,28 @@ def open_run(
         yield run
         engine.close()
     finally:
-        shut_down()
+        shutdown()
+
+
+def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
+    section = recipe.optimizer
+    return OptimizerSettings(
+        lr=section.lr,
+        min_lr=section.min_lr,
+        lr_scheduler=section.lr_scheduler,
+        warmup_steps=section.warmup_steps,
+        num_steps=recipe.run.max_steps * recipe.batch.steps_per_generation,
+        weight_decay=section.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        eps=section.eps,
+        clip_grad=section.clip_grad,
+    )
+
+
+def _recompute_fields(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.megatron.model_dump(exclude_none=True)
+    fields = {name: value for name, value in section.items() if name.startswith("recompute_")}
+    if "recompute_modules" in fields:
+        fields["recompute_modules"] = list(fields["recompute_modules"])
+    return fields

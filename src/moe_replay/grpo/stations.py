@@ -289,7 +289,7 @@ def _update_once(
     settings = LossSettings(
         loss_type=recipe.grpo.loss_type,
         epsilon=recipe.grpo.epsilon,
-        epsilon_high=recipe.grpo.resolved_epsilon_high,
+        epsilon_high=recipe.grpo.epsilon_high,
         beta=recipe.grpo.beta,
     )
     statistics: list[LossStatistics] = []

@@ -9,7 +9,13 @@ in Hugging Face naming, replay scopes, training steps. Called by: `moe_replay.gr
 
 from __future__ import annotations
 
+import importlib
+
 from moe_replay.megatron import cpu, version
+from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 version.check_installed()
 cpu.install()
+with quiet_megatron():
+    for _name in ("distributed", "models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel"):
+        importlib.import_module(f"megatron.core.{_name}")

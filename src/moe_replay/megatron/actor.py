@@ -5,8 +5,9 @@ In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron.core.transformer.module import Float16Module
+
 from moe_replay.batch import Microbatch
+from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.logprobs import token_logprobs
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing, opened
+from moe_replay.megatron.weights import load_hf_weights
 
 TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
 """``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
@@ -170,3 +176,53 @@ class MegatronActor(MegatronScorer):
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm=float(grad_norm), learning_rate=learning_rate)
+
+
+def build_policy(
+    checkpoint_dir: Path,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    settings: OptimizerSettings,
+    grouped_experts: bool = False,
+    recompute: Mapping[str, Any] | None = None,
+) -> MegatronActor:
+    """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
+
+    ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights. ``recompute`` holds
+    Megatron's ``recompute_*`` settings.
+    """
+    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, recompute)
+    return MegatronActor(
+        modules, config=config, num_experts=config.num_moe_experts or 0, settings=settings
+    )
+
+
+def build_scorer(
+    checkpoint_dir: Path,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    grouped_experts: bool = False,
+) -> MegatronScorer:
+    """Build a frozen copy of a Hugging Face checkpoint, such as the reference model."""
+    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, None)
+    for module in modules:
+        module.requires_grad_(False)
+    return MegatronScorer(modules, num_experts=config.num_moe_experts or 0)
+
+
+def _load_modules(
+    checkpoint_dir: Path,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    grouped_experts: bool,
+    recompute: Mapping[str, Any] | None,
+) -> tuple[list[torch.nn.Module], Any]:
+    shape = read_model_shape(checkpoint_dir)
+    config = transformer_config(shape, layout, dtype=dtype, overrides=recompute)
+    chunks = build_model(shape, config, grouped_experts=grouped_experts)
+    load_hf_weights(chunks, checkpoint_dir)
+    if dtype is torch.bfloat16:
+        return [Float16Module(config, chunk) for chunk in chunks], config
+    return list(chunks), config

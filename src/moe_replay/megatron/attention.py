@@ -88,12 +88,16 @@ class SDPACoreAttention(MegatronModule):
         if num_ranks > 1:
             out = self._over_context_ranks(query, key, value, lengths)
         elif packed:
-            out = self._packed(query.squeeze(1), key.squeeze(1), value.squeeze(1), lengths).unsqueeze(1)
+            out = self._packed(
+                query.squeeze(1), key.squeeze(1), value.squeeze(1), lengths
+            ).unsqueeze(1)
         else:
             out = self._attend(query, key, value)
         return out.flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Attend over `[s b heads d]`; causal from position 0 without a mask."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
@@ -122,7 +126,10 @@ class SDPACoreAttention(MegatronModule):
             shape = (len(bucket), -1)
             # Padding repeats the sequence's last row: later than every real query, so none attends to it.
             out = self._attend(
-                *(x.index_select(0, index).unflatten(0, shape).transpose(0, 1) for x in (query, key, value))
+                *(
+                    x.index_select(0, index).unflatten(0, shape).transpose(0, 1)
+                    for x in (query, key, value)
+                )
             )
             outs.append(out.transpose(0, 1).flatten(0, 1).index_select(0, valid))
             rows.append(index[valid])
@@ -131,11 +138,14 @@ class SDPACoreAttention(MegatronModule):
         inverse[order] = torch.arange(order.numel(), device=order.device)
         return torch.cat(outs).index_select(0, inverse)
 
-    def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    def _over_context_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+    ) -> Tensor:
         """Attend from this rank's zigzag rows to the rows of all ranks."""
         num_ranks, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (
-            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value)
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
+            for x in (key, value)
         )
         order = _gathered_order(lengths, num_ranks).to(query.device)
         key, value = key.index_select(0, order), value.index_select(0, order)
@@ -179,6 +189,7 @@ def zigzag_positions(length: int, rank: int, num_ranks: int) -> Int[Tensor, " lo
         >>> zigzag_positions(8, 0, 2).tolist()
         [0, 1, 6, 7]
     """
+    assert length % (2 * num_ranks) == 0, f"{length} rows do not split into {2 * num_ranks} chunks"
     chunks = torch.arange(length).view(2 * num_ranks, -1)
     return torch.cat([chunks[rank], chunks[2 * num_ranks - 1 - rank]])
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -35,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.model import unwrap
 
 _WHOLE = re.compile(r"step-(\d{6,})")
 _POSITION_FILE = "position.json"
@@ -129,7 +129,7 @@ class CheckpointFolder:
                 f"{folder} cannot be loaded: {error}; it was altered, or written for another model or layout"
             ) from error
         for number, module in enumerate(actor.modules):
-            _unwrapped(module).load_state_dict(state[f"model{number}"], strict=True)
+            unwrap(module).load_state_dict(state[f"model{number}"], strict=True)
         actor.optimizer.load_state_dict(state["optimizer"])
         actor.scheduler.load_state_dict(dict(position.scheduler))
         return position
@@ -166,13 +166,6 @@ def _replica_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """Return the GPTModel inside Megatron's precision wrapper."""
-    inner = getattr(module, "module", module)
-    assert isinstance(inner, torch.nn.Module)
-    return inner
-
-
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -181,7 +174,7 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": _replica_group(),
     }
     state: dict[str, Any] = {
-        f"model{number}": _unwrapped(module).sharded_state_dict(metadata=metadata)
+        f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
         for number, module in enumerate(actor.modules)
     }
     state["optimizer"] = actor.optimizer.sharded_state_dict(

@@ -17,13 +17,13 @@ import importlib.util
 import logging
 import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moe_replay.errors import UnsupportedError
+from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _CPU = torch.device("cpu")
 _MARK = "_moe_replay_cpu_installed"
@@ -83,20 +83,6 @@ def install() -> None:
     _repair_output_discarding_checkpoint()
     _keep_torch_adam_state_whole()
     setattr(torch.cuda, _MARK, True)
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Hide what Megatron warns about while it is imported: absent Apex and Transformer Engine."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*Apex (is|are) not installed.*",
-            "Transformer Engine and Apex are not installed.*",
-            "The following imports from `dynamic_context.py`.*",
-            "`torch.jit.script.*",
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield
 
 
 def _replace_paged_stash_without_triton() -> None:
@@ -177,7 +163,9 @@ def _ignore_streams_and_events() -> None:
 
 def _use_cpu_generator_as_cuda_generator() -> None:
     """Let Megatron's RNG-state tracker fork the CPU generator, since initialisation and dropout draw from it."""
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: (
+        torch.get_rng_state()
+    )
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
 
@@ -191,7 +179,7 @@ def _import_megatron_without_compiling() -> None:
     compile_function = torch.compile
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
     try:
-        with quiet_imports():
+        with quiet_megatron():
             importlib.import_module("megatron.core")
             importlib.import_module("megatron.core.models.gpt")
             importlib.import_module("megatron.core.jit").disable_jit_fuser()
@@ -200,7 +188,9 @@ def _import_megatron_without_compiling() -> None:
             random = importlib.import_module("megatron.core.tensor_parallel.random")
     finally:
         torch.compile = compile_function
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
     # The tracker warns when a fork moved the CPU generator; here that is the generator it forks.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
@@ -266,7 +256,9 @@ def _return_numpy_split_sizes() -> None:
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     original = utils.maybe_move_tensor_to_cpu
 
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
         if torch.is_tensor(tensor) and as_numpy:
             return tensor.numpy()
         return original(tensor, as_numpy, record_stream)

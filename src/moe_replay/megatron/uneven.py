@@ -51,6 +51,8 @@ def reduce_scatter(
         return dist.reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
     numel = max(tensor.numel() for tensor in inputs)
     scattered = output.new_empty(numel)
-    dist.reduce_scatter(scattered, [_padded(tensor, numel) for tensor in inputs], op=op, group=group)
+    dist.reduce_scatter(
+        scattered, [_padded(tensor, numel) for tensor in inputs], op=op, group=group
+    )
     output.copy_(scattered[: output.numel()].view(output.shape))
     return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
 
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 
@@ -37,7 +36,7 @@ class BaseReporter:
     def close(self) -> None:
         """Give the terminal and files back, after an error too; calling it twice is allowed."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> BaseReporter:
         return self
 
     def __exit__(

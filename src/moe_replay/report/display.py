@@ -6,7 +6,7 @@ In: records. Out: text. Called by: report.reporters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,10 +54,12 @@ def tiny(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Format a fraction: ``99.98 %``. Only a whole 1 shows as ``100 %``."""
-    return (
-        "100 %" if value == 1 else f"{min(value * 100, 99.99) if value < 1 else value * 100:.2f} %"
-    )
+    """Format a fraction: ``97.31 %``. Only a whole 1 shows as ``100 %``, and only an exact 0 as ``0 %``."""
+    if value in (0, 1):
+        return f"{value * 100:.0f} %"
+    if 0 < value < 1e-4:
+        return "<0.01 %"
+    return f"{min(value * 100, 99.99) if value < 1 else value * 100:.2f} %"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +146,15 @@ class ConsoleReporter(BaseReporter):
             self._steps = self._run_directory.read_steps()
             self._evaluations = self._run_directory.read_evaluations()
             missing = self._run_directory.missing_steps
-        for heading, lines in summary.sections.items():
-            self._section(heading, list(lines))
+        sections = {heading: list(lines) for heading, lines in summary.sections.items()}
         if summary.first_step > 1:
-            resumed = [f"from step {summary.first_step} of {summary.max_steps}"]
-            if missing:
-                shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-                resumed.append(f"metrics.jsonl has no line for {len(missing)} steps: {shown}")
-            self._section("Resumed", resumed)
+            sections["Resumed"] = [f"at step {summary.first_step} of {summary.max_steps}"]
+        if missing:
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            sections["Resumed"].append(
+                f"metrics.jsonl has no line for {_steps(len(missing))}: {shown}"
+            )
+        self._announce(sections)
         if self._console.is_terminal:
             self._live = Live(
                 get_renderable=self._progress,
@@ -178,7 +181,7 @@ class ConsoleReporter(BaseReporter):
         """Print the line of an evaluation."""
         self._evaluations = [e for e in self._evaluations if e.step != record.step] + [record]
         figures = ", ".join(
-            f"{name.removeprefix('eval/')} {number(value)}"
+            f"{name.removeprefix('eval/')} {int(value) if '/num_' in name else number(value)}"
             for name, value in record.metrics.items()
         )
         self._print(f"evaluation after step {record.step}: {figures} ({record.seconds:.1f} s)")
@@ -197,18 +200,22 @@ class ConsoleReporter(BaseReporter):
             self._live.stop()
             self._live = None
 
-    def _section(self, heading: str, lines: list[str]) -> None:
-        if self._console.is_terminal:
-            body = Text("\n".join(lines))
-            self._console.print(Panel(body, title=heading, title_align="left", box=box.ROUNDED))
+    def _announce(self, sections: Mapping[str, Sequence[str]]) -> None:
+        if not self._console.is_terminal:
+            for heading, lines in sections.items():
+                self._print(f"{heading}:")
+                for line in lines:
+                    self._print(f"  {line}")
             return
-        self._print(f"{heading}:")
-        for line in lines:
-            self._print(f"  {line}")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column()
+        for heading, lines in sections.items():
+            grid.add_row(heading, Text("\n".join(lines)))
+        self._console.print(Panel(grid, title="moe-replay", title_align="left", box=box.ROUNDED))
 
-    def _print(self, line: str, *, style: str | None = None) -> None:
-        # Lines of a log are never wrapped, and what looks like markup is text.
-        self._console.print(Text(line, style=style or ""), soft_wrap=True)
+    def _print(self, line: str, *, style: str = "") -> None:
+        print_line(self._console, line, style=style)
 
     def _heading_line(self) -> str:
         names = "".join(f" {column.heading:>{column.width}}" for column in self._columns)
@@ -269,18 +276,20 @@ class ConsoleReporter(BaseReporter):
         if not self._steps:
             return Text("no step finished yet", style="dim")
         metrics = self._steps[-1].metrics
-        average = self._average()
-        parts = [
-            f"reward {_show(metrics.get('reward'), number)} (avg{WINDOW} {_show(average, number)})"
-        ]
+        parts = [f"avg reward {_show(self._average(), number)}"]
         for name, metric, show in (
             ("k3", "rollout_correction/k3_kl", tiny),
             ("coverage", "replay/coverage", percent),
-            ("agreement", "replay/agreement", percent),
-            ("worst layer", "replay/agreement_min_layer", percent),
+            ("agree", "replay/agreement", percent),
         ):
             parts.append(f"{name} {_show(metrics.get(metric), show)}")
-        return Text("   ".join(parts))
+        worst = _show(metrics.get("replay/agreement_min_layer"), percent)
+        return Text(f"{'  '.join(parts)} (worst {worst})")
+
+
+def print_line(console: Console, line: str, *, style: str = "") -> None:
+    """Print one line as it is; it is wrapped at words on a screen and never in a log."""
+    console.print(Text(line, style=style), soft_wrap=not console.is_terminal)
 
 
 def print_summary(
@@ -292,35 +301,27 @@ def print_summary(
     evaluation = eval_change(evaluations)
     if evaluation is not None:
         items = "" if evaluation.num_items is None else f" ({evaluation.num_items} prompts)"
-        console.print(
-            Text(
-                f"held-out reward{items}: {number(evaluation.first)} after step {evaluation.first_step}, "
-                f"{number(evaluation.last)} after step {evaluation.last_step}"
-            ),
-            soft_wrap=True,
+        print_line(
+            console,
+            f"held-out reward{items}: {number(evaluation.first)} after step {evaluation.first_step}, "
+            f"{number(evaluation.last)} after step {evaluation.last_step}",
         )
     comparison = live_comparison(steps)
     if comparison is not None:
-        factor = (
-            f", {number(comparison.live_k3 / comparison.replay_k3)} times less"
-            if comparison.replay_k3 > 0
-            else ""
-        )
-        console.print(
-            Text(
-                f"engine gap (k3) on the {comparison.num_steps} steps that measured both: "
-                f"{tiny(comparison.live_k3)} with live routing, {tiny(comparison.replay_k3)} with replay{factor}"
-            ),
-            soft_wrap=True,
+        live, replay = comparison.live_k3, comparison.replay_k3
+        factor = f", {live / replay:.1f} times less" if replay > 0 else ""
+        print_line(
+            console,
+            f"engine gap (k3) over {_steps(comparison.num_steps)} that measured both: {tiny(live)} with live routing, "
+            f"{tiny(replay)} with replay{factor}",
         )
     seconds = seconds_per_step(steps)
-    if seconds:
-        total = sum(seconds.values())
+    total = sum(seconds.values())
+    if total:
         shares = ", ".join(
-            f"{name} {spent:.2f} ({100 * spent / total if total else 0:.0f} %)"
-            for name, spent in seconds.items()
+            f"{name} {spent:.2f} ({100 * spent / total:.0f} %)" for name, spent in seconds.items()
         )
-        console.print(Text(f"seconds a step: {total:.2f} = {shares}"), soft_wrap=True)
+        print_line(console, f"seconds a step: {total:.2f} = {shares}")
 
 
 def _metric_table(steps: Sequence[StepRecord]) -> Table:
@@ -339,6 +340,10 @@ def _metric_table(steps: Sequence[StepRecord]) -> Table:
 
 def _show(value: float | None, show: Callable[[float], str]) -> str:
     return DASH if value is None else show(value)
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _duration(seconds: float) -> str:

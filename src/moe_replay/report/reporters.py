@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
+from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 from moe_replay.report.base import BaseReporter, SilentReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
 from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbReporter
-
-if TYPE_CHECKING:
-    from moe_replay.grpo.config import Recipe
 
 
 class JsonlReporter(BaseReporter):
@@ -85,7 +82,7 @@ def build_reporter(recipe: Recipe, *, rank: int, run_directory: RunDirectory) ->
     """
     if rank != 0:
         return SilentReporter()
-    recipe_toml = recipe.to_toml()
+    recipe_toml = recipe.resolved_toml()
     sinks: list[BaseReporter] = []
     for name in recipe.logging.sinks:
         if name == "tensorboard":

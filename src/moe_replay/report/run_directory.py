@@ -5,6 +5,7 @@
     <output_dir>/
     ├── recipe.toml         the recipe with every default filled in
     ├── versions.json       the software that ran it
+    ├── run_id              name under which logging services know the run; a run from the start gets a new one
     ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`
     ├── eval.jsonl          one line an evaluation
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,6 +90,11 @@ class RunDirectory:
         recorded = {record.step for record in self.read_steps()}
         self.missing_steps = tuple(sorted(set(range(1, last_step + 1)) - recorded))
 
+    @property
+    def run_id(self) -> str:
+        """Name under which logging services know this run; the same after resuming."""
+        return (self.path / "run_id").read_text()
+
     def write_step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
         """Append a finished step and put it on the disk; the line in ``metrics.jsonl`` comes last.
 
@@ -135,6 +142,8 @@ class RunDirectory:
                 if file.exists() and file.read_bytes() != text.encode() and not earlier.exists():
                     file.replace(earlier)
                 _replace(file, [text.encode()])
+            if last_step == 0 or not (self.path / "run_id").exists():
+                _replace(self.path / "run_id", [secrets.token_hex(4).encode()])
         except OSError as error:
             raise _write_error(self.path, error) from error
 
@@ -201,10 +210,9 @@ def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             try:
                 line = json.loads(raw)
-                step = line["step"]
-            except (ValueError, KeyError, TypeError):
-                step = None
-            if not isinstance(step, int):
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 raise CheckpointError(
                     f"{file}, line {number} is not a JSON object with a step: {raw[:60]!r}; something other than "
                     "moe-replay wrote to it, or the disk lost data: repair or remove that line, then resume"

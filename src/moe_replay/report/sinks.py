@@ -9,7 +9,6 @@ In: records. Out: three reporters. Called by: report.reporters.
 from __future__ import annotations
 
 import importlib
-import secrets
 import tomllib
 from collections.abc import Sequence
 from types import ModuleType
@@ -74,7 +73,7 @@ class WandbReporter(BaseReporter):
             project=PROJECT,
             name=self._run_directory.path.name,
             dir=str(self._run_directory.path),
-            id=_run_id(self._run_directory),
+            id=self._run_directory.run_id,
             resume="allow",
             config=tomllib.loads(self._recipe_toml),
         )
@@ -111,7 +110,7 @@ class TrackioReporter(BaseReporter):
         path = self._run_directory.path
         self._run = self._trackio.init(
             project=PROJECT,
-            name=f"{path.name}-{_run_id(self._run_directory)}",
+            name=f"{path.name}-{self._run_directory.run_id}",
             resume="allow",
             config=tomllib.loads(self._recipe_toml),
             embed=False,
@@ -145,11 +144,3 @@ def _require(module: str, extra: str) -> ModuleType:
             f"logging.sinks names {extra!r}, but the package cannot be imported ({error}); "
             f"pip install 'moe-replay[{extra}]', or take it out of logging.sinks"
         ) from error
-
-
-def _run_id(run_directory: RunDirectory) -> str:
-    """Return the name under which services know this run, the same when it resumes."""
-    file = run_directory.path / "run_id"
-    if not file.exists():
-        file.write_text(secrets.token_hex(4))
-    return file.read_text()

@@ -10,6 +10,7 @@ from moe_replay.routing.agreement import (
     agreement_floor,
     measure_agreement,
 )
+from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
 from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
 from moe_replay.routing.guard import Guard
 from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
@@ -29,8 +30,11 @@ __all__ = [
     "ReplayMode",
     "RoutingTrace",
     "RowIndex",
+    "TraceComparison",
     "agreement_floor",
+    "compare_traces",
     "diagnose",
     "expert_dtype",
+    "flipped",
     "measure_agreement",
 ]

@@ -19,6 +19,7 @@ from jaxtyping import Float64, Int64
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.agreement import (
+    HEALTHY_OVERLAP,
     GuardEvidence,
     Overlaps,
     agreement_floor,
@@ -112,22 +113,32 @@ def diagnose(
     wanted = np.isin(evidence.layers, evidence.layers if layers is None else layers)
     aligned = found.aligned[:, wanted]
     best: Diagnosis | None = None
-    for hypothesis in _hypotheses(found):
-        overlap = hypothesis.overlap[:, wanted]
-        gain = row_gain(overlap, aligned)
-        gain = gain[np.isfinite(gain)]
-        if len(gain) < 2 or gain.mean() < MIN_GAIN + SIGMAS * gain.std() / len(gain) ** 0.5:
-            continue
-        agreement = float(np.nanmean(overlap))
-        if best is None or agreement > best.agreement + _TIE:
-            best = Diagnosis(
-                cause=hypothesis.cause,
-                agreement=agreement,
-                aligned=float(aligned.mean()),
-                shift=hypothesis.shift,
-                sentence=f"{hypothesis.sentence} (that explains {agreement:.0%} of the expert slots)",
-            )
+    for tried in (alternatives, _rarities):
+        for hypothesis in tried(found):
+            overlap = hypothesis.overlap[:, wanted]
+            agreement = _believed(overlap, aligned)
+            if agreement is not None and (best is None or agreement > best.agreement + _TIE):
+                best = Diagnosis(
+                    cause=hypothesis.cause,
+                    agreement=agreement,
+                    aligned=float(aligned.mean()),
+                    shift=hypothesis.shift,
+                    sentence=f"{hypothesis.sentence} (that explains {agreement:.0%} of the expert slots)",
+                )
+        if best is not None and best.agreement >= HEALTHY_OVERLAP:
+            break
     return best or _without_hypothesis(found, wanted)
+
+
+def _believed(
+    overlap: Float64[np.ndarray, "sampled layers"], aligned: Float64[np.ndarray, "sampled layers"]
+) -> float | None:
+    """Return the mean overlap of a hypothesis that beats the aligned rows clearly, else None."""
+    gain = row_gain(overlap, aligned)
+    gain = gain[np.isfinite(gain)]
+    if len(gain) < 2 or gain.mean() < MIN_GAIN + SIGMAS * gain.std() / len(gain) ** 0.5:
+        return None
+    return float(np.nanmean(overlap))
 
 
 def _without_hypothesis(found: Overlaps, wanted: np.ndarray) -> Diagnosis:
@@ -167,8 +178,8 @@ def alternatives(found: Overlaps) -> Iterator[Hypothesis]:
         yield _swapped_samples(found)
 
 
-def _hypotheses(found: Overlaps) -> Iterator[Hypothesis]:
-    yield from alternatives(found)
+def _rarities(found: Overlaps) -> Iterator[Hypothesis]:
+    """Yield the hypotheses that are tried only once something is wrong."""
     yield _expert_offset(found)
     if found.num_experts > 256:
         yield _expert_wrap(found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, UInt64
+from jaxtyping import Bool, Integer, UInt64
 
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15 | 1
@@ -62,6 +62,14 @@ def join_digests(parts: list[UInt64[np.ndarray, " _"]]) -> UInt64[np.ndarray, " 
         rows += len(part)
         total = shifted[-1] if len(shifted) else total
     return np.concatenate(joined) if joined else np.zeros(0, dtype=np.uint64)
+
+
+def num_different_tokens(
+    digest: UInt64[np.ndarray, " tokens"], rows: Bool[np.ndarray, " tokens"]
+) -> int:
+    """Count the different tokens among ``rows``; the digest names no token, but tells equal ones from different."""
+    steps = np.diff(digest, prepend=np.uint64(0))
+    return len(np.unique((steps * _powers(_BASE_INVERSE, len(digest)))[rows]))
 
 
 def first_difference(

@@ -43,6 +43,7 @@ _STRAY_GAIN = 0.3  # overlap by which a row must fit elsewhere to count as stray
 _STRAY_SHARE = (
     0.15  # share of stray rows above which not drift but a misplaced stretch is the cause
 )
+_LEAST_POOLED_ROWS = 256  # too few to tell a misplaced stretch from drift
 _MAX_POOLED_ROWS = 8192
 
 
@@ -77,7 +78,7 @@ class Guard:
         pool.add(_Judged.of(found, agreement))
         for suspect in self._suspects(pool):
             self._refuse(suspect, evidence, where)
-        if pool.num_rows >= _MAX_POOLED_ROWS or self._is_clear(pool):
+        if pool.num_rows >= (_LEAST_POOLED_ROWS if self._is_clear(pool) else _MAX_POOLED_ROWS):
             pool.clear()
         return agreement
 
@@ -250,7 +251,9 @@ class _Pool:
         }
 
 
-def _error(values: Float64[np.ndarray, "rows ..."], slots: int) -> Float64[np.ndarray, "..."]:
+def _error(
+    values: Float64[np.ndarray, "rows ..."], slots: int
+) -> Float64[np.ndarray, " layers"] | np.float64:
     """Return the standard error of the mean over rows, no smaller than independent healthy slots would have it."""
     least = (HEALTHY_OVERLAP * (1 - HEALTHY_OVERLAP) / slots) ** 0.5
     return np.maximum(values.std(axis=0), least) / len(values) ** 0.5

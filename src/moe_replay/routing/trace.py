@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Integer, UInt64
+from jaxtyping import Bool, Integer, Shaped, UInt64
 
 from moe_replay.errors import TokenMismatchError, TraceError
-from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference, join_digests
+from moe_replay.routing.digest import (
+    crop_digest,
+    digest_tokens,
+    first_difference,
+    join_digests,
+    num_different_tokens,
+)
 
-# A layer whose rows are all the same routes in the same order is a buffer that nobody wrote, not a router's
-# choice. Below this many rows the same thing can happen by chance (a short prompt of one repeated token).
-MIN_ROWS_FOR_CONSTANT_CHECK = 16
+# A layer that routes this many different tokens all alike is a buffer that nobody wrote, not a router's choice. Fewer can
+# be chance, and a stretch of one repeated token, however long, rightly has constant routes.
+MIN_TOKENS_FOR_CONSTANT_CHECK = 32
 
 
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
@@ -116,10 +122,10 @@ class RoutingTrace:
     @classmethod
     def record(
         cls,
-        expert_ids: Integer[np.ndarray, "tokens layers topk"],
+        expert_ids: Shaped[np.ndarray, "rows layers topk"],
         *,
         token_ids: Integer[np.ndarray, " tokens"],
-        valid: Bool[np.ndarray, " tokens"],
+        valid: Bool[np.ndarray, " flags"],
         layers: Sequence[int],
         num_experts: int,
         origin: Origin,
@@ -132,6 +138,10 @@ class RoutingTrace:
             TraceError: when rows, tokens and ``valid`` differ in number, or a valid row is not a possible route.
         """
         ids = np.asarray(expert_ids)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TraceError(
+                f"expert_ids is {ids.dtype}, expected integers: a cast would round ids silently"
+            )
         if ids.ndim == 3 and valid.shape == ids.shape[:1]:
             _check_range(ids, valid, layers, num_experts)
         narrow = np.ascontiguousarray(ids.astype(expert_dtype(num_experts), copy=False))
@@ -309,13 +319,15 @@ class RoutingTrace:
                 f"{ids[row, layer].tolist()} name one twice ({int(twice.any(axis=1).sum())} such rows); a router never "
                 "does: the buffer is zero-filled or padded, so mark those rows valid=False"
             )
-        if len(ids) >= MIN_ROWS_FOR_CONSTANT_CHECK:
-            constant = (ids == ids[:1]).all(axis=(0, 2))
-            if constant.any():
+        constant = (ids == ids[:1]).all(axis=(0, 2)) if len(ids) else np.zeros(1, dtype=bool)
+        if constant.any():
+            different = num_different_tokens(self.token_digest, self.valid)
+            if different >= MIN_TOKENS_FOR_CONSTANT_CHECK:
                 layer = int(constant.argmax())
                 raise TraceError(
-                    f"layer {self.layers[layer]}: all {len(ids)} valid rows hold {ids[0, layer].tolist()}; "
-                    "that is a constant fill, not routing: the engine did not capture this layer"
+                    f"layer {self.layers[layer]}: all {len(ids)} valid rows, of {different} different tokens, hold "
+                    f"{ids[0, layer].tolist()}; that is a constant fill, not routing: the engine did not capture this "
+                    "layer"
                 )
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,6 +30,16 @@ import torch.distributed as dist
 
 class RankFailure(RuntimeError):
     """A rank died, hung, or raised something that cannot be sent to the parent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Report:
+    """What a rank sends to the parent."""
+
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+    time_s: float = 0.0
 
 
 def run_ranks(
@@ -54,7 +65,9 @@ def run_ranks(
         pipes = [fork.Pipe(duplex=False) for _ in range(world_size)]
         children = [
             fork.Process(
-                target=_run_rank, args=(rank, world_size, folder, pipes[rank][1], fn, args), daemon=True
+                target=_run_rank,
+                args=(rank, world_size, folder, pipes[rank][1], fn, args),
+                daemon=True,
             )
             for rank in range(world_size)
         ]
@@ -85,25 +98,32 @@ def _collect(
                 f"ranks {sorted(pending.values())} of {len(receivers)} still ran after {timeout_s} s. "
                 f"Usually one rank skipped a collective that the others wait in.\n{stacks}"
             )
-        for receiver in ready:
-            rank = pending[receiver]
-            results[rank] = _result(receiver, rank, children[rank])
+        reports = {
+            rank: _report(receiver, rank, children[rank])
+            for receiver in ready
+            for rank in [pending[receiver]]
+        }
+        # The rank that failed first is the cause; the others fail because they lost it.
+        failed = min((r for r in reports.values() if r.error), key=lambda r: r.time_s, default=None)
+        if failed is not None and failed.error is not None:
+            raise failed.error
+        results |= {rank: report.value for rank, report in reports.items()}
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _result(receiver: Connection, rank: int, child: Any) -> Any:
+def _report(receiver: Connection, rank: int, child: Any) -> _Report:
     try:
-        value, error, trace = pickle.loads(receiver.recv_bytes())
+        report: _Report = pickle.loads(receiver.recv_bytes())
     except EOFError:
         child.join()
-        raise RankFailure(
+        error = RankFailure(
             f"rank {rank} died with exit code {child.exitcode} and returned nothing; a negative code is "
             "the signal that killed it (-9 often means out of memory)"
-        ) from None
-    if error is not None:
-        error.add_note(f"raised on rank {rank}:\n{trace}")
-        raise error
-    return value
+        )
+        return _Report(error=error, time_s=time.monotonic())
+    if report.error is not None:
+        report.error.add_note(f"raised on rank {rank}:\n{report.trace}")
+    return report
 
 
 def _stacks(folder: Path, hung: dict[int, Any]) -> str:
@@ -111,9 +131,13 @@ def _stacks(folder: Path, hung: dict[int, Any]) -> str:
         os.kill(child.pid, signal.SIGUSR1)
     deadline = time.monotonic() + 1.0
     files = {rank: folder / f"stack-{rank}" for rank in hung}
-    while time.monotonic() < deadline and not all(f.exists() and f.stat().st_size for f in files.values()):
+    while time.monotonic() < deadline and not all(
+        f.exists() and f.stat().st_size for f in files.values()
+    ):
         time.sleep(0.01)
-    return "\n".join(f"rank {rank}:\n{f.read_text() if f.exists() else '?'}" for rank, f in files.items())
+    return "\n".join(
+        f"rank {rank}:\n{f.read_text() if f.exists() else '?'}" for rank, f in files.items()
+    )
 
 
 def _run_rank(
@@ -128,26 +152,27 @@ def _run_rank(
     torch.set_num_threads(1)
     with (folder / f"stack-{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
-        value, error, trace = None, None, ""
+        report = _Report()
         try:
             store = dist.FileStore(str(folder / "store"), world_size)
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1)
             )
-            value = fn(*args)
+            report = _Report(value=fn(*args))
         except BaseException as raised:  # noqa: BLE001 - the seam: whatever a rank raises is sent to the parent
-            error, trace = raised, traceback.format_exc()
-        sender.send_bytes(_pickled(value, error, trace))
+            report = _Report(error=raised, trace=traceback.format_exc(), time_s=time.monotonic())
+        sender.send_bytes(_pickled(report))
         sender.close()
         os._exit(0)
 
 
-def _pickled(value: Any, error: BaseException | None, trace: str) -> bytes:
+def _pickled(report: _Report) -> bytes:
     try:
-        message = pickle.dumps((value, error, trace))
+        message = pickle.dumps(report)
         pickle.loads(message)
         return message
     except Exception as reason:  # noqa: BLE001 - the seam: pickling runs arbitrary code of the value
-        what = f"raised {error!r}" if error is not None else f"returned a {type(value).__name__}"
+        error = report.error
+        what = f"returned a {type(report.value).__name__}" if error is None else f"raised {error!r}"
         failure = RankFailure(f"the rank {what}, which cannot be pickled: {reason!r}")
-        return pickle.dumps((None, failure, trace))
+        return pickle.dumps(_Report(error=failure, trace=report.trace, time_s=time.monotonic()))

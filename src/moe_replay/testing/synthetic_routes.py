@@ -20,9 +20,9 @@ class SyntheticRoutes:
 
     num_experts: int
     """Experts a layer."""
-    replayed: tuple[Int64[np.ndarray, "tokens layers topk"], ...]
+    replayed: tuple[Int64[np.ndarray, "_ layers topk"], ...]
     """One array a sample: the recorded routes."""
-    live: tuple[Int64[np.ndarray, "tokens layers topk"], ...]
+    live: tuple[Int64[np.ndarray, "_ layers topk"], ...]
     """One array a sample: the routes of the drifted router, for the same tokens."""
 
     def evidence(
@@ -30,8 +30,8 @@ class SyntheticRoutes:
         *,
         seed: int,
         num_sampled: int,
-        replayed: Sequence[Int64[np.ndarray, "tokens layers topk"]] | None = None,
-        valid: Sequence[Bool[np.ndarray, " tokens"]] | None = None,
+        replayed: Sequence[Int64[np.ndarray, "_ layers topk"]] | None = None,
+        valid: Sequence[Bool[np.ndarray, " _"]] | None = None,
         num_padding: int = 3,
     ) -> GuardEvidence:
         """Pack the samples end to end, pad, and sample rows as a replay scope does.

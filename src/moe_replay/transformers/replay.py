@@ -55,6 +55,7 @@ def replay_routes(
     """
     scope = _Scope(model, np.asarray(expert_ids), np.asarray(valid), tuple(layers))
     with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(scope.note_forward))
         for site in scope.sites:
             hooks.enter_context(site.module.register_forward_hook(partial(scope.force, site)))
         yield
@@ -77,13 +78,18 @@ class _Scope:
                     "its score function the weights of replayed experts would be guessed"
                 )
         _check_routes(expert_ids, valid, layers, self.sites)
-        self._model = model
         self._ids = torch.from_numpy(np.ascontiguousarray(expert_ids))
         self._valid = torch.from_numpy(np.ascontiguousarray(valid))
         self._column = {layer: column for column, layer in enumerate(layers)}
         self._num_forwards = {site.layer: 0 for site in self.sites}
         self._num_recomputed = 0
         self._checkpointed = False
+
+    def note_forward(self, model: nn.Module, args: Any) -> None:
+        """See whether this forward will be recomputed; a forward pre-hook of the model."""
+        # Asked here, because reentrant checkpointing runs the layers themselves without gradients.
+        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        self._checkpointed |= checkpointing and model.training and torch.is_grad_enabled()
 
     def force(self, site: RouterSite, module: nn.Module, args: Any, output: Any) -> Any:
         """Return a router's output with the replayed experts and their weights; a forward hook."""
@@ -124,12 +130,6 @@ class _Scope:
             self._num_recomputed += 1
             return
         self._num_forwards[site.layer] += 1
-        checkpointing = getattr(self._model, "is_gradient_checkpointing", False)
-        self._checkpointed |= checkpointing and self._model.training and not _inference_only()
-
-
-def _inference_only() -> bool:
-    return torch.is_inference_mode_enabled()
 
 
 def _check_routes(

@@ -1,0 +1,238 @@
+"""The rules between keys of a recipe: contradictions, layouts that no test covers yet, and keys without effect.
+
+In: sections that are valid by themselves. Out: `Problem` lists. Called by: grpo.recipe_file, grpo.config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from moe_replay.routing import ReplayMode
+
+GENERATED = "reasoning_gym:"
+"""Prefix of a dataset that is generated instead of read."""
+
+_LAYOUT_AXES = {
+    "tensor_model_parallel_size": "tensor",
+    "pipeline_model_parallel_size": "pipeline",
+    "virtual_pipeline_model_parallel_size": "virtual pipeline",
+    "context_parallel_size": "context",
+    "expert_model_parallel_size": "expert",
+    "expert_tensor_parallel_size": "expert tensor",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a recipe."""
+
+    path: str
+    """Dotted key."""
+    text: str
+    """What was given, what was expected and what to do."""
+    is_unsupported: bool = False
+    """Whether the value makes sense but cannot be honoured."""
+
+
+def rule_problems(sections: Mapping[str, Any]) -> list[Problem]:
+    """Check every rule whose sections are all present; a section that is itself invalid is left out by the caller."""
+    have = SimpleNamespace(**sections)
+    return [
+        problem
+        for needed, rule in _RULES
+        if all(name in sections for name in needed)
+        for problem in rule(have)
+    ]
+
+
+def effect_free_keys(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> reason, for every key that changes nothing given the other keys; absent sections are left out."""
+    have = SimpleNamespace(**sections)
+    return {
+        path: reason
+        for needed, rule in _EFFECT_RULES
+        if all(name in sections for name in needed)
+        for path, reason in rule(have)
+    }
+
+
+def _batch_against_generations(have: Any) -> Iterator[Problem]:
+    samples = have.batch.global_batch_size * have.batch.steps_per_generation
+    if samples % have.rollout.num_generations:
+        yield Problem(
+            path="batch.global_batch_size",
+            text=f"global_batch_size x steps_per_generation = {samples} samples is not a multiple of "
+            f"rollout.num_generations = {have.rollout.num_generations}, so the last prompt would have an incomplete "
+            "group: change one of the three",
+        )
+
+
+def _one_way_to_split_a_batch(have: Any) -> Iterator[Problem]:
+    budget, micro = have.batch.max_tokens_per_microbatch, have.batch.micro_batch_size
+    if (budget is None) == (micro is None):
+        given = "neither" if budget is None else "both"
+        yield Problem(
+            path="batch.max_tokens_per_microbatch",
+            text=f"{given} of max_tokens_per_microbatch and micro_batch_size given, expected exactly one: "
+            "the first packs samples up to a token budget, the second pads a fixed number of samples",
+        )
+    if micro is not None and have.batch.global_batch_size % micro:
+        yield Problem(
+            path="batch.micro_batch_size",
+            text=f"{micro} does not divide global_batch_size = {have.batch.global_batch_size}: choose a divisor",
+        )
+
+
+def _budget_holds_a_sample(have: Any) -> Iterator[Problem]:
+    budget = have.batch.max_tokens_per_microbatch
+    longest = have.data.max_prompt_length + have.rollout.max_completion_length
+    if budget is not None and budget < longest:
+        yield Problem(
+            path="batch.max_tokens_per_microbatch",
+            text=f"{budget} tokens cannot hold one sample of data.max_prompt_length + rollout.max_completion_length "
+            f"= {longest} tokens: raise it to at least {longest}, or lower one of the two lengths",
+        )
+
+
+def _optimizer_schedule(have: Any) -> Iterator[Problem]:
+    if have.optimizer.min_lr > have.optimizer.lr:
+        yield Problem(
+            path="optimizer.min_lr",
+            text=f"{have.optimizer.min_lr} is above lr = {have.optimizer.lr}: the schedule can only fall",
+        )
+
+
+def _warmup_ends(have: Any) -> Iterator[Problem]:
+    updates = have.run.max_steps * have.batch.steps_per_generation
+    if have.optimizer.warmup_steps >= updates:
+        yield Problem(
+            path="optimizer.warmup_steps",
+            text=f"{have.optimizer.warmup_steps} updates of warm-up in a run of {updates} updates (run.max_steps x "
+            "batch.steps_per_generation): lr would never be reached; lower it",
+        )
+
+
+def _layout_has_a_test(have: Any) -> Iterator[Problem]:
+    for key, word in _LAYOUT_AXES.items():
+        size = getattr(have.megatron, key)
+        if size not in (None, 1):
+            yield Problem(
+                path=f"megatron.{key}",
+                text=f"got {size}, expected 1: replay under {word} parallelism has no test of equality with a single "
+                "rank yet, and a layout without one is not let through; use data parallelism (more processes)",
+                is_unsupported=True,
+            )
+
+
+def _recompute_is_complete(have: Any) -> Iterator[Problem]:
+    layout = have.megatron
+    if layout.recompute_granularity == "full":
+        for key in ("recompute_method", "recompute_num_layers"):
+            if getattr(layout, key) is None:
+                yield Problem(
+                    path=f"megatron.{key}",
+                    text="missing, but Megatron-Core needs it with recompute_granularity = 'full': "
+                    "set recompute_method = 'uniform' and recompute_num_layers = 1 to recompute every layer",
+                )
+
+
+def _reward_names_differ(have: Any) -> Iterator[Problem]:
+    names = [reward.name for reward in have.rewards]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            yield Problem(
+                path=f"rewards.{number}.name",
+                text=f"{name!r} is also the name of rewards.{names.index(name)}, and metrics go by that name: "
+                "give one of them another name",
+            )
+
+
+def _eval_samples_differ(have: Any) -> Iterator[Problem]:
+    if have.eval.temperature == 0 and have.eval.num_generations > 1:
+        yield Problem(
+            path="eval.num_generations",
+            text=f"{have.eval.num_generations} completions at temperature 0 are all equal: "
+            "set eval.temperature above 0, or num_generations = 1",
+        )
+
+
+def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    replay = have.replay
+    if replay.router_replay_mode is ReplayMode.DISABLED:
+        for key in type(replay).model_fields:
+            if key != "router_replay_mode":
+                yield f"replay.{key}", "replay.router_replay_mode is 'disabled'"
+    elif not replay.guard:
+        for key in ("guard_rows", "guard_floor"):
+            yield f"replay.{key}", "replay.guard is false"
+
+
+def _reference_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    if have.grpo.beta == 0:
+        yield "replay.reference_routes", "grpo.beta is 0, so there is no reference model"
+
+
+def _dataset_keys_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    locations = [location for location in (have.data.train, have.data.eval) if location is not None]
+    if not any(location.startswith(GENERATED) for location in locations):
+        yield "data.task", "no dataset is generated by reasoning_gym"
+    if all(location.startswith(GENERATED) for location in locations):
+        for key in ("prompt_column", "messages_column"):
+            yield f"data.{key}", "every dataset is generated by reasoning_gym"
+    if have.data.train.startswith(GENERATED):
+        yield "data.shuffle", "generated items come in random order already"
+    else:
+        yield "data.train_seed", "data.train is a file; run.seed shuffles it"
+    if have.data.eval is None:
+        yield "data.eval_size", "data.eval is not set"
+        yield "data.eval_seed", "data.eval is not set"
+    elif not have.data.eval.startswith(GENERATED):
+        yield "data.eval_seed", "data.eval is a file"
+
+
+def _eval_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    if have.data.eval is None:
+        for key in type(have.eval).model_fields:
+            yield f"eval.{key}", "data.eval is not set, so nothing is evaluated"
+
+
+def _optimizer_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    if have.optimizer.lr_scheduler == "constant":
+        yield "optimizer.min_lr", "optimizer.lr_scheduler is 'constant'"
+
+
+def _recompute_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    granularity = have.megatron.recompute_granularity
+    given = "is not set" if granularity is None else f"is {granularity!r}"
+    if granularity != "full":
+        for key in ("recompute_method", "recompute_num_layers"):
+            yield f"megatron.{key}", f"megatron.recompute_granularity {given}, not 'full'"
+    if granularity != "selective":
+        yield (
+            "megatron.recompute_modules",
+            f"megatron.recompute_granularity {given}, not 'selective'",
+        )
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] = (
+    (("batch", "rollout"), _batch_against_generations),
+    (("batch",), _one_way_to_split_a_batch),
+    (("batch", "data", "rollout"), _budget_holds_a_sample),
+    (("optimizer",), _optimizer_schedule),
+    (("run", "batch", "optimizer"), _warmup_ends),
+    (("megatron",), _layout_has_a_test),
+    (("megatron",), _recompute_is_complete),
+    (("rewards",), _reward_names_differ),
+    (("eval",), _eval_samples_differ),
+)
+_EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[tuple[str, str]]]], ...] = (
+    (("replay",), _replay_without_effect),
+    (("grpo",), _reference_without_effect),
+    (("data",), _dataset_keys_without_effect),
+    (("data", "eval"), _eval_without_effect),
+    (("optimizer",), _optimizer_without_effect),
+    (("megatron",), _recompute_without_effect),
+)

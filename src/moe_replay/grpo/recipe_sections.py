@@ -1,0 +1,262 @@
+"""The sections of a recipe: every key with its type, its default, its range and what it does.
+
+In: tables. Out: one frozen model per section. Called by: grpo.config, grpo.recipe_file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moe_replay.routing import ReplayMode
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Base of every table of a recipe: frozen, strict types (an integer may stand for a float), no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+
+class RunSection(Section):
+    """``[run]``: where the run lives and how long it is."""
+
+    output_dir: Annotated[Path, Field(strict=False)]
+    """Run directory: checkpoints, metrics, completions. Starting again in it resumes."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampling, of shuffling and of the trainer."""
+    max_steps: int = Field(gt=0)
+    """Steps to run; a step is one rollout batch and its ``batch.steps_per_generation`` optimizer updates."""
+
+
+class ModelSection(Section):
+    """``[model]``: what is trained."""
+
+    path: Annotated[Path, Field(strict=False)]
+    """Directory of a Hugging Face checkpoint: config, safetensors and tokenizer."""
+    dtype: Dtype = "float32"
+    """Number format of the trainer's parameters; bfloat16 keeps float32 main weights in the optimizer."""
+    grouped_experts: bool = False
+    """Run the experts of a layer as one grouped matrix product instead of one after the other."""
+
+
+class DataSection(Section):
+    """``[data]``: where prompts come from."""
+
+    train: str
+    """A ``.jsonl`` or ``.parquet`` file, or ``reasoning_gym:<family>`` for endless generated items."""
+    eval: str | None = None
+    """Held-out prompts, in the same forms as ``train``; nothing is evaluated without it."""
+    prompt_column: str = "prompt"
+    """Column with the prompt of a file dataset: a string, or a list of chat messages."""
+    system_prompt: str | None = None
+    """System message put before every chat that has none; needs a tokenizer with a chat template."""
+    messages_column: str = "messages"
+    """Column with chat messages of a file dataset; used instead of ``prompt_column`` where it exists."""
+    max_prompt_length: int = Field(default=512, gt=0)
+    """Most tokens of a prompt, chat template included."""
+    truncation: Literal["error", "delete", "left"] = "error"
+    """What is done with a longer prompt: stop, leave it out (counted), or drop tokens at its start."""
+    shuffle: bool = True
+    """Shuffle a file dataset anew each epoch, by ``run.seed``."""
+    train_seed: int = Field(default=1, ge=0)
+    """Seed of the generated training items."""
+    eval_seed: int = Field(default=2, ge=0)
+    """Seed of the generated held-out items."""
+    eval_size: int = Field(default=128, gt=0)
+    """Held-out prompts: distinct generated items, or at most the first ones of a file."""
+    task: dict[str, Any] = Field(default_factory=dict)
+    """Configuration of the reasoning-gym family, such as ``max_terms``."""
+
+
+class RewardSection(Section):
+    """``[[rewards]]``: one reward function."""
+
+    function: str
+    """``reasoning_gym``, ``exact_match``, ``math_verify``, ``format``, ``module:function`` or ``file.py:function``."""
+    weight: float = 1.0
+    """Factor of its score in the reward."""
+    name: str = Field(min_length=1)
+    """Name in metrics; by default the function's own."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments passed on every call."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name_from_function(cls, table: Any) -> Any:
+        if (
+            isinstance(table, dict)
+            and "name" not in table
+            and isinstance(table.get("function"), str)
+        ):
+            return {**table, "name": table["function"].rpartition(":")[2]}
+        return table
+
+
+class RolloutSection(Section):
+    """``[rollout]``: how completions are sampled."""
+
+    engine: Literal["embedded"] = "embedded"
+    """Inference engine."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the engine's weights."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Smallest set of tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = Field(default=0, ge=0)
+    """Most likely tokens kept; 0 keeps all."""
+    max_completion_length: int = Field(gt=0)
+    """Most tokens sampled per completion, the end token included."""
+    num_generations: int = Field(default=8, ge=2)
+    """Completions per prompt, compared with each other."""
+    max_batch_size: int = Field(default=64, gt=0)
+    """Sequences sampled at once."""
+
+
+class ReplaySection(Section):
+    """``[replay]``: whose expert choice the trainer uses, and how closely that is watched."""
+
+    router_replay_mode: Annotated[ReplayMode, Field(strict=False)] = ReplayMode.R3
+    """``disabled``, ``R2`` (routes of the trainer's old-logprob pass) or ``R3`` (routes of the engine)."""
+    min_coverage: float = Field(default=0.95, ge=0, le=1)
+    """Least fraction of replayable rows that must be replayed; the run stops below it."""
+    guard: bool = True
+    """Compare replayed with live routes each step and stop when they disagree too much."""
+    guard_rows: int = Field(default=256, gt=0)
+    """Rows compared per step."""
+    guard_floor: float | None = Field(default=None, gt=0, lt=1)
+    """Least agreement; chosen from the model's experts and top-k when left out."""
+    reference_routes: Literal["live", "replay"] = "replay"
+    """Routing of the reference model: the policy's replayed routes, or its own live ones."""
+    live_gap_every: int = Field(default=0, ge=0)
+    """Measure the engine gap with live routing too, every so many steps; 0 never does."""
+
+
+class BatchSection(Section):
+    """``[batch]``: how samples become optimizer updates."""
+
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer update, over all data-parallel ranks."""
+    steps_per_generation: int = Field(default=1, gt=0)
+    """Optimizer updates per rollout batch."""
+    max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
+    """Token budget of a packed microbatch; give this or ``micro_batch_size``."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Samples of a padded microbatch; give this or ``max_tokens_per_microbatch``."""
+
+
+class GrpoSection(Section):
+    """``[grpo]``: advantage and loss."""
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are averaged."""
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """The importance ratio is clipped below at 1 - epsilon."""
+    epsilon_high: float = Field(gt=0)
+    """The importance ratio is clipped above at 1 + epsilon_high; equal to ``epsilon`` when left out."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL term towards the reference model; 0 loads no reference model."""
+    advantage_estimator: Literal["grpo"] = "grpo"
+    """How rewards become advantages."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation the advantages are divided by."""
+    overlong_filter: bool = False
+    """Leave completions that were cut off by ``rollout.max_completion_length`` out of the loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_epsilon_high_from_epsilon(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "epsilon_high" not in table:
+            epsilon = table.get("epsilon", cls.model_fields["epsilon"].default)
+            return {**table, "epsilon_high": epsilon}
+        return table
+
+
+class OptimizerSection(Section):
+    """``[optimizer]``: AdamW and its schedule, counted in optimizer updates."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of a linear or cosine schedule."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+
+
+class MegatronSection(Section):
+    """``[megatron]``: layout and recomputation, under Megatron-Core's own names."""
+
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """Ranks that share each matrix."""
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Stages of layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=0)
+    """Model chunks per stage."""
+    context_parallel_size: int = Field(default=1, gt=0)
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: int = Field(default=1, gt=0)
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = Field(default=None, gt=0)
+    """Ranks that share each expert's matrices."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers or chosen modules in the backward pass; nothing is recomputed when left out."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With ``full``: how recomputed layers are chosen."""
+    recompute_num_layers: int | None = Field(default=None, gt=0)
+    """With ``full``: layers per recomputed unit (uniform) or recomputed layers per stage (block)."""
+    recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """With ``selective``: names of modules, such as ``moe``."""
+
+
+class EvalSection(Section):
+    """``[eval]``: evaluation on ``data.eval``."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate every so many steps; 0 only before and after."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Softmax temperature; 0 takes the most likely token."""
+    num_generations: int = Field(default=1, gt=0)
+    """Completions per held-out prompt."""
+
+
+class CheckpointSection(Section):
+    """``[checkpoint]``: what is kept for resuming and for use."""
+
+    save_steps: int = Field(default=1, gt=0)
+    """Save every so many steps, and after the last."""
+    save_total_limit: int = Field(default=2, gt=0)
+    """Checkpoints kept."""
+    export: bool = True
+    """Write a Hugging Face checkpoint at the end."""
+
+
+class LoggingSection(Section):
+    """``[logging]``: sinks besides the console and the files of the run directory."""
+
+    sinks: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)
+    ] = ()
+    """Names of sinks."""

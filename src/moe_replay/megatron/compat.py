@@ -1,0 +1,102 @@
+"""Every import and call of Megatron-Core that differs between 0.16 and 0.19, or with Transformer Engine.
+
+In: a TransformerConfig. Out: layer specs, and the classes that others test for.
+Called by: the modules of `moe_replay.megatron`; none of them asks for a version.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from moe_replay.megatron.attention import SDPACoreAttention
+from moe_replay.megatron.layers import AllHeadsKeyNorm, AllHeadsQueryNorm, GroupedExperts, RMSNorm
+from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.megatron.version import check_installed
+
+__all__ = [
+    "VERSION",
+    "MoELayer",
+    "TopKRouter",
+    "decoder_block_spec",
+    "transformer_engine_usable",
+]
+
+VERSION = check_installed()
+
+# 0.16 reads this name in the router's gating and defines it only where Transformer Engine is installed.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None
+
+
+def transformer_engine_usable() -> bool:
+    """Tell whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def decoder_block_spec(
+    config: Any, *, vp_stage: int | None, all_heads_qk_norm: bool, grouped_experts: bool
+) -> Any:
+    """Return the layer specs of one model chunk of this rank.
+
+    Without Transformer Engine: Megatron's local layers with our norm, core attention and, if asked for,
+    grouped experts.
+    """
+    transformer_engine = transformer_engine_usable()
+    with quiet_megatron():
+        block = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=transformer_engine,
+            normalization=config.normalization,
+            vp_stage=vp_stage,
+        )
+    # Layers of one kind share one spec object.
+    for layer in {id(spec): spec for spec in block.layer_specs}.values():
+        attention = layer.submodules.self_attention.submodules
+        if all_heads_qk_norm:
+            attention.q_layernorm, attention.k_layernorm = AllHeadsQueryNorm, AllHeadsKeyNorm
+        if transformer_engine:
+            continue
+        attention.core_attention = SDPACoreAttention
+        _use_own_norms(attention)
+        _use_own_norms(layer.submodules)
+        if grouped_experts and _is_moe(layer):
+            layer.submodules.mlp.submodules.experts = _grouped_experts_builder()
+    if not transformer_engine:
+        block.layer_norm = RMSNorm
+    return block
+
+
+def _use_own_norms(submodules: Any) -> None:
+    for name in (
+        "input_layernorm",
+        "pre_mlp_layernorm",
+        "q_layernorm",
+        "k_layernorm",
+        "kv_layernorm",
+    ):
+        current = getattr(submodules, name, None)
+        if current is not None and current not in (IdentityOp, AllHeadsQueryNorm, AllHeadsKeyNorm):
+            setattr(submodules, name, RMSNorm)
+
+
+def _is_moe(layer: ModuleSpec) -> bool:
+    return hasattr(layer.submodules.mlp.submodules, "experts")
+
+
+def _grouped_experts_builder() -> Any:
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if VERSION >= (0, 17):
+        return partial(GroupedExperts, submodules=submodules)
+    return ModuleSpec(module=GroupedExperts, submodules=submodules)

@@ -1,0 +1,84 @@
+"""Layer implementations that Megatron-Core lacks, or has only with Transformer Engine or Apex.
+
+In: a TransformerConfig. Out: modules that the layer specs name. Called by: `moe_replay.megatron.compat`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
+
+from moe_replay.errors import UnsupportedError
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Normalise the last dim; unlike Megatron's torch norm it runs under sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__(
+            hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        # Megatron sums the gradients of marked weights over the ranks that hold different rows.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class _AllHeadsRMSNorm(torch.nn.Module):
+    """Normalise over all heads together, where Megatron's query and key norms work head by head."""
+
+    def __init__(self, config: Any, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        if config.tensor_model_parallel_size > 1:
+            raise UnsupportedError(
+                "the query/key norm of this model spans all heads, which tensor parallelism "
+                f"{config.tensor_model_parallel_size} would split; use tensor_model_parallel_size = 1"
+            )
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.ones(num_heads * head_dim, dtype=config.params_dtype, device=device)
+        )
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[... heads head_dim]` over its last two dims."""
+        return F.rms_norm(x.flatten(-2), self.weight.shape, self.weight, self.eps).view_as(x)
+
+
+class AllHeadsQueryNorm(_AllHeadsRMSNorm):
+    """The query norm of OLMoE."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__(config, config.num_attention_heads, hidden_size, eps)
+
+
+class AllHeadsKeyNorm(_AllHeadsRMSNorm):
+    """The key norm of OLMoE."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__(config, config.num_query_groups, hidden_size, eps)
+
+
+class GroupedExperts(SequentialMLP):
+    """Run all local SwiGLU experts in two grouped matrix products instead of a loop of small ones.
+
+    Parameters, their names and their distributed-checkpoint layout are those of SequentialMLP. Each forward copies
+    the local expert weights once, which is cheap next to the products for small experts and many rows.
+    """
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Return each row's expert output times its gate weight; rows arrive sorted by expert."""
+        rows = permuted_local_hidden_states
+        ends = torch.as_tensor(tokens_per_expert, device=rows.device).cumsum(0).to(torch.int32)
+        fc1 = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
+        fc2 = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
+        gate, up = F.grouped_mm(rows, fc1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        inner = F.silu(gate) * up * permuted_probs.unsqueeze(-1)
+        return F.grouped_mm(inner.to(rows.dtype), fc2.transpose(1, 2), offs=ends), None

@@ -1,0 +1,210 @@
+"""A Megatron GPT model for a Hugging Face checkpoint: its config, its layers, its routers.
+
+In: a checkpoint directory and a `ParallelLayout`. Out: this rank's model chunks, unloaded.
+Called by: `moe_replay.megatron.actor`, `moe_replay.megatron.replay`, tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.megatron import compat
+from moe_replay.megatron.families import ModelShape, family_of
+from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.megatron.upstream_warnings import quiet_megatron
+
+__all__ = [
+    "ModelShape",
+    "build_model",
+    "moe_layers",
+    "read_model_shape",
+    "transformer_config",
+    "unwrap",
+]
+
+
+def read_model_shape(checkpoint_dir: str | Path) -> ModelShape:
+    """Read a Hugging Face checkpoint's config.json, with transformers' defaults for what it leaves out.
+
+    Raises:
+        RecipeError: there is no config.json.
+        UnsupportedError: the architecture, or an option of it, has no exact Megatron counterpart here.
+    """
+    from transformers import AutoConfig
+
+    path = Path(checkpoint_dir)
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"no config.json in {path}; expected a Hugging Face checkpoint directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return family_of(config.model_type).shape(config)
+
+
+def transformer_config(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    router_dtype: str | None = "fp32",
+    aux_loss_coeff: float = 0.0,
+    token_dispatcher: str = "alltoall",
+    overrides: Mapping[str, Any] | None = None,
+) -> TransformerConfig:
+    """Translate a model shape and a layout into Megatron's configuration.
+
+    `aux_loss_coeff` > 0 switches the load-balancing loss on. `overrides` are further TransformerConfig fields, such
+    as recompute settings. Megatron's own `moe_enable_routing_replay` stays off: our replay scope attaches itself
+    to the routers.
+
+    Raises:
+        UnsupportedError: the layout cannot split the model exactly.
+    """
+    overrides = dict(overrides or {})
+    if overrides.get("moe_enable_routing_replay"):
+        raise UnsupportedError(
+            "moe_enable_routing_replay = True: Megatron's process-global replay would compete with the replay "
+            "scope; leave it off and use moe_replay.megatron.replay"
+        )
+    _check_divisible(shape, layout)
+    on_cuda = torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_size,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "sequence_parallel": layout.tensor_model_parallel_size > 1,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not on_cuda,
+        # The weights come from a checkpoint; build_model fills them with NaN until then.
+        "perform_initialization": False,
+        "variable_seq_lengths": True,
+        "calculate_per_token_loss": True,
+        # With batched p2p, interleaving over two stages mixes up activations silently.
+        "batch_p2p_comm": False,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": on_cuda,
+        "gradient_accumulation_fusion": False,
+    }
+    if shape.num_experts:
+        fields |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_router_topk": shape.topk,
+            "moe_ffn_hidden_size": shape.expert_ffn_size,
+            "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
+            "moe_router_load_balancing_type": "aux_loss" if aux_loss_coeff > 0 else "none",
+            "moe_aux_loss_coeff": aux_loss_coeff,
+            "moe_router_dtype": router_dtype,
+            "moe_token_dispatcher_type": token_dispatcher,
+            "moe_grouped_gemm": compat.transformer_engine_usable(),
+        }
+    with quiet_megatron():
+        return TransformerConfig(**(fields | dict(shape.megatron_fields) | overrides))
+
+
+def build_model(
+    shape: ModelShape, config: TransformerConfig, *, grouped_experts: bool = False
+) -> list[GPTModel]:
+    """Build this rank's model chunks: one, or one for each virtual pipeline stage.
+
+    Parameters are NaN until `load_hf_weights` or a checkpoint fills them. `grouped_experts` runs the local experts in
+    two grouped products without Transformer Engine; with it experts are always grouped.
+    """
+    num_virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(num_virtual or 1):
+        vp_stage = stage if num_virtual else None
+        spec = compat.decoder_block_spec(
+            config,
+            vp_stage=vp_stage,
+            all_heads_qk_norm=family_of(shape.family).all_heads_qk_norm,
+            grouped_experts=grouped_experts,
+        )
+        with quiet_megatron():
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=spec,
+                vocab_size=shape.vocab_size,
+                max_sequence_length=shape.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=False, vp_stage=vp_stage
+                ),
+                position_embedding_type="rope",
+                rotary_base=shape.rotary_base,
+                share_embeddings_and_output_weights=shape.tie_word_embeddings,
+                vp_stage=vp_stage,
+            )
+        chunk.model_shape = shape
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.fill_(torch.nan)
+        chunks.append(chunk)
+    return chunks
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside DistributedDataParallel and Float16Module wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, compat.TopKRouter]:
+    """Return the router of each MoE layer that this rank holds, by global decoder layer.
+
+    The layer comes from the built decoder layer, in every pipeline layout. Routers of multi-token-prediction layers
+    are not in it: they are no decoder layers and keep routing live.
+    """
+    routers = {}
+    for chunk in chunks:
+        for layer in unwrap(chunk).decoder.layers:
+            if isinstance(layer.mlp, compat.MoELayer):
+                routers[layer.layer_number - 1] = layer.mlp.router
+    return dict(sorted(routers.items()))
+
+
+def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
+    tensor = layout.tensor_model_parallel_size
+    expert_tensor = layout.expert_tensor_parallel_size or tensor
+    for name, size, axis, degree in (
+        ("vocab_size", shape.vocab_size, "tensor", tensor),
+        ("num_attention_heads", shape.num_attention_heads, "tensor", tensor),
+        ("num_query_groups", shape.num_query_groups, "tensor", tensor),
+        ("ffn_size", shape.ffn_size, "tensor", tensor),
+        ("num_experts", shape.num_experts, "expert", layout.expert_model_parallel_size),
+        ("expert_ffn_size", shape.expert_ffn_size, "expert tensor", expert_tensor),
+    ):
+        if size % degree:
+            raise UnsupportedError(
+                f"{shape.family}: {name} = {size} cannot be split over {axis} parallelism {degree}; choose a "
+                f"degree that divides {size}"
+            )

@@ -1,0 +1,356 @@
+"""Move weights between a Hugging Face checkpoint and Megatron model chunks, in any parallel layout.
+
+In: model chunks from `build_model`, and a checkpoint. Out: loaded chunks; a stream of tensors under the names that
+transformers, vLLM and SGLang read from disk; a checkpoint directory.
+Called by: `moe_replay.megatron.actor`, `moe_replay.sync`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.megatron.families import Kind, ModelShape, Rule, family_of
+from moe_replay.megatron.hf_files import SafetensorsCheckpoint, write_checkpoint
+from moe_replay.megatron.model import unwrap
+
+# Dim of a merged tensor that tensor parallelism cuts.
+_CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
+# In some checkpoints, and never a weight.
+_NO_WEIGHT = re.compile(r".*rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Key:
+    """One line of a family's table in one layer: what is exported together. Sorts in export order."""
+
+    section: int
+    """0 before the layers, 1 in a layer, 2 after the layers."""
+    layer: int
+    """Global decoder layer, -1 outside."""
+    rule: int
+    """Index in the family's table."""
+    experts: tuple[int, ...]
+    """Global numbers of the experts that one expert-parallel rank holds; (-1,) where there are none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """How one key travels: whole already on every rank, or broadcast by one of its holders."""
+
+    source_rank: int
+    num_holders: int
+    shape: tuple[int, ...]
+    """Of the merged tensors of all experts of the key."""
+    dtype: torch.dtype
+
+
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module], source: str | Path | Mapping[str, Tensor]
+) -> None:
+    """Copy a Hugging Face checkpoint into the model chunks of this rank, one tensor at a time.
+
+    `source` is a checkpoint directory, or tensors by checkpoint name. Every rank calls this; each reads only the
+    tensors that it holds a part of, and casts them to its parameters' dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing or unexpected (nothing was copied yet), or has another shape.
+    """
+    if isinstance(source, str | Path):
+        with SafetensorsCheckpoint(source) as checkpoint:
+            load_hf_weights(chunks, checkpoint)
+        return
+    shape = _shape_of(chunks)
+    rules = family_of(shape.family).rules
+    held = _held_parameters(chunks, shape)
+    _check_names(source, shape, list(held))
+    with torch.no_grad():
+        for key, parameters in held.items():
+            for expert, parameter in zip(key.experts, parameters, strict=True):
+                names = _hf_names(rules[key.rule], key.layer, expert)
+                parameter.copy_(_read_shard(rules[key.rule], names, parameter, source, shape))
+
+
+def export_hf_weights(
+    chunks: Sequence[torch.nn.Module],
+    *,
+    dtype: torch.dtype | None = None,
+    read: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight of the whole model, on every rank, under its name in a Hugging Face checkpoint.
+
+    Each tensor is a contiguous copy on the parameters' device, cast to `dtype` if given. Gathering is collective:
+    every rank iterates, to the end. At any time one parameter of one layer is held, for experts those of one
+    expert-parallel rank. `read` turns a parameter into what is exported in place of its values, for example
+    `lambda p: p.main_grad` for gradients.
+    """
+    shape = _shape_of(chunks)
+    rules = family_of(shape.family).rules
+    held = _held_parameters(chunks, shape)
+    device = next(iter(held.values()))[0].device if held else torch.device("cpu")
+
+    def local_part(key: _Key) -> Tensor:
+        return torch.stack([_local_view(rules[key.rule], read(p), shape) for p in held[key]])
+
+    with torch.no_grad():
+        transfers = _plan_transfers({key: (rules[key.rule], local_part(key)) for key in held})
+    for key, transfer in sorted(transfers.items()):
+        rule = rules[key.rule]
+        # Entered anew for every key: a generator must not change the grad mode of its consumer.
+        with torch.no_grad():
+            merged = _gather_cut(rule, local_part(key)) if key in held else None
+            if transfer.num_holders < _world_size():
+                if merged is None:
+                    merged = torch.empty(transfer.shape, dtype=transfer.dtype, device=device)
+                dist.broadcast(merged, src=transfer.source_rank)
+            assert merged is not None
+            exported = [
+                (
+                    name,
+                    part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format),
+                )
+                for expert, tensor in zip(key.experts, merged, strict=True)
+                for name, part in zip(
+                    _hf_names(rule, key.layer, expert), _unmerge(rule, tensor, shape), strict=True
+                )
+            ]
+        yield from exported
+
+
+def save_hf_checkpoint(
+    chunks: Sequence[torch.nn.Module],
+    source_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the model as a Hugging Face checkpoint; every rank calls it, the first one writes.
+
+    Everything but weights (config, tokenizer, generation config) is copied from `source_dir`. The directory appears
+    under its name only when it is complete.
+
+    Raises:
+        CheckpointError: `output_dir` exists already.
+    """
+    tensors = export_hf_weights(chunks, dtype=dtype)
+    if _rank() == 0:
+        write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
+    else:
+        for _ in tensors:
+            pass
+    if _world_size() > 1:
+        dist.barrier()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _shape_of(chunks: Sequence[torch.nn.Module]) -> ModelShape:
+    return unwrap(chunks[0]).model_shape
+
+
+@cache
+def _patterns(family: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(
+        re.compile(
+            re.escape(rule.megatron)
+            .replace(r"\{layer\}", r"(?P<layer>\d+)")
+            .replace(r"\{expert\}", r"(?P<expert>\d+)")
+        )
+        for rule in family_of(family).rules
+    )
+
+
+def _held_parameters(
+    chunks: Sequence[torch.nn.Module], shape: ModelShape
+) -> dict[_Key, list[torch.nn.Parameter]]:
+    """Return this rank's parameters by key; one parameter for each of the key's experts."""
+    rules, patterns = family_of(shape.family).rules, _patterns(shape.family)
+    first_in_layer = next(i for i, rule in enumerate(rules) if "{layer}" in rule.megatron)
+    embedding = next(i for i, rule in enumerate(rules) if rule.megatron.startswith("embedding."))
+    num_local = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = parallel_state.get_expert_model_parallel_rank() * num_local
+    found: dict[tuple[int, int, int], dict[int, torch.nn.Parameter]] = {}
+    for chunk in map(unwrap, chunks):
+        layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            rule, groups = _match(name, patterns, shape)
+            if shape.tie_word_embeddings and name == "output_layer.weight":
+                # The last pipeline stage keeps a copy of the embedding, which the checkpoint holds once.
+                rule = embedding
+            layer = layer_of[groups["layer"]] if "layer" in groups else -1
+            section = 1 if layer >= 0 else 0 if rule < first_in_layer else 2
+            expert = first_expert + int(groups["expert"]) if "expert" in groups else -1
+            found.setdefault((section, layer, rule), {})[expert] = parameter
+    return {
+        _Key(section=section, layer=layer, rule=rule, experts=tuple(sorted(parameters))): [
+            parameters[expert] for expert in sorted(parameters)
+        ]
+        for (section, layer, rule), parameters in found.items()
+    }
+
+
+def _match(
+    name: str, patterns: Sequence[re.Pattern[str]], shape: ModelShape
+) -> tuple[int, dict[str, str]]:
+    for rule, pattern in enumerate(patterns):
+        if match := pattern.fullmatch(name):
+            return rule, match.groupdict()
+    raise UnsupportedError(
+        f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be neither loaded "
+        "nor exported. Add a rule to moe_replay/megatron/families.py."
+    )
+
+
+def _hf_names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:
+    return tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
+
+
+def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key]) -> None:
+    """Compare the names in the source with those that all ranks together need."""
+    rules = family_of(shape.family).rules
+    everywhere: list[list[_Key]] = [keys]
+    if _world_size() > 1:
+        everywhere = [[] for _ in range(_world_size())]
+        dist.all_gather_object(everywhere, keys)
+    needed = {
+        name
+        for rank_keys in everywhere
+        for key in rank_keys
+        for expert in key.experts
+        for name in _hf_names(rules[key.rule], key.layer, expert)
+    }
+    got = {name for name in source if not _NO_WEIGHT.fullmatch(name)}
+    if shape.tie_word_embeddings:
+        got.discard("lm_head.weight")
+    for names, what in ((needed - got, "is missing"), (got - needed, "has unexpectedly")):
+        if names:
+            raise CheckpointError(
+                f"the checkpoint {what} {len(names)} of the {len(needed)} tensors of a {shape.family} model "
+                f"with {shape.num_layers} layers and {shape.num_experts} experts: {_some(names)}. "
+                "Its config.json likely belongs to another checkpoint, or a shard is missing."
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+def _cut_group(rule: Rule) -> Any:
+    """Return the tensor-parallel group that a parameter is cut over."""
+    if "{expert}" in rule.megatron:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _local_view(rule: Rule, parameter: Tensor, shape: ModelShape) -> Tensor:
+    """View a parameter, or this rank's part of it, in the shape of a merged tensor."""
+    if rule.kind is Kind.QKV:
+        group_rows = (shape.num_attention_heads // shape.num_query_groups + 2) * shape.head_dim
+        return parameter.reshape(-1, group_rows, *parameter.shape[1:])
+    if rule.kind is Kind.GATED:
+        return parameter.reshape(2, -1, *parameter.shape[1:])
+    return parameter
+
+
+def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
+    """Join Hugging Face tensors so that a tensor-parallel cut is one chunk along one dim."""
+    if rule.kind is Kind.QKV:
+        return torch.cat(
+            [t.reshape(shape.num_query_groups, -1, *t.shape[1:]) for t in tensors], dim=1
+        )
+    if rule.kind is Kind.GATED:
+        return torch.stack(tensors)
+    (tensor,) = tensors
+    return tensor
+
+
+def _unmerge(rule: Rule, merged: Tensor, shape: ModelShape) -> list[Tensor]:
+    """Undo `_merge`."""
+    if rule.kind is Kind.QKV:
+        query_rows = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
+        parts = merged.split([query_rows, shape.head_dim, shape.head_dim], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+    if rule.kind is Kind.GATED:
+        return list(merged.unbind(0))
+    return [merged]
+
+
+def _whole_shape(rule: Rule, local: Tensor) -> tuple[int, ...]:
+    """Return the shape of the merged tensor that `local` is this rank's part of."""
+    size = list(local.shape)
+    if rule.kind in _CUT_DIM:
+        size[_CUT_DIM[rule.kind]] *= _cut_group(rule).size()
+    return tuple(size)
+
+
+def _read_shard(
+    rule: Rule,
+    names: tuple[str, ...],
+    parameter: Tensor,
+    source: Mapping[str, Tensor],
+    shape: ModelShape,
+) -> Tensor:
+    """Read the tensors behind a parameter and return this rank's part, in the parameter's shape."""
+    whole = torch.empty(_whole_shape(rule, _local_view(rule, parameter, shape)), device="meta")
+    tensors = []
+    for name, expected in zip(names, _unmerge(rule, whole, shape), strict=True):
+        tensor = source[name]
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected.shape)} from the "
+                "config.json that the model was built from; the two likely belong to different checkpoints"
+            )
+        tensors.append(tensor)
+    merged = _merge(rule, tensors, shape)
+    if rule.kind in _CUT_DIM:
+        group = _cut_group(rule)
+        merged = merged.chunk(group.size(), dim=_CUT_DIM[rule.kind])[group.rank()]
+    return merged.reshape(parameter.shape)
+
+
+def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
+    """Join the tensor-parallel parts of stacked merged tensors; collective over the rule's group."""
+    group = _cut_group(rule)
+    if rule.kind not in _CUT_DIM or group.size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local, group=group)
+    return torch.cat(parts, dim=1 + _CUT_DIM[rule.kind])
+
+
+def _plan_transfers(local: Mapping[_Key, tuple[Rule, Tensor]]) -> dict[_Key, _Transfer]:
+    """Agree with all ranks on who holds what; collective."""
+    mine = {
+        key: ((part.shape[0], *_whole_shape(rule, part[0])), part.dtype)
+        for key, (rule, part) in local.items()
+    }
+    everywhere: list[dict[_Key, tuple[tuple[int, ...], torch.dtype]]] = [mine]
+    if _world_size() > 1:
+        everywhere = [{} for _ in range(_world_size())]
+        dist.all_gather_object(everywhere, mine)
+    transfers: dict[_Key, _Transfer] = {}
+    for key in {key for held in everywhere for key in held}:
+        holders = [rank for rank, held in enumerate(everywhere) if key in held]
+        size, dtype = everywhere[holders[0]][key]
+        transfers[key] = _Transfer(
+            source_rank=holders[0], num_holders=len(holders), shape=size, dtype=dtype
+        )
+    return transfers

@@ -1,0 +1,101 @@
+"""The reward functions that a recipe can name without writing any.
+
+Each has the signature of a user's own: completions first, then what it needs by name, one number per completion back.
+
+In: completions and dataset columns. Out: scores. Called by: rollout.rewards.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_TIMEOUT_S = 5
+
+
+def reasoning_gym(
+    completions: Sequence[str],
+    *,
+    task: Sequence[Any],
+    question: Sequence[str],
+    answer: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    answer_tag: str = "answer",
+) -> list[float]:
+    """Score with the family's own scorer, 0 to 1, on the answer that `final_answer` finds."""
+    items = (
+        {"question": q, "answer": a, "metadata": m}
+        for q, a, m in zip(question, answer, metadata, strict=True)
+    )
+    return [
+        owner.score(final_answer(completion, answer_tag), item)
+        for completion, owner, item in zip(completions, task, items, strict=True)
+    ]
+
+
+def exact_match(
+    completions: Sequence[str], *, answer: Sequence[object], answer_tag: str = "answer"
+) -> list[float]:
+    """Score 1 where the answer that `final_answer` finds equals the column ``answer``, else 0."""
+    for number, expected in enumerate(answer):
+        if expected is None:
+            raise ValueError(f"column answer is empty for sample {number}")
+    return [
+        float(final_answer(completion, answer_tag) == str(expected).strip())
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:
+    r"""Score 1 where the completion's mathematical answer equals the column ``answer``, else 0.
+
+    ``1/2``, ``0.5`` and ``$\frac{1}{2}$`` are equal. An answer that takes longer than 5 seconds to parse or compare
+    scores 0; that limit is a signal, so it holds on the main thread only.
+    """
+    from math_verify import parse, verify
+
+    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    # It warns on every call that a missing timeout is missing.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    scores: list[float] = []
+    for number, (completion, expected) in enumerate(zip(completions, answer, strict=True)):
+        gold = parse(str(expected), parsing_timeout=timeout) or parse(
+            f"${expected}$", parsing_timeout=timeout
+        )
+        if not gold:
+            raise ValueError(f"column answer of sample {number} is no mathematics: {expected!r}")
+        got = parse(completion, parsing_timeout=timeout)
+        scores.append(float(verify(gold, got, timeout_seconds=timeout)))
+    return scores
+
+
+def format(completions: Sequence[str], *, regex: str) -> list[float]:
+    """Score 1 where the whole completion matches ``regex`` (a dot matches newlines too), else 0."""
+    pattern = re.compile(regex, flags=re.DOTALL)
+    return [float(pattern.fullmatch(completion) is not None) for completion in completions]
+
+
+def final_answer(completion: str, answer_tag: str) -> str:
+    """Return what the last ``<answer_tag>...</answer_tag>`` holds, or the whole completion where there is none.
+
+    Example:
+        >>> final_answer("2 + 2 is <answer>4</answer>", "answer")
+        '4'
+        >>> final_answer(" 4 ", "answer")
+        '4'
+    """
+    tag = re.escape(answer_tag)
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", completion, flags=re.DOTALL)
+    return (found[-1] if found else completion).strip()
+
+
+BUILTIN_REWARDS: Mapping[str, Callable[..., list[float]]] = {
+    "reasoning_gym": reasoning_gym,
+    "exact_match": exact_match,
+    "math_verify": math_verify,
+    "format": format,
+}
+"""Name in a recipe -> function."""

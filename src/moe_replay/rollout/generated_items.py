@@ -1,0 +1,113 @@
+"""Endless items of a reasoning-gym family, each determined by a seed and its number.
+
+reasoning-gym seeds item i of a dataset with seed + i, so that the datasets of seeds 1 and 2 are the same items shifted
+by one. Here every block of items has a seed of its own, derived from a digest, so that no two sequences overlap other
+than by chance.
+
+In: a family and its configuration. Out: `GeneratedTask`. Called by: rollout.prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from moe_replay.errors import RecipeError, UnsupportedError
+
+_BLOCK = 256
+# Families that pass seed + i on to numpy need it below 2**32.
+_NUM_SEEDS = 2**32 - 2 * _BLOCK
+_HASH_ORDERED = frozenset(
+    {
+        "isomorphic_strings",
+        "knight_swap",
+        "polynomial_multiplication",
+        "ransom_note",
+        "word_ladder",
+    }
+)
+
+
+class GeneratedTask:
+    """A family of generated items with its configuration; it also scores answers to them."""
+
+    def __init__(self, family: str, config: Mapping[str, Any]) -> None:
+        self.name = f"reasoning_gym:{family}"
+        """How a recipe spells it."""
+        self._family = family
+        self._config = _checked_config(family, config)
+        self._block = lru_cache(maxsize=16)(self._make_block)
+        self._scorer = self._make_block(0)
+        self._refuse_unrepeatable()
+
+    def item(self, seed: int, number: int, *, replacement: int = 0) -> dict[str, Any]:
+        """Return an item: ``question``, ``answer`` and ``metadata``.
+
+        ``replacement`` above 0 selects another item for the same number.
+        """
+        block, place = divmod(number, _BLOCK)
+        digest = hashlib.sha256(f"{seed}:{block}:{replacement}".encode()).digest()
+        return self._block(int.from_bytes(digest[:8]) % _NUM_SEEDS)[place]
+
+    def score(self, answer: str, item: Mapping[str, Any]) -> float:
+        """Return the family's own score of an answer, 0 to 1."""
+        return float(self._scorer.score_answer(answer, dict(item)))
+
+    def _make_block(self, seed: int) -> Any:
+        import reasoning_gym
+
+        try:
+            return reasoning_gym.create_dataset(
+                self._family, **self._config, seed=seed, size=_BLOCK
+            )
+        except (AssertionError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"data.task {dict(self._config)!r} is refused by {self.name}: {error}"
+            ) from error
+
+    def _refuse_unrepeatable(self) -> None:
+        families = {self._family, *(spec.name for spec in self._config.get("datasets", ()))}
+        unrepeatable = sorted(families & _HASH_ORDERED)
+        if unrepeatable and sys.flags.hash_randomization:
+            raise UnsupportedError(
+                f"{self.name}: {', '.join(unrepeatable)} draws items in the order of a Python set, which differs "
+                "between processes, so that ranks and resumed runs would see other prompts: start Python with "
+                "PYTHONHASHSEED=0"
+            )
+
+
+def _checked_config(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.factory import DATASETS
+
+    if family not in DATASETS:
+        close = difflib.get_close_matches(family, DATASETS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(DATASETS)}"
+        raise RecipeError(f"reasoning_gym has no family {family!r}; {hint}")
+    known = {field.name for field in dataclasses.fields(DATASETS[family][1])} - {"seed", "size"}
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        raise RecipeError(
+            f"data.task sets {', '.join(unknown)}, but reasoning_gym:{family} knows {', '.join(sorted(known))} "
+            "(seeds are data.train_seed and data.eval_seed, the held-out size is data.eval_size)"
+        )
+    if family != "composite":
+        return dict(config)
+    parts = config.get("datasets", [])
+    for part in parts:
+        fixed = {"seed", "size"} & set(part.get("config", {}))
+        if fixed:
+            raise RecipeError(
+                f"data.task.datasets fixes {' and '.join(sorted(fixed))} of {part.get('name')!r}, so that the same "
+                "items would come again and again: remove it"
+            )
+    try:
+        specs = [DatasetSpec(**{"weight": 1.0, "config": {}, **part}) for part in parts]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RecipeError(f"data.task.datasets {parts!r} is refused: {error}") from error
+    return {**config, "datasets": specs}

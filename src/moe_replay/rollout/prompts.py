@@ -1,0 +1,292 @@
+"""Prompts by position: any dataset becomes a sequence of token ids that is the same in every process and every resume.
+
+In: a dataset location, a tokenizer. Out: `Prompt`, `PromptSource`. Called by: grpo.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from moe_replay.errors import RecipeError
+from moe_replay.rollout.dataset_files import Row, read_rows
+from moe_replay.rollout.generated_items import GeneratedTask
+from moe_replay.rollout.prompt_encoding import PromptEncoder
+
+_GENERATED_COLUMNS = frozenset({"question", "answer", "metadata", "task"})
+_MAX_REPLACEMENTS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as the engine sees it, and what the dataset says about it."""
+
+    index: int
+    """Number of the dataset's item, from 0; the same item has the same index in every epoch."""
+    prompt_ids: Int32[np.ndarray, " prompt"]
+    """``[prompt]`` token ids, chat template included."""
+    text: str
+    """What ``prompt_ids`` encode."""
+    columns: Mapping[str, Any]
+    """The other columns of the item, passed to reward functions by name."""
+
+
+class PromptSource(Protocol):
+    """A sequence of prompts, addressed by position."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Distinct prompts; None when they never end."""
+        ...
+
+    @property
+    def num_deleted(self) -> int:
+        """Prompts left out so far for being longer than ``max_prompt_length``."""
+        ...
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns that every prompt carries."""
+        ...
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the prompts at ``position``, ``position + 1``, ...; the same ones whenever it is asked."""
+        ...
+
+
+@dataclass(kw_only=True)
+class FilePrompts:
+    """The prompts of a file, every epoch in an order of its own. Make one with `open_file_prompts`."""
+
+    location: str
+    """The file."""
+    rows: Sequence[Row]
+    """Rows that are short enough."""
+    prompt_column: str
+    """Column that holds the prompt."""
+    encoder: PromptEncoder
+    """How prompts become tokens."""
+    shuffle_seed: int | None
+    """Seed of the order; None keeps the file's order."""
+    num_deleted: int
+    """Rows that were left out for their length."""
+    held_out: bool
+    """Whether positions end with the last row instead of starting a new epoch."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Rows that are short enough."""
+        return len(self.rows)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns besides the prompt."""
+        return frozenset(self.rows[0].columns) - {self.prompt_column}
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the prompts at ``position`` and after."""
+        if self.held_out and position + count > len(self.rows):
+            raise RecipeError(
+                f"{self.location} holds {len(self.rows)} held-out prompts, but position {position + count - 1} was "
+                "asked for"
+            )
+        return [
+            self._prompt(*divmod(place, len(self.rows)))
+            for place in range(position, position + count)
+        ]
+
+    def _prompt(self, epoch: int, place: int) -> Prompt:
+        if self.shuffle_seed is not None:
+            place = _order(len(self.rows), self.shuffle_seed, epoch)[place]
+        row = self.rows[place]
+        encoded = self.encoder.encode(row.columns[self.prompt_column], where=row.where)
+        assert encoded is not None, "rows that are too long were left out when the file was opened"
+        columns = {name: value for name, value in row.columns.items() if name != self.prompt_column}
+        return Prompt(index=row.number, prompt_ids=encoded[0], text=encoded[1], columns=columns)
+
+
+@lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+def open_file_prompts(
+    path: Path,
+    encoder: PromptEncoder,
+    *,
+    prompt_column: str = "prompt",
+    messages_column: str = "messages",
+    shuffle_seed: int | None = None,
+    max_prompts: int | None = None,
+    held_out: bool = False,
+) -> FilePrompts:
+    """Read a ``.jsonl`` or ``.parquet`` file and check every prompt in it.
+
+    The prompt is taken from ``messages_column`` where the file has it, else from ``prompt_column``.
+
+    Raises:
+        RecipeError: when the file is missing, empty or malformed, has no prompt column, or a prompt is unusable.
+    """
+    rows = read_rows(path)
+    found = rows[0].columns
+    column = messages_column if messages_column in found else prompt_column
+    if column not in found:
+        raise RecipeError(
+            f"{path} has neither a column {messages_column!r} nor {prompt_column!r}; its columns are "
+            f"{', '.join(found)}: name the one with the prompts in data.prompt_column or data.messages_column"
+        )
+    kept: list[Row] = []
+    for row in rows[:max_prompts] if encoder.truncation != "delete" else rows:
+        if encoder.encode(row.columns[column], where=row.where) is not None:
+            kept.append(row)
+    num_deleted = len(rows) - len(kept) if encoder.truncation == "delete" else 0
+    if not kept:
+        raise RecipeError(
+            f"{path}: all {len(rows)} prompts are longer than data.max_prompt_length = "
+            f"{encoder.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
+        )
+    return FilePrompts(
+        location=str(path),
+        rows=kept[:max_prompts],
+        prompt_column=column,
+        encoder=encoder,
+        shuffle_seed=shuffle_seed,
+        num_deleted=num_deleted,
+        held_out=held_out,
+    )
+
+
+@dataclass(kw_only=True)
+class GeneratedPrompts:
+    """Endless items of a reasoning-gym family: the position is the item's number."""
+
+    task: GeneratedTask
+    """The family."""
+    seed: int
+    """Which of its infinitely many sequences of items."""
+    encoder: PromptEncoder
+    """How questions become tokens."""
+    excluded_questions: frozenset[str] = frozenset()
+    """Held-out questions; an item that repeats one is replaced, by the same other item in every process."""
+    _deleted: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def num_prompts(self) -> int | None:
+        """None: items never end."""
+        return None
+
+    @property
+    def num_deleted(self) -> int:
+        """Items replaced so far for their length."""
+        return len(self._deleted)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """``question``, ``answer``, ``metadata``, and the ``task`` that scores answers."""
+        return _GENERATED_COLUMNS
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the items numbered ``position`` and after."""
+        return [self._prompt(number) for number in range(position, position + count)]
+
+    def _prompt(self, number: int) -> Prompt:
+        for replacement in range(_MAX_REPLACEMENTS):
+            item = self.task.item(self.seed, number, replacement=replacement)
+            if item["question"] in self.excluded_questions:
+                continue
+            encoded = self.encoder.encode(item["question"], where=f"{self.task.name} item {number}")
+            if encoded is not None:
+                return _generated_prompt(self.task, item, number, encoded)
+            self._deleted.add((number, replacement))
+        raise RecipeError(
+            f"{self.task.name}: {_MAX_REPLACEMENTS} draws for item {number} gave only held-out questions or prompts "
+            f"above data.max_prompt_length = {self.encoder.max_prompt_length}: the family has too few distinct items. "
+            "Lower data.eval_size, widen data.task, or raise data.max_prompt_length"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutPrompts:
+    """A fixed number of distinct generated items. Make one with `draw_held_out`."""
+
+    location: str
+    """Name of the family."""
+    prompts: tuple[Prompt, ...]
+    """The items, no question twice."""
+    num_deleted: int
+    """Items left out for their length."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Number of items."""
+        return len(self.prompts)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """As `GeneratedPrompts.columns`."""
+        return _GENERATED_COLUMNS
+
+    @property
+    def questions(self) -> frozenset[str]:
+        """What training must not see."""
+        return frozenset(prompt.columns["question"] for prompt in self.prompts)
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the items at ``position`` and after; there are ``num_prompts``."""
+        if position + count > len(self.prompts):
+            raise RecipeError(
+                f"{self.location} holds {len(self.prompts)} held-out prompts, but position {position + count - 1} "
+                "was asked for"
+            )
+        return list(self.prompts[position : position + count])
+
+
+def draw_held_out(
+    task: GeneratedTask, encoder: PromptEncoder, *, seed: int, num_prompts: int
+) -> HeldOutPrompts:
+    """Draw ``num_prompts`` items with distinct questions.
+
+    Raises:
+        RecipeError: when the family has too few distinct items.
+    """
+    prompts: dict[str, Prompt] = {}
+    deleted: set[str] = set()
+    number = last_new = 0
+    while len(prompts) < num_prompts:
+        if number - last_new > _MAX_REPLACEMENTS:
+            raise RecipeError(
+                f"{task.name}: {len(prompts)} distinct prompts found in {number} draws, data.eval_size asks for "
+                f"{num_prompts} ({len(deleted)} were too long): lower data.eval_size or widen data.task"
+            )
+        item = task.item(seed, number)
+        question = item["question"]
+        if question not in prompts and question not in deleted:
+            encoded = encoder.encode(question, where=f"{task.name} item {number}")
+            if encoded is None:
+                deleted.add(question)
+            else:
+                prompts[question] = _generated_prompt(task, item, number, encoded)
+                last_new = number
+        number += 1
+    return HeldOutPrompts(
+        location=task.name, prompts=tuple(prompts.values()), num_deleted=len(deleted)
+    )
+
+
+def _generated_prompt(
+    task: GeneratedTask,
+    item: Mapping[str, Any],
+    number: int,
+    encoded: tuple[Int32[np.ndarray, " prompt"], str],
+) -> Prompt:
+    columns = {name: item[name] for name in ("question", "answer", "metadata")} | {"task": task}
+    return Prompt(index=number, prompt_ids=encoded[0], text=encoded[1], columns=columns)
