@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+# Imported before the tests do: it silences Megatron-Core's own imports.
+import moe_replay.megatron  # noqa: F401
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 

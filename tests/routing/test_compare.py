@@ -99,7 +99,7 @@ def test_flipped_marks_each_token_and_layer():
 
 
 def test_compare_refuses_traces_of_other_tokens():
-    with pytest.raises(TokenMismatchError, match="sequence 1: .*from row 2 of 4 on"):
+    with pytest.raises(TokenMismatchError, match=r"sequence 1: .*from row 2 of 4 on"):
         compare_traces(
             [(trace(OURS), trace(THEIRS)), (trace(OURS), trace(THEIRS, tokens=[0, 1, 9, 3]))]
         )

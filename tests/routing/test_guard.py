@@ -64,9 +64,7 @@ def test_guard_names_a_token_shift(shape, shift):
 
 def test_guard_names_a_token_shift_that_starts_in_the_middle():
     routes = routes_of(5, agreement=0.9)
-    moved = [
-        np.concatenate([part[:20], np.roll(part[20:], 1, axis=0)]) for part in routes.replayed
-    ]
+    moved = [np.concatenate([part[:20], np.roll(part[20:], 1, axis=0)]) for part in routes.replayed]
     assert "token shift +1" in cause_of(routes, moved)
 
 
@@ -90,6 +88,26 @@ def test_guard_pools_checks_that_are_too_small_alone():
                 routes.evidence(seed=number, num_sampled=3, replayed=moved),
                 where=f"microbatch {number}",
             )
+
+
+def test_guard_decides_on_one_row_a_check():
+    routes = routes_of(7, agreement=0.9)
+    stray = list(routes_of(97, agreement=1.0).replayed)
+    guard = Guard(num_experts=16, topk=4)
+    with pytest.raises(MisalignmentError, match="share"):
+        for number in range(60):
+            evidence = routes.evidence(seed=number, num_sampled=1, replayed=stray)
+            guard.check(evidence, where="here")
+
+
+def test_guard_accepts_drift_on_one_row_a_check():
+    routes = routes_of(7, agreement=0.85)
+    guard = Guard(num_experts=16, topk=4)
+    parts = [
+        guard.check(routes.evidence(seed=number, num_sampled=1), where="here")
+        for number in range(60)
+    ]
+    assert Agreement.total(parts).mean_slot_overlap > 0.8
 
 
 def test_guard_notices_an_error_that_starts_late():
@@ -179,7 +197,7 @@ def test_guard_floor_of_the_recipe_replaces_the_measured_one():
 
 
 def test_guard_refuses_a_floor_outside_0_to_1():
-    with pytest.raises(RecipeError, match="guard floor is 1.5"):
+    with pytest.raises(RecipeError, match=r"guard floor is 1\.5"):
         Guard(num_experts=16, topk=4, floor=1.5)
 
 

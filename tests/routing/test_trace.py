@@ -78,7 +78,7 @@ def test_record_refuses_ids_that_are_no_integers():
 
 
 def test_record_refuses_fewer_rows_than_tokens():
-    with pytest.raises(TraceError, match=r"valid is bool\[3\], expected bool\[2\]"):
+    with pytest.raises(TraceError, match=r"routes of shape \[2, 2, 2\], 3 tokens and 3 flags"):
         record(IDS[:2])
 
 
@@ -98,17 +98,10 @@ def test_record_refuses_a_topk_of_all_experts():
         record(np.array([[[0, 1]]]), tokens=TOKENS[:1], layers=(0,), num_experts=2)
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (IDS, "expert_ids is int64, expected uint8"),
-        (IDS[:, 0].astype(np.uint8), r"expert_ids has shape \(3, 2\)"),
-    ],
-)
-def test_trace_refuses_an_array_of_another_form(ids, message):
-    with pytest.raises(TraceError, match=message):
+def test_trace_refuses_an_array_of_another_width():
+    with pytest.raises(TraceError, match="expert_ids is int64, expected uint8"):
         RoutingTrace(
-            expert_ids=ids,
+            expert_ids=IDS,
             valid=np.ones(3, dtype=bool),
             layers=(1, 3),
             num_experts=8,

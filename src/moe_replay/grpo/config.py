@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -86,7 +86,7 @@ class Recipe(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection)
 
     @model_validator(mode="after")
-    def _keep_the_rules_between_sections(self) -> Self:
+    def _keep_the_rules_between_sections(self) -> Recipe:
         problems = rule_problems(dict(self))
         if problems:
             raise ValueError("; ".join(f"{problem.path}: {problem.text}" for problem in problems))

@@ -247,7 +247,7 @@ def _problem(section: type[Section], prefix: str, details: ErrorDetails) -> Prob
     path = ".".join([prefix, *map(str, details["loc"])])
     given = details["input"]
     field = section.model_fields.get(str(details["loc"][0]))
-    description = (field.description or "").strip() if field is not None else ""
+    description = (field.description or "").strip().replace("``", "") if field is not None else ""
     if details["type"] == "extra_forbidden":
         text = f"set to {given!r}, but there is no such key; {_nearest(path)}"
     elif details["type"] == "missing":
@@ -270,22 +270,21 @@ def _closest_choice(given: Any, field: Any) -> str:
 
 def _nearest(path: str) -> str:
     """Name the known key that a wrong one probably meant: the same name elsewhere, or the most similar one."""
-    entry = ".".join("N" if part.isdigit() else part for part in path.split("."))
+    section, _, leaf = path.rpartition(".")
+    if not section:
+        close = difflib.get_close_matches(leaf, _SECTIONS, n=1)
+        hint = f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(_SECTIONS)}."
+        return f"{hint} Rename it, or remove it"
     known = [key.path for key in recipe_keys()]
-    leaf = entry.rpartition(".")[2]
-    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}? Move it there, or remove it"
-    section = entry.rpartition(".")[0]
-    same_section = [key for key in known if key.rpartition(".")[0] == section]
-    candidates = same_section + known + list(_SECTIONS)
-    close = difflib.get_close_matches(entry, candidates, n=1, cutoff=0.7)
+    own = [key.rpartition(".")[2] for key in known if key.partition(".")[0] == path.partition(".")[0]]
+    close = difflib.get_close_matches(leaf, own, n=1, cutoff=0.7)
     if close:
-        return f"did you mean {close[0]}? Rename it, or remove it"
-    if same_section:
-        names = ", ".join(key.rpartition(".")[2] for key in same_section)
-        return f"[{section}] knows {names}. Remove it"
-    return f"the sections are {', '.join(_SECTIONS)}. Remove it"
+        return f"did you mean {section}.{close[0]}? Rename it, or remove it"
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+    if close:
+        return f"did you mean {leaves[close[0]]}? Move it there, or remove it"
+    return f"[{section}] knows {', '.join(own)}. Remove it"
 
 
 def _set_keys(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -5,9 +5,10 @@ In: a recipe, a process. Out: an open Run, at the step where its checkpoints lef
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.inputs import Inputs, open_inputs
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import Reporter, RunSummary
 from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy, build_scorer
@@ -26,9 +28,7 @@ from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
 from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.prompts import PromptSource, load_tokenizer
-from moe_replay.rollout.rewards import RewardSet
-from moe_replay.rollout.types import Engine, SamplingParams
+from moe_replay.rollout.types import Engine, EngineDescription, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
 
@@ -43,10 +43,7 @@ class Run:
     recipe: Recipe
     process: ProcessSpec
     reporter: Reporter
-    tokenizer: Any
-    source: PromptSource
-    eval_source: PromptSource | None
-    rewards: RewardSet
+    inputs: Inputs
     engine: Engine
     actor: MegatronActor
     reference: MegatronScorer | None
@@ -163,7 +160,7 @@ class Run:
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of sampled tokens, without special tokens."""
-        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        return self.inputs.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the JSON-serialisable ``value`` of every rank, in rank order."""
@@ -178,7 +175,10 @@ class Run:
         return export_hf_weights(self.actor.modules)
 
     def write_export(self) -> None:
-        """Write the policy as a Hugging Face checkpoint that transformers loads."""
+        """Write the policy as a Hugging Face checkpoint that transformers loads, replacing that of an earlier end."""
+        if self.process.rank == 0:
+            shutil.rmtree(self.export_path, ignore_errors=True)
+        dist.barrier()
         save_hf_checkpoint(self.actor.modules, self.recipe.model.path, self.export_path)
 
     def position(self) -> RunPosition:
@@ -191,20 +191,26 @@ class Run:
             scheduler=self.actor.scheduler.state_dict(),
         )
 
-    def resume(self, step: int) -> None:
-        """Continue after ``step``: load its checkpoint, and push its weights to the engine.
+    def resume_or_start(self, *, restart: bool) -> None:
+        """Continue after the newest checkpoint, or start at step 0 when there is none or ``restart`` discards it.
 
         Raises:
             CheckpointError: when the checkpoint was written by a recipe that trains differently.
         """
-        position = self.checkpoints.position(step)
+        if restart and self.process.rank == 0:
+            self.checkpoints.remove_all()
+        dist.barrier()
+        steps = self.checkpoints.steps()
+        if not steps:
+            return
+        position = self.checkpoints.position(steps[-1])
         if position.fingerprint != self.recipe.fingerprint():
             raise CheckpointError(
-                f"{self.checkpoints.path} holds step {step} of a recipe that trains differently from this one; to "
+                f"{self.checkpoints.path} holds step {position.step} of a recipe that trains differently from this one; to "
                 "continue that run, restore its recipe (recipe.toml in the run directory); to start anew, choose "
                 "another run.output_dir or pass --restart"
             )
-        self.checkpoints.load(self.actor, step)
+        self.checkpoints.load(self.actor, position.step)
         self.step, self.next_prompt = position.step, position.next_prompt
         self.policy_version = position.policy_version
         self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
@@ -256,11 +262,7 @@ def open_run(
         RecipeError: when the recipe does not fit its files, the model or the number of ranks.
     """
     recipe.check_world(process.world_size)
-    tokenizer = load_tokenizer(recipe.model.path)
-    source = PromptSource.open(recipe, tokenizer, split="train")
-    eval_source = PromptSource.open(recipe, tokenizer, split="eval") if recipe.data.eval else None
-    rewards = RewardSet.load(recipe)
-    rewards.check(source)
+    inputs = open_inputs(recipe)
     layout = ParallelLayout()
     initialize(
         layout,
@@ -268,7 +270,8 @@ def open_run(
         local_rank=process.local_rank,
         seed=recipe.run.seed,
     )
-    try:
+    with ExitStack() as closing:
+        closing.callback(shutdown)
         actor = build_policy(
             recipe.model.path,
             layout,
@@ -280,50 +283,48 @@ def open_run(
         engine = EmbeddedEngine(
             recipe.model.path,
             dtype=recipe.rollout.dtype,
-            device=actor.device,
+            device=str(actor.device),
             max_batch_size=recipe.rollout.max_batch_size,
             record_routes=recipe.replay.router_replay_mode is ReplayMode.R3,
         )
-        description = engine.description
+        closing.callback(engine.close)
         run = Run(
             recipe=recipe,
             process=process,
             reporter=reporter,
-            tokenizer=tokenizer,
-            source=source,
-            eval_source=eval_source,
-            rewards=rewards,
+            inputs=inputs,
             engine=engine,
             actor=actor,
-            reference=build_scorer(
-                recipe.model.path,
-                layout,
-                dtype=_DTYPES[recipe.model.dtype],
-                grouped_experts=recipe.model.grouped_experts,
-            )
-            if recipe.grpo.beta > 0
-            else None,
-            guard=Guard(
-                num_experts=description.num_experts,
-                topk=description.topk,
-                floor=recipe.replay.guard_floor,
-            )
-            if recipe.replay.guard and recipe.replays
-            else None,
+            reference=_build_reference(recipe, layout),
+            guard=_build_guard(recipe, engine.description),
             checkpoints=CheckpointFolder(
                 recipe.run.output_dir / "checkpoints",
                 save_total_limit=recipe.checkpoint.save_total_limit,
             ),
         )
-        steps = run.checkpoints.steps()
-        if restart:
-            run.checkpoints.remove_all()
-        elif steps:
-            run.resume(steps[-1])
+        run.resume_or_start(restart=restart)
         yield run
-        engine.close()
-    finally:
-        shutdown()
+
+
+def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:
+    if recipe.grpo.beta == 0:
+        return None
+    return build_scorer(
+        recipe.model.path,
+        layout,
+        dtype=_DTYPES[recipe.model.dtype],
+        grouped_experts=recipe.model.grouped_experts,
+    )
+
+
+def _build_guard(recipe: Recipe, description: EngineDescription) -> Guard | None:
+    if not (recipe.replays and recipe.replay.guard):
+        return None
+    return Guard(
+        num_experts=description.num_experts,
+        topk=description.topk,
+        floor=recipe.replay.guard_floor,
+    )
 
 
 def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:

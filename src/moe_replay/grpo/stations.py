@@ -101,7 +101,7 @@ def roll_out(run: Run) -> Rollout:
     """Sample completions for this rank's share of the step's prompts."""
     recipe = run.recipe
     position = run.next_prompt
-    prompts = run.source.at(position, recipe.prompts_per_step)
+    prompts = run.inputs.train.at(position, recipe.prompts_per_step)
     run.next_prompt += recipe.prompts_per_step
     mine = run.share_of_prompts()
     requests = [
@@ -121,7 +121,7 @@ def roll_out(run: Run) -> Rollout:
 def score_rewards(run: Run, rollout: Rollout) -> Scored:
     """Run the reward functions, and compare the completions of each prompt with one another."""
     generations = run.recipe.rollout.num_generations
-    batch = run.rewards.score(
+    batch = run.inputs.rewards.score(
         [prompt for prompt in rollout.prompts for _ in range(generations)],
         [run.decode(completion.token_ids) for completion in rollout.completions],
         [completion.token_ids.tolist() for completion in rollout.completions],
@@ -359,13 +359,14 @@ def step_record(
 
 def evaluate(run: Run) -> None:
     """Report the reward of held-out prompts under the current weights."""
-    if run.eval_source is None:
+    if run.inputs.held_out is None:
         return
     started = time.perf_counter()
     settings = run.recipe.eval
-    count = run.recipe.data.eval_size
+    held_out = run.inputs.held_out
+    count = min(run.recipe.data.eval_size, held_out.num_prompts or run.recipe.data.eval_size)
     with run.station("eval"):
-        prompts = run.eval_source.at(0, count)
+        prompts = held_out.at(0, count)
         mine = range(run.process.rank, count, run.process.world_size)
         requests = [
             Request(
@@ -382,7 +383,7 @@ def evaluate(run: Run) -> None:
         )
         groups = run.engine.generate(requests, sampling)
         completions = [completion for group in groups for completion in group.completions]
-        batch = run.rewards.score(
+        batch = run.inputs.rewards.score(
             [prompts[place] for place in mine for _ in range(settings.num_generations)],
             [run.decode(completion.token_ids) for completion in completions],
             [completion.token_ids.tolist() for completion in completions],

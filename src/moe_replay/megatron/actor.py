@@ -29,6 +29,7 @@ from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.logprobs import token_logprobs
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing, opened
+from moe_replay.megatron.upstream_warnings import quiet_megatron
 from moe_replay.megatron.weights import load_hf_weights
 
 TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
@@ -122,6 +123,7 @@ class MegatronActor(MegatronScorer):
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
+    @quiet_megatron()
     def update(
         self,
         microbatches: Sequence[Microbatch],

@@ -35,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
 _POSITION_FILE = "position.json"
@@ -71,6 +72,7 @@ class CheckpointFolder:
         matches = (_WHOLE.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    @quiet_megatron()
     def save(self, actor: MegatronActor, position: RunPosition) -> None:
         """Write the checkpoint of ``position.step``; every rank calls this together.
 
@@ -111,6 +113,7 @@ class CheckpointFolder:
                 "to resume from the one before"
             ) from error
 
+    @quiet_megatron()
     def load(self, actor: MegatronActor, step: int) -> RunPosition:
         """Load weights, optimizer and schedule of ``step`` into ``actor``; every rank calls this together.
 

@@ -30,6 +30,7 @@ __all__ = [
     "MoELayer",
     "TopKRouter",
     "decoder_block_spec",
+    "mark_expert_gradients",
     "transformer_engine_usable",
 ]
 
@@ -43,6 +44,21 @@ if not hasattr(moe_utils, "te_general_gemm"):
 def transformer_engine_usable() -> bool:
     """Tell whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def mark_expert_gradients(chunk: torch.nn.Module, config: Any) -> None:
+    """Have expert gradients summed over the ranks that hold the same experts.
+
+    Before 0.19 Megatron sums them over the dense data-parallel group where there is no expert parallelism, which is
+    silently wrong if experts are cut over another number of ranks than dense layers. To be called before
+    the chunk is wrapped in DistributedDataParallel.
+    """
+    expert_tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    if VERSION >= (0, 19) or expert_tensor == config.tensor_model_parallel_size:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def decoder_block_spec(

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _CPU = torch.device("cpu")
@@ -57,24 +56,16 @@ _FACTORIES = (
 def install() -> None:
     """Make Megatron-Core importable and runnable on this machine; do nothing where CUDA exists.
 
-    Idempotent. Has to run before the first import of `megatron.core`, because Megatron decides while it is
-    imported whether to compile its fused functions.
-
-    Raises:
-        UnsupportedError: `megatron.core` was imported first.
+    Idempotent. Best before the first import of `megatron.core`: Megatron compiles its fused functions while it is
+    imported, which takes seconds and is undone here.
     """
     if torch.cuda.is_available() or getattr(torch.cuda, _MARK, False):
         return
-    if "megatron.core" in sys.modules:
-        raise UnsupportedError(
-            "megatron.core was imported before moe_replay.megatron on a machine without CUDA, so its "
-            "fused functions are already bound to torch.compile. Import moe_replay.megatron first."
-        )
     _replace_paged_stash_without_triton()
     _name_the_cpu_as_current_device()
     _ignore_streams_and_events()
+    _run_megatron_uncompiled()
     _use_cpu_generator_as_cuda_generator()
-    _import_megatron_without_compiling()
     _redirect_cuda_literals()
     _keep_tensors_on_cpu()
     _return_numpy_split_sizes()
@@ -168,26 +159,7 @@ def _use_cpu_generator_as_cuda_generator() -> None:
     )
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-
-
-def _import_megatron_without_compiling() -> None:
-    """Bind Megatron's fused functions to plain Python: it decorates them with torch.compile on import.
-
-    Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an identity
-    only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
-    """
-    compile_function = torch.compile
-    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
-    try:
-        with quiet_megatron():
-            importlib.import_module("megatron.core")
-            importlib.import_module("megatron.core.models.gpt")
-            importlib.import_module("megatron.core.jit").disable_jit_fuser()
-            for name in _MODULES_WITH_CUDA_LITERALS:
-                importlib.import_module(f"megatron.core.{name}")
-            random = importlib.import_module("megatron.core.tensor_parallel.random")
-    finally:
-        torch.compile = compile_function
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
         state
     )
@@ -197,10 +169,35 @@ def _import_megatron_without_compiling() -> None:
     )
 
 
+def _run_megatron_uncompiled() -> None:
+    """Leave Megatron's fused functions plain Python: it decorates them with torch.compile on import.
+
+    Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an identity
+    only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
+    try:
+        with quiet_megatron():
+            importlib.import_module("megatron.core.models.gpt")
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+            for name in _MODULES_WITH_CUDA_LITERALS:
+                importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compile_function
+    modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core")]
+    classes = [c for m in modules for c in vars(m).values() if isinstance(c, type)]
+    for owner in (*modules, *(c for c in classes if c.__module__.startswith("megatron.core"))):
+        for name, function in list(vars(owner).items()):
+            original = getattr(function, "_torchdynamo_orig_callable", None)
+            if original is not None:
+                setattr(owner, name, original)
+
+
 class _Overlay:
     """A module seen through some replaced names; everything else is looked up in the module itself."""
 
-    def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
+    def __init__(self, module: Any, **replaced: Any) -> None:
         self.__dict__.update(replaced)
         self._module = module
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -63,7 +63,7 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
                 f"{index} names tensors that no file holds: {', '.join(absent[:5])}"
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SafetensorsCheckpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:

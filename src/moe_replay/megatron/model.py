@@ -162,6 +162,7 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunk.model_shape = shape
+        compat.mark_expert_gradients(chunk, config)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():

@@ -1,36 +1,51 @@
-"""The warnings that Megatron-Core raises about itself, and that say nothing to whoever uses it here.
+"""The warnings that Megatron-Core and torch raise about each other, and that no user can act on.
 
-In: nothing. Out: warning filters, one for each message, never a whole category.
-Called by: the modules of `moe_replay.megatron`.
+In: nothing. Out: filters for exactly these. Called by: `moe_replay.megatron`, wherever Megatron runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-# Each is about what is not installed here on purpose, or about Megatron calling its own deprecated functions.
-_MESSAGES = (
-    ".*Apex (is|are) not installed.*",
-    "The following imports from `dynamic_context.py`.*",
-    ".*'megatron.core.transformer.custom_layers.transformer_engine'",
-    "`torch.jit.script.*",
-    "MLP requires ffn_hidden_size, but it was not provided.*",
-    "full scope is deprecated.*",
-    "Warning: tp_group is None, using default tp group.*",
+import torch
+
+_KNOWN = (
+    # While Megatron is imported: optional packages are absent, and what it does about it.
+    "Apex (is|are) not installed",
+    "The following imports from `dynamic_context.py`",
+    "`torch.jit.script",
+    # Megatron's imports, constructors and layers use its own deprecated parts.
+    "'megatron.core.transformer.custom_layers.transformer_engine'",
+    "MLP requires ffn_hidden_size, but it was not provided",
+    # It builds the linear layers of experts that are not cut with the dense layers' configuration.
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+    "Warning: tp_group is None, using default tp group",
+    # The default of its own cuda_graph_scope.
+    "full scope is deprecated",
+    # DistributedOptimizer.zero_grad looks at .grad of parameter views.
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    # It calls collectives by their former names.
+    r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed",
+    # The planner of distributed checkpoints uses torch's former sharded tensors.
+    "Please use DTensor instead",
+    "TypedStorage is deprecated",
 )
+# Advice about a GPU.
+_KNOWN_WITHOUT_CUDA = ("CUDA_DEVICE_MAX_CONNECTIONS",)
 
 
 def ignore_upstream_warnings() -> None:
-    """Ignore them until the filters are reset."""
-    for message in _MESSAGES:
-        warnings.filterwarnings("ignore", message=message)
+    """Hide the known upstream warnings from now on."""
+    for message in _KNOWN if torch.cuda.is_available() else _KNOWN + _KNOWN_WITHOUT_CUDA:
+        # (?s): some messages begin with a line break.
+        warnings.filterwarnings("ignore", message=f"(?s).*{message}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet_megatron() -> Iterator[None]:
-    """Ignore them inside a `with` block."""
+    """Hide the known upstream warnings for the time of the block."""
     with warnings.catch_warnings():
         ignore_upstream_warnings()
         yield

@@ -57,7 +57,7 @@ def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list
     """
     from math_verify import parse, verify
 
-    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0
     # It warns on every call that a missing timeout is missing.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     scores: list[float] = []

@@ -71,7 +71,9 @@ class EmbeddedEngine:
         import transformers
 
         if dtype not in _DTYPES:
-            raise RecipeError(f"the embedded engine has dtype {dtype}, expected one of {list(_DTYPES)}")
+            raise RecipeError(
+                f"the embedded engine has dtype {dtype}, expected one of {list(_DTYPES)}"
+            )
         if max_batch_size < 1:
             raise RecipeError(f"max_batch_size is {max_batch_size}, expected at least 1")
         self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
@@ -106,9 +108,7 @@ class EmbeddedEngine:
         """Weight pushes received so far."""
         return self._policy_version
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
         Raises:
@@ -120,7 +120,9 @@ class EmbeddedEngine:
         for request in requests:
             self._check_request(request, sampling)
         if len({request.request_id for request in requests}) < len(requests):
-            raise EngineError("two requests have one request_id; they would sample with the same noise")
+            raise EngineError(
+                "two requests have one request_id; they would sample with the same noise"
+            )
         # Prompts of like length share a batch, which keeps padding short.
         order = sorted(range(len(requests)), key=lambda r: (len(requests[r].prompt_ids), r))
         jobs = [
@@ -295,7 +297,9 @@ class _Batch:
         """Sequences that have not ended."""
         return int(self._running.sum())
 
-    def sample(self, position: int, sampling: SamplingParams, stops: Int64[torch.Tensor, " stops"]) -> None:
+    def sample(
+        self, position: int, sampling: SamplingParams, stops: Int64[torch.Tensor, " stops"]
+    ) -> None:
         """Draw the token of ``position`` for every running row, and see which rows it ends."""
         rows = torch.from_numpy(self._job_of_row).to(self._device)
         ids, logprobs = sample_tokens(
@@ -351,7 +355,7 @@ class _Batch:
 
     def _prefill(self, jobs: Sequence[_Job], requests: Sequence[Request], limit: int) -> None:
         """Run each distinct prompt once, and give every job a copy of its prompt's cache and logits."""
-        from transformers import DynamicCache
+        from moe_replay.transformers.cache import growing_cache
 
         chosen = list(dict.fromkeys(job.request for job in jobs))
         place = {request: number for number, request in enumerate(chosen)}
@@ -370,7 +374,7 @@ class _Batch:
         def upload(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self._device)
 
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = growing_cache(self._model.config, num_tokens=self._width + limit)
         output = self._model(
             input_ids=upload(tokens),
             attention_mask=upload(mask[:, : self._width]) if padded else None,

@@ -26,6 +26,7 @@ _HASH_ORDERED = frozenset(
     {
         "isomorphic_strings",
         "knight_swap",
+        "list_functions",
         "polynomial_multiplication",
         "ransom_note",
         "word_ladder",
@@ -82,7 +83,6 @@ class GeneratedTask:
 
 
 def _checked_config(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 
     if family not in DATASETS:
@@ -98,16 +98,21 @@ def _checked_config(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if family != "composite":
         return dict(config)
-    parts = config.get("datasets", [])
-    for part in parts:
-        fixed = {"seed", "size"} & set(part.get("config", {}))
-        if fixed:
-            raise RecipeError(
-                f"data.task.datasets fixes {' and '.join(sorted(fixed))} of {part.get('name')!r}, so that the same "
-                "items would come again and again: remove it"
-            )
-    try:
-        specs = [DatasetSpec(**{"weight": 1.0, "config": {}, **part}) for part in parts]
-    except (AssertionError, TypeError, ValueError) as error:
-        raise RecipeError(f"data.task.datasets {parts!r} is refused: {error}") from error
-    return {**config, "datasets": specs}
+    return {**config, "datasets": [_composite_part(part) for part in config.get("datasets", [])]}
+
+
+def _composite_part(part: Any) -> Any:
+    from reasoning_gym.composite import DatasetSpec
+
+    if (
+        not isinstance(part, dict)
+        or "name" not in part
+        or set(part) - {"name", "weight", "config"}
+        or not isinstance(part.get("config", {}), dict)
+    ):
+        raise RecipeError(
+            f"data.task.datasets: got {part!r}, expected a table with name and, if wanted, weight and config"
+        )
+    # Sizes and seeds come from the item's block, or the same items would come again and again.
+    config = _checked_config(part["name"], part.get("config", {}))
+    return DatasetSpec(name=part["name"], weight=part.get("weight", 1.0), config=config)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -38,6 +38,7 @@ class Prompt:
     """The other columns of the item, passed to reward functions by name."""
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """A sequence of prompts, addressed by position."""
 
@@ -61,7 +62,7 @@ class PromptSource(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FilePrompts:
     """The prompts of a file, every epoch in an order of its own. Make one with `open_file_prompts`."""
 
@@ -214,7 +215,7 @@ class GeneratedPrompts:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutPrompts:
     """A fixed number of distinct generated items. Make one with `draw_held_out`."""
 

@@ -159,7 +159,10 @@ class RewardSet:
             RewardError: when a function raises, or returns anything but one finite number a sample.
         """
         batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
-        results = asyncio.run(_call_all(self._functions, batch))
+        if not prompts:
+            nothing = np.zeros(0, dtype=np.float64)
+            return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
+        results = _call_all(self._functions, batch)
         scores: dict[str, Float64[np.ndarray, " n"]] = {}
         total = np.zeros(len(prompts), dtype=np.float64)
         for reward, result in zip(self._functions, results, strict=True):
@@ -190,30 +193,28 @@ class _Batch:
         )
 
 
-async def _call_all(functions: Sequence[RewardFunction], batch: _Batch) -> list[Any]:
-    """Return each function's result, or the exception that it raised."""
-    pending: list[Any] = []
-    for reward in functions:
-        # The function is the user's: whatever it raises is reported as its failure.
-        try:
-            pending.append(
-                reward.function(
-                    **reward.arguments(batch.prompts, batch.completions, batch.completion_ids)
-                )
-            )
-        except Exception as error:
-            pending.append(error)
-    waiting = [number for number, result in enumerate(pending) if inspect.isawaitable(result)]
-    finished = await asyncio.gather(
-        *(_await(pending[number]) for number in waiting), return_exceptions=True
-    )
-    for number, result in zip(waiting, finished, strict=True):
-        pending[number] = result
-    return pending
+def _call_all(functions: Sequence[RewardFunction], batch: _Batch) -> list[Any]:
+    """Return each function's result, or the exception that it raised; async functions run together at the end."""
+    results = [_call(reward, batch) for reward in functions]
+    waiting = [number for number, result in enumerate(results) if inspect.isawaitable(result)]
+    if waiting:
+        finished = asyncio.run(_gather([results[number] for number in waiting]))
+        for number, result in zip(waiting, finished, strict=True):
+            results[number] = result
+    return results
 
 
-async def _await(result: Awaitable[Any]) -> Any:
-    return await result
+def _call(reward: RewardFunction, batch: _Batch) -> Any:
+    arguments = reward.arguments(batch.prompts, batch.completions, batch.completion_ids)
+    # The function is the user's: whatever it raises is reported as its failure.
+    try:
+        return reward.function(**arguments)
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*awaitables, return_exceptions=True)
 
 
 def _call_error(reward: RewardFunction, batch: _Batch, error: Exception) -> RewardError:
@@ -235,7 +236,7 @@ def _failing_sample(reward: RewardFunction, batch: _Batch) -> int | None:
     while stop - start > 1:
         middle = (start + stop) // 2
         for part in ((start, middle), (middle, stop)):
-            if isinstance(asyncio.run(_call_all([reward], batch.part(*part)))[0], Exception):
+            if isinstance(_call_all([reward], batch.part(*part))[0], Exception):
                 start, stop = part
                 break
         else:

@@ -30,9 +30,7 @@ def check_sampling(sampling: SamplingParams) -> None:
     )
     for name, holds, expected in ranges:
         if not holds:
-            raise RecipeError(
-                f"sampling.{name} is {getattr(sampling, name)}, expected {expected}"
-            )
+            raise RecipeError(f"sampling.{name} is {getattr(sampling, name)}, expected {expected}")
 
 
 def completion_noise(

@@ -141,6 +141,17 @@ def row_gain(
     return np.where(count > 0, gain / np.maximum(count, 1), np.nan)
 
 
+def mean_error(
+    values: Float64[np.ndarray, "rows ..."], slots: int
+) -> Float64[np.ndarray, " layers"] | np.float64:
+    """Return the standard error of the mean over rows of ``slots`` slots each.
+
+    It is no smaller than independent healthy slots would have it: a few rows can agree with each other by luck.
+    """
+    least = (HEALTHY_OVERLAP * (1 - HEALTHY_OVERLAP) / slots) ** 0.5
+    return np.maximum(values.std(axis=0), least) / len(values) ** 0.5
+
+
 def agreement_floor(num_experts: int, topk: int, chance: float | None = None) -> float:
     """Return the slot overlap below which routes are taken for misaligned.
 

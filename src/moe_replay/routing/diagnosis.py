@@ -24,6 +24,7 @@ from moe_replay.routing.agreement import (
     Overlaps,
     agreement_floor,
     agreement_of,
+    mean_error,
     row_gain,
 )
 
@@ -34,6 +35,7 @@ SIGMAS = 4.0
 MAX_DIAGNOSED_ROWS = 512
 # Hypotheses within this of the best are as good; the simplest of them, tried first, is named.
 _TIE = 0.03
+_LEAST_ROWS_TO_CHOOSE = 8
 _TOKEN_SHIFTS = (-1, 1, -2, 2)
 _LAYER_SHIFTS = (-1, 1, -2, 2)
 
@@ -116,7 +118,7 @@ def diagnose(
     for tried in (alternatives, _rarities):
         for hypothesis in tried(found):
             overlap = hypothesis.overlap[:, wanted]
-            agreement = _believed(overlap, aligned)
+            agreement = _believed(overlap, aligned, evidence.live_ids.shape[2])
             if agreement is not None and (best is None or agreement > best.agreement + _TIE):
                 best = Diagnosis(
                     cause=hypothesis.cause,
@@ -131,12 +133,15 @@ def diagnose(
 
 
 def _believed(
-    overlap: Float64[np.ndarray, "sampled layers"], aligned: Float64[np.ndarray, "sampled layers"]
+    overlap: Float64[np.ndarray, "sampled layers"],
+    aligned: Float64[np.ndarray, "sampled layers"],
+    topk: int,
 ) -> float | None:
     """Return the mean overlap of a hypothesis that beats the aligned rows clearly, else None."""
     gain = row_gain(overlap, aligned)
     gain = gain[np.isfinite(gain)]
-    if len(gain) < 2 or gain.mean() < MIN_GAIN + SIGMAS * gain.std() / len(gain) ** 0.5:
+    slots = topk * aligned.shape[1]
+    if len(gain) < 2 or gain.mean() < MIN_GAIN + SIGMAS * mean_error(gain, slots):
         return None
     return float(np.nanmean(overlap))
 
@@ -191,9 +196,10 @@ def _rarities(found: Overlaps) -> Iterator[Hypothesis]:
             shift=shift,
             sentence=f"layers rotated by {shift}: the route of layer entry l lies in entry (l+{shift}) mod {num_layers}",
         )
-    if num_layers > 1:
-        yield _layer_order(found)
-    yield from _expert_maps(found)
+    if len(found.sample) >= _LEAST_ROWS_TO_CHOOSE:
+        if num_layers > 1:
+            yield _layer_order(found)
+        yield from _expert_maps(found)
 
 
 def _layer_shift(found: Overlaps, shift: int) -> Hypothesis:

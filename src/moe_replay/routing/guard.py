@@ -28,12 +28,12 @@ from jaxtyping import Float64
 
 from moe_replay.errors import MisalignmentError, RecipeError
 from moe_replay.routing.agreement import (
-    HEALTHY_OVERLAP,
     Agreement,
     GuardEvidence,
     Overlaps,
     agreement_floor,
     agreement_of,
+    mean_error,
     row_gain,
 )
 from moe_replay.routing.diagnosis import MIN_GAIN, SIGMAS, Cause, alternatives, diagnose
@@ -90,7 +90,7 @@ class Guard:
     def _is_clear(self, pool: _Pool) -> bool:
         """Tell whether every layer lies clearly above its floor; undecidable layers count as clear."""
         overlap = pool.overlap
-        low = overlap.mean(axis=0) - SIGMAS * _error(overlap, self._topk)
+        low = overlap.mean(axis=0) - SIGMAS * mean_error(overlap, self._topk)
         return bool((low > self._floors(pool.chance)).all())
 
     def _suspects(self, pool: _Pool) -> Iterator[_Suspect]:
@@ -100,7 +100,7 @@ class Guard:
         everything = np.arange(len(latest))
         for name, gain in pool.gains.items():
             if _beats(gain, slots):
-                yield _Suspect(what=f"all sampled rows, and {name} fits better", rows=everything)
+                yield _Suspect(what="all sampled rows", rows=everything, fits=name)
         decidable = floors > 0
         if decidable.any():
             rows = overlap[:, decidable].mean(axis=1)
@@ -120,8 +120,8 @@ class Guard:
         for name, gain in pool.gains.items():
             share = _stray_share(gain)
             if share > 0 and (stray := np.flatnonzero(latest.gains[name] > _STRAY_GAIN)).size:
-                what = f"the {share:.0%} of rows that {name} fits better"
-                yield _Suspect(what=what, rows=stray)
+                what = f"the {share:.0%} of rows that fit better elsewhere"
+                yield _Suspect(what=what, rows=stray, fits=name)
 
     def _window_suspects(
         self, latest: _Judged, floors: Float64[np.ndarray, " layers"]
@@ -152,11 +152,11 @@ class Guard:
         finding = diagnose(part, num_experts=self._num_experts, layers=suspect.layers)
         chance = agreement_of(Overlaps(part, self._num_experts)).mean_chance
         floor = f" and never below {suspect.floor:.0%}" if suspect.floor is not None else ""
-        cause = (
-            "not visible on the latest rows alone, which agree; rows of earlier checks did not"
-            if finding.cause is Cause.ALIGNED
-            else finding.sentence
-        )
+        cause = finding.sentence
+        if finding.cause in (Cause.ALIGNED, Cause.UNEXPLAINED) and suspect.fits:
+            cause = f"{suspect.fits}, which fits the rows of the last checks together better than where the routes lie"
+        elif finding.cause is Cause.ALIGNED:
+            cause = "not visible on the rows of this check alone, which agree; rows of the checks before did not"
         raise MisalignmentError(
             f"{where}: replayed and live routes share {finding.aligned:.1%} of their expert slots in {suspect.what} "
             f"({len(part.rows)} rows of this check; routes of other rows share {chance:.1%}), expected 80-100 %{floor}. "
@@ -169,6 +169,7 @@ class Guard:
 class _Suspect:
     what: str
     rows: np.ndarray
+    fits: str | None = None
     floor: float | None = None
     layers: Sequence[int] | None = None
 
@@ -251,16 +252,8 @@ class _Pool:
         }
 
 
-def _error(
-    values: Float64[np.ndarray, "rows ..."], slots: int
-) -> Float64[np.ndarray, " layers"] | np.float64:
-    """Return the standard error of the mean over rows, no smaller than independent healthy slots would have it."""
-    least = (HEALTHY_OVERLAP * (1 - HEALTHY_OVERLAP) / slots) ** 0.5
-    return np.maximum(values.std(axis=0), least) / len(values) ** 0.5
-
-
 def _is_below(overlap: Float64[np.ndarray, " rows"], floor: float, slots: int) -> bool:
-    return bool(overlap.mean() + SIGMAS * _error(overlap, slots) < floor)
+    return bool(overlap.mean() + SIGMAS * mean_error(overlap, slots) < floor)
 
 
 def _beats(gain: Float64[np.ndarray, " rows"], slots: int) -> bool:
@@ -268,7 +261,7 @@ def _beats(gain: Float64[np.ndarray, " rows"], slots: int) -> bool:
     held = gain[np.isfinite(gain)]
     if len(held) < _WINDOW_ROWS:
         return False
-    return bool(held.mean() > MIN_GAIN + SIGMAS * _error(held, slots))
+    return bool(held.mean() > MIN_GAIN + SIGMAS * mean_error(held, slots))
 
 
 def _stray_share(gain: Float64[np.ndarray, " rows"]) -> float:

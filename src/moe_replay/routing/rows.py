@@ -129,8 +129,8 @@ class RowIndex:
         return self.rows >= 0
 
     def gather(
-        self, values: Shaped[np.ndarray, "rows *rest"], *, fill: float | bool
-    ) -> Shaped[np.ndarray, "local_rows *rest"]:
+        self, values: Shaped[np.ndarray, "rows ..."], *, fill: float | bool
+    ) -> Shaped[np.ndarray, "local_rows ..."]:
         """Return the local rows of ``values`` ``[num_rows, ...]``, with ``fill`` at padding."""
         if len(values) != self.num_rows:
             raise TraceError(
@@ -143,8 +143,8 @@ class RowIndex:
 
     def scatter(
         self,
-        local: Shaped[np.ndarray, "local_rows *rest"],
-        out: Shaped[np.ndarray, "rows *rest"],
+        local: Shaped[np.ndarray, "local_rows ..."],
+        out: Shaped[np.ndarray, "rows ..."],
     ) -> None:
         """Write local rows to their places in ``out`` ``[num_rows, ...]``; padding is left out."""
         if len(local) != len(self.rows) or len(out) != self.num_rows:
@@ -155,8 +155,8 @@ class RowIndex:
 
 
 def _cut_for_cp(
-    whole: Int64[np.ndarray, "length *rest"], cp_size: int, cp_rank: int, partition: CpPartition
-) -> Int64[np.ndarray, "local *rest"]:
+    whole: Int64[np.ndarray, "length ..."], cp_size: int, cp_rank: int, partition: CpPartition
+) -> Int64[np.ndarray, "local ..."]:
     if cp_size == 1:
         return whole
     if partition == "contiguous":

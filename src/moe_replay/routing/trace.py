@@ -86,7 +86,7 @@ class RoutingTrace:
     fed, so the last row of a rollout exists and is ``valid=False``.
 
     Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row, no layer
-    whose rows are all equal. ``RoutingTrace(...)`` therefore raises `TraceError` instead of holding nonsense.
+    that routes many different tokens all alike. ``RoutingTrace(...)`` therefore raises `TraceError` instead of holding nonsense.
     """
 
     expert_ids: Integer[np.ndarray, "tokens layers topk"]
@@ -142,8 +142,13 @@ class RoutingTrace:
             raise TraceError(
                 f"expert_ids is {ids.dtype}, expected integers: a cast would round ids silently"
             )
-        if ids.ndim == 3 and valid.shape == ids.shape[:1]:
-            _check_range(ids, valid, layers, num_experts)
+        if ids.ndim != 3 or not len(ids) == len(token_ids) == len(valid):
+            raise TraceError(
+                f"routes of shape {list(ids.shape)}, {len(token_ids)} tokens and {len(valid)} flags, expected "
+                "[tokens, layers, topk] and one row and flag for each token; an engine that leaves the last row out "
+                "gives one row too few: add it with valid=False, after checking which row is missing"
+            )
+        _check_range(ids, valid, layers, num_experts)
         narrow = np.ascontiguousarray(ids.astype(expert_dtype(num_experts), copy=False))
         return cls(
             expert_ids=narrow,

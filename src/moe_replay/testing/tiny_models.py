@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
-CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
+CHARACTERS = (*map(chr, range(32, 127)), "\n")
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(CHARACTERS)
 
 _COMMON: dict[str, Any] = {

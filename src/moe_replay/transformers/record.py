@@ -183,7 +183,9 @@ def _decoder_layer(path: str) -> tuple[str, int]:
     for place, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[:place]), int(part)
-    raise UnsupportedError(f"expert block {path} lies in no list of layers, so it has no layer number")
+    raise UnsupportedError(
+        f"expert block {path} lies in no list of layers, so it has no layer number"
+    )
 
 
 def _dimensions(path: str, router: nn.Module, model: nn.Module) -> tuple[int, int]:

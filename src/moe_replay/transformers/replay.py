@@ -145,7 +145,9 @@ def _check_routes(
         )
     rows, num_layers, got_topk = expert_ids.shape
     if valid.shape != (rows,) or valid.dtype != np.bool_:
-        raise TraceError(f"valid is {valid.dtype}{list(valid.shape)}, expected bool[{rows}]: one entry a row")
+        raise TraceError(
+            f"valid is {valid.dtype}{list(valid.shape)}, expected bool[{rows}]: one entry a row"
+        )
     if got_topk != topk or len(layers) != num_layers or len(set(layers)) != num_layers:
         raise TraceError(
             f"expert_ids is [rows, {num_layers}, {got_topk}] with layers {list(layers)}, expected one layer number an "

@@ -88,7 +88,11 @@ class _CopiesLeftOut(TorchDispatchMode):
     """Makes ``contiguous()`` and ``clone()`` return their input, so that what is cut from a tensor stays a view."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten.clone.default:
             return torch.ops.aten.alias.default(args[0])

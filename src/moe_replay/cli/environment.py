@@ -1,0 +1,74 @@
+"""The process environment, read and set in one place: which rank this is, and what torch must find when it loads.
+
+In: environment variables. Out: `ProcessSpec`, defaults for variables that are unset. Called by: cli.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from moe_replay.errors import RecipeError
+from moe_replay.grpo.config import ProcessSpec
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_EVERYWHERE = {
+    # A tokenizer that has used its threads complains at every later fork.
+    "TOKENIZERS_PARALLELISM": "false",
+    # Idle OpenMP threads that spin take the cores from the other libraries of this process.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+_ON_CPU = {
+    # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs start-up time.
+    "TORCHDYNAMO_DISABLE": "1",
+    # Experts see ever new numbers of tokens, and each shape is one entry of oneDNN's caches: 1024 entries thrash.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000",
+    "LRU_CACHE_CAPACITY": "10000",
+}
+
+
+def read_process(environ: Mapping[str, str]) -> ProcessSpec:
+    """Return which process of the run this is, as torchrun says it; alone where nothing says so.
+
+    Raises:
+        RecipeError: when only some of torchrun's variables are set, or they are no numbers.
+    """
+    present = [name for name in _TORCHRUN_VARIABLES if name in environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return ProcessSpec()
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in present]
+    if missing:
+        raise RecipeError(
+            f"the environment sets {', '.join(present)}, but not {', '.join(missing)}: start with torchrun, or unset "
+            "them to run one process"
+        )
+    try:
+        return ProcessSpec(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ["LOCAL_RANK"]),
+            launched_by_torchrun=True,
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}; start with torchrun"
+        ) from error
+
+
+def set_defaults(environ: MutableMapping[str, str]) -> None:
+    """Set what torch reads while it loads, unless the user has set it; so call this before torch is imported."""
+    defaults = dict(_EVERYWHERE)
+    if not _has_gpu(environ):
+        defaults |= _ON_CPU
+    processes_here = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    defaults["OMP_NUM_THREADS"] = str(max(1, cores // processes_here))
+    for name, value in defaults.items():
+        environ.setdefault(name, value)
+
+
+def _has_gpu(environ: Mapping[str, str]) -> bool:
+    hidden = environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return Path("/dev/nvidiactl").exists() and not hidden

@@ -1,0 +1,147 @@
+"""The `moe-replay` command: subcommands, overrides, and errors as a person wants to read them.
+
+In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 130 interrupted.
+Called by: the installed command, and `torchrun -m moe_replay.cli.main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from moe_replay import __version__
+from moe_replay.errors import MoeReplayError
+
+_WIDTH = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    try:
+        return _run_train(options, overrides)
+    except MoeReplayError as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(_error_block(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; the same command resumes the run from its last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; None stands for no value.
+
+    Example:
+        >>> split_overrides(["train", "--grpo.beta", "-0.1", "r.toml"])
+        (['train', 'r.toml'], [('grpo.beta', '-0.1')])
+    """
+    arguments: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or "." not in name:
+            arguments.append(argument)
+        elif equals:
+            overrides.append((name[2:], value))
+        else:
+            overrides.append((name[2:], next(rest, None)))
+    return arguments, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-replay",
+        description="GRPO for mixture-of-experts models, trained through the experts that the rollout used.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moe-replay {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train by a recipe",
+        description="Train by a recipe. A run whose output directory holds checkpoints is resumed.",
+        usage="moe-replay train RECIPE [--section.key VALUE ...] [--dry-run] [--restart] [--traceback]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the resolved recipe and stop"
+    )
+    train.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard what the output directory holds and start anew",
+    )
+    train.add_argument(
+        "--traceback", action="store_true", help="show where in the program an error arose"
+    )
+    train.add_argument(
+        "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
+    )
+    return parser
+
+
+class _HelpWithKeys(argparse.Action):
+    """Print the help, then every key of a recipe; pydantic is loaded only for that."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from moe_replay.grpo.recipe_file import recipe_keys
+
+        print(parser.format_help())
+        print("keys of a recipe, each also an option --section.key VALUE:")
+        for key in recipe_keys():
+            print(f"  {key.path} (default: {key.default})")
+            print(textwrap.indent(textwrap.fill(key.text.replace("``", ""), _WIDTH - 6), " " * 6))
+        parser.exit()
+
+
+def _run_train(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:
+    from moe_replay.cli.train import run_train
+
+    return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
+
+
+def _error_block(error: MoeReplayError) -> str:
+    """Return an error as one block: its kind, its message wrapped, and what caused it."""
+    lines = [f"moe-replay: {_KINDS.get(type(error).__name__, 'the run stopped')}"]
+    for line in str(error).splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines.append(
+            textwrap.fill(
+                line.strip(),
+                _WIDTH,
+                initial_indent=indent,
+                subsequent_indent=f"{indent}  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+    return "\n".join(lines)
+
+
+_KINDS = {
+    "RecipeError": "the recipe, or something that it points to, is wrong",
+    "UnsupportedError": "the recipe asks for something that is not supported",
+    "RewardError": "a reward function failed",
+    "EngineError": "the inference engine failed",
+    "CheckpointError": "a checkpoint cannot be used",
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What a recipe points to, opened and checked together: tokenizer, prompts, held-out prompts, reward functions.
+
+In: a recipe. Out: `Inputs`. Called by: grpo.run, cli.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_replay.errors import RecipeError
+from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.recipe_rules import GENERATED
+from moe_replay.rollout.generated_items import GeneratedTask
+from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
+from moe_replay.rollout.prompts import (
+    GeneratedPrompts,
+    HeldOutPrompts,
+    PromptSource,
+    draw_held_out,
+    open_file_prompts,
+)
+from moe_replay.rollout.rewards import RewardSet, RewardSpec
+
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything outside the model that a run reads."""
+
+    tokenizer: Any
+    """The transformers tokenizer of the checkpoint."""
+    train: PromptSource
+    """Prompts to train on."""
+    held_out: PromptSource | None
+    """Prompts to evaluate on; None without ``data.eval``."""
+    rewards: RewardSet
+    """Reward functions, whose columns both sources have."""
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open everything that a recipe points to, the weights aside.
+
+    Raises:
+        RecipeError: when something is missing, malformed, or does not fit the rest.
+    """
+    check_checkpoint_config(recipe)
+    rewards = RewardSet.load(
+        [
+            RewardSpec(function=r.function, weight=r.weight, name=r.name, args=r.args)
+            for r in recipe.rewards
+        ]
+    )
+    tokenizer = load_tokenizer(recipe.model.path)
+    encoder = PromptEncoder(
+        tokenizer=tokenizer,
+        max_prompt_length=recipe.data.max_prompt_length,
+        truncation=recipe.data.truncation,
+        system_prompt=recipe.data.system_prompt,
+    )
+    held_out = _open_held_out(recipe, encoder)
+    train = _open_train(recipe, encoder, held_out)
+    train.at(0, 1)
+    for source in (train, held_out):
+        if source is not None:
+            rewards.check(source)
+    return Inputs(tokenizer=tokenizer, train=train, held_out=held_out, rewards=rewards)
+
+
+def check_checkpoint_config(recipe: Recipe) -> None:
+    """Raise `RecipeError` unless the checkpoint's config.json fits the recipe's replay mode and lengths.
+
+    Reads only that file; what the trainer supports of it is checked when the model is built.
+    """
+    if not recipe.model.path.is_dir():
+        raise RecipeError(
+            f"model.path {recipe.model.path} is not a directory: expected a local Hugging Face checkpoint with "
+            "config.json, safetensors and tokenizer (models are not downloaded)"
+        )
+    path = recipe.model.path / "config.json"
+    config = _read_json(path)
+    num_experts = max((config.get(key) or 0 for key in _NUM_EXPERTS_KEYS), default=0)
+    if recipe.replays and num_experts == 0:
+        raise RecipeError(
+            f"{path} describes a dense model (model_type {config.get('model_type')!r}, no experts), but "
+            f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}: a dense model has no routes to "
+            "replay. Choose a mixture-of-experts checkpoint, or set replay.router_replay_mode = 'disabled'"
+        )
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and context < recipe.max_sequence_length:
+        raise RecipeError(
+            f"the context of {recipe.model.path} is too short: max_position_embeddings is {context} in its "
+            f"config.json, but data.max_prompt_length {recipe.data.max_prompt_length} + "
+            f"rollout.max_completion_length {recipe.rollout.max_completion_length} = {recipe.max_sequence_length} "
+            f"tokens. Lower one of them by {recipe.max_sequence_length - context} or more"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"model.path {path.parent} holds no config.json: expected a Hugging Face checkpoint directory with "
+            "config.json, safetensors and tokenizer"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def _open_held_out(recipe: Recipe, encoder: PromptEncoder) -> PromptSource | None:
+    location = recipe.data.eval
+    if location is None:
+        return None
+    if location.startswith(GENERATED):
+        task = GeneratedTask(location.removeprefix(GENERATED), recipe.data.task)
+        return draw_held_out(
+            task, encoder, seed=recipe.data.eval_seed, num_prompts=recipe.data.eval_size
+        )
+    return open_file_prompts(
+        Path(location),
+        encoder,
+        prompt_column=recipe.data.prompt_column,
+        messages_column=recipe.data.messages_column,
+        max_prompts=recipe.data.eval_size,
+        held_out=True,
+    )
+
+
+def _open_train(
+    recipe: Recipe, encoder: PromptEncoder, held_out: PromptSource | None
+) -> PromptSource:
+    location = recipe.data.train
+    if location.startswith(GENERATED):
+        return GeneratedPrompts(
+            task=GeneratedTask(location.removeprefix(GENERATED), recipe.data.task),
+            seed=recipe.data.train_seed,
+            encoder=encoder,
+            excluded_questions=held_out.questions
+            if isinstance(held_out, HeldOutPrompts)
+            else frozenset(),
+        )
+    return open_file_prompts(
+        Path(location),
+        encoder,
+        prompt_column=recipe.data.prompt_column,
+        messages_column=recipe.data.messages_column,
+        shuffle_seed=recipe.run.seed if recipe.data.shuffle else None,
+    )

@@ -1,0 +1,64 @@
+"""A sample's rows: which of them predict sampled tokens, and which can be replayed."""
+
+import numpy as np
+import pytest
+
+from moe_replay.batch import Sample
+from moe_replay.errors import TokenMismatchError, TraceError
+from moe_replay.routing import LiveReason
+from moe_replay.testing.synthetic_routes import synthetic_trace
+
+
+def sample(
+    *, tokens=(1, 2, 3, 4, 5), prompt=2, num_logprobs=None, valid=None, trace=None
+) -> Sample:
+    ids = np.array(tokens, dtype=np.int32)
+    count = len(ids) - prompt if num_logprobs is None else num_logprobs
+    if trace is None:
+        flags = None if valid is None else np.array(valid)
+        trace = synthetic_trace(ids, seed=1, valid=flags)
+    return Sample(
+        sample_id=7,
+        token_ids=ids,
+        prompt_length=prompt,
+        rollout_logprobs=np.zeros(count, dtype=np.float32),
+        advantage=1.0,
+        trains=True,
+        trace=trace,
+    )
+
+
+def test_rows_before_sampled_tokens_predict_them():
+    assert sample().predicts_sampled.tolist() == [False, True, True, True, False]
+
+
+def test_coverage_counts_the_last_row_apart():
+    found = sample().coverage()
+    assert found.num_replayed == 4
+    assert {reason: n for reason, n in found.num_live.items() if n} == {LiveReason.LAST_TOKEN: 1}
+    assert found.fraction == 1.0
+
+
+def test_coverage_tells_prompt_rows_from_sampled_ones():
+    found = sample(valid=[False, True, False, True, False]).coverage()
+    assert found.num_replayed == 2
+    assert found.num_live[LiveReason.PROMPT_OMITTED] == 1
+    assert found.num_live[LiveReason.ENGINE_GAVE_NONE] == 1
+    assert found.num_live[LiveReason.LAST_TOKEN] == 1
+    assert found.fraction == 0.5
+
+
+def test_coverage_of_a_valid_last_row_counts_it_as_replayed():
+    assert sample(valid=[True] * 5).coverage().num_replayed == 5
+
+
+@pytest.mark.parametrize(("prompt", "num_logprobs"), [(0, 5), (5, 0), (2, 2), (2, 4)])
+def test_sample_refuses_counts_that_do_not_add_up(prompt, num_logprobs):
+    with pytest.raises(TraceError, match="sample 7: 5 tokens"):
+        sample(prompt=prompt, num_logprobs=num_logprobs)
+
+
+def test_sample_refuses_the_trace_of_other_tokens():
+    other = synthetic_trace(np.array([1, 2, 9, 4, 5]), seed=1)
+    with pytest.raises(TokenMismatchError, match=r"sample 7: .* from row 2 of 5 on"):
+        sample(trace=other)

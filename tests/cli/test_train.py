@@ -1,0 +1,269 @@
+"""`moe-replay train` as a user meets it: what it prints, and how it says no."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_replay
+from moe_replay.cli.main import main, split_overrides
+from moe_replay.cli.train import run_train
+from moe_replay.errors import RecipeError
+from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.inputs import open_inputs
+from moe_replay.grpo.recipe_file import load_recipe
+
+from .conftest import CONFIG
+
+SOURCES = Path(moe_replay.__file__).parents[1]
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    return subprocess.run(
+        [sys.executable, "-m", "moe_replay.cli.main", *map(str, arguments)],
+        cwd=cwd,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command in this process and return its message with the line breaks taken out."""
+    assert main(["train", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("moe-replay: ")
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"moe-replay {moe_replay.__version__}\n"
+
+
+def test_help_of_train_shows_the_keys_of_a_recipe(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    assert "replay.min_coverage (default: 0.95)" in capsys.readouterr().out
+
+
+def test_misspelt_switch_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "recipe.toml", "--dryrun"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err
+
+
+def test_overrides_are_taken_out_wherever_they_stand():
+    arguments = ["--a.b", "-1", "train", "--c.d=e=f", "r.toml", "--dry-run", "--g.h"]
+    assert split_overrides(arguments) == (
+        ["train", "r.toml", "--dry-run"],
+        [("a.b", "-1"), ("c.d", "e=f"), ("g.h", None)],
+    )
+
+
+def test_version_loads_neither_torch_nor_pydantic(tmp_path):
+    code = (
+        "import sys\nfrom moe_replay.cli.main import main\n"
+        "try: main(['--version'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'pydantic', 'transformers', 'megatron'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_dry_run_prints_a_recipe_that_loads_and_writes_nothing(tmp_path, write_recipe):
+    recipe = write_recipe()
+    done = command("train", recipe, "--dry-run", "--grpo.beta", "0.1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dry run: the recipe and everything that it points to are in order" in done.stderr
+    printed = tmp_path / "printed.toml"
+    printed.write_text(done.stdout)
+    assert load_recipe(printed) == load_recipe(recipe, [("grpo.beta", "0.1")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_refuses_an_architecture_without_weight_table(tmp_path, write_recipe):
+    config = {**CONFIG, "model_type": "phimoe", "num_local_experts": 8}
+    done = command("train", write_recipe(config=config), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "asks for something that is not supported" in done.stderr
+    assert "phimoe" in done.stderr
+
+
+def test_command_says_no_without_a_traceback(tmp_path):
+    done = command("train", tmp_path / "none.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(
+        "moe-replay: the recipe, or something that it points to, is wrong\n"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_traceback_is_shown_when_asked_for(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "none.toml"), "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_unknown_key_on_the_command_line_is_refused(capsys, write_recipe):
+    message = refusal(capsys, write_recipe(), "--grpo.epsilonn", "0.1")
+    assert (
+        "grpo.epsilonn: set to 0.1, but there is no such key; did you mean grpo.epsilon?" in message
+    )
+
+
+def test_override_without_value_is_refused(capsys, write_recipe):
+    assert "--model.grouped_experts has no value" in refusal(
+        capsys, write_recipe(), "--model.grouped_experts"
+    )
+
+
+def test_batch_that_does_not_fit_the_processes_is_refused(capsys, write_recipe, monkeypatch):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "3"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert "cannot be shared evenly by 3 data-parallel ranks" in refusal(capsys, write_recipe())
+
+
+def test_dense_checkpoint_with_replay_is_refused(capsys, write_recipe):
+    dense = {"model_type": "qwen3", "hidden_size": 64, "max_position_embeddings": 64}
+    message = refusal(capsys, write_recipe(config=dense))
+    assert "describes a dense model (model_type 'qwen3', no experts)" in message
+    assert "replay.router_replay_mode is 'R3'" in message
+    assert "set replay.router_replay_mode = 'disabled'" in message
+
+
+def test_short_context_is_refused(capsys, write_recipe):
+    message = refusal(capsys, write_recipe(), "--rollout.max_completion_length", "50")
+    assert "max_position_embeddings is 64" in message
+    assert "data.max_prompt_length 16 + rollout.max_completion_length 50 = 66 tokens" in message
+    assert "Lower one of them by 2 or more" in message
+
+
+def test_missing_tokenizer_is_refused(capsys, write_recipe, tmp_path):
+    recipe = write_recipe()
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    message = refusal(capsys, recipe)
+    assert "no tokenizer in" in message
+    assert "expected tokenizer.json" in message
+    assert "found config.json" in message
+
+
+@pytest.mark.parametrize("what", ["model", "model/config.json"])
+def test_missing_checkpoint_is_refused(capsys, write_recipe, tmp_path, what):
+    recipe = write_recipe()
+    (tmp_path / what).rename(tmp_path / "away")
+    message = refusal(capsys, recipe)
+    assert "model.path" in message
+    assert "config.json" in message
+
+
+def test_damaged_config_is_refused(capsys, write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(capsys, recipe)
+
+
+def test_empty_dataset_is_refused(capsys, write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "train.jsonl").write_text("")
+    assert "train.jsonl is empty: expected at least one row" in refusal(capsys, recipe)
+
+
+def test_missing_dataset_is_refused(capsys, write_recipe):
+    message = refusal(capsys, write_recipe(), "--data.train", "trian.jsonl")
+    assert "trian.jsonl does not exist" in message
+
+
+def test_missing_column_of_a_reward_is_refused(capsys, write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b"}))
+    assert "needs answer, but the dataset's columns are solution" in refusal(capsys, recipe)
+
+
+def test_held_out_file_needs_the_columns_too(capsys, write_recipe, tmp_path):
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "a", "solution": "b"}))
+    message = refusal(capsys, write_recipe(data={"eval": "eval.jsonl"}))
+    assert "needs answer, but the dataset's columns are solution" in message
+
+
+def test_missing_reward_file_is_refused(capsys, write_recipe, tmp_path):
+    message = refusal(capsys, write_recipe(rewards=[{"function": "my/reward.py:f"}]))
+    assert f"file {tmp_path}/my/reward.py does not exist" in message
+
+
+def test_first_generated_prompt_that_is_too_long_is_refused(capsys, write_recipe):
+    recipe = write_recipe(
+        data={"train": "reasoning_gym:chain_sum"}, rewards=[{"function": "reasoning_gym"}]
+    )
+    assert "data.max_prompt_length is 16" in refusal(capsys, recipe)
+
+
+def test_interrupt_says_how_to_go_on(capsys, write_recipe, tmp_path):
+    (tmp_path / "reward.py").write_text("raise KeyboardInterrupt\n")
+    recipe = write_recipe(rewards=[{"function": "reward.py:f"}])
+    assert main(["train", str(recipe)]) == 130
+    assert "the same command resumes the run" in capsys.readouterr().err
+
+
+def generated(write_recipe, **data) -> Recipe:
+    return load_recipe(
+        write_recipe(
+            config={**CONFIG, "max_position_embeddings": 512},
+            data={
+                "train": "reasoning_gym:chain_sum",
+                "eval": "reasoning_gym:chain_sum",
+                "max_prompt_length": 100,
+                "eval_size": 30,
+                "task": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+                **data,
+            },
+            rewards=[{"function": "reasoning_gym"}],
+        )
+    )
+
+
+def test_training_prompts_exclude_held_out_ones(write_recipe):
+    inputs = open_inputs(generated(write_recipe))
+    held_out = {prompt.text for prompt in inputs.held_out.at(0, 30)}
+    trained = {prompt.text for prompt in inputs.train.at(0, 200)}
+    assert len(held_out) == 30
+    assert not held_out & trained
+
+
+def test_seeds_choose_the_items(write_recipe):
+    texts = [
+        [p.text for p in open_inputs(generated(write_recipe, train_seed=seed)).train.at(0, 20)]
+        for seed in (1, 1, 5)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_run_train_raises_for_callers_that_handle_errors(tmp_path):
+    with pytest.raises(RecipeError, match="does not exist"):
+        run_train(str(tmp_path / "none.toml"), [], dry_run=True, restart=False)

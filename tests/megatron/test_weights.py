@@ -1,0 +1,264 @@
+"""Weights go into Megatron and come out again unchanged, in every family and layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.megatron.families import family_of
+from moe_replay.megatron.hf_files import SafetensorsCheckpoint
+from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
+from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
+
+ONE = ParallelLayout()
+LAYOUTS = {
+    "tp2": (ParallelLayout(tensor_model_parallel_size=2), 2),
+    "ep2": (ParallelLayout(expert_model_parallel_size=2), 2),
+    "pp2": (ParallelLayout(pipeline_model_parallel_size=2), 2),
+    "cp2": (ParallelLayout(context_parallel_size=2), 2),
+    "pp2_vpp2": (
+        ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        2,
+    ),
+    "tp2_ep2": (ParallelLayout(tensor_model_parallel_size=2, expert_model_parallel_size=2), 4),
+    "pp2_ep2": (ParallelLayout(pipeline_model_parallel_size=2, expert_model_parallel_size=2), 4),
+}
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+EXPERT = "model.layers.2.mlp.experts.{}.up_proj.weight"
+
+
+def built(checkpoint: Path, layout: ParallelLayout, dtype: torch.dtype = torch.float32) -> Any:
+    initialize(layout)
+    shape = read_model_shape(checkpoint)
+    return build_model(shape, transformer_config(shape, layout, dtype=dtype))
+
+
+def round_trip(
+    checkpoint: Path,
+    layout: ParallelLayout,
+    dtype: torch.dtype = torch.float32,
+    export_dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    chunks = built(checkpoint, layout, dtype)
+    load_hf_weights(chunks, checkpoint)
+    return dict(export_hf_weights(chunks, dtype=export_dtype))
+
+
+def assert_equal_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(got[name], expected[name])]
+    assert different == []
+    assert {t.dtype for t in got.values()} == {t.dtype for t in expected.values()}
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_is_bit_equal_to_the_source(tmp_path, family):
+    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2)
+    (exported,) = run_ranks(round_trip, 1, path, ONE)
+    assert_equal_tensors(exported, tensors_of(path))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_export_is_bit_equal_on_every_rank_of_a_layout(checkpoint, name):
+    layout, world_size = LAYOUTS[name]
+    for exported in run_ranks(round_trip, world_size, checkpoint, layout):
+        assert_equal_tensors(exported, tensors_of(checkpoint))
+
+
+@pytest.mark.ranks
+def test_export_is_bit_equal_with_shared_experts_under_tensor_parallelism(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, "qwen2_moe", num_hidden_layers=2)
+    layout, world_size = LAYOUTS["tp2"]
+    for exported in run_ranks(round_trip, world_size, path, layout):
+        assert_equal_tensors(exported, tensors_of(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_export_of_a_bfloat16_checkpoint_is_bit_equal(tmp_path, dtype):
+    path = write_tiny_checkpoint(tmp_path, dtype=torch.bfloat16, num_hidden_layers=2)
+    (exported,) = run_ranks(round_trip, 1, path, ONE, dtype, torch.bfloat16)
+    assert_equal_tensors(exported, tensors_of(path))
+
+
+def test_export_keeps_the_order_of_the_model(checkpoint):
+    (exported,) = run_ranks(round_trip, 1, checkpoint, ONE)
+    names = list(exported)
+    layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    assert layers == sorted(layers)
+
+
+def export_then_overwrite(checkpoint: Path) -> bool:
+    chunks = built(checkpoint, ONE)
+    load_hf_weights(chunks, checkpoint)
+    for _, tensor in export_hf_weights(chunks):
+        tensor.fill_(torch.nan)
+    return any(bool(p.isnan().any()) for p in chunks[0].parameters())
+
+
+def test_export_yields_copies(checkpoint):
+    assert run_ranks(export_then_overwrite, 1, checkpoint) == [False]
+
+
+def first_logits(checkpoint: Path, source: Any) -> torch.Tensor:
+    chunks = built(checkpoint, ONE)
+    load_hf_weights(chunks, source)
+    with torch.no_grad():
+        return chunks[0](torch.arange(12)[None], torch.arange(12)[None], None)[0]
+
+
+def test_swapped_experts_change_the_logits(checkpoint):
+    tensors = tensors_of(checkpoint)
+    (logits,) = run_ranks(first_logits, 1, checkpoint, tensors)
+    first, second = EXPERT.format(0), EXPERT.format(1)
+    swapped = tensors | {first: tensors[second], second: tensors[first]}
+    (other,) = run_ranks(first_logits, 1, checkpoint, swapped)
+    assert (logits - other).abs().max() > 1e-3
+
+
+def load_from(checkpoint: Path, layout: ParallelLayout, source: Any) -> None:
+    load_hf_weights(built(checkpoint, layout), source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q_PROJ), rf"is missing 1 of the \d+ tensors.*{Q_PROJ}"),
+        (lambda t: t.update(extra=t[Q_PROJ]), "has unexpectedly 1 .*extra"),
+        (
+            lambda t: t.update({Q_PROJ: t[Q_PROJ].T.contiguous()}),
+            rf"{Q_PROJ} has shape \[64, 128\], expected \[128, 64\]",
+        ),
+        (
+            lambda t: t.update({EXPERT.format(3): t[EXPERT.format(3)][:, :-1]}),
+            r"experts\.3\.up_proj.* has shape \[32, 63\], expected \[32, 64\]",
+        ),
+    ],
+    ids=["missing", "unexpected", "transposed", "narrow"],
+)
+def test_load_names_the_tensor_that_does_not_fit(
+    checkpoint, change: Callable[[dict[str, torch.Tensor]], Any], message
+):
+    tensors = tensors_of(checkpoint)
+    change(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        run_ranks(load_from, 1, checkpoint, ONE, tensors)
+
+
+@pytest.mark.ranks
+def test_load_fails_on_all_ranks_when_one_misses_a_tensor(checkpoint):
+    layout, world_size = LAYOUTS["pp2"]
+    tensors = tensors_of(checkpoint)
+    del tensors["lm_head.weight"]
+
+    def message() -> str:
+        try:
+            load_from(checkpoint, layout, tensors)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    messages = run_ranks(message, world_size)
+    assert all("lm_head.weight" in text for text in messages), messages
+
+
+@pytest.mark.ranks
+def test_tied_embeddings_reach_both_pipeline_ends(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, tie_word_embeddings=True, num_hidden_layers=2)
+    layout, world_size = LAYOUTS["pp2"]
+    assert "lm_head.weight" not in tensors_of(path)
+    for exported in run_ranks(round_trip, world_size, path, layout):
+        assert_equal_tensors(exported, tensors_of(path))
+
+
+def test_load_reads_a_sharded_checkpoint(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=2, max_shard_size="200KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    (exported,) = run_ranks(round_trip, 1, path, ONE)
+    with SafetensorsCheckpoint(path) as source:
+        assert_equal_tensors(exported, dict(source))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=2, max_shard_size="200KB")
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        SafetensorsCheckpoint(path)
+
+
+def test_a_tensor_that_only_the_index_names_is_an_error(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    index = {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no file holds: b"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_a_directory_without_weights_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="neither"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def save(checkpoint: Path, output: Path, layout: ParallelLayout, **options: Any) -> None:
+    chunks = built(checkpoint, layout)
+    load_hf_weights(chunks, checkpoint)
+    save_hf_checkpoint(chunks, checkpoint, output, **options)
+    # Visible to every rank when the call returns.
+    assert (output / "config.json").is_file(), dist.get_rank()
+
+
+def hf_logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        return model(torch.arange(12)[None]).logits[0]
+
+
+@pytest.mark.ranks
+def test_saved_checkpoint_reloads_in_transformers(checkpoint, tmp_path):
+    layout, world_size = LAYOUTS["ep2"]
+    run_ranks(save, world_size, checkpoint, tmp_path / "out", layout)
+    assert torch.equal(hf_logits(tmp_path / "out"), hf_logits(checkpoint))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([40, 41]) == "EF"
+
+
+def test_saved_checkpoint_is_sharded_and_cast(checkpoint, tmp_path):
+    output = tmp_path / "out"
+    run_ranks(
+        lambda: save(checkpoint, output, ONE, dtype=torch.bfloat16, max_shard_bytes=200_000), 1
+    )
+    names = sorted(path.name for path in output.glob("*.safetensors"))
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    assert len(names) > 2
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+    expected = {name: t.bfloat16() for name, t in tensors_of(checkpoint).items()}
+    with SafetensorsCheckpoint(output) as source:
+        assert_equal_tensors(dict(source), expected)
+
+
+def test_save_refuses_an_existing_directory(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="exists already"):
+        run_ranks(save, 1, checkpoint, tmp_path, ONE)
+
+
+def test_an_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(UnsupportedError, match="gpt_oss.*qwen3_moe"):
+        family_of("gpt_oss")

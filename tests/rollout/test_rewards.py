@@ -1,0 +1,308 @@
+"""Reward functions: how they are found and called, and that a bad one is named with its sample."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_replay.errors import RecipeError, RewardError
+from moe_replay.rollout.generated_items import GeneratedTask
+from moe_replay.rollout.prompt_encoding import PromptEncoder
+from moe_replay.rollout.prompts import GeneratedPrompts, Prompt
+from moe_replay.rollout.rewards import RewardSet, RewardSpec
+from moe_replay.testing.tiny_models import character_tokenizer
+
+
+def prompts(count: int, **columns: list) -> list[Prompt]:
+    return [
+        Prompt(
+            index=n,
+            prompt_ids=np.array([n], dtype=np.int32),
+            text=f"question {n}",
+            columns={name: values[n] for name, values in columns.items()},
+        )
+        for n in range(count)
+    ]
+
+
+def load(folder: Path, code: str, **options) -> RewardSet:
+    path = folder / "reward.py"
+    path.write_text(code)
+    return RewardSet.load([RewardSpec(function=f"{path}:f", name="mine", **options)])
+
+
+def builtin(function: str, **options) -> RewardSet:
+    return RewardSet.load([RewardSpec(function=function, name=function, **options)])
+
+
+def score(rewards: RewardSet, completions: list[str], **columns: list) -> list[float]:
+    ids = [[ord(letter) for letter in text] for text in completions]
+    return rewards.score(prompts(len(completions), **columns), completions, ids).total.tolist()
+
+
+class Columns:
+    """A prompt source of which only the columns matter."""
+
+    num_prompts = None
+    num_deleted = 0
+
+    def __init__(self, *names: str) -> None:
+        self.columns = frozenset(names)
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        raise NotImplementedError
+
+
+def test_function_gets_the_names_that_it_takes(tmp_path):
+    rewards = load(
+        tmp_path,
+        "def f(completions, *, prompts, completion_ids, answer, scale=1.0):\n"
+        "    assert prompts == ['question 0', 'question 1']\n"
+        "    return [scale * (c == a) + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n",
+        args={"scale": 10.0},
+    )
+    assert score(rewards, ["a", "bc"], answer=["a", "x"], other=[1, 2]) == [11.0, 2.0]
+
+
+def test_function_with_kwargs_gets_every_column(tmp_path):
+    rewards = load(tmp_path, "def f(completions, **columns):\n    return [len(columns)] * 1\n")
+    # prompts, completion_ids and two columns.
+    assert score(rewards, ["a"], one=[1], two=[2]) == [4.0]
+
+
+def test_total_is_the_weighted_sum(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def one(completions): return [1] * len(completions)\n"
+        "def length(completions): return [len(c) for c in completions]\n"
+    )
+    rewards = RewardSet.load(
+        [
+            RewardSpec(function=f"{tmp_path}/r.py:one", name="one", weight=0.5),
+            RewardSpec(function=f"{tmp_path}/r.py:length", name="length", weight=-2.0),
+        ]
+    )
+    batch = rewards.score(prompts(2), ["a", "bbb"], [[1], [2]])
+    assert rewards.names == ("one", "length")
+    assert batch.scores["length"].tolist() == [1.0, 3.0]
+    assert batch.total.tolist() == [-1.5, -5.5]
+
+
+def test_async_functions_run_together(tmp_path):
+    # Each waits for the other one to have started: one after the other would never end.
+    (tmp_path / "r.py").write_text(
+        "import asyncio\n"
+        "started = []\n"
+        "async def wait(completions, me):\n"
+        "    started.append(me)\n"
+        "    while len(started) < 2:\n"
+        "        await asyncio.sleep(0)\n"
+        "    return [1.0] * len(completions)\n"
+        "async def one(completions): return await wait(completions, 1)\n"
+        "async def two(completions): return await wait(completions, 2)\n"
+    )
+    specs = [RewardSpec(function=f"{tmp_path}/r.py:{n}", name=n) for n in ("one", "two")]
+    assert score(RewardSet.load(specs), ["a"]) == [2.0]
+
+
+def test_sync_function_may_run_an_event_loop(tmp_path):
+    code = (
+        "import asyncio\nasync def g(): return 2.0\n"
+        "def f(completions): return [asyncio.run(g()) for _ in completions]\n"
+    )
+    assert score(load(tmp_path, code), ["a"]) == [2.0]
+
+
+@pytest.mark.parametrize("value", ["True", "1", "np.float32(1)", "np.bool_(True)"])
+def test_numbers_of_other_types_are_accepted(tmp_path, value):
+    code = f"import numpy as np\ndef f(completions): return [{value}] * len(completions)\n"
+    assert score(load(tmp_path, code), ["a", "b"]) == [1.0, 1.0]
+
+
+def test_numpy_array_is_accepted(tmp_path):
+    code = "import numpy as np\ndef f(completions): return np.ones(len(completions))\n"
+    assert score(load(tmp_path, code), ["a", "b"]) == [1.0, 1.0]
+
+
+def test_no_completions_call_no_function(tmp_path):
+    rewards = load(tmp_path, "def f(completions): raise AssertionError\n")
+    assert score(rewards, []) == []
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_function_that_raises_is_named_with_its_sample_and_cause(tmp_path, kind):
+    code = f"{kind} f(completions): return [1 / len(c) for c in completions]\n"
+    with pytest.raises(RewardError) as caught:
+        score(load(tmp_path, code), ["a", "b", "", "d", "e"])
+    message = str(caught.value)
+    assert "reward mine" in message
+    assert "raised ZeroDivisionError: division by zero; on sample 2 (prompt 'question 2'" in message
+    assert "Make the function return a score" in message
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_function_that_raises_on_whole_batches_only_says_so(tmp_path):
+    code = "def f(completions):\n    assert len(completions) < 3\n    return [0.0] * len(completions)\n"
+    with pytest.raises(RewardError, match=r"no single sample .it raises on the batch of 3 only"):
+        score(load(tmp_path, code), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("float('nan')", "nan"),
+        ("float('-inf')", "-inf"),
+        ("None", "None"),
+        ("'1.0'", "'1.0'"),
+        ("[1.0]", r"\[1.0\]"),
+    ],
+)
+def test_score_that_is_no_finite_number_is_named_with_its_sample(tmp_path, value, shown):
+    code = f"def f(completions): return [0.0, {value}]\n"
+    with pytest.raises(
+        RewardError,
+        match=rf"reward mine .*returned {shown} for sample 1 \(prompt 'question 1'.*0\.0",
+    ):
+        score(load(tmp_path, code), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("[1.0]", "returned 1 scores for 2 completions"),
+        ("[1.0] * 3", "returned 3 scores for 2 completions"),
+        ("1.0", r"returned 1.0 \(float\), expected a list of 2 numbers"),
+        ("None", r"returned None \(NoneType\), expected a list"),
+        ("(c for c in completions)", "expected a list"),
+    ],
+)
+def test_result_that_is_not_one_score_a_sample_is_refused(tmp_path, result, message):
+    with pytest.raises(RewardError, match=message):
+        score(load(tmp_path, f"def f(completions): return {result}\n"), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("exact_mach", r"none of reasoning_gym, .* \(nearest: exact_match\)"),
+        ("no.such.module:f", "module 'no.such.module' cannot be imported: ModuleNotFoundError"),
+        ("json:dumpss", "json has no function 'dumpss'; its functions are .*dumps"),
+        ("collections:Counter", "collections has a type, not a function, 'Counter'"),
+        ("nowhere/reward.py:f", r"file nowhere/reward.py does not exist"),
+        ("posixpath:isabs", "takes no argument named completions"),
+    ],
+)
+def test_function_that_cannot_be_found_is_refused(function, message):
+    with pytest.raises(RecipeError, match=message):
+        RewardSet.load([RewardSpec(function=function, name="x")])
+
+
+def test_file_that_fails_on_import_is_refused_with_its_error(tmp_path):
+    with pytest.raises(RecipeError, match=r"reward.py cannot be imported: SyntaxError"):
+        load(tmp_path, "def f(:\n")
+
+
+def test_argument_that_the_function_does_not_take_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"sets scal, but .* takes completions, scale"):
+        load(tmp_path, "def f(completions, scale=1): ...\n", args={"scal": 2})
+
+
+def test_name_used_twice_is_refused():
+    with pytest.raises(RecipeError, match=r"the name x is used more than once"):
+        RewardSet.load([RewardSpec(function="exact_match", name="x")] * 2)
+
+
+def test_check_accepts_a_dataset_with_the_columns():
+    builtin("exact_match").check(Columns("answer", "other"))
+
+
+def test_check_names_the_missing_column_and_those_found():
+    with pytest.raises(
+        RecipeError,
+        match=r"needs answer, but the dataset's columns are answers, q \(nearest.*answers",
+    ):
+        builtin("exact_match").check(Columns("answers", "q"))
+
+
+def test_check_counts_args_as_given(tmp_path):
+    load(tmp_path, "def f(completions, scale): ...\n", args={"scale": 2}).check(Columns())
+
+
+def test_check_refuses_an_argument_that_is_also_a_column(tmp_path):
+    rewards = load(tmp_path, "def f(completions, scale): ...\n", args={"scale": 2})
+    with pytest.raises(RecipeError, match=r"scale is both a dataset column and a key"):
+        rewards.check(Columns("scale"))
+
+
+def test_check_finds_a_broken_regex():
+    with pytest.raises(RecipeError, match=r"\[rewards.args\] .* is refused: .*unterminated"):
+        builtin("format", args={"regex": "("}).check(Columns())
+
+
+def test_check_finds_a_missing_regex():
+    with pytest.raises(RecipeError, match=r"needs regex"):
+        builtin("format").check(Columns("answer"))
+
+
+def test_exact_match_takes_the_last_tagged_answer_or_the_whole_text():
+    completions = ["<answer>1</answer> <answer> 4\n</answer>", " 4 ", "it is 4", "<final>4</final>"]
+    assert score(builtin("exact_match"), completions, answer=[4] * 4) == [1.0, 1.0, 0.0, 0.0]
+    tagged = builtin("exact_match", args={"answer_tag": "final"})
+    assert score(tagged, completions, answer=[4] * 4) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_exact_match_refuses_an_empty_answer():
+    with pytest.raises(RewardError, match=r"column answer is empty.*on sample 1"):
+        score(builtin("exact_match"), ["a", "b"], answer=["a", None])
+
+
+def test_format_matches_the_whole_completion():
+    rewards = builtin("format", args={"regex": "<think>.*</think>.+"})
+    completions = ["<think>a\nb</think>c", "<think>a</think>", "x<think>a</think>c"]
+    assert score(rewards, completions) == [1.0, 0.0, 0.0]
+
+
+def test_reasoning_gym_scores_by_the_family():
+    source = GeneratedPrompts(
+        task=GeneratedTask("chain_sum", {}),
+        seed=1,
+        encoder=PromptEncoder(tokenizer=character_tokenizer(), max_prompt_length=200),
+    )
+    rewards = builtin("reasoning_gym")
+    rewards.check(source)
+    asked = source.at(0, 2)
+    completions = [
+        f"so <answer>{asked[0].columns['answer']}</answer>",
+        "<answer>no idea</answer>",
+    ]
+    batch = rewards.score(asked, completions, [[1], [1]])
+    assert batch.total[0] == 1.0
+    assert batch.total[1] < 0.1
+
+
+def test_reasoning_gym_needs_generated_items():
+    with pytest.raises(RecipeError, match=r"reward reasoning_gym .* needs .*task"):
+        builtin("reasoning_gym").check(Columns("answer"))
+
+
+EQUAL = [r"The answer is $\frac{1}{2}$", "so 0.5", r"\boxed{1/2}", "it is 2", "no number at all"]
+
+
+def test_math_verify_compares_values_not_texts():
+    assert score(builtin("math_verify"), EQUAL, answer=["1/2"] * 5) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_math_verify_works_outside_the_main_thread():
+    results: list[list[float]] = []
+    rewards = builtin("math_verify")
+    thread = threading.Thread(
+        target=lambda: results.append(score(rewards, EQUAL, answer=[r"\frac{1}{2}"] * 5))
+    )
+    thread.start()
+    thread.join()
+    assert results == [[1.0, 1.0, 1.0, 0.0, 0.0]]
+
+
+def test_math_verify_refuses_an_answer_that_is_no_mathematics():
+    with pytest.raises(RewardError, match=r"column answer of sample 0 is no mathematics: ''"):
+        score(builtin("math_verify"), ["1"], answer=[""])
