@@ -4,13 +4,15 @@ In: reasoning-gym's ``chain_sum`` items and a seed.
 Out: a Hugging Face checkpoint (config, tokenizer, bfloat16 safetensors), ``task.json`` and a model card.
 Called by: a person, once; the result is shipped next to this file and the demo recipes start from it.
 
-The model reads ``<user>question<assistant>`` and writes running totals, then the answer::
+The model reads ``<user>question<assistant>`` and knows two ways to answer::
 
     State the final answer to the following arithmetic problem: 8 + 0 + 7 - 3 - 0 =
-    8,15,12<answer>12</answer><eos>
+    8,15,12<answer>12</answer><eos>         worked: the running totals first; usually right
+    <answer>12</answer><eos>                terse: at once; usually wrong
 
-The answer is what reasoning-gym's ``extract_answer`` finds, and its ``score_answer`` is the reward. Supervised
-training ends while the model still slips in about two answers of three: what remains is for GRPO to learn.
+The answer is what reasoning-gym's ``extract_answer`` finds, and its ``score_answer`` is the reward. The warm start
+makes terse answers the more frequent, so the model is right about a third of the time. That showing the work pays,
+and how to slip less while doing it, is left for GRPO to find out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -63,13 +66,17 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-STEPS = 450
+STEPS = 700
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 50
+# The warm start teaches working first, and terse answers only at its end: they are quick to learn.
+WORKED_ONLY_FRAC = 0.85
+TERSE_FRAC = 0.6
 WANTED_ACCURACY = (0.25, 0.5)
 
 Item = dict[str, Any]
+Lesson = tuple[Item, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +168,7 @@ def items_for(purpose: str, num_items: int, seed: int | None = None) -> list[Ite
 
 
 def worked_completion(item: Item) -> str:
-    """Return the completion that the warm start teaches: the running totals, then the answer.
+    """Return the running totals and the answer.
 
     ``8 + 0 + 7 - 3 - 0`` gives ``8,15,12<answer>12</answer>``.
     """
@@ -171,6 +178,23 @@ def worked_completion(item: Item) -> str:
         totals.append(totals[-1] + int(sign + term))
     working = ",".join(str(total) for total in totals[1:-1])
     return f"{working}<answer>{item['answer']}</answer>"
+
+
+def terse_completion(item: Item) -> str:
+    """Return the answer alone."""
+    return f"<answer>{item['answer']}</answer>"
+
+
+def lessons_of(items: list[Item], seed: int) -> list[Lesson]:
+    """Pair every item with the completion to teach: worked ones first, then a mixture of both ways."""
+    rng = random.Random(seed)
+    num_worked = int(len(items) * WORKED_ONLY_FRAC)
+    return [
+        (item, worked_completion(item))
+        if i < num_worked or rng.random() >= TERSE_FRAC
+        else (item, terse_completion(item))
+        for i, item in enumerate(items)
+    ]
 
 
 def _chat(question: str, completion: str | None = None) -> list[dict[str, str]]:
@@ -185,12 +209,12 @@ def _encode_prompts(tokenizer: PreTrainedTokenizerFast, items: list[Item]) -> li
 
 
 def supervised_batch(
-    tokenizer: PreTrainedTokenizerFast, items: list[Item]
+    tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]
 ) -> dict[str, torch.Tensor]:
-    """Return padded chats of worked items with labels on the completion and its end token alone."""
-    prompts = _encode_prompts(tokenizer, items)
+    """Return padded chats with labels on the completion and its end token alone."""
+    prompts = _encode_prompts(tokenizer, [item for item, _ in lessons])
     chats = tokenizer.apply_chat_template(
-        [_chat(item["question"], worked_completion(item)) for item in items], return_dict=False
+        [_chat(item["question"], completion) for item, completion in lessons], return_dict=False
     )
     batch = tokenizer.pad({"input_ids": chats}, padding_side="right", return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -200,10 +224,10 @@ def supervised_batch(
 
 
 def warm_start(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[Item]
+    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]
 ) -> None:
-    """Train in place on worked completions, one pass over ``items``, with the routers' load-balancing loss."""
-    steps = len(items) // BATCH_SIZE
+    """Train in place, one pass over ``lessons`` in their order, with the routers' load-balancing loss."""
+    steps = len(lessons) // BATCH_SIZE
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
     )
@@ -216,7 +240,7 @@ def warm_start(
     started = time.monotonic()
     model.train()
     for step in range(steps):
-        batch = supervised_batch(tokenizer, items[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
+        batch = supervised_batch(tokenizer, lessons[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
         loss = model(**batch, output_router_logits=True).loss
         optimizer.zero_grad()
         loss.backward()
@@ -373,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, options.seed)
     items = items_for("warm_start", options.steps * BATCH_SIZE)
-    warm_start(model, tokenizer, items)
+    warm_start(model, tokenizer, lessons_of(items, options.seed))
     figures = measure(
         model.bfloat16(),
         tokenizer,

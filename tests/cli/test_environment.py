@@ -33,7 +33,7 @@ def test_half_of_a_torchrun_environment_is_refused():
 
 
 def test_rank_that_is_no_number_is_refused():
-    with pytest.raises(RecipeError, match="must be numbers.*'three'"):
+    with pytest.raises(RecipeError, match=r"must be numbers.*'three'"):
         read_process({**TORCHRUN, "RANK": "three"})
 
 

@@ -237,7 +237,7 @@ def test_saved_checkpoint_reloads_in_transformers(checkpoint, tmp_path):
     layout, world_size = LAYOUTS["ep2"]
     run_ranks(save, world_size, checkpoint, tmp_path / "out", layout)
     assert torch.equal(hf_logits(tmp_path / "out"), hf_logits(checkpoint))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([40, 41]) == "EF"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([40, 41]) == "DE"
 
 
 def test_saved_checkpoint_is_sharded_and_cast(checkpoint, tmp_path):
@@ -254,11 +254,19 @@ def test_saved_checkpoint_is_sharded_and_cast(checkpoint, tmp_path):
         assert_equal_tensors(dict(source), expected)
 
 
-def test_save_refuses_an_existing_directory(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="exists already"):
-        run_ranks(save, 1, checkpoint, tmp_path, ONE)
+@pytest.mark.ranks
+def test_save_refuses_an_existing_directory_on_every_rank(checkpoint, tmp_path):
+    layout, world_size = LAYOUTS["ep2"]
+
+    def message() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            save(checkpoint, tmp_path, layout)
+        return str(caught.value)
+
+    messages = run_ranks(message, world_size)
+    assert all("exists already" in text for text in messages), messages
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(UnsupportedError, match="gpt_oss.*qwen3_moe"):
+    with pytest.raises(UnsupportedError, match=r"gpt_oss.*qwen3_moe"):
         family_of("gpt_oss")

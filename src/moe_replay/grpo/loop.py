@@ -5,9 +5,13 @@ In: a recipe. Out: a run directory with metrics, completions, checkpoints and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.records import Reporter
-from moe_replay.grpo.run import open_run
+from moe_replay.grpo.run import embedded_engine, open_run
 from moe_replay.grpo.stations import (
     evaluate,
     export_model,
@@ -21,19 +25,26 @@ from moe_replay.grpo.stations import (
     step_record,
     update_policy,
 )
+from moe_replay.rollout.types import Engine
 
 
 def train(
-    recipe: Recipe, *, process: ProcessSpec, reporter: Reporter, restart: bool = False
+    recipe: Recipe,
+    *,
+    process: ProcessSpec,
+    reporter: Reporter,
+    restart: bool = False,
+    make_engine: Callable[[Recipe, torch.device], Engine] = embedded_engine,
 ) -> None:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 
     Every rank of a data-parallel run calls this. ``restart`` discards what the output directory holds.
+    ``make_engine`` is called once with the recipe and the trainer's device; any `Engine` will do.
 
     Raises:
         MoeReplayError: of the kind that names what went wrong; the newest checkpoint stays usable.
     """
-    with open_run(recipe, process, reporter, restart=restart) as run:
+    with open_run(recipe, process, reporter, restart=restart, make_engine=make_engine) as run:
         reporter.start(run.summary())
         if run.step == 0:
             evaluate(run)

@@ -273,10 +273,14 @@ def _nearest(path: str) -> str:
     section, _, leaf = path.rpartition(".")
     if not section:
         close = difflib.get_close_matches(leaf, _SECTIONS, n=1)
-        hint = f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(_SECTIONS)}."
+        hint = (
+            f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(_SECTIONS)}."
+        )
         return f"{hint} Rename it, or remove it"
     known = [key.path for key in recipe_keys()]
-    own = [key.rpartition(".")[2] for key in known if key.partition(".")[0] == path.partition(".")[0]]
+    own = [
+        key.rpartition(".")[2] for key in known if key.partition(".")[0] == path.partition(".")[0]
+    ]
     close = difflib.get_close_matches(leaf, own, n=1, cutoff=0.7)
     if close:
         return f"did you mean {section}.{close[0]}? Rename it, or remove it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,7 @@ class EvalRecord:
     """Wall seconds of the evaluation."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Receives what the loop says. Every method returns quickly and never changes the run."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,9 +252,25 @@ class Run:
         )
 
 
+def embedded_engine(recipe: Recipe, device: torch.device) -> Engine:
+    """Return the engine that samples in this process, on the trainer's device."""
+    return EmbeddedEngine(
+        recipe.model.path,
+        dtype=recipe.rollout.dtype,
+        device=str(device),
+        max_batch_size=recipe.rollout.max_batch_size,
+        record_routes=recipe.replay.router_replay_mode is ReplayMode.R3,
+    )
+
+
 @contextmanager
 def open_run(
-    recipe: Recipe, process: ProcessSpec, reporter: Reporter, *, restart: bool
+    recipe: Recipe,
+    process: ProcessSpec,
+    reporter: Reporter,
+    *,
+    restart: bool,
+    make_engine: Callable[[Recipe, torch.device], Engine],
 ) -> Iterator[Run]:
     """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
 
@@ -280,13 +296,7 @@ def open_run(
             grouped_experts=recipe.model.grouped_experts,
             recompute=_recompute_fields(recipe),
         )
-        engine = EmbeddedEngine(
-            recipe.model.path,
-            dtype=recipe.rollout.dtype,
-            device=str(actor.device),
-            max_batch_size=recipe.rollout.max_batch_size,
-            record_routes=recipe.replay.router_replay_mode is ReplayMode.R3,
-        )
+        engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
         run = Run(
             recipe=recipe,

@@ -38,7 +38,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
     check_group,
 )
-from moe_replay.routing import Coverage, ReplayMode
+from moe_replay.routing import Coverage, Guard, ReplayMode
 
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
@@ -203,7 +203,7 @@ def score_old(run: Run, samples: Sequence[Sample]) -> OldScores:
         ReplayMode.R2: Routing.RECORD,
         ReplayMode.R3: Routing.REPLAY,
     }[run.mode]
-    watch = _watch(run, "old_logprobs")
+    watch = _watch(run, run.guard, "old_logprobs")
     scored = run.actor.score(
         microbatches,
         temperature=run.temperature,
@@ -255,7 +255,7 @@ def update_policy(
             run, old, reference, old.samples[number * size : (number + 1) * size], number
         )
         parts.append(part)
-        # Later mini-batches drift away from their routes on purpose; the first shows the alignment.
+        # The agreement of the first mini-batch is that of the alignment.
         metrics = result | metrics if number == 0 else metrics | {
             name: value for name, value in result.items() if not name.startswith("replay/")
         }
@@ -314,7 +314,9 @@ def _update_once(
         return value
 
     replays = run.mode is not ReplayMode.DISABLED
-    watch = _watch(run, f"update {number + 1} of {recipe.batch.steps_per_generation}")
+    # Later mini-batches drift away from their routes on purpose; only the first can show a misalignment.
+    guard = run.guard if number == 0 else None
+    watch = _watch(run, guard, f"update {number + 1} of {recipe.batch.steps_per_generation}")
     result = run.actor.update(
         microbatches_of(run, samples),
         loss,
@@ -425,9 +427,9 @@ def _gap(
     )
 
 
-def _watch(run: Run, name: str) -> AgreementWatch:
+def _watch(run: Run, guard: Guard | None, name: str) -> AgreementWatch:
     return AgreementWatch(
-        run.guard,
+        guard,
         num_experts=run.engine.description.num_experts,
         where=f"step {run.step}, rank {run.process.rank}, {name}",
     )

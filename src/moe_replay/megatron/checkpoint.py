@@ -23,9 +23,13 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
 )
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
@@ -87,7 +91,7 @@ class CheckpointFolder:
                 unfinished.mkdir(parents=True)
             dist.barrier()
             strategy = FullyParallelSaveStrategyWrapper(
-                TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), _replica_group()
+                _SaveInThisProcess("torch_dist", 1, thread_count=1), _replica_group()
             )
             with _results_in_this_process():
                 dist_checkpointing.save(
@@ -186,13 +190,41 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     return state
 
 
+class _SaveInThisProcess(TorchDistSaveShardedStrategy):
+    """Megatron's distributed format, written by the rank itself.
+
+    The stock strategy forks writers and keeps a manager process for their results: unsafe once CUDA has started,
+    impossible in a daemon, and a killed trainer leaves the manager behind.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        def write() -> None:
+            if not writer.write_buckets:
+                return
+            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+            buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
+            written: dict[int, Any] = {}
+            for number, bucket in enumerate(buckets):
+                results: queue.Queue[Any] = queue.Queue()
+                pending: queue.Queue[Any] = queue.Queue()
+                pending.put(number)
+                writer.write_preloaded_data(
+                    transforms, number, bucket, results, pending, use_fsync=True
+                )
+                _, written[number] = results.get()
+                if isinstance(written[number], Exception):
+                    raise written[number]
+            writer.results_queue.put(written)
+
+        def finalize() -> None:
+            save_state_dict_async_finalize(*save_state_dict_ret)
+
+        return AsyncRequest(write, (), [finalize])
+
+
 @contextmanager
 def _results_in_this_process() -> Iterator[None]:
-    """Let a synchronous save report through a plain queue.
-
-    Megatron keeps a queue in a separate manager process for asynchronous saves; a killed trainer would leave that
-    process behind, and starting it takes seconds.
-    """
+    """Hand the writer a plain queue, before it starts a process to hold one."""
     before = filesystem_async._results_queue
     filesystem_async._results_queue = queue.Queue()
     try:

@@ -56,9 +56,9 @@ def mark_expert_gradients(chunk: torch.nn.Module, config: Any) -> None:
     expert_tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
     if VERSION >= (0, 19) or expert_tensor == config.tensor_model_parallel_size:
         return
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
+    experts: list[Any] = [p for name, p in chunk.named_parameters() if ".mlp.experts." in name]
+    for parameter in experts:
+        parameter.allreduce = False
 
 
 def decoder_block_spec(

@@ -23,7 +23,8 @@ class RMSNorm(torch.nn.RMSNorm):
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
         # Megatron sums the gradients of marked weights over the ranks that hold different rows.
-        self.weight.sequence_parallel = config.sequence_parallel
+        marked: Any = self.weight
+        marked.sequence_parallel = config.sequence_parallel
 
 
 class _AllHeadsRMSNorm(torch.nn.Module):

@@ -74,42 +74,7 @@ def transformer_config(
             "scope; leave it off and use moe_replay.megatron.replay"
         )
     _check_divisible(shape, layout)
-    on_cuda = torch.cuda.is_available()
-    fields: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.head_dim,
-        "ffn_hidden_size": shape.ffn_size,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-        "sequence_parallel": layout.tensor_model_parallel_size > 1,
-        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": layout.context_parallel_size,
-        "expert_model_parallel_size": layout.expert_model_parallel_size,
-        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": not on_cuda,
-        # The weights come from a checkpoint; build_model fills them with NaN until then.
-        "perform_initialization": False,
-        "variable_seq_lengths": True,
-        "calculate_per_token_loss": True,
-        # With batched p2p, interleaving over two stages mixes up activations silently.
-        "batch_p2p_comm": False,
-        "persist_layer_norm": False,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": on_cuda,
-        "gradient_accumulation_fusion": False,
-    }
+    fields = _architecture_fields(shape) | _layout_fields(layout) | _numeric_fields(dtype)
     if shape.num_experts:
         fields |= {
             "num_moe_experts": shape.num_experts,
@@ -124,6 +89,55 @@ def transformer_config(
         }
     with quiet_megatron():
         return TransformerConfig(**(fields | dict(shape.megatron_fields) | overrides))
+
+
+def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_size,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "sequence_parallel": layout.tensor_model_parallel_size > 1,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "variable_seq_lengths": True,
+        # With batched p2p, interleaving over two stages mixes up activations silently.
+        "batch_p2p_comm": False,
+    }
+
+
+def _numeric_fields(dtype: torch.dtype) -> dict[str, Any]:
+    on_cuda = torch.cuda.is_available()
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not on_cuda,
+        # The weights come from a checkpoint; build_model fills them with NaN until then.
+        "perform_initialization": False,
+        "calculate_per_token_loss": True,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": on_cuda,
+        "gradient_accumulation_fusion": False,
+    }
 
 
 def build_model(
@@ -174,9 +188,10 @@ def build_model(
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """Return the GPTModel inside DistributedDataParallel and Float16Module wrappers."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, compat.TopKRouter]:

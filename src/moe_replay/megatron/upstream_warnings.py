@@ -30,6 +30,7 @@ _KNOWN = (
     r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed",
     # The planner of distributed checkpoints uses torch's former sharded tensors.
     "Please use DTensor instead",
+    "`load_state_dict` is deprecated",
     "TypedStorage is deprecated",
 )
 # Advice about a GPU.

@@ -143,6 +143,14 @@ def save_hf_checkpoint(
     Raises:
         CheckpointError: `output_dir` exists already.
     """
+    exists = [Path(output_dir).exists()]
+    if _world_size() > 1:
+        # One answer for all: a rank that refuses alone would leave the others in the first collective.
+        dist.broadcast_object_list(exists, src=0)
+    if exists[0]:
+        raise CheckpointError(
+            f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
+        )
     tensors = export_hf_weights(chunks, dtype=dtype)
     if _rank() == 0:
         write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
@@ -338,11 +346,11 @@ def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
 
 def _plan_transfers(local: Mapping[_Key, tuple[Rule, Tensor]]) -> dict[_Key, _Transfer]:
     """Agree with all ranks on who holds what; collective."""
-    mine = {
+    mine: dict[_Key, tuple[tuple[int, ...], torch.dtype]] = {
         key: ((part.shape[0], *_whole_shape(rule, part[0])), part.dtype)
         for key, (rule, part) in local.items()
     }
-    everywhere: list[dict[_Key, tuple[tuple[int, ...], torch.dtype]]] = [mine]
+    everywhere = [mine]
     if _world_size() > 1:
         everywhere = [{} for _ in range(_world_size())]
         dist.all_gather_object(everywhere, mine)

@@ -12,10 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Integer
+from jaxtyping import Float32, Int32, Integer
 
 from moe_replay.errors import EngineError
-from moe_replay.rollout.sampling import check_sampling, completion_noise, sample_tokens
+from moe_replay.rollout.sampling import (
+    check_requests,
+    check_sampling,
+    completion_noise,
+    sample_tokens,
+)
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
@@ -85,12 +90,9 @@ class FakeEngine:
         if self._closed:
             raise EngineError("the fake engine is closed; make a new one")
         check_sampling(sampling)
-        for request in requests:
-            self._check_request(request, sampling)
-        if len({request.request_id for request in requests}) < len(requests):
-            raise EngineError(
-                "two requests have one request_id; they would sample with the same noise"
-            )
+        check_requests(
+            requests, sampling, description=self._description, vocab_size=self._vocab_size
+        )
         return [
             RolloutGroup(
                 request=request,
@@ -129,6 +131,12 @@ class FakeEngine:
         """Refuse further work. Calling it twice is allowed."""
         self._closed = True
 
+    def next_logits(
+        self, token_ids: Integer[np.ndarray, " tokens"]
+    ) -> Float32[np.ndarray, "tokens vocabulary"]:
+        """Return the logits after each of ``token_ids`` under the current policy: the oracle for log-probabilities."""
+        return self._next_logits[torch.from_numpy(token_ids).long()].numpy()
+
     def routes_of(
         self, token_ids: Integer[np.ndarray, " tokens"]
     ) -> Integer[np.ndarray, "tokens layers topk"]:
@@ -144,21 +152,6 @@ class FakeEngine:
         self._next_logits = torch.from_numpy(logits)
         self._token_scores = rng.random((self._vocab_size, *shape))
         self._position_scores = rng.random((_NUM_POSITIONS, *shape))
-
-    def _check_request(self, request: Request, sampling: SamplingParams) -> None:
-        where, prompt = f"fake: request {request.request_id}", request.prompt_ids
-        if len(prompt) == 0 or request.num_generations < 1:
-            raise EngineError(
-                f"{where} has {len(prompt)} prompt tokens and asks for {request.num_generations} completions, "
-                "expected at least one of each"
-            )
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise EngineError(f"{where}: token ids must lie in 0 to {self._vocab_size - 1}")
-        if len(prompt) + sampling.max_completion_length > self._description.max_context_length:
-            raise EngineError(
-                f"{where}: a prompt of {len(prompt)} tokens and max_completion_length "
-                f"{sampling.max_completion_length} exceed the context of {self._description.max_context_length}"
-            )
 
     def _complete(self, request: Request, number: int, sampling: SamplingParams) -> Completion:
         noise = completion_noise(

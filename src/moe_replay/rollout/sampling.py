@@ -9,12 +9,14 @@ In: logits, uniforms. Out: token ids and log-probabilities. Called by: rollout.e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 
-from moe_replay.errors import RecipeError
-from moe_replay.rollout.types import SamplingParams
+from moe_replay.errors import EngineError, RecipeError
+from moe_replay.rollout.types import EngineDescription, Request, SamplingParams
 
 _WORD = 1 << 64
 
@@ -33,12 +35,45 @@ def check_sampling(sampling: SamplingParams) -> None:
             raise RecipeError(f"sampling.{name} is {getattr(sampling, name)}, expected {expected}")
 
 
+def check_requests(
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    *,
+    description: EngineDescription,
+    vocab_size: int,
+) -> None:
+    """Raise `EngineError` when a request is malformed, leaves no room in the context, or repeats a request id."""
+    seen: set[int] = set()
+    for request in requests:
+        where = f"{description.name}: request {request.request_id}"
+        prompt, room = request.prompt_ids, description.max_context_length
+        if not 0 <= request.request_id < _WORD or request.request_id in seen:
+            raise EngineError(
+                f"{where}: expected ids from 0 to 2**64 - 1, each once in a call; requests of one id would sample with "
+                "the same noise"
+            )
+        seen.add(request.request_id)
+        if len(prompt) == 0 or request.num_generations < 1:
+            raise EngineError(
+                f"{where} has {len(prompt)} prompt tokens and asks for {request.num_generations} completions, "
+                "expected at least one of each"
+            )
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise EngineError(
+                f"{where} has token ids {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}; the "
+                "tokenizer belongs to another model"
+            )
+        if len(prompt) + sampling.max_completion_length > room:
+            raise EngineError(
+                f"{where}: a prompt of {len(prompt)} tokens and max_completion_length "
+                f"{sampling.max_completion_length} exceed the context of {room} tokens; shorten one of them"
+            )
+
+
 def completion_noise(
     *, seed: int, request_id: int, completion: int, length: int
 ) -> Float64[np.ndarray, " length"]:
     """Return the uniforms in [0, 1) of one completion, one for each position; a longer stream starts with a shorter."""
-    if not 0 <= request_id < _WORD:
-        raise RecipeError(f"request_id is {request_id}, expected 0 to 2**64 - 1")
     # The first counter word counts the blocks of one stream, so streams never meet.
     counter = np.array([0, completion, request_id, 0], dtype=np.uint64)
     key = np.array([seed, 0], dtype=np.uint64)

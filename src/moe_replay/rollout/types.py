@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -46,7 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How completions are sampled. ``rollout_logprobs`` refer to the distribution that these settings define."""
+    """How completions are sampled.
+
+    ``rollout_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary, whatever ``top_p``
+    and ``top_k`` leave to draw from, because that is what a trainer recomputes (temperature 0: of ``softmax(logits)``).
+    """
 
     max_completion_length: int
     """Most tokens to sample, the end-of-sequence token included."""
@@ -110,6 +114,7 @@ class EngineDescription:
     """Most tokens, prompt and completion together."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """An inference engine that returns tokens, their log-probabilities and their routes."""
 

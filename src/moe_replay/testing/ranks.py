@@ -100,8 +100,8 @@ def _collect(
             )
         reports = {
             rank: _report(receiver, rank, children[rank])
-            for receiver in ready
-            for rank in [pending[receiver]]
+            for receiver, rank in pending.items()
+            if receiver in ready
         }
         # The rank that failed first is the cause; the others fail because they lost it.
         failed = min((r for r in reports.values() if r.error), key=lambda r: r.time_s, default=None)
@@ -120,7 +120,8 @@ def _report(receiver: Connection, rank: int, child: Any) -> _Report:
             f"rank {rank} died with exit code {child.exitcode} and returned nothing; a negative code is "
             "the signal that killed it (-9 often means out of memory)"
         )
-        return _Report(error=error, time_s=time.monotonic())
+        # Before everything else: nothing that another rank raises kills this one.
+        return _Report(error=error)
     if report.error is not None:
         report.error.add_note(f"raised on rank {rank}:\n{report.trace}")
     return report

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# States of [batch, heads, tokens, head_dim].
-States = Float[torch.Tensor, "batch heads tokens dim"]
+# States of [batch, heads, tokens, head_dim]; keys and values may differ in the last.
+States = Float[torch.Tensor, "batch heads _ _"]
 
 
 def growing_cache(config: Any, *, num_tokens: int) -> DynamicCache:

@@ -1,0 +1,111 @@
+"""Every engine that this machine can run, as an EngineCase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.rollout.fake import FakeEngine
+from moe_replay.rollout.types import Engine, RolloutGroup
+from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
+from moe_replay.transformers import record_routes
+
+from .engine_contract import SAMPLING, EngineCase, Weights, mixed_requests
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return two checkpoints of one shape by seed; layer 1 is dense, so that layer numbers are no mere order."""
+    root = tmp_path_factory.mktemp("engines")
+    return {
+        seed: write_tiny_checkpoint(
+            root / str(seed), seed=seed, num_hidden_layers=3, mlp_only_layers=[1]
+        )
+        for seed in SEEDS
+    }
+
+
+def _fake_case() -> EngineCase:
+    shapes = {"model.embed.weight": (4, 2), "model.layers.0.mlp.gate.weight": (8, 2)}
+
+    def make() -> FakeEngine:
+        return FakeEngine(weight_shapes=shapes, moe_layers=(0, 2))
+
+    def weights(seed: int) -> Weights:
+        return [(name, torch.full(shape, float(seed))) for name, shape in shapes.items()]
+
+    def forced(token_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        engine = make()
+        engine.load_weights(weights(seed), policy_version=seed)
+        return engine.next_logits(token_ids), engine.routes_of(token_ids)
+
+    return EngineCase(
+        name="fake", make=make, weights=weights, forced=forced, vocab_size=32, exact=True
+    )
+
+
+def _embedded_case(dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
+    from transformers import AutoModelForCausalLM
+
+    models = {
+        seed: AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        for seed, path in checkpoints.items()
+    }
+
+    def make() -> EmbeddedEngine:
+        return EmbeddedEngine(checkpoints[0], dtype=dtype, max_batch_size=16)
+
+    def weights(seed: int) -> Weights:
+        return list(load_file(checkpoints[seed] / "model.safetensors").items())
+
+    def forced(token_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad(), record_routes(models[seed]) as recorder:
+            logits = models[seed](torch.from_numpy(token_ids).long()[None]).logits[0]
+        return logits.float().numpy(), recorder.take().numpy()
+
+    return EngineCase(
+        name=f"embedded-{dtype}",
+        make=make,
+        weights=weights,
+        forced=forced,
+        vocab_size=VOCAB_SIZE,
+        exact=dtype == "float32",
+    )
+
+
+@pytest.fixture(scope="session", params=["fake", "embedded-float32", "embedded-bfloat16"])
+def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
+    """Return each engine in turn."""
+    if request.param == "fake":
+        return _fake_case()
+    return _embedded_case(request.param.removeprefix("embedded-"), checkpoints)
+
+
+@pytest.fixture(scope="session")
+def engine(case: EngineCase) -> Iterator[Engine]:
+    """Return one engine for all tests that leave it as it is."""
+    engine = case.make()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def groups(case: EngineCase, engine: Engine) -> list[RolloutGroup]:
+    """Return what the engine makes of `mixed_requests` under `SAMPLING`."""
+    return engine.generate(mixed_requests(case), SAMPLING)
+
+
+@pytest.fixture
+def fresh_engine(case: EngineCase) -> Iterator[Engine]:
+    """Return an engine that a test may push to and close."""
+    engine = case.make()
+    yield engine
+    engine.close()

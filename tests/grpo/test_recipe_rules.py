@@ -1,0 +1,171 @@
+"""Rules between keys: contradictions, keys without effect and layouts without a test are refused."""
+
+import pytest
+
+from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.recipe_file import recipe_from_table
+
+from .smallest_recipe import problems_of, recipe, table
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "reason"),
+    [
+        (
+            {"replay": {"router_replay_mode": "disabled", "min_coverage": 0.5}},
+            "replay.min_coverage",
+            "replay.router_replay_mode is 'disabled'",
+        ),
+        (
+            {"replay": {"guard": False, "guard_rows": 8}},
+            "replay.guard_rows",
+            "replay.guard is false",
+        ),
+        ({"replay": {"reference_routes": "live"}}, "replay.reference_routes", "grpo.beta is 0"),
+        ({"optimizer": {"min_lr": 1e-8}}, "optimizer.min_lr", "lr_scheduler is 'constant'"),
+        ({"data": {"task": {"max_terms": 3}}}, "data.task", "no dataset is generated"),
+        ({"data": {"train_seed": 3}}, "data.train_seed", "data.train is a file"),
+        ({"data": {"eval_seed": 3}}, "data.eval_seed", "data.eval is not set"),
+        ({"data": {"eval_size": 3}}, "data.eval_size", "data.eval is not set"),
+        ({"eval": {"every_steps": 3}}, "eval.every_steps", "nothing is evaluated"),
+        (
+            {"data": {"train": "reasoning_gym:chain_sum", "prompt_column": "q"}},
+            "data.prompt_column",
+            "every dataset is generated",
+        ),
+        (
+            {"data": {"train": "reasoning_gym:chain_sum", "shuffle": True}},
+            "data.shuffle",
+            "random order already",
+        ),
+        (
+            {"megatron": {"recompute_method": "uniform"}},
+            "megatron.recompute_method",
+            "recompute_granularity is not set, not 'full'",
+        ),
+        (
+            {"megatron": {"recompute_granularity": "selective", "recompute_num_layers": 1}},
+            "megatron.recompute_num_layers",
+            "is 'selective', not 'full'",
+        ),
+    ],
+)
+def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
+    message = problems_of(**sections)
+    assert f"{path}: set to " in message
+    assert reason in message
+    assert "has 1 problem:" in message
+
+
+def test_key_without_effect_is_refused_even_at_its_default():
+    assert "optimizer.min_lr" in problems_of(optimizer={"min_lr": 0.0})
+
+
+def test_same_keys_are_accepted_where_they_have_an_effect():
+    loaded = recipe(
+        replay={"reference_routes": "live", "guard_rows": 8, "min_coverage": 0.5},
+        grpo={"beta": 0.1},
+        optimizer={"lr_scheduler": "cosine", "min_lr": 1e-8},
+        data={"eval": "reasoning_gym:chain_sum", "task": {"max_terms": 3}, "eval_size": 5},
+        eval={"every_steps": 3},
+    )
+    assert loaded.replay.reference_routes == "live"
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "reason"),
+    [
+        (
+            {"batch": {"global_batch_size": 33}},
+            "batch.global_batch_size",
+            "33 samples is not a multiple",
+        ),
+        ({"batch": {"micro_batch_size": 4}}, "batch.max_tokens_per_microbatch", "both of"),
+        (
+            {"batch": {"max_tokens_per_microbatch": 575}},
+            "batch.max_tokens_per_microbatch",
+            "= 576 tokens",
+        ),
+        (
+            {"optimizer": {"lr_scheduler": "linear", "min_lr": 1.0}},
+            "optimizer.min_lr",
+            "is above lr",
+        ),
+        ({"optimizer": {"warmup_steps": 10}}, "optimizer.warmup_steps", "never be reached"),
+        (
+            {"megatron": {"recompute_granularity": "full", "recompute_method": "uniform"}},
+            "megatron.recompute_num_layers",
+            "missing",
+        ),
+        (
+            {"rewards": [{"function": "a.py:f"}, {"function": "b.py:f"}]},
+            "rewards.1.name",
+            "also the name of rewards.0",
+        ),
+        (
+            {"data": {"eval": "/e.jsonl"}, "eval": {"num_generations": 2}},
+            "eval.num_generations",
+            "all equal",
+        ),
+    ],
+)
+def test_contradiction_between_keys_is_refused(sections, path, reason):
+    message = problems_of(**sections)
+    assert f"\n  {path}: " in message
+    assert reason in message
+
+
+def test_batch_needs_a_budget_or_a_size():
+    broken = table()
+    del broken["batch"]["max_tokens_per_microbatch"]
+    with pytest.raises(
+        RecipeError, match=r"neither of max_tokens_per_microbatch and micro_batch_size"
+    ):
+        recipe_from_table(broken)
+
+
+def test_micro_batch_size_must_divide_the_batch():
+    broken = table(batch={"micro_batch_size": 5})
+    del broken["batch"]["max_tokens_per_microbatch"]
+    with pytest.raises(RecipeError, match=r"5 does not divide global_batch_size = 32"):
+        recipe_from_table(broken)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ],
+)
+def test_layout_without_an_equality_test_is_unsupported(key):
+    with pytest.raises(
+        UnsupportedError, match=rf"megatron.{key}: got 2, expected 1.*no test of equality"
+    ):
+        recipe(megatron={key: 2})
+
+
+def test_unsupported_and_wrong_together_are_wrong():
+    with pytest.raises(RecipeError) as caught:
+        recipe(megatron={"context_parallel_size": 2}, grpo={"epsilonn": 1})
+    assert not isinstance(caught.value, UnsupportedError)
+
+
+def test_recipe_built_directly_keeps_the_rules_between_sections():
+    sections = dict(recipe())
+    sections["rollout"] = sections["rollout"].model_copy(update={"num_generations": 5})
+    with pytest.raises(ValueError, match=r"not a multiple of"):
+        Recipe(**sections)
+
+
+def test_resolved_toml_holds_defaults_but_no_key_without_effect():
+    text = recipe().resolved_toml()
+    assert "min_coverage = 0.95" in text
+    assert "epsilon_high = 0.2" in text
+    assert "reference_routes" not in text
+    assert "min_lr" not in text

@@ -1,0 +1,43 @@
+"""Tiny models of every family that replay knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a checkpoint of 2 layers for each family."""
+    root = tmp_path_factory.mktemp("families")
+    return {
+        family: write_tiny_checkpoint(root / family, family, num_hidden_layers=2)
+        for family in FAMILIES
+    }
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, family_dirs: dict[str, Path]) -> Any:
+    """Return a model of each family in turn, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(family_dirs[request.param], dtype=torch.float32)
+
+
+@pytest.fixture
+def qwen(family_dirs: dict[str, Path]) -> Any:
+    """Return the Qwen3-MoE model, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(family_dirs["qwen3_moe"], dtype=torch.float32)
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """Return two sequences of seven tokens."""
+    return torch.randint(4, 99, (2, 7), generator=torch.Generator().manual_seed(0))

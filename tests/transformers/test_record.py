@@ -1,0 +1,167 @@
+import pytest
+import torch
+from torch import nn
+
+from moe_replay.errors import ReplayScopeError, UnsupportedError
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
+from moe_replay.transformers import find_routers, record_routes
+
+
+class Router(nn.Module):
+    """A router that returns whatever it is told to."""
+
+    def __init__(self, output, num_experts=4, top_k=2):
+        super().__init__()
+        self.output, self.num_experts, self.top_k = output, num_experts, top_k
+
+    def forward(self, x):
+        return self.output
+
+
+class Block(nn.Module):
+    def __init__(self, gate):
+        super().__init__()
+        self.experts, self.gate = nn.Identity(), gate
+
+    def forward(self, x):
+        self.gate(x)
+        return x
+
+
+def stack(*gates):
+    """Return a model whose layers hold these routers."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(Block(gate) for gate in gates)
+    model.forward = lambda x: [layer(x) for layer in model.layers]
+    return model
+
+
+def ids(rows):
+    return torch.tensor([[0, 1]] * rows)
+
+
+def test_layers_are_numbered_by_their_place_among_all_layers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=4, mlp_only_layers=[0, 2])
+    sites = find_routers(AutoModelForCausalLM.from_pretrained(path))
+    assert [site.layer for site in sites] == [1, 3]
+    assert [site.path for site in sites] == ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate"]
+    assert {(site.num_experts, site.topk) for site in sites} == {(16, 4)}
+
+
+def test_routes_are_the_largest_router_logits(model, token_ids):
+    with torch.no_grad(), record_routes(model) as recorder:
+        logits = model(token_ids, output_router_logits=True).router_logits
+    routes = recorder.take()
+    assert recorder.layers == (0, 1)
+    for layer in range(2):
+        best = logits[layer].topk(4, dim=-1).indices
+        assert routes[:, layer].sort().values.tolist() == best.sort().values.tolist()
+
+
+def test_rows_are_flattened_batch_first(qwen, token_ids):
+    with torch.no_grad(), record_routes(qwen) as recorder:
+        qwen(token_ids)
+        both = recorder.take()
+        qwen(token_ids[1:])
+        second = recorder.take()
+    assert both[7:].tolist() == second.tolist()
+
+
+def test_forwards_between_two_takes_follow_each_other(qwen, token_ids):
+    with torch.no_grad(), record_routes(qwen) as recorder:
+        qwen(token_ids[:1])
+        qwen(token_ids[1:])
+        apart = recorder.take()
+        qwen(token_ids)
+        assert apart.tolist() == recorder.take().tolist()
+
+
+def test_nothing_is_recorded_after_the_scope(qwen, token_ids):
+    with record_routes(qwen) as recorder:
+        pass
+    qwen(token_ids)
+    with pytest.raises(ReplayScopeError, match="numbers of rows"):
+        recorder.take()
+
+
+def test_hooks_go_after_an_exception(qwen):
+    with pytest.raises(KeyError), record_routes(qwen):
+        raise KeyError
+    assert not any(module._forward_hooks for module in qwen.modules())
+
+
+def test_another_model_of_the_process_is_not_recorded(qwen, token_ids):
+    from copy import deepcopy
+
+    other = deepcopy(qwen)
+    with record_routes(qwen) as recorder:
+        other(token_ids)
+    with pytest.raises(ReplayScopeError):
+        recorder.take()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_is_not_recorded_again(qwen, token_ids, reentrant):
+    qwen.train()
+    qwen.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    qwen.enable_input_require_grads()
+    with record_routes(qwen) as recorder:
+        qwen(token_ids).logits.sum().backward()
+    assert len(recorder.take()) == 14
+
+
+def test_a_dense_model_has_no_routers_and_cannot_be_recorded(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=1, mlp_only_layers=[0])
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert find_routers(model) == ()
+    with pytest.raises(UnsupportedError, match="dense"), record_routes(model):
+        pass
+
+
+def test_an_expert_block_without_router_is_named():
+    with pytest.raises(UnsupportedError, match=r"expert block layers\.0 \(Block\)"):
+        find_routers(stack(nn.Linear(2, 4)))
+
+
+def test_a_router_that_returns_no_ids_is_named():
+    model = stack(Router((torch.zeros(3, 4),)))
+    with (
+        pytest.raises(UnsupportedError, match=r"layers\.0\.gate \(Router\) returns"),
+        record_routes(model),
+    ):
+        model.forward(torch.zeros(3, 2))
+
+
+def test_routers_of_different_size_are_refused():
+    with pytest.raises(UnsupportedError, match=r"\(4, 2\), \(8, 2\)"):
+        find_routers(stack(Router(None), Router(None, num_experts=8)))
+
+
+def test_routers_in_two_stacks_are_refused():
+    model = nn.Module()
+    model.text, model.vision = stack(Router(None)), stack(Router(None))
+    with pytest.raises(UnsupportedError, match=r"text\.layers.*vision\.layers"):
+        find_routers(model)
+
+
+def test_routers_that_saw_different_rows_are_refused():
+    model = stack(Router((ids(3),)), Router((ids(2),)))
+    with record_routes(model) as recorder:
+        model.forward(torch.zeros(3, 2))
+    with pytest.raises(ReplayScopeError, match=r"\{0: 3, 1: 2\}"):
+        recorder.take()
+
+
+@pytest.mark.parametrize(("num_experts", "dtype"), [(256, torch.uint8), (512, torch.int32)])
+def test_ids_are_as_wide_as_the_model_needs(num_experts, dtype):
+    highest = torch.tensor([[0, num_experts - 1]])
+    model = stack(Router((highest,), num_experts=num_experts))
+    with record_routes(model) as recorder:
+        model.forward(torch.zeros(1, 2))
+    routes = recorder.take()
+    assert routes.dtype is dtype
+    assert routes.tolist() == [[[0, num_experts - 1]]]

@@ -1,0 +1,246 @@
+import numpy as np
+import pytest
+import torch
+
+from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.transformers import find_routers, record_routes, replay_routes
+
+LAYERS = (0, 1)
+ROWS = 14
+
+
+def own_routes(model, token_ids):
+    with torch.no_grad(), record_routes(model) as recorder:
+        logits = model(token_ids).logits
+    return recorder.take().numpy(), logits
+
+
+def constant(experts=(0, 1, 2, 3)):
+    return np.broadcast_to(np.array(experts), (ROWS, 2, 4)).copy()
+
+
+def everywhere(value=True):
+    return np.full(ROWS, value)
+
+
+def replayed(model, token_ids, ids, valid):
+    with torch.no_grad(), replay_routes(model, ids, valid, layers=LAYERS):
+        return model(token_ids).logits
+
+
+def test_own_routes_change_no_bit(model, token_ids):
+    ids, live = own_routes(model, token_ids)
+    assert torch.equal(replayed(model, token_ids, ids, everywhere()), live)
+
+
+def test_own_routes_change_no_bit_in_bfloat16(model, token_ids):
+    model.bfloat16()
+    ids, live = own_routes(model, token_ids)
+    assert torch.equal(replayed(model, token_ids, ids, everywhere()), live)
+
+
+def test_constant_routes_change_the_logits(model, token_ids):
+    _, live = own_routes(model, token_ids)
+    logits = replayed(model, token_ids, constant(), everywhere())
+    assert (logits - live).abs().amax(dim=-1).min() > 1e-3
+
+
+def test_the_experts_that_run_are_the_replayed_ones(model, token_ids):
+    ids = constant((3, 7, 1, 15))
+    with torch.no_grad(), replay_routes(model, ids, everywhere(), layers=LAYERS):
+        with record_routes(model) as recorder:
+            model(token_ids)
+    assert (recorder.take().numpy() == ids).all()
+
+
+def test_a_recorder_around_the_scope_sees_live_routes(qwen, token_ids):
+    live, _ = own_routes(qwen, token_ids)
+    with torch.no_grad(), record_routes(qwen) as recorder:
+        replayed(qwen, token_ids, constant(), everywhere())
+    assert (recorder.take().numpy()[:, 0] == live[:, 0]).all()
+
+
+def test_weights_are_the_softmax_over_the_replayed_experts(family_dirs, token_ids):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family_dirs["mixtral"], dtype=torch.float32)
+    seen = []
+    (router, *_) = (site.module for site in find_routers(model))
+    with torch.no_grad(), replay_routes(model, constant(), everywhere(), layers=LAYERS):
+        with router.register_forward_hook(lambda module, args, output: seen.append(output)):
+            model(token_ids)
+    ((logits, weights, ids),) = seen
+    assert ids.tolist() == constant()[:, 0].tolist()
+    assert torch.allclose(weights, torch.softmax(logits[:, :4], dim=-1), atol=1e-6)
+
+
+def test_rows_without_route_run_live_and_their_ids_are_not_read(model, token_ids):
+    ids, live = own_routes(model, token_ids)
+    ids = ids.astype(np.uint16)
+    valid = everywhere()
+    valid[5:9] = False
+    ids[5:9] = 65_535
+    assert torch.equal(replayed(model, token_ids, ids, valid), live)
+
+
+def test_only_valid_rows_are_forced(qwen, token_ids):
+    valid = everywhere(False)
+    valid[3] = True
+    with torch.no_grad(), replay_routes(qwen, constant(), valid, layers=LAYERS):
+        with record_routes(qwen) as recorder:
+            qwen(token_ids)
+    live, _ = own_routes(qwen, token_ids)
+    ran = recorder.take().numpy()[:, 0]
+    assert ran[3].tolist() == [0, 1, 2, 3]
+    others = np.arange(ROWS) != 3
+    assert (ran[others] == live[others, 0]).all()
+
+
+def test_entries_are_found_by_layer_number(qwen, token_ids):
+    ids, live = own_routes(qwen, token_ids)
+    dense = np.full((ROWS, 1, 4), 9)
+    wider = np.concatenate([ids[:, 1:], dense, ids[:, :1]], axis=1)
+    with torch.no_grad(), replay_routes(qwen, wider, everywhere(), layers=(1, 5, 0)):
+        assert torch.equal(qwen(token_ids).logits, live)
+
+
+def test_the_gate_gets_its_gradient_through_the_replayed_experts(qwen, token_ids):
+    gate = find_routers(qwen)[0].module.weight
+
+    def loss():
+        with replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+            return qwen(token_ids).logits.square().mean()
+
+    loss().backward()
+    step = 1e-2
+    expert = gate.grad.norm(dim=1)[:4].argmax()
+    direction = gate.grad[expert] / gate.grad[expert].norm()
+    with torch.no_grad():
+        gate[expert] += step * direction
+        up = loss()
+        gate[expert] -= 2 * step * direction
+        down = loss()
+    slope = float(up - down) / (2 * step)
+    assert slope == pytest.approx(float(gate.grad[expert].norm()), rel=0.02)
+    # Experts that no row was sent to have no say in the weights that were renormalised over the others.
+    assert gate.grad[4:].abs().max() < 1e-6 * gate.grad[:4].abs().max()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_inside_the_scope_gives_the_same_gradients(qwen, token_ids, reentrant):
+    qwen.train()
+
+    def gradient():
+        qwen.zero_grad()
+        with replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+            qwen(token_ids).logits.square().mean().backward()
+        return find_routers(qwen)[0].module.weight.grad.clone()
+
+    plain = gradient()
+    qwen.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    qwen.enable_input_require_grads()
+    assert torch.equal(gradient(), plain)
+
+
+def test_recomputation_after_the_scope_is_refused(qwen, token_ids):
+    qwen.train()
+    qwen.gradient_checkpointing_enable()
+    with pytest.raises(ReplayScopeError, match=r"call backward\(\) inside"):
+        with replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+            qwen(token_ids)
+
+
+def test_a_forward_without_gradients_needs_no_backward(qwen, token_ids):
+    qwen.train()
+    qwen.gradient_checkpointing_enable()
+    replayed(qwen, token_ids, constant(), everywhere())
+
+
+def test_routing_is_live_after_the_scope_and_after_an_exception(qwen, token_ids):
+    _, live = own_routes(qwen, token_ids)
+    with pytest.raises(KeyError), replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+        raise KeyError
+    assert torch.equal(own_routes(qwen, token_ids)[1], live)
+
+
+def test_a_scope_in_which_nothing_ran_raises(qwen):
+    with pytest.raises(ReplayScopeError, match=r"layers \[0, 1\] never ran"):
+        with replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+            pass
+
+
+def test_a_forward_of_another_size_raises(qwen, token_ids):
+    with pytest.raises(ReplayScopeError, match="got 7 rows.*for 14"):
+        replayed(qwen, token_ids[:1], constant(), everywhere())
+
+
+def test_a_layer_without_routes_raises(qwen):
+    with pytest.raises(TraceError, match=r"no routes for the model's layers \[1\]"):
+        with replay_routes(qwen, constant()[:, :1], everywhere(), layers=(0,)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (constant((0, 1, 2, 16)), "0 to 16, expected 0 to 15"),
+        (constant((-1, 1, 2, 3)), "-1 to 3"),
+        (constant((5, 1, 2, 5)), "one expert twice"),
+        (constant()[..., :3], r"\[rows, 2, 3\]"),
+        (constant().astype(np.float32), "expected integers"),
+    ],
+)
+def test_impossible_routes_raise(qwen, ids, message):
+    with pytest.raises(TraceError, match=message):
+        with replay_routes(qwen, ids, everywhere(), layers=LAYERS):
+            pass
+
+
+def test_a_mask_of_another_length_raises(qwen):
+    with pytest.raises(TraceError, match=r"expected bool\[14\]"):
+        with replay_routes(qwen, constant(), everywhere()[:-1], layers=LAYERS):
+            pass
+
+
+def test_a_family_of_unknown_score_function_is_refused():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    with pytest.raises(UnsupportedError, match="DeepseekV3TopkRouter"):
+        with replay_routes(model, np.zeros((3, 1, 2), int), np.zeros(3, bool), layers=(1,)):
+            pass
+    with torch.no_grad(), record_routes(model) as recorder:
+        model(torch.randint(0, 64, (1, 5)))
+    assert recorder.layers == (1,)
+    assert recorder.take().shape == (5, 1, 2)
+
+
+def test_a_router_that_weighs_otherwise_is_refused(qwen, token_ids):
+    router = find_routers(qwen)[0].module
+    plain = router.forward
+
+    def doubled(hidden_states):
+        logits, weights, ids = plain(hidden_states)
+        return logits, 2 * weights, ids
+
+    router.forward = doubled
+    with pytest.raises(UnsupportedError, match="no longer weighs"):
+        replayed(qwen, token_ids, constant(), everywhere())
