@@ -68,7 +68,8 @@ CHAT_TEMPLATE = (
 
 STEPS = 700
 BATCH_SIZE = 64
-PEAK_LEARNING_RATE = 1e-3
+PEAK_LEARNING_RATE = 1.5e-3
+BALANCE_WEIGHT = 0.02
 WARMUP_STEPS = 50
 # The warm start teaches working first, and terse answers only at its end: they are quick to learn.
 WORKED_ONLY_FRAC = 0.85
@@ -141,7 +142,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCau
         tie_word_embeddings=False,
         # Wider than the usual 0.02: at this size the routers then choose, and the model learns, sooner.
         initializer_range=0.06,
-        router_aux_loss_coef=0.01,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -223,6 +223,21 @@ def supervised_batch(
     return {**batch, "labels": labels}
 
 
+def balance_loss(
+    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, topk: int
+) -> torch.Tensor:
+    """Return how uneven the experts' load is: 1 when even, at most ``num_experts / topk``, mean over layers.
+
+    Taken layer by layer: over all layers at once, an expert idle in one layer is hidden by a busy one in another.
+
+    Source: Switch Transformer, equations 4 to 6.
+    """
+    logits = torch.stack(router_logits)[:, attention_mask.flatten().bool()]
+    num_experts = logits.shape[-1]
+    chosen = torch.zeros_like(logits).scatter_(-1, logits.topk(topk, dim=-1).indices, 1.0 / topk)
+    return num_experts * (chosen.mean(dim=1) * logits.softmax(dim=-1).mean(dim=1)).sum(-1).mean()
+
+
 def warm_start(
     model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]
 ) -> None:
@@ -241,15 +256,23 @@ def warm_start(
     model.train()
     for step in range(steps):
         batch = supervised_batch(tokenizer, lessons[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
-        loss = model(**batch, output_router_logits=True).loss
+        labels = batch.pop("labels")
+        outputs = model(**batch, output_router_logits=True)
+        loss = model.loss_function(outputs.logits, labels, model.config.vocab_size)
+        balance = balance_loss(
+            outputs.router_logits, batch["attention_mask"], model.config.num_experts_per_tok
+        )
         optimizer.zero_grad()
-        loss.backward()
+        (loss + BALANCE_WEIGHT * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % 25 == 0 or step + 1 == steps:
             elapsed = time.monotonic() - started
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {elapsed:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  loss {loss.item():.3f}  balance {balance.item():.2f}  {elapsed:.0f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
-REWARD = '''
+REWARD = """
 def likes_digits(completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-'''
+"""
 
 RECIPE = """
 [run]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from moe_replay.errors import CheckpointError, CoverageError, EngineError, MisalignmentError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.loop import train
@@ -88,9 +89,7 @@ def test_r3_is_not_the_disabled_run(recipe: Recipes) -> None:
 
 
 def test_training_raises_the_reward(recipe: Recipes) -> None:
-    records = run(
-        recipe(run__max_steps=8, optimizer__lr=3e-3, batch__global_batch_size=32)
-    )
+    records = run(recipe(run__max_steps=8, optimizer__lr=3e-3, batch__global_batch_size=32))
     rewards = [record["reward"] for record in records]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1
 
@@ -128,9 +127,7 @@ def test_two_data_parallel_ranks_take_the_steps_of_one(recipe: Recipes, tmp_path
     assert math.isclose(alone[1]["entropy/mean"], shared[1]["entropy/mean"], rel_tol=1e-2)
 
 
-def test_resumed_run_repeats_the_uninterrupted_one_exactly(
-    recipe: Recipes, tmp_path: Path
-) -> None:
+def test_resumed_run_repeats_the_uninterrupted_one_exactly(recipe: Recipes, tmp_path: Path) -> None:
     whole = run(recipe(run__output_dir=tmp_path / "whole", run__max_steps=4))
     interrupted = tmp_path / "interrupted"
     run(recipe(run__output_dir=interrupted, run__max_steps=2))
@@ -181,9 +178,7 @@ class FaultyEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request, and spoil the traces."""
         groups = self.inner.generate(requests, sampling)
         return [
@@ -258,9 +253,7 @@ def _swap(groups: list[RolloutGroup]) -> list[RolloutGroup]:
 class SwappingEngine(FaultyEngine):
     """The embedded engine, exchanging the traces of two completions of one prompt."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request, and swap two traces."""
         return _swap(self.inner.generate(requests, sampling))
 
@@ -278,7 +271,9 @@ def _half_missing(trace: RoutingTrace) -> RoutingTrace:
 
 
 def test_run_stops_below_min_coverage_and_says_why(recipe: Recipes) -> None:
-    with pytest.raises(CoverageError, match=r"coverage is 0\.[45].*prompt_omitted.*engine_gave_none"):
+    with pytest.raises(
+        CoverageError, match=r"coverage is 0\.[45].*prompt_omitted.*engine_gave_none"
+    ):
         run(recipe(), make_engine=_faulty(_half_missing))
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from moe_replay.grpo.loss import (
     BatchSize,
     LossInputs,
@@ -31,7 +32,9 @@ def _inputs(new: list[float], **changes: list[float] | None) -> LossInputs:
 
 
 def test_loss_of_unchanged_weights_is_minus_the_weighted_advantage() -> None:
-    loss, _ = policy_loss(_inputs([0.0, 0.0], advantages=[2.0, -1.0], weights=[0.5, 0.25]), SETTINGS)
+    loss, _ = policy_loss(
+        _inputs([0.0, 0.0], advantages=[2.0, -1.0], weights=[0.5, 0.25]), SETTINGS
+    )
     assert loss.item() == pytest.approx(-2.0 * 0.5 + 1.0 * 0.25)
 
 
@@ -69,7 +72,11 @@ def test_statistics_count_clipped_tokens_by_side_and_leave_untrained_ones_out() 
         weights=[1.0, 1.0, 0.0, 1.0],
     )
     _, statistics = policy_loss(inputs, SETTINGS)
-    assert (statistics.num_tokens, statistics.num_clipped_low, statistics.num_clipped_high) == (3, 1, 1)
+    assert (statistics.num_tokens, statistics.num_clipped_low, statistics.num_clipped_high) == (
+        3,
+        1,
+        1,
+    )
     assert statistics.ratio_sum == pytest.approx(3.0)
 
 
@@ -86,7 +93,9 @@ def test_kl_term_is_k3_of_new_against_reference() -> None:
 
 def test_kl_term_vanishes_for_equal_models() -> None:
     settings = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
-    loss, _ = policy_loss(_inputs([-1.0], old_logprobs=[-1.0], ref_logprobs=[-1.0], advantages=[0.0]), settings)
+    loss, _ = policy_loss(
+        _inputs([-1.0], old_logprobs=[-1.0], ref_logprobs=[-1.0], advantages=[0.0]), settings
+    )
     assert loss.item() == 0.0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.watch import AgreementWatch
@@ -39,7 +40,7 @@ def _against_transformers(checkpoint: Path, temperature: float) -> tuple[float, 
         expected = rows.gather(1, ids[sample.prompt_length :, None])[:, 0].numpy()
         entropy = -(rows.exp() * rows).sum(-1).numpy()
         found = scored[sample.sample_id]
-        worst_logprob = max(worst_logprob, float(np.abs(found.logprobs - expected).max()))
+        worst_logprob = max(worst_logprob, float(np.abs(found.token_logprobs - expected).max()))
         worst_entropy = max(worst_entropy, float(np.abs(found.entropies - entropy).max()))
     return worst_logprob, worst_entropy
 
@@ -175,7 +176,7 @@ def _bf16_update(checkpoint: Path) -> tuple[bool, bool]:
     samples = with_own_routes(actor, make_samples(6, seed=SEED))
     live = actor.score(pack(samples), temperature=1.0, routing=Routing.LIVE)
     replayed = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY)
-    same = all((live[i].logprobs == replayed[i].logprobs).all() for i in live)
+    same = all((live[i].token_logprobs == replayed[i].token_logprobs).all() for i in live)
     before = _weights(actor)
     actor.update(pack(samples), mean_loss, temperature=1.0, routing=Routing.REPLAY)
     return same, bool((before != _weights(actor)).float().mean() > 0.3)

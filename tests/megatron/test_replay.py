@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from moe_replay.batch import Sample
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
@@ -30,7 +31,7 @@ def in_one_rank(test: Callable[..., Any], *args: Any) -> Any:
 def logprobs(actor: MegatronActor, samples: list[Sample], routing: Routing) -> np.ndarray:
     """Return the log-probabilities of all samples, one after the other."""
     scored = actor.score(pack(samples), temperature=1.0, routing=routing)
-    return np.concatenate([scored[sample.sample_id].logprobs for sample in samples])
+    return np.concatenate([scored[sample.sample_id].token_logprobs for sample in samples])
 
 
 def randomly_routed(actor: MegatronActor, count: int = 6) -> list[Sample]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+
 from moe_replay.sync.messages import gather_json
 from moe_replay.testing.ranks import run_ranks
 

@@ -105,7 +105,7 @@ def test_another_model_of_the_process_is_not_recorded(qwen, token_ids):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_is_not_recorded_again(qwen, token_ids, reentrant):
     qwen.train()
-    qwen.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    qwen.activation_checkpointing_enable({"use_reentrant": reentrant})
     qwen.enable_input_require_grads()
     with record_routes(qwen) as recorder:
         qwen(token_ids).logits.sum().backward()

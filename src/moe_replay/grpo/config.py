@@ -134,12 +134,10 @@ class Recipe(Section):
     def check_world(self, world_size: int) -> None:
         """Raise `RecipeError` unless the batch divides evenly among ``world_size`` processes."""
         ranks = self.data_parallel_size(world_size)
-        parts = {
-            f"batch.global_batch_size = {self.batch.global_batch_size} samples": self.batch.global_batch_size,
-            f"{self.prompts_per_step} prompts per step (batch.global_batch_size x batch.steps_per_generation "
-            "/ rollout.num_generations)": self.prompts_per_step,
-        }
-        problems = [what for what, count in parts.items() if count % ranks]
+        prompts = self.batch.global_batch_size // self.rollout.num_generations
+        problems = [
+            f"{prompts} prompts per update (batch.global_batch_size / rollout.num_generations)"
+        ] * bool(prompts % ranks)
         micro = self.batch.micro_batch_size
         if not problems and micro is not None and self.batch.global_batch_size % (ranks * micro):
             problems = [
@@ -147,7 +145,7 @@ class Recipe(Section):
             ]
         if problems:
             raise RecipeError(
-                f"{' and '.join(problems)} cannot be shared evenly by {ranks} data-parallel ranks "
+                f"{problems[0]} cannot be shared evenly by {ranks} data-parallel ranks "
                 f"(world size {world_size}): change the batch or the number of processes"
             )
 

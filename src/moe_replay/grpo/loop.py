@@ -9,22 +9,12 @@ from collections.abc import Callable
 
 import torch
 
+from moe_replay.grpo.closing import export_model, push_weights, save_checkpoint, step_record
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.learning import score_old, score_reference, update_policy
 from moe_replay.grpo.records import Reporter
 from moe_replay.grpo.run import embedded_engine, open_run
-from moe_replay.grpo.stations import (
-    evaluate,
-    export_model,
-    make_samples,
-    push_weights,
-    roll_out,
-    save_checkpoint,
-    score_old,
-    score_reference,
-    score_rewards,
-    step_record,
-    update_policy,
-)
+from moe_replay.grpo.sampling import evaluate, make_samples, roll_out, score_rewards
 from moe_replay.rollout.types import Engine
 
 

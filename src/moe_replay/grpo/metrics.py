@@ -114,8 +114,8 @@ class Tally:
 
 
 def engine_gap(
-    old_logprobs: Sequence[Float[np.ndarray, "_"]],
-    rollout_logprobs: Sequence[Float[np.ndarray, "_"]],
+    old_logprobs: Sequence[Float[np.ndarray, " _"]],
+    rollout_logprobs: Sequence[Float[np.ndarray, " _"]],
     *,
     prefix: str = "rollout_correction",
 ) -> Tally:

@@ -60,13 +60,12 @@ def effect_free_keys(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _batch_against_generations(have: Any) -> Iterator[Problem]:
-    samples = have.batch.global_batch_size * have.batch.steps_per_generation
-    if samples % have.rollout.num_generations:
+    if have.batch.global_batch_size % have.rollout.num_generations:
         yield Problem(
             path="batch.global_batch_size",
-            text=f"global_batch_size x steps_per_generation = {samples} samples is not a multiple of "
-            f"rollout.num_generations = {have.rollout.num_generations}, so the last prompt would have an incomplete "
-            "group: change one of the three",
+            text=f"{have.batch.global_batch_size} samples per update is not a multiple of rollout.num_generations = "
+            f"{have.rollout.num_generations}, so the completions of a prompt would fall into different updates: "
+            "change one of the two",
         )
 
 
@@ -77,7 +76,7 @@ def _one_way_to_split_a_batch(have: Any) -> Iterator[Problem]:
         yield Problem(
             path="batch.max_tokens_per_microbatch",
             text=f"{given} of max_tokens_per_microbatch and micro_batch_size given, expected exactly one: "
-            "the first packs samples up to a token budget, the second pads a fixed number of samples",
+            "the first packs samples up to a token budget, the second packs a fixed number of samples",
         )
     if micro is not None and have.batch.global_batch_size % micro:
         yield Problem(

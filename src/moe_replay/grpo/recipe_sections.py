@@ -153,7 +153,7 @@ class BatchSection(Section):
     max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
     """Token budget of a packed microbatch; give this or ``micro_batch_size``."""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """Samples of a padded microbatch; give this or ``max_tokens_per_microbatch``."""
+    """Samples of a packed microbatch; give this or ``max_tokens_per_microbatch``."""
 
 
 class GrpoSection(Section):

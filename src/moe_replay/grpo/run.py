@@ -32,7 +32,6 @@ from moe_replay.rollout.types import Engine, EngineDescription, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
 
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -168,7 +167,9 @@ class Run:
 
     def merge(self, tally: Tally) -> dict[str, float]:
         """Return the metrics of ``tally`` over all ranks."""
-        return Tally.merge(Tally.from_plain(part) for part in self.gather(tally.to_plain())).finish()
+        return Tally.merge(
+            Tally.from_plain(part) for part in self.gather(tally.to_plain())
+        ).finish()
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the policy's weights under their Hugging Face names; every rank iterates together."""
@@ -218,7 +219,9 @@ class Run:
     def summary(self) -> RunSummary:
         """Return what is about to run, in words."""
         recipe, engine = self.recipe, self.engine.description
-        num_parameters = sum(p.numel() for module in self.actor.modules for p in module.parameters())
+        num_parameters = sum(
+            p.numel() for module in self.actor.modules for p in module.parameters()
+        )
         replayed = {
             ReplayMode.DISABLED: "nothing is replayed: every pass routes by its own weights",
             ReplayMode.R2: "routes of the old-logprob pass are replayed in the update",

@@ -62,9 +62,7 @@ class AgreementWatch:
         self._flips.add_mean(
             "replay/tokens_with_flip_frac", total=int(flipped.any(axis=1).sum()), count=len(rows)
         )
-        self._flips.add_mean(
-            "replay/flip_frac", total=int(flipped.sum()), count=int(flipped.size)
-        )
+        self._flips.add_mean("replay/flip_frac", total=int(flipped.sum()), count=int(flipped.size))
 
     def metrics(self, group: dist.ProcessGroup, *, device: torch.device) -> dict[str, float]:
         """Return the ``replay/*`` metrics of the pass over all ranks of ``group``; empty when nothing was watched."""

@@ -21,7 +21,6 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-
 from megatron.core.transformer.module import Float16Module
 
 from moe_replay.batch import Microbatch
@@ -153,7 +152,9 @@ class MegatronActor(MegatronScorer):
             microbatch = next(batches)
             output = self._forward(chunk, microbatch, scope)
 
-            def scaled_loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            def scaled_loss(
+                logits: torch.Tensor,
+            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
                 rows, next_ids = self._predicting(microbatch)
                 logprobs = token_logprobs(logits[0, rows], next_ids, temperature=temperature)
                 # Megatron divides the summed gradient by the summed token count; `loss` is already an average.

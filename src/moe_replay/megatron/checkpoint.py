@@ -95,7 +95,9 @@ class CheckpointFolder:
             )
             with _results_in_this_process():
                 dist_checkpointing.save(
-                    _sharded_state(actor, is_loading=False), str(unfinished), sharded_strategy=strategy
+                    _sharded_state(actor, is_loading=False),
+                    str(unfinished),
+                    sharded_strategy=strategy,
                 )
             if _is_first_rank():
                 (unfinished / _POSITION_FILE).write_text(json.dumps(asdict(position), indent=1))
@@ -126,12 +128,19 @@ class CheckpointFolder:
         """
         folder = self.path / f"step-{step:06d}"
         position = self.position(step)
-        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replica_group())
+        strategy = FullyParallelLoadStrategyWrapper(
+            TorchDistLoadShardedStrategy(), _replica_group()
+        )
         try:
             state = dist_checkpointing.load(
                 _sharded_state(actor, is_loading=True), str(folder), sharded_strategy=strategy
             )
-        except (OSError, RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        except (
+            OSError,
+            RuntimeError,
+            KeyError,
+            dist_checkpointing.core.CheckpointingException,
+        ) as error:
             raise CheckpointError(
                 f"{folder} cannot be loaded: {error}; it was altered, or written for another model or layout"
             ) from error
@@ -156,7 +165,9 @@ class CheckpointFolder:
         except OSError as error:
             free = shutil.disk_usage(self.path if self.path.is_dir() else self.path.parent).free
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            cause = f"the disk is full ({free / 2**20:.0f} MiB free)" if full else "the disk refused"
+            cause = (
+                f"the disk is full ({free / 2**20:.0f} MiB free)" if full else "the disk refused"
+            )
             kept = self.steps()
             raise CheckpointError(
                 f"writing {finished} failed: {error}; {cause}. "
@@ -197,7 +208,9 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
     impossible in a daemon, and a killed trainer leaves the manager behind.
     """
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any
+    ) -> AsyncRequest:
         def write() -> None:
             if not writer.write_buckets:
                 return

@@ -21,6 +21,7 @@ import megatron.core.tensor_parallel as tensor_parallel
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
+from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.routing import expert_dtype
@@ -45,7 +46,7 @@ class MicrobatchRoutes:
 class _RouterSeat:
     """Sits where Megatron expects its RouterReplay, and passes the choice of experts on to the scope."""
 
-    def __init__(self, scope: RouterScope, layer: int, router: torch.nn.Module) -> None:
+    def __init__(self, scope: RouterScope, layer: int, router: TopKRouter) -> None:
         self.scope = scope
         self.layer = layer
         self.router = router
@@ -70,7 +71,7 @@ class _RouterSeat:
 class RouterScope:
     """What replaying and recording share: taking the routers over, knowing the microbatch, counting the calls."""
 
-    def __init__(self, routers: Mapping[int, torch.nn.Module]) -> None:
+    def __init__(self, routers: Mapping[int, TopKRouter]) -> None:
         """Prepare to own ``routers`` (global layer -> TopKRouter); `open` takes them over.
 
         Raises:
@@ -135,7 +136,11 @@ class RouterScope:
             self._key = before
 
     def choose(
-        self, layer: int, scores: torch.Tensor, topk: int, live: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+        self,
+        layer: int,
+        scores: torch.Tensor,
+        topk: int,
+        live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scores and ids of the experts that ``layer`` uses for the rows of ``scores``."""
         if self._key is None:
@@ -184,7 +189,11 @@ class RouterScope:
                 f"{layer}, microbatch {key}, which ran {count} times: a microbatch was left out or run twice, or a "
                 "repeated layer shares one router"
             )
-        twice = {call: n for call, n in self._recomputes.items() if n != 1 or call not in self._checkpointed}
+        twice = {
+            call: n
+            for call, n in self._recomputes.items()
+            if n != 1 or call not in self._checkpointed
+        }
         if twice:
             (layer, key), count = min(twice.items())
             raise ReplayScopeError(
@@ -225,7 +234,7 @@ class ReplayScope(RouterScope):
     """
 
     def __init__(
-        self, routers: Mapping[int, torch.nn.Module], routes: Mapping[int, MicrobatchRoutes]
+        self, routers: Mapping[int, TopKRouter], routes: Mapping[int, MicrobatchRoutes]
     ) -> None:
         """Prepare to replay ``routes`` (microbatch key -> its routes).
 
@@ -279,7 +288,7 @@ class ReplayScope(RouterScope):
 class RecordScope(RouterScope):
     """Records the experts that each microbatch uses, routed live; recomputation is not recorded again."""
 
-    def __init__(self, routers: Mapping[int, torch.nn.Module], keys: Sequence[int]) -> None:
+    def __init__(self, routers: Mapping[int, TopKRouter], keys: Sequence[int]) -> None:
         """Prepare to record the microbatches ``keys``."""
         super().__init__(routers)
         self._wanted = tuple(keys)
@@ -317,7 +326,7 @@ def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, torch.nn.Module]) -> None:
+def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, TopKRouter]) -> None:
     missing = sorted(routers.keys() - set(routes.layers))
     if missing:
         raise TraceError(
@@ -340,7 +349,7 @@ def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, torc
         raise TraceError(f"microbatch {key}: watched rows must be valid rows")
 
 
-def _refuse_bypasses(layer: int, router: torch.nn.Module) -> None:
+def _refuse_bypasses(layer: int, router: TopKRouter) -> None:
     config = router.config
     reasons = {
         "moe_router_fusion": (config.moe_router_fusion, "the fused kernel picks experts itself"),

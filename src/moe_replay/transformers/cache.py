@@ -45,7 +45,7 @@ class _GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
         total = held + key_states.shape[-2]
-        if self._buffers is None:
+        if self._buffers is None or total > self._buffers[0].shape[-2]:
             self._buffers = (
                 self._with_room(key_states, self.keys, total),
                 self._with_room(value_states, self.values, total),

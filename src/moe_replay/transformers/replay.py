@@ -88,7 +88,9 @@ class _Scope:
     def note_forward(self, model: nn.Module, args: Any) -> None:
         """See whether this forward will be recomputed; a forward pre-hook of the model."""
         # Asked here, because reentrant checkpointing runs the layers themselves without gradients.
-        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        checkpointing = any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        )
         self._checkpointed |= checkpointing and model.training and torch.is_grad_enabled()
 
     def force(self, site: RouterSite, module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,0 +1,85 @@
+"""The stations that end a step: weights to the engine, the step's record, the checkpoint, and the export at the end.
+
+In: what the stations before returned. Out: records, pushed weights, files. Called by: grpo.loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from moe_replay.grpo.learning import OldScores, Update, gap_of
+from moe_replay.grpo.metrics import Tally, completion_lengths
+from moe_replay.grpo.records import CompletionRecord, StepRecord
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.sampling import Rollout, Scored
+from moe_replay.routing import Coverage, ReplayMode
+
+
+def push_weights(run: Run) -> None:
+    """Give the updated weights to the engine, as a new policy version."""
+    run.policy_version += 1
+    run.engine.load_weights(run.export_weights(), policy_version=run.policy_version)
+
+
+def step_record(
+    run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
+) -> tuple[StepRecord, list[CompletionRecord]]:
+    """Collect the step's metrics over all ranks, and a record of every completion."""
+    lengths = [sample.completion_length for sample in old.samples]
+    tally = Tally.merge([gap_of(old.samples, old.scored), completion_lengths(lengths)])
+    for sample in old.samples:
+        entropies = old.scored[sample.sample_id].entropies
+        tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
+    metrics = dict(scored.metrics) | run.merge(tally) | dict(update.metrics) | dict(old.metrics)
+    metrics["policy_version"] = float(run.policy_version)
+    if run.mode is not ReplayMode.DISABLED:
+        metrics |= _coverage_metrics(run, old)
+    records = _completion_records(run, rollout, scored)
+    gathered = run.gather([asdict(record) for record in records])
+    everyone = [CompletionRecord(**record) for part in gathered for record in part]
+    return StepRecord(step=run.step, metrics=metrics, seconds=run.take_seconds()), everyone
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write everything that a resumed run needs."""
+    run.checkpoints.save(run.actor, run.position())
+
+
+def export_model(run: Run) -> str:
+    """Write the trained model as a Hugging Face checkpoint; return what to tell the user."""
+    if not run.recipe.checkpoint.export:
+        return f"results in {run.directory}"
+    run.write_export()
+    return f"results in {run.directory}, trained model in {run.export_path}"
+
+
+def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:
+    parts = run.gather(
+        [old.coverage.num_replayed, {str(r): n for r, n in old.coverage.num_live.items()}]
+    )
+    whole = Coverage.total(Coverage.from_counts(part[0], part[1]) for part in parts)
+    return {
+        "replay/coverage": whole.fraction,
+        "replay/bytes_per_token": old.bytes_per_token,
+        **{f"replay/rows_live_{reason}": float(n) for reason, n in whole.num_live.items()},
+    }
+
+
+def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[CompletionRecord]:
+    records = []
+    for number, (prompt, group) in enumerate(zip(rollout.prompts, rollout.groups, strict=True)):
+        for place, completion in enumerate(group.completions):
+            records.append(
+                CompletionRecord(
+                    step=run.step,
+                    prompt=prompt.text,
+                    completion=run.decode(completion.token_ids),
+                    rewards={n: float(s[number, place]) for n, s in scored.rewards.items()},
+                    reward=float(scored.totals[number, place]),
+                    advantage=float(scored.advantages[number, place]),
+                    num_tokens=len(completion.token_ids),
+                    finish_reason=str(completion.finish_reason),
+                    policy_version=completion.policy_version,
+                )
+            )
+    return records
