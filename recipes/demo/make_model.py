@@ -1,7 +1,7 @@
 """Make the demo's tiny Qwen3-MoE model and warm-start it, so that GRPO starts from a model that is sometimes right.
 
 In: reasoning-gym's ``chain_sum`` items and a seed.
-Out: a Hugging Face checkpoint (config, tokenizer, bfloat16 safetensors), ``task.json`` and a model card.
+Out: a Hugging Face checkpoint (config, tokenizer, float32 safetensors), ``task.json`` and a model card.
 Called by: a person, once; the result is shipped next to this file and the demo recipes start from it.
 
 The model reads ``<user>question<assistant>`` and knows two ways to answer::
@@ -18,6 +18,7 @@ and how to slip less while doing it, is left for GRPO to find out.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -68,8 +69,7 @@ CHAT_TEMPLATE = (
 
 STEPS = 700
 BATCH_SIZE = 64
-PEAK_LEARNING_RATE = 1.5e-3
-BALANCE_WEIGHT = 0.02
+PEAK_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 50
 # The warm start teaches working first, and terse answers only at its end: they are quick to learn.
 WORKED_ONLY_FRAC = 0.85
@@ -82,7 +82,7 @@ Lesson = tuple[Item, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What was measured on the finished checkpoint, in the bfloat16 that is shipped."""
+    """What was measured on the finished model, in the bfloat16 in which the demo samples from it."""
 
     num_items: int
     """Held-out items."""
@@ -92,6 +92,10 @@ class Figures:
     """Fraction scored 1.0 with one completion each, at temperature 1."""
     greedy_accuracy: float
     """Fraction scored 1.0 by greedy decoding."""
+    worked_frac: float
+    """Fraction of the sampled completions that show running totals."""
+    worked_accuracy: float
+    """Accuracy of those; 0 when there are none."""
     flip_frac: float
     """Fraction of (token, layer) whose expert set differs between bfloat16 and float32 runs of the same weights."""
     busiest_expert_frac: float
@@ -142,6 +146,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCau
         tie_word_embeddings=False,
         # Wider than the usual 0.02: at this size the routers then choose, and the model learns, sooner.
         initializer_range=0.06,
+        router_aux_loss_coef=0.01,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -223,21 +228,6 @@ def supervised_batch(
     return {**batch, "labels": labels}
 
 
-def balance_loss(
-    router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, topk: int
-) -> torch.Tensor:
-    """Return how uneven the experts' load is: 1 when even, at most ``num_experts / topk``, mean over layers.
-
-    Taken layer by layer: over all layers at once, an expert idle in one layer is hidden by a busy one in another.
-
-    Source: Switch Transformer, equations 4 to 6.
-    """
-    logits = torch.stack(router_logits)[:, attention_mask.flatten().bool()]
-    num_experts = logits.shape[-1]
-    chosen = torch.zeros_like(logits).scatter_(-1, logits.topk(topk, dim=-1).indices, 1.0 / topk)
-    return num_experts * (chosen.mean(dim=1) * logits.softmax(dim=-1).mean(dim=1)).sum(-1).mean()
-
-
 def warm_start(
     model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]
 ) -> None:
@@ -256,23 +246,15 @@ def warm_start(
     model.train()
     for step in range(steps):
         batch = supervised_batch(tokenizer, lessons[step * BATCH_SIZE : (step + 1) * BATCH_SIZE])
-        labels = batch.pop("labels")
-        outputs = model(**batch, output_router_logits=True)
-        loss = model.loss_function(outputs.logits, labels, model.config.vocab_size)
-        balance = balance_loss(
-            outputs.router_logits, batch["attention_mask"], model.config.num_experts_per_tok
-        )
+        loss = model(**batch, output_router_logits=True).loss
         optimizer.zero_grad()
-        (loss + BALANCE_WEIGHT * balance).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if (step + 1) % 25 == 0 or step + 1 == steps:
             elapsed = time.monotonic() - started
-            print(
-                f"step {step + 1}/{steps}  loss {loss.item():.3f}  balance {balance.item():.2f}  {elapsed:.0f} s",
-                flush=True,
-            )
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {elapsed:.0f} s", flush=True)
 
 
 @torch.no_grad()
@@ -322,25 +304,30 @@ def measure(
 ) -> Figures:
     """Measure accuracy on held-out items, and how the routers behave on the model's own completions."""
     items = items_for("held_out", num_items)
-    accuracy = {}
+    num_right = {}
     for greedy in (True, False):
         completions = list(complete(model, tokenizer, items, greedy=greedy, seed=seed))
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        scores = [score(item, text) for item, text in zip(items, texts, strict=True)]
-        accuracy[greedy] = sum(value == 1.0 for value in scores) / num_items
+        right = [score(item, text) == 1.0 for item, text in zip(items, texts, strict=True)]
+        num_right[greedy] = sum(right)
+    worked = [not text.startswith("<answer>") for text in texts]
+    num_worked_right = sum(
+        is_right for is_right, is_worked in zip(right, worked, strict=True) if is_worked
+    )
     prompts = _encode_prompts(tokenizer, items)
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    shipped = expert_sets(model, dict(batch))
+    rounded = expert_sets(model, dict(batch))
     exact = expert_sets(model.float(), dict(batch))
-    model.bfloat16()
-    load = shipped.float().mean(dim=1) / model.config.num_experts_per_tok
+    load = rounded.float().mean(dim=1) / model.config.num_experts_per_tok
     return Figures(
         num_items=num_items,
         num_seen=sum(item["question"] in seen_questions for item in items),
-        sampled_accuracy=accuracy[False],
-        greedy_accuracy=accuracy[True],
-        flip_frac=(shipped != exact).any(dim=-1).float().mean().item(),
+        sampled_accuracy=num_right[False] / num_items,
+        greedy_accuracy=num_right[True] / num_items,
+        worked_frac=sum(worked) / num_items,
+        worked_accuracy=num_worked_right / max(1, sum(worked)),
+        flip_frac=(rounded != exact).any(dim=-1).float().mean().item(),
         busiest_expert_frac=load.max().item(),
         idlest_expert_frac=load.min().item(),
     )
@@ -356,9 +343,13 @@ library_name: transformers
 
 # Tiny Qwen3-MoE for the moe-replay demo
 
-Six layers, 16 experts each, four a token, 2.1 million parameters. It adds and subtracts five one-digit numbers
-(reasoning-gym `{FAMILY}`, configuration in `task.json`) by writing running totals, and is right about a third of the
-time: a start for GRPO, not a calculator.
+Six layers, 16 experts each, four a token, 2.1 million parameters in float32. It adds and subtracts five one-digit numbers
+(reasoning-gym `{FAMILY}`, configuration in `task.json`). It was taught two ways to answer: with running totals, which
+usually succeeds, and at once, which usually fails. It does not know which one pays: a start for GRPO, not a calculator.
+
+    State the final answer to the following arithmetic problem: 8 + 0 + 7 - 3 - 0 =
+    8,15,12<answer>12</answer>
+    <answer>12</answer>
 
 Prompt: the question as one user message through the chat template, with `add_generation_prompt=True`. Answer: what
 `reasoning_gym.utils.extract_answer` finds in the completion. Reward: the family's own `score_answer`.
@@ -370,12 +361,13 @@ Prompt: the question as one user message through the chat template, with `add_ge
 One thread, a few minutes. The same machine and package versions give the same bytes; elsewhere floating-point sums may
 differ, and the figures with them. Accuracy outside {low:.0%} to {high:.0%} is an error, and nothing is written.
 
-## Figures ({figures.num_items} held-out items, bfloat16)
+## Figures ({figures.num_items} held-out items, in bfloat16)
 
 | figure | value |
 |---|---|
 | accuracy, sampled at temperature 1 | {figures.sampled_accuracy:.1%} |
 | accuracy, greedy | {figures.greedy_accuracy:.1%} |
+| completions that show running totals, and accuracy of these | {figures.worked_frac:.1%}, {figures.worked_accuracy:.1%} |
 | held-out questions that the warm start had seen | {figures.num_seen} |
 | (token, layer) expert sets that differ between bfloat16 and float32 | {figures.flip_frac:.1%} |
 | load of the busiest and the idlest expert of a layer (even: 6.2%) | {figures.busiest_expert_frac:.1%}, {figures.idlest_expert_frac:.1%} |
@@ -421,8 +413,10 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(tokenizer, options.seed)
     items = items_for("warm_start", options.steps * BATCH_SIZE)
     warm_start(model, tokenizer, lessons_of(items, options.seed))
+    # The checkpoint stays float32. Starting from weights rounded to bfloat16, the first small updates would all be
+    # rounded away in a bfloat16 engine, and it would lag behind the trainer until they add up.
     figures = measure(
-        model.bfloat16(),
+        copy.deepcopy(model).bfloat16(),
         tokenizer,
         seen_questions={item["question"] for item in items},
         num_items=options.num_items,

@@ -79,7 +79,7 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
         (
             {"batch": {"global_batch_size": 33}},
             "batch.global_batch_size",
-            "33 samples is not a multiple",
+            "33 samples per update is not a multiple",
         ),
         ({"batch": {"micro_batch_size": 4}}, "batch.max_tokens_per_microbatch", "both of"),
         (

@@ -41,6 +41,7 @@ EP2 = ParallelLayout(expert_model_parallel_size=2)
 TP2_EP2 = ParallelLayout(
     tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
 )
+TP2_EP2_ETP2 = ParallelLayout(tensor_model_parallel_size=2, expert_model_parallel_size=2)
 PP2 = ParallelLayout(pipeline_model_parallel_size=2)
 PP2_VPP2 = ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 CP2 = ParallelLayout(context_parallel_size=2)
@@ -51,6 +52,7 @@ LAYOUTS = {
     "tp2_etp1": (TP2_ETP1, 2),
     "ep2": (EP2, 2),
     "tp2_ep2": (TP2_EP2, 2),
+    "tp2_ep2_etp2": (TP2_EP2_ETP2, 4),
     "pp2": (PP2, 2),
     "pp2_vpp2": (PP2_VPP2, 2),
     "cp2": (CP2, 2),
@@ -130,11 +132,13 @@ def microbatch(tokens: list[torch.Tensor], packed: bool) -> dict[str, Any]:
     }
 
 
-def train_step(checkpoint: Path, layout: ParallelLayout, packed: bool, grouped: bool) -> Any:
+def train_step(
+    checkpoint: Path, layout: ParallelLayout, packed: bool, grouped: bool, **overrides: Any
+) -> Any:
     """Do one forward and backward on this rank; return its log-probabilities and all gradients."""
     initialize(layout)
     shape = read_model_shape(checkpoint)
-    config = transformer_config(shape, layout)
+    config = transformer_config(shape, layout, overrides=overrides)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = build_model(shape, config, grouped_experts=grouped)
     load_hf_weights(chunks, checkpoint)
@@ -204,7 +208,12 @@ def test_logprobs_equal_transformers(checkpoint, name, packed, grouped):
 @pytest.mark.parametrize(("name", "packed", "grouped"), CASES)
 def test_gradients_equal_transformers(checkpoint, name, packed, grouped):
     _, gradients = outcome(checkpoint, name, packed, grouped)
-    _, expected = reference(checkpoint)
+    assert_gradients_equal(gradients, reference(checkpoint)[1])
+
+
+def assert_gradients_equal(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
     assert gradients.keys() == expected.keys()
     errors = {
         key: float((gradients[key] - value).norm() / (value.norm() + 1e-6))
@@ -212,6 +221,13 @@ def test_gradients_equal_transformers(checkpoint, name, packed, grouped):
     }
     worst = max(errors, key=lambda key: errors[key])
     assert errors[worst] < 2e-5, worst
+
+
+@pytest.mark.parametrize("module", ["layernorm", "moe"])
+def test_gradients_survive_selective_recompute(checkpoint, module):
+    overrides = {"recompute_granularity": "selective", "recompute_modules": [module]}
+    ((_, gradients),) = run_ranks(lambda: train_step(checkpoint, ONE, True, False, **overrides), 1)
+    assert_gradients_equal(gradients, reference(checkpoint)[1])
 
 
 def logits_of(checkpoint: Path, **changed: torch.Tensor) -> torch.Tensor:

@@ -121,10 +121,18 @@ def test_chat_template_refuses_a_role_that_was_never_trained(tokenizer):
 
 
 def test_supervised_labels_are_the_completion_and_its_end(script, tokenizer):
-    item = script.items_for("warm_start", 1)[0]
-    batch = script.supervised_batch(tokenizer, [item])
-    trained = batch["labels"][0][batch["labels"][0] != -100].tolist()
-    assert tokenizer.decode(trained) == script.worked_completion(item) + "<eos>"
+    items = script.items_for("warm_start", 2)
+    lessons = [(items[0], "8,15<answer>3</answer>"), (items[1], "<answer>-21</answer>")]
+    labels = script.supervised_batch(tokenizer, lessons)["labels"]
+    assert [tokenizer.decode(row[row != -100].tolist()) for row in labels] == [
+        *("8,15<answer>3</answer><eos>", "<answer>-21</answer><eos>"),
+    ]
+
+
+def test_lessons_are_worked_first_and_of_both_ways_at_the_end(script):
+    items = script.items_for("warm_start", 400)
+    terse = [text.startswith("<answer>") for _, text in script.lessons_of(items, seed=0)]
+    assert (sum(terse[:340]), 0.45 < sum(terse[340:]) / 60 < 0.75) == (0, True)
 
 
 def test_worked_completion_shows_the_running_totals(script):

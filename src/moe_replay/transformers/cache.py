@@ -61,9 +61,9 @@ class _GrowingLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = None
 
-    def _with_room(self, new: States, held: torch.Tensor, total: int) -> States:
+    def _with_room(self, new: States, held: torch.Tensor | None, total: int) -> States:
         batch, heads, _, dim = new.shape
         buffer = new.new_empty(batch, heads, max(self._num_tokens, total), dim)
-        if held.numel():
+        if held is not None and held.numel():
             buffer[:, :, : held.shape[-2]] = held
         return buffer

@@ -99,7 +99,7 @@ class _CopiesLeftOut(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _checkpoint_views(model: nn.Module) -> Mapping[str, torch.Tensor]:
+def _checkpoint_views(model: Any) -> Mapping[str, torch.Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     held = model.state_dict()

@@ -1,0 +1,101 @@
+"""Runs that are killed, or whose disk fills up, as a person would meet them: through the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 5
+SEED = 7
+
+
+def command(workspace: Path, output: Path, **options: Any) -> list[str]:
+    """Return the command that trains into ``output``."""
+    settings = {"run.output_dir": output, "run.max_steps": STEPS, **options}
+    overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    recipe = str(workspace / "recipe.toml")
+    return [sys.executable, "-m", "moe_replay.cli.main", "train", recipe, *overrides]
+
+
+def finish(
+    workspace: Path, output: Path, *, limit_bytes: int | None = None, **options: Any
+) -> tuple[int, str]:
+    """Train to the end; return the exit code and what was printed, in one line."""
+
+    def limit_files() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        command(workspace, output, **options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit_files,
+        check=False,
+    )
+    return done.returncode, " ".join(done.stdout.split())
+
+
+def metrics_of(output: Path) -> list[dict[str, Any]]:
+    """Return the deterministic part of metrics.jsonl."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def finished_steps(output: Path) -> int:
+    """Return the number of lines of metrics.jsonl; 0 before there is one."""
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.timeout(600)
+def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
+    workspace: Path, tmp_path: Path
+) -> None:
+    print("seed", SEED)
+    rng = random.Random(SEED)
+    assert finish(workspace, tmp_path / "whole")[0] == 0
+    output = tmp_path / "killed"
+    for kill_after in (1, 3):
+        with subprocess.Popen(
+            command(workspace, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            while finished_steps(output) < kill_after and process.poll() is None:
+                time.sleep(0.02)
+            # Anywhere in the step: while sampling, updating, or writing the checkpoint.
+            time.sleep(rng.uniform(0.0, 0.5))
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        saved = [int(path.name[5:]) for path in (output / "checkpoints").glob("step-*")]
+        assert finished_steps(output) - max(saved, default=0) <= 1
+    code, said = finish(workspace, output)
+    assert code == 0, said
+    assert metrics_of(output) == metrics_of(tmp_path / "whole")
+    assert [record["step"] for record in metrics_of(output)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.timeout(600)
+def test_full_disk_at_checkpoint_time_leaves_a_run_that_resumes(
+    workspace: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    without_export = {"checkpoint.export": "false"}
+    assert finish(workspace, output, **{"run.max_steps": 1, **without_export})[0] == 0
+    code, said = finish(workspace, output, limit_bytes=500_000, **without_export)
+    assert code == 2, said
+    assert "the disk is full" in said
+    assert "Step 1 is the newest whole checkpoint" in said
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000001"]
+    code, said = finish(workspace, output, **{"run.max_steps": 2, **without_export})
+    assert code == 0, said
+    assert [record["step"] for record in metrics_of(output)] == [1, 2]
