@@ -29,7 +29,9 @@ def test_world_that_divides_the_batch_is_accepted():
 
 
 def test_world_that_does_not_divide_the_batch_is_refused():
-    with pytest.raises(RecipeError, match=r"4 prompts per update .* evenly by 8 data-parallel ranks"):
+    with pytest.raises(
+        RecipeError, match=r"4 prompts per update .* evenly by 8 data-parallel ranks"
+    ):
         recipe().check_world(8)
 
 

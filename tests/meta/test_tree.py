@@ -12,7 +12,50 @@ from moe_replay import errors
 CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
 # Defects whose tests are still to be written. One that has its test fails here until it is taken off the list.
 DEFECTS_WITHOUT_TEST = set(
-    ["a5", "a6", "a7", "a8", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "c5", "c7", "c8", "c9", "c10", "d1", "d2", "d3", "d4", "d5", "d6", "d7", "d8", "e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8", "e9", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8"]
+    [
+        "a5",
+        "a6",
+        "a7",
+        "a8",
+        "b1",
+        "b2",
+        "b3",
+        "b4",
+        "b5",
+        "b6",
+        "b7",
+        "b8",
+        "c5",
+        "c7",
+        "c8",
+        "c9",
+        "c10",
+        "d1",
+        "d2",
+        "d3",
+        "d4",
+        "d5",
+        "d6",
+        "d7",
+        "d8",
+        "e1",
+        "e2",
+        "e3",
+        "e4",
+        "e5",
+        "e6",
+        "e7",
+        "e8",
+        "e9",
+        "f1",
+        "f2",
+        "f3",
+        "f4",
+        "f5",
+        "f6",
+        "f7",
+        "f8",
+    ]
 )
 MACHINE = re.compile(
     r"/(?:work|root|opt|farm)/\w|file:///|/home/\w|\.pyenv|bash_jobs"
