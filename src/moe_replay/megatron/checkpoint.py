@@ -9,6 +9,7 @@ In: an actor and the loop's own position. Out: folders ``step-000040``. Called b
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import queue
@@ -94,7 +95,7 @@ class CheckpointFolder:
             strategy: Any = _SaveInThisProcess("torch_dist", 1, thread_count=1)
             if _replica_group().size() > 1:
                 strategy = FullyParallelSaveStrategyWrapper(strategy, _replica_group())
-            with _results_in_this_process():
+            with _results_in_this_process(), _nothing_to_collect():
                 dist_checkpointing.save(
                     _sharded_state(actor, is_loading=False),
                     str(unfinished),
@@ -248,6 +249,16 @@ def _results_in_this_process() -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+@contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """Hide what exists from the collector: the distributed optimizer forces a full collection at every save."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _flush_folder(folder: Path) -> None:
