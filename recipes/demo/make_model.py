@@ -128,25 +128,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausalLM:
-    """Return a random Qwen3-MoE of 2.1 million parameters: six layers, 16 experts each, four a token."""
+    """Return a random Qwen3-MoE of 2.1 million parameters: six layers, 32 experts each, four a token."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        moe_intermediate_size=48,
+        moe_intermediate_size=24,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_experts=16,
+        num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         # Wider than the usual 0.02: at this size the routers then choose, and the model learns, sooner.
         initializer_range=0.06,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -343,7 +343,7 @@ library_name: transformers
 
 # Tiny Qwen3-MoE for the moe-replay demo
 
-Six layers, 16 experts each, four a token, 2.1 million parameters in float32. It adds and subtracts five one-digit numbers
+Six layers, 32 experts each, four a token, 2.1 million parameters in float32. It adds and subtracts five one-digit numbers
 (reasoning-gym `{FAMILY}`, configuration in `task.json`). It was taught two ways to answer: with running totals, which
 usually succeeds, and at once, which usually fails. It does not know which one pays: a start for GRPO, not a calculator.
 
@@ -370,7 +370,7 @@ differ, and the figures with them. Accuracy outside {low:.0%} to {high:.0%} is a
 | completions that show running totals, and accuracy of these | {figures.worked_frac:.1%}, {figures.worked_accuracy:.1%} |
 | held-out questions that the warm start had seen | {figures.num_seen} |
 | (token, layer) expert sets that differ between bfloat16 and float32 | {figures.flip_frac:.1%} |
-| load of the busiest and the idlest expert of a layer (even: 6.2%) | {figures.busiest_expert_frac:.1%}, {figures.idlest_expert_frac:.1%} |
+| load of the busiest and the idlest expert of a layer (even: 3.1%) | {figures.busiest_expert_frac:.1%}, {figures.idlest_expert_frac:.1%} |
 
 Item seeds (first of each range): {", ".join(f"{name} {first}" for name, first in ITEM_SEEDS.items())}.
 """

@@ -7,6 +7,7 @@ Called by: the installed command, and `torchrun -m moe_replay.cli.main`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import traceback
@@ -22,7 +23,12 @@ _WIDTH = 100
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+    except BrokenPipeError:
+        # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     try:
         return _run_train(options, overrides)
     except MoeReplayError as error:

@@ -77,8 +77,13 @@ def _check_inputs(recipe: Recipe) -> list[str]:
 
 
 def _train(recipe: Recipe, process: ProcessSpec, *, restart: bool) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from moe_replay.grpo.loop import train
     from moe_replay.report import RunDirectory, build_reporter
+
+    # Its bars would be drawn across the run's own display.
+    disable_progress_bar()
 
     directory = RunDirectory(recipe.run.output_dir)
     with build_reporter(recipe, rank=process.rank, run_directory=directory) as reporter:

@@ -73,7 +73,9 @@ def score_old(run: Run, samples: Sequence[Sample]) -> OldScores:
     )
     metrics = dict(watch.metrics(run.group, device=run.device)) if routing is Routing.REPLAY else {}
     if run.live_gap_is_due:
-        live = run.actor.score(microbatches, temperature=run.temperature, routing=Routing.LIVE)
+        live = scored
+        if routing is Routing.REPLAY:
+            live = run.actor.score(microbatches, temperature=run.temperature, routing=Routing.LIVE)
         metrics |= run.merge(gap_of(samples, live, prefix="live_gap"))
     if routing is Routing.RECORD:
         samples = [replace(sample, trace=scored[sample.sample_id].trace) for sample in samples]

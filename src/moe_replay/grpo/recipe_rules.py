@@ -162,7 +162,8 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     replay = have.replay
     if replay.router_replay_mode is ReplayMode.DISABLED:
         for key in type(replay).model_fields:
-            if key != "router_replay_mode":
+            # The live gap of a run without replay is its gap; asking for it lets one recipe serve every mode.
+            if key not in ("router_replay_mode", "live_gap_every"):
                 yield f"replay.{key}", "replay.router_replay_mode is 'disabled'"
     elif not replay.guard:
         for key in ("guard_rows", "guard_floor"):

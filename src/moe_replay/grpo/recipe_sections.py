@@ -140,7 +140,7 @@ class ReplaySection(Section):
     reference_routes: Literal["live", "replay"] = "replay"
     """Routing of the reference model: the policy's replayed routes, or its own live ones."""
     live_gap_every: int = Field(default=0, ge=0)
-    """Measure the engine gap with live routing too, every so many steps; 0 never does."""
+    """Measure the engine gap with live routing too, every so many steps (R3: by one more pass); 0 never does."""
 
 
 class BatchSection(Section):

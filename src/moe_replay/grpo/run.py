@@ -109,7 +109,7 @@ class Run:
     def live_gap_is_due(self) -> bool:
         """Whether this step also measures the engine gap with live routing."""
         every = self.recipe.replay.live_gap_every
-        return every > 0 and (self.step - 1) % every == 0 and self.mode is not ReplayMode.DISABLED
+        return every > 0 and (self.step - 1) % every == 0
 
     def begin_step(self) -> None:
         """Move on to the next step."""
