@@ -53,7 +53,7 @@ def accuracy(script, model, tokenizer, *, greedy):
 
 def test_model_has_a_router_in_each_of_six_layers(model):
     routers = [layer.mlp.gate for layer in model.model.layers]
-    assert [(router.num_experts, router.top_k) for router in routers] == [(16, 4)] * 6
+    assert [(router.num_experts, router.top_k) for router in routers] == [(32, 4)] * 6
 
 
 def test_model_files_stay_under_ten_megabytes():

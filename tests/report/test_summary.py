@@ -51,6 +51,11 @@ def test_replay_and_live_are_compared_on_the_steps_that_have_both() -> None:
     assert live_comparison(steps[1:]) is None
 
 
+def test_gap_that_was_measured_live_is_not_compared_with_itself() -> None:
+    same = {"rollout_correction/k3_kl": 1e-4, "live_gap/k3_kl": 1e-4}
+    assert live_comparison([StepRecord(step=1, metrics=same, seconds={})]) is None
+
+
 def test_evaluation_is_compared_before_and_after() -> None:
     records = [
         EvalRecord(step=step, metrics={"eval/reward": value, "eval/num_items": 64.0}, seconds=1.0)

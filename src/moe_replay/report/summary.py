@@ -72,13 +72,16 @@ def metric_figures(steps: Sequence[StepRecord], name: str) -> MetricFigures | No
 
 
 def live_comparison(steps: Sequence[StepRecord]) -> LiveComparison | None:
-    """Compare the engine gap with and without replay; None when no step measured both."""
+    """Compare the engine gap with and without replay; None when no step measured two different passes.
+
+    Without replay, and with R2 (which scores live and replays in the update), the live gap is the gap itself.
+    """
     both = [
         (record.metrics["rollout_correction/k3_kl"], record.metrics["live_gap/k3_kl"])
         for record in steps
         if {"rollout_correction/k3_kl", "live_gap/k3_kl"} <= record.metrics.keys()
     ]
-    if not both:
+    if all(replay == live for replay, live in both):
         return None
     return LiveComparison(
         num_steps=len(both),
