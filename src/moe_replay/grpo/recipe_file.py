@@ -7,6 +7,7 @@ Called by: cli.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,13 +140,18 @@ def _absolute(path: str, value: Any, folder: Path) -> Any:
     if not isinstance(value, str):
         return value
     if path in ("run.output_dir", "model.path"):
-        return str(folder / Path(value).expanduser())
+        return _anchored(value, folder)
     if path in ("data.train", "data.eval") and not value.startswith(GENERATED):
-        return str(folder / Path(value).expanduser())
+        return _anchored(value, folder)
     file, _, function = value.rpartition(":")
     if path == "rewards.function" and file.endswith(".py"):
-        return f"{folder / Path(file).expanduser()}:{function}"
+        return f"{_anchored(file, folder)}:{function}"
     return value
+
+
+def _anchored(path: str, folder: Path) -> str:
+    # Without normpath the summary would show recipes/demo/../../runs/demo; links are kept as they are.
+    return os.path.normpath(folder / Path(path).expanduser())
 
 
 def _override(table: dict[str, Any], path: str, text: str) -> None:
