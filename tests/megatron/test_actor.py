@@ -200,3 +200,20 @@ def _unscored_microbatch(checkpoint: Path) -> Microbatch:
 def test_replay_without_routes_says_which_pass_should_have_recorded_them(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="has no routes to replay"):
         run_ranks(_unscored_microbatch, 1, checkpoint)
+
+
+def _routes_of_a_larger_model(checkpoint: Path) -> None:
+    actor = start_policy(checkpoint)
+    samples = with_own_routes(actor, make_samples(2, seed=SEED))
+    larger = [
+        replace(sample, trace=replace(sample.trace, num_experts=32))
+        for sample in samples
+        if sample.trace is not None
+    ]
+    actor.score(pack(larger), temperature=1.0, routing=Routing.REPLAY)
+
+
+@pytest.mark.ranks
+def test_routes_of_a_model_with_more_experts_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="32 experts, this one has 16"):
+        run_ranks(_routes_of_a_larger_model, 1, checkpoint)

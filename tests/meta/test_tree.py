@@ -58,7 +58,7 @@ DEFECTS_WITHOUT_TEST = set(
     ]
 )
 MACHINE = re.compile(
-    r"/(?:work|root|opt|farm)/\w|file:///|/home/\w|\.pyenv|bash_jobs"
+    r"/(?:work|root|opt)/\w|file:///|/home/\w|\.pyenv"
     r"|https?://[^/\s]*(?:pypi|pythonhosted|registry|artifactory|nexus)"
 )
 NOT_OURS = {"site", "runs", "build", "dist"}
@@ -234,7 +234,7 @@ def test_dead_links_finds_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["cd /work/project", "--find-links file:///wheels", "https://pypi.example/simple"]
+    "text", ["cd /opt/project", "--find-links file:///wheels", "https://pypi.example/simple"]
 )
 def test_machine_places_finds_them(text):
     assert machine_places(text)

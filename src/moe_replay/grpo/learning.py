@@ -79,7 +79,8 @@ def score_old(run: Run, samples: Sequence[Sample]) -> OldScores:
         metrics |= run.merge(gap_of(samples, live, prefix="live_gap"))
     if routing is Routing.RECORD:
         samples = [replace(sample, trace=scored[sample.sample_id].trace) for sample in samples]
-    coverage = Coverage.total(m.coverage for m in microbatches_of(run, samples))
+        microbatches = microbatches_of(run, samples)
+    coverage = Coverage.total(microbatch.coverage for microbatch in microbatches)
     coverage.require(run.min_coverage)
     traces = [sample.trace for sample in samples if sample.trace is not None]
     tokens = sum(len(trace) for trace in traces)

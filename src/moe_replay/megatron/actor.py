@@ -146,6 +146,7 @@ class MegatronActor(MegatronScorer):
         dist.all_reduce(
             num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
+        total_tokens = int(num_tokens)
         scope = self._scope(microbatches, routing, watch)
 
         def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -158,7 +159,7 @@ class MegatronActor(MegatronScorer):
                 rows, next_ids = self._predicting(microbatch)
                 logprobs = token_logprobs(logits[0, rows], next_ids, temperature=temperature)
                 # Megatron divides the summed gradient by the summed token count; `loss` is already an average.
-                part = loss(microbatch, logprobs) * num_tokens.item()
+                part = loss(microbatch, logprobs) * total_tokens
                 count = torch.tensor(len(rows), dtype=torch.int, device=self.device)
                 return part, count, {}
 

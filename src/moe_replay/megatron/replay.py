@@ -11,6 +11,7 @@ Called by: megatron.actor, and other trainers on Megatron-Core.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class _RouterSeat:
         return self.scope.choose(self.layer, scores, topk, live)
 
 
-class RouterScope:
+class RouterScope(ABC):
     """What replaying and recording share: taking the routers over, knowing the microbatch, counting the calls."""
 
     def __init__(self, routers: Mapping[int, TopKRouter]) -> None:
@@ -157,6 +158,7 @@ class RouterScope:
                 self._checkpointed.add(called)
         return self._experts(layer, self._key, scores, topk, live)
 
+    @abstractmethod
     def _experts(
         self,
         layer: int,
@@ -164,11 +166,10 @@ class RouterScope:
         scores: torch.Tensor,
         topk: int,
         live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def _keys(self) -> Sequence[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _keys(self) -> Sequence[int]: ...
 
     def _checkpoint_with_key(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
@@ -251,6 +252,10 @@ class ReplayScope(RouterScope):
 
     def _keys(self) -> Sequence[int]:
         return tuple(self._routes)
+
+    def watched_rows(self, key: int) -> Int64[np.ndarray, " watched"]:
+        """Return the watched rows of microbatch ``key``."""
+        return self._routes[key].watched_rows
 
     def live_ids(self, key: int) -> Int64[np.ndarray, "watched layers topk"]:
         """Return the live experts of the watched rows of microbatch ``key``, in the order of `layers`."""

@@ -22,7 +22,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moe_replay.batch import Microbatch
-from moe_replay.errors import UnsupportedError
+from moe_replay.errors import TraceError, UnsupportedError
+from moe_replay.megatron.compat import VERSION
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers
 from moe_replay.megatron.replay import MicrobatchRoutes, RecordScope, ReplayScope
@@ -202,8 +203,17 @@ class MegatronScorer:
             return None
         if routing is Routing.RECORD:
             return RecordScope(self.routers, [microbatch.key for microbatch in microbatches])
+        for microbatch in microbatches:
+            self._check_experts(microbatch)
         share = -(-watch.num_rows // len(microbatches)) if watch is not None else 0
         return ReplayScope(self.routers, {m.key: _local_routes(m, share) for m in microbatches})
+
+    def _check_experts(self, microbatch: Microbatch) -> None:
+        if microbatch.expert_ids is not None and microbatch.num_experts != self.num_experts:
+            raise TraceError(
+                f"microbatch {microbatch.key}: the routes come from a model of {microbatch.num_experts} experts, this "
+                f"one has {self.num_experts}; the engine runs another checkpoint than the trainer"
+            )
 
     def _observe(
         self,
@@ -213,9 +223,8 @@ class MegatronScorer:
     ) -> None:
         if watch is None or watch.num_rows == 0 or not isinstance(scope, ReplayScope):
             return
-        share = -(-watch.num_rows // len(microbatches))
         for microbatch in microbatches:
-            rows = _local_routes(microbatch, share).watched_rows
+            rows = scope.watched_rows(microbatch.key)
             if len(rows):
                 watch.observe(microbatch, rows, scope.live_ids(microbatch.key), scope.layers)
 
@@ -270,7 +279,7 @@ class MegatronScorer:
                     num_experts=self.num_experts,
                     origin=Origin.single(
                         engine="trainer",
-                        engine_version="megatron-core",
+                        engine_version=f"megatron-core {VERSION[0]}.{VERSION[1]}",
                         policy_version=policy_version,
                         num_rows=stop - start,
                     ),
