@@ -17,8 +17,6 @@ DEFECTS_WITHOUT_TEST = set(
         "a6",
         "a7",
         "a8",
-        "b1",
-        "b2",
         "b3",
         "b4",
         "b5",

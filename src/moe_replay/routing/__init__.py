@@ -13,6 +13,11 @@ from moe_replay.routing.agreement import (
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
 from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
 from moe_replay.routing.guard import Guard
+from moe_replay.routing.payload import (
+    RoutedModel,
+    trace_from_payload,
+    trace_from_split_payload,
+)
 from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
 from moe_replay.routing.rows import RowIndex
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
@@ -28,6 +33,7 @@ __all__ = [
     "Origin",
     "PolicySpan",
     "ReplayMode",
+    "RoutedModel",
     "RoutingTrace",
     "RowIndex",
     "TraceComparison",
@@ -37,4 +43,6 @@ __all__ = [
     "expert_dtype",
     "flipped",
     "measure_agreement",
+    "trace_from_payload",
+    "trace_from_split_payload",
 ]

@@ -70,6 +70,11 @@ class Origin:
         span = PolicySpan(start=0, stop=num_rows, policy_version=policy_version)
         return cls(engine=engine, engine_version=engine_version, spans=(span,) if num_rows else ())
 
+    def crop(self, start: int, stop: int) -> Origin:
+        """Return the origin of the rows ``start:stop``, counted from ``start``."""
+        spans = _crop_spans(self.spans, start, stop)
+        return Origin(engine=self.engine, engine_version=self.engine_version, spans=spans)
+
 
 def _crop_spans(spans: Sequence[PolicySpan], start: int, stop: int) -> tuple[PolicySpan, ...]:
     cut = ((max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans)
@@ -190,11 +195,7 @@ class RoutingTrace:
             layers=self.layers,
             num_experts=self.num_experts,
             token_digest=crop_digest(self.token_digest, start, stop),
-            origin=Origin(
-                engine=self.origin.engine,
-                engine_version=self.origin.engine_version,
-                spans=_crop_spans(self.origin.spans, start, stop),
-            ),
+            origin=self.origin.crop(start, stop),
         )
 
     @staticmethod

@@ -1,0 +1,237 @@
+"""Every form in which engines send routes gives the same trace; whatever fits no form raises."""
+
+import numpy as np
+import pytest
+
+from moe_replay.errors import TraceError
+from moe_replay.routing import (
+    Origin,
+    RoutedModel,
+    RoutingTrace,
+    trace_from_payload,
+    trace_from_split_payload,
+)
+
+# Layers 0 and 3 are dense: a first-k-dense start and a gap, as a `moe_layer_freq` list makes them.
+MODEL = RoutedModel(moe_layers=(1, 2, 4), num_decoder_layers=5, num_experts=16, topk=3)
+TOKENS = np.array([7, 8, 9, 3, 4, 5])
+PROMPT = 4
+
+
+def routes(rows: int = 5, *, seed: int = 0, model: RoutedModel = MODEL) -> np.ndarray:
+    shape = (rows, len(model.moe_layers), model.num_experts)
+    return np.random.default_rng(seed).random(shape).argsort(axis=2)[..., : model.topk]
+
+
+def all_layers(moe: np.ndarray, filler: int = 0, model: RoutedModel = MODEL) -> np.ndarray:
+    every = np.full((len(moe), model.num_decoder_layers, model.topk), filler, dtype=moe.dtype)
+    every[:, list(model.moe_layers)] = moe
+    return every
+
+
+def origin(rows: int = len(TOKENS)) -> Origin:
+    return Origin.single(engine="vllm", engine_version="1", policy_version=3, num_rows=rows)
+
+
+def joined(rows, *, tokens=TOKENS, prompt=PROMPT, model=MODEL, **options) -> RoutingTrace:
+    return trace_from_payload(
+        rows,
+        token_ids=tokens,
+        num_prompt_tokens=prompt,
+        model=model,
+        origin=options.pop("origin", origin(len(tokens))),
+        where="request 5",
+        **options,
+    )
+
+
+def split(prompt_rows, completion_rows, **options) -> RoutingTrace:
+    return trace_from_split_payload(
+        prompt_rows,
+        completion_rows,
+        token_ids=TOKENS,
+        num_prompt_tokens=PROMPT,
+        model=MODEL,
+        origin=origin(),
+        where="request 5",
+        **options,
+    )
+
+
+def as_lists(trace: RoutingTrace) -> tuple:
+    return (
+        trace.expert_ids[trace.valid].tolist(),
+        trace.valid.tolist(),
+        trace.layers,
+        trace.token_digest.tolist(),
+        trace.origin,
+    )
+
+
+EXPECTED = (
+    routes().tolist(),
+    [True] * 5 + [False],
+    (1, 2, 4),
+    joined(routes()).token_digest.tolist(),
+    origin(),
+)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint8", "uint16"])
+@pytest.mark.parametrize("filler", [None, 0, 15, 99])
+def test_payload_of_either_layer_form_and_any_width_gives_the_same_trace(filler, dtype):
+    moe = routes().astype(dtype)
+    trace = joined(moe if filler is None else all_layers(moe, filler))
+    assert as_lists(trace) == EXPECTED
+    assert trace.expert_ids.dtype == np.uint8
+    trace.check_tokens(TOKENS, where="here")
+
+
+def test_payload_with_minus_one_in_dense_layers_gives_the_same_trace():
+    assert as_lists(joined(all_layers(routes(), -1))) == EXPECTED
+
+
+@pytest.mark.parametrize("filler", [None, 0])
+def test_payload_in_two_parts_gives_the_same_trace(filler):
+    rows = routes() if filler is None else all_layers(routes(), filler)
+    assert as_lists(split(rows[:4], rows[4:])) == EXPECTED
+
+
+def test_parts_may_differ_in_their_layer_form():
+    assert as_lists(split(all_layers(routes())[:4], routes()[4:])) == EXPECTED
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_payload_from_a_later_start_is_the_tail_of_the_whole(start):
+    whole, tail = joined(routes()), joined(routes()[start:], start=start)
+    assert as_lists(tail) == as_lists(whole.crop(start, 6))
+    tail.check_tokens(TOKENS[start:], where="here")
+
+
+def test_parts_from_a_later_start_are_the_tail_of_the_whole():
+    tail = split(routes()[2:4], routes()[4:], start=2)
+    assert as_lists(tail) == as_lists(joined(routes()).crop(2, 6))
+
+
+def test_one_sampled_token_has_no_row_of_its_own():
+    trace = joined(routes(4), tokens=TOKENS[:5])
+    assert trace.valid.tolist() == [True] * 4 + [False]
+
+
+def test_dense_layers_cannot_be_taken_for_others_when_every_layer_routes():
+    model = RoutedModel(moe_layers=(0, 1, 2), num_decoder_layers=3, num_experts=16, topk=3)
+    assert joined(routes(), model=model).layers == (0, 1, 2)
+
+
+def test_left_out_prompt_rows_are_invalid():
+    trace = split(None, routes()[4:])
+    assert trace.valid.tolist() == [False] * 4 + [True, False]
+    assert trace.expert_ids[4].tolist() == routes()[4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [
+        (6, "a row for the last sampled token"),
+        (4, "the rows of the prompt alone"),
+        (1, "the rows of the completion alone"),
+        (3, "dropped by preemption"),
+        (0, "dropped by preemption"),
+    ],
+)
+def test_payload_with_another_row_count_raises_and_says_what_it_looks_like(rows, cause):
+    with pytest.raises(
+        TraceError, match=f"request 5: the payload has {rows} rows, expected 5.*{cause}"
+    ):
+        joined(routes(rows))
+
+
+def test_payload_of_an_engine_that_ignored_the_start_raises():
+    with pytest.raises(TraceError, match=r"5 rows, expected 3.*ignored the start of 2"):
+        joined(routes(), start=2)
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [(5, 1), (4, 2), (3, 1), (4, 0), (5, 0)])
+def test_parts_with_another_row_count_raise(prompt, completion):
+    with pytest.raises(
+        TraceError, match=f"{prompt} prompt and {completion} completion rows, expected 4"
+    ):
+        split(routes(prompt), routes(completion))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 6])
+def test_payload_with_a_layer_count_of_neither_form_raises_with_both(layers):
+    rows = np.repeat(routes()[:, :1], layers, axis=1)
+    with pytest.raises(TraceError, match=rf"has {layers} layers, expected 5 \(all.*or 3 \(MoE"):
+        joined(rows)
+
+
+def test_payload_with_another_topk_raises():
+    with pytest.raises(TraceError, match="names 2 experts per token and layer, the model uses 3"):
+        joined(routes()[..., :2])
+
+
+@pytest.mark.parametrize("rows", [routes().astype(np.float32), routes()[0]])
+def test_payload_that_is_no_integer_array_of_three_dims_raises(rows):
+    with pytest.raises(TraceError, match=r"expected integers of \[rows, layers, topk\]"):
+        joined(rows)
+
+
+def test_payload_with_an_id_outside_the_model_raises():
+    rows = routes()
+    rows[2, 1, 0] = 16
+    with pytest.raises(TraceError, match="request 5: expert id 16 in row 2"):
+        joined(rows)
+
+
+def test_payload_that_names_an_expert_twice_in_one_layer_raises():
+    rows = routes()
+    rows[2, 1] = 6
+    with pytest.raises(TraceError, match=r"request 5: row 2, layer 2: .* name one twice"):
+        joined(rows, unwritten="invalid")
+
+
+@pytest.mark.parametrize("filler", [0, -1, 255])
+def test_unwritten_rows_raise_unless_they_are_allowed(filler):
+    rows = routes()
+    rows[1:3] = filler
+    with pytest.raises(TraceError, match="2 of 5 rows are unwritten, the first is that of token 1"):
+        joined(rows)
+    trace = joined(rows, unwritten="invalid")
+    assert trace.valid.tolist() == [True, False, False, True, True, False]
+    assert trace.expert_ids[[0, 3, 4]].tolist() == routes()[[0, 3, 4]].tolist()
+
+
+def test_unwritten_rows_cannot_be_told_apart_with_one_expert_per_token():
+    model = RoutedModel(moe_layers=(0,), num_decoder_layers=1, num_experts=4, topk=1)
+    with pytest.raises(TraceError, match="an unwritten row looks like a route to expert 0"):
+        joined(routes(model=model), model=model, unwritten="invalid")
+
+
+def test_parts_of_different_types_raise():
+    with pytest.raises(TraceError, match="prompt rows are int64 and completion rows int32"):
+        split(routes()[:4], routes()[4:].astype(np.int32))
+
+
+@pytest.mark.parametrize(("prompt", "start"), [(0, 0), (6, 0), (7, 0)])
+def test_a_prompt_that_leaves_no_sampled_token_raises(prompt, start):
+    with pytest.raises(TraceError, match=f"{prompt} prompt tokens of 6"):
+        joined(routes(), prompt=prompt, start=start)
+
+
+@pytest.mark.parametrize("start", [-1, 5])
+def test_a_start_outside_the_prompt_raises(start):
+    with pytest.raises(TraceError, match=f"rows start at token {start}, expected 0 to 4"):
+        joined(routes(), start=start)
+
+
+@pytest.mark.parametrize("rows", [5, 7])
+def test_an_origin_that_covers_other_rows_raises(rows):
+    with pytest.raises(TraceError, match=f"cover {rows} rows, expected 6"):
+        joined(routes(), origin=origin(rows))
+
+
+@pytest.mark.parametrize("layers", [(), (2, 1), (1, 1), (-1, 2), (1, 5)])
+def test_a_model_whose_layers_are_no_increasing_indices_raises(layers):
+    with pytest.raises(TraceError, match="expected increasing indices"):
+        RoutedModel(moe_layers=layers, num_decoder_layers=5, num_experts=16, topk=3)
