@@ -17,9 +17,17 @@ from moe_replay.routing.payload import (
     RoutedModel,
     trace_from_payload,
     trace_from_split_payload,
+    unrouted_trace,
 )
 from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
 from moe_replay.routing.rows import RowIndex
+from moe_replay.routing.stitch import (
+    EngineCall,
+    RowKind,
+    StitchedRollout,
+    merge_partial,
+    stitch_turns,
+)
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "Cause",
     "Coverage",
     "Diagnosis",
+    "EngineCall",
     "Guard",
     "GuardEvidence",
     "LiveReason",
@@ -36,6 +45,8 @@ __all__ = [
     "RoutedModel",
     "RoutingTrace",
     "RowIndex",
+    "RowKind",
+    "StitchedRollout",
     "TraceComparison",
     "agreement_floor",
     "compare_traces",
@@ -43,6 +54,9 @@ __all__ = [
     "expert_dtype",
     "flipped",
     "measure_agreement",
+    "merge_partial",
+    "stitch_turns",
     "trace_from_payload",
     "trace_from_split_payload",
+    "unrouted_trace",
 ]

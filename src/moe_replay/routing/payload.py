@@ -18,7 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Integer, Shaped
 
 from moe_replay.errors import TraceError
-from moe_replay.routing.trace import MIN_TOKENS_FOR_CONSTANT_CHECK, Origin, RoutingTrace
+from moe_replay.routing.trace import (
+    MIN_TOKENS_FOR_CONSTANT_CHECK,
+    Origin,
+    RoutingTrace,
+    expert_dtype,
+)
 
 Unwritten = Literal["refuse", "invalid"]
 """What to do with rows that nobody wrote: raise, or keep them as ``valid=False`` so that coverage counts them."""
@@ -139,6 +144,21 @@ def trace_from_split_payload(
         where=where,
         start=start,
         unwritten=unwritten,
+    )
+
+
+def unrouted_trace(
+    token_ids: Integer[np.ndarray, " tokens"], *, model: RoutedModel, origin: Origin
+) -> RoutingTrace:
+    """Return a trace without any route: what a call that gave none must have, so that its rows are counted."""
+    count = len(token_ids)
+    return RoutingTrace.record(
+        np.zeros((count, len(model.moe_layers), model.topk), dtype=expert_dtype(model.num_experts)),
+        token_ids=token_ids,
+        valid=np.zeros(count, dtype=bool),
+        layers=model.moe_layers,
+        num_experts=model.num_experts,
+        origin=origin,
     )
 
 
