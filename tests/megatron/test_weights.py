@@ -270,3 +270,39 @@ def test_save_refuses_an_existing_directory_on_every_rank(checkpoint, tmp_path):
 def test_an_unknown_architecture_lists_the_known_ones():
     with pytest.raises(UnsupportedError, match=r"gpt_oss.*qwen3_moe"):
         family_of("gpt_oss")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["tp2", "pp2"])
+def test_export_is_bit_equal_with_latent_attention_and_expert_biases(tmp_path, name):
+    path = write_tiny_checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=4)
+    layout, world_size = LAYOUTS[name]
+    for exported in run_ranks(round_trip, world_size, path, layout):
+        assert_equal_tensors(exported, tensors_of(path))
+
+
+def test_the_expert_bias_stays_in_float32(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=2, dtype=torch.bfloat16)
+    (exported,) = run_ranks(round_trip, 1, path, ONE, torch.bfloat16, torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in exported.items()}
+    assert dtypes.pop("model.layers.1.mlp.gate.e_score_correction_bias") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_multi_token_prediction_layers_are_kept_as_they_were(tmp_path):
+    path = write_tiny_checkpoint(
+        tmp_path / "in", "deepseek_v3", num_hidden_layers=2, num_nextn_predict_layers=1
+    )
+    extra = {f"model.layers.2.{name}.weight": torch.randn(4, 4) for name in ("eh_proj", "enorm")}
+    tensors = {n: t for n, t in tensors_of(path).items() if not n.startswith("model.layers.2.")}
+    save_file(tensors | extra, path / "model.safetensors", metadata={"format": "pt"})
+    run_ranks(save, 1, path, tmp_path / "out", ONE)
+    with SafetensorsCheckpoint(tmp_path / "out") as saved:
+        assert_equal_tensors(dict(saved), tensors | extra)
+
+
+def test_a_layer_beyond_the_multi_token_prediction_layers_is_unexpected(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=2)
+    tensors = tensors_of(path) | {"model.layers.2.eh_proj.weight": torch.zeros(4, 4)}
+    with pytest.raises(CheckpointError, match=r"unexpectedly 1 .*layers\.2\.eh_proj"):
+        run_ranks(load_from, 1, path, ONE, tensors)

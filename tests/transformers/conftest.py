@@ -13,12 +13,19 @@ from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 
 @pytest.fixture(scope="session")
 def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a checkpoint of 2 layers for each family."""
+    """Return a checkpoint of 2 MoE layers for each family."""
     root = tmp_path_factory.mktemp("families")
+    sizes: dict[str, Any] = {"num_hidden_layers": 2}
     return {
-        family: write_tiny_checkpoint(root / family, family, num_hidden_layers=2)
+        family: write_tiny_checkpoint(root / family, family, **sizes, **all_sparse(family))
         for family in FAMILIES
     }
+
+
+def all_sparse(family: str) -> dict[str, int]:
+    """Return the override that leaves a family without dense layers."""
+    dense_first = family in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+    return {"first_k_dense_replace": 0} if dense_first else {}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
+from moe_replay.routing.reference import RouterRule, ScoreFunction, live_ids
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 from moe_replay.transformers import find_routers, record_routes
 
@@ -50,14 +52,34 @@ def test_layers_are_numbered_by_their_place_among_all_layers(tmp_path):
     assert {(site.num_experts, site.topk) for site in sites} == {(16, 4)}
 
 
-def test_routes_are_the_largest_router_logits(model, token_ids):
+def rule_of(config):
+    """Return the reference rule of a tiny model."""
+    sigmoid = config.model_type in ("deepseek_v3", "glm4_moe")
+    grouped = sigmoid and config.n_group > 1
+    return RouterRule(
+        num_experts=16,
+        topk=4,
+        score_function=ScoreFunction.SIGMOID if sigmoid else ScoreFunction.SOFTMAX,
+        normalise=True,
+        num_groups=config.n_group if grouped else None,
+        groups_per_token=config.topk_group if grouped else None,
+    )
+
+
+def test_routes_are_those_of_the_reference_router(model, token_ids):
     with torch.no_grad(), record_routes(model) as recorder:
         logits = model(token_ids, output_router_logits=True).router_logits
     routes = recorder.take()
     assert recorder.layers == (0, 1)
-    for layer in range(2):
-        best = logits[layer].topk(4, dim=-1).indices
-        assert routes[:, layer].sort().values.tolist() == best.sort().values.tolist()
+    for site in find_routers(model):
+        bias = getattr(site.module, "e_score_correction_bias", None)
+        expected = live_ids(
+            logits[site.layer].double().numpy(),
+            rule_of(model.config),
+            None if bias is None else bias.double().numpy(),
+        )
+        got = routes[:, site.layer].sort().values
+        assert got.tolist() == np.sort(expected).tolist()
 
 
 def test_rows_are_flattened_batch_first(qwen, token_ids):

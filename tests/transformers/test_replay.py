@@ -228,9 +228,9 @@ def test_arrays_of_another_kind_raise(qwen, ids, valid, message):
 
 
 def test_a_family_of_unknown_score_function_is_refused():
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers import Dots1Config, Dots1ForCausalLM
 
-    config = DeepseekV3Config(
+    config = Dots1Config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=32,
@@ -238,19 +238,16 @@ def test_a_family_of_unknown_score_function_is_refused():
         num_hidden_layers=2,
         first_k_dense_replace=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
         n_routed_experts=8,
+        n_shared_experts=1,
         num_experts_per_tok=2,
         n_group=2,
         topk_group=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
     )
-    model = DeepseekV3ForCausalLM(config)
+    model = Dots1ForCausalLM(config)
     with (
-        pytest.raises(UnsupportedError, match="DeepseekV3TopkRouter"),
+        pytest.raises(UnsupportedError, match="Dots1TopkRouter"),
         replay_routes(model, np.zeros((3, 1, 2), int), np.zeros(3, bool), layers=(1,)),
     ):
         pass

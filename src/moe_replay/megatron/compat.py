@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
@@ -39,6 +40,10 @@ VERSION = check_installed()
 # 0.16 reads this name in the router's gating and defines it only where Transformer Engine is installed.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
+
+# Latent attention takes the stand-ins of a missing Transformer Engine for the real classes, and tests for them.
+if importlib.util.find_spec("transformer_engine") is None:
+    multi_latent_attention.HAVE_TE = False
 
 
 def transformer_engine_usable() -> bool:

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.megatron import compat
-from moe_replay.megatron.families import ModelShape, family_of
+from moe_replay.megatron.families import family_of
+from moe_replay.megatron.family import ModelShape
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
@@ -87,8 +91,10 @@ def transformer_config(
             "moe_token_dispatcher_type": token_dispatcher,
             "moe_grouped_gemm": compat.transformer_engine_usable(),
         }
+    fields |= dict(shape.megatron_fields) | overrides
+    latent = fields.get("multi_latent_attention", False)
     with quiet_megatron():
-        return TransformerConfig(**(fields | dict(shape.megatron_fields) | overrides))
+        return (MLATransformerConfig if latent else TransformerConfig)(**fields)
 
 
 def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def build_model(
 ) -> list[GPTModel]:
     """Build this rank's model chunks: one, or one for each virtual pipeline stage.
 
-    Parameters are NaN until `load_hf_weights` or a checkpoint fills them. `grouped_experts` runs the local experts in
+    Parameters and expert biases are NaN until `load_hf_weights` or a checkpoint fills them. `grouped_experts` runs the local experts in
     two grouped products without Transformer Engine; with it experts are always grouped.
     """
     num_virtual = config.virtual_pipeline_model_parallel_size
@@ -172,6 +178,7 @@ def build_model(
                 ),
                 position_embedding_type="rope",
                 rotary_base=shape.rotary_base,
+                rotary_percent=shape.rotary_frac,
                 share_embeddings_and_output_weights=shape.tie_word_embeddings,
                 vp_stage=vp_stage,
             )
@@ -182,6 +189,9 @@ def build_model(
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.fill_(torch.nan)
+            for router in moe_layers([chunk]).values():
+                if router.expert_bias is not None:
+                    router.expert_bias.fill_(torch.nan)
         chunks.append(chunk)
     return chunks
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moe_replay.errors import CheckpointError, UnsupportedError
-from moe_replay.megatron.families import Kind, ModelShape, Rule, family_of
+from moe_replay.megatron.families import family_of
+from moe_replay.megatron.family import Kind, ModelShape, Rule
 from moe_replay.megatron.hf_files import SafetensorsCheckpoint, write_checkpoint
 from moe_replay.megatron.model import unwrap
 
@@ -28,6 +30,7 @@ from moe_replay.megatron.model import unwrap
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
 # In some checkpoints, and never a weight.
 _NO_WEIGHT = re.compile(r".*rotary_emb\.inv_freq")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -60,7 +63,7 @@ def load_hf_weights(
 ) -> None:
     """Copy a Hugging Face checkpoint into the model chunks of this rank, one tensor at a time.
 
-    `source` is a checkpoint directory, or tensors by checkpoint name. Every rank calls this; each reads only the
+    `source` is a checkpoint directory, or tensors by checkpoint name; multi-token-prediction layers are left out. Every rank calls this; each reads only the
     tensors that it holds a part of, and casts them to its parameters' dtype.
 
     Raises:
@@ -117,7 +120,11 @@ def export_hf_weights(
             exported = [
                 (
                     name,
-                    part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format),
+                    part.to(
+                        part.dtype if rule.keep_dtype or dtype is None else dtype,
+                        copy=True,
+                        memory_format=torch.contiguous_format,
+                    ),
                 )
                 for expert, tensor in zip(key.experts, merged, strict=True)
                 for name, part in zip(
@@ -137,12 +144,13 @@ def save_hf_checkpoint(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; every rank calls it, the first one writes.
 
-    Everything but weights (config, tokenizer, generation config) is copied from `source_dir`. The directory appears
-    under its name only when it is complete.
+    Everything but trained weights (config, tokenizer, generation config, and the tensors of multi-token-prediction
+    layers) is copied from `source_dir`. The directory appears under its name only when it is complete.
 
     Raises:
         CheckpointError: `output_dir` exists already.
     """
+    shape = _shape_of(chunks)
     exists = [Path(output_dir).exists()]
     if _world_size() > 1:
         # One answer for all: a rank that refuses alone would leave the others in the first collective.
@@ -153,6 +161,8 @@ def save_hf_checkpoint(
         )
     tensors = export_hf_weights(chunks, dtype=dtype)
     if _rank() == 0:
+        if shape.num_mtp_layers:
+            tensors = chain(tensors, _untrained(source_dir, shape))
         write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
     else:
         for _ in tensors:
@@ -187,17 +197,17 @@ def _patterns(family: str) -> tuple[re.Pattern[str], ...]:
 
 def _held_parameters(
     chunks: Sequence[torch.nn.Module], shape: ModelShape
-) -> dict[_Key, list[torch.nn.Parameter]]:
-    """Return this rank's parameters by key; one parameter for each of the key's experts."""
+) -> dict[_Key, list[Tensor]]:
+    """Return this rank's weights by key; one for each of the key's experts."""
     rules, patterns = family_of(shape.family).rules, _patterns(shape.family)
     first_in_layer = next(i for i, rule in enumerate(rules) if "{layer}" in rule.megatron)
     embedding = next(i for i, rule in enumerate(rules) if rule.megatron.startswith("embedding."))
     num_local = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = parallel_state.get_expert_model_parallel_rank() * num_local
-    found: dict[tuple[int, int, int], dict[int, torch.nn.Parameter]] = {}
+    found: dict[tuple[int, int, int], dict[int, Tensor]] = {}
     for chunk in map(unwrap, chunks):
         layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in _named_weights(chunk, patterns):
             rule, groups = _match(name, patterns, shape)
             if shape.tie_word_embeddings and name == "output_layer.weight":
                 # The last pipeline stage keeps a copy of the embedding, which the checkpoint holds once.
@@ -212,6 +222,16 @@ def _held_parameters(
         ]
         for (section, layer, rule), parameters in found.items()
     }
+
+
+def _named_weights(
+    chunk: torch.nn.Module, patterns: Sequence[re.Pattern[str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter, and the buffers that a rule names: a router's expert bias is no parameter."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if any(pattern.fullmatch(name) for pattern in patterns):
+            yield name, buffer
 
 
 def _match(
@@ -244,7 +264,9 @@ def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key])
         for expert in key.experts
         for name in _hf_names(rules[key.rule], key.layer, expert)
     }
-    got = {name for name in source if not _NO_WEIGHT.fullmatch(name)}
+    got = {
+        name for name in source if not (_NO_WEIGHT.fullmatch(name) or _is_untrained(name, shape))
+    }
     if shape.tie_word_embeddings:
         got.discard("lm_head.weight")
     for names, what in ((needed - got, "is missing"), (got - needed, "has unexpectedly")):
@@ -254,6 +276,20 @@ def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key])
                 f"with {shape.num_layers} layers and {shape.num_experts} experts: {_some(names)}. "
                 "Its config.json likely belongs to another checkpoint, or a shard is missing."
             )
+
+
+def _is_untrained(name: str, shape: ModelShape) -> bool:
+    """Tell whether a tensor belongs to a multi-token-prediction layer, which follows the decoder layers."""
+    match = _IN_LAYER.fullmatch(name)
+    return match is not None and 0 <= int(match[1]) - shape.num_layers < shape.num_mtp_layers
+
+
+def _untrained(source_dir: str | Path, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint that no parameter holds."""
+    with SafetensorsCheckpoint(source_dir) as checkpoint:
+        for name in checkpoint:
+            if _is_untrained(name, shape):
+                yield name, checkpoint[name]
 
 
 def _some(names: Iterable[str]) -> str:

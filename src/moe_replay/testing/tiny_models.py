@@ -28,6 +28,22 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
+_DENSE_FIRST: dict[str, Any] = {
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 128,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT: dict[str, Any] = _DENSE_FIRST | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 16,
@@ -44,6 +60,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 16, "intermediate_size": 32},
     "olmoe": {"num_experts": 16, "intermediate_size": 32},
+    "deepseek_v2": _LATENT
+    | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
+    "glm4_moe": _DENSE_FIRST
+    | {
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+    },
 }
 FAMILIES = tuple(_FAMILIES)
 
@@ -62,7 +88,7 @@ def write_tiny_checkpoint(
 
     The default `initializer_range` is ten times the usual one: with usual weights all experts and all router
     logits of an untrained model are nearly alike, and wrong routes would change nothing that a test could see.
-    The norm weights are random too, so that a norm loaded into the wrong place shows. `overrides` are fields of
+    The norm weights and expert biases are random too, so that one loaded into the wrong place shows. `overrides` are fields of
     the family's transformers config.
 
     Example:
@@ -80,6 +106,9 @@ def write_tiny_checkpoint(
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.add_(torch.randn_like(buffer) * 0.1)
     finally:
         torch.set_rng_state(generator_state)
     path = Path(path)

@@ -194,9 +194,32 @@ def _weigh_mixtral(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torc
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+def _weigh_scaled_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Softmax in float32, scaled, never renormalised.
+
+    Source: transformers 5, `DeepseekV2TopkRouter.forward`; groups limit the choice, not the weights.
+    """
+    weights = logits.softmax(dim=-1, dtype=torch.float32).gather(1, ids)
+    return weights * router.routed_scaling_factor
+
+
+def _weigh_sigmoid(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sigmoid without the expert bias, which only takes part in the choice; renormalised if the router says so.
+
+    Source: transformers 5, `DeepseekV3TopkRouter.forward`; the GLM-4-MoE router is the same.
+    """
+    weights = logits.sigmoid().gather(1, ids)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * router.routed_scaling_factor
+
+
 _WEIGHTS: dict[str, Weigh] = {
     "Qwen3MoeTopKRouter": _weigh_softmax,
     "Qwen2MoeTopKRouter": _weigh_softmax,
     "OlmoeTopKRouter": _weigh_softmax,
     "MixtralTopKRouter": _weigh_mixtral,
+    "DeepseekV2TopkRouter": _weigh_scaled_softmax,
+    "DeepseekV3TopkRouter": _weigh_sigmoid,
+    "Glm4MoeTopkRouter": _weigh_sigmoid,
 }
