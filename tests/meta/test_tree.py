@@ -42,7 +42,6 @@ DEFECTS_WITHOUT_TEST = set(
         "e8",
         "e9",
         "f1",
-        "f2",
         "f3",
         "f4",
         "f5",

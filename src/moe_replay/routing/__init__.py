@@ -12,6 +12,7 @@ from moe_replay.routing.agreement import (
 )
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
 from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
+from moe_replay.routing.group import PromptDifference, TraceGroup
 from moe_replay.routing.guard import Guard
 from moe_replay.routing.payload import (
     RoutedModel,
@@ -41,6 +42,7 @@ __all__ = [
     "LiveReason",
     "Origin",
     "PolicySpan",
+    "PromptDifference",
     "ReplayMode",
     "RoutedModel",
     "RoutingTrace",
@@ -48,6 +50,7 @@ __all__ = [
     "RowKind",
     "StitchedRollout",
     "TraceComparison",
+    "TraceGroup",
     "agreement_floor",
     "compare_traces",
     "diagnose",
