@@ -1,8 +1,9 @@
 """Coverage: what counts, what does not, and when it is too little."""
 
+import numpy as np
 import pytest
 
-from moe_replay.errors import CoverageError
+from moe_replay.errors import CoverageError, TraceError
 from moe_replay.routing import Coverage, LiveReason
 
 
@@ -14,7 +15,7 @@ def test_fraction_leaves_rows_out_that_no_engine_could_return():
     assert coverage(3, last_token=1, padding=100).fraction == 1.0
 
 
-@pytest.mark.parametrize("reason", ["prompt_omitted", "engine_gave_none"])
+@pytest.mark.parametrize("reason", ["prompt_omitted", "environment_omitted", "engine_gave_none"])
 def test_fraction_counts_rows_that_an_engine_left_out(reason):
     assert coverage(3, **{reason: 1}).fraction == 0.75
 
@@ -44,3 +45,45 @@ def test_require_names_the_reasons_of_what_is_missing():
 def test_from_counts_refuses_a_reason_that_does_not_exist():
     with pytest.raises(ValueError, match="truncated"):
         Coverage.from_counts(1, {"truncated": 2})
+
+
+def live_by_reason(found: Coverage) -> dict[str, int]:
+    return {str(reason): n for reason, n in found.num_live.items() if n}
+
+
+def test_of_rows_counts_each_row_for_one_reason():
+    valid = np.array([False, True, True, False, False, True, False, False])
+    sampled = np.array([False, False, True, True, False, False, True, True])
+    found = Coverage.of_rows(valid, prompt_length=2, is_sampled=sampled)
+    assert found.num_replayed == 3
+    assert live_by_reason(found) == {
+        "prompt_omitted": 1,
+        "engine_gave_none": 2,
+        "environment_omitted": 1,
+        "last_token": 1,
+    }
+    assert found.num_replayed + sum(found.num_live.values()) == len(valid)
+
+
+def test_of_rows_takes_all_after_the_prompt_for_sampled():
+    found = Coverage.of_rows(np.array([False, True, True, False, False]), prompt_length=2)
+    expected = {"prompt_omitted": 1, "engine_gave_none": 1, "last_token": 1}
+    assert (found.num_replayed, live_by_reason(found)) == (2, expected)
+
+
+def test_of_rows_does_not_take_a_last_row_with_a_route_for_a_missing_one():
+    assert live_by_reason(Coverage.of_rows(np.array([True, True]), prompt_length=1)) == {}
+
+
+def test_of_rows_leaves_the_flags_as_they_are():
+    valid = np.array([True, False])
+    Coverage.of_rows(valid, prompt_length=1)
+    assert valid.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("prompt", "flags"), [(3, 3), (4, 3), (1, 2)])
+def test_of_rows_refuses_counts_that_do_not_fit(prompt, flags):
+    with pytest.raises(TraceError, match=f"prompt of {prompt} tokens in 3 rows"):
+        Coverage.of_rows(
+            np.ones(3, dtype=bool), prompt_length=prompt, is_sampled=np.ones(flags, dtype=bool)
+        )

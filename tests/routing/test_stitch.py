@@ -165,6 +165,8 @@ def test_turns_with_incremental_rows_leave_unreturned_environment_rows_invalid()
     made = stitch_turns([call(0, ABC, DE), call(1, ABC + DE + FG, HI, start=7)], where="s")
     assert owners(made) == [0, 0, 0, 0, None, None, None, 1, None]
     assert made.num_routed[RowKind.ENVIRONMENT] == 0
+    live = {str(reason): n for reason, n in made.coverage.num_live.items() if n}
+    assert live == {"engine_gave_none": 1, "environment_omitted": 2, "last_token": 1}
 
 
 def test_rows_that_their_own_call_left_unwritten_stay_invalid():

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from moe_replay.errors import TraceError
-from moe_replay.routing import Coverage, LiveReason, RoutingTrace
+from moe_replay.routing import Coverage, RoutingTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,12 +63,4 @@ class Sample:
         """Count the rows that the trace can replay, and the others by reason."""
         if self.trace is None:
             return Coverage()
-        valid = self.trace.valid
-        last = int(not valid[-1])
-        prompt = int((~valid[: self.prompt_length]).sum())
-        live = {
-            LiveReason.LAST_TOKEN: last,
-            LiveReason.PROMPT_OMITTED: prompt,
-            LiveReason.ENGINE_GAVE_NONE: int((~valid).sum()) - last - prompt,
-        }
-        return Coverage(num_replayed=self.trace.num_valid, num_live=live)
+        return Coverage.of_rows(self.trace.valid, prompt_length=self.prompt_length)

@@ -1,6 +1,6 @@
 """What is replayed, what runs live and why: the replay mode, the reasons, and the coverage that is always reported.
 
-In: counts of rows. Out: ReplayMode, LiveReason, Coverage. Called by: batch, megatron, grpo.
+In: rows with and without routes. Out: ReplayMode, LiveReason, Coverage. Called by: batch, megatron, grpo.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from moe_replay.errors import CoverageError
+import numpy as np
+from jaxtyping import Bool
+
+from moe_replay.errors import CoverageError, TraceError
 
 
 class ReplayMode(StrEnum):
@@ -32,8 +35,10 @@ class LiveReason(StrEnum):
     """The row holds no token."""
     PROMPT_OMITTED = "prompt_omitted"
     """The engine left the routes of prompt rows out."""
+    ENVIRONMENT_OMITTED = "environment_omitted"
+    """The engine left the routes of tokens out that an environment gave it between turns."""
     ENGINE_GAVE_NONE = "engine_gave_none"
-    """The engine returned no route for a row that it must have run."""
+    """The engine returned no route for a sampled token that it must have run."""
 
 
 UNREPLAYABLE = frozenset({LiveReason.LAST_TOKEN, LiveReason.PADDING})
@@ -66,6 +71,46 @@ class Coverage:
             for reason, count in part.num_live.items():
                 live[reason] += count
         return Coverage(num_replayed=replayed, num_live=live)
+
+    @classmethod
+    def of_rows(
+        cls,
+        valid: Bool[np.ndarray, " tokens"],
+        *,
+        prompt_length: int,
+        is_sampled: Bool[np.ndarray, " flags"] | None = None,
+    ) -> Coverage:
+        """Count the rows of one sample: those with a route, and the others by reason.
+
+        ``is_sampled`` tells sampled tokens from an environment's; None says that all after the prompt were sampled.
+        Of a prompt of 2 and 3 sampled tokens with ``valid=[F, T, T, F, F]`` 2 rows are replayed, and one each is live
+        for ``prompt_omitted``, ``engine_gave_none`` and ``last_token``.
+
+        Raises:
+            TraceError: when the prompt leaves no row, or ``is_sampled`` has another number of rows.
+        """
+        if not 0 <= prompt_length < len(valid) or len(valid) != len(
+            valid if is_sampled is None else is_sampled
+        ):
+            flags = "" if is_sampled is None else f" and {len(is_sampled)} is_sampled flags"
+            raise TraceError(
+                f"a prompt of {prompt_length} tokens in {len(valid)} rows{flags}; expected a prompt shorter than the rows, "
+                "and one flag a row"
+            )
+        missing = ~valid
+        last = int(missing[-1])
+        missing[-1] = False
+        after = missing[prompt_length:]
+        environment = 0 if is_sampled is None else int((after & ~is_sampled[prompt_length:]).sum())
+        return cls(
+            num_replayed=int(valid.sum()),
+            num_live={
+                LiveReason.LAST_TOKEN: last,
+                LiveReason.PROMPT_OMITTED: int(missing[:prompt_length].sum()),
+                LiveReason.ENVIRONMENT_OMITTED: environment,
+                LiveReason.ENGINE_GAVE_NONE: int(after.sum()) - environment,
+            },
+        )
 
     @classmethod
     def from_counts(cls, num_replayed: int, num_live: Mapping[str, int]) -> Coverage:

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Integer
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference
+from moe_replay.routing.replay import Coverage
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace
 
 
@@ -73,6 +74,13 @@ class StitchedRollout:
     """Rows by kind that hold a route."""
     num_superseded: int
     """Routes that calls returned for rows which an earlier call owns: prefills of what was there already."""
+
+    @property
+    def coverage(self) -> Coverage:
+        """Rows with a route, and those without by reason."""
+        return Coverage.of_rows(
+            self.trace.valid, prompt_length=self.prompt_length, is_sampled=self.is_sampled
+        )
 
 
 def merge_partial(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
