@@ -1,6 +1,6 @@
 """The core: traces, alignment and comparison in numpy, importable without torch.
 
-In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard and reference router.
+In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec and reference router.
 Called by: every other package, and other trainers.
 """
 
@@ -10,8 +10,17 @@ from moe_replay.routing.agreement import (
     agreement_floor,
     measure_agreement,
 )
+from moe_replay.routing.codec import (
+    decode_trace,
+    decode_traces,
+    encode_trace,
+    encode_traces,
+    from_text,
+    to_text,
+)
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
 from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
+from moe_replay.routing.frame import Encoding, TraceHeader
 from moe_replay.routing.group import PromptDifference, TraceGroup
 from moe_replay.routing.guard import Guard
 from moe_replay.routing.payload import (
@@ -30,12 +39,14 @@ from moe_replay.routing.stitch import (
     stitch_turns,
 )
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
+from moe_replay.routing.trace_file import TraceFile, write_trace_file
 
 __all__ = [
     "Agreement",
     "Cause",
     "Coverage",
     "Diagnosis",
+    "Encoding",
     "EngineCall",
     "Guard",
     "GuardEvidence",
@@ -50,16 +61,25 @@ __all__ = [
     "RowKind",
     "StitchedRollout",
     "TraceComparison",
+    "TraceFile",
     "TraceGroup",
+    "TraceHeader",
     "agreement_floor",
     "compare_traces",
+    "decode_trace",
+    "decode_traces",
     "diagnose",
+    "encode_trace",
+    "encode_traces",
     "expert_dtype",
     "flipped",
+    "from_text",
     "measure_agreement",
     "merge_partial",
     "stitch_turns",
+    "to_text",
     "trace_from_payload",
     "trace_from_split_payload",
     "unrouted_trace",
+    "write_trace_file",
 ]

@@ -18,13 +18,25 @@ from jaxtyping import Bool, Integer, UInt64
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15 | 1
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_OFFSET = 0x9E3779B97F4A7C15
 
 
 def _mix(token_ids: Integer[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
-    x = token_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = token_ids.astype(np.uint64) + np.uint64(_OFFSET)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FACTORS[0])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_FACTORS[1])
     return x ^ (x >> np.uint64(31))
+
+
+def _unmix(mixed: UInt64[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
+    inverse = [np.uint64(pow(factor, -1, 1 << 64)) for factor in _FACTORS]
+    x = mixed ^ (mixed >> np.uint64(31)) ^ (mixed >> np.uint64(62))
+    x = x * inverse[1]
+    x = x ^ (x >> np.uint64(27)) ^ (x >> np.uint64(54))
+    x = x * inverse[0]
+    x = x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+    return x - np.uint64(_OFFSET)
 
 
 def _powers(base: int, count: int) -> UInt64[np.ndarray, " count"]:
@@ -41,6 +53,16 @@ def digest_tokens(token_ids: Integer[np.ndarray, " tokens"]) -> UInt64[np.ndarra
     """
     ids = np.asarray(token_ids)
     return np.cumsum(_mix(ids) * _powers(_BASE, len(ids)), dtype=np.uint64)
+
+
+def recover_tokens(digest: UInt64[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
+    """Return the token ids that a digest was made of, negative ones modulo ``2**64``.
+
+    Each step of the digest can be undone, so tokens and digest say the same in fewer or more bytes:
+    ``digest_tokens(recover_tokens(d))`` is ``d`` for every ``d``.
+    """
+    steps = np.diff(digest, prepend=np.uint64(0))
+    return _unmix(steps * _powers(_BASE_INVERSE, len(digest)))
 
 
 def crop_digest(
@@ -67,9 +89,8 @@ def join_digests(parts: list[UInt64[np.ndarray, " _"]]) -> UInt64[np.ndarray, " 
 def num_different_tokens(
     digest: UInt64[np.ndarray, " tokens"], rows: Bool[np.ndarray, " tokens"]
 ) -> int:
-    """Count the different tokens among ``rows``; the digest names no token, but tells equal ones from different."""
-    steps = np.diff(digest, prepend=np.uint64(0))
-    return len(np.unique((steps * _powers(_BASE_INVERSE, len(digest)))[rows]))
+    """Count the different tokens among ``rows``."""
+    return len(np.unique(recover_tokens(digest)[rows]))
 
 
 def first_difference(

@@ -20,6 +20,7 @@ from moe_replay.routing.digest import (
     join_digests,
     num_different_tokens,
 )
+from moe_replay.routing.slots import repeating_sets, row_chunks
 
 # A layer that routes this many different tokens all alike is a buffer that nobody wrote, not a router's choice. Fewer can
 # be chance, and a stretch of one repeated token, however long, rightly has constant routes.
@@ -315,26 +316,42 @@ class RoutingTrace:
 
     def _check_routes(self) -> None:
         _check_range(self.expert_ids, self.valid, self.layers, self.num_experts)
-        ids = self.expert_ids if self.valid.all() else self.expert_ids[self.valid]
-        ordered = np.sort(ids, axis=2)
-        twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
-        if twice.any():
-            row, layer = (int(x[0]) for x in np.nonzero(twice))
-            raise TraceError(
-                f"row {int(np.flatnonzero(self.valid)[row])}, layer {self.layers[layer]}: experts "
-                f"{ids[row, layer].tolist()} name one twice ({int(twice.any(axis=1).sum())} such rows); a router never "
-                "does: the buffer is zero-filled or padded, so mark those rows valid=False"
-            )
-        constant = (ids == ids[:1]).all(axis=(0, 2)) if len(ids) else np.zeros(1, dtype=bool)
-        if constant.any():
+        for rows in row_chunks(*self.expert_ids.shape):
+            held = self.valid[rows]
+            repeats = repeating_sets(_valid_rows(self.expert_ids[rows], held))
+            if repeats.any():
+                at, layer = (int(x[0]) for x in np.nonzero(repeats))
+                row = rows.start + int(np.flatnonzero(held)[at])
+                raise TraceError(
+                    f"row {row}, layer {self.layers[layer]}: experts {self.expert_ids[row, layer].tolist()} name one "
+                    f"twice ({int(repeats.any(axis=1).sum())} such rows in {rows.start}:{rows.stop}); a router never "
+                    "does: the buffer is zero-filled or padded, so mark those rows valid=False"
+                )
+        self._check_written()
+
+    def _check_written(self) -> None:
+        """Refuse a layer that routes many different tokens all alike."""
+        held = np.flatnonzero(self.valid)
+        for place in range(len(self.layers)) if len(held) >= MIN_TOKENS_FOR_CONSTANT_CHECK else ():
+            # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
+            first = self.expert_ids[held[0], place]
+            if any(
+                (self.expert_ids[some, place] != first).any()
+                for some in (held[:MIN_TOKENS_FOR_CONSTANT_CHECK], held)
+            ):
+                continue
             different = num_different_tokens(self.token_digest, self.valid)
             if different >= MIN_TOKENS_FOR_CONSTANT_CHECK:
-                layer = int(constant.argmax())
                 raise TraceError(
-                    f"layer {self.layers[layer]}: all {len(ids)} valid rows, of {different} different tokens, hold "
-                    f"{ids[0, layer].tolist()}; that is a constant fill, not routing: the engine did not capture this "
-                    "layer"
+                    f"layer {self.layers[place]}: all {len(held)} valid rows, of {different} different tokens, hold "
+                    f"{first.tolist()}; that is a constant fill, not routing: the engine did not capture this layer"
                 )
+
+
+def _valid_rows(
+    ids: Integer[np.ndarray, "rows layers topk"], held: Bool[np.ndarray, " rows"]
+) -> Integer[np.ndarray, "valid layers topk"]:
+    return ids if held.all() else ids[held]
 
 
 def _check_range(
@@ -343,15 +360,17 @@ def _check_range(
     layers: Sequence[int],
     num_experts: int,
 ) -> None:
-    held = ids if valid.all() else ids[valid]
-    if held.size == 0:
-        return
-    low, high = int(held.min()), int(held.max())
-    if low < 0 or high >= num_experts:
-        worst = high if high >= num_experts else low
-        row, layer, _ = (int(x[0]) for x in np.nonzero(held == worst))
-        raise TraceError(
-            f"expert id {worst} in row {int(np.flatnonzero(valid)[row])}, layer entry {layer} of {list(layers)}, "
-            f"expected 0 to {num_experts - 1}; a sentinel, a narrowed integer or another expert-id space "
-            "(physical ids under expert load balancing): mark missing rows valid=False, map physical ids first"
-        )
+    for rows in row_chunks(*ids.shape):
+        held = _valid_rows(ids[rows], valid[rows])
+        if held.size == 0:
+            continue
+        low, high = int(held.min()), int(held.max())
+        if low < 0 or high >= num_experts:
+            worst = high if high >= num_experts else low
+            at, layer, _ = (int(x[0]) for x in np.nonzero(held == worst))
+            row = rows.start + int(np.flatnonzero(valid[rows])[at])
+            raise TraceError(
+                f"expert id {worst} in row {row}, layer entry {layer} of {list(layers)}, expected 0 to "
+                f"{num_experts - 1}; a sentinel, a narrowed integer or another expert-id space (physical ids under "
+                "expert load balancing): mark missing rows valid=False, map physical ids first"
+            )

@@ -1,0 +1,195 @@
+"""Measure the routing core: size, speed and memory of the codec, beside the forms in which others send routes.
+
+Example:
+    $ python benchmarks/routing.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_replay.routing import (
+    Encoding,
+    Origin,
+    RoutingTrace,
+    TraceFile,
+    decode_trace,
+    encode_trace,
+    write_trace_file,
+)
+
+NUM_LAYERS, TOPK, NUM_EXPERTS = 48, 8, 128
+VOCABULARY = 151_936
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured number."""
+
+    metric: str
+    """Name under which it is tracked."""
+    value: float
+    """The number."""
+    unit: str
+    """Its unit."""
+
+
+def main() -> None:
+    """Run every benchmark and print one JSON line a figure at the end."""
+    arguments = _arguments()
+    figures = [figure for benchmark in BENCHMARKS for figure in benchmark(arguments)]
+    for figure in figures:
+        print(f"{figure.metric:32s} {figure.value:12.3f} {figure.unit}")
+    for figure in figures:
+        value = round(figure.value, 4)
+        print(json.dumps({"metric": figure.metric, "value": value, "unit": figure.unit}))
+
+
+def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
+    """Yield size, speed and memory of the codec, on routes that no code can shrink further: even draws."""
+    rng = np.random.default_rng(0)
+    trace = _trace(rng, _even_routes(rng, arguments.rows))
+    raw_bytes = trace.expert_ids.nbytes
+    payload = encode_trace(trace)
+    per_token = len(payload) / len(trace)
+    yield Figure(metric="codec.compact_ratio", value=len(payload) / raw_bytes, unit="ratio")
+    yield Figure(metric="codec.compact_bytes_per_token", value=per_token, unit="B")
+    binding = 3 + 1 / 8  # a token id below 2**24, and the valid flag
+    yield Figure(metric="codec.binding_bytes_per_token", value=binding, unit="B")
+    for encoding in (Encoding.ORDERED, Encoding.RAW):
+        ratio = len(encode_trace(trace, encoding=encoding)) / raw_bytes
+        yield Figure(metric=f"codec.{encoding.value}_ratio", value=ratio, unit="ratio")
+    skewed = _trace(rng, _skewed_routes(rng, arguments.rows))
+    ratio = len(encode_trace(skewed)) / raw_bytes
+    yield Figure(metric="codec.compact_ratio_skewed", value=ratio, unit="ratio")
+    yield from _speeds(trace, payload, arguments.rounds)
+    yield from _memory(trace)
+    yield from _other_forms(trace, len(payload))
+
+
+BENCHMARKS: tuple[Callable[[argparse.Namespace], Iterable[Figure]], ...] = (measure_codec,)
+"""Every benchmark of this file; each yields its figures."""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--rows", type=int, default=65_536, help="tokens of the measured trace")
+    arguments = parser.parse_args()
+    arguments.rounds = 8 if arguments.quick else 40
+    return arguments
+
+
+def _even_routes(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """Return ``[rows, layers, topk]``, every set of experts as likely as any other."""
+    return _topk(lambda shape: rng.random(shape, dtype=np.float32), rows)
+
+
+def _skewed_routes(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """Return routes whose experts are as unevenly used as a trained router's on one domain: Zipf with exponent 1."""
+    popularity = -np.log(np.arange(1, NUM_EXPERTS + 1, dtype=np.float32))
+    by_layer = np.stack([rng.permutation(popularity) for _ in range(NUM_LAYERS)])
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.random(shape, dtype=np.float32)
+        return by_layer - np.log(-np.log(np.maximum(noise, 1e-30)))
+
+    return _topk(draw, rows)
+
+
+def _topk(draw: Callable[[tuple[int, ...]], np.ndarray], rows: int) -> np.ndarray:
+    ids = np.empty((rows, NUM_LAYERS, TOPK), dtype=np.uint8)
+    for start in range(0, rows, 1024):
+        part = ids[start : start + 1024]
+        scores = draw((len(part), NUM_LAYERS, NUM_EXPERTS))
+        part[:] = np.argpartition(scores, -TOPK, axis=2)[..., -TOPK:]
+    return ids
+
+
+def _trace(rng: np.random.Generator, ids: np.ndarray) -> RoutingTrace:
+    return RoutingTrace.record(
+        ids,
+        token_ids=rng.integers(0, VOCABULARY, len(ids)),
+        valid=np.arange(len(ids)) < len(ids) - 1,
+        layers=range(NUM_LAYERS),
+        num_experts=NUM_EXPERTS,
+        origin=Origin.single(
+            engine="benchmark", engine_version="1", policy_version=0, num_rows=len(ids)
+        ),
+    )
+
+
+def _speeds(trace: RoutingTrace, payload: bytes, rounds: int) -> Iterable[Figure]:
+    raw_payload = encode_trace(trace, encoding=Encoding.RAW)
+    contestants = {
+        "codec.encode_MBps": lambda: encode_trace(trace),
+        "codec.decode_MBps": lambda: decode_trace(payload),
+        "codec.raw_encode_MBps": lambda: encode_trace(trace, encoding=Encoding.RAW),
+        "codec.raw_decode_MBps": lambda: decode_trace(raw_payload),
+    }
+    best = dict.fromkeys(contestants, float("inf"))
+    for _ in range(rounds):  # in turns, so that a busy machine slows all alike
+        for metric, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            best[metric] = min(best[metric], time.perf_counter() - start)
+    for metric, seconds in best.items():
+        yield Figure(metric=metric, value=trace.expert_ids.nbytes / seconds / 1e6, unit="MB/s")
+
+
+def _memory(trace: RoutingTrace) -> Iterable[Figure]:
+    """Yield peaks over the bytes of raw routes; what the caller holds anyway is counted where the metric says held."""
+    raw_bytes = trace.expert_ids.nbytes
+    payload = encode_trace(trace)
+    encoding, decoding = _peak(lambda: encode_trace(trace)), _peak(lambda: decode_trace(payload))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "step.traces"
+        writing = raw_bytes + _peak(lambda: write_trace_file(path, [("trace", trace)]))
+        reading = _peak(lambda: TraceFile(path).read("trace"))
+    peaks = {
+        "codec.peak_memory_ratio": max(encoding, decoding, writing, reading),
+        "codec.encode_peak_ratio": encoding,
+        "codec.decode_peak_ratio": decoding,
+        "codec.decode_peak_ratio_payload_held": decoding + len(payload),
+        "codec.write_file_peak_ratio_trace_held": writing,
+        "codec.read_file_peak_ratio": reading,
+    }
+    for metric, peak in peaks.items():
+        yield Figure(metric=metric, value=peak / raw_bytes, unit="ratio")
+
+
+def _peak(run: Callable[[], object]) -> int:
+    """Return the most bytes that were allocated at once while ``run`` ran, its result included."""
+    tracemalloc.start()
+    result = run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del result
+    return peak
+
+
+def _other_forms(trace: RoutingTrace, payload_bytes: int) -> Iterable[Figure]:
+    """Yield our payload, everything that binds it to its tokens included, over the routes alone in other forms."""
+    ids = trace.expert_ids[:1024]
+    share = len(trace) / len(ids)
+    forms = {
+        "codec.vs_int16_ratio": ids.astype(np.int16).nbytes,
+        "codec.vs_int32_base64_ratio": len(base64.b64encode(ids.astype(np.int32))),
+        "codec.vs_json_lists_ratio": len(json.dumps(ids.tolist(), separators=(",", ":"))),
+    }
+    for metric, form_bytes in forms.items():
+        yield Figure(metric=metric, value=payload_bytes / (form_bytes * share), unit="ratio")
+
+
+if __name__ == "__main__":
+    main()
