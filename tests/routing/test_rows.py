@@ -184,8 +184,18 @@ def test_scatter_refuses_rows_of_another_rank():
 
 
 def test_sequence_shard_refuses_rows_that_do_not_divide():
-    with pytest.raises(TraceError, match="5 local rows do not divide by tp_size 2"):
+    with pytest.raises(TraceError, match="5 local positions do not divide by tp_size 2"):
         RowIndex.packed([3, 2]).sequence_shard(2, 0)
+
+
+def test_sequence_shard_keeps_the_samples_of_a_position_together():
+    """Two samples of three positions are six rows, but half a position cannot be cut off."""
+    with pytest.raises(TraceError, match="3 local positions do not divide by tp_size 2"):
+        RowIndex.padded([3, 2], max_length=3).sequence_shard(2, 0)
+    shard = RowIndex.padded([3, 2], max_length=4).sequence_shard(2, 1)
+    assert shard.rows.tolist() == [2, -1, -1, -1]
+    with pytest.raises(TraceError, match="2 local positions do not divide by tp_size 4"):
+        shard.sequence_shard(4, 0)
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0]])

@@ -31,6 +31,7 @@ from moe_replay.routing.payload import (
 )
 from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
 from moe_replay.routing.rows import RowIndex
+from moe_replay.routing.slices import RouteSlice, slice_routes
 from moe_replay.routing.stitch import (
     EngineCall,
     RowKind,
@@ -55,6 +56,7 @@ __all__ = [
     "PolicySpan",
     "PromptDifference",
     "ReplayMode",
+    "RouteSlice",
     "RoutedModel",
     "RoutingTrace",
     "RowIndex",
@@ -76,6 +78,7 @@ __all__ = [
     "from_text",
     "measure_agreement",
     "merge_partial",
+    "slice_routes",
     "stitch_turns",
     "to_text",
     "trace_from_payload",

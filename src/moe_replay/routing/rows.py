@@ -37,7 +37,9 @@ class RowIndex:
     num_rows: int
     """Rows of the concatenated batch, over all ranks."""
     padded_lengths: tuple[int, ...]
-    """Packed form: length of each sequence with its padding, before CP; their sum is the rows of all CP ranks."""
+    """Length of each sequence with its padding, before CP; their sum is the rows of all CP ranks."""
+    num_side_by_side: int = 1
+    """Rows that share a position: the samples of a padded batch, 1 when packed. No shard separates them."""
 
     @classmethod
     def packed(
@@ -60,14 +62,19 @@ class RowIndex:
         padded = [-(-length // unit) * unit for length in lengths]
         total_unit = _common_multiple(pad_multiple * cp_size, unit)
         padded[-1] += -sum(padded) % total_unit
-        pieces = []
-        start = 0
-        for length, size in zip(lengths, padded, strict=True):
-            whole = np.full(size, PAD, dtype=np.int64)
-            whole[:length] = np.arange(start, start + length)
-            pieces.append(_cut_for_cp(whole, cp_size, cp_rank, cp_partition))
-            start += length
-        return cls(rows=np.concatenate(pieces), num_rows=start, padded_lengths=tuple(padded))
+        sizes = np.array(padded, dtype=np.int64)
+        # One column a chunk that this rank holds of each sequence: two under the zigzag, else one.
+        held, num_chunks = _chunks_of(cp_size, cp_rank, cp_partition)
+        counts = np.repeat(sizes // num_chunks, len(held))
+        positions = _stretches((sizes[:, None] // num_chunks * held).ravel(), counts)
+        whole = np.array(lengths, dtype=np.int64)
+        starts = np.cumsum(whole) - whole
+        local = np.repeat(np.arange(len(whole)), sizes // num_chunks * len(held))
+        return cls(
+            rows=np.where(positions < whole[local], positions + starts[local], PAD),
+            num_rows=int(whole.sum()),
+            padded_lengths=tuple(padded),
+        )
 
     @classmethod
     def padded(
@@ -92,35 +99,39 @@ class RowIndex:
                 f"max_length {max_length} must be a multiple of {unit} (2 x cp_size) and at least the longest "
                 f"sequence, {max(lengths)}"
             )
-        grid = np.full((len(lengths), max_length), PAD, dtype=np.int64)
-        start = 0
-        for sample, length in enumerate(lengths):
-            column = max_length - length if side == "left" else 0
-            grid[sample, column : column + length] = np.arange(start, start + length)
-            start += length
-        local = _cut_for_cp(grid.T, cp_size, cp_rank, cp_partition)
+        held, num_chunks = _chunks_of(cp_size, cp_rank, cp_partition)
+        size = max_length // num_chunks
+        columns = _stretches(held * size, np.full(len(held), size))
+        whole = np.array(lengths, dtype=np.int64)
+        starts = np.cumsum(whole) - whole
+        positions = columns[:, None] - (max_length - whole if side == "left" else 0)
+        is_token = (positions >= 0) & (positions < whole)
         return cls(
-            rows=np.ascontiguousarray(local).reshape(-1),
-            num_rows=start,
+            rows=np.where(is_token, positions + starts, PAD).reshape(-1),
+            num_rows=int(whole.sum()),
             padded_lengths=(max_length,) * len(lengths),
+            num_side_by_side=len(lengths),
         )
 
     def sequence_shard(self, tp_size: int, tp_rank: int) -> RowIndex:
         """Return the contiguous part that rank ``tp_rank`` holds under sequence parallelism.
 
         Raises:
-            TraceError: when the rows do not divide by ``tp_size``; pass ``pad_multiple=tp_size`` when packing.
+            TraceError: when the positions do not divide by ``tp_size``.
         """
         _check_rank("tp", tp_rank, tp_size)
-        if len(self.rows) % tp_size:
+        positions = len(self.rows) // self.num_side_by_side
+        if positions % tp_size:
             raise TraceError(
-                f"{len(self.rows)} local rows do not divide by tp_size {tp_size}; pack with pad_multiple={tp_size}"
+                f"{positions} local positions do not divide by tp_size {tp_size}; pack with pad_multiple={tp_size}, or pad "
+                f"to a max_length that divides by cp_size x {tp_size}"
             )
         size = len(self.rows) // tp_size
         return RowIndex(
             rows=self.rows[tp_rank * size : (tp_rank + 1) * size],
             num_rows=self.num_rows,
             padded_lengths=self.padded_lengths,
+            num_side_by_side=self.num_side_by_side,
         )
 
     @property
@@ -154,15 +165,21 @@ class RowIndex:
         out[self.rows[self.is_token]] = local[self.is_token]
 
 
-def _cut_for_cp(
-    whole: Int64[np.ndarray, "length ..."], cp_size: int, cp_rank: int, partition: CpPartition
-) -> Int64[np.ndarray, "local ..."]:
-    if cp_size == 1:
-        return whole
-    if partition == "contiguous":
-        return np.split(whole, cp_size)[cp_rank]
-    chunks = np.split(whole, 2 * cp_size)
-    return np.concatenate([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+def _chunks_of(
+    cp_size: int, cp_rank: int, partition: CpPartition
+) -> tuple[Int64[np.ndarray, " held"], int]:
+    """Return the chunks of each sequence that a rank holds, in order, and the number of chunks of a sequence."""
+    if partition == "contiguous" or cp_size == 1:
+        return np.array([cp_rank]), cp_size
+    return np.array([cp_rank, 2 * cp_size - 1 - cp_rank]), 2 * cp_size
+
+
+def _stretches(
+    starts: Int64[np.ndarray, " stretches"], counts: Int64[np.ndarray, " stretches"]
+) -> Int64[np.ndarray, " entries"]:
+    """Return ``starts[0], starts[0] + 1, ...`` for ``counts[0]`` entries, then from ``starts[1]`` on, and so forth."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def _common_multiple(a: int, b: int) -> int:

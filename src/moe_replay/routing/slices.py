@@ -1,0 +1,136 @@
+"""RouteSlice: the routes that one rank replays, cut straight out of the traces: its layers, its rows, its bytes.
+
+The routes of a global batch are tens of gigabytes when every rank is sent all of them, or when they are widened first. A
+rank holds the layers of its pipeline stage times the rows of its context and sequence shard, as wide as a trace's. The
+layer comes first, so a slice is uploaded at once and each router reads one contiguous block.
+
+In: traces, a rank's RowIndex and layers. Out: RouteSlice. Called by: batch, and other trainers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from moe_replay.errors import TraceError
+from moe_replay.routing.rows import RowIndex
+from moe_replay.routing.trace import RoutingTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RouteSlice:
+    """Routes of one rank in the order in which its routers see the rows."""
+
+    expert_ids: Integer[np.ndarray, "layers rows topk"]
+    """``[layers, rows, topk]``, uint8 or uint16, contiguous; rows with ``valid=False`` are never read."""
+    valid: Bool[np.ndarray, " rows"]
+    """``[rows]``; False at padding and where the trace has no route."""
+    layers: tuple[int, ...]
+    """Global decoder index of each entry of the layer dim."""
+    num_experts: int
+    """Routed experts a layer of the model that recorded the routes."""
+
+    def select_layers(self, layers: Sequence[int]) -> RouteSlice:
+        """Return ``layers`` (global indices, increasing) of the same rows; a view where they lie together.
+
+        Whoever cuts for several pipeline stages cuts their rows once and selects the layers of each.
+        """
+        blocks = _layer_blocks(tuple(layers), self.layers)
+        parts = [self.expert_ids[taken] for _, taken in blocks]
+        return RouteSlice(
+            expert_ids=parts[0] if len(parts) == 1 else np.concatenate(parts),
+            valid=self.valid,
+            layers=tuple(layers),
+            num_experts=self.num_experts,
+        )
+
+
+def slice_routes(
+    traces: Sequence[RoutingTrace], index: RowIndex, *, layers: Sequence[int] | None = None
+) -> RouteSlice:
+    """Return the routes of the rows of ``index`` in ``layers`` (global indices; None for all of the traces').
+
+    ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the batch's size is made on the
+    way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of the batch. Of one sequence of 3 tokens padded to 4,
+    the slice has the rows 0 to 2 and a fourth with ``valid=False``.
+
+    Raises:
+        TraceError: when the traces do not have the rows of the batch, differ in their models, or lack a layer.
+    """
+    _check_traces(traces, index)
+    first = traces[0]
+    wanted = first.layers if layers is None else tuple(layers)
+    blocks = _layer_blocks(wanted, first.layers)
+    ids = np.zeros((len(wanted), len(index.rows), first.topk), dtype=first.expert_ids.dtype)
+    valid = np.zeros(len(index.rows), dtype=bool)
+    # One element for all experts of a row, so that numpy moves topk ids at a time.
+    whole_sets = np.dtype((np.void, first.topk * ids.itemsize))
+    into = ids.view(whole_sets)[..., 0]
+    views = [_contiguous_sets(trace).view(whole_sets)[..., 0] for trace in traces]
+    for place, number, start, count in _runs(index.rows, [len(trace) for trace in traces]):
+        here, there = slice(place, place + count), slice(start, start + count)
+        valid[here] = traces[number].valid[there]
+        for to, taken in blocks:
+            into[to, here] = views[number][there, taken].T
+    return RouteSlice(expert_ids=ids, valid=valid, layers=wanted, num_experts=first.num_experts)
+
+
+def _runs(
+    rows: Int64[np.ndarray, " local_rows"], lengths: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first local row, trace, first row of the trace, rows) for each stretch of consecutive rows of one trace."""
+    starts = np.cumsum([0, *lengths])
+    begins = np.diff(rows, prepend=-3) != 1
+    begins |= rows == 0  # padding is -1, so row 0 behind it looks like its continuation
+    at = np.flatnonzero(begins)
+    counts = np.diff(np.append(at, len(rows)))
+    held = rows[at] >= 0
+    at, counts = at[held], counts[held]
+    numbers = np.searchsorted(starts, rows[at], side="right") - 1
+    for place, count, number in zip(at.tolist(), counts.tolist(), numbers.tolist(), strict=True):
+        row, stop = int(rows[place]), int(rows[place]) + count
+        while row < stop:
+            until = min(stop, int(starts[number + 1]))
+            yield place, number, row - int(starts[number]), until - row
+            place, row, number = place + until - row, until, number + 1
+
+
+def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """Return (entries of the slice, entries of the traces) for each stretch of layers that lie together in both."""
+    missing = sorted(set(wanted) - set(held))
+    if missing or not wanted:
+        raise TraceError(
+            f"layers {list(wanted)} were asked for, the traces hold {list(held)}, without {missing}; the recording model "
+            "numbers its layers differently, or dense layers were asked for"
+        )
+    if any(b <= a for a, b in pairwise(wanted)):
+        raise TraceError(f"layers {list(wanted)} were asked for, expected increasing indices")
+    at = np.searchsorted(held, wanted)
+    cuts = [0, *(np.flatnonzero(np.diff(at) != 1) + 1).tolist(), len(at)]
+    return [(slice(a, b), slice(int(at[a]), int(at[b - 1]) + 1)) for a, b in pairwise(cuts)]
+
+
+def _contiguous_sets(trace: RoutingTrace) -> Integer[np.ndarray, "tokens layers topk"]:
+    ids = trace.expert_ids
+    return ids if ids.strides[2] == ids.itemsize else np.ascontiguousarray(ids)
+
+
+def _check_traces(traces: Sequence[RoutingTrace], index: RowIndex) -> None:
+    if not traces:
+        raise TraceError("no traces to cut; a batch has at least one sample")
+    shapes = sorted({(trace.layers, trace.num_experts, trace.topk) for trace in traces})
+    if len(shapes) > 1:
+        raise TraceError(
+            f"traces of one batch differ in (layers, experts, topk): {shapes}; they were recorded on several models, or "
+            "some were restricted to fewer layers"
+        )
+    total = sum(len(trace) for trace in traces)
+    if total != index.num_rows:
+        raise TraceError(
+            f"{len(traces)} traces have {total} rows, the batch of the row index has {index.num_rows}; a sample was left "
+            "out, or index and traces are of different batches"
+        )
