@@ -1,4 +1,4 @@
-"""Measure the routing core: size, speed and memory of the codec, beside the forms in which others send routes.
+"""Measure the routing core: the codec beside other forms of routes, cutting for ranks beside a plain copy.
 
 Example:
     $ python benchmarks/routing.py --quick
@@ -21,10 +21,13 @@ import numpy as np
 from moe_replay.routing import (
     Encoding,
     Origin,
+    RouteSlice,
     RoutingTrace,
+    RowIndex,
     TraceFile,
     decode_trace,
     encode_trace,
+    slice_routes,
     write_trace_file,
 )
 
@@ -77,7 +80,59 @@ def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
     yield from _other_forms(trace, len(payload))
 
 
-BENCHMARKS: tuple[Callable[[argparse.Namespace], Iterable[Figure]], ...] = (measure_codec,)
+def measure_rows(arguments: argparse.Namespace) -> Iterable[Figure]:
+    """Yield the time to cut a batch for 32 ranks, row indices included, over that of one copy of its routes.
+
+    The batch has sequences of 1,000 to 4,000 tokens. Slices are new memory, and so is the copy; a second figure
+    compares with a copy into memory that is already there.
+    """
+    rng = np.random.default_rng(0)
+    pool = _even_routes(rng, 8192)
+    lengths: list[int] = []
+    while sum(lengths) < arguments.batch_rows:
+        lengths.append(int(rng.integers(1000, 4001)))
+    traces = [
+        _trace(rng, pool[(rng.integers(0, 4192) + np.arange(length)) % len(pool)])
+        for length in lengths
+    ]
+    whole = np.concatenate([trace.expert_ids for trace in traces])
+    place = np.empty_like(whole)
+    contestants: dict[str, Callable[[], object]] = {
+        "cut": lambda: _cut_for_all_ranks(traces, lengths),
+        "copy": whole.copy,
+        "copy into place": lambda: np.copyto(place, whole),
+    }
+    best = dict.fromkeys(contestants, float("inf"))
+    for _ in range(arguments.rounds // 4):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            held = run()
+            best[name] = min(best[name], time.perf_counter() - start)
+            del held
+    cut_bytes = sum(part.expert_ids.nbytes for part in _cut_for_all_ranks(traces, lengths))
+    yield Figure(metric="rows.memcpy_ratio", value=best["cut"] / best["copy"], unit="ratio")
+    ratio = best["cut"] / best["copy into place"]
+    yield Figure(metric="rows.memcpy_ratio_into_place", value=ratio, unit="ratio")
+    yield Figure(metric="rows.cut_MBps", value=whole.nbytes / best["cut"] / 1e6, unit="MB/s")
+    yield Figure(metric="rows.bytes_ratio", value=cut_bytes / whole.nbytes, unit="ratio")
+
+
+def _cut_for_all_ranks(traces: list[RoutingTrace], lengths: list[int]) -> list[RouteSlice]:
+    """Return the slices of 4 context, 2 sequence and 4 pipeline ranks: together the whole batch, once."""
+    slices = []
+    for cp_rank in range(4):
+        index = RowIndex.packed(lengths, cp_size=4, cp_rank=cp_rank, pad_multiple=2)
+        for tp_rank in range(2):
+            rows = slice_routes(traces, index.sequence_shard(2, tp_rank))
+            size = NUM_LAYERS // 4
+            slices += [rows.select_layers(range(s * size, (s + 1) * size)) for s in range(4)]
+    return slices
+
+
+BENCHMARKS: tuple[Callable[[argparse.Namespace], Iterable[Figure]], ...] = (
+    measure_codec,
+    measure_rows,
+)
 """Every benchmark of this file; each yields its figures."""
 
 
@@ -85,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--rows", type=int, default=65_536, help="tokens of the measured trace")
+    parser.add_argument("--batch-rows", type=int, default=1_000_000, help="tokens of the cut batch")
     arguments = parser.parse_args()
     arguments.rounds = 8 if arguments.quick else 40
     return arguments
