@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, UInt
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, UInt
 
 CHUNK_SLOTS = 1 << 19
 """Expert slots that are handled at a time: small enough for a cache, large enough to hide the cost of each call."""
@@ -33,8 +36,8 @@ def row_chunks(num_rows: int, num_layers: int, topk: int) -> Iterator[slice]:
 
 
 def to_planes(expert_ids: UInt[np.ndarray, "rows layers topk"]) -> UInt[np.ndarray, "topk sets"]:
-    """Return plane ``j`` holding slot ``j`` of every set; sets are (row, layer) pairs, row by row."""
-    return np.ascontiguousarray(expert_ids.reshape(-1, expert_ids.shape[2]).T)
+    """Return a copy whose plane ``j`` holds slot ``j`` of every set; sets are (row, layer) pairs, row by row."""
+    return expert_ids.reshape(-1, expert_ids.shape[2]).T.copy(order="C")
 
 
 def from_planes(
