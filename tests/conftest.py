@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from importlib.abc import MetaPathFinder
 
 # Before the first import of torch, which reads it once. Two test processes on two cores leave nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +18,7 @@ from jaxtyping import install_import_hook
 # Every signature of these packages is checked at every call, array shapes and dtypes included. With the tower an int
 # is accepted where a float is annotated, as type checkers do. moe_replay.megatron.cpu is left out: it asks who called
 # it, and a checked function is called by its checker.
-install_import_hook(
+hook = install_import_hook(
     [
         "moe_replay.batch",
         "moe_replay.grpo",
@@ -33,6 +35,30 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+class TypedCore(MetaPathFinder):
+    """Loads moe_replay.routing as a type checker reads it.
+
+    The core imports jaxtyping for type checkers only, because that takes longer than importing all of the core. Where
+    its annotations are to be checked their names are needed in earnest.
+    """
+
+    def __init__(self, checked: MetaPathFinder) -> None:
+        self.checked = checked
+
+    def find_spec(self, name, path=None, target=None):
+        if not f"{name}.".startswith("moe_replay.routing."):
+            return None
+        spec = self.checked.find_spec(name, path, target)
+        compiled = spec.loader.source_to_code
+        spec.loader.source_to_code = lambda source, *place, **options: compiled(
+            source.replace(b"\nif TYPE_CHECKING:\n", b"\nif True:\n"), *place, **options
+        )
+        return spec
+
+
+sys.meta_path.insert(0, TypedCore(hook.hook))
 
 # The default profile tries the same examples on every run; `--hypothesis-profile explore` looks for new ones.
 # Both print the blob that repeats a failure.

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Integer
 
 from moe_replay.errors import RecipeError, TraceError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float64, Int64, Integer
 
 HEALTHY_OVERLAP = 0.8
 """Slot overlap that aligned routes reach even under heavy drift."""

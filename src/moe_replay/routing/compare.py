@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import first_difference
 from moe_replay.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float64, Int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64, Int64
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.agreement import (
@@ -27,6 +27,9 @@ from moe_replay.routing.agreement import (
     mean_error,
     row_gain,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64, Int64
 
 MIN_GAIN = 0.1
 """Overlap by which a hypothesis must beat the aligned rows to be believed."""

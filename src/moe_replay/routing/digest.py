@@ -10,10 +10,12 @@ In: token ids. Out: uint64 digests. Called by: trace, codec.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Integer, UInt64
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Integer, UInt64
 
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15 | 1

@@ -13,9 +13,9 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, UInt, UInt8, UInt64
 
 from moe_replay.errors import CodecError, TraceError
 from moe_replay.routing.digest import digest_tokens, recover_tokens
@@ -28,6 +28,9 @@ from moe_replay.routing.set_coding import (
 )
 from moe_replay.routing.slots import row_chunks
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, UInt, UInt8, UInt64
 
 ALIGNMENT = 16
 """Frames, and the routes inside them, start at multiples of this many bytes."""

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import first_difference, join_digests
 from moe_replay.routing.trace import Origin, RoutingTrace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int64, Integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

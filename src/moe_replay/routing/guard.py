@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64
 
 from moe_replay.errors import MisalignmentError, RecipeError
 from moe_replay.routing.agreement import (
@@ -37,6 +37,9 @@ from moe_replay.routing.agreement import (
     row_gain,
 )
 from moe_replay.routing.diagnosis import MIN_GAIN, SIGMAS, Cause, alternatives, diagnose
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
 
 _WINDOW_ROWS = 8  # sampled rows of one sample that are judged together
 _STRAY_GAIN = 0.3  # overlap by which a row must fit elsewhere to count as stray

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Bool, Integer, Shaped
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.trace import (
@@ -24,6 +23,9 @@ from moe_replay.routing.trace import (
     RoutingTrace,
     expert_dtype,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Integer, Shaped
 
 Unwritten = Literal["refuse", "invalid"]
 """What to do with rows that nobody wrote: raise, or keep them as ``valid=False`` so that coverage counts them."""

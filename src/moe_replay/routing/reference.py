@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64, Int64, Integer
 
 from moe_replay.errors import RecipeError, TraceError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64, Int64, Integer
 
 _TINY = 1e-20  # keeps the normalisation finite when every chosen score underflows, as Megatron-Core does
 

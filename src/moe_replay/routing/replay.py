@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool
 
 from moe_replay.errors import CoverageError, TraceError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 class ReplayMode(StrEnum):

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, Shaped
 
 from moe_replay.errors import TraceError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64, Shaped
 
 PAD = -1
 """Entry of `RowIndex.rows` that holds no token."""

@@ -15,13 +15,13 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt, UInt8
 
 from moe_replay.errors import CodecError
 from moe_replay.routing.slots import from_planes, sort_planes, to_planes
 from moe_replay.routing.trace import expert_dtype
 
 if TYPE_CHECKING:
+    from jaxtyping import UInt, UInt8
     from zstandard import ZstdCompressor, ZstdDecompressor
 
 MAX_EXPANSION = 32

@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.rows import RowIndex
 from moe_replay.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int64, Integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

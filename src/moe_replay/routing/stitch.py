@@ -22,14 +22,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Integer
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference
 from moe_replay.routing.replay import Coverage
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Integer
 
 
 class RowKind(StrEnum):

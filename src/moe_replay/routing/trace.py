@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Integer, Shaped, UInt64
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import (
@@ -21,6 +20,9 @@ from moe_replay.routing.digest import (
     num_different_tokens,
 )
 from moe_replay.routing.slots import repeating_sets, row_chunks
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Integer, Shaped, UInt64
 
 # A layer that routes this many different tokens all alike is a buffer that nobody wrote, not a router's choice. Fewer can
 # be chance, and a stretch of one repeated token, however long, rightly has constant routes.
