@@ -41,12 +41,10 @@ DEFECTS_WITHOUT_TEST = set(
         "e7",
         "e8",
         "e9",
-        "f1",
         "f3",
         "f4",
         "f5",
         "f6",
-        "f7",
         "f8",
     ]
 )
