@@ -1,5 +1,7 @@
 """A trace is either possible or an error: form, ids, binding to tokens, cutting and joining."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -119,6 +121,34 @@ def test_trace_refuses_policy_spans_that_leave_rows_out():
             num_experts=8,
             token_digest=record().token_digest,
             origin=origin(2),
+        )
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 3), (1, 1)],
+        [(0, 3), (7, 9)],
+        [(0, 3), (3, 3)],
+        [(0, 2), (1, 3)],
+        [(0, 1), (2, 3)],
+        [(1, 3)],
+        [(-1, 3)],
+        [(0, 5), (-1, 3)],
+    ],
+)
+def test_trace_refuses_policy_spans_out_of_order(spans):
+    """The first ones cover the rows before the one that is out of place."""
+    with pytest.raises(TraceError, match="in order without a gap or overlap"):
+        dataclasses.replace(
+            record(),
+            origin=Origin(
+                engine="embedded",
+                engine_version="1.0",
+                spans=tuple(
+                    PolicySpan(start=start, stop=stop, policy_version=0) for start, stop in spans
+                ),
+            ),
         )
 
 

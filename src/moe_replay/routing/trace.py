@@ -306,12 +306,12 @@ class RoutingTrace:
                 raise TraceError(
                     f"{name} is {array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}[{tokens}]: one entry a row"
                 )
-        covered = 0
-        for span in self.origin.spans:
-            if span.start != covered or span.stop <= span.start:
-                break
-            covered = span.stop
-        if covered != tokens:
+        spans = self.origin.spans
+        edges = [0, *(span.stop for span in spans)]
+        in_order = all(
+            span.start == edge < span.stop for span, edge in zip(spans, edges, strict=False)
+        )
+        if not in_order or edges[-1] != tokens:
             raise TraceError(
                 f"policy spans {self.origin.spans} must cover the {tokens} rows in order without a gap or overlap"
             )

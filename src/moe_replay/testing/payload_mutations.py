@@ -38,9 +38,9 @@ def damaged(payload: bytes, rng: random.Random) -> bytes:
 
 def hostile(payload: bytes, rng: random.Random) -> bytes:
     """Return ``payload`` with fields, routes or index altered, and checksums that fit."""
-    if rng.random() < 0.2:
-        return with_fitting_checksums(damaged(payload, rng))
     parts = frames(payload)
+    if not parts or rng.random() < 0.2:
+        return with_fitting_checksums(damaged(payload, rng))
     number = rng.randrange(len(parts))
     name, body = parts[number]
     altered = bytearray(body)
