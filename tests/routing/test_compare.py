@@ -62,6 +62,34 @@ def test_compare_predicts_tokens_with_a_flip_from_independent_layers(comparison)
     assert comparison.tokens_with_flip_if_independent_frac == pytest.approx(1 - 2 / 3 * 1 / 3)
 
 
+def test_compare_counts_tokens_by_their_number_of_flips(comparison):
+    assert comparison.num_tokens_by_flips.tolist() == [1, 1, 1]
+
+
+def test_compare_counts_flips_by_token_id():
+    """Token 7 stands in rows 0 and 2 and in another sequence, token 3 in row 1; row 3 is not held."""
+    tokens = [7, 3, 7, 9]
+    first = (trace(OURS, tokens=tokens), trace(THEIRS, tokens=tokens, valid=[True] * 3 + [False]))
+    second = (trace(OURS[:1], tokens=[7]), trace(OURS[1:2], tokens=[7]))
+    whole = compare_traces(pair for pair in (first, second))
+    assert whole.token_ids.tolist() == [3, 7]
+    assert whole.flip_frac_by_token_id == pytest.approx([0.5, 2 / 6])
+    assert whole.num_tokens_by_token_id.tolist() == [1, 3]
+
+
+def test_compare_counts_as_a_set_comparison_does():
+    """Over more rows than one chunk holds, with ids of two bytes."""
+    tokens = np.arange(1500)
+    options = {"num_layers": 24, "num_experts": 300, "topk": 8}
+    ours, theirs = (synthetic_trace(tokens, seed=seed, **options) for seed in (1, 2))
+    shared = (ours.expert_ids[..., None] == theirs.expert_ids[..., None, :]).any(axis=3)
+    whole = compare_traces([(ours, theirs)])
+    assert whole.slot_overlap_by_layer == pytest.approx(shared[:-1].mean(axis=(0, 2)))
+    assert whole.flip_frac_by_layer == pytest.approx(1 - shared[:-1].all(axis=2).mean(axis=0))
+    flips, held = flipped(ours, theirs)
+    assert (flips[held] == ~shared[:-1].all(axis=2)).all()
+
+
 def test_compare_weighs_sequences_by_their_tokens():
     same = trace(OURS[:1])
     other = (trace(OURS[:3]), trace(THEIRS[:3]))

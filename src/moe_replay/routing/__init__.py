@@ -23,6 +23,7 @@ from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
 from moe_replay.routing.frame import Encoding, TraceHeader
 from moe_replay.routing.group import PromptDifference, TraceGroup
 from moe_replay.routing.guard import Guard
+from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
 from moe_replay.routing.payload import (
     RoutedModel,
     trace_from_payload,
@@ -52,6 +53,7 @@ __all__ = [
     "Guard",
     "GuardEvidence",
     "LiveReason",
+    "MarginComparison",
     "Origin",
     "PolicySpan",
     "PromptDifference",
@@ -67,6 +69,7 @@ __all__ = [
     "TraceGroup",
     "TraceHeader",
     "agreement_floor",
+    "compare_margins",
     "compare_traces",
     "decode_trace",
     "decode_traces",
@@ -81,6 +84,7 @@ __all__ = [
     "slice_routes",
     "stitch_turns",
     "to_text",
+    "topk_margins",
     "trace_from_payload",
     "trace_from_split_payload",
     "unrouted_trace",

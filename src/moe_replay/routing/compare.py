@@ -1,24 +1,34 @@
 """Comparison of two recordings of the same tokens: how often, where and for which tokens the routers differ.
 
-A *flip* is a (token, layer) whose expert sets differ. Fractions are over pairs of rows that both traces hold.
+A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer are flips by router.
+Fractions are over pairs of rows that both traces hold.
 
 In: pairs of traces. Out: TraceComparison. Called by: cli, report, grpo metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
-from moe_replay.routing.digest import first_difference
+from moe_replay.routing.digest import first_difference, recover_tokens
+from moe_replay.routing.slots import row_chunks, sort_planes, to_planes
 from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float64, Int64
+    from jaxtyping import Bool, Float64, Int64, UInt16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    layers: tuple[int, ...]
+    num_experts: int
+    topk: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +51,12 @@ class TraceComparison:
     """``[positions]``, rows behind each entry of ``flip_frac_by_position``."""
     flip_frac_by_sequence: Float64[np.ndarray, " sequences"]
     """``[sequences]``, in the order of the pairs; nan for a sequence without a compared row."""
+    token_ids: Int64[np.ndarray, " different_tokens"]
+    """``[different_tokens]``, the token ids of the compared rows, each once, increasing."""
+    flip_frac_by_token_id: Float64[np.ndarray, " different_tokens"]
+    """``[different_tokens]``, over all layers and all rows of that token id."""
+    num_tokens_by_token_id: Int64[np.ndarray, " different_tokens"]
+    """``[different_tokens]``, rows behind each entry of ``flip_frac_by_token_id``."""
     slot_overlap: float
     """Mean share of the topk slots that both chose."""
     slot_overlap_by_layer: Float64[np.ndarray, " layers"]
@@ -52,49 +68,91 @@ class TraceComparison:
     measured share means that flips gather on few tokens."""
     mean_flips_per_token: float
     """Layers that flip, per token."""
+    num_tokens_by_flips: Int64[np.ndarray, " flips"]
+    """``[layers + 1]``, entry ``n`` counts the tokens of which exactly ``n`` layers flip."""
 
 
-def compare_traces(pairs: Sequence[tuple[RoutingTrace, RoutingTrace]]) -> TraceComparison:
-    """Compare two recordings of each of several sequences.
+def compare_traces(pairs: Iterable[tuple[RoutingTrace, RoutingTrace]]) -> TraceComparison:
+    """Compare two recordings of each of several sequences; of a generator one pair at a time is held.
 
     Raises:
         TokenMismatchError: when the two traces of a pair are bound to different tokens.
         TraceError: when there is no pair, or layers, experts or topk differ.
     """
-    if not pairs:
-        raise TraceError("no traces to compare")
-    first = pairs[0][0]
+    tally: _Tally | None = None
     for number, pair in enumerate(pairs):
-        _check_pair(number, pair, first)
-    both = [a.valid & b.valid for a, b in pairs]
-    shared = np.concatenate(
-        [_shared_slots(a, b, held) for (a, b), held in zip(pairs, both, strict=True)]
-    )
-    lengths = [len(held) for held in both]
-    kept = np.concatenate(both)
-    position = np.concatenate([np.arange(length) for length in lengths])[kept]
-    sequence = np.repeat(np.arange(len(pairs)), lengths)[kept]
-    flips = shared < first.topk
-    per_token = flips.sum(axis=1)
-    by_layer = _mean(flips)
-    by_position, tokens_at = _grouped_mean(flips, position, max(lengths))
-    by_sequence, _ = _grouped_mean(flips, sequence, len(pairs))
-    overlap = _mean(shared) / first.topk
-    return TraceComparison(
-        layers=first.layers,
-        num_tokens=len(flips),
-        num_skipped=int(len(kept) - len(flips)),
-        flip_frac=float(by_layer.mean()),
-        flip_frac_by_layer=by_layer,
-        flip_frac_by_position=by_position,
-        num_tokens_by_position=tokens_at,
-        flip_frac_by_sequence=by_sequence,
-        slot_overlap=float(overlap.mean()),
-        slot_overlap_by_layer=overlap,
-        tokens_with_flip_frac=float(_mean((per_token > 0)[:, None])[0]),
-        tokens_with_flip_if_independent_frac=float(1 - np.prod(1 - by_layer)),
-        mean_flips_per_token=float(_mean(per_token[:, None])[0]),
-    )
+        if tally is None:
+            tally = _Tally(pair[0])
+        _check_pair(number, pair, tally.model)
+        tally.add(*pair)
+    if tally is None:
+        raise TraceError("no traces to compare")
+    return tally.comparison()
+
+
+class _Tally:
+    """Sums over the pairs seen so far, in memory of the order of tokens, not of routes."""
+
+    def __init__(self, first: RoutingTrace) -> None:
+        self.model = _Model(layers=first.layers, num_experts=first.num_experts, topk=first.topk)
+        self.num_flips = np.zeros(len(first.layers), dtype=np.int64)
+        self.num_shared = np.zeros(len(first.layers), dtype=np.int64)
+        self.num_skipped = 0
+        self.longest = 0
+        self.flips: list[Int64[np.ndarray, " held"]] = []
+        self.places: list[Int64[np.ndarray, " held"]] = []
+        self.tokens: list[Int64[np.ndarray, " held"]] = []
+
+    def add(self, ours: RoutingTrace, theirs: RoutingTrace) -> None:
+        held = ours.valid & theirs.valid
+        flips_per_row = []
+        for rows in row_chunks(len(ours), len(ours.layers), 2 * ours.topk):
+            shared = _shared_slots(ours, theirs, rows, held[rows])
+            flips = shared < ours.topk
+            self.num_shared += shared.sum(axis=0, dtype=np.int64)
+            self.num_flips += flips.sum(axis=0)
+            flips_per_row.append(flips.sum(axis=1))
+        self.flips.append(np.concatenate([np.zeros(0, dtype=np.int64), *flips_per_row]))
+        self.places.append(np.flatnonzero(held))
+        self.tokens.append(recover_tokens(ours.token_digest)[held].astype(np.int64))
+        self.num_skipped += int(len(held) - held.sum())
+        self.longest = max(self.longest, len(held))
+
+    def comparison(self) -> TraceComparison:
+        flips = np.concatenate(self.flips)
+        num_tokens, num_layers = len(flips), len(self.model.layers)
+        lengths = [len(part) for part in self.flips]
+        by_layer = _shares(self.num_flips, num_tokens)
+        overlap = _shares(self.num_shared, num_tokens * self.model.topk)
+        num_tokens_by_flips = np.bincount(flips, minlength=num_layers + 1)
+        by_flips = _shares(num_tokens_by_flips, num_tokens)
+        different, token = np.unique(np.concatenate(self.tokens), return_inverse=True)
+        by_position, tokens_at = _grouped(
+            flips, np.concatenate(self.places), self.longest, num_layers
+        )
+        by_sequence, _ = _grouped(
+            flips, np.repeat(np.arange(len(lengths)), lengths), len(lengths), num_layers
+        )
+        by_token, tokens_of = _grouped(flips, token, len(different), num_layers)
+        return TraceComparison(
+            layers=self.model.layers,
+            num_tokens=num_tokens,
+            num_skipped=self.num_skipped,
+            flip_frac=float(by_layer.mean()),
+            flip_frac_by_layer=by_layer,
+            flip_frac_by_position=by_position,
+            num_tokens_by_position=tokens_at,
+            flip_frac_by_sequence=by_sequence,
+            token_ids=different,
+            flip_frac_by_token_id=by_token,
+            num_tokens_by_token_id=tokens_of,
+            slot_overlap=float(overlap.mean()),
+            slot_overlap_by_layer=overlap,
+            tokens_with_flip_frac=float(by_flips[1:].sum()),
+            tokens_with_flip_if_independent_frac=float(1 - np.prod(1 - by_layer)),
+            mean_flips_per_token=float(by_flips @ np.arange(num_layers + 1)),
+            num_tokens_by_flips=num_tokens_by_flips,
+        )
 
 
 def flipped(
@@ -105,38 +163,46 @@ def flipped(
     Raises:
         TraceError: as `compare_traces`.
     """
-    _check_pair(0, (ours, theirs), ours)
+    model = _Model(layers=ours.layers, num_experts=ours.num_experts, topk=ours.topk)
+    _check_pair(0, (ours, theirs), model)
     held = ours.valid & theirs.valid
     flips = np.zeros((len(ours), len(ours.layers)), dtype=bool)
-    flips[held] = _shared_slots(ours, theirs, held) < ours.topk
+    for rows in row_chunks(len(ours), len(ours.layers), 2 * ours.topk):
+        shared = _shared_slots(ours, theirs, rows, held[rows])
+        flips[rows][held[rows]] = shared < ours.topk
     return flips, held
 
 
 def _shared_slots(
-    ours: RoutingTrace, theirs: RoutingTrace, held: Bool[np.ndarray, " tokens"]
-) -> Int64[np.ndarray, "held layers"]:
+    ours: RoutingTrace, theirs: RoutingTrace, rows: slice, held: Bool[np.ndarray, " rows"]
+) -> UInt16[np.ndarray, "held layers"]:
     """Count the experts in common; both sets have ``topk`` distinct members, so equal sets share ``topk``."""
-    together = np.concatenate([ours.expert_ids[held], theirs.expert_ids[held]], axis=2)
-    together.sort(axis=2)
-    return (together[..., 1:] == together[..., :-1]).sum(axis=2)
+    together = np.concatenate([ours.expert_ids[rows][held], theirs.expert_ids[rows][held]], axis=2)
+    shared = np.zeros(together.shape[:2], dtype=np.uint16)
+    flat = shared.reshape(-1)
+    for below, above in pairwise(sort_planes(to_planes(together))):
+        flat += below == above
+    return shared
 
 
-def _mean(values: np.ndarray) -> Float64[np.ndarray, " columns"]:
-    if not len(values):
-        return np.full(values.shape[1], np.nan)
-    return values.mean(axis=0, dtype=np.float64)
+def _shares(totals: Int64[np.ndarray, " entries"], count: int) -> Float64[np.ndarray, " entries"]:
+    return totals / count if count else np.full(len(totals), np.nan)
 
 
-def _grouped_mean(
-    flips: Bool[np.ndarray, "tokens layers"], group: Int64[np.ndarray, " tokens"], num_groups: int
+def _grouped(
+    flips: Int64[np.ndarray, " tokens"],
+    group: Int64[np.ndarray, " tokens"],
+    num_groups: int,
+    num_layers: int,
 ) -> tuple[Float64[np.ndarray, " groups"], Int64[np.ndarray, " groups"]]:
+    """Return the share of (token, layer) pairs that flip in each group, and the tokens of each."""
     count = np.bincount(group, minlength=num_groups)
-    total = np.bincount(group, weights=flips.mean(axis=1), minlength=num_groups)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan), count
+    total = np.bincount(group, weights=flips, minlength=num_groups)
+    return np.where(count > 0, total / np.maximum(count * num_layers, 1), np.nan), count
 
 
-def _check_pair(number: int, pair: tuple[RoutingTrace, RoutingTrace], first: RoutingTrace) -> None:
-    wanted = (first.layers, first.num_experts, first.topk)
+def _check_pair(number: int, pair: tuple[RoutingTrace, RoutingTrace], model: _Model) -> None:
+    wanted = (model.layers, model.num_experts, model.topk)
     for side, trace in zip(("first", "second"), pair, strict=True):
         got = (trace.layers, trace.num_experts, trace.topk)
         if got != wanted:
