@@ -23,14 +23,17 @@ _WIDTH = 100
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
     try:
-        options = _parser().parse_args(arguments)
+        options = parser.parse_args(arguments)
+        if overrides and options.command != "train":
+            parser.error(f"unrecognized argument --{overrides[0][0]}: only train takes recipe keys")
     except BrokenPipeError:
         # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     try:
-        return _run_train(options, overrides)
+        return options.run(options, overrides)
     except MoeReplayError as error:
         if options.traceback:
             traceback.print_exc()
@@ -91,11 +94,24 @@ def _parser() -> argparse.ArgumentParser:
         help="discard what the output directory holds and start anew",
     )
     train.add_argument(
-        "--traceback", action="store_true", help="show where in the program an error arose"
-    )
-    train.add_argument(
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
     )
+    train.set_defaults(run=_run_train)
+    compare = commands.add_parser(
+        "compare",
+        help="compare two recordings of the same tokens",
+        description="Compare two trace files that were recorded over the same samples: how often the experts differ, in "
+        "which layers, positions, sequences and tokens.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("first", metavar="A", help="trace file")
+    compare.add_argument("second", metavar="B", help="trace file")
+    compare.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    compare.set_defaults(run=_run_compare)
+    for command in (train, compare):
+        command.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error arose"
+        )
     return parser
 
 
@@ -122,6 +138,12 @@ def _run_train(options: argparse.Namespace, overrides: Sequence[tuple[str, str |
     return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
 
 
+def _run_compare(options: argparse.Namespace, _: Sequence[tuple[str, str | None]]) -> int:
+    from moe_replay.cli.compare import run_compare
+
+    return run_compare(options.first, options.second, as_json=options.json)
+
+
 def _error_block(error: MoeReplayError) -> str:
     """Return an error as one block: its kind, its message wrapped, and what caused it."""
     lines = [f"moe-replay: {_KINDS.get(type(error).__name__, 'the run stopped')}"]
@@ -146,6 +168,9 @@ _KINDS = {
     "RewardError": "a reward function failed",
     "EngineError": "the inference engine failed",
     "CheckpointError": "a checkpoint cannot be used",
+    "CodecError": "a trace file cannot be used",
+    "TokenMismatchError": "routes belong to other tokens",
+    "TraceError": "routes are not what they should be",
 }
 
 

@@ -1,0 +1,164 @@
+"""`moe-replay compare`: how often two recordings of the same tokens choose other experts, and where.
+
+In: two trace files. Out: a table for people, or JSON. Called by: cli.main.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moe_replay.errors import CodecError, TraceError
+from moe_replay.routing import RoutingTrace, TraceComparison, TraceFile, compare_traces
+
+_NUM_TOKENS_SHOWN = 5
+_NUM_STRETCHES = 8
+_BAR_WIDTH = 24
+
+
+def run_compare(first: str, second: str, *, as_json: bool) -> int:
+    """Compare the traces of equal name in two files and print what was found.
+
+    Raises:
+        TraceError: when the files hold traces of other names, tokens or models, or cannot be read.
+    """
+    files = TraceFile(first), TraceFile(second)
+    names = _shared_names(*files)
+    reading: list[str] = []
+    try:
+        found = compare_traces(_pairs(*files, names, reading))
+    except CodecError:
+        raise  # names its file and trace
+    except TraceError as error:
+        raise type(error)(f"trace {reading[-1]!r} of {first} and {second}: {error}") from error
+    if as_json:
+        print(json.dumps(comparison_report(found, names), indent=2))
+    else:
+        _show(found, names)
+    return 0
+
+
+def comparison_report(found: TraceComparison, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return a comparison as plain JSON: arrays as lists, nan as null."""
+    arrays = {
+        name: [_plain(value) for value in np.asarray(getattr(found, name)).tolist()]
+        for name in (
+            *("layers", "flip_frac_by_layer", "slot_overlap_by_layer"),
+            *("flip_frac_by_position", "num_tokens_by_position"),
+            *("token_ids", "flip_frac_by_token_id", "num_tokens_by_token_id"),
+            "num_tokens_by_flips",
+        )
+    }
+    single = {
+        name: _plain(getattr(found, name))
+        for name in (
+            *("num_tokens", "num_skipped", "flip_frac", "slot_overlap", "mean_flips_per_token"),
+            *("tokens_with_flip_frac", "tokens_with_flip_if_independent_frac"),
+        )
+    }
+    by_sequence = dict(zip(names, map(_plain, found.flip_frac_by_sequence.tolist()), strict=True))
+    return {**single, "flip_frac_by_sequence": by_sequence, **arrays}
+
+
+def _shared_names(first: TraceFile, second: TraceFile) -> tuple[str, ...]:
+    ours, theirs = set(first.names), set(second.names)
+    if not ours or ours != theirs:
+        only = [sorted(ours - theirs)[:4], sorted(theirs - ours)[:4]]
+        raise TraceError(
+            f"{first.path} holds {len(ours)} traces and {second.path} {len(theirs)}; only in the first: {only[0]}, only in "
+            f"the second: {only[1]}; expected the same names in both, at least one: record both over the same samples"
+        )
+    return first.names
+
+
+def _pairs(
+    first: TraceFile, second: TraceFile, names: tuple[str, ...], reading: list[str]
+) -> Iterator[tuple[RoutingTrace, RoutingTrace]]:
+    for name in names:
+        reading.append(name)
+        yield first.read(name), second.read(name)
+
+
+def _plain(value: float) -> float | None:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _show(found: TraceComparison, names: tuple[str, ...]) -> None:
+    console = Console(highlight=False)
+    console.print(
+        f"{found.num_tokens} tokens of {len(names)} sequences in {len(found.layers)} layers; "
+        f"{found.num_skipped} rows are not in both"
+    )
+    console.print(_totals(found))
+    console.print(_by_layer(found))
+    console.print(_by_position(found))
+    console.print(_worst(found, names))
+
+
+def _totals(found: TraceComparison) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_row("flips, of (token, layer) pairs", _percent(found.flip_frac))
+    table.add_row("expert slots in common", _percent(found.slot_overlap))
+    table.add_row("tokens with a flip in some layer", _percent(found.tokens_with_flip_frac))
+    table.add_row(
+        "the same, if layers flipped independently",
+        _percent(found.tokens_with_flip_if_independent_frac),
+    )
+    table.add_row("layers that flip, per token", f"{found.mean_flips_per_token:.3f}")
+    return table
+
+
+def _by_layer(found: TraceComparison) -> Table:
+    table = Table("layer", "flips", "", "slots in common", box=box.SIMPLE)
+    rows = zip(found.layers, found.flip_frac_by_layer, found.slot_overlap_by_layer, strict=True)
+    for layer, flips, overlap in rows:
+        table.add_row(str(layer), _percent(flips), _bar(flips), _percent(overlap))
+    return table
+
+
+def _by_position(found: TraceComparison) -> Table:
+    """Show flips over stretches of positions, each weighed by its tokens."""
+    table = Table("positions", "flips", "", "tokens", box=box.SIMPLE)
+    positions = np.arange(len(found.num_tokens_by_position))
+    for part in np.array_split(positions, min(_NUM_STRETCHES, len(positions))):
+        counts = found.num_tokens_by_position[part]
+        if not counts.sum():
+            continue
+        flips = np.average(np.nan_to_num(found.flip_frac_by_position[part]), weights=counts)
+        table.add_row(
+            f"{part[0]} to {part[-1]}", _percent(flips), _bar(flips), str(int(counts.sum()))
+        )
+    return table
+
+
+def _worst(found: TraceComparison, names: tuple[str, ...]) -> Table:
+    """Show the sequences and token ids that flip most."""
+    table = Table("most flips in", "", "flips", "tokens", box=box.SIMPLE)
+    held = np.flatnonzero(np.isfinite(found.flip_frac_by_sequence))
+    order = held[np.argsort(-found.flip_frac_by_sequence[held], kind="stable")]
+    for number in order[:_NUM_TOKENS_SHOWN]:
+        table.add_row("sequence", names[number], _percent(found.flip_frac_by_sequence[number]), "")
+    flips = found.flip_frac_by_token_id * found.num_tokens_by_token_id
+    for number in np.argsort(-flips, kind="stable")[:_NUM_TOKENS_SHOWN]:
+        table.add_row(
+            "token id",
+            str(found.token_ids[number]),
+            _percent(found.flip_frac_by_token_id[number]),
+            str(found.num_tokens_by_token_id[number]),
+        )
+    return table
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.2f} %"
+
+
+def _bar(share: float) -> str:
+    return "" if math.isnan(share) else "#" * round(_BAR_WIDTH * share)
