@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 
 # Before the first import of torch, which reads it once. Two test processes on two cores leave nothing to share.
@@ -65,6 +66,16 @@ sys.meta_path.insert(0, TypedCore(hook.hook))
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def vllm_imported() -> None:
+    """Import vLLM, whose import and start warn of things in torch that are none of ours."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import vllm.v1.engine.llm_engine
+        import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 def _has_cuda() -> bool:

@@ -52,7 +52,7 @@ def _fake_case() -> EngineCase:
     )
 
 
-def _embedded_case(dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
+def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
     from transformers import AutoModelForCausalLM
 
     models = {
@@ -60,7 +60,11 @@ def _embedded_case(dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
         for seed, path in checkpoints.items()
     }
 
-    def make() -> EmbeddedEngine:
+    def make() -> Engine:
+        if name == "vllm":
+            from moe_replay.rollout.vllm_engine import VllmEngine
+
+            return VllmEngine(checkpoints[0], dtype=dtype, max_batch_size=16, kv_cache_gib=0.05)
         return EmbeddedEngine(checkpoints[0], dtype=dtype, max_batch_size=16)
 
     def weights(seed: int) -> Weights:
@@ -72,7 +76,7 @@ def _embedded_case(dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
         return logits.float().numpy(), recorder.take().numpy()
 
     return EngineCase(
-        name=f"embedded-{dtype}",
+        name=f"{name}-{dtype}",
         make=make,
         weights=weights,
         forced=forced,
@@ -81,12 +85,24 @@ def _embedded_case(dtype: str, checkpoints: dict[int, Path]) -> EngineCase:
     )
 
 
-@pytest.fixture(scope="session", params=["fake", "embedded-float32", "embedded-bfloat16"])
+ENGINES = [
+    "fake",
+    "embedded-float32",
+    "embedded-bfloat16",
+    pytest.param("vllm-float32", marks=pytest.mark.vllm),
+    pytest.param("vllm-bfloat16", marks=pytest.mark.vllm),
+]
+
+
+@pytest.fixture(scope="session", params=ENGINES)
 def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
     """Return each engine in turn."""
-    if request.param == "fake":
+    name, _, dtype = request.param.partition("-")
+    if name == "fake":
         return _fake_case()
-    return _embedded_case(request.param.removeprefix("embedded-"), checkpoints)
+    if name == "vllm":
+        request.getfixturevalue("vllm_imported")
+    return _model_case(name, dtype, checkpoints)
 
 
 @pytest.fixture(scope="session")

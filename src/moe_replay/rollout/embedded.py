@@ -15,6 +15,7 @@ import torch
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.decoding import Batch, Job
+from moe_replay.rollout.model_facts import eos_ids
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
     Completion,
@@ -66,7 +67,7 @@ class EmbeddedEngine:
         self._max_batch_size = max_batch_size
         self._num_threads = num_threads
         self._views = CheckpointViews(self._model)
-        self._eos_ids = _eos_ids(self._model)
+        self._eos_ids = eos_ids(self._model.generation_config, self._model.config)
         self._policy_version = 0
         self._state: Literal["ready", "broken", "closed"] = "ready"
         config = self._model.config.get_text_config()
@@ -233,15 +234,6 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
     return model
-
-
-def _eos_ids(model: Any) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 @contextmanager

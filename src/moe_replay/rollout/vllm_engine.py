@@ -1,0 +1,334 @@
+"""The vLLM engine in this process: vLLM samples with captured routes, and weights are pushed into it without the disk.
+
+In: a checkpoint directory, requests, weights. Out: completions with routes. Called by: grpo, rollout.server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from moe_replay.errors import EngineError, RecipeError
+from moe_replay.rollout.model_facts import read_facts
+from moe_replay.rollout.sampling import check_requests, check_sampling
+from moe_replay.rollout.types import (
+    Completion,
+    EngineDescription,
+    FinishReason,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
+from moe_replay.rollout.vllm_startup import start_vllm, stop_vllm, vllm_version
+from moe_replay.rollout.vllm_wire import payload_of_output, trace_from_vllm
+from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.routing import Origin, RoutingTrace
+
+_DTYPES = ("float32", "bfloat16")
+_FINISH_REASONS = {
+    "stop": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORTED,
+}
+
+
+class VllmEngine:
+    """Samples with vLLM in this process: prefix caching and chunked prefill on, routes captured.
+
+    Tokens are drawn with the noise of every engine of moe-replay (see `rollout.vllm_sampler`), so equal seeds give equal
+    completions, whatever shares the batch. Threads may call `generate` at the same time; their requests run together. On
+    a GPU the engine sleeps between rounds: its weights wait in host memory and its cache is gone while the trainer
+    works. On a CPU vLLM has no sleep, and both stay.
+
+    Example:
+        >>> engine = VllmEngine("checkpoints/tiny", dtype="bfloat16")
+        >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
+
+    Raises:
+        RecipeError: when vLLM is not installed, or the checkpoint or an option is wrong.
+        UnsupportedError: when another release of vLLM is installed than the one that this was tested on.
+        EngineError: when vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        max_batch_size: int = 128,
+        max_context_length: int | None = None,
+        max_tokens_per_forward: int | None = None,
+        kv_cache_gib: float = 1.0,
+        record_routes: bool = True,
+    ) -> None:
+        if dtype not in _DTYPES or max_batch_size < 1 or kv_cache_gib <= 0:
+            raise RecipeError(
+                f"the vLLM engine has dtype {dtype}, max_batch_size {max_batch_size} and kv_cache_gib {kv_cache_gib}; "
+                f"expected one of {list(_DTYPES)}, at least 1, and above 0"
+            )
+        self._facts = read_facts(model_dir)
+        routed = self._facts.routed
+        self._description = EngineDescription(
+            name="vllm",
+            version=vllm_version(),
+            dtype=dtype,
+            records_routes=record_routes and routed is not None,
+            moe_layers=routed.moe_layers if routed else (),
+            num_experts=routed.num_experts if routed else 0,
+            topk=routed.topk if routed else 0,
+            max_context_length=self._context_length(max_context_length),
+        )
+        self._state: Literal["ready", "broken", "closed"] = "ready"
+        self._policy_version = 0
+        self._lock = threading.Lock()
+        self._next_id = 0
+        self._finished: dict[str, Any] = {}
+        self._num_callers = 0
+        self._is_asleep = False
+        self._vllm = start_vllm(
+            Path(model_dir),
+            dtype=dtype,
+            max_num_seqs=max_batch_size,
+            max_model_len=self._description.max_context_length,
+            max_num_batched_tokens=max_tokens_per_forward,
+            kv_cache_memory_bytes=int(kv_cache_gib * (1 << 30)),
+            enable_return_routed_experts=self._description.records_routes,
+        )
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return."""
+        return self._description
+
+    @property
+    def policy_version(self) -> int:
+        """Weight pushes received so far."""
+        return self._policy_version
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+        """Complete every request; the groups come back in the order of ``requests``.
+
+        Raises:
+            RecipeError: when a sampling setting is out of range.
+            EngineError: when a request is malformed or leaves no room in the context, vLLM fails, or the engine is closed.
+        """
+        check_sampling(sampling)
+        check_requests(
+            requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
+        )
+        with self._lock:
+            self._check_ready()
+            self._wake()
+            self._num_callers += 1
+            policy_version = self._policy_version
+            names = [self._add(request, sampling) for request in requests]
+        try:
+            outputs = self._outputs_of([name for group in names for name in group])
+        finally:
+            with self._lock:
+                self._num_callers -= 1
+                self._sleep_if_idle()
+        return [
+            RolloutGroup(
+                request=request,
+                completions=tuple(
+                    self._completion(request, number, outputs[name], policy_version)
+                    for number, name in enumerate(group)
+                ),
+            )
+            for request, group in zip(requests, names, strict=True)
+        ]
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
+    ) -> None:
+        """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
+
+        The prefix cache, and with it the routes of its rows, is emptied.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
+                a failed push the engine refuses to sample until a push succeeds.
+        """
+        with self._lock:
+            if self._state == "closed":
+                raise EngineError("the vLLM engine is closed; make a new one")
+            if policy_version < self._policy_version:
+                raise EngineError(
+                    f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes, so "
+                    "a stale trainer is pushing"
+                )
+            if self._vllm.has_unfinished_requests():
+                raise EngineError(
+                    "weights were pushed while completions are being sampled; wait for generate to return, so that no "
+                    "completion mixes two policies"
+                )
+            self._wake()
+            self._state = "broken"
+            self._reload(weights)
+            if not self._vllm.reset_prefix_cache():
+                raise EngineError(
+                    "vLLM did not empty its prefix cache after a weight push, so prompts would be answered from the last "
+                    "policy; push again"
+                )
+            self._state = "ready"
+            self._policy_version = policy_version
+            self._sleep_if_idle()
+
+    def close(self) -> None:
+        """Release the model and its cache. Calling it twice is allowed."""
+        with self._lock:
+            if self._state != "closed":
+                self._state = "closed"
+                stop_vllm(self._vllm)
+                del self._vllm
+
+    def _context_length(self, wanted: int | None) -> int:
+        most = self._facts.max_context_length
+        if wanted is not None and not 2 <= wanted <= most:
+            raise RecipeError(
+                f"max_context_length is {wanted}, expected 2 to {most}, the positions of the model"
+            )
+        return most if wanted is None else wanted
+
+    def _check_ready(self) -> None:
+        if self._state == "closed":
+            raise EngineError("the vLLM engine is closed; make a new one")
+        if self._state == "broken":
+            raise EngineError(
+                "the last weight push failed half-way, so the engine holds weights of two policies; push again"
+            )
+
+    def _add(self, request: Request, sampling: SamplingParams) -> list[str]:
+        """Queue the completions of a request and return their names."""
+        from vllm.inputs import TokensPrompt
+
+        from moe_replay.rollout.vllm_sampler import draw_params
+
+        names = []
+        for number in range(request.num_generations):
+            name = str(self._next_id)
+            self._next_id += 1
+            params = draw_params(
+                sampling,
+                request_id=request.request_id,
+                completion=number,
+                stop_token_ids=tuple({*self._facts.eos_ids, *sampling.stop_token_ids}),
+            )
+            prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
+            self._vllm.add_request(name, prompt, params)
+            names.append(name)
+        return names
+
+    def _outputs_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """Run vLLM until ``names`` have ended; whichever caller holds the lock runs it for all of them."""
+        waiting = set(names)
+        try:
+            while waiting:
+                with self._lock:
+                    if waiting - self._finished.keys():
+                        self._step()
+                    waiting -= self._finished.keys()
+        except Exception as error:
+            with self._lock:
+                self._vllm.abort_request(list(waiting))
+            raise EngineError(
+                f"vLLM failed with {len(waiting)} completions unfinished: {type(error).__name__}: {error}"
+            ) from error
+        with self._lock:
+            return {name: self._finished.pop(name) for name in names}
+
+    def _step(self) -> None:
+        if not self._vllm.has_unfinished_requests():
+            raise EngineError("vLLM lost requests: it has none left and did not answer all")
+        for output in self._vllm.step():
+            if output.finished:
+                self._finished[output.request_id] = output
+
+    def _completion(
+        self, request: Request, number: int, output: Any, policy_version: int
+    ) -> Completion:
+        (sampled,) = output.outputs
+        where = f"vllm: request {request.request_id}, completion {number}"
+        token_ids = np.array(sampled.token_ids, dtype=np.int32)
+        rollout_logprobs = [
+            place[token].logprob
+            for place, token in zip(sampled.logprobs, sampled.token_ids, strict=True)
+        ]
+        finish_reason = _FINISH_REASONS.get(sampled.finish_reason)
+        if finish_reason is None:
+            raise EngineError(
+                f"{where} ended with finish_reason {sampled.finish_reason!r}, expected one of {list(_FINISH_REASONS)}"
+            )
+        return Completion(
+            token_ids=token_ids,
+            rollout_logprobs=np.array(rollout_logprobs, dtype=np.float32),
+            trace=self._trace(request, token_ids, output, finish_reason, policy_version, where),
+            finish_reason=finish_reason,
+            policy_version=policy_version,
+        )
+
+    def _trace(
+        self,
+        request: Request,
+        token_ids: np.ndarray,
+        output: Any,
+        finish_reason: FinishReason,
+        policy_version: int,
+        where: str,
+    ) -> RoutingTrace | None:
+        if not self._description.records_routes:
+            return None
+        assert self._facts.routed is not None
+        every = np.concatenate([request.prompt_ids, token_ids])
+        return trace_from_vllm(
+            payload_of_output(output, output.outputs[0]),
+            version=self._description.version,
+            token_ids=every,
+            num_prompt_tokens=len(request.prompt_ids),
+            model=self._facts.routed,
+            origin=Origin.single(
+                engine="vllm",
+                engine_version=self._description.version,
+                policy_version=policy_version,
+                num_rows=len(every),
+            ),
+            was_cut=finish_reason is FinishReason.ABORTED,
+            where=where,
+        )
+
+    def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        stream = checked_weights(weights, self._facts)
+        try:
+            self._vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        except Exception as error:
+            # Layers that wait for their weights are empty until vLLM is told that no more come.
+            self._vllm.apply_model(partial(_finish_reload, model_config=self._vllm.model_config))
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(
+                f"vLLM failed to load a push: {type(error).__name__}: {error}"
+            ) from error
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._vllm.wake_up()
+            self._is_asleep = False
+
+    def _sleep_if_idle(self) -> None:
+        asleep = self._vllm.vllm_config.model_config.enable_sleep_mode and self._num_callers == 0
+        if asleep and not self._is_asleep and self._state != "closed":
+            self._vllm.sleep(level=1)
+            self._is_asleep = True
+
+
+def _finish_reload(model: Any, *, model_config: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)

@@ -1,0 +1,169 @@
+"""Draws tokens inside vLLM with the noise and the log-probabilities that every engine of moe-replay has.
+
+vLLM's own sampling cannot keep the contract: it reports log-probabilities either before the temperature or after the
+truncation, a seed kills its CPU build at the first chunked prefill, and its noise depends on the version. As a logits
+processor, this class draws the token itself and leaves a row in which it is the only possible one; its logit is the
+log-probability of the full vocabulary at the sampling temperature. vLLM then takes the best token of each row and, with
+``logprobs_mode="processed_logits"``, reports that logit.
+
+In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite entry a row. Called by: vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from moe_replay.rollout.sampling import completion_noise, sample_tokens
+from moe_replay.rollout.types import SamplingParams
+
+KEY = "moe_replay"
+"""Entry of ``extra_args`` that holds a draw."""
+LOGPROBS_MODE = "processed_logits"
+"""vLLM's ``logprobs_mode`` under which the log-probabilities of this class are reported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How the tokens of one completion are drawn."""
+
+    seed: int
+    """Seed of the run's sampling noise."""
+    request_id: int
+    """Request of the completion."""
+    completion: int
+    """Number of the completion among its request's."""
+    temperature: float
+    """Softmax temperature; 0 takes the most likely token."""
+    top_p: float
+    """Nucleus; 1 keeps all."""
+    top_k: int
+    """Most likely tokens kept; 0 keeps all."""
+
+
+def draw_params(
+    sampling: SamplingParams, *, request_id: int, completion: int, stop_token_ids: tuple[int, ...]
+) -> VllmSamplingParams:
+    """Return vLLM's parameters for one completion; ``stop_token_ids`` hold the end-of-sequence tokens too."""
+    draw = Draw(
+        seed=sampling.seed,
+        request_id=request_id,
+        completion=completion,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+    )
+    return VllmSamplingParams(
+        # The best token of a row is the drawn one, so vLLM must not draw again.
+        temperature=0.0,
+        max_tokens=sampling.max_completion_length,
+        stop_token_ids=sorted(stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        extra_args={KEY: {name: getattr(draw, name) for name in Draw.__slots__}},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One running request."""
+
+    draw: Draw
+    noise: Float64[np.ndarray, " length"]
+    output_ids: list[int]
+    """Tokens so far: vLLM's own list, which grows."""
+
+
+class DrawTokens(LogitsProcessor):
+    """The logits processor; give its class to vLLM as ``logits_processors``."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: VllmSamplingParams) -> None:
+        """Raise `ValueError` for a request that this process cannot sample exactly."""
+        from vllm.platforms import current_platform
+
+        if sampling_params.seed is not None and current_platform.is_cpu():
+            raise ValueError(
+                "a seed ends vLLM's CPU engine at the first chunked prefill (CPU generators have no offset); "
+                f"leave `seed` out, or draw by extra_args[{KEY!r}], whose noise has its own seed"
+            )
+        _draw_of(sampling_params)
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        mode = vllm_config.model_config.logprobs_mode
+        if mode != LOGPROBS_MODE:
+            raise ValueError(
+                f"logprobs_mode is {mode}, expected {LOGPROBS_MODE}: any other reports log-probabilities of 0 for tokens "
+                "drawn here; start vLLM with --logprobs-mode processed_logits"
+            )
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """Return False: the best token of a row becomes the drawn one."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the requests that vLLM adds to, removes from and moves within its batch."""
+        process_dict_updates(self._rows, batch_update, _new_row)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw one token for each row with a draw, and leave it as the row's only possible token."""
+        alike: dict[tuple[float, int, float], list[int]] = {}
+        for index, row in self._rows.items():
+            draw = row.draw
+            alike.setdefault((draw.temperature, draw.top_k, draw.top_p), []).append(index)
+        for (temperature, top_k, top_p), indices in alike.items():
+            noise = [
+                self._rows[index].noise[len(self._rows[index].output_ids)] for index in indices
+            ]
+            where = torch.tensor(indices, device=logits.device)
+            ids, rollout_logprobs = sample_tokens(
+                logits[where],
+                torch.tensor(noise, dtype=torch.float64, device=logits.device),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+            logits[where] = float("-inf")
+            logits[where, ids] = rollout_logprobs
+        return logits
+
+
+def _new_row(
+    params: VllmSamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
+) -> _Row | None:
+    draw = _draw_of(params)
+    if draw is None:
+        return None
+    noise = completion_noise(
+        seed=draw.seed,
+        request_id=draw.request_id,
+        completion=draw.completion,
+        length=params.max_tokens,
+    )
+    return _Row(draw=draw, noise=noise, output_ids=output_ids)
+
+
+def _draw_of(params: VllmSamplingParams) -> Draw | None:
+    given: Mapping[str, Any] | None = (params.extra_args or {}).get(KEY)
+    if given is None:
+        return None
+    if set(given) != set(Draw.__slots__):
+        raise ValueError(
+            f"extra_args[{KEY!r}] has the keys {sorted(given)}, expected {sorted(Draw.__slots__)}"
+        )
+    if params.temperature != 0 or params.n != 1 or params.logprobs is None:
+        raise ValueError(
+            f"extra_args[{KEY!r}] needs temperature 0 (it has its own), n = 1 and logprobs = 0; got temperature "
+            f"{params.temperature}, n {params.n}, logprobs {params.logprobs}"
+        )
+    return Draw(**given)
