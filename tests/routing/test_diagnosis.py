@@ -42,6 +42,26 @@ def test_diagnose_names_token_shifts_with_their_sign(shift):
     assert found.aligned < 0.6
 
 
+@pytest.mark.parametrize("shift", [-17, -3, 9, 20])
+def test_diagnose_names_a_shift_by_many_tokens(shift):
+    routes = routes_of(13)
+    found = diagnosis_of(routes, [np.roll(part, shift, axis=0) for part in routes.replayed])
+    assert (found.cause, found.shift) == (Cause.TOKEN_SHIFT, shift)
+    assert found.agreement == pytest.approx(0.9, abs=0.03)
+
+
+def test_diagnose_names_another_shift_in_each_sample():
+    """As when each sample's routes are written at the start of its own prompt."""
+    routes = routes_of(14)
+    moved = [
+        np.roll(part, -prompt, axis=0)
+        for part, prompt in zip(routes.replayed, (12, 0, 31), strict=True)
+    ]
+    found = diagnosis_of(routes, moved)
+    assert (found.cause, found.shift) == (Cause.TOKEN_SHIFT, 0)
+    assert "rows later: -12 in sample 0, -31 in sample 2;" in found.sentence
+
+
 def test_diagnose_names_a_rotation_over_many_layers():
     routes = routes_of(3, layers=7)
     found = diagnosis_of(routes, [np.roll(part, 3, axis=1) for part in routes.replayed])

@@ -19,10 +19,11 @@ from moe_replay.routing.codec import (
     to_text,
 )
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
-from moe_replay.routing.diagnosis import Cause, Diagnosis, diagnose
+from moe_replay.routing.diagnosis import Diagnosis, diagnose
 from moe_replay.routing.frame import Encoding, TraceHeader
 from moe_replay.routing.group import PromptDifference, TraceGroup
 from moe_replay.routing.guard import Guard
+from moe_replay.routing.hypotheses import Cause
 from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
 from moe_replay.routing.payload import (
     RoutedModel,

@@ -111,6 +111,15 @@ class Overlaps:
         """Return the overlap with the routes that lie ``shift`` tokens later in the same sample."""
         return self.of_place(self.sample, self.position + shift)
 
+    def along_sample(self, entry: int) -> Float64[np.ndarray, " positions"]:
+        """Return the mean overlap of sampled row ``entry`` with the route at each position of its sample; nan without."""
+        rows = self._place[np.searchsorted(self.samples, self.sample[entry])]
+        held = rows >= 0
+        ids = self.evidence.expert_ids[rows[held]].astype(np.int64)
+        found = np.full(len(rows), np.nan)
+        found[held] = self.live[entry][np.arange(ids.shape[1])[:, None], ids].mean(axis=(1, 2))
+        return found
+
     def of_layer_shift(self, shift: int) -> Float64[np.ndarray, "sampled layers"]:
         """Return the overlap with the routes that lie ``shift`` layer entries later; nan past the ends."""
         source = np.arange(self.ids.shape[1]) + shift

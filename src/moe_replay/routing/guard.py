@@ -36,7 +36,8 @@ from moe_replay.routing.agreement import (
     mean_error,
     row_gain,
 )
-from moe_replay.routing.diagnosis import MIN_GAIN, SIGMAS, Cause, alternatives, diagnose
+from moe_replay.routing.diagnosis import SIGMAS, diagnose
+from moe_replay.routing.hypotheses import MIN_GAIN, Cause, alternatives
 
 if TYPE_CHECKING:
     from jaxtyping import Float64
