@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_replay.batch import Microbatch, Sample, build_microbatch
+from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
 from moe_replay.errors import TraceError
-from moe_replay.routing import LiveReason, Origin, RoutingTrace
+from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 EXPERTS = 64
@@ -48,10 +48,16 @@ def samples_of(shapes, *, traced: bool = True) -> list[Sample]:
     return samples
 
 
-def ranks_of(shapes, cp: int, pad: int) -> list[Microbatch]:
+def ranks_of(shapes, cp: int, tp: int) -> list[Microbatch]:
+    """One microbatch for each context- and tensor-parallel rank, tensor ranks together."""
     return [
-        build_microbatch(4, samples_of(shapes), cp_size=cp, cp_rank=rank, pad_multiple=pad)
-        for rank in range(cp)
+        build_microbatch(
+            4,
+            samples_of(shapes),
+            place=RankPlace(cp_size=cp, cp_rank=cp_rank, tp_size=tp, tp_rank=tp_rank),
+        )
+        for cp_rank in range(cp)
+        for tp_rank in range(tp)
     ]
 
 
@@ -59,36 +65,54 @@ shape_lists = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size
 
 
 def test_microbatch_of_one_sample_by_hand():
-    made = build_microbatch(0, samples_of([(2, 2)]), pad_multiple=3)
-    assert made.token_ids.tolist() == [100, 101, 102, 103, 0, 0]
-    assert made.positions.tolist() == [0, 1, 2, 3, 0, 0]
-    assert made.sample_ids.tolist() == [1, 1, 1, 1, -1, -1]
-    assert made.next_ids.tolist() == [101, 102, 103, 0, 0, 0]
-    assert made.predicts_sampled.tolist() == [False, True, True, False, False, False]
-    assert made.route_valid.tolist() == [True, True, True, False, False, False]
-    assert (made.layers, made.num_experts, made.num_rows) == ((3, 5), EXPERTS, 6)
+    first, last = ranks_of([(2, 3)], cp=1, tp=2)
+    assert first.token_ids.tolist() == last.token_ids.tolist() == [100, 101, 102, 103, 104, 0]
+    assert first.positions.tolist() == [0, 1, 2, 3, 4, 0]
+    assert first.sample_ids.tolist() == [1, 1, 1, 1, 1, -1]
+    assert first.next_ids.tolist() == [101, 102, 103, 104, 0, 0]
+    assert first.predicts_sampled.tolist() == [False, True, True, True, False, False]
+    assert first.routes is not None and last.routes is not None
+    assert first.routes.valid.tolist() == [True, True, True]
+    assert last.routes.valid.tolist() == [True, False, False]
+    assert first.routes.expert_ids[0].tolist() == [[1, 20], [1, 21], [1, 22]]
+    assert (last.routes.layers, last.routes.num_experts) == ((3, 5), EXPERTS)
+    assert (first.num_rows, first.num_padding_rows, last.num_padding_rows) == (6, 0, 1)
+
+
+def test_microbatch_holds_the_layers_of_its_stage_alone():
+    made = build_microbatch(0, samples_of([(2, 2)]), layers=[5])
+    assert made.routes is not None
+    assert made.routes.layers == (5,)
+    assert made.routes.expert_ids[:, 0].tolist() == [[20, 1]]
+    assert made.routes.nbytes == 1 * 4 * 2 + 4
+
+
+def test_microbatch_refuses_a_layer_that_the_traces_lack():
+    with pytest.raises(TraceError, match=r"layers \[3, 5\], the model also routes in \[4\]"):
+        build_microbatch(0, samples_of([(2, 2)]), layers=[3, 4])
 
 
 @given(shape_lists, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
-def test_routes_land_on_the_rows_of_their_tokens(shapes, cp, pad):
-    for made in ranks_of(shapes, cp, pad):
-        held = made.route_valid
-        assert made.expert_ids is not None
-        assert (made.token_ids[held] == 100 * made.sample_ids[held] + made.positions[held]).all()
-        spelled = np.stack([made.sample_ids, 20 + made.positions], axis=1)[held]
-        assert (made.expert_ids[held, 0] == spelled).all()
-        assert (made.expert_ids[held, 1] == spelled[:, ::-1]).all()
+def test_routes_land_on_the_rows_of_their_tokens(shapes, cp, tp):
+    for made in ranks_of(shapes, cp, tp):
+        assert made.routes is not None
+        held, rows = made.routes.valid, made.router_rows
+        sample, position = made.sample_ids[rows][held], made.positions[rows][held]
+        assert (made.token_ids[rows][held] == 100 * sample + position).all()
+        spelled = np.stack([sample, 20 + position], axis=1)
+        assert (made.routes.expert_ids[0, held] == spelled).all()
+        assert (made.routes.expert_ids[1, held] == spelled[:, ::-1]).all()
 
 
-@given(shape_lists, st.sampled_from([1, 2, 4]))
-def test_every_route_lands_once_over_all_ranks(shapes, cp):
-    landed = [
-        (int(sample), int(position))
-        for made in ranks_of(shapes, cp, 1)
-        for sample, position in zip(
-            made.sample_ids[made.route_valid], made.positions[made.route_valid], strict=True
+@given(shape_lists, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_every_route_lands_once_over_all_ranks(shapes, cp, tp):
+    landed = []
+    for made in ranks_of(shapes, cp, tp):
+        assert made.routes is not None
+        held, rows = made.routes.valid, made.router_rows
+        landed += zip(
+            made.sample_ids[rows][held].tolist(), made.positions[rows][held].tolist(), strict=True
         )
-    ]
     expected = [(number + 1, t) for number, (p, c) in enumerate(shapes) for t in range(p + c - 1)]
     assert sorted(landed) == expected
 
@@ -104,7 +128,7 @@ def test_next_ids_never_cross_samples(shapes, cp):
 @given(shape_lists, st.sampled_from([1, 2, 4]))
 def test_collect_undoes_place_over_all_ranks(shapes, cp):
     values = [np.arange(c) + 1000.0 * number for number, (_, c) in enumerate(shapes)]
-    made = ranks_of(shapes, cp, 2)
+    made = ranks_of(shapes, cp, 2)[::2]
     whole = np.zeros(made[0].index.num_rows, dtype=np.float32)
     for rank in made:
         local = rank.place(values, fill=-1.0)
@@ -120,18 +144,13 @@ def test_place_refuses_values_of_another_length():
         made.place([np.zeros(3)], fill=0.0)
 
 
-def test_coverage_counts_padding_and_last_rows():
-    found = build_microbatch(0, samples_of([(2, 2), (1, 2)]), pad_multiple=10).coverage
-    assert found.num_replayed == 5
-    assert found.num_live[LiveReason.LAST_TOKEN] == 2
-    assert found.num_live[LiveReason.PADDING] == 3
-
-
 def test_microbatch_without_traces_has_no_routes():
-    made = build_microbatch(0, samples_of([(2, 2)], traced=False))
-    assert made.expert_ids is None
-    assert not made.route_valid.any()
-    assert made.coverage.num_replayed == 0
+    assert build_microbatch(0, samples_of([(2, 2)], traced=False)).routes is None
+
+
+def test_microbatch_keeps_no_trace():
+    made = build_microbatch(0, samples_of([(2, 2), (1, 1)]))
+    assert [sample.trace for sample in made.samples] == [None, None]
 
 
 def test_microbatch_refuses_a_sample_without_a_trace_among_others():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_replay.batch import Sample, build_microbatch
+from moe_replay.batch import RankPlace, Sample, build_microbatch
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing import LiveReason, Origin, RoutingTrace, RowIndex, expert_dtype
 from moe_replay.testing.synthetic_routes import synthetic_trace
@@ -159,10 +159,10 @@ def test_a10_padding_of_each_sequence_moves_routes_with_their_tokens(cp_size):
     ]
     landed = 0
     for rank in range(cp_size):
-        made = build_microbatch(0, samples, cp_size=cp_size, cp_rank=rank, pad_multiple=2)
-        assert made.expert_ids is not None
-        held = made.expert_ids[made.route_valid, 0].astype(np.int64)
-        token = made.token_ids[made.route_valid]
+        made = build_microbatch(0, samples, place=RankPlace(cp_size=cp_size, cp_rank=rank))
+        assert made.routes is not None
+        held = made.routes.expert_ids[0, made.routes.valid].astype(np.int64)
+        token = made.token_ids[made.routes.valid]
         assert (held[:, 0] * 100 + held[:, 1] - 20 == token).all()
         landed += len(token)
     assert landed == sum(lengths)
@@ -191,12 +191,15 @@ def test_a12_tail_rows_filled_with_a_constant_are_not_taken_for_routes(fill):
     ids = routes(12)
     ids[8:] = 0 if fill == "zeros" else np.arange(4)
     trace = record(ids, tokens=tokens, valid=np.arange(12) < 8)
-    made = build_microbatch(0, [sample(0, tokens, trace)], pad_multiple=16)
-    assert made.route_valid.tolist() == [True] * 8 + [False] * 8
-    assert made.coverage.num_replayed == 8
-    assert made.coverage.num_live[LiveReason.ENGINE_GAVE_NONE] == 3
-    assert made.coverage.num_live[LiveReason.LAST_TOKEN] == 1
-    assert made.coverage.num_live[LiveReason.PADDING] == 4
+    whole = sample(0, tokens, trace)
+    made = build_microbatch(0, [whole], place=RankPlace(tp_size=8, tp_rank=4))
+    assert made.routes is not None
+    assert made.routes.valid.tolist() == [False, False]
+    assert made.num_padding_rows == 0
+    coverage = whole.coverage()
+    assert coverage.num_replayed == 8
+    assert coverage.num_live[LiveReason.ENGINE_GAVE_NONE] == 3
+    assert coverage.num_live[LiveReason.LAST_TOKEN] == 1
 
 
 def test_a12_a_layer_filled_with_arange_raises():
@@ -218,8 +221,8 @@ def test_c1_ids_above_255_survive_record_crop_concat_and_batch(experts):
     trace = record(ids, tokens=tokens, num_experts=experts)
     rejoined = RoutingTrace.concat([trace.crop(0, 17), trace.crop(17, 40)])
     made = build_microbatch(0, [sample(0, tokens, rejoined)])
-    assert made.expert_ids is not None
-    assert made.expert_ids.tolist() == ids.tolist()
+    assert made.routes is not None
+    assert made.routes.expert_ids.transpose(1, 0, 2).tolist() == ids.tolist()
 
 
 def test_c1_control_eight_bits_would_change_half_of_the_ids():
@@ -248,8 +251,8 @@ def test_c2_the_type_follows_the_model_not_the_largest_id():
     assert int(low.expert_ids.max()) <= 100 < int(high.expert_ids.max())
     assert low.expert_ids.dtype == high.expert_ids.dtype == np.uint16
     made = build_microbatch(0, [sample(0, np.arange(8), low), sample(1, np.arange(8) + 50, high)])
-    assert made.expert_ids is not None
-    assert made.expert_ids[8:].tolist() == high.expert_ids.tolist()
+    assert made.routes is not None
+    assert made.routes.expert_ids[:, 8:].transpose(1, 0, 2).tolist() == high.expert_ids.tolist()
 
 
 def test_c2_id_200_never_turns_negative():
@@ -302,10 +305,10 @@ def test_c6_a_sentinel_in_an_invalid_row_never_becomes_a_route(sentinel):
     ids[5] = sentinel
     trace = record(ids, tokens=tokens, valid=np.arange(8) != 5)
     made = build_microbatch(0, [sample(0, tokens, trace)])
-    assert made.expert_ids is not None
-    assert made.route_valid.tolist() == [True] * 5 + [False] + [True] * 2
-    held = made.expert_ids[made.route_valid]
-    assert held.tolist() == np.delete(ids, 5, axis=0).tolist()
+    assert made.routes is not None
+    assert made.routes.valid.tolist() == [True] * 5 + [False] + [True] * 2
+    held = made.routes.expert_ids[:, made.routes.valid]
+    assert held.transpose(1, 0, 2).tolist() == np.delete(ids, 5, axis=0).tolist()
     with pytest.raises(TraceError, match="row 5 holds no route"):
         trace.take(np.array([4, 5]))
 

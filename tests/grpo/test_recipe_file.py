@@ -121,7 +121,7 @@ def test_all_problems_are_reported_at_once():
         run={"max_steps": "10"},
         rollout={"temprature": 1.0},
         optimizer={"min_lr": 1e-8},
-        megatron={"tensor_model_parallel_size": 2},
+        megatron={"virtual_pipeline_model_parallel_size": 2},
         trainer={"x": 1},
     )
     assert "has 5 problems" in message
@@ -129,7 +129,7 @@ def test_all_problems_are_reported_at_once():
         "run.max_steps",
         "rollout.temprature",
         "optimizer.min_lr",
-        "megatron.tensor_model_parallel_size",
+        "megatron.virtual_pipeline_model_parallel_size",
         "trainer",
     ):
         assert f"\n  {path}: " in message

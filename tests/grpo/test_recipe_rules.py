@@ -133,26 +133,55 @@ def test_micro_batch_size_must_divide_the_batch():
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("key", "value"),
     [
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
+        ("virtual_pipeline_model_parallel_size", 2),
+        ("num_layers_in_first_pipeline_stage", 3),
+        ("num_layers_in_last_pipeline_stage", 3),
+        ("pipeline_model_parallel_layout", "Et|tL"),
     ],
 )
-def test_layout_without_an_equality_test_is_unsupported(key):
+def test_what_deals_layers_needs_several_stages(key, value):
     with pytest.raises(
-        UnsupportedError, match=rf"megatron.{key}: got 2, expected 1.*no test of equality"
+        RecipeError, match=rf"megatron.{key}: got {value!r}.*there is one stage".replace("|", r"\|")
     ):
-        recipe(megatron={key: 2})
+        recipe(megatron={key: value})
+    recipe(megatron={key: value, "pipeline_model_parallel_size": 2})
+
+
+def test_layers_are_dealt_in_one_way():
+    with pytest.raises(RecipeError, match="both say how layers are dealt"):
+        recipe(
+            megatron={
+                "pipeline_model_parallel_size": 2,
+                "pipeline_model_parallel_layout": "Et|tL",
+                "num_layers_in_first_pipeline_stage": 1,
+            }
+        )
+
+
+def test_grouped_experts_must_be_whole():
+    split = {"tensor_model_parallel_size": 2}
+    with pytest.raises(UnsupportedError, match="each expert is cut over 2 ranks"):
+        recipe(model={"grouped_experts": True}, megatron=split)
+    recipe(model={"grouped_experts": True}, megatron={**split, "expert_tensor_parallel_size": 1})
+
+
+@pytest.mark.parametrize(("chunks", "count", "expected"), [(None, 3, 3), (2, 3, 4), (2, 4, 4)])
+def test_interleaving_takes_a_multiple_of_the_stages(chunks, count, expected):
+    layout = {"pipeline_model_parallel_size": 2}
+    if chunks:
+        layout["virtual_pipeline_model_parallel_size"] = chunks
+    assert recipe(megatron=layout).megatron.round_up_microbatches(count) == expected
 
 
 def test_unsupported_and_wrong_together_are_wrong():
     with pytest.raises(RecipeError) as caught:
-        recipe(megatron={"context_parallel_size": 2}, grpo={"epsilonn": 1})
+        recipe(
+            model={"grouped_experts": True},
+            megatron={"tensor_model_parallel_size": 2},
+            grpo={"epsilonn": 1},
+        )
     assert not isinstance(caught.value, UnsupportedError)
 
 

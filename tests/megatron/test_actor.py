@@ -29,7 +29,7 @@ def _against_transformers(checkpoint: Path, temperature: float) -> tuple[float, 
 
     actor = start_policy(checkpoint)
     samples = make_samples(6, seed=SEED)
-    scored = actor.score(pack(samples), temperature=temperature, routing=Routing.LIVE)
+    scored = actor.score(pack(samples), temperature=temperature, routing=Routing.LIVE).samples
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     worst_logprob, worst_entropy = 0.0, 0.0
     for sample in samples:
@@ -174,8 +174,8 @@ def test_update_over_two_data_parallel_ranks_equals_that_of_one(checkpoint: Path
 def _bf16_update(checkpoint: Path) -> tuple[bool, bool]:
     actor = start_policy(checkpoint, dtype=torch.bfloat16)
     samples = with_own_routes(actor, make_samples(6, seed=SEED))
-    live = actor.score(pack(samples), temperature=1.0, routing=Routing.LIVE)
-    replayed = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY)
+    live = actor.score(pack(samples), temperature=1.0, routing=Routing.LIVE).samples
+    replayed = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY).samples
     same = all((live[i].token_logprobs == replayed[i].token_logprobs).all() for i in live)
     before = _weights(actor)
     actor.update(pack(samples), mean_loss, temperature=1.0, routing=Routing.REPLAY)

@@ -28,7 +28,7 @@ def _differences(checkpoint: Path, shift: int) -> tuple[float, float]:
         for s in with_own_routes(actor, make_samples(5, seed=SEED))
         if s.trace is not None
     ]
-    scored = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY)
+    scored = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY).samples
     actor.optimizer.step = lambda: (True, 0.0, 0)
     actor.update(pack(samples), mean_loss, temperature=1.0, routing=Routing.REPLAY)
     ours = dict(export_hf_weights(actor.modules, read=lambda p: p.main_grad))

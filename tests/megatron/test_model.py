@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.megatron.attention import zigzag_positions
@@ -30,36 +30,29 @@ from moe_replay.megatron.model import (
 )
 from moe_replay.megatron.weights import export_hf_weights, load_hf_weights
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 # Multiples of 4: a zigzag split over 2 ranks needs no padding.
 LENGTHS = (16, 8, 12, 4)
 ONE = ParallelLayout()
 TP2 = ParallelLayout(tensor_model_parallel_size=2)
-TP2_ETP1 = ParallelLayout(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
 EP2 = ParallelLayout(expert_model_parallel_size=2)
-TP2_EP2 = ParallelLayout(
-    tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
-)
 TP2_EP2_ETP2 = ParallelLayout(tensor_model_parallel_size=2, expert_model_parallel_size=2)
 PP2 = ParallelLayout(pipeline_model_parallel_size=2)
 PP2_VPP2 = ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 CP2 = ParallelLayout(context_parallel_size=2)
 LAYOUTS = {
     "one": (ONE, 1),
-    "dp2": (ONE, 2),
     "tp2": (TP2, 2),
-    "tp2_etp1": (TP2_ETP1, 2),
     "ep2": (EP2, 2),
-    "tp2_ep2": (TP2_EP2, 2),
     "tp2_ep2_etp2": (TP2_EP2_ETP2, 4),
-    "pp2": (PP2, 2),
     "pp2_vpp2": (PP2_VPP2, 2),
     "cp2": (CP2, 2),
 }
+# Every layout is compared with a single process in tests/invariants; here one of each kind, packed or not.
 CASES = [
-    *((name, False, False) for name in LAYOUTS),
-    *((name, True, False) for name in ("one", "tp2", "pp2", "cp2")),
+    *((name, False, False) for name in ("one", "tp2", "pp2_vpp2", "cp2")),
+    *((name, True, False) for name in ("one", "tp2_ep2_etp2")),
     *((name, True, True) for name in ("one", "ep2")),
 ]
 
@@ -230,96 +223,6 @@ def test_gradients_survive_selective_recompute(checkpoint, module):
     assert_gradients_equal(gradients, reference(checkpoint)[1])
 
 
-def logits_of(checkpoint: Path, **changed: torch.Tensor) -> torch.Tensor:
-    initialize(ONE)
-    shape = read_model_shape(checkpoint)
-    (chunk,) = chunks = build_model(shape, transformer_config(shape, ONE))
-    load_hf_weights(chunks, checkpoint)
-    with torch.no_grad():
-        for name, value in changed.items():
-            chunk.state_dict()[name.replace("__", ".")].copy_(value)
-        tokens = sequences()[0][None, :-1]
-        return chunk(tokens, torch.arange(tokens.shape[1])[None], None)[0]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers_in_every_family(tmp_path, family):
-    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(sequences()[0][None, :-1]).logits[0]
-    (logits,) = run_ranks(logits_of, 1, path)
-    assert (logits - expected).abs().max() < 2e-5
-
-
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.7,
-}
-VARIANTS = {
-    "yarn": ("deepseek_v3", {"rope_parameters": YARN}),
-    "whole query": ("deepseek_v3", {"q_lora_rank": None}),
-    "one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
-    "groups by their best expert": (
-        "deepseek_v2",
-        {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 4},
-    ),
-    "without query and key norm": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_equal_transformers_in_variants_of_a_family(tmp_path, name):
-    family, overrides = VARIANTS[name]
-    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2, **overrides)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(sequences()[0][None, :-1]).logits[0]
-    (logits,) = run_ranks(logits_of, 1, path)
-    assert (logits - expected).abs().max() < 2e-5
-
-
-def test_logits_change_with_the_expert_bias(tmp_path):
-    path = write_tiny_checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=2)
-    (logits,) = run_ranks(logits_of, 1, path)
-    bias = torch.linspace(-1, 1, 16)
-    (changed,) = run_ranks(
-        lambda: logits_of(path, decoder__layers__1__mlp__router__expert_bias=bias), 1
-    )
-    assert (logits - changed).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("family", "overrides", "message"),
-    [
-        ("deepseek_v3", {"topk_group": 8}, "best 1 experts, the model does by its best 2"),
-        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
-        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False"),
-        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),
-        ("glm4_moe", {"rope_parameters": YARN}, "supported: rope_type 'default'"),
-    ],
-)
-def test_a_config_without_an_exact_counterpart_is_refused(tmp_path, family, overrides, message):
-    AutoConfig.for_model(family, **overrides).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=message):
-        read_model_shape(tmp_path)
-
-
-def test_logits_change_with_one_router_row(checkpoint):
-    (logits,) = run_ranks(logits_of, 1, checkpoint)
-    row = torch.zeros(16, 64)
-    (changed,) = run_ranks(
-        lambda: logits_of(checkpoint, decoder__layers__0__mlp__router__weight=row), 1
-    )
-    assert (logits - changed).abs().max() > 1e-2
-
-
 def router_layers(checkpoint: Path, layout: ParallelLayout) -> list[int]:
     initialize(layout)
     shape = read_model_shape(checkpoint)
@@ -343,15 +246,6 @@ def test_num_moe_layers_counts_sparse_layers_only(tmp_path):
     path = write_tiny_checkpoint(tmp_path, mlp_only_layers=[1], decoder_sparse_step=2)
     assert read_model_shape(path).moe_layers == (3,)
     assert read_model_shape(path).num_moe_layers == 1
-
-
-def test_mixed_dense_and_moe_layers_equal_transformers(tmp_path):
-    path = write_tiny_checkpoint(tmp_path, mlp_only_layers=[0])
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(sequences()[0][None, :-1]).logits[0]
-    (logits,) = run_ranks(logits_of, 1, path)
-    assert (logits - expected).abs().max() < 2e-5
 
 
 def unloaded_parameters(checkpoint: Path) -> bool:

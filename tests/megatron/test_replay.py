@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Sample
+from moe_replay.batch import Microbatch, RankRoutes, Sample
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.replay import MicrobatchRoutes, RecordScope, ReplayScope
+from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import Routing
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
@@ -30,7 +30,7 @@ def in_one_rank(test: Callable[..., Any], *args: Any) -> Any:
 
 def logprobs(actor: MegatronActor, samples: list[Sample], routing: Routing) -> np.ndarray:
     """Return the log-probabilities of all samples, one after the other."""
-    scored = actor.score(pack(samples), temperature=1.0, routing=routing)
+    scored = actor.score(pack(samples), temperature=1.0, routing=routing).samples
     return np.concatenate([scored[sample.sample_id].token_logprobs for sample in samples])
 
 
@@ -138,7 +138,9 @@ def _gradient_of_gate(checkpoint: Path, routing: str) -> float:
     samples = randomly_routed(actor)
     actor.optimizer.step = lambda: (True, 0.0, 0)
     actor.update(pack(samples), mean_loss, temperature=1.0, routing=Routing[routing])
-    found = [g.norm().item() for name, g in gradients(actor).items() if "router" in name]
+    found = [
+        g.norm().item() for name, g in gradients(actor).items() if name.endswith("mlp.gate.weight")
+    ]
     assert len(found) == 4
     return min(found)
 
@@ -192,14 +194,9 @@ def start_policy_again(checkpoint: Path) -> MegatronActor:
     return build_policy(checkpoint, ParallelLayout(), dtype=torch.float32, settings=SETTINGS)
 
 
-def _whole(microbatch: Any, **changes: Any) -> MicrobatchRoutes:
-    routes = MicrobatchRoutes(
-        expert_ids=microbatch.expert_ids,
-        valid=microbatch.route_valid,
-        layers=microbatch.layers,
-        watched_rows=np.zeros(0, dtype=np.int64),
-    )
-    return replace(routes, **changes)
+def _whole(microbatch: Microbatch, **changes: Any) -> RankRoutes:
+    assert microbatch.routes is not None
+    return replace(microbatch.routes, **changes)
 
 
 @pytest.mark.ranks
@@ -221,7 +218,7 @@ def _contract_breaches(checkpoint: Path) -> list[str]:
                     actor._forward(actor.chunks[0], replace(batch, key=key), scope)
         return str(caught.value)
 
-    short = _whole(batch, valid=batch.route_valid[:-1], expert_ids=batch.expert_ids[:-1])
+    short = _whole(batch, valid=routes.valid[:-1], expert_ids=routes.expert_ids[:, :-1])
     return [
         run(ReplayScope(actor.routers, {0: routes}), [None]),
         run(ReplayScope(actor.routers, {0: routes}), [7]),
@@ -250,27 +247,34 @@ def test_scope_names_each_breach_of_its_contract(checkpoint: Path) -> None:
 def _refused_routes(checkpoint: Path) -> list[str]:
     actor = start_policy(checkpoint)
     batch = pack(randomly_routed(actor), max_tokens=1000)[0]
-    ids = batch.expert_ids
-    bad = [
-        _whole(batch, expert_ids=ids[:, :, :3]),
-        _whole(batch, expert_ids=ids.astype(np.int64)),
-        _whole(batch, expert_ids=ids[:, :3], layers=batch.layers[:3]),
-        _whole(batch, watched_rows=np.flatnonzero(~batch.route_valid), valid=batch.route_valid),
+    whole = _whole(batch)
+    ids = whole.expert_ids
+    bad: list[tuple[RankRoutes, dict[str, Any]]] = [
+        (_whole(batch, expert_ids=ids[:, :, :3]), {}),
+        (_whole(batch, expert_ids=ids.astype(np.int64)), {}),
+        (_whole(batch, expert_ids=ids[:3], layers=whole.layers[:3]), {}),
+        (_whole(batch, num_experts=32), {}),
+        (
+            _whole(batch, valid=np.zeros_like(whole.valid)),
+            {"watched_rows": {0: np.array([1], dtype=np.int64)}},
+        ),
     ]
     messages = []
-    for routes in bad[:3]:
+    for routes, options in bad:
         with pytest.raises(TraceError) as caught:
-            ReplayScope(actor.routers, {0: routes})
+            ReplayScope(actor.routers, {0: routes}, **options)
         messages.append(str(caught.value))
     return messages
 
 
 @pytest.mark.ranks
 def test_scope_refuses_routes_of_another_model(checkpoint: Path) -> None:
-    topk, dtype, layers = in_one_rank(_refused_routes, checkpoint)
+    topk, dtype, layers, experts, watched = in_one_rank(_refused_routes, checkpoint)
     assert "3 experts per token, the model uses 4" in topk
     assert "int64" in dtype
     assert "also routes in [3]" in layers
+    assert "32 experts, this one has 16" in experts
+    assert "watched rows must be valid rows" in watched
 
 
 def _refused_configs(checkpoint: Path) -> list[str]:
@@ -348,8 +352,7 @@ def _record_under_recompute(checkpoint: Path) -> bool:
         for output in reversed(outputs):
             output.sum().backward()
     return all(
-        np.array_equal(scope.expert_ids(batch.key)[batch.index.is_token], batch.expert_ids)
-        for batch in batches
+        np.array_equal(scope.expert_ids(batch.key), _whole(batch).expert_ids) for batch in batches
     )
 
 

@@ -6,14 +6,16 @@ In: samples. Out: Microbatch. Called by: megatron.actor, grpo.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Integer
+from jaxtyping import Bool, Float32, Int64
 
+from moe_replay.batch.place import RankPlace
+from moe_replay.batch.routes import RankRoutes, cut_routes
 from moe_replay.batch.samples import Sample
 from moe_replay.errors import TraceError
-from moe_replay.routing import Coverage, LiveReason, RowIndex
+from moe_replay.routing import RoutingTrace, RowIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,16 +38,31 @@ class Microbatch:
     """Id of the following token of the same sequence; 0 where there is none."""
     predicts_sampled: Bool[np.ndarray, " rows"]
     """True where the following token was sampled: the rows that have log-probabilities."""
-    expert_ids: Integer[np.ndarray, "rows layers topk"] | None
-    """Routes of the rows, in the trace's own layers; None when no sample has a trace."""
-    route_valid: Bool[np.ndarray, " rows"]
-    """True where ``expert_ids`` holds a route; elsewhere the row is routed live."""
-    layers: tuple[int, ...]
-    """Global decoder index of each entry of the layer dim of ``expert_ids``; empty without routes."""
-    num_experts: int
-    """Routed experts a layer of the model that recorded the routes; 0 without routes."""
-    coverage: Coverage
-    """Rows with and without routes, padding included."""
+    router_rows: slice
+    """The local rows that this rank's routers see: all of them, or its part under sequence parallelism."""
+    row_multiple: int
+    """The rows of every rank are padded to a multiple of this."""
+    routes: RankRoutes | None
+    """Routes of the router rows; None when nothing is replayed, or they are still to come."""
+
+    @property
+    def router_index(self) -> RowIndex:
+        """Row index of the router rows."""
+        return RowIndex(
+            rows=self.index.rows[self.router_rows],
+            num_rows=self.index.num_rows,
+            padded_lengths=self.index.padded_lengths,
+        )
+
+    @property
+    def num_padding_rows(self) -> int:
+        """Router rows that hold no token."""
+        return int((~self.index.is_token[self.router_rows]).sum())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(sample.token_ids) for sample in self.samples]
 
     @property
     def num_rows(self) -> int:
@@ -85,20 +102,21 @@ def build_microbatch(
     key: int,
     samples: Sequence[Sample],
     *,
-    cp_size: int = 1,
-    cp_rank: int = 0,
-    pad_multiple: int = 1,
+    place: RankPlace = RankPlace(),  # noqa: B008 - frozen
+    layers: Sequence[int] | None = None,
+    row_multiple: int = 1,
 ) -> Microbatch:
-    """Pack ``samples`` into the rows of one rank.
+    """Pack ``samples`` into the rows of one rank, and cut their routes for it if all of them have a trace.
+
+    ``layers`` are the decoder layers that the rank routes; None takes all that the traces hold. ``row_multiple`` pads
+    the local rows beyond what ``place`` needs, for a dispatcher that wants equally many everywhere. The samples inside
+    keep no trace: what the rank needs of it is in ``routes``.
 
     Raises:
         TraceError: when the samples' traces come from models of different shape, or only some have one.
     """
-    index = RowIndex.packed(
-        [len(sample.token_ids) for sample in samples],
-        cp_size=cp_size,
-        cp_rank=cp_rank,
-        pad_multiple=pad_multiple,
+    index = place.row_index(
+        [len(sample.token_ids) for sample in samples], row_multiple=row_multiple
     )
     tokens = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
     positions = np.concatenate([np.arange(len(sample.token_ids)) for sample in samples])
@@ -107,48 +125,31 @@ def build_microbatch(
     )
     following = np.concatenate([np.append(sample.token_ids[1:], 0) for sample in samples])
     predicts = np.concatenate([sample.predicts_sampled for sample in samples])
-    ids, valid, layers, num_experts = _routes(samples)
-    local_valid = index.gather(valid, fill=False)
-    padding = Coverage(num_live={LiveReason.PADDING: int((~index.is_token).sum())})
-    return Microbatch(
+    made = Microbatch(
         key=key,
-        samples=tuple(samples),
+        samples=tuple(replace(sample, trace=None) for sample in samples),
         index=index,
         token_ids=index.gather(tokens, fill=0),
         positions=index.gather(positions, fill=0),
         sample_ids=index.gather(owners, fill=-1),
         next_ids=index.gather(following.astype(np.int64), fill=0),
         predicts_sampled=index.gather(predicts, fill=False),
-        expert_ids=None if ids is None else index.gather(ids, fill=0),
-        route_valid=local_valid,
-        layers=layers,
-        num_experts=num_experts,
-        coverage=Coverage.total([padding, *(sample.coverage() for sample in samples)])
-        if ids is not None
-        else Coverage(),
+        router_rows=place.router_rows(len(index.rows)),
+        row_multiple=row_multiple,
+        routes=None,
     )
-
-
-def _routes(
-    samples: Sequence[Sample],
-) -> tuple[
-    Integer[np.ndarray, "rows layers topk"] | None, Bool[np.ndarray, " rows"], tuple[int, ...], int
-]:
-    traces = [sample.trace for sample in samples if sample.trace is not None]
+    traces = _all_traces(samples)
     if not traces:
-        rows = sum(len(sample.token_ids) for sample in samples)
-        return None, np.zeros(rows, dtype=bool), (), 0
-    if len(traces) != len(samples):
+        return made
+    return replace(made, routes=cut_routes(made.router_index, traces, layers))
+
+
+def _all_traces(samples: Sequence[Sample]) -> list[RoutingTrace]:
+    traces = [sample.trace for sample in samples if sample.trace is not None]
+    if traces and len(traces) != len(samples):
         without = [sample.sample_id for sample in samples if sample.trace is None]
         raise TraceError(
             f"samples {without} have no trace while others of the microbatch do; a missing trace must be a trace with "
             "valid=False rows, so that it is counted"
         )
-    shapes = {(trace.layers, trace.num_experts, trace.topk) for trace in traces}
-    if len(shapes) > 1:
-        raise TraceError(
-            f"traces of one microbatch differ in (layers, experts, topk): {sorted(shapes)}"
-        )
-    ids = np.concatenate([trace.expert_ids for trace in traces])
-    valid = np.concatenate([trace.valid for trace in traces])
-    return ids, valid, traces[0].layers, traces[0].num_experts
+    return traces

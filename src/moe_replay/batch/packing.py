@@ -10,6 +10,34 @@ from collections.abc import Sequence
 from moe_replay.errors import RecipeError
 
 
+def split_to(groups: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Return ``groups`` split until there are ``count``, so that every rank runs as many microbatches as the others.
+
+    The group of most tokens is halved first. ``split_to([[0, 1, 2]], [3, 1, 2], 2)`` gives ``[[0], [1, 2]]``.
+
+    Raises:
+        RecipeError: when there are fewer samples than microbatches wanted.
+    """
+    parts = list(groups)
+    while len(parts) < count:
+        splittable = [number for number, part in enumerate(parts) if len(part) > 1]
+        if not splittable:
+            raise RecipeError(
+                f"{sum(map(len, parts))} samples of a rank's mini-batch cannot be split into the {count} microbatches "
+                "that the pipeline or another rank needs; raise batch.global_batch_size"
+            )
+        number = max(splittable, key=lambda n: (sum(lengths[p] for p in parts[n]), -n))
+        whole = parts[number]
+        half, tokens = 0, 0
+        while half < len(whole) - 1 and (
+            half == 0 or 2 * (tokens + lengths[whole[half]]) <= sum(lengths[p] for p in whole)
+        ):
+            tokens += lengths[whole[half]]
+            half += 1
+        parts[number : number + 1] = [whole[:half], whole[half:]]
+    return parts
+
+
 def plan_microbatches(
     lengths: Sequence[int], *, max_tokens: int | None, max_samples: int | None
 ) -> list[list[int]]:

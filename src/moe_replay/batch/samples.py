@@ -35,7 +35,9 @@ class Sample:
     trains: bool
     """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
     trace: RoutingTrace | None
-    """P + T rows bound to ``token_ids``; None when nothing is replayed."""
+    """P + T rows bound to ``token_ids``; None when nothing is replayed, or the routes are held elsewhere."""
+    sampled_here: bool = True
+    """Whether this rank sampled it: of all ranks that train on a sample, one speaks for it in the metrics."""
 
     def __post_init__(self) -> None:
         completion = len(self.token_ids) - self.prompt_length

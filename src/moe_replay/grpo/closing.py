@@ -25,9 +25,10 @@ def step_record(
     run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of every completion."""
-    lengths = [sample.completion_length for sample in old.samples]
-    tally = Tally.merge([gap_of(old.samples, old.scored), completion_lengths(lengths)])
-    for sample in old.samples:
+    own = [sample for sample in old.samples if sample.sampled_here]
+    lengths = [sample.completion_length for sample in own]
+    tally = Tally.merge([gap_of(own, old.scored), completion_lengths(lengths)])
+    for sample in own:
         entropies = old.scored[sample.sample_id].entropies
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
     metrics = dict(scored.metrics) | run.merge(tally) | dict(update.metrics) | dict(old.metrics)
@@ -54,29 +55,36 @@ def export_model(run: Run) -> str:
 
 
 def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:
+    coverage = old.batch.coverage
+    tokens = sum(len(sample.token_ids) for sample in old.samples if sample.sampled_here)
     parts = run.gather(
-        [old.coverage.num_replayed, {str(r): n for r, n in old.coverage.num_live.items()}]
+        [
+            coverage.num_replayed,
+            {str(reason): n for reason, n in coverage.num_live.items()},
+            old.batch.route_bytes,
+            tokens,
+        ]
     )
     whole = Coverage.total(Coverage.from_counts(part[0], part[1]) for part in parts)
     return {
         "replay/coverage": whole.fraction,
-        "replay/bytes_per_token": old.bytes_per_token,
+        "replay/bytes_per_token": sum(part[2] for part in parts) / sum(part[3] for part in parts),
         **{f"replay/rows_live_{reason}": float(n) for reason, n in whole.num_live.items()},
     }
 
 
 def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[CompletionRecord]:
     records = []
-    for number, (prompt, group) in enumerate(zip(rollout.prompts, rollout.groups, strict=True)):
-        for place, completion in enumerate(group.completions):
+    for row, (place, group) in enumerate(zip(rollout.places, rollout.groups, strict=True)):
+        for number, completion in enumerate(group.completions):
             records.append(
                 CompletionRecord(
                     step=run.step,
-                    prompt=prompt.text,
+                    prompt=rollout.prompts[place].text,
                     completion=run.decode(completion.token_ids),
-                    rewards={n: float(s[number, place]) for n, s in scored.rewards.items()},
-                    reward=float(scored.totals[number, place]),
-                    advantage=float(scored.advantages[number, place]),
+                    rewards={n: float(s[row, number]) for n, s in scored.rewards.items()},
+                    reward=float(scored.totals[row, number]),
+                    advantage=float(scored.advantages[place, number]),
                     num_tokens=len(completion.token_ids),
                     finish_reason=str(completion.finish_reason),
                     policy_version=completion.policy_version,

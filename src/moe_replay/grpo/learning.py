@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from moe_replay.batch import Microbatch, Sample, build_microbatch, plan_microbatches
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.grpo.batching import MiniBatch, StepBatch, recorded_coverage, with_routes
 from moe_replay.grpo.loss import (
     BatchSize,
     LossInputs,
@@ -24,23 +25,24 @@ from moe_replay.grpo.metrics import Tally, engine_gap, step_tally, update_tally
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.watch import AgreementWatch
 from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
-from moe_replay.routing import Coverage, Guard, ReplayMode
+from moe_replay.routing import Guard, ReplayMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OldScores:
     """What the trainer thinks of the samples before it learns from them."""
 
-    samples: tuple[Sample, ...]
-    """With the traces that the update replays: the engine's (R3) or those of this pass (R2)."""
+    batch: StepBatch
+    """With the routes that the update replays: the engine's (R3) or those of this pass (R2)."""
     scored: Mapping[int, ScoredSample]
     """Sample id -> old log-probabilities and entropies."""
-    coverage: Coverage
-    """Rows of the update that are replayed, on this rank."""
-    bytes_per_token: float
-    """Bytes of routes for each token; 0 when nothing is replayed."""
     metrics: Mapping[str, float]
     """Agreement of the replayed pass (R3), and the live gap when it was measured."""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples of this replica."""
+        return self.batch.samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,70 +53,52 @@ class Update:
     """``loss``, ``clip_ratio/*``, ``grad_norm``... over all ranks."""
 
 
-def score_old(run: Run, samples: Sequence[Sample]) -> OldScores:
-    """Score the samples with the weights that will learn from them, recording (R2) or replaying (R3) routes.
-
-    Raises:
-        CoverageError: when too few rows can be replayed; nothing has been learned then.
-    """
-    microbatches = microbatches_of(run, samples)
+def score_old(run: Run, batch: StepBatch) -> OldScores:
+    """Score the samples with the weights that will learn from them, recording (R2) or replaying (R3) routes."""
     routing = {
         ReplayMode.DISABLED: Routing.LIVE,
         ReplayMode.R2: Routing.RECORD,
         ReplayMode.R3: Routing.REPLAY,
     }[run.mode]
     watch = _watch(run, run.guard, "old_logprobs")
-    scored = run.actor.score(
-        microbatches,
+    scores = run.actor.score(
+        batch.microbatches,
         temperature=run.temperature,
         routing=routing,
         watch=_route_watch(run, watch),
-        policy_version=run.policy_version,
     )
     metrics = dict(watch.metrics(run.group, device=run.device)) if routing is Routing.REPLAY else {}
     if run.live_gap_is_due:
-        live = scored
+        live = scores
         if routing is Routing.REPLAY:
-            live = run.actor.score(microbatches, temperature=run.temperature, routing=Routing.LIVE)
-        metrics |= run.merge(gap_of(samples, live, prefix="live_gap"))
+            live = run.actor.score(
+                batch.microbatches, temperature=run.temperature, routing=Routing.LIVE
+            )
+        own = [sample for sample in batch.samples if sample.sampled_here]
+        metrics |= run.merge(gap_of(own, live.samples, prefix="live_gap"))
     if routing is Routing.RECORD:
-        samples = [replace(sample, trace=scored[sample.sample_id].trace) for sample in samples]
-        microbatches = microbatches_of(run, samples)
-    coverage = Coverage.total(microbatch.coverage for microbatch in microbatches)
-    coverage.require(run.min_coverage)
-    traces = [sample.trace for sample in samples if sample.trace is not None]
-    tokens = sum(len(trace) for trace in traces)
-    return OldScores(
-        samples=tuple(samples),
-        scored=scored,
-        coverage=coverage,
-        bytes_per_token=sum(t.expert_ids.nbytes for t in traces) / tokens if tokens else 0.0,
-        metrics=metrics,
-    )
+        batch = replace(with_routes(batch, scores.routes), coverage=recorded_coverage(run, batch))
+    return OldScores(batch=batch, scored=scores.samples, metrics=metrics)
 
 
-def score_reference(run: Run, samples: Sequence[Sample]) -> Mapping[int, ScoredSample] | None:
+def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | None:
     """Score the samples with the reference model; None when the loss has no KL term."""
     if run.reference is None:
         return None
     replays = run.recipe.replay.reference_routes == "replay" and run.mode is not ReplayMode.DISABLED
     return run.reference.score(
-        microbatches_of(run, samples),
+        batch.microbatches,
         temperature=run.temperature,
         routing=Routing.REPLAY if replays else Routing.LIVE,
-    )
+    ).samples
 
 
 def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample] | None) -> Update:
     """Take the step's optimizer steps, one for each mini-batch."""
-    count = run.recipe.batch.steps_per_generation
-    size = len(old.samples) // count
     parts: list[Tally] = []
     metrics: dict[str, float] = {}
-    for number in range(count):
-        part, result = _update_once(
-            run, old, reference, old.samples[number * size : (number + 1) * size], number
-        )
+    for number, minibatch in enumerate(old.batch.minibatches):
+        part, result = _update_once(run, old, reference, minibatch, number)
         parts.append(part)
         # The agreement of the first mini-batch is that of the alignment.
         metrics = (
@@ -124,20 +108,6 @@ def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample
             | {name: value for name, value in result.items() if not name.startswith("replay/")}
         )
     return Update(metrics=step_tally(parts).finish() | metrics)
-
-
-def microbatches_of(run: Run, samples: Sequence[Sample]) -> list[Microbatch]:
-    """Pack samples into this rank's microbatches."""
-    batch = run.recipe.batch
-    plan = plan_microbatches(
-        [len(sample.token_ids) for sample in samples],
-        max_tokens=batch.max_tokens_per_microbatch,
-        max_samples=batch.micro_batch_size,
-    )
-    return [
-        build_microbatch(key, [samples[position] for position in group])
-        for key, group in enumerate(plan)
-    ]
 
 
 def gap_of(
@@ -176,7 +146,9 @@ class _MinibatchLoss:
         lengths = [sample.completion_length for sample in samples]
         trains = [sample.trains for sample in samples]
         counted = [length for length, counts in zip(lengths, trains, strict=True) if counts]
-        gathered = run.gather([len(counted), sum(counted)])
+        # Every rank of a replica knows the same samples; one of them counts.
+        speaks = int(run.replica.is_leader)
+        gathered = run.gather([speaks * len(counted), speaks * sum(counted)])
         weights = sample_weights(
             lengths,
             trains,
@@ -218,24 +190,25 @@ def _update_once(
     run: Run,
     old: OldScores,
     reference: Mapping[int, ScoredSample] | None,
-    samples: Sequence[Sample],
+    minibatch: MiniBatch,
     number: int,
 ) -> tuple[Tally, dict[str, float]]:
     """Take one optimizer step; return its loss tally over all ranks and its other metrics."""
     replays = run.mode is not ReplayMode.DISABLED
-    loss = _MinibatchLoss(run, old, reference, samples)
+    loss = _MinibatchLoss(run, old, reference, minibatch.samples)
     # Later mini-batches drift away from their routes on purpose; only the first can show a misalignment.
     guard = run.guard if number == 0 else None
     count = run.recipe.batch.steps_per_generation
     watch = _watch(run, guard, f"update {number + 1} of {count}")
     result = run.actor.update(
-        microbatches_of(run, samples),
+        minibatch.microbatches,
         loss,
         temperature=run.temperature,
         routing=Routing.REPLAY if replays else Routing.LIVE,
         watch=_route_watch(run, watch) if replays else None,
     )
-    part = update_tally(loss.statistics, with_kl=reference is not None)
+    statistics = loss.statistics if run.replica.computes_loss else []
+    part = update_tally(statistics, with_kl=reference is not None)
     tally = Tally.merge(Tally.from_plain(other) for other in run.gather(part.to_plain()))
     metrics = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     if replays:

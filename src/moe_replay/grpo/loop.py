@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import torch
 
+from moe_replay.grpo.batching import make_batch
 from moe_replay.grpo.closing import export_model, push_weights, save_checkpoint, step_record
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.learning import score_old, score_reference, update_policy
 from moe_replay.grpo.records import Reporter
 from moe_replay.grpo.run import embedded_engine, open_run
-from moe_replay.grpo.sampling import evaluate, make_samples, roll_out, score_rewards
+from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
 from moe_replay.rollout.types import Engine
 
 
@@ -28,7 +29,7 @@ def train(
 ) -> None:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 
-    Every rank of a data-parallel run calls this. ``restart`` discards what the output directory holds.
+    Every rank of the run calls this. ``restart`` discards what the output directory holds.
     ``make_engine`` is called once with the recipe and the trainer's device; any `Engine` will do.
 
     Raises:
@@ -44,11 +45,12 @@ def train(
                 rollout = roll_out(run)
             with run.station("reward"):
                 scored = score_rewards(run, rollout)
-            samples = make_samples(run, rollout, scored)
+            with run.station("batch"):
+                batch = make_batch(run, rollout, scored)
             with run.station("old_logprobs"):
-                old = score_old(run, samples)
+                old = score_old(run, batch)
             with run.station("ref_logprobs"):
-                reference = score_reference(run, old.samples)
+                reference = score_reference(run, old.batch)
             with run.station("update"):
                 update = update_policy(run, old, reference)
             with run.station("sync"):

@@ -1,4 +1,4 @@
-"""The rules between keys of a recipe: contradictions, layouts that no test covers yet, and keys without effect.
+"""The rules between keys of a recipe: contradictions, impossible layouts, and keys without effect.
 
 In: sections that are valid by themselves. Out: `Problem` lists. Called by: grpo.recipe_file, grpo.config.
 """
@@ -14,15 +14,6 @@ from moe_replay.routing import ReplayMode
 
 GENERATED = "reasoning_gym:"
 """Prefix of a dataset that is generated instead of read."""
-
-_LAYOUT_AXES = {
-    "tensor_model_parallel_size": "tensor",
-    "pipeline_model_parallel_size": "pipeline",
-    "virtual_pipeline_model_parallel_size": "virtual pipeline",
-    "context_parallel_size": "context",
-    "expert_model_parallel_size": "expert",
-    "expert_tensor_parallel_size": "expert tensor",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,16 +105,42 @@ def _warmup_ends(have: Any) -> Iterator[Problem]:
         )
 
 
-def _layout_has_a_test(have: Any) -> Iterator[Problem]:
-    for key, word in _LAYOUT_AXES.items():
-        size = getattr(have.megatron, key)
-        if size not in (None, 1):
-            yield Problem(
-                path=f"megatron.{key}",
-                text=f"got {size}, expected 1: replay under {word} parallelism has no test of equality with a single "
-                "rank yet, and a layout without one is not let through; use data parallelism (more processes)",
-                is_unsupported=True,
-            )
+def _layout_makes_sense(have: Any) -> Iterator[Problem]:
+    layout = have.megatron
+    stages = layout.pipeline_model_parallel_size
+    if stages == 1:
+        for key in (
+            "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "pipeline_model_parallel_layout",
+        ):
+            if getattr(layout, key) is not None:
+                yield Problem(
+                    path=f"megatron.{key}",
+                    text=f"got {getattr(layout, key)!r} with pipeline_model_parallel_size = 1: there is one stage; "
+                    "remove it, or raise pipeline_model_parallel_size",
+                )
+    uneven = layout.num_layers_in_first_pipeline_stage or layout.num_layers_in_last_pipeline_stage
+    if layout.pipeline_model_parallel_layout is not None and uneven:
+        yield Problem(
+            path="megatron.pipeline_model_parallel_layout",
+            text="given together with num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage: "
+            "both say how layers are dealt; keep one",
+        )
+
+
+def _grouped_experts_are_whole(have: Any) -> Iterator[Problem]:
+    expert_tensor = (
+        have.megatron.expert_tensor_parallel_size or have.megatron.tensor_model_parallel_size
+    )
+    if have.model.grouped_experts and expert_tensor > 1:
+        yield Problem(
+            path="model.grouped_experts",
+            text=f"true, but each expert is cut over {expert_tensor} ranks, and the grouped product needs whole "
+            "experts: set megatron.expert_tensor_parallel_size = 1, or grouped_experts = false",
+            is_unsupported=True,
+        )
 
 
 def _recompute_is_complete(have: Any) -> Iterator[Problem]:
@@ -223,7 +240,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("batch", "data", "rollout"), _budget_holds_a_sample),
     (("optimizer",), _optimizer_schedule),
     (("run", "batch", "optimizer"), _warmup_ends),
-    (("megatron",), _layout_has_a_test),
+    (("megatron",), _layout_makes_sense),
+    (("model", "megatron"), _grouped_experts_are_whole),
     (("megatron",), _recompute_is_complete),
     (("rewards",), _reward_names_differ),
     (("eval",), _eval_samples_differ),

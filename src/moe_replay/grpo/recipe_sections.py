@@ -221,6 +221,14 @@ class MegatronSection(Section):
     """Ranks that share the experts of a layer."""
     expert_tensor_parallel_size: int | None = Field(default=None, gt=0)
     """Ranks that share each expert's matrices."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Layers of the first stage; the others share the rest evenly."""
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Layers of the last stage; the others share the rest evenly."""
+    pipeline_model_parallel_layout: str | None = None
+    """Megatron's layout string: stages separated by ``|``, ``E`` embedding, ``t`` a layer, ``L`` loss, ``*`` repeats."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to the ranks of their experts."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers or chosen modules in the backward pass; nothing is recomputed when left out."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -229,6 +237,13 @@ class MegatronSection(Section):
     """With ``full``: layers per recomputed unit (uniform) or recomputed layers per stage (block)."""
     recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """With ``selective``: names of modules, such as ``moe``."""
+
+    def round_up_microbatches(self, count: int) -> int:
+        """Return the least number of microbatches, at least ``count``, that the pipeline schedule takes."""
+        if self.virtual_pipeline_model_parallel_size is None:
+            return count
+        stages = self.pipeline_model_parallel_size
+        return -(-count // stages) * stages
 
 
 class EvalSection(Section):

@@ -25,6 +25,7 @@ from moe_replay.grpo.records import Reporter, RunSummary
 from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
+from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
 from moe_replay.rollout.embedded import EmbeddedEngine
@@ -32,6 +33,13 @@ from moe_replay.rollout.types import Engine, EngineDescription, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
 
+_CONFIG_FIELDS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "moe_token_dispatcher_type",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,6 +53,7 @@ class Run:
     inputs: Inputs
     engine: Engine
     actor: MegatronActor
+    replica: Replica
     reference: MegatronScorer | None
     guard: Guard | None
     checkpoints: CheckpointFolder
@@ -132,19 +141,23 @@ class Run:
         return seconds
 
     def share_of_prompts(self) -> list[int]:
-        """Return this rank's places among the step's prompts: an equal part of every mini-batch.
+        """Return this replica's places among the step's prompts: an equal part of every mini-batch.
 
-        With 2 mini-batches of 4 prompts, rank 1 of 2 gets places 2, 3, 6, 7, so that a mini-batch holds the same
+        With 2 mini-batches of 4 prompts, replica 1 of 2 gets places 2, 3, 6, 7, so that a mini-batch holds the same
         prompts whatever the number of ranks.
         """
         per_update = self.recipe.prompts_per_step // self.recipe.batch.steps_per_generation
-        per_rank = per_update // self.process.world_size
-        first = self.process.rank * per_rank
+        per_replica = per_update // self.replica.num_replicas
+        first = self.replica.number * per_replica
         return [
             update * per_update + first + place
             for update in range(self.recipe.batch.steps_per_generation)
-            for place in range(per_rank)
+            for place in range(per_replica)
         ]
+
+    def own_prompts(self) -> list[int]:
+        """Return the places of the prompts that this rank samples: its part of its replica's."""
+        return self.share_of_prompts()[self.replica.own :: self.replica.size]
 
     def sampling(self) -> SamplingParams:
         """Return how training completions are sampled."""
@@ -235,7 +248,10 @@ class Run:
                     f"top-{engine.topk} of {engine.num_experts} experts",
                     f"trained in {recipe.model.dtype} on {self.device}",
                 ],
-                "Layout": [f"{self.process.world_size} data-parallel rank(s)"],
+                "Layout": [
+                    f"{self.replica.num_replicas} data-parallel replica(s) of {self.replica.size} rank(s): "
+                    f"{run_layout(recipe).describe()}"
+                ],
                 "Engine": [
                     f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}"
                 ],
@@ -282,7 +298,7 @@ def open_run(
     """
     recipe.check_world(process.world_size)
     inputs = open_inputs(recipe)
-    layout = ParallelLayout()
+    layout = run_layout(recipe)
     initialize(
         layout,
         from_environment=process.launched_by_torchrun,
@@ -297,7 +313,7 @@ def open_run(
             dtype=_DTYPES[recipe.model.dtype],
             settings=_optimizer_settings(recipe),
             grouped_experts=recipe.model.grouped_experts,
-            recompute=_recompute_fields(recipe),
+            overrides=_override_fields(recipe),
         )
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
@@ -308,6 +324,7 @@ def open_run(
             inputs=inputs,
             engine=engine,
             actor=actor,
+            replica=Replica.find(tuple(actor.routers), place=actor.place, device=actor.device),
             reference=_build_reference(recipe, layout),
             guard=_build_guard(recipe, engine.description),
             checkpoints=CheckpointFolder(
@@ -356,9 +373,16 @@ def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
     )
 
 
-def _recompute_fields(recipe: Recipe) -> dict[str, Any]:
+def run_layout(recipe: Recipe) -> ParallelLayout:
+    """Return the layout that ``[megatron]`` asks for."""
+    section = recipe.megatron
+    return ParallelLayout(**{name: getattr(section, name) for name in ParallelLayout.__slots__})
+
+
+def _override_fields(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys of ``[megatron]`` that are TransformerConfig fields of the same name."""
     section = recipe.megatron.model_dump(exclude_none=True)
-    fields = {name: value for name, value in section.items() if name.startswith("recompute_")}
+    fields = {name: value for name, value in section.items() if name in _CONFIG_FIELDS}
     if "recompute_modules" in fields:
         fields["recompute_modules"] = list(fields["recompute_modules"])
     return fields

@@ -1,32 +1,30 @@
 """The stations that sample: rollouts, rewards, advantages, and the evaluation of held-out prompts.
 
-In: an open run. Out: Rollout, Scored, samples. Called by: grpo.loop.
+In: an open run. Out: Rollout, Scored. Called by: grpo.loop.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64
 
-from moe_replay.batch import Sample
-from moe_replay.grpo.advantage import GroupAdvantages, group_advantages, reward_metrics
+from moe_replay.grpo.advantage import group_advantages, reward_metrics
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.types import (
     Completion,
-    FinishReason,
     Request,
     RolloutGroup,
     SamplingParams,
     check_group,
 )
-from moe_replay.routing import ReplayMode
+from moe_replay.routing import ReplayMode, RoutingTrace
 
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
@@ -34,16 +32,20 @@ EVAL_REQUESTS = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """This rank's prompts of a step and their completions."""
+    """A step's prompts, and the completions that this rank sampled."""
 
     prompts: tuple[Prompt, ...]
-    """Whole groups, mini-batch after mini-batch."""
+    """All prompts of the step, mini-batch after mini-batch."""
+    places: tuple[int, ...]
+    """Which of them this rank sampled."""
     groups: tuple[RolloutGroup, ...]
-    """One for each prompt."""
+    """One for each of ``places``, without traces."""
+    traces: dict[tuple[int, int], RoutingTrace]
+    """(place, number of the completion) -> its trace; emptied as soon as the routes have been cut."""
 
     @property
     def completions(self) -> list[Completion]:
-        """All completions, prompt after prompt."""
+        """All completions of this rank, prompt after prompt."""
         return [completion for group in self.groups for completion in group.completions]
 
 
@@ -51,89 +53,77 @@ class Rollout:
 class Scored:
     """Rewards of this rank's completions, and what the whole batch says about them."""
 
-    rewards: Mapping[str, Float64[np.ndarray, "groups generations"]]
+    rewards: Mapping[str, Float64[np.ndarray, "own generations"]]
     """Reward function -> scores of this rank's completions, before weights."""
-    totals: Float64[np.ndarray, "groups generations"]
+    totals: Float64[np.ndarray, "own generations"]
     """Weighted sums."""
-    advantages: Float64[np.ndarray, "groups generations"]
-    """Of this rank's completions."""
+    advantages: Float64[np.ndarray, "prompts generations"]
+    """Of all completions of the step."""
     metrics: Mapping[str, float]
     """``reward``, ``reward_std``... over all ranks."""
 
 
 def roll_out(run: Run) -> Rollout:
-    """Sample completions for this rank's share of the step's prompts."""
+    """Sample completions for this rank's part of the step's prompts."""
     recipe = run.recipe
     position = run.next_prompt
     prompts = run.inputs.train.at(position, recipe.prompts_per_step)
     run.next_prompt += recipe.prompts_per_step
-    mine = run.share_of_prompts()
+    places = run.own_prompts()
     requests = [
         Request(
             request_id=position + place,
             prompt_ids=prompts[place].prompt_ids,
             num_generations=recipe.rollout.num_generations,
         )
-        for place in mine
+        for place in places
     ]
     groups = run.engine.generate(requests, run.sampling())
-    for group in groups:
+    traces: dict[tuple[int, int], RoutingTrace] = {}
+    bare = []
+    for place, group in zip(places, groups, strict=True):
         check_group(group, run.engine.description)
-    return Rollout(prompts=tuple(prompts[place] for place in mine), groups=tuple(groups))
+        for number, completion in enumerate(group.completions):
+            if completion.trace is not None and run.mode is ReplayMode.R3:
+                traces[place, number] = completion.trace
+        bare.append(
+            replace(group, completions=tuple(replace(c, trace=None) for c in group.completions))
+        )
+    return Rollout(prompts=tuple(prompts), places=tuple(places), groups=tuple(bare), traces=traces)
 
 
 def score_rewards(run: Run, rollout: Rollout) -> Scored:
     """Run the reward functions, and compare the completions of each prompt with one another."""
     generations = run.recipe.rollout.num_generations
     batch = run.inputs.rewards.score(
-        [prompt for prompt in rollout.prompts for _ in range(generations)],
+        [rollout.prompts[place] for place in rollout.places for _ in range(generations)],
         [run.decode(completion.token_ids) for completion in rollout.completions],
         [completion.token_ids.tolist() for completion in rollout.completions],
     )
     rewards = {name: scores.reshape(-1, generations) for name, scores in batch.scores.items()}
     totals = batch.total.reshape(-1, generations)
     gathered = run.gather(
-        {"totals": totals.tolist(), "rewards": {n: s.tolist() for n, s in rewards.items()}}
+        {
+            "places": rollout.places,
+            "totals": totals.tolist(),
+            "rewards": {name: scores.tolist() for name, scores in rewards.items()},
+        }
     )
+    shape = (len(rollout.prompts), generations)
     whole = group_advantages(
-        np.concatenate([np.array(part["totals"], dtype=np.float64) for part in gathered]),
+        _by_place(shape, ((part["places"], part["totals"]) for part in gathered)),
         scale_rewards=run.recipe.grpo.scale_rewards,
     )
     scores = {
-        name: np.concatenate(
-            [np.array(part["rewards"][name], dtype=np.float64) for part in gathered]
-        )
+        name: _by_place(shape, ((part["places"], part["rewards"][name]) for part in gathered))
         for name in rewards
     }
     return Scored(
         rewards=rewards,
         totals=totals,
-        advantages=_own_rows(run, whole, len(totals)),
+        advantages=whole.advantages,
         metrics=reward_metrics(whole, scores),
     )
-
-
-def make_samples(run: Run, rollout: Rollout, scored: Scored) -> tuple[Sample, ...]:
-    """Join prompts, completions and advantages; keep the traces only if the mode replays the engine's."""
-    keeps_traces = run.mode is ReplayMode.R3
-    samples = []
-    for prompt, group, advantages in zip(
-        rollout.prompts, rollout.groups, scored.advantages, strict=True
-    ):
-        for completion, advantage in zip(group.completions, advantages, strict=True):
-            overlong = completion.finish_reason is FinishReason.LENGTH
-            samples.append(
-                Sample(
-                    sample_id=len(samples),
-                    token_ids=np.concatenate([prompt.prompt_ids, completion.token_ids]),
-                    prompt_length=len(prompt.prompt_ids),
-                    rollout_logprobs=completion.rollout_logprobs,
-                    advantage=float(advantage),
-                    trains=not (overlong and run.recipe.grpo.overlong_filter),
-                    trace=completion.trace if keeps_traces else None,
-                )
-            )
-    return tuple(samples)
 
 
 def evaluate(run: Run) -> None:
@@ -178,8 +168,11 @@ def evaluate(run: Run) -> None:
     )
 
 
-def _own_rows(
-    run: Run, whole: GroupAdvantages, num_groups: int
-) -> Float64[np.ndarray, "groups generations"]:
-    first = run.process.rank * num_groups
-    return whole.advantages[first : first + num_groups]
+def _by_place(
+    shape: tuple[int, int], parts: Iterable[tuple[Sequence[int], Sequence[Sequence[float]]]]
+) -> Float64[np.ndarray, "prompts generations"]:
+    """Put the values of every rank's prompts into their places among all prompts of the step."""
+    whole = np.full(shape, np.nan)
+    for places, values in parts:
+        whole[list(places)] = np.array(values, dtype=np.float64).reshape(len(places), -1)
+    return whole

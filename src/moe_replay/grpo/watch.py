@@ -41,15 +41,16 @@ class AgreementWatch:
         Raises:
             MisalignmentError: when the guard finds that the routes cannot belong to these rows.
         """
-        assert microbatch.expert_ids is not None
-        place = [microbatch.layers.index(layer) for layer in layers]
+        routes = microbatch.routes
+        assert routes is not None
+        place = [routes.layers.index(layer) for layer in layers]
         evidence = GuardEvidence(
             live_ids=live_ids,
             rows=rows,
-            expert_ids=microbatch.expert_ids[:, place],
-            valid=microbatch.route_valid,
-            sample=microbatch.sample_ids,
-            position=microbatch.positions,
+            expert_ids=routes.expert_ids[place].transpose(1, 0, 2),
+            valid=routes.valid,
+            sample=microbatch.sample_ids[microbatch.router_rows],
+            position=microbatch.positions[microbatch.router_rows],
             layers=tuple(layers),
         )
         where = f"{self._where}, microbatch {microbatch.key}"

@@ -189,14 +189,14 @@ def build_policy(
     dtype: torch.dtype,
     settings: OptimizerSettings,
     grouped_experts: bool = False,
-    recompute: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
-    ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights. ``recompute`` holds
-    Megatron's ``recompute_*`` settings.
+    ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights. ``overrides`` holds
+    further TransformerConfig fields, such as ``recompute_*``.
     """
-    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, recompute)
+    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     return MegatronActor(
         modules, config=config, num_experts=config.num_moe_experts or 0, settings=settings
     )
@@ -221,10 +221,10 @@ def _load_modules(
     layout: ParallelLayout,
     dtype: torch.dtype,
     grouped_experts: bool,
-    recompute: Mapping[str, Any] | None,
+    overrides: Mapping[str, Any] | None,
 ) -> tuple[list[torch.nn.Module], Any]:
     shape = read_model_shape(checkpoint_dir)
-    config = transformer_config(shape, layout, dtype=dtype, overrides=recompute)
+    config = transformer_config(shape, layout, dtype=dtype, overrides=overrides)
     chunks = build_model(shape, config, grouped_experts=grouped_experts)
     load_hf_weights(chunks, checkpoint_dir)
     if dtype is torch.bfloat16:

@@ -33,11 +33,17 @@ class ParallelLayout:
     """Ranks that the experts of a layer are dealt over."""
     expert_tensor_parallel_size: int | None = None
     """None: the same as `tensor_model_parallel_size`."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """None: the first stage has as many layers as the others."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """None: the last stage has as many layers as the others."""
+    pipeline_model_parallel_layout: str | None = None
+    """Megatron's string of what each stage and chunk holds, such as ``Et*3|t*4|tL``; None deals layers evenly."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             size = getattr(self, name)
-            if size is not None and size < 1:
+            if isinstance(size, int) and size < 1:
                 raise UnsupportedError(f"{name} = {size}; a degree of parallelism is at least 1")
         if (
             self.virtual_pipeline_model_parallel_size is not None
@@ -47,6 +53,23 @@ class ParallelLayout:
                 f"virtual_pipeline_model_parallel_size = {self.virtual_pipeline_model_parallel_size} needs "
                 "pipeline_model_parallel_size > 1"
             )
+
+    def describe(self) -> str:
+        """Return the degrees above 1 in words, such as ``tensor 2, pipeline 2 x 2 chunks``."""
+        words = []
+        for size, word in (
+            (self.tensor_model_parallel_size, "tensor"),
+            (self.pipeline_model_parallel_size, "pipeline"),
+            (self.context_parallel_size, "context"),
+            (self.expert_model_parallel_size, "expert"),
+        ):
+            if size > 1:
+                words.append(f"{word} {size}")
+            if size > 1 and word == "pipeline" and self.virtual_pipeline_model_parallel_size:
+                words[-1] += f" x {self.virtual_pipeline_model_parallel_size} chunks"
+        if self.expert_tensor_parallel_size is not None:
+            words.append(f"expert tensor {self.expert_tensor_parallel_size}")
+        return ", ".join(words) or "no model parallelism"
 
     @property
     def model_parallel_size(self) -> int:

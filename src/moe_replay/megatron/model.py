@@ -92,9 +92,35 @@ def transformer_config(
             "moe_grouped_gemm": compat.transformer_engine_usable(),
         }
     fields |= dict(shape.megatron_fields) | overrides
+    if fields.get("moe_token_dispatcher_type") == "allgather":
+        # Every rank must then bring equally many rows, so their number need not travel along the pipeline either.
+        fields["variable_seq_lengths"] = False
+        _refuse_pipeline_with_allgather(layout)
     latent = fields.get("multi_latent_attention", False)
-    with quiet_megatron():
-        return (MLATransformerConfig if latent else TransformerConfig)(**fields)
+    try:
+        with quiet_megatron():
+            config = (MLATransformerConfig if latent else TransformerConfig)(**fields)
+    except (ValueError, AssertionError) as error:
+        raise UnsupportedError(
+            f"Megatron-Core {'.'.join(map(str, compat.VERSION))} refuses this model in this layout: {error}"
+        ) from error
+    num_chunks = layout.virtual_pipeline_model_parallel_size
+    if config.virtual_pipeline_model_parallel_size != num_chunks:
+        raise UnsupportedError(
+            f"pipeline_model_parallel_layout {layout.pipeline_model_parallel_layout!r} has "
+            f"{config.virtual_pipeline_model_parallel_size} chunks a stage, "
+            f"virtual_pipeline_model_parallel_size is {num_chunks}; set it to the number in the layout"
+        )
+    return config
+
+
+def _refuse_pipeline_with_allgather(layout: ParallelLayout) -> None:
+    if layout.pipeline_model_parallel_size > 1:
+        raise UnsupportedError(
+            "moe_token_dispatcher_type = 'allgather' with pipeline_model_parallel_size = "
+            f"{layout.pipeline_model_parallel_size}: this dispatcher refuses batches of varying length, which packed "
+            "microbatches are; use 'alltoall'"
+        )
 
 
 def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
@@ -123,6 +149,9 @@ def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage,
+        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
         "variable_seq_lengths": True,
         # With batched p2p, interleaving over two stages mixes up activations silently.
         "batch_p2p_comm": False,
@@ -234,3 +263,17 @@ def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
                 f"{shape.family}: {name} = {size} cannot be split over {axis} parallelism {degree}; choose a "
                 f"degree that divides {size}"
             )
+    chunks = layout.pipeline_model_parallel_size * (
+        layout.virtual_pipeline_model_parallel_size or 1
+    )
+    dealt_evenly = not (
+        layout.num_layers_in_first_pipeline_stage
+        or layout.num_layers_in_last_pipeline_stage
+        or layout.pipeline_model_parallel_layout
+    )
+    if dealt_evenly and shape.num_layers % chunks:
+        raise UnsupportedError(
+            f"{shape.family}: {shape.num_layers} layers cannot be dealt evenly over {chunks} pipeline chunks; choose "
+            f"degrees that divide {shape.num_layers}, or set num_layers_in_first_pipeline_stage, "
+            "num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
+        )

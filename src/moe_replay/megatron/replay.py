@@ -21,27 +21,32 @@ from typing import Any
 import megatron.core.tensor_parallel as tensor_parallel
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
+from moe_replay.batch import RankRoutes
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.megatron.refusals import refuse_bypasses
+from moe_replay.megatron.upload import DeviceRoutes
 from moe_replay.routing import expert_dtype
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MicrobatchRoutes:
-    """Routes of one microbatch in the rows in which this rank's routers see it (after CP and SP)."""
+class _Choice:
+    """One call of a router, as the scope sees it."""
 
-    expert_ids: Integer[np.ndarray, "rows layers topk"]
-    """``[rows, layers, topk]``, uint8 or uint16; rows with ``valid=False`` are never read."""
-    valid: Bool[np.ndarray, " rows"]
-    """``[rows]``; False where the row is routed live."""
-    layers: tuple[int, ...]
-    """Global decoder index of each entry of the layer dim; must include every layer of this rank."""
-    watched_rows: Int64[np.ndarray, " watched"]
-    """Rows whose live experts are kept beside the replayed ones, for the guard; all valid; may be empty."""
+    layer: int
+    scores: Float[torch.Tensor, "rows experts"]
+    live: TopK
+
+    def live_ids(
+        self, rows: Int64[torch.Tensor, " some"] | None
+    ) -> Int64[torch.Tensor, "some topk"]:
+        """Return what the router would choose for ``rows`` (None: all), without gradient."""
+        with torch.no_grad():
+            return self.live(rows)[1]
 
 
 class _RouterSeat:
@@ -63,28 +68,37 @@ class _RouterSeat:
     ) -> tuple[Float[torch.Tensor, "rows topk"], Int64[torch.Tensor, "rows topk"]]:
         assert default_compute_topk is not None
 
-        def live() -> tuple[torch.Tensor, torch.Tensor]:
-            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        def live(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            if rows is None or num_groups:
+                # Megatron's group-limited choice counts on seeing every row of the microbatch.
+                values, ids = default_compute_topk(
+                    scores, topk, num_groups=num_groups, group_topk=group_topk
+                )
+                return (values, ids) if rows is None else (values[rows], ids[rows])
+            return default_compute_topk(scores[rows], topk, num_groups=None, group_topk=None)
 
-        return self.scope.choose(self.layer, scores, topk, live)
+        return self.scope.choose(_Choice(layer=self.layer, scores=scores, live=live))
 
 
 class RouterScope(ABC):
     """What replaying and recording share: taking the routers over, knowing the microbatch, counting the calls."""
 
-    def __init__(self, routers: Mapping[int, TopKRouter]) -> None:
+    def __init__(self, routers: Mapping[int, TopKRouter], *, may_be_empty: bool = False) -> None:
         """Prepare to own ``routers`` (global layer -> TopKRouter); `open` takes them over.
 
+        ``may_be_empty`` is for a pipeline stage that holds dense layers only.
+
         Raises:
-            UnsupportedError: when a router's configuration chooses experts without asking the scope.
+            UnsupportedError: when a router's configuration chooses experts without asking the scope, or there is
+                no router.
         """
-        if not routers:
+        if not routers and not may_be_empty:
             raise UnsupportedError(
                 "the model has no router on this rank, so there is nothing to replay: the checkpoint is dense "
                 "(set replay.router_replay_mode = 'disabled'), or the chunks given are not the policy's"
             )
         for layer, router in routers.items():
-            _refuse_bypasses(layer, router)
+            refuse_bypasses(layer, router)
         self._seats = [_RouterSeat(self, layer, router) for layer, router in routers.items()]
         self._key: int | None = None
         self._recomputing = False
@@ -136,37 +150,24 @@ class RouterScope(ABC):
         finally:
             self._key = before
 
-    def choose(
-        self,
-        layer: int,
-        scores: torch.Tensor,
-        topk: int,
-        live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scores and ids of the experts that ``layer`` uses for the rows of ``scores``."""
+    def choose(self, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores and ids of the experts that a router uses for the rows of this call."""
         if self._key is None:
             raise ReplayScopeError(
-                f"the router of layer {layer} ran outside `scope.microbatch(key)`: the scope cannot know whose routes "
-                "to use; run every forward pass of the model inside it, and evaluate after the scope is closed"
+                f"the router of layer {choice.layer} ran outside `scope.microbatch(key)`: the scope cannot know whose "
+                "routes to use; run every forward pass of the model inside it, and evaluate after the scope is closed"
             )
-        called = (layer, self._key)
+        called = (choice.layer, self._key)
         if self._recomputing:
             self._recomputes[called] += 1
         else:
             self._forwards[called] += 1
             if self._inside_checkpoint:
                 self._checkpointed.add(called)
-        return self._experts(layer, self._key, scores, topk, live)
+        return self._experts(self._key, choice)
 
     @abstractmethod
-    def _experts(
-        self,
-        layer: int,
-        key: int,
-        scores: torch.Tensor,
-        topk: int,
-        live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     @abstractmethod
     def _keys(self) -> Sequence[int]: ...
@@ -235,19 +236,32 @@ class ReplayScope(RouterScope):
     """
 
     def __init__(
-        self, routers: Mapping[int, TopKRouter], routes: Mapping[int, MicrobatchRoutes]
+        self,
+        routers: Mapping[int, TopKRouter],
+        routes: Mapping[int, RankRoutes],
+        *,
+        watched_rows: Mapping[int, Int64[np.ndarray, " watched"]] | None = None,
+        may_be_empty: bool = False,
     ) -> None:
-        """Prepare to replay ``routes`` (microbatch key -> its routes).
+        """Prepare to replay ``routes`` (microbatch key -> its routes in the rows of this rank's routers).
+
+        ``watched_rows`` (key -> valid rows) names rows whose live experts are kept beside the replayed ones, for the
+        guard.
 
         Raises:
             TraceError: when routes lack a layer of the model, or have another number of experts per token.
         """
-        super().__init__(routers)
+        super().__init__(routers, may_be_empty=may_be_empty)
+        nothing = np.zeros(0, dtype=np.int64)
         self._routes = dict(routes)
+        self._watched_rows = {key: (watched_rows or {}).get(key, nothing) for key in routes}
         self._place: dict[int, dict[int, int]] = {}
         self._watched: dict[tuple[int, int], torch.Tensor] = {}
+        # Of the microbatch that is running and, while a recomputation interrupts it, of the recomputed one.
+        self._uploaded: dict[bool, tuple[int, DeviceRoutes]] = {}
         for key, held in self._routes.items():
-            _check_routes(key, held, routers)
+            if routers:
+                _check_routes(key, held, self._watched_rows[key], routers)
             self._place[key] = {layer: i for i, layer in enumerate(held.layers)}
 
     def _keys(self) -> Sequence[int]:
@@ -255,83 +269,91 @@ class ReplayScope(RouterScope):
 
     def watched_rows(self, key: int) -> Int64[np.ndarray, " watched"]:
         """Return the watched rows of microbatch ``key``."""
-        return self._routes[key].watched_rows
+        return self._watched_rows[key]
 
     def live_ids(self, key: int) -> Int64[np.ndarray, "watched layers topk"]:
         """Return the live experts of the watched rows of microbatch ``key``, in the order of `layers`."""
         return np.stack([self._watched[layer, key].cpu().numpy() for layer in self.layers], axis=1)
 
-    def _experts(
-        self,
-        layer: int,
-        key: int,
-        scores: torch.Tensor,
-        topk: int,
-        live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
         routes = self._routes.get(key)
         if routes is None:
             raise ReplayScopeError(
                 f"microbatch {key} has no routes in this scope, which holds {sorted(self._routes)}"
             )
+        scores, layer = choice.scores, choice.layer
         if scores.shape[0] != len(routes.valid):
             raise ReplayScopeError(
                 f"layer {layer}, microbatch {key}: the router sees {scores.shape[0]} rows, the routes have "
                 f"{len(routes.valid)}; tokens and routes were cut for different ranks or padded differently"
             )
-        ids = _upload(routes.expert_ids[:, self._place[key][layer]], scores.device).long()
-        watched = routes.watched_rows if not self._recomputing else routes.watched_rows[:0]
-        if len(watched) or not routes.valid.all():
-            with torch.no_grad():
-                _, live_ids = live()
-            if len(watched):
-                self._watched[layer, key] = live_ids[_upload(watched, scores.device)]
-            ids = torch.where(_upload(routes.valid, scores.device)[:, None], ids, live_ids)
+        uploaded = self._upload_once(key, routes, scores.device)
+        ids = uploaded.expert_ids[self._place[key][layer]].long()
+        if uploaded.asked_rows is not None:
+            asked = choice.live_ids(uploaded.asked_rows)
+            if uploaded.live_rows is not None:
+                ids.index_copy_(0, uploaded.live_rows, asked[: uploaded.num_live])
+            if uploaded.watched_rows is not None and not self._recomputing:
+                self._watched[layer, key] = asked[uploaded.num_live :]
         return scores.gather(1, ids), ids
+
+    def _upload_once(self, key: int, routes: RankRoutes, device: torch.device) -> DeviceRoutes:
+        held = self._uploaded.get(self._recomputing)
+        if held is None or held[0] != key:
+            watched = self._watched_rows[key]
+            held = key, DeviceRoutes(routes, watched[:0] if self._recomputing else watched, device)
+            self._uploaded[self._recomputing] = held
+        return held[1]
 
 
 class RecordScope(RouterScope):
     """Records the experts that each microbatch uses, routed live; recomputation is not recorded again."""
 
-    def __init__(self, routers: Mapping[int, TopKRouter], keys: Sequence[int]) -> None:
+    def __init__(
+        self,
+        routers: Mapping[int, TopKRouter],
+        keys: Sequence[int],
+        *,
+        may_be_empty: bool = False,
+    ) -> None:
         """Prepare to record the microbatches ``keys``."""
-        super().__init__(routers)
+        super().__init__(routers, may_be_empty=may_be_empty)
         self._wanted = tuple(keys)
         self._recorded: dict[tuple[int, int], torch.Tensor] = {}
-        num_experts = next(iter(routers.values())).config.num_moe_experts
-        self._dtype = torch.from_numpy(np.empty(0, dtype=expert_dtype(num_experts))).dtype
 
     def _keys(self) -> Sequence[int]:
         return self._wanted
 
-    def expert_ids(self, key: int) -> Integer[np.ndarray, "rows layers topk"]:
-        """Return the routes of microbatch ``key`` in this rank's rows, in the order of `layers`; each key once."""
-        per_layer = [self._recorded.pop((layer, key)) for layer in self.layers]
-        return torch.stack(per_layer, dim=1).cpu().numpy()
+    def expert_ids(self, key: int) -> Integer[np.ndarray, "layers rows topk"]:
+        """Return the routes of microbatch ``key`` in this rank's rows, in the order of `layers`; each key once.
 
-    def _experts(
-        self,
-        layer: int,
-        key: int,
-        scores: torch.Tensor,
-        topk: int,
-        live: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        values, ids = live()
+        Raises:
+            ReplayScopeError: when the scope owns no router, or the microbatch did not run or was taken before.
+        """
+        missing = [layer for layer in self.layers if (layer, key) not in self._recorded]
+        if missing or not self.layers:
+            raise ReplayScopeError(
+                f"no recorded routes of microbatch {key} in layers {missing} (of {list(self.layers)}); run its forward "
+                "pass inside the scope, and take its routes once"
+            )
+        per_layer = [self._recorded.pop((layer, key)) for layer in self.layers]
+        return torch.stack(per_layer).cpu().numpy()
+
+    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
+        values, ids = choice.live(None)
         if not self._recomputing:
-            self._recorded[layer, key] = ids.detach().to(self._dtype)
+            num_experts = choice.scores.shape[1]
+            dtype = torch.uint8 if num_experts <= 256 else torch.uint16
+            self._recorded[choice.layer, key] = ids.detach().to(dtype)
         return values, ids
 
 
-def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return ``array`` on ``device``; from pinned memory and without waiting when that is a GPU."""
-    host = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, TopKRouter]) -> None:
+def _check_routes(
+    key: int,
+    routes: RankRoutes,
+    watched_rows: Int64[np.ndarray, " watched"],
+    routers: Mapping[int, TopKRouter],
+) -> None:
     missing = sorted(routers.keys() - set(routes.layers))
     if missing:
         raise TraceError(
@@ -339,7 +361,7 @@ def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, TopK
             "engine's model and this one differ, or the engine numbers MoE layers only"
         )
     config = next(iter(routers.values())).config
-    rows, _, topk = routes.expert_ids.shape
+    _, rows, topk = routes.expert_ids.shape
     if topk != config.moe_router_topk:
         raise TraceError(
             f"microbatch {key}: routes name {topk} experts per token, the model uses {config.moe_router_topk}"
@@ -350,34 +372,10 @@ def _check_routes(key: int, routes: MicrobatchRoutes, routers: Mapping[int, TopK
             f"flags, expected {expert_dtype(config.num_moe_experts)} and one flag a row for a model of "
             f"{config.num_moe_experts} experts"
         )
-    if not routes.valid[routes.watched_rows].all():
+    if routes.num_experts != config.num_moe_experts:
+        raise TraceError(
+            f"microbatch {key}: the routes come from a model of {routes.num_experts} experts, this one has "
+            f"{config.num_moe_experts}; the engine runs another checkpoint than the trainer"
+        )
+    if not routes.valid[watched_rows].all():
         raise TraceError(f"microbatch {key}: watched rows must be valid rows")
-
-
-def _refuse_bypasses(layer: int, router: TopKRouter) -> None:
-    config = router.config
-    reasons = {
-        "moe_router_fusion": (config.moe_router_fusion, "the fused kernel picks experts itself"),
-        "moe_router_load_balancing_type = sinkhorn": (
-            getattr(router, "routing_type", None) == "sinkhorn",
-            "sinkhorn balancing returns before the top-k",
-        ),
-        "moe_expert_capacity_factor": (
-            config.moe_expert_capacity_factor is not None,
-            "tokens over capacity are dropped after the replay",
-        ),
-        "moe_router_topk = num_moe_experts": (
-            config.moe_router_topk >= config.num_moe_experts,
-            "every expert runs for every token, so there is no choice to replay",
-        ),
-        "a router without router_replay": (
-            not hasattr(router, "router_replay"),
-            "Megatron-Core before 0.16 has no place to replay at",
-        ),
-    }
-    for option, (is_set, why) in reasons.items():
-        if is_set:
-            raise UnsupportedError(
-                f"layer {layer}: replay cannot be exact with {option}: {why}; turn it off or set "
-                "replay.router_replay_mode = 'disabled'"
-            )

@@ -7,7 +7,7 @@ Called by: megatron.actor (which trains the same model), grpo (for the reference
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from moe_replay.batch import Microbatch
-from moe_replay.errors import TraceError, UnsupportedError
-from moe_replay.megatron.compat import VERSION
+from moe_replay.batch import Microbatch, RankPlace, RankRoutes
+from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers
-from moe_replay.megatron.replay import MicrobatchRoutes, RecordScope, ReplayScope
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.megatron.replay import RecordScope, ReplayScope
 
 
 class Routing(Enum):
@@ -61,8 +59,17 @@ class ScoredSample:
     """``[T]``, in nats, at the sampling temperature."""
     entropies: Float32[np.ndarray, " completion"]
     """``[T]``, in nats, of the distribution each token was drawn from."""
-    trace: RoutingTrace | None
-    """The routes of this pass when it recorded, else None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a forward pass found out."""
+
+    samples: Mapping[int, ScoredSample]
+    """Sample id -> its values, for all samples of this rank's replica."""
+    routes: Mapping[int, RankRoutes]
+    """Microbatch key -> its recorded routes in this rank's layers and rows; empty unless the pass recorded, or when
+    this pipeline stage has no router."""
 
 
 class MegatronScorer:
@@ -74,6 +81,12 @@ class MegatronScorer:
         self.chunks: list[Any] = list(chunks)
         self.routers = moe_layers(self.chunks)
         self.num_experts = num_experts
+        self.place = RankPlace(
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+        )
         self.device = next(self.chunks[0].parameters()).device
 
     def score(
@@ -83,12 +96,10 @@ class MegatronScorer:
         temperature: float,
         routing: Routing,
         watch: RouteWatch | None = None,
-        policy_version: int = 0,
-    ) -> dict[int, ScoredSample]:
-        """Run a forward pass without gradients; return sample id -> its values.
+    ) -> Scores:
+        """Run a forward pass without gradients.
 
-        ``policy_version`` labels recorded traces. Every rank returns the values of all samples of its own
-        data-parallel replica.
+        Every rank returns the values of all samples of its own data-parallel replica.
         """
         outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -113,19 +124,20 @@ class MegatronScorer:
         scored: dict[int, ScoredSample] = {}
         for microbatch in microbatches:
             values = self._assemble(microbatch, outputs.get(microbatch.key))
-            traces = self._recorded(microbatch, scope, policy_version)
             parts = zip(
                 microbatch.samples,
                 microbatch.collect(values[0]),
                 microbatch.collect(values[1]),
-                traces,
                 strict=True,
             )
-            for sample, logprobs, entropies, trace in parts:
+            for sample, logprobs, entropies in parts:
                 scored[sample.sample_id] = ScoredSample(
-                    token_logprobs=logprobs, entropies=entropies, trace=trace
+                    token_logprobs=logprobs, entropies=entropies
                 )
-        return scored
+        routes: dict[int, RankRoutes] = {}
+        if isinstance(scope, RecordScope) and scope.layers:
+            routes = {m.key: self._recorded(m, scope) for m in microbatches}
+        return Scores(samples=scored, routes=routes)
 
     def _run(
         self,
@@ -201,19 +213,19 @@ class MegatronScorer:
     ) -> ReplayScope | RecordScope | None:
         if routing is Routing.LIVE:
             return None
+        # A stage may hold dense layers only, as long as the model has routers elsewhere.
+        may_be_empty = self.num_experts > 0
         if routing is Routing.RECORD:
-            return RecordScope(self.routers, [microbatch.key for microbatch in microbatches])
-        for microbatch in microbatches:
-            self._check_experts(microbatch)
+            keys = [microbatch.key for microbatch in microbatches]
+            return RecordScope(self.routers, keys, may_be_empty=may_be_empty)
         share = -(-watch.num_rows // len(microbatches)) if watch is not None else 0
-        return ReplayScope(self.routers, {m.key: _local_routes(m, share) for m in microbatches})
-
-    def _check_experts(self, microbatch: Microbatch) -> None:
-        if microbatch.expert_ids is not None and microbatch.num_experts != self.num_experts:
-            raise TraceError(
-                f"microbatch {microbatch.key}: the routes come from a model of {microbatch.num_experts} experts, this "
-                f"one has {self.num_experts}; the engine runs another checkpoint than the trainer"
-            )
+        routes = {m.key: _routes_of(m) for m in microbatches}
+        return ReplayScope(
+            self.routers,
+            routes,
+            watched_rows={key: _evenly_spaced(held.valid, share) for key, held in routes.items()},
+            may_be_empty=may_be_empty,
+        )
 
     def _observe(
         self,
@@ -225,7 +237,7 @@ class MegatronScorer:
             return
         for microbatch in microbatches:
             rows = scope.watched_rows(microbatch.key)
-            if len(rows):
+            if len(rows) and scope.layers:
                 watch.observe(microbatch, rows, scope.live_ids(microbatch.key), scope.layers)
 
     def _assemble(
@@ -249,44 +261,14 @@ class MegatronScorer:
             dist.broadcast(shared, src=last, group=pp_group)
         return shared.cpu().numpy()
 
-    def _recorded(
-        self,
-        microbatch: Microbatch,
-        scope: ReplayScope | RecordScope | None,
-        policy_version: int,
-    ) -> list[RoutingTrace | None]:
-        """Bind recorded routes to the samples of the microbatch."""
-        if not isinstance(scope, RecordScope):
-            return [None for _ in microbatch.samples]
-        local = scope.expert_ids(microbatch.key)
-        if len(local) != microbatch.num_rows or not microbatch.index.num_rows <= len(local):
-            raise UnsupportedError(
-                f"recorded {len(local)} of {microbatch.num_rows} rows: R2 under tensor or context parallelism needs "
-                "the routes of all ranks, which this version does not gather; use R3 or data parallelism"
-            )
-        whole = np.zeros((microbatch.index.num_rows, *local.shape[1:]), dtype=local.dtype)
-        microbatch.index.scatter(local, whole)
-        traces: list[RoutingTrace | None] = []
-        start = 0
-        for sample in microbatch.samples:
-            stop = start + len(sample.token_ids)
-            traces.append(
-                RoutingTrace.record(
-                    whole[start:stop],
-                    token_ids=sample.token_ids,
-                    valid=np.ones(stop - start, dtype=bool),
-                    layers=scope.layers,
-                    num_experts=self.num_experts,
-                    origin=Origin.single(
-                        engine="trainer",
-                        engine_version=f"megatron-core {VERSION[0]}.{VERSION[1]}",
-                        policy_version=policy_version,
-                        num_rows=stop - start,
-                    ),
-                )
-            )
-            start = stop
-        return traces
+    def _recorded(self, microbatch: Microbatch, scope: RecordScope) -> RankRoutes:
+        """Return what was recorded as routes to replay; every row of a token has one."""
+        return RankRoutes(
+            expert_ids=scope.expert_ids(microbatch.key),
+            valid=microbatch.index.is_token[microbatch.router_rows],
+            layers=scope.layers,
+            num_experts=self.num_experts,
+        )
 
 
 def opened(scope: ReplayScope | RecordScope | None) -> AbstractContextManager[Any]:
@@ -294,23 +276,19 @@ def opened(scope: ReplayScope | RecordScope | None) -> AbstractContextManager[An
     return contextlib.nullcontext() if scope is None else scope.open()
 
 
-def _local_routes(microbatch: Microbatch, num_watched: int) -> MicrobatchRoutes:
-    """Return the routes in the rows of this rank's routers, watching evenly spaced valid rows."""
-    if microbatch.expert_ids is None:
+def _routes_of(microbatch: Microbatch) -> RankRoutes:
+    if microbatch.routes is None:
         raise UnsupportedError(
             f"microbatch {microbatch.key} has no routes to replay: the engine recorded none "
             "(start it with route capture on), or the pass that records (R2) did not run"
         )
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    size = microbatch.num_rows // tp_size
-    here = slice(tp_rank * size, (tp_rank + 1) * size)
-    valid = microbatch.route_valid[here]
+    return microbatch.routes
+
+
+def _evenly_spaced(
+    valid: Bool[np.ndarray, " rows"], num_watched: int
+) -> Int64[np.ndarray, " watched"]:
+    """Return up to ``num_watched`` of the valid rows."""
     candidates = np.flatnonzero(valid)
     spacing = max(1, len(candidates) // num_watched) if num_watched else 1
-    return MicrobatchRoutes(
-        expert_ids=microbatch.expert_ids[here],
-        valid=valid,
-        layers=microbatch.layers,
-        watched_rows=candidates[::spacing][:num_watched],
-    )
+    return candidates[::spacing][:num_watched]

@@ -11,11 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from moe_replay.batch import Microbatch, Sample, build_microbatch, plan_microbatches
+from moe_replay.batch import (
+    Microbatch,
+    RankPlace,
+    RouteForm,
+    Sample,
+    build_microbatch,
+    plan_microbatches,
+)
+from moe_replay.batch.packing import split_to
 from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy
 from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer, Routing
+from moe_replay.megatron.weights import export_hf_weights
 
 SETTINGS = OptimizerSettings(
     lr=1e-3,
@@ -33,29 +45,63 @@ SETTINGS = OptimizerSettings(
 
 
 def start_policy(
-    checkpoint: Path, *, dtype: torch.dtype = torch.float32, **recompute: Any
+    checkpoint: Path,
+    layout: ParallelLayout | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
 ) -> MegatronActor:
-    """Build the policy of ``checkpoint``, data-parallel over the ranks that exist; ``recompute_*`` as in Megatron."""
-    initialize(ParallelLayout())
-    return build_policy(
-        checkpoint, ParallelLayout(), dtype=dtype, settings=SETTINGS, recompute=recompute
-    )
+    """Build the policy of ``checkpoint`` in ``layout`` over the ranks that exist, data-parallel over what is left.
+
+    ``overrides`` are further TransformerConfig fields, such as ``recompute_granularity``.
+    """
+    layout = layout or ParallelLayout()
+    initialize(layout)
+    return build_policy(checkpoint, layout, dtype=dtype, settings=SETTINGS, overrides=overrides)
 
 
-def pack(samples: Sequence[Sample], *, max_tokens: int = 48) -> list[Microbatch]:
-    """Pack samples into microbatches of at most ``max_tokens`` rows."""
+def pack(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int = 48,
+    scorer: MegatronScorer | None = None,
+    count: int = 0,
+    row_multiple: int = 1,
+) -> list[Microbatch]:
+    """Pack samples into microbatches of at most ``max_tokens`` tokens, at least ``count`` of them, rows padded.
+
+    The rows and layers are those of ``scorer``'s rank; without one, those of a single process.
+    """
     lengths = [len(sample.token_ids) for sample in samples]
-    plan = plan_microbatches(lengths, max_tokens=max_tokens, max_samples=None)
+    plan = split_to(
+        plan_microbatches(lengths, max_tokens=max_tokens, max_samples=None), lengths, count
+    )
     return [
-        build_microbatch(key, [samples[position] for position in group])
+        build_microbatch(
+            key,
+            [samples[position] for position in group],
+            place=scorer.place if scorer else RankPlace(),
+            layers=tuple(scorer.routers) if scorer else None,
+            row_multiple=row_multiple,
+        )
         for key, group in enumerate(plan)
     ]
 
 
 def with_own_routes(scorer: MegatronScorer, samples: Sequence[Sample]) -> list[Sample]:
-    """Return the samples with the routes that the model itself takes."""
-    scored = scorer.score(pack(samples), temperature=1.0, routing=Routing.RECORD)
-    return [replace(sample, trace=scored[sample.sample_id].trace) for sample in samples]
+    """Return the samples with the routes that the model itself takes, whatever the layout."""
+    microbatches = pack(samples, scorer=scorer)
+    routes = scorer.score(microbatches, temperature=1.0, routing=Routing.RECORD).routes
+    traces = gather_traces(
+        microbatches, routes, route_form(scorer), policy_version=0, device=scorer.device
+    )
+    return [replace(sample, trace=traces[sample.sample_id]) for sample in samples]
+
+
+def route_form(scorer: MegatronScorer) -> RouteForm:
+    """Return the layers, experts and top-k of the whole model, as its configuration states them."""
+    shape = unwrap(scorer.chunks[0]).model_shape
+    return RouteForm(layers=shape.moe_layers, num_experts=shape.num_experts, topk=shape.topk)
 
 
 def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
@@ -64,9 +110,22 @@ def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tenso
 
 
 def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    """Return the accumulated gradient of every parameter."""
-    return {
-        name: getattr(parameter, "main_grad").clone()  # noqa: B009 - Megatron's own attribute
-        for module in actor.modules
-        for name, parameter in module.named_parameters()
-    }
+    """Return the reduced gradient of the whole model by checkpoint name, on every rank; collective.
+
+    The distributed optimizer leaves each data-parallel rank with the sum of its own shard; the shards are gathered.
+    """
+    for chunk in actor.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            if group.size() == 1:
+                continue
+            for bucket in buffer.buckets:
+                shards = list(bucket.grad_data.chunk(group.size()))
+                mine = shards[group.rank()].clone()
+                dist.all_gather(shards, mine, group=group)
+
+    def main_grad(parameter: Any) -> torch.Tensor:
+        # An expert bias is a buffer and has no gradient.
+        return getattr(parameter, "main_grad", torch.zeros_like(parameter))
+
+    return {name: value.clone() for name, value in export_hf_weights(actor.modules, read=main_grad)}

@@ -1,0 +1,45 @@
+"""RankPlace: where a rank stands among those that share each sequence, and which rows follow from that.
+
+In: tensor- and context-parallel coordinates. Out: RankPlace. Called by: batch.microbatch, megatron.replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_replay.routing import RowIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlace:
+    """Coordinates of a rank on the axes that cut rows."""
+
+    tp_size: int = 1
+    """Tensor-parallel ranks; above 1 the routers see one sequence-parallel part of the rows each."""
+    tp_rank: int = 0
+    """From 0."""
+    cp_size: int = 1
+    """Context-parallel ranks; each holds a zigzag part of every sequence."""
+    cp_rank: int = 0
+    """From 0."""
+
+    def row_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
+        """Return the rows of packed sequences that this rank feeds to its model, padded to ``row_multiple``."""
+        return RowIndex.packed(
+            lengths,
+            cp_size=self.cp_size,
+            cp_rank=self.cp_rank,
+            pad_multiple=math.lcm(self.tp_size, row_multiple),
+        )
+
+    def router_rows(self, num_rows: int) -> slice:
+        """Return which of ``num_rows`` fed rows this rank's routers see; sequence parallelism cuts in equal parts."""
+        size = num_rows // self.tp_size
+        return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
+
+    def router_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
+        """Return the rows of packed sequences that this rank's routers see."""
+        index = self.row_index(lengths, row_multiple=row_multiple)
+        return index.sequence_shard(self.tp_size, self.tp_rank)

@@ -1,0 +1,195 @@
+"""RankRoutes: what one rank replays of a microbatch, the layers of its pipeline stage by the rows of its routers.
+
+Routes are cut where they are: the rank that sampled a sequence cuts, for every rank that trains on it, just the layers
+and rows that this rank owns. Sender and receiver walk the same `RowIndex` in the same order, so the bytes need no
+labels.
+
+In: traces, row indices. Out: RankRoutes, and their bytes. Called by: batch.microbatch, grpo.sharing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from moe_replay.errors import TraceError
+from moe_replay.routing import RoutingTrace, RowIndex, expert_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteForm:
+    """What the routes of one model have in common."""
+
+    layers: tuple[int, ...]
+    """Global decoder indices of the layers."""
+    num_experts: int
+    """Routed experts a layer."""
+    topk: int
+    """Experts per token."""
+
+    @classmethod
+    def of(cls, traces: Sequence[RoutingTrace]) -> RouteForm:
+        """Return the form that all ``traces`` share.
+
+        Raises:
+            TraceError: when they differ, so that they cannot come from one model.
+        """
+        shapes = {(trace.layers, trace.num_experts, trace.topk) for trace in traces}
+        if len(shapes) != 1:
+            raise TraceError(
+                f"traces of one microbatch differ in (layers, experts, topk): {sorted(shapes)}"
+            )
+        layers, num_experts, topk = shapes.pop()
+        return cls(layers=layers, num_experts=num_experts, topk=topk)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankRoutes:
+    """Routes of one microbatch in the layers and rows of one rank's routers (after PP, CP and SP)."""
+
+    expert_ids: Integer[np.ndarray, "layers rows topk"]
+    """``[layers, rows, topk]``, uint8 or uint16; rows with ``valid=False`` are never read."""
+    valid: Bool[np.ndarray, " rows"]
+    """``[rows]``; False where the row is routed live."""
+    layers: tuple[int, ...]
+    """Global decoder index of each entry of the layer dim."""
+    num_experts: int
+    """Routed experts a layer of the model that recorded the routes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the routes occupy."""
+        return self.expert_ids.nbytes + self.valid.nbytes
+
+    @classmethod
+    def empty(cls, form: RouteForm, num_rows: int) -> RankRoutes:
+        """Return routes of ``num_rows`` rows, none of them valid yet."""
+        shape = (len(form.layers), num_rows, form.topk)
+        return cls(
+            expert_ids=np.zeros(shape, dtype=expert_dtype(form.num_experts)),
+            valid=np.zeros(num_rows, dtype=bool),
+            layers=form.layers,
+            num_experts=form.num_experts,
+        )
+
+
+class SampleRows:
+    """Which of a rank's rows belong to which sequence of the microbatch, and to which of its positions."""
+
+    def __init__(self, index: RowIndex, lengths: Sequence[int]) -> None:
+        tokens = np.flatnonzero(index.is_token)
+        order = np.argsort(index.rows[tokens], kind="stable")
+        self._local = tokens[order]
+        self._whole = index.rows[self._local]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._bounds = np.searchsorted(self._whole, self._starts)
+
+    def of(self, number: int) -> tuple[Int64[np.ndarray, " owned"], Int64[np.ndarray, " owned"]]:
+        """Return the local rows of sequence ``number`` and their positions in it, in order of position."""
+        here = slice(self._bounds[number], self._bounds[number + 1])
+        return self._local[here], self._whole[here] - self._starts[number]
+
+
+def cut_routes(
+    index: RowIndex, traces: Sequence[RoutingTrace], layers: Sequence[int] | None = None
+) -> RankRoutes:
+    """Cut the routes of a whole microbatch for the rank whose router rows are ``index``.
+
+    ``layers`` are the decoder layers that the rank routes; None takes all that the traces hold.
+
+    Raises:
+        TraceError: when the traces differ in form, or lack one of ``layers``.
+    """
+    form = narrowed(RouteForm.of(traces), layers)
+    out = RankRoutes.empty(form, len(index.rows))
+    rows = SampleRows(index, [len(trace) for trace in traces])
+    for number, trace in enumerate(traces):
+        local, position = rows.of(number)
+        out.expert_ids[:, local] = _rows_of(trace, position, form.layers)
+        out.valid[local] = trace.valid[position]
+    return out
+
+
+def narrowed(form: RouteForm, layers: Sequence[int] | None) -> RouteForm:
+    """Return ``form`` with ``layers`` alone.
+
+    Raises:
+        TraceError: when it lacks one of them.
+    """
+    if layers is None:
+        return form
+    missing = sorted(set(layers) - set(form.layers))
+    if missing:
+        raise TraceError(
+            f"the routes hold layers {list(form.layers)}, the model also routes in {missing}; the engine's model and "
+            "this one differ, or the engine numbers MoE layers only"
+        )
+    return RouteForm(layers=tuple(layers), num_experts=form.num_experts, topk=form.topk)
+
+
+def pack_rows(
+    index: RowIndex,
+    lengths: Sequence[int],
+    traces: Mapping[int, RoutingTrace],
+    layers: Sequence[int],
+) -> bytes:
+    """Return what the rank of ``index`` and ``layers`` owns of some sequences (number -> trace), for `unpack_rows`.
+
+    For each sequence in order: its valid flags, one byte a row, then its ids, layer by layer.
+    """
+    rows = SampleRows(index, lengths)
+    parts = []
+    for number in sorted(traces):
+        _, position = rows.of(number)
+        parts.append(traces[number].valid[position].tobytes())
+        parts.append(_rows_of(traces[number], position, tuple(layers)).tobytes())
+    return b"".join(parts)
+
+
+def unpack_rows(
+    into: RankRoutes,
+    index: RowIndex,
+    lengths: Sequence[int],
+    numbers: Sequence[int],
+    payload: memoryview,
+) -> int:
+    """Place what `pack_rows` sent for the sequences ``numbers``; return the bytes read.
+
+    Raises:
+        TraceError: when the payload is too short for them.
+    """
+    rows = SampleRows(index, lengths)
+    num_layers, _, topk = into.expert_ids.shape
+    row_bytes = num_layers * topk * into.expert_ids.itemsize
+    at = 0
+    for number in sorted(numbers):
+        local, _ = rows.of(number)
+        needed = len(local) * (1 + row_bytes)
+        if len(payload) - at < needed:
+            raise TraceError(
+                f"routes of sequence {number} were cut short: {len(payload) - at} of {needed} bytes; sender and "
+                "receiver packed different microbatches"
+            )
+        into.valid[local] = np.frombuffer(payload, dtype=bool, count=len(local), offset=at)
+        at += len(local)
+        ids = np.frombuffer(
+            payload, dtype=into.expert_ids.dtype, count=num_layers * len(local) * topk, offset=at
+        )
+        into.expert_ids[:, local] = ids.reshape(num_layers, len(local), topk)
+        at += len(local) * row_bytes
+    return at
+
+
+def _rows_of(
+    trace: RoutingTrace, position: Int64[np.ndarray, " owned"], layers: tuple[int, ...]
+) -> Integer[np.ndarray, "layers owned topk"]:
+    place = [trace.layers.index(layer) for layer in layers]
+    chosen = (
+        trace.expert_ids[position]
+        if layers == trace.layers
+        else trace.expert_ids[position][:, place]
+    )
+    return np.ascontiguousarray(chosen.transpose(1, 0, 2))

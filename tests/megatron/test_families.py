@@ -1,0 +1,117 @@
+"""Every family, and the variants of its config, computes in Megatron what it computes in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_replay.errors import UnsupportedError
+from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.weights import load_hf_weights
+from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
+
+ONE = ParallelLayout()
+TOKENS = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(7))
+
+
+def logits_of(checkpoint: Path, **changed: torch.Tensor) -> torch.Tensor:
+    initialize(ONE)
+    shape = read_model_shape(checkpoint)
+    (chunk,) = chunks = build_model(shape, transformer_config(shape, ONE))
+    load_hf_weights(chunks, checkpoint)
+    with torch.no_grad():
+        for name, value in changed.items():
+            chunk.state_dict()[name.replace("__", ".")].copy_(value)
+        return chunk(TOKENS, torch.arange(TOKENS.shape[1])[None], None)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_in_every_family(tmp_path, family):
+    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS).logits[0]
+    (logits,) = run_ranks(logits_of, 1, path)
+    assert (logits - expected).abs().max() < 2e-5
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+VARIANTS = {
+    "yarn": ("deepseek_v3", {"rope_parameters": YARN}),
+    "whole query": ("deepseek_v3", {"q_lora_rank": None}),
+    "one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+    "groups by their best expert": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 4},
+    ),
+    "without query and key norm": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers_in_variants_of_a_family(tmp_path, name):
+    family, overrides = VARIANTS[name]
+    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2, **overrides)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS).logits[0]
+    (logits,) = run_ranks(logits_of, 1, path)
+    assert (logits - expected).abs().max() < 2e-5
+
+
+def test_logits_change_with_the_expert_bias(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, "deepseek_v3", num_hidden_layers=2)
+    (logits,) = run_ranks(logits_of, 1, path)
+    bias = torch.linspace(-1, 1, 16)
+    (changed,) = run_ranks(
+        lambda: logits_of(path, decoder__layers__1__mlp__router__expert_bias=bias), 1
+    )
+    assert (logits - changed).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("deepseek_v3", {"topk_group": 8}, "best 1 experts, the model does by its best 2"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),
+        ("glm4_moe", {"rope_parameters": YARN}, "supported: rope_type 'default'"),
+    ],
+)
+def test_a_config_without_an_exact_counterpart_is_refused(tmp_path, family, overrides, message):
+    AutoConfig.for_model(family, **overrides).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=message):
+        read_model_shape(tmp_path)
+
+
+def test_logits_change_with_one_router_row(checkpoint):
+    (logits,) = run_ranks(logits_of, 1, checkpoint)
+    row = torch.zeros(16, 64)
+    (changed,) = run_ranks(
+        lambda: logits_of(checkpoint, decoder__layers__0__mlp__router__weight=row), 1
+    )
+    assert (logits - changed).abs().max() > 1e-2
+
+
+def test_mixed_dense_and_moe_layers_equal_transformers(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, mlp_only_layers=[0])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS).logits[0]
+    (logits,) = run_ranks(logits_of, 1, path)
+    assert (logits - expected).abs().max() < 2e-5
