@@ -47,8 +47,19 @@ def _fake_case() -> EngineCase:
         engine.load_weights(weights(seed), policy_version=seed)
         return engine.next_logits(token_ids), engine.routes_of(token_ids)
 
+    def make_at(seed: int) -> FakeEngine:
+        engine = make()
+        engine.load_weights(weights(seed), policy_version=seed)
+        return engine
+
     return EngineCase(
-        name="fake", make=make, weights=weights, forced=forced, vocab_size=32, exact=True
+        name="fake",
+        make=make,
+        make_at=make_at,
+        weights=weights,
+        forced=forced,
+        vocab_size=32,
+        exact=True,
     )
 
 
@@ -60,12 +71,19 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
         for seed, path in checkpoints.items()
     }
 
-    def make() -> Engine:
+    def make_at(seed: int) -> Engine:
         if name == "vllm":
             from moe_replay.rollout.vllm_engine import VllmEngine
 
-            return VllmEngine(checkpoints[0], dtype=dtype, max_batch_size=16, kv_cache_gib=0.05)
-        return EmbeddedEngine(checkpoints[0], dtype=dtype, max_batch_size=16)
+            # Prompts longer than 32 tokens are run in chunks, and cached in blocks of 32.
+            return VllmEngine(
+                checkpoints[seed],
+                dtype=dtype,
+                max_batch_size=16,
+                max_tokens_per_forward=32,
+                kv_cache_gib=0.05,
+            )
+        return EmbeddedEngine(checkpoints[seed], dtype=dtype, max_batch_size=16)
 
     def weights(seed: int) -> Weights:
         return list(load_file(checkpoints[seed] / "model.safetensors").items())
@@ -77,7 +95,8 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
 
     return EngineCase(
         name=f"{name}-{dtype}",
-        make=make,
+        make=lambda: make_at(0),
+        make_at=make_at,
         weights=weights,
         forced=forced,
         vocab_size=VOCAB_SIZE,

@@ -26,6 +26,8 @@ class EngineCase:
 
     name: str
     make: Callable[[], Engine]
+    make_at: Callable[[int], Engine]
+    """Seed -> an engine that starts with those weights, without a push."""
     weights: Callable[[int], Weights]
     """Seed -> a full push; seed 0 is what `make` starts with."""
     forced: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -48,6 +50,21 @@ def mixed_requests(case: EngineCase, *, count: int = 6, seed: int = 0) -> list[R
             num_generations=1 + number % 3,
         )
         for number in range(count)
+    ]
+
+
+def long_requests(case: EngineCase, *, seed: int = 1) -> list[Request]:
+    """Return prompts that share a beginning and are long enough for a prefix cache and for prefill in chunks."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(4, case.vocab_size, 96)
+    tails = [rng.integers(4, case.vocab_size, length) for length in (3, 40, 3)]
+    return [
+        Request(
+            request_id=200 + number,
+            prompt_ids=np.concatenate([shared, tail]).astype(np.int32),
+            num_generations=2,
+        )
+        for number, tail in enumerate(tails)
     ]
 
 

@@ -22,6 +22,7 @@ from .engine_contract import (
     ends_as_it_says,
     forced_agreement,
     forced_logprob_gap,
+    long_requests,
     mixed_requests,
     route_agreement,
 )
@@ -215,6 +216,53 @@ def test_a_push_changes_what_is_sampled_and_by_which_version(case, fresh_engine)
     )
     agreement = forced_agreement(case, groups, seed=1)
     assert agreement == 1.0 if case.exact else agreement > BF16_AGREEMENT
+
+
+def test_a_push_gives_what_a_fresh_engine_with_these_weights_gives(case, fresh_engine):
+    requests = long_requests(case)
+    fresh_engine.generate(requests, SAMPLING)
+    fresh_engine.load_weights(case.weights(1), policy_version=1)
+    ours = completions_of(fresh_engine.generate(requests, SAMPLING))
+    started = case.make_at(1)
+    theirs = completions_of(started.generate(requests, SAMPLING))
+    started.close()
+    for (_, a), (_, b) in zip(ours, theirs, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert a.rollout_logprobs.tolist() == b.rollout_logprobs.tolist()
+        assert (a.trace.expert_ids == b.trace.expert_ids)[a.trace.valid].all()
+
+
+def test_pushing_back_and_forth_gives_the_first_policy_again(case, fresh_engine):
+    if case.name == "fake":
+        pytest.skip("a fake engine's policy follows from its version")
+    requests = mixed_requests(case)
+    before = completions_of(fresh_engine.generate(requests, SAMPLING))
+    for version, seed in enumerate((1, 0, 1, 0), start=1):
+        fresh_engine.load_weights(case.weights(seed), policy_version=version)
+    after = completions_of(fresh_engine.generate(requests, SAMPLING))
+    for (_, a), (_, b) in zip(before, after, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert a.rollout_logprobs.tolist() == b.rollout_logprobs.tolist()
+
+
+def test_cached_and_chunked_prompts_have_the_routes_of_cold_ones(case, engine):
+    cold = engine.generate(long_requests(case), SAMPLING)
+    cached = engine.generate(long_requests(case), SAMPLING)
+    for groups in (cold, cached):
+        agreement = forced_agreement(case, groups)
+        assert agreement == 1.0 if case.exact else agreement > BF16_AGREEMENT
+    if case.exact:
+        for (_, a), (_, b) in zip(completions_of(cold), completions_of(cached), strict=True):
+            assert (np.sort(a.trace.expert_ids) == np.sort(b.trace.expert_ids)).all()
+
+
+def test_a_pushed_policy_answers_cached_prompts_by_its_own_routes(case, fresh_engine):
+    fresh_engine.generate(long_requests(case), SAMPLING)
+    fresh_engine.load_weights(case.weights(1), policy_version=1)
+    groups = fresh_engine.generate(long_requests(case), SAMPLING)
+    agreement = forced_agreement(case, groups, seed=1)
+    assert agreement == 1.0 if case.exact else agreement > BF16_AGREEMENT
+    assert forced_agreement(case, groups, seed=0) < 0.7
 
 
 def test_forced_agreement_catches_a_push_that_did_nothing(case, groups):
