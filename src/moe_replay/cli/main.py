@@ -108,7 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("second", metavar="B", help="trace file")
     compare.add_argument("--json", action="store_true", help="print JSON in place of tables")
     compare.set_defaults(run=_run_compare)
-    for command in (train, compare):
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a trace file holds",
+        description="Check every byte of a trace file and show its traces, sizes, origins and the load of the experts.",
+        allow_abbrev=False,
+    )
+    inspect.add_argument("file", metavar="FILE", help="trace file")
+    inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    inspect.set_defaults(run=_run_inspect)
+    for command in (train, compare, inspect):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )
@@ -142,6 +151,12 @@ def _run_compare(options: argparse.Namespace, _: Sequence[tuple[str, str | None]
     from moe_replay.cli.compare import run_compare
 
     return run_compare(options.first, options.second, as_json=options.json)
+
+
+def _run_inspect(options: argparse.Namespace, _: Sequence[tuple[str, str | None]]) -> int:
+    from moe_replay.cli.inspect_traces import run_inspect
+
+    return run_inspect(options.file, as_json=options.json)
 
 
 def _error_block(error: MoeReplayError) -> str:

@@ -1,0 +1,221 @@
+"""`moe-replay inspect`: what a trace file holds, after every byte of it was checked.
+
+In: a trace file. Out: tables for people, or JSON. Called by: cli.main.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_replay.routing import RoutingTrace, TraceFile
+from moe_replay.routing.slots import row_chunks
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+
+_NUM_TRACES_SHOWN = 20
+_NUM_EXPERTS_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelLoad:
+    """How often each expert was chosen, over all traces of a file that were recorded on one kind of model."""
+
+    layers: tuple[int, ...]
+    """Global decoder indices."""
+    num_experts: int
+    """Routed experts in each layer."""
+    topk: int
+    """Experts per token and layer."""
+    counts: Int64[np.ndarray, "layers experts"]
+    """``[layers, experts]``, rows that chose the expert."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that hold routes."""
+        return int(self.counts[0].sum()) // self.topk
+
+    @property
+    def relative(self) -> np.ndarray:
+        """``[layers, experts]``, load over the load of even routing: 1 is even, ``experts / topk`` is every token."""
+        return self.counts * (self.num_experts / max(1, self.num_tokens * self.topk))
+
+
+def run_inspect(path: str, *, as_json: bool) -> int:
+    """Print headers, sizes, checksums and expert loads of a trace file.
+
+    Raises:
+        CodecError: when the file cannot be read, or any of its bytes was altered.
+    """
+    file = TraceFile(path)
+    traces, loads = _read(file)
+    if as_json:
+        print(json.dumps(_file_report(file, traces, loads), indent=2))
+    else:
+        _show(file, traces, loads)
+    return 0
+
+
+def _read(file: TraceFile) -> tuple[list[dict[str, Any]], list[ModelLoad]]:
+    """Read every trace, which checks it; return what each holds, and the loads of each kind of model."""
+    traces: list[dict[str, Any]] = []
+    counts: dict[tuple[tuple[int, ...], int, int], np.ndarray] = {}
+    for name, trace in file.items():
+        traces.append(_trace_report(file, name, trace))
+        kind = trace.layers, trace.num_experts, trace.topk
+        counts[kind] = counts.get(kind, 0) + _load(trace)
+    return traces, [
+        ModelLoad(layers=layers, num_experts=experts, topk=topk, counts=total)
+        for (layers, experts, topk), total in counts.items()
+    ]
+
+
+def _trace_report(file: TraceFile, name: str, trace: RoutingTrace) -> dict[str, Any]:
+    header, place = file.header(name), file.place(name)
+    num_bytes = place.stop - place.start
+    return {
+        "name": name,
+        "encoding": header.encoding.value,
+        "num_rows": len(trace),
+        "num_valid": trace.num_valid,
+        "layers": list(trace.layers),
+        "num_experts": trace.num_experts,
+        "topk": trace.topk,
+        "engine": trace.origin.engine,
+        "engine_version": trace.origin.engine_version,
+        "spans": [
+            {"start": span.start, "stop": span.stop, "policy_version": span.policy_version}
+            for span in trace.origin.spans
+        ],
+        "num_bytes": num_bytes,
+        "bytes_per_token": num_bytes / len(trace) if len(trace) else None,
+        "raw_bytes_per_token": header.row_bytes,
+        "token_digest": f"{int(trace.token_digest[-1]):016x}" if len(trace) else None,
+        "checksum": place.checksum.hex(),
+    }
+
+
+def _load(trace: RoutingTrace) -> Int64[np.ndarray, "layers experts"]:
+    shape = len(trace.layers), trace.num_experts
+    total = np.zeros(shape[0] * shape[1], dtype=np.int64)
+    first = np.arange(shape[0])[:, None] * shape[1]
+    for rows in row_chunks(*trace.expert_ids.shape):
+        chosen = trace.expert_ids[rows][trace.valid[rows]] + first
+        total += np.bincount(chosen.reshape(-1), minlength=len(total))
+    return total.reshape(shape)
+
+
+def _file_report(
+    file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad]
+) -> dict[str, Any]:
+    rows = sum(trace["num_rows"] for trace in traces)
+    return {
+        "path": str(file.path),
+        "num_bytes": file.num_bytes,
+        "num_traces": len(file),
+        "num_rows": rows,
+        "num_valid": sum(trace["num_valid"] for trace in traces),
+        "bytes_per_token": file.num_bytes / rows if rows else None,
+        "traces": traces,
+        "loads": [_load_report(load) for load in loads],
+    }
+
+
+def _load_report(load: ModelLoad) -> dict[str, Any]:
+    return {
+        "num_experts": load.num_experts,
+        "topk": load.topk,
+        "num_tokens": load.num_tokens,
+        "by_layer": [
+            {
+                "layer": layer,
+                "max_relative_load": float(relative.max()),
+                "hottest_experts": _hottest(counts),
+                "unused_experts": np.flatnonzero(counts == 0).tolist(),
+            }
+            for layer, counts, relative in zip(load.layers, load.counts, load.relative, strict=True)
+        ],
+    }
+
+
+def _hottest(counts: Int64[np.ndarray, " experts"]) -> list[int]:
+    order = np.argsort(-counts, kind="stable")[:_NUM_EXPERTS_SHOWN]
+    return [int(expert) for expert in order if counts[expert]]
+
+
+def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad]) -> None:
+    report = _file_report(file, traces, loads)
+    console = Console(highlight=False)
+    console.print(
+        f"{_printable(str(file.path))}: {len(file)} traces, {report['num_rows']} rows, {report['num_valid']} of them valid, "
+        f"{file.num_bytes} bytes, {_per_token(report['bytes_per_token'])} a token; every checksum fits"
+    )
+    if traces:
+        console.print(_traces_table(traces))
+    if len(traces) > _NUM_TRACES_SHOWN:
+        console.print(f"and {len(traces) - _NUM_TRACES_SHOWN} more; --json lists all of them")
+    engines = {_printable(f"{trace['engine']} {trace['engine_version']}") for trace in traces}
+    if engines:
+        console.print(f"recorded by {', '.join(sorted(engines))}")
+    for load in loads:
+        console.print(
+            f"top-{load.topk} of {load.num_experts} experts in layers {_ranges(load.layers)}, {load.num_tokens} tokens; "
+            f"load 1 is even, {load.num_experts / load.topk:.1f} is every token"
+        )
+        console.print(_load_table(load))
+
+
+def _traces_table(traces: list[dict[str, Any]]) -> Table:
+    table = Table("trace", "rows", "valid", "policy versions", "form", box=box.SIMPLE)
+    for heading in ("bytes a token", "token digest", "checksum"):
+        table.add_column(heading)
+    for trace in traces[:_NUM_TRACES_SHOWN]:
+        table.add_row(
+            _printable(trace["name"]),
+            str(trace["num_rows"]),
+            str(trace["num_valid"]),
+            _spans(trace["spans"]),
+            trace["encoding"],
+            _per_token(trace["bytes_per_token"]),
+            (trace["token_digest"] or "-")[:8],
+            trace["checksum"][:8],
+        )
+    return table
+
+
+def _load_table(load: ModelLoad) -> Table:
+    table = Table("layer", "hottest experts (load)", "unused experts", box=box.SIMPLE)
+    for layer, counts, relative in zip(load.layers, load.counts, load.relative, strict=True):
+        hottest = ", ".join(f"{expert} ({relative[expert]:.2f})" for expert in _hottest(counts))
+        table.add_row(str(layer), hottest or "-", str(int((counts == 0).sum())))
+    return table
+
+
+def _printable(text: str) -> str:
+    """Return a text from a file so that a terminal shows it and obeys nothing in it."""
+    return escape(text if text.isprintable() else ascii(text))
+
+
+def _per_token(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes:.1f}"
+
+
+def _spans(spans: list[dict[str, int]]) -> str:
+    if len(spans) == 1:
+        return str(spans[0]["policy_version"])
+    return ", ".join(f"{s['policy_version']} (rows {s['start']}:{s['stop']})" for s in spans) or "-"
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Return ``1-3, 5`` for layers 1, 2, 3 and 5."""
+    parts = np.split(np.array(layers), np.flatnonzero(np.diff(layers) != 1) + 1)
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
