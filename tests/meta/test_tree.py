@@ -27,7 +27,6 @@ DEFECTS_WITHOUT_TEST = set(
         "d5",
         "d6",
         "d7",
-        "d8",
         "e1",
         "e2",
         "e3",
@@ -37,10 +36,6 @@ DEFECTS_WITHOUT_TEST = set(
         "e7",
         "e8",
         "e9",
-        "f3",
-        "f4",
-        "f5",
-        "f6",
         "f8",
     ]
 )

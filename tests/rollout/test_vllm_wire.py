@@ -98,7 +98,7 @@ def test_every_width_gives_the_same_trace(dtype):
 def test_ids_that_their_type_cannot_hold_are_refused():
     model = RoutedModel(moe_layers=(1, 3), num_decoder_layers=4, num_experts=512, topk=2)
     wrapped = payload("joined", "uint8", routes(512) % 256)
-    with pytest.raises(TraceError, match="uint8, which ends at 255.*512 experts"):
+    with pytest.raises(TraceError, match=r"uint8, which ends at 255.*512 experts"):
         read(wrapped, "0.30.0", model=model)
     assert read(payload("joined", "uint16", routes(512)), "0.30.0", model=model).num_valid == FED
 
@@ -139,7 +139,7 @@ def test_missing_routes_name_the_flag(version, was_cut):
 
 @pytest.mark.parametrize("version", ["0.13.0", "0.9.2"])
 def test_a_release_without_routes_is_refused(version):
-    with pytest.raises(UnsupportedError, match="first release that does is 0.14"):
+    with pytest.raises(UnsupportedError, match=r"first release that does is 0\.14"):
         check_version(version)
 
 
