@@ -62,6 +62,19 @@ def test_repeating_sets_finds_none_where_there_is_none():
     assert not repeating_sets(IDS).any()
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 1), (1, 1, 1), (0, 2, 4), (5, 1, 6)])
+def test_repeating_sets_finds_none_in_increasing_sets(shape):
+    ids = np.broadcast_to(np.arange(shape[2], dtype=np.uint8), shape)
+    assert repeating_sets(ids).tolist() == np.zeros(shape[:2], dtype=bool).tolist()
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (4, 1)])
+def test_repeating_sets_finds_the_one_repeat_among_increasing_sets(place):
+    ids = np.tile(np.array([2, 5, 7, 9], dtype=np.uint8), (5, 3, 1))
+    ids[place] = [2, 5, 5, 9]
+    assert np.argwhere(repeating_sets(ids)).tolist() == [list(place)]
+
+
 @pytest.mark.parametrize(
     ("layers", "topk", "rows"), [(48, 8, 1365), (1, 1, CHUNK_SLOTS), (1000, 1000, 1)]
 )
