@@ -88,7 +88,7 @@ def test_microbatch_holds_the_layers_of_its_stage_alone():
 
 
 def test_microbatch_refuses_a_layer_that_the_traces_lack():
-    with pytest.raises(TraceError, match=r"layers \[3, 5\], the model also routes in \[4\]"):
+    with pytest.raises(TraceError, match=r"the traces hold \[3, 5\], without \[4\]"):
         build_microbatch(0, samples_of([(2, 2)]), layers=[3, 4])
 
 
@@ -170,5 +170,5 @@ def test_microbatch_refuses_traces_of_two_models():
         trains=True,
         trace=synthetic_trace(ids, seed=1),
     )
-    with pytest.raises(TraceError, match="traces of one microbatch differ"):
+    with pytest.raises(TraceError, match="traces of one batch differ"):
         build_microbatch(0, [*samples_of([(2, 2)]), other])

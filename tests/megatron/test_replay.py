@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Microbatch, RankRoutes, Sample
+from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import RouteSlice
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples, random_routes, with_routes
@@ -194,7 +195,7 @@ def start_policy_again(checkpoint: Path) -> MegatronActor:
     return build_policy(checkpoint, ParallelLayout(), dtype=torch.float32, settings=SETTINGS)
 
 
-def _whole(microbatch: Microbatch, **changes: Any) -> RankRoutes:
+def _whole(microbatch: Microbatch, **changes: Any) -> RouteSlice:
     assert microbatch.routes is not None
     return replace(microbatch.routes, **changes)
 
@@ -249,7 +250,7 @@ def _refused_routes(checkpoint: Path) -> list[str]:
     batch = pack(randomly_routed(actor), max_tokens=1000)[0]
     whole = _whole(batch)
     ids = whole.expert_ids
-    bad: list[tuple[RankRoutes, dict[str, Any]]] = [
+    bad: list[tuple[RouteSlice, dict[str, Any]]] = [
         (_whole(batch, expert_ids=ids[:, :, :3]), {}),
         (_whole(batch, expert_ids=ids.astype(np.int64)), {}),
         (_whole(batch, expert_ids=ids[:3], layers=whole.layers[:3]), {}),

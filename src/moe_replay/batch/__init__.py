@@ -6,13 +6,12 @@ In: rollouts with advantages. Out: microbatches. Called by: grpo, megatron.
 from moe_replay.batch.microbatch import Microbatch, build_microbatch
 from moe_replay.batch.packing import plan_microbatches
 from moe_replay.batch.place import RankPlace
-from moe_replay.batch.routes import RankRoutes, RouteForm
+from moe_replay.batch.routes import RouteForm
 from moe_replay.batch.samples import Sample
 
 __all__ = [
     "Microbatch",
     "RankPlace",
-    "RankRoutes",
     "RouteForm",
     "Sample",
     "build_microbatch",

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from moe_replay.batch.place import RankPlace
-from moe_replay.batch.routes import RankRoutes, cut_routes
+from moe_replay.batch.routes import cut_routes
 from moe_replay.batch.samples import Sample
 from moe_replay.errors import TraceError
-from moe_replay.routing import RoutingTrace, RowIndex
+from moe_replay.routing import RouteSlice, RoutingTrace, RowIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,17 +42,13 @@ class Microbatch:
     """The local rows that this rank's routers see: all of them, or its part under sequence parallelism."""
     row_multiple: int
     """The rows of every rank are padded to a multiple of this."""
-    routes: RankRoutes | None
+    routes: RouteSlice | None
     """Routes of the router rows; None when nothing is replayed, or they are still to come."""
 
     @property
     def router_index(self) -> RowIndex:
         """Row index of the router rows."""
-        return RowIndex(
-            rows=self.index.rows[self.router_rows],
-            num_rows=self.index.num_rows,
-            padded_lengths=self.index.padded_lengths,
-        )
+        return replace(self.index, rows=self.index.rows[self.router_rows])
 
     @property
     def num_padding_rows(self) -> int:
@@ -141,7 +137,7 @@ def build_microbatch(
     traces = _all_traces(samples)
     if not traces:
         return made
-    return replace(made, routes=cut_routes(made.router_index, traces, layers))
+    return replace(made, routes=cut_routes(traces, made.router_index, layers))
 
 
 def _all_traces(samples: Sequence[Sample]) -> list[RoutingTrace]:

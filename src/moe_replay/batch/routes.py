@@ -1,10 +1,10 @@
-"""RankRoutes: what one rank replays of a microbatch, the layers of its pipeline stage by the rows of its routers.
+"""Routes on their way to the rank that replays them.
 
-Routes are cut where they are: the rank that sampled a sequence cuts, for every rank that trains on it, just the layers
+They are cut where they are: the rank that sampled a sequence cuts, for every rank that trains on it, just the layers
 and rows that this rank owns. Sender and receiver walk the same `RowIndex` in the same order, so the bytes need no
 labels.
 
-In: traces, row indices. Out: RankRoutes, and their bytes. Called by: batch.microbatch, grpo.sharing.
+In: traces, row indices. Out: bytes of one rank's rows, and the slices they fill. Called by: grpo.sharing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from jaxtyping import Int64, Integer
 
 from moe_replay.errors import TraceError
-from moe_replay.routing import RoutingTrace, RowIndex, expert_dtype
+from moe_replay.routing import RouteSlice, RoutingTrace, RowIndex, expert_dtype, slice_routes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,36 +46,6 @@ class RouteForm:
         return cls(layers=layers, num_experts=num_experts, topk=topk)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RankRoutes:
-    """Routes of one microbatch in the layers and rows of one rank's routers (after PP, CP and SP)."""
-
-    expert_ids: Integer[np.ndarray, "layers rows topk"]
-    """``[layers, rows, topk]``, uint8 or uint16; rows with ``valid=False`` are never read."""
-    valid: Bool[np.ndarray, " rows"]
-    """``[rows]``; False where the row is routed live."""
-    layers: tuple[int, ...]
-    """Global decoder index of each entry of the layer dim."""
-    num_experts: int
-    """Routed experts a layer of the model that recorded the routes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the routes occupy."""
-        return self.expert_ids.nbytes + self.valid.nbytes
-
-    @classmethod
-    def empty(cls, form: RouteForm, num_rows: int) -> RankRoutes:
-        """Return routes of ``num_rows`` rows, none of them valid yet."""
-        shape = (len(form.layers), num_rows, form.topk)
-        return cls(
-            expert_ids=np.zeros(shape, dtype=expert_dtype(form.num_experts)),
-            valid=np.zeros(num_rows, dtype=bool),
-            layers=form.layers,
-            num_experts=form.num_experts,
-        )
-
-
 class SampleRows:
     """Which of a rank's rows belong to which sequence of the microbatch, and to which of its positions."""
 
@@ -93,24 +63,29 @@ class SampleRows:
         return self._local[here], self._whole[here] - self._starts[number]
 
 
-def cut_routes(
-    index: RowIndex, traces: Sequence[RoutingTrace], layers: Sequence[int] | None = None
-) -> RankRoutes:
-    """Cut the routes of a whole microbatch for the rank whose router rows are ``index``.
+def empty_slice(form: RouteForm, num_rows: int) -> RouteSlice:
+    """Return routes of ``num_rows`` rows, none of them valid yet; a stage of dense layers has no layer in it."""
+    return RouteSlice(
+        expert_ids=np.zeros(
+            (len(form.layers), num_rows, form.topk), dtype=expert_dtype(form.num_experts)
+        ),
+        valid=np.zeros(num_rows, dtype=bool),
+        layers=form.layers,
+        num_experts=form.num_experts,
+    )
 
-    ``layers`` are the decoder layers that the rank routes; None takes all that the traces hold.
+
+def cut_routes(
+    traces: Sequence[RoutingTrace], index: RowIndex, layers: Sequence[int] | None
+) -> RouteSlice:
+    """Return the routes of one rank; ``layers`` is empty on a pipeline stage of dense layers, None for all.
 
     Raises:
-        TraceError: when the traces differ in form, or lack one of ``layers``.
+        TraceError: when the traces do not have the rows of the batch, differ in their models, or lack a layer.
     """
-    form = narrowed(RouteForm.of(traces), layers)
-    out = RankRoutes.empty(form, len(index.rows))
-    rows = SampleRows(index, [len(trace) for trace in traces])
-    for number, trace in enumerate(traces):
-        local, position = rows.of(number)
-        out.expert_ids[:, local] = _rows_of(trace, position, form.layers)
-        out.valid[local] = trace.valid[position]
-    return out
+    if layers is None or layers:
+        return slice_routes(traces, index, layers=layers)
+    return empty_slice(narrowed(RouteForm.of(traces), layers), len(index.rows))
 
 
 def narrowed(form: RouteForm, layers: Sequence[int] | None) -> RouteForm:
@@ -150,7 +125,7 @@ def pack_rows(
 
 
 def unpack_rows(
-    into: RankRoutes,
+    into: RouteSlice,
     index: RowIndex,
     lengths: Sequence[int],
     numbers: Sequence[int],

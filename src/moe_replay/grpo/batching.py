@@ -12,7 +12,6 @@ import numpy as np
 
 from moe_replay.batch import (
     Microbatch,
-    RankRoutes,
     Sample,
     build_microbatch,
     plan_microbatches,
@@ -22,7 +21,7 @@ from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import Rollout, Scored
 from moe_replay.grpo.sharing import SharedCompletion, share_completions, share_routes
 from moe_replay.rollout.types import FinishReason
-from moe_replay.routing import Coverage, LiveReason, ReplayMode, RoutingTrace
+from moe_replay.routing import Coverage, LiveReason, ReplayMode, RouteSlice, RoutingTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,7 +33,7 @@ class MiniBatch:
     microbatches: tuple[Microbatch, ...]
     """The same, packed; every rank of the run has equally many."""
 
-    def with_routes(self, routes: Mapping[int, RankRoutes]) -> MiniBatch:
+    def with_routes(self, routes: Mapping[int, RouteSlice]) -> MiniBatch:
         """Return the mini-batch with recorded routes (microbatch key -> routes)."""
         return replace(
             self,
@@ -89,7 +88,7 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     return with_routes(batch, {m.key: m.routes for m in shared if m.routes is not None})
 
 
-def with_routes(batch: StepBatch, routes: Mapping[int, RankRoutes]) -> StepBatch:
+def with_routes(batch: StepBatch, routes: Mapping[int, RouteSlice]) -> StepBatch:
     """Return the batch with routes (microbatch key -> routes)."""
     return replace(batch, minibatches=tuple(part.with_routes(routes) for part in batch.minibatches))
 

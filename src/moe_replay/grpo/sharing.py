@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from moe_replay.batch import Microbatch, RankRoutes, RouteForm
-from moe_replay.batch.routes import cut_routes, narrowed, pack_rows, unpack_rows
+from moe_replay.batch import Microbatch, RouteForm
+from moe_replay.batch.routes import cut_routes, empty_slice, narrowed, pack_rows, unpack_rows
 from moe_replay.errors import TraceError
 from moe_replay.megatron.replica import Replica
 from moe_replay.routing import RoutingTrace
@@ -88,7 +88,7 @@ def share_routes(
             replace(
                 m,
                 routes=cut_routes(
-                    m.router_index, [traces[s.sample_id] for s in m.samples], replica.layers
+                    [traces[s.sample_id] for s in m.samples], m.router_index, replica.layers
                 ),
             )
             for m in microbatches
@@ -113,7 +113,7 @@ def share_routes(
     out = []
     for microbatch in microbatches:
         index = microbatch.router_index
-        routes = RankRoutes.empty(narrowed(form, replica.layers), len(index.rows))
+        routes = empty_slice(narrowed(form, replica.layers), len(index.rows))
         ids = [sample.sample_id for sample in microbatch.samples]
         for sender, payload in enumerate(incoming):
             given = [number for number, sample_id in enumerate(ids) if sample_id in senders[sender]]

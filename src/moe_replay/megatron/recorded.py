@@ -2,7 +2,7 @@
 
 Training never needs this: routes are replayed where they were recorded. Export, comparison and tests do.
 
-In: RankRoutes of every rank of a replica. Out: traces of whole samples. Called by: testing, users.
+In: RouteSlice of every rank of a replica. Out: traces of whole samples. Called by: testing, users.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch.distributed as dist
 from jaxtyping import Integer
 from megatron.core import parallel_state
 
-from moe_replay.batch import Microbatch, RankRoutes, RouteForm
+from moe_replay.batch import Microbatch, RouteForm
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.compat import VERSION
-from moe_replay.routing import Origin, RoutingTrace, expert_dtype
+from moe_replay.routing import Origin, RouteSlice, RoutingTrace, expert_dtype
 
 
 def gather_traces(
     microbatches: Sequence[Microbatch],
-    routes: Mapping[int, RankRoutes],
+    routes: Mapping[int, RouteSlice],
     form: RouteForm,
     *,
     policy_version: int,
@@ -61,7 +61,7 @@ def gather_traces(
 
 
 def _whole(
-    microbatch: Microbatch, held: RankRoutes | None, form: RouteForm, device: torch.device
+    microbatch: Microbatch, held: RouteSlice | None, form: RouteForm, device: torch.device
 ) -> Integer[np.ndarray, "rows layers topk"]:
     """Add up what every rank holds, and check that every row and layer came from exactly one."""
     shape = (microbatch.index.num_rows, len(form.layers), form.topk)

@@ -24,11 +24,10 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_replay.batch import RankRoutes
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.megatron.refusals import refuse_bypasses
 from moe_replay.megatron.upload import DeviceRoutes
-from moe_replay.routing import expert_dtype
+from moe_replay.routing import RouteSlice, expert_dtype
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -238,7 +237,7 @@ class ReplayScope(RouterScope):
     def __init__(
         self,
         routers: Mapping[int, TopKRouter],
-        routes: Mapping[int, RankRoutes],
+        routes: Mapping[int, RouteSlice],
         *,
         watched_rows: Mapping[int, Int64[np.ndarray, " watched"]] | None = None,
         may_be_empty: bool = False,
@@ -297,7 +296,7 @@ class ReplayScope(RouterScope):
                 self._watched[layer, key] = asked[uploaded.num_live :]
         return scores.gather(1, ids), ids
 
-    def _upload_once(self, key: int, routes: RankRoutes, device: torch.device) -> DeviceRoutes:
+    def _upload_once(self, key: int, routes: RouteSlice, device: torch.device) -> DeviceRoutes:
         held = self._uploaded.get(self._recomputing)
         if held is None or held[0] != key:
             watched = self._watched_rows[key]
@@ -350,7 +349,7 @@ class RecordScope(RouterScope):
 
 def _check_routes(
     key: int,
-    routes: RankRoutes,
+    routes: RouteSlice,
     watched_rows: Int64[np.ndarray, " watched"],
     routers: Mapping[int, TopKRouter],
 ) -> None:

@@ -21,11 +21,12 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from moe_replay.batch import Microbatch, RankPlace, RankRoutes
+from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers
 from moe_replay.megatron.replay import RecordScope, ReplayScope
+from moe_replay.routing import RouteSlice
 
 
 class Routing(Enum):
@@ -67,7 +68,7 @@ class Scores:
 
     samples: Mapping[int, ScoredSample]
     """Sample id -> its values, for all samples of this rank's replica."""
-    routes: Mapping[int, RankRoutes]
+    routes: Mapping[int, RouteSlice]
     """Microbatch key -> its recorded routes in this rank's layers and rows; empty unless the pass recorded, or when
     this pipeline stage has no router."""
 
@@ -134,7 +135,7 @@ class MegatronScorer:
                 scored[sample.sample_id] = ScoredSample(
                     token_logprobs=logprobs, entropies=entropies
                 )
-        routes: dict[int, RankRoutes] = {}
+        routes: dict[int, RouteSlice] = {}
         if isinstance(scope, RecordScope) and scope.layers:
             routes = {m.key: self._recorded(m, scope) for m in microbatches}
         return Scores(samples=scored, routes=routes)
@@ -261,9 +262,9 @@ class MegatronScorer:
             dist.broadcast(shared, src=last, group=pp_group)
         return shared.cpu().numpy()
 
-    def _recorded(self, microbatch: Microbatch, scope: RecordScope) -> RankRoutes:
+    def _recorded(self, microbatch: Microbatch, scope: RecordScope) -> RouteSlice:
         """Return what was recorded as routes to replay; every row of a token has one."""
-        return RankRoutes(
+        return RouteSlice(
             expert_ids=scope.expert_ids(microbatch.key),
             valid=microbatch.index.is_token[microbatch.router_rows],
             layers=scope.layers,
@@ -276,7 +277,7 @@ def opened(scope: ReplayScope | RecordScope | None) -> AbstractContextManager[An
     return contextlib.nullcontext() if scope is None else scope.open()
 
 
-def _routes_of(microbatch: Microbatch) -> RankRoutes:
+def _routes_of(microbatch: Microbatch) -> RouteSlice:
     if microbatch.routes is None:
         raise UnsupportedError(
             f"microbatch {microbatch.key} has no routes to replay: the engine recorded none "

@@ -1,6 +1,6 @@
 """Routes from the host to the device: once for each microbatch, in their own narrow dtype.
 
-In: RankRoutes. Out: tensors on the device. Called by: megatron.replay.
+In: RouteSlice. Out: tensors on the device. Called by: megatron.replay.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from moe_replay.batch import RankRoutes
+from moe_replay.routing import RouteSlice
 
 
 class DeviceRoutes:
     """The routes of one microbatch where its routers run, uploaded once for all layers."""
 
     def __init__(
-        self, routes: RankRoutes, watched: Int64[np.ndarray, " watched"], device: torch.device
+        self, routes: RouteSlice, watched: Int64[np.ndarray, " watched"], device: torch.device
     ) -> None:
         """Start the upload; ``watched`` are valid rows whose live experts are wanted too."""
         self.expert_ids = upload(routes.expert_ids, device)

@@ -37,6 +37,11 @@ class RouteSlice:
     num_experts: int
     """Routed experts a layer of the model that recorded the routes."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the routes occupy."""
+        return self.expert_ids.nbytes + self.valid.nbytes
+
     def select_layers(self, layers: Sequence[int]) -> RouteSlice:
         """Return ``layers`` (global indices, increasing) of the same rows; a view where they lie together.
 
