@@ -13,7 +13,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,8 @@ def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
     per_token = len(payload) / len(trace)
     yield Figure(metric="codec.compact_ratio", value=len(payload) / raw_bytes, unit="ratio")
     yield Figure(metric="codec.compact_bytes_per_token", value=per_token, unit="B")
-    binding = 3 + 1 / 8  # a token id below 2**24, and the valid flag
+    unrouted = replace(trace, valid=np.zeros_like(trace.valid))  # header, flags and tokens remain
+    binding = len(encode_trace(unrouted)) / len(trace)
     yield Figure(metric="codec.binding_bytes_per_token", value=binding, unit="B")
     for encoding in (Encoding.ORDERED, Encoding.RAW):
         ratio = len(encode_trace(trace, encoding=encoding)) / raw_bytes
