@@ -29,6 +29,12 @@ def test_margin_is_the_gap_between_the_last_chosen_and_the_first_left_out():
     assert topk_margins(scores, 1) == pytest.approx(np.array([[0.1, 4.0]]))
 
 
+def test_margin_is_that_of_sorted_scores_for_many_experts():
+    scores = np.random.default_rng(3).normal(size=(50, 2, 300))
+    ordered = -np.sort(-scores, axis=2)
+    assert topk_margins(scores, 8) == pytest.approx(ordered[..., 7] - ordered[..., 8])
+
+
 def test_margins_are_split_by_flips():
     """Rows 0 and 1 flip, rows 2 and 3 agree, row 4 is not held by the second trace."""
     ours = trace([[[0, 1]], [[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]])
