@@ -1,17 +1,34 @@
-"""A replayed step is the same step in every layout, schedule and recomputation."""
+"""A replayed step is the same step in every layout, schedule and recomputation, and every route lands on its token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_replay.testing.layouts import CASES, Case, Step, layout, replayed_step
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.megatron.actor import MegatronActor
+from moe_replay.routing import RouteSlice, RowIndex, slice_routes
+from moe_replay.testing.layouts import (
+    CASES,
+    Case,
+    Plant,
+    Step,
+    coded_samples,
+    layout,
+    replayed_step,
+    route,
+)
+from moe_replay.testing.policies import pack
 from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.samples import shift_layers, shift_tokens, swap_samples
 
 LAYERS = tuple(range(1, 8))
+LATENT_LAYERS = (1, 2, 3)
 BOUND = 1e-5
 """Relative; float32 reductions in another order."""
 
@@ -39,9 +56,196 @@ def assert_same_step(steps: list[Step], expected: Step) -> None:
         assert error < BOUND, sample_id
 
 
+def tokens_of(step: Step) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return layer -> (inputs, sample ids, positions) of all tokens of a single process."""
+    found: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    times: dict[int, int] = {}
+    for seen in step.seen:
+        sample, position = step.rows[times.setdefault(seen.layer, 0)]
+        times[seen.layer] += 1
+        real = sample >= 0
+        found.setdefault(seen.layer, []).append((seen.hidden[real], sample[real], position[real]))
+    joined = {}
+    for layer, parts in found.items():
+        hidden, sample, position = zip(*parts, strict=True)
+        joined[layer] = np.concatenate(hidden), np.concatenate(sample), np.concatenate(position)
+    return joined
+
+
+def count_landings(steps: Iterable[Step], expected: Step) -> tuple[int, int]:
+    """Return how many (token, layer) pairs ran the experts coded for them, and how many ran others.
+
+    Which token a row holds is told by its hidden state: that of the single process is nearest.
+    """
+    reference = tokens_of(expected)
+    right = wrong = 0
+    for step in steps:
+        for seen in step.seen:
+            known, samples, positions = reference[seen.layer]
+            distance = np.linalg.norm(seen.hidden[:, None] - known[None], axis=2)
+            nearest = distance.argmin(axis=1)
+            for row, token in enumerate(nearest):
+                if distance[row, token] > 1e-3 * np.linalg.norm(known[token]):
+                    continue
+                sample, position = int(samples[token]), int(positions[token])
+                coded = np.zeros(seen.chosen.shape[1], dtype=bool)
+                coded[route(sample, position, seen.layer)] = True
+                if has_route(sample, position):
+                    right += int((seen.chosen[row] == coded).all())
+                    wrong += int((seen.chosen[row] != coded).any())
+    return right, wrong
+
+
+@cache
+def lengths() -> dict[int, int]:
+    """Return sample id -> tokens."""
+    return {sample.sample_id: len(sample.token_ids) for sample in coded_samples((1,))}
+
+
+def has_route(sample: int, position: int) -> bool:
+    return position % 9 != 8 and position != lengths()[sample] - 1
+
+
+def num_routes(layers: tuple[int, ...]) -> int:
+    return len(layers) * sum(
+        has_route(sample, position)
+        for sample, length in lengths().items()
+        for position in range(length)
+    )
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_step_equals_that_of_a_single_process(checkpoint: Path, name: str) -> None:
-    case = CASES[name]
+    case, expected = CASES[name], alone(checkpoint, LAYERS)
     steps = run_ranks(replayed_step, case.ranks, checkpoint, case, LAYERS)
-    assert_same_step(steps, alone(checkpoint, LAYERS))
+    assert_same_step(steps, expected)
+    right, wrong = count_landings(steps, expected)
+    assert (right, wrong) == (num_routes(LAYERS), 0)
+    recorded = {i: trace for step in steps for i, trace in step.recorded.items()}
+    for sample_id, trace in expected.recorded.items():
+        flips = np.sort(recorded[sample_id].expert_ids) != np.sort(trace.expert_ids)
+        assert recorded[sample_id].layers == trace.layers
+        assert flips.any(axis=(1, 2)).sum() == 0, sample_id
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["tp2", "ep2", "pp2", "cp2", "tp2 ep2"])
+def test_latent_attention_and_biased_groups_equal_a_single_process(
+    latent_checkpoint: Path, name: str
+) -> None:
+    case, expected = CASES[name], alone(latent_checkpoint, LATENT_LAYERS)
+    steps = run_ranks(replayed_step, case.ranks, latent_checkpoint, case, LATENT_LAYERS)
+    assert_same_step(steps, expected)
+    assert count_landings(steps, expected) == (num_routes(LATENT_LAYERS), 0)
+
+
+def repack(change: Callable[[list[Sample]], list[Sample]]) -> Plant:
+    """Plant a change of the samples before their routes are cut."""
+
+    def plant(
+        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
+    ) -> list[Microbatch]:
+        return pack(change(samples), scorer=actor, count=len(microbatches))
+
+    return plant
+
+
+def relabel(choose: Callable[[MegatronActor], tuple[int, ...]]) -> Plant:
+    """Plant a wrong choice of layers: the routes of ``choose(actor)`` under the labels of the rank's own."""
+
+    def plant(
+        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
+    ) -> list[Microbatch]:
+        by_id = {sample.sample_id: sample.trace for sample in samples}
+        return [
+            spoiled(
+                m,
+                slice_routes(
+                    [by_id[s.sample_id] for s in m.samples], m.router_index, layers=choose(actor)
+                ),
+            )
+            for m in microbatches
+        ]
+
+    return plant
+
+
+def recut(index_of: Callable[[Microbatch, MegatronActor], RowIndex]) -> Plant:
+    """Plant a wrong choice of rows: those of ``index_of(microbatch, actor)``."""
+
+    def plant(
+        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
+    ) -> list[Microbatch]:
+        by_id = {sample.sample_id: sample.trace for sample in samples}
+        return [
+            spoiled(
+                m,
+                slice_routes(
+                    [by_id[s.sample_id] for s in m.samples],
+                    index_of(m, actor),
+                    layers=tuple(actor.routers),
+                ),
+            )
+            for m in microbatches
+        ]
+
+    return plant
+
+
+def spoiled(microbatch: Microbatch, routes: RouteSlice) -> Microbatch:
+    assert microbatch.routes is not None
+    return replace(microbatch, routes=replace(routes, layers=microbatch.routes.layers))
+
+
+def contiguous_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
+    return RowIndex.packed(
+        microbatch.lengths,
+        cp_size=actor.place.cp_size,
+        cp_rank=actor.place.cp_rank,
+        cp_partition="contiguous",
+    )
+
+
+def rows_of_the_first_shard(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
+    return microbatch.index.sequence_shard(actor.place.tp_size, 0)
+
+
+def reversed_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
+    return replace(microbatch.router_index, rows=microbatch.router_index.rows[::-1].copy())
+
+
+def contiguous_layers(actor: MegatronActor) -> tuple[int, ...]:
+    """Return as many layers as the rank has, from its first on, as if its chunks lay together."""
+    first = min(actor.routers)
+    return tuple(range(first, first + len(actor.routers)))
+
+
+def layers_from_the_first(actor: MegatronActor) -> tuple[int, ...]:
+    return LAYERS[: len(actor.routers)]
+
+
+PLANTED = {
+    "token +1": ("tp2", repack(lambda samples: shift_tokens(samples, 1))),
+    "token -1": ("cp2", repack(lambda samples: shift_tokens(samples, -1))),
+    "layer +1": ("pp2", repack(lambda samples: shift_layers(samples, 1))),
+    "layer -1": ("pp2 vpp2", repack(lambda samples: shift_layers(samples, -1))),
+    "swapped samples": ("dp2", repack(swap_samples)),
+    "contiguous rows under context parallelism": ("cp2", recut(contiguous_rows)),
+    "every shard takes the rows of the first": ("tp2", recut(rows_of_the_first_shard)),
+    "rows in another order": ("dp2", recut(reversed_rows)),
+    "interleaved chunks taken as one range of layers": ("pp2 vpp2", relabel(contiguous_layers)),
+    "every stage takes the layers of the first": ("pp2", relabel(layers_from_the_first)),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_misalignment_lands_on_the_wrong_tokens(checkpoint: Path, planted: str) -> None:
+    name, plant = PLANTED[planted]
+    case, expected = CASES[name], alone(checkpoint, LAYERS)
+    steps = run_ranks(replayed_step, case.ranks, checkpoint, case, LAYERS, plant)
+    _, wrong = count_landings(steps, expected)
+    assert wrong > 0.02 * num_routes(LAYERS)
+    with pytest.raises(AssertionError):
+        assert_same_step(steps, expected)

@@ -22,7 +22,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moe_replay.megatron.attention import SDPACoreAttention
-from moe_replay.megatron.layers import AllHeadsKeyNorm, AllHeadsQueryNorm, GroupedExperts, RMSNorm
+from moe_replay.megatron.layers import (
+    AllHeadsKeyNorm,
+    AllHeadsQueryNorm,
+    GroupedExperts,
+    ReplicatedLinear,
+    RMSNorm,
+)
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 from moe_replay.megatron.version import check_installed
 
@@ -44,6 +50,8 @@ if not hasattr(moe_utils, "te_general_gemm"):
 # Latent attention takes the stand-ins of a missing Transformer Engine for the real classes, and tests for them.
 if importlib.util.find_spec("transformer_engine") is None:
     multi_latent_attention.HAVE_TE = False
+    # The name of the one replicated layer that it accepts where Transformer Engine has its own.
+    multi_latent_attention.Linear = ReplicatedLinear
 
 
 def transformer_engine_usable() -> bool:
@@ -90,6 +98,9 @@ def decoder_block_spec(
         if transformer_engine:
             continue
         attention.core_attention = SDPACoreAttention
+        if config.multi_latent_attention:
+            attention.linear_q_down_proj = ReplicatedLinear
+            attention.linear_kv_down_proj = ReplicatedLinear
         _use_own_norms(attention)
         _use_own_norms(layer.submodules)
         if grouped_experts and _is_moe(layer):

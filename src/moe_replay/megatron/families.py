@@ -136,33 +136,33 @@ _MIXTRAL_MOE = (
 )
 
 
-def _column(megatron: str, hf: str) -> Rule:
+def _projection(megatron: str, hf: str, kind: Kind = Kind.COLUMN) -> Rule:
     return Rule(
         megatron=f"{_LAYER}self_attention.{megatron}.weight",
         hf=(f"{_HF}self_attn.{hf}.weight",),
-        kind=Kind.COLUMN,
+        kind=kind,
     )
 
 
 # Multi-head latent attention. As everywhere, Transformer Engine names a norm after the linear layer behind it.
 _MLA = (
-    _column("linear_q_proj", "q_proj"),
-    _column("linear_q_down_proj", "q_a_proj"),
+    _projection("linear_q_proj", "q_proj"),
+    _projection("linear_q_down_proj", "q_a_proj", Kind.WHOLE),
     *(
         Rule(
             megatron=f"{_LAYER}self_attention.{name}", hf=(f"{_HF}self_attn.q_a_layernorm.weight",)
         )
         for name in ("q_layernorm.weight", "linear_q_up_proj.layer_norm_weight")
     ),
-    _column("linear_q_up_proj", "q_b_proj"),
-    _column("linear_kv_down_proj", "kv_a_proj_with_mqa"),
+    _projection("linear_q_up_proj", "q_b_proj"),
+    _projection("linear_kv_down_proj", "kv_a_proj_with_mqa", Kind.WHOLE),
     *(
         Rule(
             megatron=f"{_LAYER}self_attention.{name}", hf=(f"{_HF}self_attn.kv_a_layernorm.weight",)
         )
         for name in ("kv_layernorm.weight", "linear_kv_up_proj.layer_norm_weight")
     ),
-    _column("linear_kv_up_proj", "kv_b_proj"),
+    _projection("linear_kv_up_proj", "kv_b_proj"),
 )
 
 

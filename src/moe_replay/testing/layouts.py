@@ -5,6 +5,8 @@ In: a checkpoint and a case. Out: what the step computed. Called by: tests, benc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_replay.batch import Sample
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import Origin, RoutingTrace
-from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy
+from moe_replay.testing.policies import gradients, mean_loss, pack, route_form, start_policy
 from moe_replay.testing.samples import make_samples
 
 SEED = 41
@@ -143,6 +147,18 @@ def route(sample: int, position: int, layer: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What one router saw and chose in the rows of one microbatch."""
+
+    layer: int
+    """Global decoder index."""
+    hidden: np.ndarray
+    """``[rows, hidden]``, its input: it tells which token a row holds without asking any row index."""
+    chosen: np.ndarray
+    """``[rows, experts]`` bool, the experts that then ran."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What one rank saw of a replayed step."""
 
@@ -154,6 +170,12 @@ class Step:
     """Before clipping."""
     gradients: dict[str, torch.Tensor]
     """Of the whole model, by checkpoint name."""
+    seen: list[Seen]
+    """Of the replayed pass, on this rank."""
+    rows: list[tuple[np.ndarray, np.ndarray]]
+    """(sample ids, positions) of the router rows of each microbatch, as this rank believes."""
+    recorded: dict[int, RoutingTrace]
+    """Sample id -> routes of a live pass, gathered from all ranks of the replica."""
 
 
 def replica_share(samples: list[Sample], replica: Replica) -> list[Sample]:
@@ -162,7 +184,13 @@ def replica_share(samples: list[Sample], replica: Replica) -> list[Sample]:
     return samples[replica.number * part : (replica.number + 1) * part]
 
 
-def replayed_step(checkpoint: Path, case: Case, layers: tuple[int, ...]) -> Step:
+Plant = Callable[[list[Microbatch], list[Sample], MegatronActor], list[Microbatch]]
+"""Spoils microbatches on purpose: (microbatches, samples, actor) -> microbatches."""
+
+
+def replayed_step(
+    checkpoint: Path, case: Case, layers: tuple[int, ...], plant: Plant | None = None
+) -> Step:
     """Score and update under coded routes, through the trainer's own path."""
     actor = start_policy(checkpoint, case.layout, **case.overrides)
     replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
@@ -174,10 +202,13 @@ def replayed_step(checkpoint: Path, case: Case, layers: tuple[int, ...]) -> Step
         count=min(4, len(samples)),
         row_multiple=64 if case.overrides == ALLGATHER else 1,
     )
-    scores = actor.score(microbatches, temperature=0.9, routing=Routing.REPLAY)
+    if plant is not None:
+        microbatches = plant(microbatches, samples, actor)
+    with _watching(actor) as seen:
+        scores = actor.score(microbatches, temperature=0.9, routing=Routing.REPLAY)
     losses: list[float] = []
 
-    def loss(microbatch: Any, new_logprobs: torch.Tensor) -> torch.Tensor:
+    def loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
         part = mean_loss(microbatch, new_logprobs)
         losses.append(float(part.detach()))
         return part
@@ -194,4 +225,32 @@ def replayed_step(checkpoint: Path, case: Case, layers: tuple[int, ...]) -> Step
         loss=float(total),
         grad_norm=result.grad_norm,
         gradients=gradients(actor),
+        seen=seen,
+        rows=[(m.sample_ids[m.router_rows], m.positions[m.router_rows]) for m in microbatches],
+        recorded=_recorded(actor, microbatches),
     )
+
+
+def _recorded(actor: MegatronActor, microbatches: list[Microbatch]) -> dict[int, RoutingTrace]:
+    routes = actor.score(microbatches, temperature=0.9, routing=Routing.RECORD).routes
+    return gather_traces(
+        microbatches, routes, route_form(actor), policy_version=0, device=actor.device
+    )
+
+
+@contextmanager
+def _watching(actor: MegatronActor) -> Iterator[list[Seen]]:
+    seen: list[Seen] = []
+    hooks = []
+    for layer, router in actor.routers.items():
+
+        def note(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+            hidden = args[0].detach().flatten(0, -2).numpy()
+            seen.append(Seen(layer=layer, hidden=hidden, chosen=output[1].bool().numpy()))
+
+        hooks.append(router.register_forward_hook(note))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
