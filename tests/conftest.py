@@ -76,6 +76,10 @@ def vllm_imported() -> None:
         warnings.simplefilter("ignore")
         import vllm.v1.engine.llm_engine
         import vllm.v1.worker.cpu_worker  # noqa: F401
+    from moe_replay.rollout.vllm_plugin import register
+
+    # As vLLM itself does when it starts: until then its stand-ins for CUDA fail Megatron-Core in this process.
+    register()
 
 
 def _has_cuda() -> bool:

@@ -15,8 +15,8 @@ import torch
 
 from moe_replay.errors import CheckpointError, CoverageError, EngineError, MisalignmentError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
-from moe_replay.grpo.run import embedded_engine
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.routing import RoutingTrace
@@ -221,7 +221,7 @@ def _randomised(trace: RoutingTrace) -> RoutingTrace:
 def _faulty(
     fault: Callable[[RoutingTrace], RoutingTrace],
 ) -> Callable[[Recipe, torch.device], Any]:
-    return lambda recipe, device: FaultyEngine(embedded_engine(recipe, device), fault)
+    return lambda recipe, device: FaultyEngine(recipe_engine(recipe, device), fault)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_swapped_traces_are_refused_by_their_digest_before_anything_runs(recipe:
     with pytest.raises((ValueError, EngineError), match="tokens"):
         run(
             recipe(),
-            make_engine=lambda r, device: SwappingEngine(embedded_engine(r, device), lambda t: t),
+            make_engine=lambda r, device: SwappingEngine(recipe_engine(r, device), lambda t: t),
         )
 
 

@@ -49,6 +49,11 @@ from .smallest_recipe import problems_of, recipe, table
             "megatron.recompute_num_layers",
             "is 'selective', not 'full'",
         ),
+        (
+            {"rollout": {"kv_cache_gib": 2.0}},
+            "rollout.kv_cache_gib",
+            "rollout.engine is 'embedded', not 'vllm'",
+        ),
     ],
 )
 def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
@@ -69,6 +74,7 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
         optimizer={"lr_scheduler": "cosine", "min_lr": 1e-8},
         data={"eval": "reasoning_gym:chain_sum", "task": {"max_terms": 3}, "eval_size": 5},
         eval={"every_steps": 3},
+        rollout={"engine": "vllm", "kv_cache_gib": 2.0},
     )
     assert loaded.replay.reference_routes == "live"
 

@@ -19,6 +19,9 @@ _EVERYWHERE = {
     "TOKENIZERS_PARALLELISM": "false",
     # Idle OpenMP threads that spin take the cores from the other libraries of this process.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # vLLM in this process says what it does line by line, and tells its makers that it was started.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 _ON_CPU = {
     # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs start-up time.

@@ -39,6 +39,7 @@ _NO_EFFECT_ON_RESULTS = (
     "run.output_dir",
     "run.max_steps",
     "rollout.max_batch_size",
+    "rollout.kv_cache_gib",
     "replay.min_coverage",
     "replay.guard",
     "replay.guard_rows",

@@ -12,9 +12,10 @@ import torch
 from moe_replay.grpo.batching import make_batch
 from moe_replay.grpo.closing import export_model, push_weights, save_checkpoint, step_record
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.learning import score_old, score_reference, update_policy
 from moe_replay.grpo.records import Reporter
-from moe_replay.grpo.run import embedded_engine, open_run
+from moe_replay.grpo.run import open_run
 from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
 from moe_replay.rollout.types import Engine
 
@@ -25,7 +26,7 @@ def train(
     process: ProcessSpec,
     reporter: Reporter,
     restart: bool = False,
-    make_engine: Callable[[Recipe, torch.device], Engine] = embedded_engine,
+    make_engine: Callable[[Recipe, torch.device], Engine] = recipe_engine,
 ) -> None:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 

@@ -187,6 +187,11 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
             yield f"replay.{key}", "replay.guard is false"
 
 
+def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
+    if have.rollout.engine != "vllm":
+        yield "rollout.kv_cache_gib", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
+
+
 def _reference_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.grpo.beta == 0:
         yield "replay.reference_routes", "grpo.beta is 0, so there is no reference model"
@@ -247,6 +252,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("eval",), _eval_samples_differ),
 )
 _EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[tuple[str, str]]]], ...] = (
+    (("rollout",), _engine_without_effect),
     (("replay",), _replay_without_effect),
     (("grpo",), _reference_without_effect),
     (("data",), _dataset_keys_without_effect),

@@ -106,8 +106,8 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """``[rollout]``: how completions are sampled."""
 
-    engine: Literal["embedded"] = "embedded"
-    """Inference engine."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """``embedded`` (transformers) or ``vllm``, both in the trainer's process."""
     dtype: Dtype = "bfloat16"
     """Number format of the engine's weights."""
     temperature: float = Field(default=1.0, gt=0)
@@ -122,6 +122,8 @@ class RolloutSection(Section):
     """Completions per prompt, compared with each other."""
     max_batch_size: int = Field(default=64, gt=0)
     """Sequences sampled at once."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Memory of vLLM's key-value cache, in GiB."""
 
 
 class ReplaySection(Section):

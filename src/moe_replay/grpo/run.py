@@ -28,7 +28,6 @@ from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
-from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.types import Engine, EngineDescription, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
@@ -269,17 +268,6 @@ class Run:
             first_step=self.step + 1,
             max_steps=recipe.run.max_steps,
         )
-
-
-def embedded_engine(recipe: Recipe, device: torch.device) -> Engine:
-    """Return the engine that samples in this process, on the trainer's device."""
-    return EmbeddedEngine(
-        recipe.model.path,
-        dtype=recipe.rollout.dtype,
-        device=str(device),
-        max_batch_size=recipe.rollout.max_batch_size,
-        record_routes=recipe.replay.router_replay_mode is ReplayMode.R3,
-    )
 
 
 @contextmanager

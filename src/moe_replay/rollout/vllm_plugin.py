@@ -40,6 +40,7 @@ def register() -> None:
         return
     _mend_experts()
     _mend_tied_head()
+    _mend_streams()
 
 
 def check_mended() -> None:
@@ -53,7 +54,10 @@ def check_mended() -> None:
 
     if not current_platform.is_cpu():
         return
-    places = (UnquantizedFusedMoEMethod._setup_kernel, layerwise.finalize_layerwise_processing)
+    places = (
+        UnquantizedFusedMoEMethod._setup_kernel,
+        layerwise.finalize_layerwise_processing,
+    )
     if not all(hasattr(place, _MARK) for place in places):
         raise UnsupportedError(
             f"vLLM {vllm.__version__} for the CPU silently ruins expert weights when they are updated, and the plugin that "
@@ -107,6 +111,26 @@ def _mend_tied_head() -> None:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+
+
+def _mend_streams() -> None:
+    """Let the stream that vLLM puts in place of CUDA's return events.
+
+    Reason: vLLM replaces ``torch.cuda.Stream`` for the whole process, and ``record_event`` of its stand-in returns None.
+    A Megatron-Core trainer in the same process waits for that event in its token dispatcher, and fails.
+    """
+    from vllm.v1.worker.cpu import shm
+
+    stand_in = shm._StreamPlaceholder
+    if hasattr(stand_in, _MARK):
+        return
+
+    def record_event(event: Any = None) -> Any:
+        return event or shm._EventPlaceholder()
+
+    # A property goes before the attribute of streams that were made earlier, by a trainer that started first.
+    stand_in.record_event = property(lambda self: record_event, lambda self, value: None)
+    setattr(stand_in, _MARK, True)
 
 
 def _mend(original: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
