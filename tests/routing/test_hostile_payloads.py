@@ -19,7 +19,12 @@ from moe_replay.routing import (
     encode_traces,
 )
 from moe_replay.routing.set_coding import MAX_EXPANSION
-from moe_replay.testing.payload_mutations import frames, hostile, payload_of
+from moe_replay.testing.payload_mutations import (
+    frames,
+    hostile,
+    payload_of,
+    with_fitting_checksums,
+)
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 SEED = 20_261
@@ -192,3 +197,81 @@ def test_a_prompt_left_out_comes_back_without_routes():
     back = decode_trace(encode_trace(trace))
     assert back.valid.tolist() == trace.valid.tolist()
     assert np.array_equal(back.take(np.arange(30, 40)), np.sort(trace.expert_ids[30:], axis=2))
+
+
+def test_rows_too_wide_to_be_left_out_cost_their_bytes():
+    """Otherwise a byte of a token id could stand for any number of zeros."""
+    ids = np.zeros((40, 300, 14), dtype=np.int64)
+    assert len(encode_trace(trace_of(ids, 64, np.zeros(40, dtype=bool)))) > ids.size
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("last", [-1, "before the routes"])
+def test_padding_that_is_not_zero_is_refused(encoding, last):
+    trace = trace_of(np.array([[[1, 5]]] * 3), 8)
+    body = bytearray(frames(encode_trace(trace, encoding=encoding))[0][1])
+    body[last if isinstance(last, int) else routes_at(trace, body) - 1] ^= 64
+    with pytest.raises(CodecError, match="the padding holds"):
+        decode_trace(payload_of([("trace", bytes(body))]))
+
+
+def with_index(payload: bytes, entries: list[tuple[int, int, str]], between: bytes = b"") -> bytes:
+    """Return a payload of the frames of ``payload`` under an index of (first byte, bytes, name)."""
+    index_at = int.from_bytes(payload[-32:-24], "little")
+    stored = payload[:index_at] + between
+    index = b"".join(
+        struct.pack("<QQ16sH", start, size, stored[start + size - 16 : start + size], len(name))
+        + name.encode()
+        for start, size, name in entries
+    )
+    footer = struct.pack("<QI4s", len(stored), len(entries), b"TEND")
+    return with_fitting_checksums(stored + index + footer + bytes(16))
+
+
+@pytest.fixture
+def pair() -> tuple[bytes, int]:
+    """A payload of two frames of equal size, and that size."""
+    trace = synthetic_trace(np.arange(9), seed=1)
+    return encode_traces({"a": trace, "b": trace}), len(frames(encode_trace(trace))[0][1]) + 16
+
+
+def test_control_an_index_made_by_hand_is_accepted(pair):
+    payload, size = pair
+    assert with_index(payload, [(16, size, "a"), (16 + size, size, "b")]) == payload
+
+
+def test_an_index_that_uses_a_frame_twice_is_refused(pair):
+    """A thousand entries for one frame would decode to a thousand traces."""
+    payload, size = pair
+    with pytest.raises(CodecError, match=f"entry 1 places a trace at bytes 16:{16 + size}"):
+        decode_traces(with_index(payload, [(16, size, "a"), (16, size, "b")]))
+
+
+@pytest.mark.parametrize(
+    "entries", [[], [(16, "size", "a")]], ids=["no frame is named", "one frame is not named"]
+)
+def test_frames_outside_the_index_are_refused(pair, entries):
+    payload, size = pair
+    with pytest.raises(CodecError, match="bytes before it belong to no trace"):
+        decode_traces(with_index(payload, [(at, size, name) for at, _, name in entries]))
+
+
+def test_bytes_between_frames_and_index_are_refused(pair):
+    payload, size = pair
+    entries = [(16, size, "a"), (16 + size, size, "b")]
+    with pytest.raises(CodecError, match="0 bytes of the index and 16 bytes before it"):
+        decode_traces(with_index(payload, entries, between=bytes(16)))
+
+
+def test_a_name_used_twice_is_refused(pair):
+    payload, size = pair
+    with pytest.raises(CodecError, match=r"the name 'a' is .* not the only one of its kind"):
+        decode_traces(with_index(payload, [(16, size, "a"), (16 + size, size, "a")]))
+
+
+@pytest.mark.parametrize("at", [10, 12, 15])
+def test_reserved_bytes_that_are_not_zero_are_refused(pair, at):
+    altered = bytearray(pair[0])
+    altered[at] = 1
+    with pytest.raises(CodecError, match="reserved bytes hold"):
+        decode_traces(with_fitting_checksums(bytes(altered)))
