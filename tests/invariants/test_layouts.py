@@ -41,6 +41,7 @@ def alone(checkpoint: Path, layers: tuple[int, ...]) -> Step:
 
 
 def assert_same_step(steps: list[Step], expected: Step) -> None:
+    assert expected.grad_norm > 0
     found: dict[int, np.ndarray] = {}
     for step in steps:
         found |= step.old_logprobs

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -37,6 +42,7 @@ __all__ = [
     "MoELayer",
     "TopKRouter",
     "decoder_block_spec",
+    "mark_cut_parameters",
     "mark_expert_gradients",
     "transformer_engine_usable",
 ]
@@ -57,6 +63,25 @@ if importlib.util.find_spec("transformer_engine") is None:
 def transformer_engine_usable() -> bool:
     """Tell whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def mark_cut_parameters(chunk: torch.nn.Module) -> None:
+    """Mark the parameters that tensor parallelism cuts.
+
+    Megatron's local layers do it only while they initialise their weights, which a model that waits for a checkpoint
+    skips. Unmarked, the parts of all ranks but the first are taken for copies: they count nothing in the gradient's
+    norm, and gradients are clipped too little.
+    """
+    dims: dict[type, int] = {
+        ColumnParallelLinear: 0,
+        VocabParallelEmbedding: 0,
+        RowParallelLinear: 1,
+    }
+    for module in chunk.modules():
+        dim = next((d for kind, d in dims.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def mark_expert_gradients(chunk: torch.nn.Module, config: Any) -> None:

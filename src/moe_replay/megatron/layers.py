@@ -83,9 +83,9 @@ class ReplicatedLinear(torch.nn.Linear):
         marked: Any = self.weight
         marked.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Any:
         """Return the product and, as Megatron's layers do, a bias that was not added: none."""
-        return super().forward(x), None
+        return super().forward(input), None
 
 
 class GroupedExperts(SequentialMLP):

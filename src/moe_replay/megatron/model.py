@@ -212,6 +212,7 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunk.model_shape = shape
+        compat.mark_cut_parameters(chunk)
         compat.mark_expert_gradients(chunk, config)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())

@@ -214,6 +214,7 @@ def replayed_step(
         return part
 
     def norm_only() -> tuple[bool, float, int]:
+        actor.optimizer.prepare_grads()
         return True, float(actor.optimizer.get_grad_norm()), 0
 
     actor.optimizer.step = norm_only

@@ -1,0 +1,114 @@
+"""Whole training runs in parallel layouts take the steps of a single process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.loop import train
+from moe_replay.report import RunDirectory, build_reporter
+from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+pytestmark = pytest.mark.ranks
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "ep2 allgather": (
+        2,
+        {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"},
+    ),
+    "pp2 vpp2": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "tp2 pp2 ep2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
+}
+# What must be equal on every rank's own count of rows, and what a sum in another order may move.
+EXACT = ("reward", "reward_std", "completions/mean_length", "policy_version", "replay/coverage")
+CLOSE = ("grad_norm", "entropy/mean", "policy_ratio/mean")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Qwen3-MoE checkpoint of four layers, the first dense."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("four"), mlp_only_layers=[0])
+
+
+def steps(recipe: Recipe, world_size: int) -> list[dict[str, Any]]:
+    """Train in processes of their own and return the lines of metrics.jsonl."""
+
+    def call() -> None:
+        rank = torch.distributed.get_rank()
+        directory = RunDirectory(recipe.run.output_dir)
+        with build_reporter(recipe, rank=rank, run_directory=directory) as reporter:
+            process = ProcessSpec(rank=rank, world_size=world_size)
+            train(recipe, process=process, reporter=reporter)
+
+    run_ranks(call, world_size, timeout_s=120)
+    lines = (recipe.run.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[dict[str, Any]]]:
+    """Return an empty place for the steps of a single process, by replay mode."""
+    return {}
+
+
+def in_layout(
+    recipe: Callable[..., Recipe], checkpoint: Path, mode: str, layout: dict[str, Any], folder: str
+) -> Recipe:
+    keys = {f"megatron__{name}": size for name, size in layout.items()}
+    out = Path(str(recipe().run.output_dir)).with_name(folder)
+    return recipe(
+        run__output_dir=out,
+        run__max_steps=2,
+        model__path=checkpoint,
+        rollout__dtype="float32",
+        replay__router_replay_mode=mode,
+        batch__global_batch_size=16,
+        **keys,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [*(("R3", name) for name in LAYOUTS), ("R2", "tp2"), ("R2", "pp2 vpp2"), ("R2", "cp2")],
+)
+def test_training_in_a_layout_takes_the_steps_of_one_process(
+    mode: str,
+    name: str,
+    recipe: Callable[..., Recipe],
+    checkpoint: Path,
+    alone: dict[str, list[dict[str, Any]]],
+) -> None:
+    if mode not in alone:
+        alone[mode] = steps(in_layout(recipe, checkpoint, mode, {}, "alone"), 1)
+    world_size, layout = LAYOUTS[name]
+    together = steps(in_layout(recipe, checkpoint, mode, layout, "together"), world_size)
+    for one, many in zip(alone[mode], together, strict=True):
+        assert one.keys() == many.keys()
+        assert {key: one[key] for key in EXACT} == {key: many[key] for key in EXACT}
+        for key in CLOSE:
+            assert many[key] == pytest.approx(one[key], rel=1e-4), key
+        assert many["loss"] == pytest.approx(one["loss"], abs=1e-6)
+        assert many["rollout_correction/k3_kl"] < 1e-9
+        assert many["replay/agreement"] == 1.0
+        for reason in ("last_token", "engine_gave_none", "prompt_omitted"):
+            key = f"replay/rows_live_{reason}"
+            assert many[key] == one[key]
