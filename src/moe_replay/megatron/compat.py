@@ -84,16 +84,13 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def mark_expert_gradients(chunk: torch.nn.Module, config: Any) -> None:
-    """Have expert gradients summed over the ranks that hold the same experts.
+def mark_expert_gradients(chunk: torch.nn.Module) -> None:
+    """Have expert gradients summed over the ranks that hold the same experts, and their optimizer state kept apart.
 
-    Before 0.19 Megatron sums them over the dense data-parallel group where there is no expert parallelism, which is
-    silently wrong if experts are cut over another number of ranks than dense layers. To be called before
-    the chunk is wrapped in DistributedDataParallel.
+    Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are silently wrong if experts
+    are cut over another number of ranks than dense layers, and the optimizer's state does not load into a layout with
+    expert parallelism. To be called before the chunk is wrapped in DistributedDataParallel.
     """
-    expert_tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
-    if VERSION >= (0, 19) or expert_tensor == config.tensor_model_parallel_size:
-        return
     experts: list[Any] = [p for name, p in chunk.named_parameters() if ".mlp.experts." in name]
     for parameter in experts:
         parameter.allreduce = False

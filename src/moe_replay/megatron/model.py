@@ -213,7 +213,7 @@ def build_model(
             )
         chunk.model_shape = shape
         compat.mark_cut_parameters(chunk)
-        compat.mark_expert_gradients(chunk, config)
+        compat.mark_expert_gradients(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():
