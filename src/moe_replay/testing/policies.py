@@ -88,9 +88,11 @@ def pack(
     ]
 
 
-def with_own_routes(scorer: MegatronScorer, samples: Sequence[Sample]) -> list[Sample]:
+def with_own_routes(
+    scorer: MegatronScorer, samples: Sequence[Sample], *, max_tokens: int = 48
+) -> list[Sample]:
     """Return the samples with the routes that the model itself takes, whatever the layout."""
-    microbatches = pack(samples, scorer=scorer)
+    microbatches = pack(samples, max_tokens=max_tokens, scorer=scorer)
     routes = scorer.score(microbatches, temperature=1.0, routing=Routing.RECORD).routes
     traces = gather_traces(
         microbatches, routes, route_form(scorer), policy_version=0, device=scorer.device

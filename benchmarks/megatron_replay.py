@@ -1,0 +1,149 @@
+"""What replay and recording cost on the real Megatron-Core, on one CPU process and about 20M parameters.
+
+Live and replayed steps of the same samples, and plain and recording passes, alternate in one run; each ratio is the
+median over neighbouring pairs, so that what else the machine does cancels. The samples carry the routes that the model
+itself would take, so that both sides run the same experts. The figures come last, one JSON object a line.
+
+    python benchmarks/megatron_replay.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
+from moe_replay.testing.samples import make_samples
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+}
+SEED = 5
+
+
+def main() -> int:
+    """Print what was measured, then the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="end within 50 s")
+    arguments = parser.parse_args()
+    pairs, num_samples = (8, 4) if arguments.quick else (40, 8)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_tiny_checkpoint(Path(folder), initializer_range=0.05, **MODEL)
+        actor = start_policy(checkpoint)
+        samples = make_samples(num_samples, seed=SEED, min_length=128, max_length=128)
+        samples = with_own_routes(actor, samples, max_tokens=512)
+        batches = pack(samples, max_tokens=512, scorer=actor)
+        parameters = sum(p.numel() for module in actor.modules for p in module.parameters())
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        print(
+            f"{parameters / 1e6:.1f}M parameters, {tokens} tokens a step, {pairs} pairs, 1 thread"
+        )
+        figures = {
+            "replay.step_ratio": step_ratio(actor, batches, pairs),
+            "record.pass_ratio": pass_ratio(actor, batches, pairs),
+            "replay.resident_bytes_ratio": resident_bytes_ratio(actor, samples),
+        }
+    for metric, value in figures.items():
+        print(json.dumps({"metric": metric, "value": round(value, 4), "unit": "ratio"}))
+    return 0
+
+
+def step_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> float:
+    """Return the time of a replayed step, guard evidence of 64 rows included, over that of a live one."""
+    watch = RouteWatch(num_rows=64, observe=lambda *_: None)
+
+    def step(routing: Routing) -> None:
+        watching = watch if routing is Routing.REPLAY else None
+        actor.update(batches, mean_loss, temperature=1.0, routing=routing, watch=watching)
+
+    return alternate(
+        "step", "live", lambda: step(Routing.LIVE), "R3", lambda: step(Routing.REPLAY), pairs
+    )
+
+
+def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> float:
+    """Return the time of a recording pass over that of a plain one."""
+
+    def score(routing: Routing) -> None:
+        actor.score(batches, temperature=1.0, routing=routing)
+
+    return alternate(
+        "pass", "plain", lambda: score(Routing.LIVE), "R2", lambda: score(Routing.RECORD), pairs
+    )
+
+
+def alternate(
+    what: str,
+    first: str,
+    run_first: Callable[[], None],
+    second: str,
+    run_second: Callable[[], None],
+    pairs: int,
+) -> float:
+    """Return the median of second / first over pairs whose order changes from one to the next."""
+    run_first()
+    run_second()
+    ratios, seconds = [], {first: 0.0, second: 0.0}
+    for number in range(pairs):
+        order = [(first, run_first), (second, run_second)]
+        took = {}
+        for name, run in order if number % 2 == 0 else reversed(order):
+            started = time.perf_counter()
+            run()
+            took[name] = time.perf_counter() - started
+            seconds[name] += took[name]
+        ratios.append(took[second] / took[first])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"{what}: {first} {seconds[first] / pairs:.3f} s, {second} {seconds[second] / pairs:.3f} s; "
+        f"{second} / {first} {middle:.3f}, half of the pairs between {low:.3f} and {high:.3f}"
+    )
+    return middle
+
+
+def resident_bytes_ratio(actor: MegatronActor, samples: list[Sample]) -> float:
+    """Return what the routes add to the memory of a step's microbatches, over rows x layers x top-k bytes."""
+    bare = [replace(sample, trace=None) for sample in samples]
+
+    def held(given: list[Sample]) -> int:
+        gc.collect()
+        tracemalloc.start()
+        batches = pack(given, max_tokens=512, scorer=actor)
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        del batches
+        return size
+
+    extra = held(samples) - held(bare)
+    rows = sum(len(sample.token_ids) for sample in samples)
+    expected = rows * MODEL["num_hidden_layers"] * MODEL["num_experts_per_tok"]
+    print(f"memory: routes add {extra} bytes, {expected} are rows x layers x top-k")
+    return extra / expected
+
+
+if __name__ == "__main__":
+    sys.exit(main())
