@@ -124,12 +124,28 @@ def test_a_zstd_frame_that_states_another_size_is_refused():
         decode_trace(forged(trace, {}, chunk))
 
 
+def test_bytes_behind_a_zstd_frame_are_refused():
+    trace = synthetic_trace(np.arange(30), seed=3)
+    packed = zstandard.compress(bytes(348)) + b"behind it"
+    chunk = struct.pack("<BI", 1, len(packed)) + packed
+    with pytest.raises(CodecError, match=r"not a zstd frame of expert slots.*unused data"):
+        decode_trace(forged(trace, {}, chunk))
+
+
+def test_a_chunk_that_is_cut_off_is_refused():
+    trace = synthetic_trace(np.arange(30), seed=3)
+    chunk = struct.pack("<BI", 0, 348) + bytes(320)
+    with pytest.raises(CodecError, match="a chunk of 353 bytes"):
+        decode_trace(forged(trace, {}, chunk))
+
+
 @pytest.mark.parametrize(
     ("offset", "form", "value", "message"),
     [
         (8, "<I", 2**32 - 1, "max_bytes is"),
         (8, "<I", 2**20, "rows need"),
         (12, "<I", 28, "valid flags are set"),
+        (12, "<I", 31, "31 of 30 rows valid"),
         (16, "<I", 2**32 - 1, "a header of 17179"),
         (20, "<I", 2**32 - 1, "max_bytes is"),
         (20, "<I", 100_000, "cannot hold"),
@@ -267,6 +283,14 @@ def test_a_name_used_twice_is_refused(pair):
     payload, size = pair
     with pytest.raises(CodecError, match=r"the name 'a' is .* not the only one of its kind"):
         decode_traces(with_index(payload, [(16, size, "a"), (16 + size, size, "a")]))
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_another_magic_is_refused(pair, at):
+    altered = bytearray(pair[0])
+    altered[at] ^= 1
+    with pytest.raises(CodecError, match="these bytes are no traces"):
+        decode_traces(with_fitting_checksums(bytes(altered)))
 
 
 @pytest.mark.parametrize("at", [10, 12, 15])
