@@ -4,7 +4,7 @@ Live and replayed steps of the same samples, and plain and recording passes, alt
 median over neighbouring pairs, so that what else the machine does cancels. The samples carry the routes that the model
 itself would take, so that both sides run the same experts. The figures come last, one JSON object a line.
 
-    python benchmarks/megatron_replay.py [--quick]
+    python benchmarks/megatron_replay.py [--quick] [--pairs 40]
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.testing.measure import alternate
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.samples import make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
@@ -47,9 +46,12 @@ def main() -> int:
     """Print what was measured, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="end within 50 s")
+    parser.add_argument("--pairs", type=int, help="default 40, quick 8")
     arguments = parser.parse_args()
     pairs, num_samples = (8, 4) if arguments.quick else (40, 8)
+    pairs = arguments.pairs or pairs
     torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_tiny_checkpoint(Path(folder), initializer_range=0.05, **MODEL)
         actor = start_policy(checkpoint)
@@ -79,9 +81,9 @@ def step_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> f
         watching = watch if routing is Routing.REPLAY else None
         actor.update(batches, mean_loss, temperature=1.0, routing=routing, watch=watching)
 
-    return alternate(
-        "step", "live", lambda: step(Routing.LIVE), "R3", lambda: step(Routing.REPLAY), pairs
-    )
+    found = alternate(lambda: step(Routing.LIVE), lambda: step(Routing.REPLAY), pairs=pairs)
+    print(f"step: {found.describe('live', 'R3')}")
+    return found.ratio
 
 
 def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> float:
@@ -90,38 +92,9 @@ def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> f
     def score(routing: Routing) -> None:
         actor.score(batches, temperature=1.0, routing=routing)
 
-    return alternate(
-        "pass", "plain", lambda: score(Routing.LIVE), "R2", lambda: score(Routing.RECORD), pairs
-    )
-
-
-def alternate(
-    what: str,
-    first: str,
-    run_first: Callable[[], None],
-    second: str,
-    run_second: Callable[[], None],
-    pairs: int,
-) -> float:
-    """Return the median of second / first over pairs whose order changes from one to the next."""
-    run_first()
-    run_second()
-    ratios, seconds = [], {first: 0.0, second: 0.0}
-    for number in range(pairs):
-        order = [(first, run_first), (second, run_second)]
-        took = {}
-        for name, run in order if number % 2 == 0 else reversed(order):
-            started = time.perf_counter()
-            run()
-            took[name] = time.perf_counter() - started
-            seconds[name] += took[name]
-        ratios.append(took[second] / took[first])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"{what}: {first} {seconds[first] / pairs:.3f} s, {second} {seconds[second] / pairs:.3f} s; "
-        f"{second} / {first} {middle:.3f}, half of the pairs between {low:.3f} and {high:.3f}"
-    )
-    return middle
+    found = alternate(lambda: score(Routing.LIVE), lambda: score(Routing.RECORD), pairs=pairs)
+    print(f"pass: {found.describe('plain', 'R2')}")
+    return found.ratio
 
 
 def resident_bytes_ratio(actor: MegatronActor, samples: list[Sample]) -> float:

@@ -15,6 +15,7 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.routing import RouteSlice, RowIndex, slice_routes
 from moe_replay.testing.layouts import (
     CASES,
+    SEED,
     Case,
     Plant,
     Step,
@@ -38,6 +39,12 @@ def alone(checkpoint: Path, layers: tuple[int, ...]) -> Step:
     """Return the step of a single process."""
     (step,) = run_ranks(replayed_step, 1, checkpoint, Case(layout=layout(), ranks=1), layers)
     return step
+
+
+@pytest.fixture(autouse=True)
+def seed_is_printed() -> None:
+    """Print the seed of the coded routes."""
+    print("seed", SEED)
 
 
 def assert_same_step(steps: list[Step], expected: Step) -> None:

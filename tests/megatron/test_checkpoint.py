@@ -14,7 +14,7 @@ from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.weights import export_hf_weights
-from moe_replay.testing.layouts import coded_samples, layout, replica_share
+from moe_replay.testing.layouts import SEED, coded_samples, layout, replica_share
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks
 
@@ -84,6 +84,7 @@ def load_and_go_on(checkpoint: Path, where: ParallelLayout, folder: Path) -> Any
 def test_a_run_goes_on_in_another_layout(
     checkpoint: Path, tmp_path: Path, first: str, then: str
 ) -> None:
+    print("seed", SEED)
     where, ranks = LAYOUTS[first]
     saved, norm, after = run_ranks(save_and_go_on, ranks, checkpoint, where, tmp_path / "c")[0]
     where, ranks = LAYOUTS[then]

@@ -227,6 +227,11 @@ def _load_modules(
     config = transformer_config(shape, layout, dtype=dtype, overrides=overrides)
     chunks = build_model(shape, config, grouped_experts=grouped_experts)
     load_hf_weights(chunks, checkpoint_dir)
-    if dtype is torch.bfloat16:
-        return [Float16Module(config, chunk) for chunk in chunks], config
-    return list(chunks), config
+    return wrap_precision(chunks, config), config
+
+
+def wrap_precision(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
+    """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are."""
+    if config.bf16:
+        return [Float16Module(config, chunk) for chunk in chunks]
+    return list(chunks)

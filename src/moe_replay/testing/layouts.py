@@ -110,7 +110,6 @@ def coded_samples(layers: tuple[int, ...]) -> list[Sample]:
 
     The last row of each, and every ninth, has no route: it runs live.
     """
-    print("seed", SEED)
     samples = []
     for sample in make_samples(NUM_SAMPLES, seed=SEED):
         length = len(sample.token_ids)

@@ -1,0 +1,45 @@
+"""The benchmarks run, and print their figures last, one JSON object a line, under the names that readers look for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def printed(script: str, *arguments: str) -> list[str]:
+    """Run a benchmark in a process of its own and return its lines."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_megatron_replay_prints_its_three_figures() -> None:
+    figures = [
+        json.loads(line) for line in printed("megatron_replay.py", "--quick", "--pairs", "2")[-3:]
+    ]
+    assert [figure["metric"] for figure in figures] == [
+        "replay.step_ratio",
+        "record.pass_ratio",
+        "replay.resident_bytes_ratio",
+    ]
+    assert all(figure["unit"] == "ratio" for figure in figures)
+    assert 1.0 <= figures[2]["value"] < 1.1
+
+
+def test_gpu_replay_runs_on_a_cpu_and_claims_nothing() -> None:
+    lines = printed("gpu_replay.py", "--quick", "--layers", "2")
+    assert "say nothing about a GPU" in lines[0]
+    assert not any("gpu." in line for line in lines[1:])
