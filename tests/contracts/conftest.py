@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ from safetensors.torch import load_file
 
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.fake import FakeEngine
+from moe_replay.rollout.model_facts import read_facts
+from moe_replay.rollout.server_engine import ServerEngine
 from moe_replay.rollout.types import Engine, RolloutGroup
+from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
 
@@ -104,24 +109,48 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
     )
 
 
+class Served(ServerEngine):
+    """An engine behind a server of this process, which ends with it."""
+
+    def __init__(self, engine: Engine, checkpoint: Path, *, concurrent: bool) -> None:
+        self._opened = ExitStack()
+        self._opened.callback(engine.close)
+        url = self._opened.enter_context(served(engine, concurrent=concurrent))
+        facts = read_facts(checkpoint)
+        super().__init__([url], facts=facts, run="contract", record_routes=True)
+
+    def close(self) -> None:
+        super().close()
+        self._opened.close()
+
+
 ENGINES = [
     "fake",
     "embedded-float32",
     "embedded-bfloat16",
     pytest.param("vllm-float32", marks=pytest.mark.vllm),
     pytest.param("vllm-bfloat16", marks=pytest.mark.vllm),
+    pytest.param("served-embedded-float32", marks=pytest.mark.vllm),
+    pytest.param("served-vllm-float32", marks=pytest.mark.vllm),
 ]
 
 
 @pytest.fixture(scope="session", params=ENGINES)
 def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
     """Return each engine in turn."""
-    name, _, dtype = request.param.partition("-")
+    name, _, dtype = request.param.removeprefix("served-").partition("-")
     if name == "fake":
         return _fake_case()
     if name == "vllm":
         request.getfixturevalue("vllm_imported")
-    return _model_case(name, dtype, checkpoints)
+    case = _model_case(name, dtype, checkpoints)
+    if not request.param.startswith("served-"):
+        return case
+
+    def make_at(seed: int) -> Engine:
+        return Served(case.make_at(seed), checkpoints[seed], concurrent=name == "vllm")
+
+    return replace(case, name=request.param, make_at=make_at, make=lambda: make_at(0))
 
 
 @pytest.fixture(scope="session")

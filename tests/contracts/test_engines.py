@@ -174,10 +174,10 @@ def test_a_request_alone_gives_what_it_gives_in_a_batch(case, engine):
     assert shared > 0
 
 
-def test_same_seed_gives_same_completions_in_a_fresh_engine(case, engine):
+def test_same_seed_gives_same_completions_in_a_fresh_engine(case, engine, fresh_engine):
     requests = mixed_requests(case)
     ours = completions_of(engine.generate(requests, SAMPLING))
-    theirs = completions_of(case.make().generate(requests, SAMPLING))
+    theirs = completions_of(fresh_engine.generate(requests, SAMPLING))
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert a.rollout_logprobs.tolist() == b.rollout_logprobs.tolist()

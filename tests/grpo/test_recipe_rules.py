@@ -54,6 +54,16 @@ from .smallest_recipe import problems_of, recipe, table
             "rollout.kv_cache_gib",
             "rollout.engine is 'embedded', not 'vllm'",
         ),
+        (
+            {"rollout": {"engine": "vllm", "urls": ["http://127.0.0.1:8000"]}},
+            "rollout.urls",
+            "not 'vllm-server'",
+        ),
+        (
+            {"rollout": {"engine": "vllm-server", "urls": ["a"], "dtype": "float32"}},
+            "rollout.dtype",
+            "servers choose it",
+        ),
     ],
 )
 def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
@@ -61,6 +71,12 @@ def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
     assert f"{path}: set to " in message
     assert reason in message
     assert "has 1 problem:" in message
+
+
+@pytest.mark.parametrize("urls", [[], ["http://a", "http://a"]])
+def test_servers_must_be_named_once(urls):
+    message = problems_of(rollout={"engine": "vllm-server", "urls": urls})
+    assert "rollout.urls" in message and "moe-replay serve" in message
 
 
 def test_key_without_effect_is_refused_even_at_its_default():

@@ -1,12 +1,16 @@
-"""Whole training runs with vLLM in the trainer's process."""
+"""Whole training runs with vLLM in the trainer's process, and with servers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from moe_replay.grpo.config import Recipe
+from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.testing.served import served
 
 from .test_loop import run
 
@@ -27,6 +31,26 @@ def test_r3_with_vllm_and_equal_numerics_has_no_engine_gap(
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
         assert abs(record["rollout_correction/ratio_mean"] - 1) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
+    world_size: int, recipe: Recipes, workspace: Path
+) -> None:
+    with ExitStack() as opened:
+        urls = [
+            opened.enter_context(served(EmbeddedEngine(workspace / "model", dtype="float32")))
+            for _ in range(2)
+        ]
+        keys = {"rollout__engine": "vllm-server", "rollout__urls": str(urls).replace("'", '"')}
+        records = run(recipe(**keys), world_size=world_size)
+        again = run(recipe(**keys), world_size=world_size, restart=True)
+    for record in records:
+        assert record["replay/agreement"] == 1.0
+        assert record["replay/coverage"] == 1.0
+        assert record["rollout_correction/k3_kl"] < 1e-9
+    # The second run found the weights of the first in the servers, and put the checkpoint's back.
+    assert [r["reward"] for r in again] == [r["reward"] for r in records]
 
 
 def test_vllm_gives_the_run_that_the_embedded_engine_gives(recipe: Recipes) -> None:

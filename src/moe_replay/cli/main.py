@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_replay import __version__
+from moe_replay.cli import serve as serve_command
 from moe_replay.errors import MoeReplayError
 
 _WIDTH = 100
@@ -117,7 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", metavar="FILE", help="trace file")
     inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
     inspect.set_defaults(run=_run_inspect)
-    for command in (train, compare, inspect):
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to trainers",
+        description="Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
+        "and weights are taken over HTTP. Listens on loopback; elsewhere a bearer token is required.",
+        allow_abbrev=False,
+    )
+    serve_command.add_options(serve)
+    serve.set_defaults(run=_run_serve)
+    for command in (train, compare, inspect, serve):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )
@@ -139,6 +149,10 @@ class _HelpWithKeys(argparse.Action):
             print(f"  {key.path} (default: {key.default})")
             print(textwrap.indent(textwrap.fill(key.text.replace("``", ""), _WIDTH - 6), " " * 6))
         parser.exit()
+
+
+def _run_serve(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:
+    return serve_command.run_serve(options)
 
 
 def _run_train(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:

@@ -5,11 +5,15 @@ In: a recipe, the trainer's device. Out: an Engine. Called by: grpo.loop, tests.
 
 from __future__ import annotations
 
+import secrets
+
 import torch
+import torch.distributed as dist
 
 from moe_replay.grpo.config import Recipe
 from moe_replay.rollout.types import Engine
 from moe_replay.routing import ReplayMode
+from moe_replay.sync.messages import gather_json
 
 
 def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
@@ -33,6 +37,8 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
             kv_cache_gib=rollout.kv_cache_gib,
             record_routes=record_routes,
         )
+    if rollout.engine == "vllm-server":
+        return _server_engine(recipe, device, record_routes)
     from moe_replay.rollout.embedded import EmbeddedEngine
 
     return EmbeddedEngine(
@@ -42,3 +48,27 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
         max_batch_size=rollout.max_batch_size,
         record_routes=record_routes,
     )
+
+
+def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) -> Engine:
+    """Return the recipe's servers as one engine, holding the weights of the checkpoint."""
+    from moe_replay.rollout.bearer import read_token
+    from moe_replay.rollout.model_facts import read_facts
+    from moe_replay.rollout.server_engine import ServerEngine
+
+    rollout = recipe.rollout
+    world = dist.group.WORLD
+    assert world is not None
+    names = gather_json(secrets.token_hex(8), world, device=device)
+    engine = ServerEngine(
+        rollout.urls,
+        facts=read_facts(recipe.model.path),
+        run=names[0],
+        record_routes=record_routes,
+        pushes=dist.get_rank() == 0,
+        token=read_token(rollout.token_file),
+        calls_per_server=max(1, rollout.max_batch_size // rollout.num_generations),
+        timeout_s=rollout.timeout_s,
+    )
+    engine.restore(recipe.model.path)
+    return engine

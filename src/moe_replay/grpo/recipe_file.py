@@ -139,7 +139,7 @@ def _absolute(path: str, value: Any, folder: Path) -> Any:
     """Anchor a value at a folder if its key holds a path; return any other value as it is."""
     if not isinstance(value, str):
         return value
-    if path in ("run.output_dir", "model.path"):
+    if path in ("run.output_dir", "model.path", "rollout.token_file"):
         return _anchored(value, folder)
     if path in ("data.train", "data.eval") and not value.startswith(GENERATED):
         return _anchored(value, folder)

@@ -155,6 +155,16 @@ def _recompute_is_complete(have: Any) -> Iterator[Problem]:
                 )
 
 
+def _servers_are_named(have: Any) -> Iterator[Problem]:
+    urls = have.rollout.urls
+    if have.rollout.engine == "vllm-server" and (not urls or len(set(urls)) < len(urls)):
+        yield Problem(
+            path="rollout.urls",
+            text=f"got {list(urls)}, expected the address of at least one server, each once: start one with "
+            "`moe-replay serve MODEL` and name it",
+        )
+
+
 def _reward_names_differ(have: Any) -> Iterator[Problem]:
     names = [reward.name for reward in have.rewards]
     for number, name in enumerate(names):
@@ -190,6 +200,11 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine != "vllm":
         yield "rollout.kv_cache_gib", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
+    if have.rollout.engine == "vllm-server":
+        yield "rollout.dtype", "servers choose it: moe-replay serve --dtype"
+    else:
+        for key in ("urls", "token_file", "timeout_s"):
+            yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm-server'"
 
 
 def _reference_without_effect(have: Any) -> Iterator[tuple[str, str]]:
@@ -248,6 +263,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("megatron",), _layout_makes_sense),
     (("model", "megatron"), _grouped_experts_are_whole),
     (("megatron",), _recompute_is_complete),
+    (("rollout",), _servers_are_named),
     (("rewards",), _reward_names_differ),
     (("eval",), _eval_samples_differ),
 )

@@ -106,8 +106,14 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """``[rollout]``: how completions are sampled."""
 
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """``embedded`` (transformers) or ``vllm``, both in the trainer's process."""
+    engine: Literal["embedded", "vllm", "vllm-server"] = "embedded"
+    """``embedded`` (transformers) or ``vllm`` in the trainer's process, or ``vllm-server``: see ``moe-replay serve``."""
+    urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Addresses of the servers of ``vllm-server``, such as ``http://127.0.0.1:8000``."""
+    token_file: Annotated[Path, Field(strict=False)] | None = None
+    """File with the bearer token of the servers."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest wait for one answer of a server; the request is then tried elsewhere."""
     dtype: Dtype = "bfloat16"
     """Number format of the engine's weights."""
     temperature: float = Field(default=1.0, gt=0)
@@ -121,7 +127,7 @@ class RolloutSection(Section):
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt, compared with each other."""
     max_batch_size: int = Field(default=64, gt=0)
-    """Sequences sampled at once."""
+    """Sequences sampled at once, by each server if there are several."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Memory of vLLM's key-value cache, in GiB."""
 

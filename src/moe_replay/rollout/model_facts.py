@@ -95,19 +95,37 @@ def _generation_config(model_dir: Path) -> Any:
     return GenerationConfig.from_pretrained(model_dir, local_files_only=True)
 
 
+def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint directory by name, one at a time.
+
+    Raises:
+        RecipeError: when the directory holds no safetensors.
+    """
+    from safetensors import safe_open
+
+    for path in _weight_files(Path(model_dir)):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                yield key, file.get_tensor(key)
+
+
 def _shapes_on_disk(model_dir: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     from safetensors import safe_open
 
-    index = model_dir / _INDEX
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for name in files:
-        if not (model_dir / name).is_file():
-            raise RecipeError(
-                f"{model_dir} holds no {name}; expected a Hugging Face checkpoint saved as safetensors"
-            )
-        with safe_open(model_dir / name, framework="pt") as file:
+    for path in _weight_files(model_dir):
+        with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 yield key, tuple(file.get_slice(key).get_shape())
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    if absent := [name for name in names if not (model_dir / name).is_file()]:
+        raise RecipeError(
+            f"{model_dir} holds no {', '.join(absent)}; expected a Hugging Face checkpoint saved as safetensors"
+        )
+    return [model_dir / name for name in names]
