@@ -13,12 +13,6 @@ CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
 # Defects whose tests are still to be written. One that has its test fails here until it is taken off the list.
 DEFECTS_WITHOUT_TEST = set(
     [
-        "b3",
-        "b4",
-        "b5",
-        "b6",
-        "b7",
-        "b8",
         "c5",
         "d1",
         "d2",
