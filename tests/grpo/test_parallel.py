@@ -38,6 +38,8 @@ LAYOUTS = {
         },
     ),
 }
+# The length of a run may then change without changing its steps.
+CONSTANT = {"optimizer__lr_scheduler": "constant"}
 # What must be equal on every rank's own count of rows, and what a sum in another order may move.
 EXACT = ("reward", "reward_std", "completions/mean_length", "policy_version", "replay/coverage")
 CLOSE = ("grad_norm", "entropy/mean", "policy_ratio/mean")
@@ -71,19 +73,24 @@ def alone() -> dict[str, list[dict[str, Any]]]:
 
 
 def in_layout(
-    recipe: Callable[..., Recipe], checkpoint: Path, mode: str, layout: dict[str, Any], folder: str
+    recipe: Callable[..., Recipe],
+    checkpoint: Path,
+    mode: str,
+    layout: dict[str, Any],
+    folder: str,
+    **more: Any,
 ) -> Recipe:
     keys = {f"megatron__{name}": size for name, size in layout.items()}
     out = Path(str(recipe().run.output_dir)).with_name(folder)
-    return recipe(
-        run__output_dir=out,
-        run__max_steps=2,
-        model__path=checkpoint,
-        rollout__dtype="float32",
-        replay__router_replay_mode=mode,
-        batch__global_batch_size=16,
-        **keys,
-    )
+    values = {
+        "run__output_dir": out,
+        "run__max_steps": 2,
+        "model__path": checkpoint,
+        "rollout__dtype": "float32",
+        "replay__router_replay_mode": mode,
+        "batch__global_batch_size": 16,
+    }
+    return recipe(**{**values, **keys, **more})
 
 
 @pytest.mark.parametrize(
@@ -112,3 +119,17 @@ def test_training_in_a_layout_takes_the_steps_of_one_process(
         for reason in ("last_token", "engine_gave_none", "prompt_omitted"):
             key = f"replay/rows_live_{reason}"
             assert many[key] == one[key]
+
+
+def test_a_run_stopped_in_one_layout_goes_on_in_another(
+    recipe: Callable[..., Recipe], checkpoint: Path
+) -> None:
+    def one_step_more(count: int, layout: dict[str, Any], folder: str) -> Recipe:
+        return in_layout(recipe, checkpoint, "R3", layout, folder, run__max_steps=count, **CONSTANT)
+
+    whole = steps(one_step_more(2, {}, "whole"), 1)
+    steps(one_step_more(1, {"expert_model_parallel_size": 2}, "parts"), 2)
+    parts = steps(one_step_more(2, {"pipeline_model_parallel_size": 2}, "parts"), 2)
+    assert [record["step"] for record in parts] == [1, 2]
+    assert parts[1]["reward"] == whole[1]["reward"]
+    assert parts[1]["grad_norm"] == pytest.approx(whole[1]["grad_norm"], rel=1e-3)

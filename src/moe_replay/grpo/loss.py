@@ -76,23 +76,28 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tenso
     ratio = torch.exp(inputs.new_logprobs - inputs.old_logprobs)
     clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
     per_token = -torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
-    kl_sum = 0.0
     trains = inputs.weights > 0
+    kl = torch.zeros_like(ratio)
     if settings.beta:
         assert inputs.ref_logprobs is not None
         difference = inputs.ref_logprobs - inputs.new_logprobs
         k3 = torch.exp(difference) - difference - 1
         per_token = per_token + settings.beta * k3
-        kl_sum = float(k3.detach()[trains].sum())
+        kl = k3.detach()
     loss = (per_token * inputs.weights).sum()
     low = (ratio < 1 - settings.epsilon) & (inputs.advantages < 0) & trains
     high = (ratio > 1 + settings.epsilon_high) & (inputs.advantages > 0) & trains
+    counted = torch.stack([trains, low, high, ratio.detach() * trains, kl * trains]).sum(dim=1)
+    # One transfer for all of them: each would wait for the device.
+    num_tokens, num_low, num_high, ratio_sum, kl_sum, value = torch.cat(
+        [counted, loss.detach()[None]]
+    ).tolist()
     statistics = LossStatistics(
-        num_tokens=int(trains.sum()),
-        loss=float(loss.detach()),
-        num_clipped_low=int(low.sum()),
-        num_clipped_high=int(high.sum()),
-        ratio_sum=float(ratio.detach()[trains].sum()),
+        num_tokens=int(num_tokens),
+        loss=value,
+        num_clipped_low=int(num_low),
+        num_clipped_high=int(num_high),
+        ratio_sum=ratio_sum,
         kl_sum=kl_sum,
     )
     return loss, statistics
