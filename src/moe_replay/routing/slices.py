@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64, Integer
+
+# Rows turned from token-major to layer-major at a time: what they touch stays in the cache.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,16 +78,23 @@ def slice_routes(
     blocks = _layer_blocks(wanted, first.layers)
     ids = np.zeros((len(wanted), len(index.rows), first.topk), dtype=first.expert_ids.dtype)
     valid = np.zeros(len(index.rows), dtype=bool)
-    # One element for all experts of a row, so that numpy moves topk ids at a time.
-    whole_sets = np.dtype((np.void, first.topk * ids.itemsize))
+    whole_sets = _set_dtype(first.topk * ids.itemsize)
     into = ids.view(whole_sets)[..., 0]
     views = [_contiguous_sets(trace).view(whole_sets)[..., 0] for trace in traces]
     for place, number, start, count in _runs(index.rows, [len(trace) for trace in traces]):
-        here, there = slice(place, place + count), slice(start, start + count)
-        valid[here] = traces[number].valid[there]
-        for to, taken in blocks:
-            into[to, here] = views[number][there, taken].T
+        valid[place : place + count] = traces[number].valid[start : start + count]
+        for at in range(0, count, _ROWS_AT_ONCE):
+            rows = min(_ROWS_AT_ONCE, count - at)
+            here = slice(place + at, place + at + rows)
+            there = slice(start + at, start + at + rows)
+            for to, taken in blocks:
+                into[to, here] = views[number][there, taken].T
     return RouteSlice(expert_ids=ids, valid=valid, layers=wanted, num_experts=first.num_experts)
+
+
+def _set_dtype(num_bytes: int) -> np.dtype[Any]:
+    """Return one element for all experts of a row, so that numpy moves topk ids at a time, as a number if it can."""
+    return np.dtype(f"u{num_bytes}" if num_bytes in (1, 2, 4, 8) else (np.void, num_bytes))
 
 
 def _runs(
