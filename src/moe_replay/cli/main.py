@@ -98,6 +98,26 @@ def _parser() -> argparse.ArgumentParser:
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
     )
     train.set_defaults(run=_run_train)
+    compare, inspect = _add_trace_commands(commands)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to trainers",
+        description="Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
+        "and weights are taken over HTTP. Listens on loopback; elsewhere a bearer token is required.",
+        allow_abbrev=False,
+    )
+    serve_command.add_options(serve)
+    serve.set_defaults(run=_run_serve)
+    for command in (train, compare, inspect, serve):
+        command.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error arose"
+        )
+    return parser
+
+
+def _add_trace_commands(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     compare = commands.add_parser(
         "compare",
         help="compare two recordings of the same tokens",
@@ -118,20 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", metavar="FILE", help="trace file")
     inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
     inspect.set_defaults(run=_run_inspect)
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model to trainers",
-        description="Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
-        "and weights are taken over HTTP. Listens on loopback; elsewhere a bearer token is required.",
-        allow_abbrev=False,
-    )
-    serve_command.add_options(serve)
-    serve.set_defaults(run=_run_serve)
-    for command in (train, compare, inspect, serve):
-        command.add_argument(
-            "--traceback", action="store_true", help="show where in the program an error arose"
-        )
-    return parser
+    return compare, inspect
 
 
 class _HelpWithKeys(argparse.Action):
