@@ -30,7 +30,6 @@ DEFECTS_WITHOUT_TEST = set(
         "e7",
         "e8",
         "e9",
-        "f8",
     ]
 )
 MACHINE = re.compile(
