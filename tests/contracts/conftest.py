@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.model_facts import read_facts
+from moe_replay.rollout.model_facts import ModelFacts, read_facts
 from moe_replay.rollout.server_engine import ServerEngine
 from moe_replay.rollout.types import Engine, RolloutGroup
+from moe_replay.routing import RoutedModel
 from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
@@ -24,6 +25,14 @@ from moe_replay.transformers import record_routes
 from .engine_contract import SAMPLING, EngineCase, Weights, mixed_requests
 
 SEEDS = (0, 1)
+FAKE_FACTS = ModelFacts(
+    vocab_size=32,
+    max_context_length=4096,
+    eos_ids=(1,),
+    routed=RoutedModel(moe_layers=(0, 2), num_decoder_layers=3, num_experts=8, topk=2),
+    weight_shapes={"model.embed.weight": (4, 2), "model.layers.0.mlp.gate.weight": (8, 2)},
+    tied_names=frozenset(),
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +48,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def _fake_case() -> EngineCase:
-    shapes = {"model.embed.weight": (4, 2), "model.layers.0.mlp.gate.weight": (8, 2)}
+    shapes = FAKE_FACTS.weight_shapes
 
     def make() -> FakeEngine:
-        return FakeEngine(weight_shapes=shapes, moe_layers=(0, 2))
+        return FakeEngine(weight_shapes=shapes, moe_layers=FAKE_FACTS.routed.moe_layers)
 
     def weights(seed: int) -> Weights:
         return [(name, torch.full(shape, float(seed))) for name, shape in shapes.items()]
@@ -112,12 +121,11 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
 class Served(ServerEngine):
     """An engine behind a server of this process, which ends with it."""
 
-    def __init__(self, engine: Engine, checkpoint: Path, *, concurrent: bool) -> None:
+    def __init__(self, engine: Engine, facts: ModelFacts, *, concurrent: bool) -> None:
         self._opened = ExitStack()
         self._opened.callback(engine.close)
         url = self._opened.enter_context(served(engine, concurrent=concurrent))
-        facts = read_facts(checkpoint)
-        super().__init__([url], facts=facts, run="contract", record_routes=True)
+        super().__init__([url], facts=facts, run="contract", dtype="float32", record_routes=True)
 
     def close(self) -> None:
         super().close()
@@ -130,7 +138,7 @@ ENGINES = [
     "embedded-bfloat16",
     pytest.param("vllm-float32", marks=pytest.mark.vllm),
     pytest.param("vllm-bfloat16", marks=pytest.mark.vllm),
-    pytest.param("served-embedded-float32", marks=pytest.mark.vllm),
+    pytest.param("served-fake", marks=pytest.mark.vllm),
     pytest.param("served-vllm-float32", marks=pytest.mark.vllm),
 ]
 
@@ -139,16 +147,15 @@ ENGINES = [
 def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
     """Return each engine in turn."""
     name, _, dtype = request.param.removeprefix("served-").partition("-")
-    if name == "fake":
-        return _fake_case()
     if name == "vllm":
         request.getfixturevalue("vllm_imported")
-    case = _model_case(name, dtype, checkpoints)
+    case = _fake_case() if name == "fake" else _model_case(name, dtype, checkpoints)
     if not request.param.startswith("served-"):
         return case
 
     def make_at(seed: int) -> Engine:
-        return Served(case.make_at(seed), checkpoints[seed], concurrent=name == "vllm")
+        facts = FAKE_FACTS if name == "fake" else read_facts(checkpoints[seed])
+        return Served(case.make_at(seed), facts, concurrent=name == "vllm")
 
     return replace(case, name=request.param, make_at=make_at, make=lambda: make_at(0))
 

@@ -59,11 +59,6 @@ from .smallest_recipe import problems_of, recipe, table
             "rollout.urls",
             "not 'vllm-server'",
         ),
-        (
-            {"rollout": {"engine": "vllm-server", "urls": ["a"], "dtype": "float32"}},
-            "rollout.dtype",
-            "servers choose it",
-        ),
     ],
 )
 def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):

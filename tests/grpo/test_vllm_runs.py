@@ -42,7 +42,11 @@ def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
             opened.enter_context(served(EmbeddedEngine(workspace / "model", dtype="float32")))
             for _ in range(2)
         ]
-        keys = {"rollout__engine": "vllm-server", "rollout__urls": str(urls).replace("'", '"')}
+        keys = {
+            "rollout__engine": "vllm-server",
+            "rollout__urls": str(urls).replace("'", '"'),
+            "rollout__dtype": "float32",
+        }
         records = run(recipe(**keys), world_size=world_size)
         again = run(recipe(**keys), world_size=world_size, restart=True)
     for record in records:

@@ -71,7 +71,14 @@ def weights(value: float = 1.0) -> list[tuple[str, torch.Tensor]]:
 
 
 def client(*urls: str, **options: Any) -> ServerEngine:
-    fields = {"facts": FACTS, "run": "test", "record_routes": True, "timeout_s": 60.0, **options}
+    fields = {
+        "facts": FACTS,
+        "run": "test",
+        "dtype": "float32",
+        "record_routes": True,
+        "timeout_s": 60.0,
+        **options,
+    }
     return ServerEngine(list(urls), **fields)
 
 
@@ -290,6 +297,11 @@ def test_d8_a_server_that_records_no_routes_is_refused_before_the_first_step():
 def test_a_server_of_another_model_is_refused():
     with served(FakeEngine(num_experts=16)) as url, pytest.raises(RecipeError, match="serve model"):
         client(url)
+
+
+def test_a_server_of_another_number_format_is_refused():
+    with served(fake()) as url, pytest.raises(RecipeError, match="--dtype bfloat16"):
+        client(url, dtype="bfloat16")
 
 
 def test_something_that_is_no_rollout_server_is_refused():

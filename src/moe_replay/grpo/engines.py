@@ -64,6 +64,7 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
         rollout.urls,
         facts=read_facts(recipe.model.path),
         run=names[0],
+        dtype=rollout.dtype,
         record_routes=record_routes,
         pushes=dist.get_rank() == 0,
         token=read_token(rollout.token_file),

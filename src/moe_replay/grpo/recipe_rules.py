@@ -200,9 +200,7 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine != "vllm":
         yield "rollout.kv_cache_gib", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
-    if have.rollout.engine == "vllm-server":
-        yield "rollout.dtype", "servers choose it: moe-replay serve --dtype"
-    else:
+    if have.rollout.engine != "vllm-server":
         for key in ("urls", "token_file", "timeout_s"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm-server'"
 

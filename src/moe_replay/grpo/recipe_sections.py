@@ -115,7 +115,7 @@ class RolloutSection(Section):
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for one answer of a server; the request is then tried elsewhere."""
     dtype: Dtype = "bfloat16"
-    """Number format of the engine's weights."""
+    """Number format of the engine's weights; a server that was started with another is refused."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -41,7 +42,7 @@ class ServerEngine:
     most ``max_attempts`` times; what other calls returned is kept. `faults` counts what went wrong, by kind.
 
     Example:
-        >>> engine = ServerEngine(["http://127.0.0.1:8000"], facts=facts, run="7f3a", record_routes=True)
+        >>> engine = ServerEngine(["http://127.0.0.1:8000"], facts=facts, run="7f3a", dtype="bfloat16", record_routes=True)
 
     Raises:
         RecipeError: when a URL is no rollout server of this version, serves another model, or cannot return the routes
@@ -55,6 +56,7 @@ class ServerEngine:
         *,
         facts: ModelFacts,
         run: str,
+        dtype: Literal["float32", "bfloat16"],
         record_routes: bool,
         pushes: bool = True,
         token: str | None = None,
@@ -75,7 +77,7 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         try:
-            self._description = self._agreed_description(record_routes)
+            self._description = self._agreed_description(dtype, record_routes)
         except BaseException:
             self.close()
             raise
@@ -165,12 +167,12 @@ class ServerEngine:
         if self._is_closed:
             raise EngineError("the server engine is closed; make a new one")
 
-    def _agreed_description(self, record_routes: bool) -> EngineDescription:
+    def _agreed_description(self, dtype: str, record_routes: bool) -> EngineDescription:
         """Ask every server what it is, before anything is sampled."""
         told = {}
         for server in self._servers:
             description = server.status().description
-            _check_server(server.url, description, self._facts, record_routes)
+            _check_server(server.url, description, self._facts, dtype, record_routes)
             told[server.url] = description
         different = set(told.values())
         if len(different) > 1:
@@ -318,12 +320,17 @@ class _Round:
 
 
 def _check_server(
-    url: str, description: EngineDescription, facts: ModelFacts, record_routes: bool
+    url: str, description: EngineDescription, facts: ModelFacts, dtype: str, record_routes: bool
 ) -> None:
     if record_routes and not description.records_routes:
         raise RecipeError(
             f"{url} records no routes, which router_replay_mode = 'R3' replays: it was started with --no-record-routes, or "
             "its model has no routers; start it without that flag"
+        )
+    if description.dtype != dtype:
+        raise RecipeError(
+            f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, or start the server with "
+            f"--dtype {dtype}"
         )
     routed = facts.routed
     theirs = (description.moe_layers, description.num_experts, description.topk)
