@@ -53,6 +53,7 @@ def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
         assert record["replay/agreement"] == 1.0
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
+    assert {v for k, v in records[-1].items() if k.startswith("rollout/faults_")} == {0.0}
     # The second run found the weights of the first in the servers, and put the checkpoint's back.
     assert [r["reward"] for r in again] == [r["reward"] for r in records]
 

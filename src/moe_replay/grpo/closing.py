@@ -12,6 +12,7 @@ from moe_replay.grpo.metrics import Tally, completion_lengths
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import Rollout, Scored
+from moe_replay.rollout.types import CountsFaults
 from moe_replay.routing import Coverage, ReplayMode
 
 
@@ -35,6 +36,7 @@ def step_record(
     metrics["policy_version"] = float(run.policy_version)
     if run.mode is not ReplayMode.DISABLED:
         metrics |= _coverage_metrics(run, old)
+    metrics |= _fault_metrics(run)
     records = _completion_records(run, rollout, scored)
     gathered = run.gather([asdict(record) for record in records])
     everyone = [CompletionRecord(**record) for part in gathered for record in part]
@@ -71,6 +73,14 @@ def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:
         "replay/bytes_per_token": sum(part[2] for part in parts) / sum(part[3] for part in parts),
         **{f"replay/rows_live_{reason}": float(n) for reason, n in whole.num_live.items()},
     }
+
+
+def _fault_metrics(run: Run) -> dict[str, float]:
+    """Return the calls to rollout servers that have failed so far, over all ranks and by kind."""
+    if not isinstance(run.engine, CountsFaults):
+        return {}
+    parts = run.gather(dict(run.engine.faults))
+    return {f"rollout/faults_{kind}": float(sum(p[kind] for p in parts)) for kind in parts[0]}
 
 
 def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[CompletionRecord]:

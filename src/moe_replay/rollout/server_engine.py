@@ -93,9 +93,9 @@ class ServerEngine:
         return self._policy.policy_version
 
     @property
-    def faults(self) -> Mapping[Fault, int]:
+    def faults(self) -> Mapping[str, int]:
         """Kind of fault -> calls that failed in this way so far; every one of them was made up for or has raised."""
-        return dict(self._faults)
+        return {kind.value: self._faults[kind] for kind in Fault}
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.

@@ -6,7 +6,7 @@ Called by: every engine, batch, grpo.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -148,6 +148,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release memory, processes and ports. Calling it twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class CountsFaults(Protocol):
+    """An engine whose calls may fail and be made up for, and which counts them."""
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """Kind of fault -> calls that failed in this way so far."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The vLLM engine in this process: vLLM samples with captured routes, and weights are pushed into it without the disk.
 
-In: a checkpoint directory, requests, weights. Out: completions with routes. Called by: grpo, rollout.server.
+In: a checkpoint directory, requests, weights. Out: completions with routes. Called by: grpo, cli.serve.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Checks a push of weights while it streams by, for engines that take what they are given.
 
-In: named tensors, the facts of the model that takes them. Out: the same tensors. Called by: rollout.vllm_engine.
+In: named tensors, the facts of the model that takes them. Out: the same tensors.
+Called by: rollout.vllm_engine, rollout.server_engine.
 """
 
 from __future__ import annotations
