@@ -66,7 +66,7 @@ shape_lists = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size
 
 def test_microbatch_of_one_sample_by_hand():
     first, last = ranks_of([(2, 3)], cp=1, tp=2)
-    assert first.token_ids.tolist() == last.token_ids.tolist() == [100, 101, 102, 103, 104, 0]
+    assert first.token_ids.tolist() == last.token_ids.tolist() == [100, 101, 102, 103, 104, 100]
     assert first.positions.tolist() == [0, 1, 2, 3, 4, 0]
     assert first.sample_ids.tolist() == [1, 1, 1, 1, 1, -1]
     assert first.next_ids.tolist() == [101, 102, 103, 104, 0, 0]

@@ -29,7 +29,7 @@ class Microbatch:
     index: RowIndex
     """Where each local row comes from."""
     token_ids: Int64[np.ndarray, " rows"]
-    """Input ids, 0 at padding."""
+    """Input ids; padding repeats those of the batch, so that it spreads over the experts as tokens do."""
     positions: Int64[np.ndarray, " rows"]
     """Position of the token in its own sequence, 0 at padding."""
     sample_ids: Int64[np.ndarray, " rows"]
@@ -125,7 +125,7 @@ def build_microbatch(
         key=key,
         samples=tuple(replace(sample, trace=None) for sample in samples),
         index=index,
-        token_ids=index.gather(tokens, fill=0),
+        token_ids=_fed_ids(index, tokens),
         positions=index.gather(positions, fill=0),
         sample_ids=index.gather(owners, fill=-1),
         next_ids=index.gather(following.astype(np.int64), fill=0),
@@ -138,6 +138,16 @@ def build_microbatch(
     if not traces:
         return made
     return replace(made, routes=cut_routes(traces, made.router_index, layers))
+
+
+def _fed_ids(
+    index: RowIndex, tokens: Int64[np.ndarray, " batch_rows"]
+) -> Int64[np.ndarray, " rows"]:
+    """Return the input ids of one rank; one id in every padding row would send them all to the same experts."""
+    ids = index.gather(tokens, fill=0)
+    padding = np.flatnonzero(~index.is_token)
+    ids[padding] = tokens[padding % len(tokens)]
+    return ids
 
 
 def _all_traces(samples: Sequence[Sample]) -> list[RoutingTrace]:

@@ -140,9 +140,7 @@ class MegatronActor(MegatronScorer):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        num_tokens = torch.tensor(
-            [sum(int(m.predicts_sampled.sum()) for m in microbatches)], device=self.device
-        )
+        num_tokens = torch.tensor([sum(map(_num_tokens, microbatches))], device=self.device)
         dist.all_reduce(
             num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
@@ -158,9 +156,10 @@ class MegatronActor(MegatronScorer):
             ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
                 rows, next_ids = self._predicting(microbatch)
                 logprobs = token_logprobs(logits[0, rows], next_ids, temperature=temperature)
-                # Megatron divides the summed gradient by the summed token count; `loss` is already an average.
+                # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
+                # over tokens: its auxiliary loss is one, `loss` is an average already.
                 part = loss(microbatch, logprobs) * total_tokens
-                count = torch.tensor(len(rows), dtype=torch.int, device=self.device)
+                count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=self.device)
                 return part, count, {}
 
             return output, scaled_loss
@@ -180,6 +179,11 @@ class MegatronActor(MegatronScorer):
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm=float(grad_norm), learning_rate=learning_rate)
+
+
+def _num_tokens(microbatch: Microbatch) -> int:
+    """Return the rows of this rank that hold a token."""
+    return int(microbatch.index.is_token.sum())
 
 
 def build_policy(

@@ -38,6 +38,7 @@ from moe_replay.megatron.upstream_warnings import quiet_megatron
 from moe_replay.megatron.version import check_installed
 
 __all__ = [
+    "AUX_LOSS_SCALED_BY_GROUP",
     "VERSION",
     "MoELayer",
     "TopKRouter",
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 VERSION = check_installed()
+# From 0.19 on the tokens that weigh the auxiliary loss are multiplied by the ranks that share a sequence.
+AUX_LOSS_SCALED_BY_GROUP = VERSION >= (0, 19)
 
 # 0.16 reads this name in the router's gating and defines it only where Transformer Engine is installed.
 if not hasattr(moe_utils, "te_general_gemm"):

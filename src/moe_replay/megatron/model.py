@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import (
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.megatron import compat
+from moe_replay.megatron.balance import count_tokens_only
 from moe_replay.megatron.families import family_of
 from moe_replay.megatron.family import ModelShape
 from moe_replay.megatron.layout import ParallelLayout
@@ -214,6 +215,9 @@ def build_model(
         chunk.model_shape = shape
         compat.mark_cut_parameters(chunk)
         compat.mark_expert_gradients(chunk)
+        count_tokens_only(
+            moe_layers([chunk]).values(), scaled_by_group=compat.AUX_LOSS_SCALED_BY_GROUP
+        )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
-from moe_replay.megatron.model import moe_layers
+from moe_replay.megatron.model import moe_layers, unwrap
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.routing import RouteSlice
 
@@ -200,7 +200,17 @@ class MegatronScorer:
                 position_ids=self._tensor(microbatch.positions)[None],
                 attention_mask=None,
                 packed_seq_params=packed,
+                padding_mask=self._padding_mask(chunk, microbatch),
             )
+
+    def _padding_mask(self, chunk: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor | None:
+        """Return ``[1, rows]``, True at padding: what routers leave out when they count the loads of experts."""
+        if not self.num_experts:
+            return None
+        is_padding = ~microbatch.index.is_token
+        # The first stage cuts the mask for sequence parallelism as it cuts the tokens; later ones take it as it is.
+        rows = slice(None) if unwrap(chunk).pre_process else microbatch.router_rows
+        return self._tensor(is_padding[rows])[None]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
