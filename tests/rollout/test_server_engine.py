@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +16,7 @@ from moe_replay.rollout.server_calls import Fault
 from moe_replay.rollout.server_messages import (
     PolicyName,
 )
+from moe_replay.testing.faults import FAULTS, Faulty
 from moe_replay.testing.served import served
 
 from .server_case import (
@@ -32,47 +30,6 @@ from .server_case import (
 )
 
 pytestmark = pytest.mark.vllm
-
-
-class Faulty:
-    """An ASGI application that answers some generate calls wrongly, in turn, by a seeded choice."""
-
-    def __init__(self, application: Any, kinds: list[str], *, share: float, seed: int = 0) -> None:
-        self.application, self.kinds, self.share = application, kinds, share
-        self.random, self.made = random.Random(seed), Counter()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        is_call = scope["type"] == "http" and scope["path"] == "/generate"
-        if not is_call or self.random.random() > self.share:
-            return await self.application(scope, receive, send)
-        kind = self.random.choice(self.kinds)
-        self.made[kind] += 1
-        if kind == "die":
-            raise RuntimeError("gone")
-        if kind == "stall":
-            await asyncio.sleep(1.5)
-            return None
-        if kind == "fail":
-            await send({"type": "http.response.start", "status": 500, "headers": []})
-            return await send({"type": "http.response.body", "body": b"out of memory"})
-        return await self.application(scope, receive, _altered(send, kind, self.random))
-
-
-def _altered(send: Callable[[Any], Any], kind: str, chance: random.Random) -> Callable[[Any], Any]:
-    async def altered(message: Any) -> None:
-        body = bytearray(message.get("body", b""))
-        if message["type"] == "http.response.start":
-            headers = [h for h in message["headers"] if h[0] != b"content-length"]
-            message = {**message, "headers": headers}
-        elif kind == "flip" and body:
-            place = chance.randrange(len(body))
-            body[place] ^= 1 << chance.randrange(8)
-            message = {**message, "body": bytes(body)}
-        elif kind == "cut" and body:
-            message = {**message, "body": bytes(body[: chance.randrange(len(body))])}
-        await send(message)
-
-    return altered
 
 
 def test_completions_are_those_of_the_engine_behind_the_server():
@@ -149,12 +106,11 @@ def test_weights_of_an_earlier_run_are_stale():
 
 
 def test_faults_are_survived_without_a_trace_in_the_result():
-    kinds = ["die", "stall", "fail", "flip", "cut"]
     faulty: list[Faulty] = []
 
     def around(seed: int) -> Callable[[Any], Faulty]:
         def wrap(application: Any) -> Faulty:
-            faulty.append(Faulty(application, kinds, share=0.3, seed=seed))
+            faulty.append(Faulty(application, FAULTS, share=0.3, seed=seed))
             return faulty[-1]
 
         return wrap
@@ -170,7 +126,7 @@ def test_faults_are_survived_without_a_trace_in_the_result():
         engine.close()
     made = faulty[0].made + faulty[1].made
     assert sum(made.values()) >= 20, made
-    assert min(made[kind] for kind in kinds) >= 1
+    assert min(made[kind] for kind in FAULTS) >= 1
     assert faults[Fault.SLOW] >= made["stall"] / 2
     assert faults[Fault.CORRUPT] >= 1 and faults[Fault.FAILED] >= made["fail"]
 
@@ -201,7 +157,7 @@ def test_without_any_server_left_the_round_ends_with_their_errors():
 
 
 def test_a_request_that_fails_everywhere_stops_the_round():
-    with served(fake(), around=lambda app: Faulty(app, ["fail"], share=1.0)) as url:
+    with served(fake(), around=lambda app: Faulty(app, ("fail",), share=1.0)) as url:
         engine = client(url, max_attempts=2)
         with pytest.raises(EngineError, match=r"failed 2 times.*out of memory"):
             engine.generate(requests(1), SAMPLING)
