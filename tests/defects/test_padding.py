@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ranks
 NUM_EXPERTS, TOPK = 16, 4
 LAYERS = (1, 2, 3)
 SEED = 3
-AUX_LOSS = {"moe_aux_loss_coeff": 5.0, "moe_router_load_balancing_type": "aux_loss"}
+AUX_LOSS = {"moe_aux_loss_coeff": 5.0}
 
 
 @pytest.fixture(scope="module")

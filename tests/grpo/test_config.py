@@ -92,6 +92,7 @@ def test_fingerprint_is_unchanged_by_what_does_not_decide_results(sections):
         {"rollout": {"temperature": 0.9}},
         {"rewards": [{"function": "exact_match", "weight": 2.0}]},
         {"batch": {"global_batch_size": 64}},
+        {"megatron": {"moe_aux_loss_coeff": 0.01}},
     ],
 )
 def test_fingerprint_changes_with_what_decides_results(sections):

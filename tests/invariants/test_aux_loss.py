@@ -34,8 +34,7 @@ NAMES = (
 
 def _gradients(checkpoint: Path, case: Case, coeff: float, masked: bool) -> dict[str, torch.Tensor]:
     """Return the gradient of two microbatches of each half of the samples, whatever the number of replicas."""
-    balance = {"moe_aux_loss_coeff": coeff, "moe_router_load_balancing_type": "aux_loss"}
-    actor = start_policy(checkpoint, case.layout, **balance, **case.overrides)
+    actor = start_policy(checkpoint, case.layout, moe_aux_loss_coeff=coeff, **case.overrides)
     if not masked:
         actor._padding_mask = lambda *_: None
     replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)

@@ -55,6 +55,8 @@ _NO_EFFECT_ON_RESULTS = (
     "checkpoint",
     "logging",
 )
+_EFFECT_ON_RESULTS = ("megatron.moe_aux_loss_coeff",)
+"""Keys that decide results although their section does not."""
 _PATH_KEYS = ("model.path", "data.train", "data.eval", "rewards.function")
 
 
@@ -194,6 +196,8 @@ class Recipe(Section):
     def _decides_results(self, path: str) -> bool:
         if path == "run.max_steps":
             return self.optimizer.lr_scheduler != "constant"
+        if path in _EFFECT_ON_RESULTS:
+            return True
         return (
             path not in _NO_EFFECT_ON_RESULTS
             and path.partition(".")[0] not in _NO_EFFECT_ON_RESULTS

@@ -237,6 +237,8 @@ class MegatronSection(Section):
     """Megatron's layout string: stages separated by ``|``, ``E`` embedding, ``t`` a layer, ``L`` loss, ``*`` repeats."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of the loss that balances the live experts of a microbatch, padding left out; 0 leaves it out."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers or chosen modules in the backward pass; nothing is recomputed when left out."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -38,6 +38,7 @@ _CONFIG_FIELDS = (
     "recompute_num_layers",
     "recompute_modules",
     "moe_token_dispatcher_type",
+    "moe_aux_loss_coeff",
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -301,7 +302,7 @@ def open_run(
             dtype=_DTYPES[recipe.model.dtype],
             settings=_optimizer_settings(recipe),
             grouped_experts=recipe.model.grouped_experts,
-            overrides=_override_fields(recipe),
+            overrides=override_fields(recipe),
         )
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
@@ -367,7 +368,7 @@ def run_layout(recipe: Recipe) -> ParallelLayout:
     return ParallelLayout(**{name: getattr(section, name) for name in ParallelLayout.__slots__})
 
 
-def _override_fields(recipe: Recipe) -> dict[str, Any]:
+def override_fields(recipe: Recipe) -> dict[str, Any]:
     """Return the keys of ``[megatron]`` that are TransformerConfig fields of the same name."""
     section = recipe.megatron.model_dump(exclude_none=True)
     fields = {name: value for name, value in section.items() if name in _CONFIG_FIELDS}

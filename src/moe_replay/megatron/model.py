@@ -59,24 +59,29 @@ def transformer_config(
     *,
     dtype: torch.dtype = torch.float32,
     router_dtype: str | None = "fp32",
-    aux_loss_coeff: float = 0.0,
     token_dispatcher: str = "alltoall",
     overrides: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
     """Translate a model shape and a layout into Megatron's configuration.
 
-    `aux_loss_coeff` > 0 switches the load-balancing loss on. `overrides` are further TransformerConfig fields, such
-    as recompute settings. Megatron's own `moe_enable_routing_replay` stays off: our replay scope attaches itself
-    to the routers.
+    `overrides` are further TransformerConfig fields, such as recompute settings; `moe_aux_loss_coeff` above 0 brings
+    the load-balancing loss with it. Megatron's own `moe_enable_routing_replay` stays off: our replay scope attaches
+    itself to the routers.
 
     Raises:
-        UnsupportedError: the layout cannot split the model exactly.
+        UnsupportedError: the layout cannot split the model exactly, or an option has no meaning for it.
     """
     overrides = dict(overrides or {})
     if overrides.get("moe_enable_routing_replay"):
         raise UnsupportedError(
             "moe_enable_routing_replay = True: Megatron's process-global replay would compete with the replay "
             "scope; leave it off and use moe_replay.megatron.replay"
+        )
+    balances = bool(overrides.get("moe_aux_loss_coeff"))
+    if balances and not shape.num_experts:
+        raise UnsupportedError(
+            f"moe_aux_loss_coeff = {overrides['moe_aux_loss_coeff']}, but the {shape.family} checkpoint is dense and has "
+            "no experts to balance; set it to 0"
         )
     _check_divisible(shape, layout)
     fields = _architecture_fields(shape) | _layout_fields(layout) | _numeric_fields(dtype)
@@ -86,8 +91,7 @@ def transformer_config(
             "moe_router_topk": shape.topk,
             "moe_ffn_hidden_size": shape.expert_ffn_size,
             "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
-            "moe_router_load_balancing_type": "aux_loss" if aux_loss_coeff > 0 else "none",
-            "moe_aux_loss_coeff": aux_loss_coeff,
+            "moe_router_load_balancing_type": "aux_loss" if balances else "none",
             "moe_router_dtype": router_dtype,
             "moe_token_dispatcher_type": token_dispatcher,
             "moe_grouped_gemm": compat.transformer_engine_usable(),

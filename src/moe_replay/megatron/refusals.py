@@ -1,40 +1,180 @@
-"""What a router may be configured to do that no replay can be exact with.
+"""What a model may be configured to do that no replay can be exact with: one table, for the scope and for the doctor.
 
-In: routers. Out: UnsupportedError with the reason. Called by: megatron.replay.
+In: TransformerConfigs. Out: verdicts, UnsupportedError with the reason. Called by: megatron.replay, cli (doctor).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import UnsupportedError
 
 
+class Verdict(StrEnum):
+    """What the table says of one option of a configuration."""
+
+    OK = "ok"
+    """It is off, or set to what replay is exact with."""
+    REFUSED = "refused"
+    """It is on, and no scope opens."""
+    NOT_APPLICABLE = "not applicable"
+    """The model has no router, or this Megatron-Core has no such option."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """One line of the table."""
+
+    option: str
+    """What the message calls it: a TransformerConfig field, with its value where only some are refused."""
+    fields: tuple[str, ...]
+    """TransformerConfig fields of which this Megatron-Core needs one to know the option."""
+    is_set: Callable[[Any], bool]
+    """Whether a configuration asks for it."""
+    why: str
+    """Why no replay can be exact with it."""
+    remedy: str
+    """What to set in its place."""
+
+
+_GRAPHS_WITHOUT_ROUTER = frozenset({"attn", "mlp", "mamba"})
+
+
+def _captures_router(config: Any) -> bool:
+    """Tell whether a CUDA graph would hold a router; an empty list of modules means whole layers."""
+    if config.cuda_graph_impl == "none":
+        return False
+    modules = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope or ()
+    names = {getattr(module, "name", str(module)) for module in modules}
+    return config.cuda_graph_impl != "transformer_engine" or not (
+        names and names <= _GRAPHS_WITHOUT_ROUTER
+    )
+
+
+def _recomputes_router_in_low_precision(config: Any) -> bool:
+    low_precision = config.fp8 or getattr(config, "fp4", None)
+    selected = "moe" in (config.recompute_modules or ())
+    recomputes = config.recompute_granularity == "full" or (
+        config.recompute_granularity == "selective" and selected
+    )
+    return bool(low_precision and recomputes)
+
+
+def _balances_by(name: str) -> Callable[[Any], bool]:
+    def is_set(config: Any) -> bool:
+        chosen = config.moe_router_load_balancing_type
+        return name in (chosen if isinstance(chosen, list) else [chosen])
+
+    return is_set
+
+
+def _is_given(*fields: str) -> Callable[[Any], bool]:
+    def is_set(config: Any) -> bool:
+        return any(getattr(config, field, None) not in (None, False) for field in fields)
+
+    return is_set
+
+
+REFUSALS = (
+    Refusal(
+        option="moe_router_fusion",
+        fields=("moe_router_fusion",),
+        is_set=_is_given("moe_router_fusion"),
+        why="the fused kernel picks experts itself",
+        remedy="moe_router_fusion = False",
+    ),
+    Refusal(
+        option="moe_router_load_balancing_type = sinkhorn",
+        fields=("moe_router_load_balancing_type",),
+        is_set=_balances_by("sinkhorn"),
+        why="sinkhorn balancing returns before the top-k",
+        remedy="'none' or 'aux_loss'",
+    ),
+    Refusal(
+        option="moe_router_load_balancing_type = quantile_balancing",
+        # The balancing came together with this field.
+        fields=("moe_router_quantile_balancing_ema",),
+        is_set=_balances_by("quantile_balancing"),
+        why="quantile balancing computes the experts before the top-k",
+        remedy="'none' or 'aux_loss'",
+    ),
+    Refusal(
+        option="moe_expert_capacity_factor",
+        fields=("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"),
+        is_set=_is_given("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"),
+        why="tokens over capacity are dropped after the replay",
+        remedy="no capacity factor, which is dropless",
+    ),
+    Refusal(
+        option="moe_router_topk = num_moe_experts",
+        fields=("moe_router_topk",),
+        is_set=lambda config: config.moe_router_topk >= config.num_moe_experts,
+        why="every expert runs for every token, so there is no choice to replay",
+        remedy="router_replay_mode = 'disabled'",
+    ),
+    Refusal(
+        option="CUDA graphs that hold a router",
+        fields=("cuda_graph_impl",),
+        is_set=_captures_router,
+        why="a captured graph repeats the routes that it was captured with",
+        remedy="cuda_graph_impl = 'none', or graphs of attention alone",
+    ),
+    Refusal(
+        option="overlap_moe_expert_parallel_comm",
+        fields=("overlap_moe_expert_parallel_comm",),
+        is_set=_is_given("overlap_moe_expert_parallel_comm"),
+        why="the forward step only plans the layers, which then run between those of other microbatches",
+        remedy="overlap_moe_expert_parallel_comm = False",
+    ),
+    Refusal(
+        option="recomputed routers in fp8 or fp4",
+        fields=("fp8", "fp4"),
+        is_set=_recomputes_router_in_low_precision,
+        why="Transformer Engine then recomputes, and does not say of which microbatch",
+        remedy="no recomputation of MoE layers, or bf16",
+    ),
+    Refusal(
+        option="moe_router_force_load_balancing",
+        fields=("moe_router_force_load_balancing", "moe_router_force_biased"),
+        is_set=_is_given("moe_router_force_load_balancing", "moe_router_force_biased"),
+        why="the scores are random numbers, so the weights of replayed experts would be",
+        remedy="moe_router_force_load_balancing = False",
+    ),
+    Refusal(
+        option="moe_input_jitter_eps",
+        fields=("moe_input_jitter_eps",),
+        is_set=_is_given("moe_input_jitter_eps"),
+        why="each pass weighs the replayed experts by other noise, so that equal weights give unequal log-probabilities",
+        remedy="moe_input_jitter_eps = None",
+    ),
+)
+
+
+def judge(config: Any) -> Iterator[tuple[Refusal, Verdict]]:
+    """Yield every line of the table with its verdict on a TransformerConfig."""
+    for refusal in REFUSALS:
+        known = any(hasattr(config, field) for field in refusal.fields)
+        if not config.num_moe_experts or not known:
+            yield refusal, Verdict.NOT_APPLICABLE
+        else:
+            yield refusal, Verdict.REFUSED if refusal.is_set(config) else Verdict.OK
+
+
 def refuse_bypasses(layer: int, router: TopKRouter) -> None:
-    """Raise `UnsupportedError` if the router of ``layer`` chooses, or drops, without asking a scope."""
-    config = router.config
-    reasons = {
-        "moe_router_fusion": (config.moe_router_fusion, "the fused kernel picks experts itself"),
-        "moe_router_load_balancing_type = sinkhorn": (
-            getattr(router, "routing_type", None) == "sinkhorn",
-            "sinkhorn balancing returns before the top-k",
-        ),
-        "moe_expert_capacity_factor": (
-            config.moe_expert_capacity_factor is not None,
-            "tokens over capacity are dropped after the replay",
-        ),
-        "moe_router_topk = num_moe_experts": (
-            config.moe_router_topk >= config.num_moe_experts,
-            "every expert runs for every token, so there is no choice to replay",
-        ),
-        "a router without router_replay": (
-            not hasattr(router, "router_replay"),
-            "Megatron-Core before 0.16 has no place to replay at",
-        ),
-    }
-    for option, (is_set, why) in reasons.items():
-        if is_set:
+    """Raise `UnsupportedError` if the router of ``layer`` chooses, weighs or drops without asking a scope."""
+    if not hasattr(router, "router_replay"):
+        raise UnsupportedError(
+            f"layer {layer}: the {type(router).__name__} has no place to replay at, which routers of Megatron-Core have "
+            "since 0.16; give the routers of moe_layers(chunks)"
+        )
+    for refusal, verdict in judge(router.config):
+        if verdict is Verdict.REFUSED:
             raise UnsupportedError(
-                f"layer {layer}: replay cannot be exact with {option}: {why}; turn it off or set "
+                f"layer {layer}: replay cannot be exact with {refusal.option}: {refusal.why}; set {refusal.remedy}, or "
                 "replay.router_replay_mode = 'disabled'"
             )
