@@ -13,13 +13,6 @@ CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
 # Defects whose tests are still to be written. One that has its test fails here until it is taken off the list.
 DEFECTS_WITHOUT_TEST = set(
     [
-        "d1",
-        "d2",
-        "d3",
-        "d4",
-        "d5",
-        "d6",
-        "d7",
         "e1",
         "e2",
         "e3",

@@ -85,6 +85,7 @@ def transformer_config(
         )
     _check_divisible(shape, layout)
     fields = _architecture_fields(shape) | _layout_fields(layout) | _numeric_fields(dtype)
+    fields["moe_token_dispatcher_type"] = token_dispatcher
     if shape.num_experts:
         fields |= {
             "num_moe_experts": shape.num_experts,
@@ -93,7 +94,6 @@ def transformer_config(
             "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
             "moe_router_load_balancing_type": "aux_loss" if balances else "none",
             "moe_router_dtype": router_dtype,
-            "moe_token_dispatcher_type": token_dispatcher,
             "moe_grouped_gemm": compat.transformer_engine_usable(),
         }
     fields |= dict(shape.megatron_fields) | overrides
