@@ -214,7 +214,7 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
     """
 
     def _get_save_and_finalize_callbacks(
-        self, writer: Any, save_state_dict_ret: Any
+        self, writer: Any, save_state_dict_ret: Any, *_async_strategy: Any
     ) -> AsyncRequest:
         def write() -> None:
             if not writer.write_buckets:

@@ -32,6 +32,12 @@ _KNOWN = (
     "Please use DTensor instead",
     "`load_state_dict` is deprecated",
     "TypedStorage is deprecated",
+    # It calls torch's loader by its former argument order, which torch puts right.
+    "The argument order of load has been changed",
+    # From 0.17 on each rank reads the part of a checkpoint that all share by itself.
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+    # From 0.18 on the optimizer imports a model that nobody here builds.
+    "MimoModelConfig is experimental",
 )
 # Advice about a GPU.
 _KNOWN_WITHOUT_CUDA = ("CUDA_DEVICE_MAX_CONNECTIONS",)
