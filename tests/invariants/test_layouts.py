@@ -159,44 +159,30 @@ def repack(change: Callable[[list[Sample]], list[Sample]]) -> Plant:
     return plant
 
 
-def relabel(choose: Callable[[MegatronActor], tuple[int, ...]]) -> Plant:
-    """Plant a wrong choice of layers: the routes of ``choose(actor)`` under the labels of the rank's own."""
+def own_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
+    return microbatch.router_index
+
+
+def own_layers(actor: MegatronActor) -> tuple[int, ...]:
+    return tuple(actor.routers)
+
+
+def recut(
+    index_of: Callable[[Microbatch, MegatronActor], RowIndex] = own_rows,
+    layers_of: Callable[[MegatronActor], tuple[int, ...]] = own_layers,
+) -> Plant:
+    """Plant a wrong choice of rows, or of layers, which then carry the labels of the rank's own."""
 
     def plant(
         microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
     ) -> list[Microbatch]:
         by_id = {sample.sample_id: sample.trace for sample in samples}
-        return [
-            spoiled(
-                m,
-                slice_routes(
-                    [by_id[s.sample_id] for s in m.samples], m.router_index, layers=choose(actor)
-                ),
-            )
-            for m in microbatches
-        ]
-
-    return plant
-
-
-def recut(index_of: Callable[[Microbatch, MegatronActor], RowIndex]) -> Plant:
-    """Plant a wrong choice of rows: those of ``index_of(microbatch, actor)``."""
-
-    def plant(
-        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
-    ) -> list[Microbatch]:
-        by_id = {sample.sample_id: sample.trace for sample in samples}
-        return [
-            spoiled(
-                m,
-                slice_routes(
-                    [by_id[s.sample_id] for s in m.samples],
-                    index_of(m, actor),
-                    layers=tuple(actor.routers),
-                ),
-            )
-            for m in microbatches
-        ]
+        spoilt = []
+        for m in microbatches:
+            traces = [by_id[sample.sample_id] for sample in m.samples]
+            routes = slice_routes(traces, index_of(m, actor), layers=layers_of(actor))
+            spoilt.append(spoiled(m, routes))
+        return spoilt
 
     return plant
 
@@ -242,8 +228,11 @@ PLANTED = {
     "contiguous rows under context parallelism": ("cp2", recut(contiguous_rows)),
     "every shard takes the rows of the first": ("tp2", recut(rows_of_the_first_shard)),
     "rows in another order": ("dp2", recut(reversed_rows)),
-    "interleaved chunks taken as one range of layers": ("pp2 vpp2", relabel(contiguous_layers)),
-    "every stage takes the layers of the first": ("pp2", relabel(layers_from_the_first)),
+    "interleaved chunks taken as one range of layers": (
+        "pp2 vpp2",
+        recut(layers_of=contiguous_layers),
+    ),
+    "every stage takes the layers of the first": ("pp2", recut(layers_of=layers_from_the_first)),
 }
 
 
