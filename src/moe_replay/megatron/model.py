@@ -72,17 +72,8 @@ def transformer_config(
         UnsupportedError: the layout cannot split the model exactly, or an option has no meaning for it.
     """
     overrides = dict(overrides or {})
-    if overrides.get("moe_enable_routing_replay"):
-        raise UnsupportedError(
-            "moe_enable_routing_replay = True: Megatron's process-global replay would compete with the replay "
-            "scope; leave it off and use moe_replay.megatron.replay"
-        )
+    _check_overrides(shape, overrides)
     balances = bool(overrides.get("moe_aux_loss_coeff"))
-    if balances and not shape.num_experts:
-        raise UnsupportedError(
-            f"moe_aux_loss_coeff = {overrides['moe_aux_loss_coeff']}, but the {shape.family} checkpoint is dense and has "
-            "no experts to balance; set it to 0"
-        )
     _check_divisible(shape, layout)
     fields = _architecture_fields(shape) | _layout_fields(layout) | _numeric_fields(dtype)
     fields["moe_token_dispatcher_type"] = token_dispatcher
@@ -117,6 +108,19 @@ def transformer_config(
             f"virtual_pipeline_model_parallel_size is {num_chunks}; set it to the number in the layout"
         )
     return config
+
+
+def _check_overrides(shape: ModelShape, overrides: Mapping[str, Any]) -> None:
+    if overrides.get("moe_enable_routing_replay"):
+        raise UnsupportedError(
+            "moe_enable_routing_replay = True: Megatron's process-global replay would compete with the replay "
+            "scope; leave it off and use moe_replay.megatron.replay"
+        )
+    if overrides.get("moe_aux_loss_coeff") and not shape.num_experts:
+        raise UnsupportedError(
+            f"moe_aux_loss_coeff = {overrides['moe_aux_loss_coeff']}, but the {shape.family} checkpoint is dense and has "
+            "no experts to balance; set it to 0"
+        )
 
 
 def _refuse_pipeline_with_allgather(layout: ParallelLayout) -> None:
