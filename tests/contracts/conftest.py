@@ -143,7 +143,8 @@ ENGINES = [
 ]
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+# Closed with the module: vLLM holds the default process group of a process that has no trainer.
+@pytest.fixture(scope="module", params=ENGINES)
 def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
     """Return each engine in turn."""
     name, _, dtype = request.param.removeprefix("served-").partition("-")
@@ -160,7 +161,7 @@ def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> Engine
     return replace(case, name=request.param, make_at=make_at, make=lambda: make_at(0))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(case: EngineCase) -> Iterator[Engine]:
     """Return one engine for all tests that leave it as it is."""
     engine = case.make()
@@ -168,7 +169,7 @@ def engine(case: EngineCase) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def groups(case: EngineCase, engine: Engine) -> list[RolloutGroup]:
     """Return what the engine makes of `mixed_requests` under `SAMPLING`."""
     return engine.generate(mixed_requests(case), SAMPLING)
