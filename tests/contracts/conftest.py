@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.fake import FakeEngine
 from moe_replay.rollout.model_facts import ModelFacts, read_facts
 from moe_replay.rollout.server_engine import ServerEngine
+from moe_replay.rollout.sglang_calls import SglangCalls
 from moe_replay.rollout.types import Engine, RolloutGroup
 from moe_replay.routing import RoutedModel
-from moe_replay.testing.served import served
+from moe_replay.testing.served import listening, served
+from moe_replay.testing.sglang_like import SglangLike
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
 
@@ -119,17 +123,29 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
 
 
 class Served(ServerEngine):
-    """An engine behind a server of this process, which ends with it."""
+    """An engine behind a server of this process, which ends with it; ``serve`` is the scope that serves it."""
 
-    def __init__(self, engine: Engine, facts: ModelFacts, *, concurrent: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        facts: ModelFacts,
+        serve: Callable[[Engine], AbstractContextManager[str]],
+        **options: Any,
+    ) -> None:
         self._opened = ExitStack()
         self._opened.callback(engine.close)
-        url = self._opened.enter_context(served(engine, concurrent=concurrent))
-        super().__init__([url], facts=facts, run="contract", dtype="float32", record_routes=True)
+        url = self._opened.enter_context(serve(engine))
+        super().__init__(
+            [url], facts=facts, run="contract", dtype="float32", record_routes=True, **options
+        )
 
     def close(self) -> None:
         super().close()
         self._opened.close()
+
+
+def _sglang_served(engine: Engine, *, num_layers: int) -> AbstractContextManager[str]:
+    return listening(SglangLike(engine, num_decoder_layers=num_layers).application())
 
 
 ENGINES = [
@@ -140,23 +156,38 @@ ENGINES = [
     pytest.param("vllm-bfloat16", marks=pytest.mark.vllm),
     pytest.param("served-fake", marks=pytest.mark.vllm),
     pytest.param("served-vllm-float32", marks=pytest.mark.vllm),
+    pytest.param("sglang-fake", marks=pytest.mark.vllm),
+    pytest.param("sglang-embedded-float32", marks=pytest.mark.vllm),
 ]
 
 
 # Closed with the module: vLLM holds the default process group of a process that has no trainer.
 @pytest.fixture(scope="module", params=ENGINES)
-def case(request: pytest.FixtureRequest, checkpoints: dict[int, Path]) -> EngineCase:
+def case(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[int, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> EngineCase:
     """Return each engine in turn."""
-    name, _, dtype = request.param.removeprefix("served-").partition("-")
+    name, _, dtype = request.param.removeprefix("served-").removeprefix("sglang-").partition("-")
     if name == "vllm":
         request.getfixturevalue("vllm_imported")
     case = _fake_case() if name == "fake" else _model_case(name, dtype, checkpoints)
-    if not request.param.startswith("served-"):
+    if not request.param.startswith(("served-", "sglang-")):
         return case
 
     def make_at(seed: int) -> Engine:
         facts = FAKE_FACTS if name == "fake" else read_facts(checkpoints[seed])
-        return Served(case.make_at(seed), facts, concurrent=name == "vllm")
+        engine = case.make_at(seed)
+        if request.param.startswith("served-"):
+            return Served(engine, facts, partial(served, concurrent=name == "vllm"))
+        return Served(
+            engine,
+            facts,
+            partial(_sglang_served, num_layers=facts.routed.num_decoder_layers),
+            connect=partial(SglangCalls, facts=facts),
+            weights_dir=tmp_path_factory.mktemp("weights"),
+        )
 
     return replace(case, name=request.param, make_at=make_at, make=lambda: make_at(0))
 

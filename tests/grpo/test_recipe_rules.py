@@ -57,7 +57,7 @@ from .smallest_recipe import problems_of, recipe, table
         (
             {"rollout": {"engine": "vllm", "urls": ["http://127.0.0.1:8000"]}},
             "rollout.urls",
-            "not 'vllm-server'",
+            "not a server",
         ),
     ],
 )
@@ -68,10 +68,14 @@ def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
     assert "has 1 problem:" in message
 
 
+@pytest.mark.parametrize(
+    ("engine", "start"),
+    [("vllm-server", "moe-replay serve"), ("sglang-server", "sglang.launch_server")],
+)
 @pytest.mark.parametrize("urls", [[], ["http://a", "http://a"]])
-def test_servers_must_be_named_once(urls):
-    message = problems_of(rollout={"engine": "vllm-server", "urls": urls})
-    assert "rollout.urls" in message and "moe-replay serve" in message
+def test_servers_must_be_named_once(engine, start, urls):
+    message = problems_of(rollout={"engine": engine, "urls": urls})
+    assert "rollout.urls" in message and start in message
 
 
 def test_key_without_effect_is_refused_even_at_its_default():

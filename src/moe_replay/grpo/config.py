@@ -42,6 +42,7 @@ _NO_EFFECT_ON_RESULTS = (
     "rollout.kv_cache_gib",
     "rollout.urls",
     "rollout.token_file",
+    "rollout.weights_dir",
     "rollout.timeout_s",
     "replay.min_coverage",
     "replay.guard",

@@ -6,6 +6,7 @@ In: a recipe, the trainer's device. Out: an Engine. Called by: grpo.loop, tests.
 from __future__ import annotations
 
 import secrets
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
             kv_cache_gib=rollout.kv_cache_gib,
             record_routes=record_routes,
         )
-    if rollout.engine == "vllm-server":
+    if rollout.engine in ("vllm-server", "sglang-server"):
         return _server_engine(recipe, device, record_routes)
     from moe_replay.rollout.embedded import EmbeddedEngine
 
@@ -60,9 +61,20 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
     world = dist.group.WORLD
     assert world is not None
     names = gather_json(secrets.token_hex(8), world, device=device)
+    facts = read_facts(recipe.model.path)
+    if rollout.engine == "sglang-server":
+        from moe_replay.rollout.sglang_calls import SglangCalls
+
+        connect = partial(SglangCalls, facts=facts)
+    else:
+        from moe_replay.rollout.server_calls import ServerCalls
+
+        connect = ServerCalls
     engine = ServerEngine(
         rollout.urls,
-        facts=read_facts(recipe.model.path),
+        facts=facts,
+        connect=connect,
+        weights_dir=rollout.weights_dir,
         run=names[0],
         dtype=rollout.dtype,
         record_routes=record_routes,

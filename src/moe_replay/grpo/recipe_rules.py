@@ -15,6 +15,12 @@ from moe_replay.routing import ReplayMode
 GENERATED = "reasoning_gym:"
 """Prefix of a dataset that is generated instead of read."""
 
+# Engine that is servers -> how one of them is started.
+_SERVERS = {
+    "vllm-server": "moe-replay serve MODEL",
+    "sglang-server": "python -m sglang.launch_server --model-path MODEL --enable-return-routed-experts",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -157,11 +163,12 @@ def _recompute_is_complete(have: Any) -> Iterator[Problem]:
 
 def _servers_are_named(have: Any) -> Iterator[Problem]:
     urls = have.rollout.urls
-    if have.rollout.engine == "vllm-server" and (not urls or len(set(urls)) < len(urls)):
+    start = _SERVERS.get(have.rollout.engine)
+    if start is not None and (not urls or len(set(urls)) < len(urls)):
         yield Problem(
             path="rollout.urls",
             text=f"got {list(urls)}, expected the address of at least one server, each once: start one with "
-            "`moe-replay serve MODEL` and name it",
+            f"`{start}` and name it",
         )
 
 
@@ -200,9 +207,9 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine != "vllm":
         yield "rollout.kv_cache_gib", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
-    if have.rollout.engine != "vllm-server":
-        for key in ("urls", "token_file", "timeout_s"):
-            yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm-server'"
+    if have.rollout.engine not in _SERVERS:
+        for key in ("urls", "token_file", "weights_dir", "timeout_s"):
+            yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not a server"
 
 
 def _reference_without_effect(have: Any) -> Iterator[tuple[str, str]]:

@@ -106,12 +106,14 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """``[rollout]``: how completions are sampled."""
 
-    engine: Literal["embedded", "vllm", "vllm-server"] = "embedded"
-    """``embedded`` (transformers) or ``vllm`` in the trainer's process, or ``vllm-server``: see ``moe-replay serve``."""
+    engine: Literal["embedded", "vllm", "vllm-server", "sglang-server"] = "embedded"
+    """``embedded`` (transformers) or ``vllm`` in the trainer's process, ``vllm-server`` (see ``moe-replay serve``) or ``sglang-server``."""
     urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Addresses of the servers of ``vllm-server``, such as ``http://127.0.0.1:8000``."""
+    """Addresses of the servers of ``vllm-server`` or ``sglang-server``, such as ``http://127.0.0.1:8000``."""
     token_file: Annotated[Path, Field(strict=False)] | None = None
     """File with the bearer token of the servers."""
+    weights_dir: Annotated[Path, Field(strict=False)] = Path("/dev/shm")
+    """Folder that trainer and servers share, in memory if possible: servers that are not ours read pushed weights there."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for one answer of a server; the request is then tried elsewhere."""
     dtype: Dtype = "bfloat16"

@@ -11,18 +11,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save as save_tensors
 
 from moe_replay.errors import EngineError, RecipeError
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts, checkpoint_tensors
 from moe_replay.rollout.sampling import check_requests, check_sampling
-from moe_replay.rollout.server_calls import CallError, Fault, ServerCalls
+from moe_replay.rollout.server_calls import ServerCalls
+from moe_replay.rollout.server_contract import RolloutServer, weight_parts
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
 from moe_replay.rollout.types import EngineDescription, Request, RolloutGroup, SamplingParams
 from moe_replay.rollout.weight_stream import checked_weights
@@ -31,7 +32,6 @@ from moe_replay.rollout.weight_stream import checked_weights
 _MAX_FAILURES_IN_A_ROW = 4
 # First wait after a failure; each further one in a row doubles it.
 _BACKOFF_S = 0.25
-_PART_BYTES = 256 << 20
 _ANSWER_BYTES = 4 << 30
 
 
@@ -40,6 +40,8 @@ class ServerEngine:
 
     Every request is sent to the server that is free first. A call that fails is tried again, elsewhere if it can be, at
     most ``max_attempts`` times; what other calls returned is kept. `faults` counts what went wrong, by kind.
+    ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`; servers that read pushed weights
+    from files find them below ``weights_dir``.
 
     Example:
         >>> engine = ServerEngine(["http://127.0.0.1:8000"], facts=facts, run="7f3a", dtype="bfloat16", record_routes=True)
@@ -58,6 +60,8 @@ class ServerEngine:
         run: str,
         dtype: Literal["float32", "bfloat16"],
         record_routes: bool,
+        connect: Callable[..., RolloutServer] = ServerCalls,
+        weights_dir: Path | None = None,
         pushes: bool = True,
         token: str | None = None,
         calls_per_server: int = 8,
@@ -67,10 +71,11 @@ class ServerEngine:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
         self._servers = [
-            ServerCalls(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
+            connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
             for url in urls
         ]
         self._facts, self._pushes, self._timeout_s = facts, pushes, timeout_s
+        self._weights_dir = weights_dir
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
         self._policy = PolicyName(run=run, policy_version=0)
         self._faults: Counter[Fault] = Counter()
@@ -172,7 +177,8 @@ class ServerEngine:
         told = {}
         for server in self._servers:
             description = server.status().description
-            _check_server(server.url, description, self._facts, dtype, record_routes)
+            _check_server(server, description, self._facts, dtype, record_routes)
+            server.check()
             told[server.url] = description
         different = set(told.values())
         if len(different) > 1:
@@ -181,7 +187,7 @@ class ServerEngine:
             )
         return different.pop()
 
-    def _serve(self, server: ServerCalls, work: _Round, sampling: SamplingParams) -> None:
+    def _serve(self, server: RolloutServer, work: _Round, sampling: SamplingParams) -> None:
         """Let one server work on a round until nothing is left to do, or it fails too often in a row."""
         while (place := work.take(server.url)) is not None:
             try:
@@ -205,11 +211,14 @@ class ServerEngine:
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         policy: PolicyName,
-        servers: Sequence[ServerCalls] | None = None,
+        servers: Sequence[RolloutServer] | None = None,
     ) -> None:
         left = list(self._servers if servers is None else servers)
         errors: list[CallError] = []
-        with ThreadPoolExecutor(len(left)) as threads:
+        with (
+            weight_parts(weights, folder=self._weights_dir) as parts,
+            ThreadPoolExecutor(len(left)) as threads,
+        ):
 
             def at_all(call: str, *args: object) -> None:
                 calls = [(s, threads.submit(getattr(s, call), *args)) for s in list(left)]
@@ -221,8 +230,8 @@ class ServerEngine:
                         errors.append(error)
                         left.remove(server)
 
-            for number, part in enumerate(_parts(weights)):
-                at_all("put_weights", number, part)
+            for part in parts:
+                at_all("put_weights", part)
             at_all("commit_weights", policy)
         if not left:
             raise EngineError(
@@ -320,12 +329,16 @@ class _Round:
 
 
 def _check_server(
-    url: str, description: EngineDescription, facts: ModelFacts, dtype: str, record_routes: bool
+    server: RolloutServer,
+    description: EngineDescription,
+    facts: ModelFacts,
+    dtype: str,
+    record_routes: bool,
 ) -> None:
+    url = server.url
     if record_routes and not description.records_routes:
         raise RecipeError(
-            f"{url} records no routes, which router_replay_mode = 'R3' replays: it was started with --no-record-routes, or "
-            "its model has no routers; start it without that flag"
+            f"{url} records no routes, which router_replay_mode = 'R3' replays: {server.how_to_record}"
         )
     if description.dtype != dtype:
         raise RecipeError(
@@ -339,17 +352,3 @@ def _check_server(
         raise RecipeError(
             f"{url} serves a model with (MoE layers, experts, top-k) {theirs}, the recipe's has {ours}; serve model.path"
         )
-
-
-def _parts(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
-    """Yield the weights as safetensors files of about `_PART_BYTES`."""
-    part: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        part[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-        if size >= _PART_BYTES:
-            yield save_tensors(part)
-            part, size = {}, 0
-    if part:
-        yield save_tensors(part)

@@ -1,6 +1,6 @@
 """Rollout servers in this process, for tests of whatever talks to one.
 
-In: an engine. Out: the URL of a server that serves it. Called by: tests, ours and users'.
+In: an engine, or any ASGI application. Out: the URL of a server that serves it. Called by: tests, ours and users'.
 """
 
 from __future__ import annotations
@@ -29,26 +29,31 @@ def served(
 
     ``around`` wraps the ASGI application, for instance in one that injects faults.
     """
-    import uvicorn
-
     from moe_replay.rollout.server import EngineServer
 
     application = EngineServer(engine, concurrent=concurrent, token=token, **limits).application()
-    config = uvicorn.Config(
-        around(application), host="127.0.0.1", port=0, log_level="critical", ws="none"
-    )
-    listening = threading.Event()
+    with listening(around(application)) as url:
+        yield url
+
+
+@contextmanager
+def listening(application: Any) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine while the scope is open, and yield the URL."""
+    import uvicorn
+
+    config = uvicorn.Config(application, host="127.0.0.1", port=0, log_level="critical", ws="none")
+    is_listening = threading.Event()
 
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets=sockets)
-            listening.set()
+            is_listening.set()
 
     server = Announcing(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        if not listening.wait(_START_S):
+        if not is_listening.wait(_START_S):
             raise EngineError(f"no server was listening after {_START_S:.0f} s")
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
