@@ -1,0 +1,200 @@
+"""What route capture, weight pushes and the wire cost in vLLM on this machine, and the embedded engine beside it.
+
+Every engine lives in a process of its own; rounds alternate between them, so that what else the machine does hits all
+alike. A tiny and a ~20M-parameter model, random weights, bfloat16. The figures come last, one JSON object a line.
+
+    python benchmarks/engines.py [--quick] [--rounds 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_replay.cli.environment import set_defaults
+from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.routing import encode_trace
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "20M": {
+        "hidden_size": 256,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 96,
+        "head_dim": 64,
+    },
+}
+PROMPT_LENGTH, COMPLETION_LENGTH = 24, 32
+
+
+def main() -> int:
+    """Print what was measured, then the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the tiny model alone, three rounds")
+    parser.add_argument("--rounds", type=int, help="default 12, quick 3")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (3 if arguments.quick else 12)
+    set_defaults(os.environ)
+    figures: dict[str, tuple[float, str]] = {}
+    for size in ("tiny",) if arguments.quick else SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = write_model(Path(folder), size)
+            found = measure(checkpoint, rounds, num_prompts=4 if arguments.quick else 8)
+        for name, value in found.items():
+            print(f"{size:5s} {name:32s} {value[0]:12.4f} {value[1]}")
+        # The larger model is nearer to what people run, so its figures bear the names.
+        figures |= found
+        figures |= {f"{name}.{size}": value for name, value in found.items()}
+    for metric, (value, unit) in figures.items():
+        print(json.dumps({"metric": metric, "value": round(value, 5), "unit": unit}))
+    return 0
+
+
+def write_model(folder: Path, size: str) -> Path:
+    """Write the checkpoint of a size."""
+    import torch
+    import transformers
+
+    from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+    transformers.logging.disable_progress_bar()
+    return write_tiny_checkpoint(
+        folder / "model", initializer_range=0.05, dtype=torch.bfloat16, **SIZES[size]
+    )
+
+
+def measure(checkpoint: Path, rounds: int, *, num_prompts: int) -> dict[str, tuple[float, str]]:
+    """Race the engines, then push weights; return metric -> (value, unit)."""
+    kinds = ("vllm capturing", "vllm plain", "embedded")
+    with workers(kinds, checkpoint, num_prompts) as ask:
+        for kind in kinds:
+            ask(kind, "generate")
+        speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for number in range(rounds):
+            for kind in kinds if number % 2 == 0 else kinds[::-1]:
+                seconds, tokens = ask(kind, "generate")
+                speeds[kind].append(tokens / seconds)
+        for kind in kinds:
+            print(f"      {kind:16s} {statistics.median(speeds[kind]):10.0f} sampled tokens/s")
+        pushes = [ask("vllm capturing", "push") for _ in range(rounds)]
+        own, native, tokens = ask("vllm capturing", "wire")
+    return {
+        "capture.throughput_ratio": (ratio(speeds, "vllm capturing", "vllm plain"), "ratio"),
+        "embedded.vs_vllm_ratio": (ratio(speeds, "embedded", "vllm capturing"), "ratio"),
+        "push.seconds": (statistics.median(seconds for seconds, _ in pushes), "s"),
+        "push.bytes": (float(pushes[0][1]), "B"),
+        "wire.bytes_per_token": (own / tokens, "B"),
+        "wire.native_bytes_per_token": (native / tokens, "B"),
+    }
+
+
+def ratio(speeds: dict[str, list[float]], first: str, second: str) -> float:
+    """Return the median of first / second over neighbouring rounds."""
+    return statistics.median(a / b for a, b in zip(speeds[first], speeds[second], strict=True))
+
+
+@contextmanager
+def workers(
+    kinds: tuple[str, ...], checkpoint: Path, num_prompts: int
+) -> Iterator[Callable[[str, str], tuple[float, ...]]]:
+    """Start a process for each engine; yield a function (engine, command) -> answer."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    try:
+        for kind in kinds:
+            pipes[kind], theirs = spawn.Pipe()
+            process = spawn.Process(target=work, args=(kind, checkpoint, num_prompts, theirs))
+            process.start()
+            processes.append(process)
+
+        def ask(kind: str, command: str) -> tuple[float, ...]:
+            pipes[kind].send(command)
+            return pipes[kind].recv()
+
+        yield ask
+    finally:
+        for kind in pipes:
+            pipes[kind].send("end")
+        for process in processes:
+            process.join()
+
+
+def work(kind: str, checkpoint: Path, num_prompts: int, pipe: Any) -> None:
+    """Hold one engine and do what is asked."""
+    engine = open_engine(kind, checkpoint)
+    rng = np.random.default_rng(3)
+    requests = [
+        Request(
+            request_id=number,
+            prompt_ids=rng.integers(4, 90, PROMPT_LENGTH).astype(np.int32),
+            num_generations=8,
+        )
+        for number in range(num_prompts)
+    ]
+    sampling = SamplingParams(max_completion_length=COMPLETION_LENGTH)
+    version = 0
+    while (command := pipe.recv()) != "end":
+        started = time.perf_counter()
+        if command == "push":
+            weights = list(tensors_of(checkpoint))
+            started, version = time.perf_counter(), version + 1
+            engine.load_weights(iter(weights), policy_version=version)
+            size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
+            pipe.send((time.perf_counter() - started, size))
+            continue
+        groups = engine.generate(requests, sampling)
+        if command == "wire":
+            pipe.send(wire_bytes(groups))
+        else:
+            sampled = sum(len(c.token_ids) for group in groups for c in group.completions)
+            pipe.send((time.perf_counter() - started, sampled))
+    engine.close()
+
+
+def open_engine(kind: str, checkpoint: Path) -> Engine:
+    """Start an engine."""
+    if kind == "embedded":
+        from moe_replay.rollout.embedded import EmbeddedEngine
+
+        return EmbeddedEngine(checkpoint, dtype="bfloat16", device="cpu", record_routes=True)
+    from moe_replay.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        checkpoint, dtype="bfloat16", kv_cache_gib=0.25, record_routes=kind == "vllm capturing"
+    )
+
+
+def tensors_of(checkpoint: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the weights of a checkpoint."""
+    from safetensors.torch import load_file
+
+    yield from load_file(checkpoint / "model.safetensors").items()
+
+
+def wire_bytes(groups: list[RolloutGroup]) -> tuple[float, ...]:
+    """Return the bytes of all routes in our codec, in vLLM's base64 of a .npy, and the tokens that they cover."""
+    traces = [c.trace for group in groups for c in group.completions if c.trace is not None]
+    own = sum(len(encode_trace(trace)) for trace in traces)
+    # vLLM sends one array for each completion: all decoder layers, a byte an id, P + T - 1 rows, a header of 128 bytes.
+    native = sum(
+        len(base64.b64encode(bytes(128 + trace.expert_ids[:-1].nbytes))) for trace in traces
+    )
+    return own, native, sum(len(trace) for trace in traces)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
