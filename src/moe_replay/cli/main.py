@@ -27,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
-        if overrides and options.command != "train":
-            parser.error(f"unrecognized argument --{overrides[0][0]}: only train takes recipe keys")
+        if overrides and options.command not in ("train", "doctor"):
+            parser.error(
+                f"unrecognized argument --{overrides[0][0]}: only train and doctor take recipe keys"
+            )
     except BrokenPipeError:
         # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
     )
     train.set_defaults(run=_run_train)
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell whether a recipe can run here, and what it replays",
+        description="Examine a recipe without its weights: what is on, what it covers, what each rank holds, the versions "
+        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here.",
+        usage="moe-replay doctor RECIPE [--section.key VALUE ...] [--json] [--traceback]",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    doctor.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    doctor.set_defaults(run=_run_doctor)
     compare, inspect = _add_trace_commands(commands)
     serve = commands.add_parser(
         "serve",
@@ -108,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve_command.add_options(serve)
     serve.set_defaults(run=_run_serve)
-    for command in (train, compare, inspect, serve):
+    for command in (train, doctor, compare, inspect, serve):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )
@@ -166,6 +179,12 @@ def _run_train(options: argparse.Namespace, overrides: Sequence[tuple[str, str |
     from moe_replay.cli.train import run_train
 
     return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
+
+
+def _run_doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:
+    from moe_replay.cli.doctor import run_doctor
+
+    return run_doctor(options.recipe, overrides, as_json=options.json)
 
 
 def _run_compare(options: argparse.Namespace, _: Sequence[tuple[str, str | None]]) -> int:

@@ -29,7 +29,7 @@ def run_train(
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
-    recipe = load_recipe(recipe_path, _with_values(overrides))
+    recipe = load_recipe(recipe_path, with_values(overrides))
     recipe.check_world(process.world_size)
     notes = _check_inputs(recipe)
     if process.rank == 0:
@@ -46,7 +46,12 @@ def run_train(
     return 0
 
 
-def _with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
+def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
+    """Return the overrides, each with its value.
+
+    Raises:
+        RecipeError: one has none.
+    """
     pairs: list[tuple[str, str]] = []
     for key, value in overrides:
         if value is None:

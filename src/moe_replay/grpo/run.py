@@ -40,7 +40,8 @@ _CONFIG_FIELDS = (
     "moe_token_dispatcher_type",
     "moe_aux_loss_coeff",
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAINER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Number format of the recipe -> that of the parameters."""
 
 
 @dataclass(kw_only=True)
@@ -299,7 +300,7 @@ def open_run(
         actor = build_policy(
             recipe.model.path,
             layout,
-            dtype=_DTYPES[recipe.model.dtype],
+            dtype=TRAINER_DTYPES[recipe.model.dtype],
             settings=_optimizer_settings(recipe),
             grouped_experts=recipe.model.grouped_experts,
             overrides=override_fields(recipe),
@@ -331,7 +332,7 @@ def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer |
     return build_scorer(
         recipe.model.path,
         layout,
-        dtype=_DTYPES[recipe.model.dtype],
+        dtype=TRAINER_DTYPES[recipe.model.dtype],
         grouped_experts=recipe.model.grouped_experts,
     )
 

@@ -1,0 +1,194 @@
+"""`moe-replay doctor`: whether a recipe can run here, what it replays, and what is refused and why, without its weights.
+
+In: a recipe. Out: tables for people, or JSON. Called by: cli.main.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from moe_replay.cli.doctor_tables import show
+from moe_replay.cli.environment import read_process, set_defaults
+from moe_replay.cli.train import with_values
+from moe_replay.errors import MoeReplayError
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.routing import LiveReason, ReplayMode
+
+_PYTHON = ">=3.11"
+_ALWAYS = ("torch", "megatron-core", "transformers")
+_OPTIONAL = "optional"
+
+
+def run_doctor(
+    recipe_path: str, overrides: Sequence[tuple[str, str | None]], *, as_json: bool
+) -> int:
+    """Examine a recipe and print what was found; return 0 if it can run here, else 2.
+
+    Raises:
+        RecipeError: the recipe itself is wrong, so that there is nothing to examine.
+    """
+    process = read_process(os.environ)
+    set_defaults(os.environ)
+    report = examine(load_recipe(recipe_path, with_values(overrides)), process)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return 0 if report["can_run"] else 2
+
+
+def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
+    """Return everything that is known of a recipe before its weights are loaded, as plain JSON.
+
+    What could not be found out because of a problem is null, and the problem is in ``problems``.
+    """
+    problems: list[str] = []
+    report: dict[str, Any] = {
+        "can_run": False,
+        "problems": problems,
+        "settings": settings_of(recipe),
+        "passes": passes_of(recipe),
+        "live_rows": live_rows_of(recipe.replay.router_replay_mode),
+        "versions": versions_for(recipe),
+        "model": None,
+        "layout": None,
+        "routes": None,
+        "options": None,
+    }
+    problems += [
+        f"{row['name']} {row['found'] or 'is missing'}, expected {row['supported']}; install one in range"
+        for row in report["versions"]
+        if not row["is_ok"]
+    ]
+    with _noting(problems):
+        # Loads Megatron-Core, which takes seconds and refuses a release that it was not verified on.
+        from moe_replay.cli.doctor_model import add_model
+
+        add_model(report, recipe, process, _noting)
+    report["can_run"] = not problems
+    return report
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Take down a refusal in place of ending with it."""
+    try:
+        yield
+    except MoeReplayError as refusal:
+        if str(refusal) not in problems:
+            problems.append(str(refusal))
+
+
+def settings_of(recipe: Recipe) -> dict[str, str]:
+    """Return what a recipe turns on, in words."""
+    replay, megatron, checkpoint = recipe.replay, recipe.megatron, recipe.checkpoint
+    recompute = megatron.recompute_granularity or "none"
+    if megatron.recompute_modules:
+        recompute += f" ({', '.join(megatron.recompute_modules)})"
+    elif megatron.recompute_method:
+        recompute += f" ({megatron.recompute_method}, {megatron.recompute_num_layers} layers)"
+    guard = "off"
+    if recipe.replays and replay.guard:
+        floor = "chosen by experts and top-k" if replay.guard_floor is None else replay.guard_floor
+        guard = f"{replay.guard_rows} rows a step, floor {floor}"
+    return {
+        "mode": replay.router_replay_mode.value,
+        "engine": f"{recipe.rollout.engine}, {recipe.rollout.dtype}",
+        "trainer": recipe.model.dtype,
+        "recompute": recompute,
+        "dispatcher": megatron.moe_token_dispatcher_type,
+        "auxiliary loss": f"{megatron.moe_aux_loss_coeff}, of live experts, padding left out"
+        if megatron.moe_aux_loss_coeff
+        else "none",
+        "guard": guard,
+        "least coverage": str(replay.min_coverage) if recipe.replays else "none",
+        "checkpoints": f"every {checkpoint.save_steps} steps, {checkpoint.save_total_limit} kept"
+        f"{', exported at the end' if checkpoint.export else ''}",
+    }
+
+
+def passes_of(recipe: Recipe) -> list[dict[str, str]]:
+    """Return how the routers of each pass of a step choose experts."""
+    mode = recipe.replay.router_replay_mode
+    replays = mode is not ReplayMode.DISABLED
+    old = {
+        ReplayMode.DISABLED: "live",
+        ReplayMode.R2: "live, recorded",
+        ReplayMode.R3: "replay of the engine's",
+    }[mode]
+    update = {
+        ReplayMode.DISABLED: "live",
+        ReplayMode.R2: "replay of the old log-probabilities'",
+        ReplayMode.R3: "replay of the engine's",
+    }[mode]
+    rows = [
+        ("rollout", "live, recorded" if mode is ReplayMode.R3 else "live"),
+        ("old log-probabilities", old),
+        ("update", update),
+    ]
+    if recipe.megatron.recompute_granularity is not None:
+        rows.append(("recomputation", "the routes of its own forward pass" if replays else "live"))
+    if recipe.grpo.beta > 0:
+        follows = replays and recipe.replay.reference_routes == "replay"
+        rows.append(("reference", "replay of the policy's" if follows else "live"))
+    if recipe.replay.live_gap_every:
+        rows.append(("live gap", f"live, every {recipe.replay.live_gap_every} steps"))
+    if recipe.data.eval is not None:
+        rows.append(("evaluation", "live, in the engine"))
+    return [{"pass": name, "routes": routes} for name, routes in rows]
+
+
+_WHY_LIVE = {
+    LiveReason.PADDING: "holds no token; never counts",
+    LiveReason.LAST_TOKEN: "the token sampled last was never fed to the engine; never counts",
+    LiveReason.PROMPT_OMITTED: "the engine left prompt routes out; lowers coverage",
+    LiveReason.ENVIRONMENT_OMITTED: "the engine left an environment's tokens out; lowers coverage",
+    LiveReason.ENGINE_GAVE_NONE: "the engine ran the token and gave no route; lowers coverage",
+}
+
+
+def live_rows_of(mode: ReplayMode) -> list[dict[str, str]]:
+    """Return which rows stay live in a pass that replays, and why."""
+    reasons = {
+        ReplayMode.DISABLED: [],
+        ReplayMode.R2: [LiveReason.PADDING],
+        ReplayMode.R3: list(_WHY_LIVE),
+    }[mode]
+    return [{"reason": reason.value, "why": _WHY_LIVE[reason]} for reason in reasons]
+
+
+def versions_for(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return what is installed of what a recipe needs, beside the range that moe-replay supports."""
+    rows = [_version_row("Python", platform.python_version(), _PYTHON)]
+    wanted = [*_ALWAYS, *(["vllm"] if recipe.rollout.engine == "vllm" else [])]
+    ranges = {
+        Requirement(text).name: str(Requirement(text).specifier)
+        for text in metadata.requires("moe-replay") or []
+    }
+    rows += [_version_row(name, _installed(name), ranges[name]) for name in wanted]
+    rows.append(_version_row("transformer-engine", _installed("transformer-engine"), _OPTIONAL))
+    return rows
+
+
+def _version_row(name: str, found: str | None, supported: str) -> dict[str, Any]:
+    is_ok = supported == _OPTIONAL or (
+        found is not None and SpecifierSet(supported).contains(found, prereleases=True)
+    )
+    return {"name": name, "found": found, "supported": supported, "is_ok": is_ok}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
