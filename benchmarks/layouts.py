@@ -38,7 +38,7 @@ def main() -> int:
         alone = Case(layout=layout(), ranks=1)
         (expected,) = run_ranks(replayed_step, 1, checkpoint, alone, LAYERS)
         print(
-            "| layout | ranks | log-probability | worst gradient | its norm |\n|---|---|---|---|---|"
+            "| layout | ranks | log-probability | worst gradient | gradient norm |\n|---|---|---|---|---|"
         )
         for name in names:
             case = CASES[name]
