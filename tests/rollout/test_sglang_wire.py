@@ -18,10 +18,9 @@ from moe_replay.rollout.sglang_wire import (
     generate_message,
     read_completion,
     read_description,
-    read_policy,
-    weight_version,
 )
 from moe_replay.rollout.types import FinishReason, Request, SamplingParams
+from moe_replay.rollout.weight_names import read_policy, weight_version
 from moe_replay.routing import RoutedModel
 
 # Decoder layer 0 is dense; layers 1 and 2 choose 2 of 8 experts.

@@ -67,9 +67,9 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
 
         connect = partial(SglangCalls, facts=facts)
     else:
-        from moe_replay.rollout.server_calls import ServerCalls
+        from moe_replay.rollout.vllm_calls import connect_vllm
 
-        connect = ServerCalls
+        connect = partial(connect_vllm, facts=facts)
     engine = ServerEngine(
         rollout.urls,
         facts=facts,

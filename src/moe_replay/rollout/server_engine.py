@@ -70,10 +70,7 @@ class ServerEngine:
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
-        self._servers = [
-            connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
-            for url in urls
-        ]
+        self._servers: list[RolloutServer] = []
         self._facts, self._pushes, self._timeout_s = facts, pushes, timeout_s
         self._weights_dir = weights_dir
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
@@ -82,6 +79,10 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._is_closed = False
         try:
+            for url in urls:
+                self._servers.append(
+                    connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
+                )
             self._description = self._agreed_description(dtype, record_routes)
         except BaseException:
             self.close()

@@ -21,8 +21,6 @@ from moe_replay.rollout.sglang_wire import (
     generate_message,
     read_completion,
     read_description,
-    read_policy,
-    weight_version,
 )
 from moe_replay.rollout.types import (
     Completion,
@@ -31,6 +29,7 @@ from moe_replay.rollout.types import (
     RolloutGroup,
     SamplingParams,
 )
+from moe_replay.rollout.weight_names import read_policy, weight_version
 
 # A temperature at which the most likely token loses its lead over chance, and the least lead, in nats, that shows this.
 _FLAT, _LEAST_LEAD = 100.0, 0.1

@@ -30,7 +30,7 @@ from packaging.version import InvalidVersion, Version
 
 from moe_replay.errors import CodecError, EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
+from moe_replay.rollout.server_messages import PolicyName
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
@@ -38,6 +38,7 @@ from moe_replay.rollout.types import (
     Request,
     SamplingParams,
 )
+from moe_replay.rollout.weight_names import read_policy
 from moe_replay.routing import (
     Origin,
     RoutedModel,
@@ -50,7 +51,6 @@ FLAG = "--enable-return-routed-experts"
 """The flag of ``python -m sglang.launch_server`` without which no routes come back."""
 
 _OLDEST = Version("0.5.12")
-_UNPUSHED = "default"
 _DTYPES = {"float": "float32", "half": "float16"}
 _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -122,27 +122,6 @@ def read_description(told: Any, facts: ModelFacts, url: str) -> EngineDescriptio
         # Beyond this SGLang cuts the completion short and calls that a full one.
         max_context_length=min(facts.max_context_length, told["max_req_input_len"]),
     )
-
-
-def weight_version(policy: PolicyName) -> str:
-    """Return the name under which a server keeps the weights of ``policy``."""
-    return f"{policy.run}:{policy.policy_version}"
-
-
-def read_policy(version: Any) -> PolicyName:
-    """Return the weights that a server's ``weight_version`` names; those that nobody pushed are `CHECKPOINT`.
-
-    Example:
-        >>> read_policy("7f3a:2")
-        PolicyName(run='7f3a', policy_version=2)
-    """
-    text = str(version)
-    if text == _UNPUSHED:
-        return PolicyName(run=CHECKPOINT, policy_version=0)
-    run, _, number = text.rpartition(":")
-    if run and number.isascii() and number.isdigit():
-        return PolicyName(run=run[:64], policy_version=int(number))
-    return PolicyName(run=text[:64], policy_version=0)
 
 
 def generate_message(
