@@ -200,12 +200,7 @@ def read_completion(
             token_ids=every,
             num_prompt_tokens=len(request.prompt_ids),
             model=facts.routed,
-            origin=Origin.single(
-                engine="vllm",
-                engine_version=description.version,
-                policy_version=policy_version,
-                num_rows=len(every),
-            ),
+            origin=_origin(description, policy_version, len(every)),
             was_cut=False,
             where=where,
         )
@@ -215,6 +210,15 @@ def read_completion(
         trace=trace,
         finish_reason=finish_reason,
         policy_version=policy_version,
+    )
+
+
+def _origin(description: EngineDescription, policy_version: int, num_rows: int) -> Origin:
+    return Origin.single(
+        engine=description.name,
+        engine_version=description.version,
+        policy_version=policy_version,
+        num_rows=num_rows,
     )
 
 

@@ -11,7 +11,7 @@ release        what comes back for P prompt and T sampled tokens
 
 In process an array is a numpy array; over HTTP it is base64 of a ``.npy`` file, or nested lists (0.21).
 
-In: outputs of vLLM, objects or JSON. Out: RoutingTrace. Called by: rollout.vllm_engine, clients of `vllm serve`.
+In: outputs of vLLM, objects or JSON. Out: RoutingTrace. Called by: rollout.vllm_engine, rollout.vllm_http.
 """
 
 from __future__ import annotations
