@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,23 @@ def test_e1_control_megatrons_own_queue_hands_the_scored_routes_to_recomputation
     assert error(poisoned, plain) > 0.5
 
 
+@cache
+def alone(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the gradient of a step of a single process."""
+    case = Case(layout=layout(), ranks=1)
+    return run_ranks(replayed_step, 1, checkpoint, case, LAYERS)[0].gradients
+
+
 INTERLEAVED = {"full": FULL, "selective": MOE}
 
 
 @pytest.mark.parametrize("kind", INTERLEAVED)
 def test_e3_recomputation_under_an_interleaved_schedule_takes_its_own_microbatch(kind, checkpoint):
     """Four microbatches over two stages of two chunks; a step of a single process is the measure."""
-    (alone,) = run_ranks(replayed_step, 1, checkpoint, Case(layout=layout(), ranks=1), LAYERS)
+    expected = alone(checkpoint)
     case = Case(layout=layout(pp=2, vpp=2), ranks=2, overrides=INTERLEAVED[kind])
     for step in run_ranks(replayed_step, 2, checkpoint, case, LAYERS):
-        assert error(step.gradients, alone.gradients) < 1e-5
+        assert error(step.gradients, expected) < 1e-5
 
 
 class _LatestMicrobatch(ReplayScope):
