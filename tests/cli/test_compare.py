@@ -111,4 +111,4 @@ def test_compare_takes_no_recipe_keys(write, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", path, path, "--replay.min_coverage", "1"])
     assert stopped.value.code == 2
-    assert "only train and doctor take recipe keys" in capsys.readouterr().err
+    assert "only train, rollout and doctor take recipe keys" in capsys.readouterr().err

@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
-        if overrides and options.command not in ("train", "doctor"):
+        if overrides and options.command not in ("train", "rollout", "doctor"):
             parser.error(
-                f"unrecognized argument --{overrides[0][0]}: only train and doctor take recipe keys"
+                f"unrecognized argument --{overrides[0][0]}: only train, rollout and doctor take recipe keys"
             )
     except BrokenPipeError:
         # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
     )
     train.set_defaults(run=_run_train)
+    rollout = _add_rollout(commands)
     doctor = commands.add_parser(
         "doctor",
         help="tell whether a recipe can run here, and what it replays",
@@ -121,11 +122,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve_command.add_options(serve)
     serve.set_defaults(run=_run_serve)
-    for command in (train, doctor, compare, inspect, serve):
+    for command in (train, rollout, doctor, compare, inspect, serve):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )
     return parser
+
+
+def _add_rollout(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    rollout = commands.add_parser(
+        "rollout",
+        help="sample by a recipe and keep the completions with their routes",
+        description="Sample completions of a recipe's first training prompts by its engine, and write them with their traces. "
+        "A recipe with rollout.engine = 'files' trains from them.",
+        usage="moe-replay rollout RECIPE --output FOLDER [--num-prompts N] [--section.key VALUE ...] [--traceback]",
+        allow_abbrev=False,
+    )
+    rollout.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    rollout.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    rollout.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
+    rollout.set_defaults(run=_run_rollout)
+    return rollout
 
 
 def _add_trace_commands(
@@ -179,6 +198,12 @@ def _run_train(options: argparse.Namespace, overrides: Sequence[tuple[str, str |
     from moe_replay.cli.train import run_train
 
     return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
+
+
+def _run_rollout(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:
+    from moe_replay.cli.rollout import run_rollout
+
+    return run_rollout(options.recipe, overrides, options.output, num_prompts=options.num_prompts)
 
 
 def _run_doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str | None]]) -> int:

@@ -43,6 +43,7 @@ _NO_EFFECT_ON_RESULTS = (
     "rollout.urls",
     "rollout.token_file",
     "rollout.weights_dir",
+    "rollout.path",
     "rollout.timeout_s",
     "replay.min_coverage",
     "replay.guard",

@@ -1,6 +1,6 @@
 """The engine that a recipe asks for; only its own module is imported.
 
-In: a recipe, the trainer's device. Out: an Engine. Called by: grpo.loop, tests.
+In: a recipe, the trainer's device. Out: an Engine, and what is asked of it. Called by: grpo.loop, grpo.sampling, cli.rollout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from moe_replay.grpo.config import Recipe
-from moe_replay.rollout.types import Engine
+from moe_replay.rollout.prompts import Prompt
+from moe_replay.rollout.types import Engine, Request, SamplingParams
 from moe_replay.routing import ReplayMode
 from moe_replay.sync.messages import gather_json
 
@@ -40,6 +41,17 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
         )
     if rollout.engine in ("vllm-server", "sglang-server"):
         return _server_engine(recipe, device, record_routes)
+    if rollout.engine == "files":
+        from moe_replay.rollout.files_engine import FilesEngine
+        from moe_replay.rollout.model_facts import read_facts
+
+        assert rollout.path is not None
+        return FilesEngine(
+            rollout.path,
+            facts=read_facts(recipe.model.path),
+            record_routes=record_routes,
+            allow_stale=rollout.allow_stale,
+        )
     from moe_replay.rollout.embedded import EmbeddedEngine
 
     return EmbeddedEngine(
@@ -51,6 +63,27 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
     )
 
 
+def recipe_sampling(recipe: Recipe) -> SamplingParams:
+    """Return how training completions are sampled."""
+    rollout = recipe.rollout
+    return SamplingParams(
+        max_completion_length=rollout.max_completion_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        seed=recipe.run.seed,
+    )
+
+
+def training_request(recipe: Recipe, position: int, prompt: Prompt) -> Request:
+    """Return what is asked of the engine for the training prompt at a position, which is also the request's id."""
+    return Request(
+        request_id=position,
+        prompt_ids=prompt.prompt_ids,
+        num_generations=recipe.rollout.num_generations,
+    )
+
+
 def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) -> Engine:
     """Return the recipe's servers as one engine, holding the weights of the checkpoint."""
     from moe_replay.rollout.bearer import read_token
@@ -58,9 +91,9 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
     from moe_replay.rollout.server_engine import ServerEngine
 
     rollout = recipe.rollout
-    world = dist.group.WORLD
-    assert world is not None
-    names = gather_json(secrets.token_hex(8), world, device=device)
+    run, world = secrets.token_hex(8), dist.group.WORLD if dist.is_initialized() else None
+    if world is not None:
+        run = gather_json(run, world, device=device)[0]
     facts = read_facts(recipe.model.path)
     if rollout.engine == "sglang-server":
         from moe_replay.rollout.sglang_calls import SglangCalls
@@ -75,10 +108,10 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
         facts=facts,
         connect=connect,
         weights_dir=rollout.weights_dir,
-        run=names[0],
+        run=run,
         dtype=rollout.dtype,
         record_routes=record_routes,
-        pushes=dist.get_rank() == 0,
+        pushes=world is None or world.rank() == 0,
         token=read_token(rollout.token_file),
         calls_per_server=max(1, rollout.max_batch_size // rollout.num_generations),
         timeout_s=rollout.timeout_s,

@@ -35,6 +35,15 @@ class RecipeKey:
     """What it does."""
 
 
+_PATHS = (
+    "run.output_dir",
+    "model.path",
+    "rollout.token_file",
+    "rollout.path",
+    "rollout.weights_dir",
+)
+
+
 def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe, apply dotted overrides, and check all of it.
 
@@ -139,7 +148,7 @@ def _absolute(path: str, value: Any, folder: Path) -> Any:
     """Anchor a value at a folder if its key holds a path; return any other value as it is."""
     if not isinstance(value, str):
         return value
-    if path in ("run.output_dir", "model.path", "rollout.token_file"):
+    if path in _PATHS:
         return _anchored(value, folder)
     if path in ("data.train", "data.eval") and not value.startswith(GENERATED):
         return _anchored(value, folder)

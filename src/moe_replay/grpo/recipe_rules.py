@@ -172,6 +172,25 @@ def _servers_are_named(have: Any) -> Iterator[Problem]:
         )
 
 
+def _files_are_named(have: Any) -> Iterator[Problem]:
+    if have.rollout.engine == "files" and have.rollout.path is None:
+        yield Problem(
+            path="rollout.path",
+            text="missing, but rollout.engine = 'files' reads completions from it: name the folder that `moe-replay rollout "
+            "RECIPE --output FOLDER` wrote",
+        )
+
+
+def _files_answer_no_evaluation(have: Any) -> Iterator[Problem]:
+    if have.rollout.engine == "files" and have.data.eval is not None:
+        yield Problem(
+            path="data.eval",
+            text="given with rollout.engine = 'files', which holds completions of training prompts only: remove it, or choose "
+            "an engine that samples",
+            is_unsupported=True,
+        )
+
+
 def _reward_names_differ(have: Any) -> Iterator[Problem]:
     names = [reward.name for reward in have.rewards]
     for number, name in enumerate(names):
@@ -210,6 +229,12 @@ def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine not in _SERVERS:
         for key in ("urls", "token_file", "weights_dir", "timeout_s"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not a server"
+    if have.rollout.engine == "files":
+        for key in ("dtype", "max_batch_size"):
+            yield f"rollout.{key}", "rollout.engine is 'files', and nothing is sampled"
+    else:
+        for key in ("path", "allow_stale"):
+            yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'files'"
 
 
 def _reference_without_effect(have: Any) -> Iterator[tuple[str, str]]:
@@ -269,6 +294,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("model", "megatron"), _grouped_experts_are_whole),
     (("megatron",), _recompute_is_complete),
     (("rollout",), _servers_are_named),
+    (("rollout",), _files_are_named),
+    (("rollout", "data"), _files_answer_no_evaluation),
     (("rewards",), _reward_names_differ),
     (("eval",), _eval_samples_differ),
 )

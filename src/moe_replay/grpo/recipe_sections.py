@@ -106,8 +106,8 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """``[rollout]``: how completions are sampled."""
 
-    engine: Literal["embedded", "vllm", "vllm-server", "sglang-server"] = "embedded"
-    """``embedded`` (transformers) or ``vllm`` in the trainer's process, ``vllm-server`` (see ``moe-replay serve``) or ``sglang-server``."""
+    engine: Literal["embedded", "vllm", "vllm-server", "sglang-server", "files"] = "embedded"
+    """``embedded`` (transformers) or ``vllm`` in the trainer's process, ``vllm-server`` (see ``moe-replay serve``), ``sglang-server``, or ``files`` that were sampled before (see ``moe-replay rollout``)."""
     urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Addresses of the servers of ``vllm-server`` or ``sglang-server``, such as ``http://127.0.0.1:8000``."""
     token_file: Annotated[Path, Field(strict=False)] | None = None
@@ -116,6 +116,10 @@ class RolloutSection(Section):
     """Folder that trainer and servers share, in memory if possible: servers that are not ours read pushed weights there."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for one answer of a server; the request is then tried elsewhere."""
+    path: Annotated[Path, Field(strict=False)] | None = None
+    """Folder, or manifest in it, that ``files`` are read from."""
+    allow_stale: bool = False
+    """Take ``files`` of another policy version than the trainer's."""
     dtype: Dtype = "bfloat16"
     """Number format of the engine's weights; a server that was started with another is refused."""
     temperature: float = Field(default=1.0, gt=0)

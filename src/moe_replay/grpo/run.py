@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.inputs import Inputs, open_inputs
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import Reporter, RunSummary
@@ -162,14 +163,7 @@ class Run:
 
     def sampling(self) -> SamplingParams:
         """Return how training completions are sampled."""
-        rollout = self.recipe.rollout
-        return SamplingParams(
-            max_completion_length=rollout.max_completion_length,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=self.recipe.run.seed,
-        )
+        return recipe_sampling(self.recipe)
 
     def decode(self, token_ids: np.ndarray) -> str:
         """Return the text of sampled tokens, without special tokens."""

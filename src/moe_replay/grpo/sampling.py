@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from moe_replay.grpo.advantage import group_advantages, reward_metrics
+from moe_replay.grpo.engines import training_request
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run
@@ -70,14 +71,7 @@ def roll_out(run: Run) -> Rollout:
     prompts = run.inputs.train.at(position, recipe.prompts_per_step)
     run.next_prompt += recipe.prompts_per_step
     places = run.own_prompts()
-    requests = [
-        Request(
-            request_id=position + place,
-            prompt_ids=prompts[place].prompt_ids,
-            num_generations=recipe.rollout.num_generations,
-        )
-        for place in places
-    ]
+    requests = [training_request(recipe, position + place, prompts[place]) for place in places]
     groups = run.engine.generate(requests, run.sampling())
     traces: dict[tuple[int, int], RoutingTrace] = {}
     bare = []

@@ -1,0 +1,76 @@
+"""`moe-replay rollout`: sample by a recipe's engine, and keep the completions with their routes for training from files.
+
+In: a recipe path, overrides, a folder. Out: an exit code. Called by: cli.main.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_replay.cli.environment import set_defaults
+from moe_replay.cli.train import with_values
+from moe_replay.errors import RecipeError
+from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.rollout.types import Engine, RolloutGroup
+
+if TYPE_CHECKING:
+    from moe_replay.grpo.inputs import Inputs
+
+
+def run_rollout(
+    recipe_path: str,
+    overrides: Sequence[tuple[str, str | None]],
+    output: str,
+    *,
+    num_prompts: int | None,
+) -> int:
+    """Sample the first ``num_prompts`` training prompts, those of a step by default, exactly as the trainer would.
+
+    Raises:
+        MoeReplayError: of the kind that names what went wrong; nothing is left in the folder then.
+    """
+    set_defaults(os.environ)
+    recipe = load_recipe(recipe_path, with_values(overrides))
+    count = recipe.prompts_per_step if num_prompts is None else num_prompts
+    if recipe.rollout.engine == "files":
+        raise RecipeError("rollout.engine is 'files', which samples nothing; choose another engine")
+    if count < 1:
+        raise RecipeError(f"--num-prompts is {count}, expected at least 1")
+    from moe_replay.grpo.inputs import open_inputs
+
+    inputs = open_inputs(recipe)
+    import torch
+
+    from moe_replay.grpo.engines import recipe_engine, recipe_sampling
+    from moe_replay.rollout.rollout_files import write_rollout
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = recipe_engine(recipe, device)
+    try:
+        manifest = write_rollout(
+            Path(output),
+            _groups(recipe, inputs, engine, count),
+            description=engine.description,
+            policy_version=engine.policy_version,
+            sampling=recipe_sampling(recipe),
+        )
+    finally:
+        engine.close()
+    completions = count * recipe.rollout.num_generations
+    print(f"wrote {completions} completions of {count} prompts: {manifest}", file=sys.stderr)
+    return 0
+
+
+def _groups(recipe: Recipe, inputs: Inputs, engine: Engine, count: int) -> Iterator[RolloutGroup]:
+    """Yield the groups of ``count`` prompts, sampled a step's worth at a time."""
+    from moe_replay.grpo.engines import recipe_sampling, training_request
+
+    for start in range(0, count, recipe.prompts_per_step):
+        prompts = inputs.train.at(start, min(recipe.prompts_per_step, count - start))
+        requests = [training_request(recipe, start + n, p) for n, p in enumerate(prompts)]
+        yield from engine.generate(requests, recipe_sampling(recipe))
