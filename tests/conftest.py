@@ -39,7 +39,7 @@ hook = install_import_hook(
 
 
 class TypedCore(MetaPathFinder):
-    """Loads moe_replay.routing as a type checker reads it.
+    """Loads the modules of moe_replay.routing as a type checker reads them.
 
     The core imports jaxtyping for type checkers only, because that takes longer than importing all of the core. Where
     its annotations are to be checked their names are needed in earnest.
@@ -49,7 +49,7 @@ class TypedCore(MetaPathFinder):
         self.checked = checked
 
     def find_spec(self, name, path=None, target=None):
-        if not f"{name}.".startswith("moe_replay.routing."):
+        if not name.startswith("moe_replay.routing."):
             return None
         spec = self.checked.find_spec(name, path, target)
         compiled = spec.loader.source_to_code

@@ -1,48 +1,54 @@
 """The core: traces, alignment and comparison in numpy, importable without torch.
 
+The package itself loads nothing, numpy included: a name is imported when it is first used.
+
 In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec and reference router.
 Called by: every other package, and other trainers.
 """
 
-from moe_replay.routing.agreement import (
-    Agreement,
-    GuardEvidence,
-    agreement_floor,
-    measure_agreement,
-)
-from moe_replay.routing.codec import (
-    decode_trace,
-    decode_traces,
-    encode_trace,
-    encode_traces,
-    from_text,
-    to_text,
-)
-from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
-from moe_replay.routing.diagnosis import Diagnosis, diagnose
-from moe_replay.routing.frame import Encoding, TraceHeader
-from moe_replay.routing.group import PromptDifference, TraceGroup
-from moe_replay.routing.guard import Guard
-from moe_replay.routing.hypotheses import Cause
-from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
-from moe_replay.routing.payload import (
-    RoutedModel,
-    trace_from_payload,
-    trace_from_split_payload,
-    unrouted_trace,
-)
-from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
-from moe_replay.routing.rows import RowIndex
-from moe_replay.routing.slices import RouteSlice, slice_routes
-from moe_replay.routing.stitch import (
-    EngineCall,
-    RowKind,
-    StitchedRollout,
-    merge_partial,
-    stitch_turns,
-)
-from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
-from moe_replay.routing.trace_file import TraceFile, write_trace_file
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_replay.routing.agreement import (
+        Agreement,
+        GuardEvidence,
+        agreement_floor,
+        measure_agreement,
+    )
+    from moe_replay.routing.codec import (
+        decode_trace,
+        decode_traces,
+        encode_trace,
+        encode_traces,
+        from_text,
+        to_text,
+    )
+    from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
+    from moe_replay.routing.diagnosis import Diagnosis, diagnose
+    from moe_replay.routing.frame import Encoding, TraceHeader
+    from moe_replay.routing.group import PromptDifference, TraceGroup
+    from moe_replay.routing.guard import Guard
+    from moe_replay.routing.hypotheses import Cause
+    from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
+    from moe_replay.routing.payload import (
+        RoutedModel,
+        trace_from_payload,
+        trace_from_split_payload,
+        unrouted_trace,
+    )
+    from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
+    from moe_replay.routing.rows import RowIndex
+    from moe_replay.routing.slices import RouteSlice, slice_routes
+    from moe_replay.routing.stitch import (
+        EngineCall,
+        RowKind,
+        StitchedRollout,
+        merge_partial,
+        stitch_turns,
+    )
+    from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
+    from moe_replay.routing.trace_file import TraceFile, write_trace_file
 
 __all__ = [
     "Agreement",
@@ -91,3 +97,37 @@ __all__ = [
     "unrouted_trace",
     "write_trace_file",
 ]
+
+_NAMES_IN = {
+    "agreement": "Agreement GuardEvidence agreement_floor measure_agreement",
+    "codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
+    "compare": "TraceComparison compare_traces flipped",
+    "diagnosis": "Diagnosis diagnose",
+    "frame": "Encoding TraceHeader",
+    "group": "PromptDifference TraceGroup",
+    "guard": "Guard",
+    "hypotheses": "Cause",
+    "margins": "MarginComparison compare_margins topk_margins",
+    "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
+    "replay": "Coverage LiveReason ReplayMode",
+    "rows": "RowIndex",
+    "slices": "RouteSlice slice_routes",
+    "stitch": "EngineCall RowKind StitchedRollout merge_partial stitch_turns",
+    "trace": "Origin PolicySpan RoutingTrace expert_dtype",
+    "trace_file": "TraceFile write_trace_file",
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Import an exported name on its first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the exported names, imported or not."""
+    return sorted({*globals(), *__all__})
