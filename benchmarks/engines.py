@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,41 @@ SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
 }
-PROMPT_LENGTH, COMPLETION_LENGTH = 24, 32
+PROMPT_LENGTH = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What every engine samples in a round."""
+
+    num_prompts: int
+    """Each completed eight times."""
+    max_completion_length: int
+    """Tokens; a completion may end earlier."""
 
 
 def main() -> int:
     """Print what was measured, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the tiny model alone, three rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the tiny model alone, three rounds of short completions",
+    )
     parser.add_argument("--rounds", type=int, help="default 12, quick 3")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (3 if arguments.quick else 12)
+    # Per completion a trace is made once, so short completions show it most.
+    load = Load(
+        num_prompts=4 if arguments.quick else 8,
+        max_completion_length=32 if arguments.quick else 128,
+    )
     set_defaults(os.environ)
     figures: dict[str, tuple[float, str]] = {}
     for size in ("tiny",) if arguments.quick else SIZES:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = write_model(Path(folder), size)
-            found = measure(checkpoint, rounds, num_prompts=4 if arguments.quick else 8)
+            found = measure(checkpoint, rounds, load)
         for name, value in found.items():
             print(f"{size:5s} {name:32s} {value[0]:12.4f} {value[1]}")
         # The larger model is nearer to what people run, so its figures bear the names.
@@ -77,10 +97,10 @@ def write_model(folder: Path, size: str) -> Path:
     )
 
 
-def measure(checkpoint: Path, rounds: int, *, num_prompts: int) -> dict[str, tuple[float, str]]:
+def measure(checkpoint: Path, rounds: int, load: Load) -> dict[str, tuple[float, str]]:
     """Race the engines, then push weights; return metric -> (value, unit)."""
     kinds = ("vllm capturing", "vllm plain", "embedded")
-    with workers(kinds, checkpoint, num_prompts) as ask:
+    with workers(kinds, checkpoint, load) as ask:
         for kind in kinds:
             ask(kind, "generate")
         speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -109,7 +129,7 @@ def ratio(speeds: dict[str, list[float]], first: str, second: str) -> float:
 
 @contextmanager
 def workers(
-    kinds: tuple[str, ...], checkpoint: Path, num_prompts: int
+    kinds: tuple[str, ...], checkpoint: Path, load: Load
 ) -> Iterator[Callable[[str, str], tuple[float, ...]]]:
     """Start a process for each engine; yield a function (engine, command) -> answer."""
     spawn = multiprocessing.get_context("spawn")
@@ -117,7 +137,7 @@ def workers(
     try:
         for kind in kinds:
             pipes[kind], theirs = spawn.Pipe()
-            process = spawn.Process(target=work, args=(kind, checkpoint, num_prompts, theirs))
+            process = spawn.Process(target=work, args=(kind, checkpoint, load, theirs))
             process.start()
             processes.append(process)
 
@@ -133,7 +153,7 @@ def workers(
             process.join()
 
 
-def work(kind: str, checkpoint: Path, num_prompts: int, pipe: Any) -> None:
+def work(kind: str, checkpoint: Path, load: Load, pipe: Any) -> None:
     """Hold one engine and do what is asked."""
     engine = open_engine(kind, checkpoint)
     rng = np.random.default_rng(3)
@@ -143,9 +163,9 @@ def work(kind: str, checkpoint: Path, num_prompts: int, pipe: Any) -> None:
             prompt_ids=rng.integers(4, 90, PROMPT_LENGTH).astype(np.int32),
             num_generations=8,
         )
-        for number in range(num_prompts)
+        for number in range(load.num_prompts)
     ]
-    sampling = SamplingParams(max_completion_length=COMPLETION_LENGTH)
+    sampling = SamplingParams(max_completion_length=load.max_completion_length)
     version = 0
     while (command := pipe.recv()) != "end":
         started = time.perf_counter()

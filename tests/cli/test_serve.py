@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -21,10 +13,10 @@ from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
 from moe_replay.rollout.server_engine import ServerEngine
 from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 TOKEN = "0123456789abcdef"
-START_S = 120.0
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "rollouts.example"])
@@ -64,37 +56,6 @@ def test_a_token_file_that_is_not_there_is_refused(tmp_path):
         read_token(tmp_path / "token")
 
 
-@contextmanager
-def serving(model: Path, *options: str) -> Iterator[str]:
-    """Run `moe-replay serve` and yield its URL once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moe_replay.cli.main", "serve", str(model)]
-    command += ["--port", str(port), "--dtype", "float32", *options]
-    with subprocess.Popen(command) as server:
-        try:
-            deadline = time.monotonic() + START_S
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert server.poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server does not start"
-                server_waits(server)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
-def server_waits(server: subprocess.Popen[bytes]) -> None:
-    """Give the server half a second, less if it ends."""
-    try:
-        server.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return
-
-
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_a_served_vllm_samples_and_takes_weights(tmp_path):
@@ -109,10 +70,11 @@ def test_a_served_vllm_samples_and_takes_weights(tmp_path):
     sampling = SamplingParams(max_completion_length=12, temperature=0.9, seed=2)
     embedded = EmbeddedEngine(second, dtype="float32")
     expected = embedded.generate(requests, sampling)
-    options = ["--token-file", str(token_file), "--kv-cache-gib", "0.05"]
-    with serving(first, *options) as url:
+    options = ["--dtype", "float32", "--token-file", str(token_file), "--kv-cache-gib", "0.05"]
+    with ServerProcess(first, *options) as server:
+        server.wait()
         engine = ServerEngine(
-            [url],
+            [server.url],
             facts=read_facts(first),
             run="cli",
             dtype="float32",
@@ -131,7 +93,7 @@ def test_a_served_vllm_samples_and_takes_weights(tmp_path):
     assert tokens(after) == tokens(expected)
     with pytest.raises(EngineError):
         ServerEngine(
-            [url],
+            [server.url],
             facts=read_facts(first),
             run="x",
             dtype="float32",

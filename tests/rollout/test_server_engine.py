@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.server_calls import Fault
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.server_messages import (
     PolicyName,
 )
@@ -98,7 +99,10 @@ def test_weights_of_an_earlier_run_are_stale():
         earlier = client(url, run="earlier")
         earlier.load_weights(weights(), policy_version=7)
         engine = client(url)
-        with pytest.raises(EngineError, match="holds the weights of policy version 7 of earlier"):
+        with pytest.raises(
+            EngineError,
+            match=r"no server is.*holds the weights of policy version 7 of earlier.*start the servers",
+        ):
             engine.generate(requests(), SAMPLING)
         engine.load_weights(weights(), policy_version=1)
         assert engine.generate(requests(), SAMPLING)
@@ -143,13 +147,11 @@ def test_a_server_that_died_leaves_its_work_to_the_other():
         engine.close()
 
 
-def test_without_any_server_left_the_round_ends_with_their_errors():
+def test_the_last_server_is_tried_until_a_request_has_failed_too_often():
     with ExitStack() as gone:
-        engine = client(gone.enter_context(served(fake())))
+        engine = client(*(gone.enter_context(served(fake())) for _ in range(2)), max_attempts=6)
         gone.close()
-        with pytest.raises(
-            EngineError, match=r"6 of 6 requests are left and no server is.*Connect"
-        ):
+        with pytest.raises(EngineError, match=r"failed 6 times, last.*Connect.*can be resumed"):
             engine.generate(requests(), SAMPLING)
         with pytest.raises(EngineError, match="no server took policy version 1"):
             engine.load_weights(weights(), policy_version=1)
@@ -162,6 +164,11 @@ def test_a_request_that_fails_everywhere_stops_the_round():
         with pytest.raises(EngineError, match=r"failed 2 times.*out of memory"):
             engine.generate(requests(1), SAMPLING)
         engine.close()
+
+
+def test_a_call_error_passes_between_processes():
+    error = pickle.loads(pickle.dumps(CallError(Fault.SLOW, "no answer")))
+    assert (type(error), error.fault, str(error)) == (CallError, Fault.SLOW, "no answer")
 
 
 def test_swapped_routes_are_a_fault_and_not_a_sample():

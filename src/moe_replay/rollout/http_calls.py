@@ -41,6 +41,10 @@ class CallError(EngineError):
         super().__init__(message)
         self.fault = fault
 
+    def __reduce__(self) -> tuple[type[CallError], tuple[Fault, str]]:
+        """Let it pass from one process to another."""
+        return type(self), (self.fault, str(self))
+
 
 class HttpCalls:
     """Calls to one server. Threads may make them at the same time."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
 from moe_replay.rollout.types import EngineDescription, Request, RolloutGroup, SamplingParams
 from moe_replay.rollout.weight_stream import checked_weights
 
-# A server that fails this often in a row is left alone until the next round.
+# A server that fails this often in a row is left alone until the next round, unless it is the last.
 _MAX_FAILURES_IN_A_ROW = 4
 # First wait after a failure; each further one in a row doubles it.
 _BACKOFF_S = 0.25
@@ -115,7 +116,7 @@ class ServerEngine:
         check_requests(
             requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
-        work = _Round(requests, self._max_attempts)
+        work = _Round(requests, self._max_attempts, {server.url for server in self._servers})
         with ThreadPoolExecutor(len(self._servers) * self._calls_per_server) as threads:
             workers = [
                 threads.submit(self._serve, server, work, sampling)
@@ -260,9 +261,12 @@ class ServerEngine:
 class _Round:
     """The requests of one call: which wait, which are out, what came back."""
 
-    def __init__(self, requests: Sequence[Request], max_attempts: int) -> None:
+    def __init__(
+        self, requests: Sequence[Request], max_attempts: int, urls: AbstractSet[str]
+    ) -> None:
         self.requests = requests
         self._max_attempts = max_attempts
+        self._left = set(urls)
         self._waiting = deque(range(len(requests)))
         self._num_out = 0
         self._groups: dict[int, RolloutGroup] = {}
@@ -275,8 +279,7 @@ class _Round:
         """Return the place of a request for the server at ``url``; None when there is nothing more for it to do."""
         with self._turn:
             self._turn.wait_for(lambda: self._waiting or not self._num_out or self._stopped)
-            is_lost = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
-            if self._stopped or not self._waiting or is_lost:
+            if self._stopped or not self._waiting or url not in self._left:
                 return None
             self._num_out += 1
             return self._waiting.popleft()
@@ -293,9 +296,12 @@ class _Round:
         """Let another call try a request that failed, unless it failed too often; return the seconds to wait."""
         with self._turn:
             self._num_out -= 1
+            self._failures_in_a_row[url] += 1
             # Weights do not come back by asking again.
             is_stale = error.fault is Fault.STALE
-            self._failures_in_a_row[url] += _MAX_FAILURES_IN_A_ROW if is_stale else 1
+            too_often = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
+            if is_stale or (too_often and self._left != {url}):
+                self._left.discard(url)
             errors = self._errors.setdefault(place, [])
             errors.append(error)
             if len(errors) >= self._max_attempts:

@@ -289,7 +289,9 @@ def _unwritten_rows(
                 "cannot be told apart; turn the engine's prefix cache off"
             )
         return np.zeros(len(rows), dtype=bool)
-    blank = (rows == rows[..., :1]).all(axis=(1, 2)) & given
+    # A row whose first layer is a route has been written, so the other layers are seldom read.
+    blank = (rows[:, 0] == rows[:, 0, :1]).all(axis=1) & given
+    blank[blank] = (rows[blank] == rows[blank, :, :1]).all(axis=(1, 2))
     if blank.any() and unwritten == "refuse":
         first = int(blank.argmax())
         raise TraceError(

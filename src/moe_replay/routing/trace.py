@@ -156,7 +156,8 @@ class RoutingTrace:
                 "[tokens, layers, topk] and one row and flag for each token; an engine that leaves the last row out "
                 "gives one row too few: add it with valid=False, after checking which row is missing"
             )
-        _check_range(ids, valid, layers, num_experts)
+        if ids.dtype != expert_dtype(num_experts):
+            _check_range(ids, valid, layers, num_experts)
         narrow = np.ascontiguousarray(ids.astype(expert_dtype(num_experts), copy=False))
         return cls(
             expert_ids=narrow,
@@ -334,19 +335,19 @@ class RoutingTrace:
     def _check_written(self) -> None:
         """Refuse a layer that routes many different tokens all alike."""
         held = np.flatnonzero(self.valid)
-        for place in range(len(self.layers)) if len(held) >= MIN_TOKENS_FOR_CONSTANT_CHECK else ():
-            # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
-            first = self.expert_ids[held[0], place]
-            if any(
-                (self.expert_ids[some, place] != first).any()
-                for some in (held[:MIN_TOKENS_FOR_CONSTANT_CHECK], held)
-            ):
+        if len(held) < MIN_TOKENS_FOR_CONSTANT_CHECK:
+            return
+        # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
+        first = self.expert_ids[held[0]]
+        some = self.expert_ids[held[:MIN_TOKENS_FOR_CONSTANT_CHECK]]
+        for place in np.flatnonzero((some == first).all(axis=(0, 2))):
+            if (self.expert_ids[held, place] != first[place]).any():
                 continue
             different = num_different_tokens(self.token_digest, self.valid)
             if different >= MIN_TOKENS_FOR_CONSTANT_CHECK:
                 raise TraceError(
                     f"layer {self.layers[place]}: all {len(held)} valid rows, of {different} different tokens, hold "
-                    f"{first.tolist()}; that is a constant fill, not routing: the engine did not capture this layer"
+                    f"{first[place].tolist()}; that is a constant fill, not routing: the engine did not capture this layer"
                 )
 
 

@@ -1,6 +1,6 @@
 """Servers that fail on purpose, for tests of whatever must survive that.
 
-In: an ASGI application. Out: one that dies, stalls, fails, and damages its answers. Called by: tests, ours and users'.
+In: an ASGI application, or the URL of a server. Out: one that dies, stalls, fails, and damages its answers. Called by: tests, ours and users'.
 """
 
 from __future__ import annotations
@@ -11,10 +11,44 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import httpx2
+
 FAULTS = ("die", "stall", "fail", "flip", "cut")
 """Ways to fail: break the connection, answer too late, answer 500, flip one bit of the answer, cut it."""
 
 Send = Callable[[Any], Awaitable[None]]
+
+
+class Relay:
+    """An ASGI application that passes every call on to the server at ``url``, for `Faulty` to wrap.
+
+    Example:
+        >>> with listening(Faulty(Relay(server.url), ["flip"], share=0.3)) as url: ...
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+        """Answer one call as the server does."""
+        if scope["type"] != "http":
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client:
+            answer = await client.request(
+                scope["method"],
+                f"{self._url}{scope['path']}?{scope['query_string'].decode()}",
+                content=body,
+                headers=[(name, value) for name, value in scope["headers"] if name != b"host"],
+            )
+        headers = [(b"content-type", answer.headers.get("content-type", "").encode())]
+        await send(
+            {"type": "http.response.start", "status": answer.status_code, "headers": headers}
+        )
+        await send({"type": "http.response.body", "body": answer.content})
 
 
 class Faulty:

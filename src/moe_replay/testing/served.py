@@ -1,19 +1,28 @@
-"""Rollout servers in this process, for tests of whatever talks to one.
+"""Rollout servers for tests of whatever talks to one, in this process and in processes that can be killed.
 
-In: an engine, or any ASGI application. Out: the URL of a server that serves it. Called by: tests, ours and users'.
+In: an engine, any ASGI application, or a checkpoint. Out: the URL of a server. Called by: tests, ours and users'.
 """
 
 from __future__ import annotations
 
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from moe_replay.errors import EngineError
 from moe_replay.rollout.types import Engine
 
 _START_S = 30.0
+# Importing vLLM alone takes half a minute on a busy machine.
+_PROCESS_START_S = 180.0
 
 
 @contextmanager
@@ -59,3 +68,76 @@ def listening(application: Any) -> Iterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
+
+
+class ServerProcess:
+    """`moe-replay serve` in a process of its own, which can be killed, stopped, and started again at the same address.
+
+    Example:
+        >>> with ServerProcess("checkpoints/tiny", "--dtype", "float32") as server:
+        ...     server.wait()
+        ...     engine = ServerEngine([server.url], ...)
+    """
+
+    def __init__(self, model: str | Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "moe_replay.cli.main", "serve", str(model)]
+        self._command = [*command, "--port", str(self._port), *options]
+        self._process = subprocess.Popen(self._command)
+
+    @property
+    def url(self) -> str:
+        """Its address, now and after a restart."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def wait(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            EngineError: when it ends instead, or takes longer than three minutes.
+        """
+        deadline = time.monotonic() + _PROCESS_START_S
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise EngineError(
+                    f"{self._command} does not answer after {_PROCESS_START_S:.0f} s; exit code {self._process.poll()}"
+                )
+            _pause(self._process)
+
+    def restart(self) -> None:
+        """Kill it and start it anew, with the weights of its checkpoint; returns before it answers."""
+        self._process.kill()
+        self._process.wait()
+        self._process = subprocess.Popen(self._command)
+
+    def stall(self, seconds: float) -> None:
+        """Keep it from doing anything for a while, its connections open."""
+        self._process.send_signal(signal.SIGSTOP)
+        threading.Timer(seconds, self._process.send_signal, [signal.SIGCONT]).start()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _pause(process: subprocess.Popen[bytes]) -> None:
+    """Wait for half a second, less if the process ends."""
+    try:
+        process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return

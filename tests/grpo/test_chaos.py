@@ -1,0 +1,94 @@
+"""A run over real vLLM servers of which one is stalled, killed and started again while the other's answers are damaged."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_replay.grpo.config import Recipe
+from moe_replay.testing.faults import Faulty, Relay
+from moe_replay.testing.served import ServerProcess, listening
+
+from .test_loop import metrics_of, run
+
+pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]
+NUM_STEPS = 10
+TIMEOUT_S = 3.0
+
+
+@contextmanager
+def conducted(recipe: Recipe, actions: dict[int, Callable[[], None]]) -> Iterator[None]:
+    """Do each action as soon as the run has reported so many steps."""
+    over = threading.Event()
+    left = dict(actions)
+
+    def conduct() -> None:
+        while left and not over.wait(0.1):
+            reported = (
+                len(metrics_of(recipe)) if (recipe.run.output_dir / "metrics.jsonl").exists() else 0
+            )
+            for step in [step for step in left if step <= reported]:
+                left.pop(step)()
+
+    thread = threading.Thread(target=conduct)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert not left, f"the run ended before {sorted(left)} steps were reported"
+
+
+@pytest.mark.timeout(600)
+def test_a_run_survives_vllm_servers_that_stall_die_and_lie(
+    recipe: Callable[..., Recipe], workspace: Path, tmp_path: Path
+) -> None:
+    options = ["--dtype", "float32", "--kv-cache-gib", "0.05", "--max-batch-size", "16"]
+    with (
+        ServerProcess(workspace / "model", *options) as mortal,
+        ServerProcess(workspace / "model", *options) as honest,
+        listening(
+            liar := Faulty(Relay(honest.url), ["flip", "cut", "fail"], share=0.5, seed=2)
+        ) as liar_url,
+    ):
+
+        def records_over(
+            name: str, *urls: str, **keys: Any
+        ) -> tuple[list[dict[str, Any]], list[str]]:
+            ours = recipe(
+                rollout__engine="vllm-server",
+                rollout__urls=str(list(urls)).replace("'", '"'),
+                rollout__dtype="float32",
+                run__max_steps=NUM_STEPS,
+                run__output_dir=str(tmp_path / name),
+                **keys,
+            )
+            actions = {2: lambda: mortal.stall(1.5 * TIMEOUT_S), 4: mortal.restart}
+            with conducted(ours, actions if name == "shaken" else {}):
+                records = run(ours)
+            return records, (ours.run.output_dir / "completions.jsonl").read_text().splitlines()
+
+        mortal.wait()
+        honest.wait()
+        sound, samples = records_over("sound", mortal.url, honest.url)
+        shaken, shaken_samples = records_over(
+            "shaken", mortal.url, liar_url, rollout__timeout_s=TIMEOUT_S
+        )
+    faults = {name for name in shaken[-1] if name.startswith("rollout/faults_")}
+    counted = {name: shaken[-1][name] for name in faults}
+    assert sum(counted.values()) >= 20, counted
+    assert counted["rollout/faults_slow"] and counted["rollout/faults_unreachable"], counted
+    assert counted["rollout/faults_corrupt"] and sum(liar.made.values()) >= 10, counted
+    assert {sound[-1][name] for name in faults} == {0.0}
+    assert len(sound) == len(shaken) == NUM_STEPS
+    assert len(shaken_samples) == len(samples) == NUM_STEPS * 16
+    for record in shaken:
+        # Equal numerics on both sides, so routes that belonged to other tokens would not agree everywhere.
+        assert record["replay/agreement"] == record["replay/coverage"] == 1.0
+        assert record["rollout_correction/k3_kl"] < 1e-9
