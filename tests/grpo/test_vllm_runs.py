@@ -20,12 +20,18 @@ pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.usefixtures("vllm
 Recipes = Callable[..., Recipe]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")  # vLLM's own call
+@pytest.mark.parametrize(("world_size", "shards"), [(1, 1), (2, 1), (2, 2)])
 def test_r3_with_vllm_and_equal_numerics_has_no_engine_gap(
-    world_size: int, recipe: Recipes
+    world_size: int, shards: int, recipe: Recipes
 ) -> None:
     records = run(
-        recipe(rollout__engine="vllm", rollout__dtype="float32", rollout__kv_cache_gib=0.05),
+        recipe(
+            rollout__engine="vllm",
+            rollout__dtype="float32",
+            rollout__kv_cache_gib=0.05,
+            rollout__tensor_parallel_size=shards,
+        ),
         world_size=world_size,
     )
     for record in records:

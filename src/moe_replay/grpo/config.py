@@ -40,6 +40,7 @@ _NO_EFFECT_ON_RESULTS = (
     "run.max_steps",
     "rollout.max_batch_size",
     "rollout.kv_cache_gib",
+    "rollout.tensor_parallel_size",
     "rollout.urls",
     "rollout.token_file",
     "rollout.weights_dir",

@@ -225,7 +225,8 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
 
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine != "vllm":
-        yield "rollout.kv_cache_gib", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
+        for key in ("kv_cache_gib", "tensor_parallel_size"):
+            yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
     if have.rollout.engine not in _SERVERS:
         for key in ("urls", "token_file", "weights_dir", "timeout_s"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not a server"

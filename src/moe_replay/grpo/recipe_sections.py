@@ -135,7 +135,9 @@ class RolloutSection(Section):
     max_batch_size: int = Field(default=64, gt=0)
     """Sequences sampled at once, by each server if there are several."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Memory of vLLM's key-value cache, in GiB."""
+    """Memory of vLLM's key-value cache on each rank, in GiB."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """Consecutive ranks of the trainer that hold one vLLM together, each a shard of its weights."""
 
 
 class ReplaySection(Section):

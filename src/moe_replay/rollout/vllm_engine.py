@@ -25,6 +25,7 @@ from moe_replay.rollout.types import (
     RolloutGroup,
     SamplingParams,
 )
+from moe_replay.rollout.vllm_ranks import check_ranks, own_place, requests_of_ranks
 from moe_replay.rollout.vllm_startup import start_vllm, stop_vllm, vllm_version
 from moe_replay.rollout.vllm_wire import payload_of_output, trace_from_vllm
 from moe_replay.rollout.weight_stream import checked_weights
@@ -46,6 +47,9 @@ class VllmEngine:
     a GPU the engine sleeps between rounds: its weights wait in host memory and its cache is gone while the trainer
     works. On a CPU vLLM has no sleep, and both stay.
 
+    With ``tensor_parallel_size`` above 1 consecutive ranks of the trainer hold one engine together. Each calls
+    `generate` with its own requests and gets its own completions, and all must make the same calls in the same order.
+
     Example:
         >>> engine = VllmEngine("checkpoints/tiny", dtype="bfloat16")
         >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
@@ -65,8 +69,10 @@ class VllmEngine:
         max_context_length: int | None = None,
         max_tokens_per_forward: int | None = None,
         kv_cache_gib: float = 1.0,
+        tensor_parallel_size: int = 1,
         record_routes: bool = True,
     ) -> None:
+        check_ranks(tensor_parallel_size)
         if dtype not in _DTYPES or max_batch_size < 1 or kv_cache_gib <= 0:
             raise RecipeError(
                 f"the vLLM engine has dtype {dtype}, max_batch_size {max_batch_size} and kv_cache_gib {kv_cache_gib}; "
@@ -91,9 +97,11 @@ class VllmEngine:
         self._finished: dict[str, Any] = {}
         self._num_callers = 0
         self._is_asleep = False
+        self._is_sharded = tensor_parallel_size > 1
         self._vllm = start_vllm(
             Path(model_dir),
             dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_batch_size,
             max_model_len=self._description.max_context_length,
             max_num_batched_tokens=max_tokens_per_forward,
@@ -119,17 +127,24 @@ class VllmEngine:
             EngineError: when a request is malformed or leaves no room in the context, vLLM fails, or the engine is closed.
         """
         check_sampling(sampling)
-        check_requests(
-            requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
-        )
+        ranks, own = [requests], 0
+        if self._is_sharded:
+            ranks, own = requests_of_ranks(requests), own_place()
+        # Of all ranks on every rank, so that a request that is refused ends all of them.
+        for asked in ranks:
+            check_requests(
+                asked, sampling, description=self._description, vocab_size=self._facts.vocab_size
+            )
         with self._lock:
             self._check_ready()
             self._wake()
             self._num_callers += 1
             policy_version = self._policy_version
-            names = [self._add(request, sampling) for request in requests]
+            queued = [[self._add(request, sampling) for request in asked] for asked in ranks]
         try:
-            outputs = self._outputs_of([name for group in names for name in group])
+            outputs = self._outputs_of(
+                [name for part in queued for group in part for name in group]
+            )
         finally:
             with self._lock:
                 self._num_callers -= 1
@@ -142,7 +157,7 @@ class VllmEngine:
                     for number, name in enumerate(group)
                 ),
             )
-            for request, group in zip(requests, names, strict=True)
+            for request, group in zip(requests, queued[own], strict=True)
         ]
 
     def load_weights(

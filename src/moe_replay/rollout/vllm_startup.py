@@ -48,8 +48,12 @@ def vllm_version() -> str:
     return vllm.__version__
 
 
-def start_vllm(model_dir: Path, *, max_model_len: int, **options: Any) -> Any:
+def start_vllm(
+    model_dir: Path, *, max_model_len: int, tensor_parallel_size: int, **options: Any
+) -> Any:
     """Return an ``LLMEngine`` of this process, without a tokenizer; ``options`` are further fields of ``EngineArgs``.
+
+    With ``tensor_parallel_size`` above 1 it holds one shard, and every rank of the trainer must call this together.
 
     Raises:
         EngineError: when vLLM does not start.
@@ -60,6 +64,7 @@ def start_vllm(model_dir: Path, *, max_model_len: int, **options: Any) -> Any:
     from vllm.v1.executor import Executor
 
     from moe_replay.rollout.vllm_plugin import check_mended, register
+    from moe_replay.rollout.vllm_ranks import executor_of_ranks
     from moe_replay.rollout.vllm_sampler import LOGPROBS_MODE, DrawTokens
 
     # vLLM has called it unless its plugins are restricted; calling it twice is allowed.
@@ -69,6 +74,9 @@ def start_vllm(model_dir: Path, *, max_model_len: int, **options: Any) -> Any:
     arguments = EngineArgs(
         model=str(model_dir),
         max_model_len=max_model_len,
+        tensor_parallel_size=tensor_parallel_size,
+        # The trainer launches the ranks, not vLLM.
+        distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
         # Compiled for the CPU, vLLM returns zeros for routes, without an error.
         enforce_eager=is_cpu,
         block_size=_CPU_BLOCK_SIZE if is_cpu else None,
@@ -89,11 +97,15 @@ def start_vllm(model_dir: Path, *, max_model_len: int, **options: Any) -> Any:
     with _process_kept_as_it_is(), _groups_counted():
         try:
             config = arguments.create_engine_config()
-            # The CPU build moves its worker to another process, where tensors cannot be pushed to.
-            config.parallel_config.distributed_executor_backend = "uni"
+            if tensor_parallel_size > 1:
+                executor_class = executor_of_ranks()
+            else:
+                # The CPU build moves its worker to another process, where tensors cannot be pushed to.
+                config.parallel_config.distributed_executor_backend = "uni"
+                executor_class = Executor.get_class(config)
             return LLMEngine(
                 config,
-                executor_class=Executor.get_class(config),
+                executor_class=executor_class,
                 log_stats=False,
                 multiprocess_mode=False,
             )

@@ -1,0 +1,97 @@
+"""One vLLM over several ranks of the trainer: each rank holds a shard of the weights, and all take the same steps.
+
+Consecutive ranks form an engine. Every rank has a scheduler of its own; they stay together because each is given the
+requests of all ranks in the same order, and draws the same tokens from the same gathered logits.
+
+In: the trainer's process group, requests of this rank. Out: an executor class, requests of all ranks of the engine.
+Called by: rollout.vllm_engine, rollout.vllm_startup.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_replay.errors import RecipeError
+from moe_replay.rollout.types import Request
+
+_HEADER = 3  # request id, number of generations, length of the prompt
+
+
+def check_ranks(tensor_parallel_size: int) -> None:
+    """Raise `RecipeError` unless the ranks of this run can be cut into engines of that many."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
+        raise RecipeError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the {world_size} processes of "
+            "this run, whose consecutive ranks share an engine"
+        )
+
+
+def executor_of_ranks() -> type:
+    """Return the vLLM executor that runs one shard, in this process; collective over all ranks."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    # Shards on one machine find each other's memory by a name, which no other engine may have.
+    number = torch.tensor([secrets.randbits(48)], dtype=torch.int64, device=_device())
+    dist.broadcast(number, src=0)
+    rank = dist.get_rank()
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else rank
+
+    class RankExecutor(UniProcExecutor):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            # vLLM takes the trainer's process group, so nothing is ever opened at this address.
+            return f"env://moe-replay:{int(number)}", rank, local_rank
+
+    return RankExecutor
+
+
+def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
+    """Return the requests of every rank of this engine, in rank order; collective over them."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group().cpu_group
+    flat = [
+        np.concatenate([[r.request_id, r.num_generations, len(r.prompt_ids)], r.prompt_ids])
+        for r in requests
+    ]
+    mine = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *flat]))
+    length = torch.tensor([len(mine)])
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.int64)
+    padded[: len(mine)] = mine
+    everyone = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everyone, padded, group=group)
+    return [
+        _read_requests(part[: int(n)].numpy()) for part, n in zip(everyone, lengths, strict=True)
+    ]
+
+
+def own_place() -> int:
+    """Return the place of this rank among those of its engine."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().rank_in_group
+
+
+def _read_requests(flat: np.ndarray) -> list[Request]:
+    requests, start = [], 0
+    while start < len(flat):
+        request_id, num_generations, length = flat[start : start + _HEADER].tolist()
+        start += _HEADER
+        prompt_ids = flat[start : start + length].astype(np.int32)
+        start += length
+        requests.append(
+            Request(request_id=request_id, prompt_ids=prompt_ids, num_generations=num_generations)
+        )
+    return requests
+
+
+def _device() -> torch.device:
+    """Return where the trainer's process group can send from."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
