@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from moe_replay.errors import EngineError, RecipeError, TraceError
-from moe_replay.rollout.http_calls import CallError, Fault, HttpCalls
-from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.server_contract import WeightPart, check_policy, join_groups
+from moe_replay.rollout.http_calls import CallError, Fault
+from moe_replay.rollout.plain_calls import PlainCalls
+from moe_replay.rollout.server_contract import check_policy, join_groups
 from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Status
 from moe_replay.rollout.sglang_wire import (
     FLAG,
@@ -35,7 +32,7 @@ from moe_replay.rollout.weight_names import read_policy, weight_version
 _FLAT, _LEAST_LEAD = 100.0, 0.1
 
 
-class SglangCalls(HttpCalls):
+class SglangCalls(PlainCalls):
     """One SGLang server. Threads may call it at the same time.
 
     What is sampled depends on the server's noise: only one with ``--enable-deterministic-inference`` gives equal completions
@@ -45,19 +42,6 @@ class SglangCalls(HttpCalls):
     how_to_record: str = (
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None,
-        timeout_s: float,
-        max_answer_bytes: int,
-        facts: ModelFacts,
-    ) -> None:
-        super().__init__(url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes)
-        self._facts = facts
-        self._pushed: Path | None = None
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -82,24 +66,16 @@ class SglangCalls(HttpCalls):
             CallError: when it does not answer.
         """
         description = self.status().description
-        vocab_size = self._facts.vocab_size
-        # Not the first ids: the embedding of a padding token is zero, and so are its logits.
-        prompt_ids = (np.arange(1, 5) * vocab_size // 5).astype(np.int32)
-        request = Request(request_id=0, prompt_ids=prompt_ids, num_generations=1)
         best = []
         for temperature in (1.0, _FLAT):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
-            try:
-                ((completion,), _) = self._complete([request], sampling, description)
-            except CallError as error:
-                if error.fault is not Fault.CORRUPT:
-                    raise
-                raise RecipeError(
-                    f"a trial completion failed, so the server serves another model than model.path, or does not return "
-                    f"what it should: {error}"
-                ) from error
-            best.append(float(completion.rollout_logprobs[0]))
-        lead = best[0] + math.log(vocab_size)
+            tried = self.try_out(
+                lambda request, sampling=sampling: self._complete([request], sampling, description)[
+                    0
+                ][0]
+            )
+            best.append(float(tried.rollout_logprobs[0]))
+        lead = best[0] + math.log(self._facts.vocab_size)
         if lead > _LEAST_LEAD and best[0] - best[1] < lead / 2:
             raise RecipeError(
                 f"{self.url} gives the most likely token the log-probability {best[0]:.3f} at temperature 1 and "
@@ -126,10 +102,6 @@ class SglangCalls(HttpCalls):
         for name in answered:
             check_policy(name, policy, self.url)
         return groups
-
-    def put_weights(self, part: WeightPart) -> None:
-        """Keep the folder of a push in mind; the server reads it when the push is committed."""
-        self._pushed = part.path.parent
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.

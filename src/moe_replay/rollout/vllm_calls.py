@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlencode
 
-import numpy as np
-
 from moe_replay.errors import EngineError, RecipeError, TraceError
-from moe_replay.rollout.http_calls import CallError, Fault, HttpCalls
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
+from moe_replay.rollout.plain_calls import PlainCalls
 from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_contract import (
     RolloutServer,
-    WeightPart,
     check_policy,
     join_groups,
 )
@@ -75,26 +72,14 @@ def connect_vllm(
     )
 
 
-class VllmCalls(HttpCalls):
+class VllmCalls(PlainCalls):
     """One plain vLLM server. Threads may call it at the same time."""
 
     how_to_record: str = (
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None,
-        timeout_s: float,
-        max_answer_bytes: int,
-        facts: ModelFacts,
-    ) -> None:
-        super().__init__(url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes)
-        self._facts = facts
-        self._server: NativeServer | None = None
-        self._pushed: Path | None = None
+    _server: NativeServer | None = None
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -122,20 +107,18 @@ class VllmCalls(HttpCalls):
             CallError: when the server does not answer.
         """
         description = self.status().description
-        prompt_ids = (np.arange(1, 5) * self._facts.vocab_size // 5).astype(np.int32)
-        request = Request(request_id=0, prompt_ids=prompt_ids, num_generations=1)
-        try:
+
+        def sample(request: Request) -> Completion:
             completion = self._complete(
                 request, 0, SamplingParams(max_completion_length=2), 0, description
             )
             join_groups([request], [completion], description=description, url=self.url)
-        except CallError as error:
-            if error.fault is not Fault.CORRUPT:
-                raise
-            raise RecipeError(
-                "a trial completion failed, so the server serves another model than model.path, or does not return what it "
-                f"should (compiled, vLLM's CPU build returns zeros for routes: start it with --enforce-eager): {error}"
-            ) from error
+            return completion
+
+        self.try_out(
+            sample,
+            hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with --enforce-eager)",
+        )
 
     def generate(
         self,
@@ -167,10 +150,6 @@ class VllmCalls(HttpCalls):
         groups = join_groups(requests, completions, description=description, url=self.url)
         check_policy(self._policy(), policy, self.url)
         return groups
-
-    def put_weights(self, part: WeightPart) -> None:
-        """Keep the folder of a push in mind; the server reads it when the push is committed."""
-        self._pushed = part.path.parent
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.

@@ -253,6 +253,8 @@ class VllmEngine:
         except Exception as error:
             with self._lock:
                 self._vllm.abort_request(list(waiting))
+                for name in names:
+                    self._finished.pop(name, None)
             raise EngineError(
                 f"vLLM failed with {len(waiting)} completions unfinished: {type(error).__name__}: {error}"
             ) from error
