@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moe_replay.grpo.config import Recipe
 from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.testing.faults import FAULTS, Faulty
 from moe_replay.testing.served import served
 
 from .test_loop import run
@@ -21,7 +19,7 @@ Recipes = Callable[..., Recipe]
 
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")  # vLLM's own call
-@pytest.mark.parametrize(("world_size", "shards"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("world_size", "shards"), [(2, 1), (2, 2)])
 def test_r3_with_vllm_and_equal_numerics_has_no_engine_gap(
     world_size: int, shards: int, recipe: Recipes
 ) -> None:
@@ -41,9 +39,8 @@ def test_r3_with_vllm_and_equal_numerics_has_no_engine_gap(
         assert abs(record["rollout_correction/ratio_mean"] - 1) < 1e-5
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
-    world_size: int, recipe: Recipes, workspace: Path
+    recipe: Recipes, workspace: Path
 ) -> None:
     with ExitStack() as opened:
         urls = [
@@ -55,8 +52,8 @@ def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
             "rollout__urls": str(urls).replace("'", '"'),
             "rollout__dtype": "float32",
         }
-        records = run(recipe(**keys), world_size=world_size)
-        again = run(recipe(**keys), world_size=world_size, restart=True)
+        records = run(recipe(**keys), world_size=2)
+        again = run(recipe(**keys), world_size=2, restart=True)
     for record in records:
         assert record["replay/agreement"] == 1.0
         assert record["replay/coverage"] == 1.0
@@ -64,42 +61,6 @@ def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(
     assert {v for k, v in records[-1].items() if k.startswith("rollout/faults_")} == {0.0}
     # The second run found the weights of the first in the servers, and put the checkpoint's back.
     assert [r["reward"] for r in again] == [r["reward"] for r in records]
-
-
-@pytest.mark.slow
-def test_a_run_over_failing_servers_is_the_run_over_sound_ones(
-    recipe: Recipes, workspace: Path
-) -> None:
-    def run_over(share: float) -> tuple[list[dict[str, Any]], int]:
-        faulty: list[Faulty] = []
-
-        def around(application: Any) -> Faulty:
-            faulty.append(Faulty(application, FAULTS, share=share, seed=len(faulty)))
-            return faulty[-1]
-
-        with ExitStack() as opened:
-            engines = [EmbeddedEngine(workspace / "model", dtype="float32") for _ in range(2)]
-            urls = [opened.enter_context(served(engine, around=around)) for engine in engines]
-            keys = {
-                "rollout__engine": "vllm-server",
-                "rollout__urls": str(urls).replace("'", '"'),
-                "rollout__dtype": "float32",
-                "rollout__timeout_s": 20 if share == 0 else 1.2,
-                "run__max_steps": 10,
-            }
-            records = run(recipe(**keys), restart=True)
-        return records, sum(sum(server.made.values()) for server in faulty)
-
-    sound, none = run_over(0.0)
-    shaken, num_faults = run_over(0.4)
-    assert none == 0 and num_faults >= 20
-    faults = {kind for kind in shaken[-1] if kind.startswith("rollout/faults_")}
-    assert sum(shaken[-1][kind] for kind in faults) >= 20
-    for a, b in zip(sound, shaken, strict=True):
-        # The order in which answers come back changes nothing: batches are made in the order of the prompts.
-        assert {k: v for k, v in a.items() if k not in faults} == {
-            k: v for k, v in b.items() if k not in faults
-        }
 
 
 def test_vllm_gives_the_run_that_the_embedded_engine_gives(recipe: Recipes) -> None:

@@ -149,9 +149,9 @@ def test_a_server_that_died_leaves_its_work_to_the_other():
 
 def test_the_last_server_is_tried_until_a_request_has_failed_too_often():
     with ExitStack() as gone:
-        engine = client(*(gone.enter_context(served(fake())) for _ in range(2)), max_attempts=6)
+        engine = client(*(gone.enter_context(served(fake())) for _ in range(2)), max_attempts=5)
         gone.close()
-        with pytest.raises(EngineError, match=r"failed 6 times, last.*Connect.*can be resumed"):
+        with pytest.raises(EngineError, match=r"failed 5 times, last.*Connect.*can be resumed"):
             engine.generate(requests(), SAMPLING)
         with pytest.raises(EngineError, match="no server took policy version 1"):
             engine.load_weights(weights(), policy_version=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_replay.errors import EngineError, RecipeError, TraceError, UnsupportedError
+from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
@@ -121,24 +121,6 @@ def test_a_request_that_is_aborted_inside_vllm_is_an_error_and_no_completion(eng
     assert not engine._vllm.has_unfinished_requests()
     (group,) = engine.generate(prompts(1), SAMPLING)
     assert len(group.completions) == 2
-
-
-@pytest.mark.slow
-def test_why_it_runs_uncompiled_compiled_routes_are_zeros_and_refused(
-    monkeypatch, checkpoints, engine
-):
-    from vllm.engine.arg_utils import EngineArgs
-
-    made = EngineArgs.__init__
-
-    def compiled(self, *arguments, **options):
-        made(self, *arguments, **{**options, "enforce_eager": False})
-
-    monkeypatch.setattr(EngineArgs, "__init__", compiled)
-    started = start(checkpoints["a"])
-    with pytest.raises(TraceError, match=r"rows are unwritten.*names expert 0 4 times"):
-        started.generate(prompts(1), SAMPLING)
-    started.close()
 
 
 def test_an_engine_that_records_no_routes_says_so(checkpoints):

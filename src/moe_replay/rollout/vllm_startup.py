@@ -61,10 +61,8 @@ def start_vllm(
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.executor import Executor
 
     from moe_replay.rollout.vllm_plugin import check_mended, register
-    from moe_replay.rollout.vllm_ranks import executor_of_ranks
     from moe_replay.rollout.vllm_sampler import LOGPROBS_MODE, DrawTokens
 
     # vLLM has called it unless its plugins are restricted; calling it twice is allowed.
@@ -97,15 +95,9 @@ def start_vllm(
     with _process_kept_as_it_is(), _groups_counted():
         try:
             config = arguments.create_engine_config()
-            if tensor_parallel_size > 1:
-                executor_class = executor_of_ranks()
-            else:
-                # The CPU build moves its worker to another process, where tensors cannot be pushed to.
-                config.parallel_config.distributed_executor_backend = "uni"
-                executor_class = Executor.get_class(config)
             return LLMEngine(
                 config,
-                executor_class=executor_class,
+                executor_class=_executor(config),
                 log_stats=False,
                 multiprocess_mode=False,
             )
@@ -138,6 +130,19 @@ def stop_vllm(llm_engine: Any) -> None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = parallel_state._NODE_COUNT = None
     delattr(parallel_state, _GROUPS)
+
+
+def _executor(config: Any) -> type:
+    """Return the class that runs the model in this process: all of it, or one shard."""
+    from vllm.v1.executor import Executor
+
+    from moe_replay.rollout.vllm_ranks import executor_of_ranks
+
+    if config.parallel_config.tensor_parallel_size > 1:
+        return executor_of_ranks()
+    # The CPU build moves its worker to another process, where tensors cannot be pushed to.
+    config.parallel_config.distributed_executor_backend = "uni"
+    return Executor.get_class(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
