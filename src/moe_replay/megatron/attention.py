@@ -72,7 +72,7 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_unused: Any,
     ) -> Tensor:
-        """Return the attended values with heads and head dim merged, as `[s b heads*d]` (packed: b = 1)."""
+        """Return the attended values with heads and head dim merged, as `[s b heads*d]` (packed: `[t heads*d]`)."""
         if attention_mask is not None or attention_bias is not None:
             raise UnsupportedError(
                 "core attention got an attention mask or bias; it is causal within each sequence and takes "
@@ -93,7 +93,8 @@ class SDPACoreAttention(MegatronModule):
             ).unsqueeze(1)
         else:
             out = self._attend(query, key, value)
-        return out.flatten(2)
+        # Packed without the batch dim, as Transformer Engine does: Megatron puts it back, after cutting padded heads off.
+        return out.flatten(2).squeeze(1) if packed else out.flatten(2)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
