@@ -2,7 +2,8 @@
 
 Every engine lives in a process of its own, and rounds alternate between them; the embedded engine, the slowest, takes
 part in every sixth. What else the machine does changes a round by more than capture does, so neighbouring rounds are
-compared, and the median of many such pairs is the figure. A tiny and a ~20M-parameter model, random weights, bfloat16. The figures come last, one JSON object a line.
+compared, and the median of many such pairs is the figure. A tiny and a ~20M-parameter model, random weights, bfloat16.
+The figures come last, one JSON object a line.
 
     python benchmarks/engines.py [--quick] [--rounds 48]
 """

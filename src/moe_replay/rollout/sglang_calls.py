@@ -69,12 +69,12 @@ class SglangCalls(PlainCalls):
         best = []
         for temperature in (1.0, _FLAT):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
-            tried = self.try_out(
-                lambda request, sampling=sampling: self._complete([request], sampling, description)[
-                    0
-                ][0]
-            )
-            best.append(float(tried.rollout_logprobs[0]))
+
+            def sample(request: Request, sampling: SamplingParams = sampling) -> Completion:
+                (completion,), _ = self._complete([request], sampling, description)
+                return completion
+
+            best.append(float(self.try_out(sample).rollout_logprobs[0]))
         lead = best[0] + math.log(self._facts.vocab_size)
         if lead > _LEAST_LEAD and best[0] - best[1] < lead / 2:
             raise RecipeError(
