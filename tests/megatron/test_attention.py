@@ -81,7 +81,7 @@ def run_packed(lengths: list[int], context_ranks: int) -> list[torch.Tensor]:
         start += length
     index = torch.cat(rows)
     qkv = [x.detach()[index].requires_grad_() for x in random_qkv(lengths)]
-    out = attention()(*qkv, None, packed_seq_params=packed_params(lengths)).squeeze(1)
+    out = attention()(*qkv, None, packed_seq_params=packed_params(lengths))
     weight = torch.arange(sum(lengths) * out.shape[1]).view(-1, out.shape[1]).cos()[index]
     (out * weight).sum().backward()
     return [index, out.detach(), *(x.grad for x in qkv)]
