@@ -184,10 +184,12 @@ def test_payload_with_an_id_outside_the_model_raises():
         joined(rows)
 
 
-def test_payload_that_names_an_expert_twice_in_one_layer_raises():
+@pytest.mark.parametrize("place", range(3))
+def test_payload_that_names_an_expert_twice_in_one_layer_raises(place):
     rows = routes()
-    rows[2, 1] = 6
-    with pytest.raises(TraceError, match=r"request 5: row 2, layer 2: .* name one twice"):
+    rows[2, place] = 6
+    layer = MODEL.moe_layers[place]
+    with pytest.raises(TraceError, match=rf"request 5: row 2, layer {layer}: .* name one twice"):
         joined(rows, unwritten="invalid")
 
 

@@ -163,6 +163,12 @@ def test_record_refuses_a_layer_that_routes_all_tokens_alike():
         constant(40, np.arange(40))
 
 
+def test_record_accepts_a_layer_that_differs_in_its_last_row_only():
+    ids = np.tile(IDS[0], (40, 1, 1))
+    ids[39] = IDS[1]
+    assert len(record(ids, tokens=np.arange(40))) == 40
+
+
 def test_record_accepts_constant_routes_of_one_repeated_token():
     assert len(constant(40, np.full(40, 7))) == 40
 
