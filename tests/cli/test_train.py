@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_replay
-from moe_replay.cli.main import main, split_overrides
+from moe_replay.cli.main import main
 from moe_replay.cli.train import run_train
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
@@ -40,51 +40,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert captured.err.startswith("moe-replay: ")
     assert "Traceback" not in captured.err
     return " ".join(captured.err.split())
-
-
-def test_version_is_printed(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"moe-replay {moe_replay.__version__}\n"
-
-
-def test_help_of_train_shows_the_keys_of_a_recipe(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--help"])
-    assert stopped.value.code == 0
-    assert "replay.min_coverage (default: 0.95)" in capsys.readouterr().out
-
-
-def test_misspelt_switch_is_a_usage_error(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "recipe.toml", "--dryrun"])
-    assert stopped.value.code == 2
-    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err
-
-
-def test_overrides_are_taken_out_wherever_they_stand():
-    arguments = ["--a.b", "-1", "train", "--c.d=e=f", "r.toml", "--dry-run", "--g.h"]
-    assert split_overrides(arguments) == (
-        ["train", "r.toml", "--dry-run"],
-        [("a.b", "-1"), ("c.d", "e=f"), ("g.h", None)],
-    )
-
-
-def test_version_loads_neither_torch_nor_pydantic(tmp_path):
-    code = (
-        "import sys\nfrom moe_replay.cli.main import main\n"
-        "try: main(['--version'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'pydantic', 'transformers', 'megatron'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(SOURCES)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import tomlkit
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.recipe_file import load_recipe, recipe_from_table, recipe_keys
+from moe_replay.grpo.recipe_file import load_recipe, recipe_from_table
+from moe_replay.grpo.recipe_keys import recipe_keys
 
 from .smallest_recipe import problems_of, recipe, table
 
@@ -32,7 +33,7 @@ def test_integer_is_accepted_for_a_float():
         ("rollout", "top_p", 1.5),
         ("rollout", "num_generations", 1),
         ("data", "shuffle", 1),
-        ("megatron", "recompute_modules", "moe"),
+        ("logging", "sinks", {"wandb": 1}),
     ],
 )
 def test_wrong_type_or_range_names_key_and_value(section, key, value):
@@ -214,3 +215,53 @@ def test_every_key_is_described():
     keys = list(recipe_keys())
     assert {"run.output_dir", "rewards.N.weight", "grpo.epsilon_high"} <= {key.path for key in keys}
     assert all(key.text.endswith(".") for key in keys)
+
+
+LISTS = {
+    "rollout.urls": "http://127.0.0.1:8000",
+    "logging.sinks": "wandb",
+    "megatron.recompute_modules": "moe",
+}
+# What the list keys need beside them.
+WITH_LISTS = {
+    "rollout": {"engine": "vllm-server"},
+    "megatron": {"recompute_granularity": "selective"},
+}
+
+
+def test_d7_one_value_is_a_list_of_one_for_every_list_key(tmp_path):
+    assert set(LISTS) <= {key.path for key in recipe_keys() if key.is_list}
+    loaded = load_recipe(write(tmp_path, **WITH_LISTS), list(LISTS.items()))
+    for key, value in LISTS.items():
+        section, name = key.split(".")
+        assert getattr(getattr(loaded, section), name) == (value,)
+
+
+def test_d7_a_list_in_brackets_stays_one(tmp_path):
+    loaded = load_recipe(
+        write(tmp_path, **WITH_LISTS), [("rollout.urls", '["http://a:1", "http://b:2"]')]
+    )
+    assert loaded.rollout.urls == ("http://a:1", "http://b:2")
+
+
+def test_d19_a_wrong_entry_of_a_list_names_the_nearest_choice():
+    assert "got 'tensorbord', expected 'tensorboard', 'wandb' or 'trackio' (nearest" in problems_of(
+        logging={"sinks": "tensorbord"}
+    )
+
+
+def test_d18_a_recipe_and_its_overrides_may_be_python_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(
+        table(model={"path": tmp_path / "m"}, data={"train": "t.jsonl"}),
+        {"run.max_steps": 3, "rewards.0.weight": 2, "logging.sinks": ("wandb",)},
+    )
+    assert loaded.model.path == tmp_path / "m"
+    assert loaded.data.train == str(tmp_path / "t.jsonl")
+    assert (loaded.run.max_steps, loaded.rewards[0].weight) == (3, 2.0)
+    assert loaded.logging.sinks == ("wandb",)
+
+
+def test_d18_python_values_are_not_read_as_toml(tmp_path):
+    with pytest.raises(RecipeError, match=r"run.max_steps: got '3', expected a valid integer"):
+        load_recipe(write(tmp_path), {"run.max_steps": "3"})

@@ -1,7 +1,6 @@
 """From a TOML file and dotted overrides to a `Recipe`, with every problem of a recipe reported at once.
 
-In: a path, (dotted key, text) pairs of a command line. Out: `Recipe`, `RecipeKey` for documentation.
-Called by: cli.
+In: a path or nested tables, dotted overrides. Out: `Recipe`. Called by: cli.
 """
 
 from __future__ import annotations
@@ -10,30 +9,17 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.recipe_keys import SECTIONS, choices_of, nearest
 from moe_replay.grpo.recipe_rules import GENERATED, Problem, effect_free_keys, rule_problems
 from moe_replay.grpo.recipe_sections import RewardSection, Section
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeKey:
-    """One key that a recipe may set, for help and documentation."""
-
-    path: str
-    """Dotted key; ``rewards.N.`` stands for any entry of the list."""
-    default: str
-    """TOML spelling of the default, ``required`` or ``none``."""
-    text: str
-    """What it does."""
-
 
 _PATHS = (
     "run.output_dir",
@@ -44,23 +30,34 @@ _PATHS = (
 )
 
 
-def load_recipe(path: Path | str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+def load_recipe(
+    source: Path | str | Mapping[str, Any],
+    overrides: Sequence[tuple[str, str]] | Mapping[str, Any] = (),
+) -> Recipe:
     """Read a recipe, apply dotted overrides, and check all of it.
 
-    ``overrides`` holds pairs such as ``("grpo.beta", "0.1")`` or ``("rewards.0.weight", "2")``: each text is read as
-    a TOML value, or taken as a string where it is none. Relative paths in the file start at the file's folder,
-    relative paths in overrides at the working directory.
+    ``source`` is a TOML file, or nested tables. ``overrides`` holds pairs such as ``("grpo.beta", "0.1")`` or
+    ``("rewards.0.weight", "2")``, where each text is read as a TOML value, or taken as a string where it is not one;
+    or a mapping such as ``{"grpo.beta": 0.1}``, whose values are taken as they are. Relative paths in a file start at the
+    file's folder, all others at the working directory.
 
     Raises:
         RecipeError: the file cannot be read, or anything in it is wrong; the message lists every problem found.
         UnsupportedError: all that is wrong is that something cannot be honoured.
     """
-    path = Path(path).expanduser().absolute()
-    table = _read_toml(path)
-    _make_paths_absolute(table, path.parent)
-    for key, text in overrides:
-        _override(table, key, text)
-    return recipe_from_table(table, where=f"recipe {path}")
+    if isinstance(source, Mapping):
+        table, folder, where = _plain(source), Path.cwd(), "recipe"
+    else:
+        path = Path(source).expanduser().absolute()
+        table, folder, where = _read_toml(path), path.parent, f"recipe {path}"
+    _make_paths_absolute(table, folder)
+    if isinstance(overrides, Mapping):
+        pairs = [(key, _plain(value)) for key, value in overrides.items()]
+    else:
+        pairs = [(key, _parse(text)) for key, text in overrides]
+    for key, value in pairs:
+        _override(table, key, value)
+    return recipe_from_table(table, where=where)
 
 
 def recipe_from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -83,41 +80,6 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Rec
     if problems:
         raise _error(problems, where)
     return Recipe(**sections)
-
-
-def recipe_keys() -> Iterator[RecipeKey]:
-    """Yield every key that a recipe may set, in the order of the sections."""
-    for name, section in _SECTIONS.items():
-        prefix = f"{name}.N" if name == "rewards" else name
-        for key, field in section.model_fields.items():
-            default = field.default
-            if field.default_factory is not None:
-                spelling = "{}"
-            elif default is PydanticUndefined:
-                spelling = _DERIVED_DEFAULTS.get((name, key), "required")
-            elif default is None:
-                spelling = "none"
-            else:
-                spelling = _spell(default)
-            yield RecipeKey(
-                path=f"{prefix}.{key}", default=spelling, text=(field.description or "").strip()
-            )
-
-
-def _section_types() -> dict[str, type[Section]]:
-    sections: dict[str, type[Section]] = {"rewards": RewardSection}
-    for name, field in Recipe.model_fields.items():
-        if get_origin(field.annotation) is not tuple:
-            assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            sections[name] = field.annotation
-    return {name: sections[name] for name in Recipe.model_fields}
-
-
-_SECTIONS = _section_types()
-_DERIVED_DEFAULTS = {
-    ("rewards", "name"): "the function's name",
-    ("grpo", "epsilon_high"): "epsilon",
-}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -163,7 +125,16 @@ def _anchored(path: str, folder: Path) -> str:
     return os.path.normpath(folder / Path(path).expanduser())
 
 
-def _override(table: dict[str, Any], path: str, text: str) -> None:
+def _plain(value: Any) -> Any:
+    """Return a copy of a Python value in the types that TOML has."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _override(table: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     target: Any = table
     for depth, part in enumerate(parents):
@@ -173,11 +144,11 @@ def _override(table: dict[str, Any], path: str, text: str) -> None:
             target = target.setdefault(part, {})
         if not isinstance(target, dict | list):
             raise RecipeError(
-                f"--{path} {text}: {'.'.join(parents[: depth + 1])} is the value {target!r}, not a table: "
+                f"--{path} {value}: {'.'.join(parents[: depth + 1])} is the value {target!r}, not a table: "
                 "override the value itself"
             )
     value = _absolute(
-        ".".join(part for part in path.split(".") if not part.isdigit()), _parse(text), Path.cwd()
+        ".".join(part for part in path.split(".") if not part.isdigit()), value, Path.cwd()
     )
     if isinstance(target, list):
         target[_entry_number(target, last, path)] = value
@@ -202,26 +173,18 @@ def _parse(text: str) -> Any:
     return table["value"] if set(table) == {"value"} else text
 
 
-def _spell(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return str(list(value))
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def _validate_sections(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the sections that are valid by themselves, and what is wrong with the others."""
     problems = [
         Problem(
             path=name,
-            text=f"set to {table[name]!r}, but there is no such section or key; {_nearest(name)}",
+            text=f"set to {table[name]!r}, but there is no such section or key; {nearest(name)}",
         )
         for name in table
-        if name not in _SECTIONS
+        if name not in SECTIONS
     ]
     sections: dict[str, Any] = {}
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         if name == "rewards":
             entries, found = _validate_rewards(table.get("rewards", []))
         else:
@@ -264,7 +227,7 @@ def _problem(section: type[Section], prefix: str, details: ErrorDetails) -> Prob
     field = section.model_fields.get(str(details["loc"][0]))
     description = (field.description or "").strip().replace("``", "") if field is not None else ""
     if details["type"] == "extra_forbidden":
-        text = f"set to {given!r}, but there is no such key; {_nearest(path)}"
+        text = f"set to {given!r}, but there is no such key; {nearest(path)}"
     elif details["type"] == "missing":
         text = f"missing, and it has no default. It is: {description}"
     else:
@@ -274,36 +237,10 @@ def _problem(section: type[Section], prefix: str, details: ErrorDetails) -> Prob
 
 
 def _closest_choice(given: Any, field: Any) -> str:
-    choices = [
-        choice
-        for choice in get_args(field.annotation if field else None)
-        if isinstance(choice, str)
-    ]
-    close = difflib.get_close_matches(str(given), choices, n=1)
+    close = difflib.get_close_matches(
+        str(given), choices_of(field.annotation if field else None), n=1
+    )
     return f" (nearest: {close[0]!r})" if close else ""
-
-
-def _nearest(path: str) -> str:
-    """Name the known key that a wrong one probably meant: the same name elsewhere, or the most similar one."""
-    section, _, leaf = path.rpartition(".")
-    if not section:
-        close = difflib.get_close_matches(leaf, _SECTIONS, n=1)
-        hint = (
-            f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(_SECTIONS)}."
-        )
-        return f"{hint} Rename it, or remove it"
-    known = [key.path for key in recipe_keys()]
-    own = [
-        key.rpartition(".")[2] for key in known if key.partition(".")[0] == path.partition(".")[0]
-    ]
-    close = difflib.get_close_matches(leaf, own, n=1, cutoff=0.7)
-    if close:
-        return f"did you mean {section}.{close[0]}? Rename it, or remove it"
-    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
-    if close:
-        return f"did you mean {leaves[close[0]]}? Move it there, or remove it"
-    return f"[{section}] knows {', '.join(own)}. Remove it"
 
 
 def _set_keys(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

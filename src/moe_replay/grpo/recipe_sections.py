@@ -6,7 +6,7 @@ In: tables. Out: one frozen model per section. Called by: grpo.config, grpo.reci
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,6 +26,29 @@ class Section(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_one_value_for_a_list(cls, table: Any) -> Any:
+        """Take ``sinks = "wandb"`` for ``sinks = ["wandb"]``."""
+        if not isinstance(table, dict):
+            return table
+        fields = cls.model_fields
+        return {
+            key: (value,)
+            if key in fields and is_list(fields[key].annotation) and _is_single(value)
+            else value
+            for key, value in table.items()
+        }
+
+
+def is_list(annotation: Any) -> bool:
+    """Tell whether a type is a list of values, optional ones included."""
+    return get_origin(annotation) is tuple or any(map(is_list, get_args(annotation)))
+
+
+def _is_single(value: Any) -> bool:
+    return not isinstance(value, list | tuple | dict) and value is not None
 
 
 class RunSection(Section):

@@ -1,0 +1,230 @@
+"""The options of every command, and what a wrong one probably meant; nothing heavy is imported to read them.
+
+In: arguments. Out: options and recipe overrides. Called by: cli.main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from moe_replay import __version__
+from moe_replay.cli import serve as serve_command
+
+WIDTH = 100
+"""Characters of a line of help or of an error message."""
+
+_TAKE_KEYS = ("train", "rollout", "doctor")
+_Commands = argparse._SubParsersAction
+
+Overrides = Sequence[tuple[str, str | None]]
+"""(dotted key, text) in the order of the command line; None where the key was the last argument."""
+
+
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """Return the options of a command line, and the recipe keys that it overrides.
+
+    Raises:
+        SystemExit: after help and version (0), and after a usage error (2), which names the nearest option or key.
+    """
+    arguments, overrides = split_overrides(argv)
+    parser = _parser()
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except BrokenPipeError:
+        # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    if overrides and options.command not in _TAKE_KEYS:
+        unknown = [f"--{key}" for key, _ in overrides] + unknown
+    if unknown:
+        _refuse(options.parser, options.command, unknown)
+    return options, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; None stands for no value.
+
+    Example:
+        >>> split_overrides(["train", "--grpo.beta", "-0.1", "r.toml"])
+        (['train', 'r.toml'], [('grpo.beta', '-0.1')])
+    """
+    arguments: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or "." not in name:
+            arguments.append(argument)
+        elif equals:
+            overrides.append((name[2:], value))
+        else:
+            overrides.append((name[2:], next(rest, None)))
+    return arguments, overrides
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> NoReturn:
+    """End with a usage error that names what each unknown option may have meant."""
+    own = [text for action in parser._actions for text in action.option_strings]
+    lines = [f"unrecognized arguments: {' '.join(unknown)}"]
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if not name.startswith("-"):
+            continue
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
+        if not close and command in _TAKE_KEYS:
+            from moe_replay.grpo.recipe_keys import nearest_keys
+
+            close = [f"--{key}" for key in nearest_keys(name.lstrip("-"))]
+        elif "." in name:
+            lines.append(
+                f"  {name}: only {', '.join(_TAKE_KEYS[:-1])} and {_TAKE_KEYS[-1]} take recipe keys"
+            )
+            continue
+        if close:
+            lines.append(f"  {name}: did you mean {' or '.join(close)}?")
+    if command in _TAKE_KEYS:
+        lines.append("`moe-replay train --help` lists every key of a recipe")
+    parser.error("\n".join(lines))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-replay",
+        description="GRPO for mixture-of-experts models, trained through the experts that the rollout used.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moe-replay {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = [
+        _add_train(commands),
+        _add_doctor(commands),
+        _add_rollout(commands),
+        _add_compare(commands),
+        _add_inspect(commands),
+        _add_serve(commands),
+    ]
+    for command in added:
+        command.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error arose"
+        )
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _add_train(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    train = commands.add_parser(
+        "train",
+        help="train by a recipe",
+        description="Train by a recipe. A run whose output directory holds checkpoints is resumed.",
+        usage="moe-replay train RECIPE [--section.key VALUE ...] [--dry-run] [--restart] [--traceback]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the resolved recipe and stop"
+    )
+    train.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard what the output directory holds and start from the beginning",
+    )
+    train.add_argument(
+        "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
+    )
+    return train
+
+
+def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell whether a recipe can run here, and what it replays",
+        description="Examine a recipe without its weights: what is on, what it covers, what each rank holds, the versions "
+        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here.",
+        usage="moe-replay doctor RECIPE [--section.key VALUE ...] [--json] [--traceback]",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    doctor.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    return doctor
+
+
+def _add_rollout(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    rollout = commands.add_parser(
+        "rollout",
+        help="sample by a recipe and keep the completions with their routes",
+        description="Sample completions of a recipe's first training prompts by its engine, and write them with their traces. "
+        "A recipe with rollout.engine = 'files' trains from them.",
+        usage="moe-replay rollout RECIPE --output FOLDER [--num-prompts N] [--section.key VALUE ...] [--traceback]",
+        allow_abbrev=False,
+    )
+    rollout.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    rollout.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    rollout.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
+    return rollout
+
+
+def _add_compare(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    compare = commands.add_parser(
+        "compare",
+        help="compare two recordings of the same tokens",
+        description="Compare two trace files that were recorded over the same samples: how often the experts differ, in "
+        "which layers, positions, sequences and tokens.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("first", metavar="A", help="trace file")
+    compare.add_argument("second", metavar="B", help="trace file")
+    compare.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    return compare
+
+
+def _add_inspect(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a trace file holds",
+        description="Check every byte of a trace file and show its traces, sizes, origins and the load of the experts.",
+        allow_abbrev=False,
+    )
+    inspect.add_argument("file", metavar="FILE", help="trace file")
+    inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    return inspect
+
+
+def _add_serve(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to trainers",
+        description="Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
+        "and weights are taken over HTTP. Listens on loopback; elsewhere a bearer token is required.",
+        allow_abbrev=False,
+    )
+    serve_command.add_options(serve)
+    return serve
+
+
+class _HelpWithKeys(argparse.Action):
+    """Print the help, then every key of a recipe; pydantic is loaded only for that."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from moe_replay.grpo.recipe_keys import recipe_keys
+
+        print(parser.format_help())
+        print("keys of a recipe, each also an option --section.key VALUE:")
+        for key in recipe_keys():
+            print(f"  {key.path} (default: {key.default})")
+            if key.choices:
+                several = "any of" if key.is_list else "one of"
+                print(f"      {several}: {', '.join(key.choices)}")
+            elif key.is_list:
+                print("      a list; a single value needs no brackets")
+            print(textwrap.indent(textwrap.fill(key.text.replace("``", ""), WIDTH - 6), " " * 6))
+        parser.exit()
