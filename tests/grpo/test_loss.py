@@ -12,9 +12,12 @@ from moe_replay.grpo.loss import (
     BatchSize,
     LossInputs,
     LossSettings,
+    LossStatistics,
+    bounded_exp,
     policy_loss,
     sample_weights,
 )
+from moe_replay.grpo.metrics import MAX_LOG_RATIO
 
 SETTINGS = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
 
@@ -135,3 +138,78 @@ def test_token_weights_of_an_averaging_loss_sum_to_one(loss_type: str) -> None:
         max_completion_length=10,
     )
     assert float(weights @ np.array(lengths)) == pytest.approx(1.0)
+
+
+WITH_KL = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.1)
+FAR = [100.0, 1e4, math.inf, math.nan]
+
+
+def _run(inputs: LossInputs, settings: LossSettings) -> tuple[float, list[float], LossStatistics]:
+    loss, statistics = policy_loss(inputs, settings)
+    loss.backward()
+    assert inputs.new_logprobs.grad is not None
+    return loss.item(), inputs.new_logprobs.grad.tolist(), statistics
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_t12_a_token_without_weight_has_gradient_zero_whatever_its_ratio(far: float) -> None:
+    inputs = _inputs([far, 0.0], weights=[0.0, 1.0], ref_logprobs=[-far, 0.0])
+    loss, gradient, statistics = _run(inputs, WITH_KL)
+    assert (loss, gradient) == (-1.0, [0.0, -1.0])
+    assert (statistics.ratio_sum, statistics.kl_sum, statistics.num_bounded) == (1.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("far", [100.0, 1e4])
+def test_t12_a_clipped_token_has_gradient_zero_whatever_its_ratio(far: float) -> None:
+    loss, gradient, statistics = _run(_inputs([far, 0.0]), SETTINGS)
+    assert gradient == [0.0, -1.0]
+    assert loss == pytest.approx(-1.3 - 1.0)
+    assert (statistics.num_clipped_high, statistics.num_bounded) == (1, 1)
+    assert statistics.ratio_sum == pytest.approx(math.exp(MAX_LOG_RATIO) + 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("far", [25.0, 100.0, 1e4])
+def test_t12_far_tokens_that_are_not_clipped_keep_a_finite_pull_in_the_right_direction(
+    far: float,
+) -> None:
+    # A bad token that became likelier is pushed down; a token that the reference thinks likelier is pulled up.
+    _, (pushed,), _ = _run(_inputs([far], advantages=[-1.0]), SETTINGS)
+    assert pushed == pytest.approx(math.exp(MAX_LOG_RATIO), rel=1e-6)
+    _, (pulled,), statistics = _run(_inputs([0.0], advantages=[0.0], ref_logprobs=[far]), WITH_KL)
+    assert pulled == pytest.approx(-0.1 * (math.exp(MAX_LOG_RATIO) - 1), rel=1e-6)
+    assert math.isfinite(statistics.kl_sum)
+    assert statistics.num_bounded == 1
+
+
+def test_t12_ratios_within_the_bound_are_those_of_the_plain_formula_to_the_last_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(2000, generator=generator) * 40 - 20
+    assert torch.equal(bounded_exp(spread), torch.exp(spread))
+    new, plain = (spread.clone().requires_grad_(True) for _ in range(2))
+    advantages = torch.randn(2000, generator=generator)
+    old = torch.zeros(2000)
+    inputs = LossInputs(
+        new_logprobs=new,
+        old_logprobs=old,
+        ref_logprobs=old,
+        advantages=advantages,
+        weights=torch.ones(2000),
+    )
+    policy_loss(inputs, WITH_KL)[0].backward()
+    ratio = torch.exp(plain - old)
+    surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
+    k3 = torch.exp(old - plain) - (old - plain) - 1
+    (surrogate + 0.1 * k3).sum().backward()
+    assert new.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(new.grad, plain.grad)
+
+
+def test_tokens_that_pull_are_neither_clipped_nor_certain_nor_without_advantage() -> None:
+    inputs = _inputs(
+        [-1.0, -1.0, -1.0, 0.0, -1.0],
+        old_logprobs=[-1.0, -2.0, -1.0, 0.0, -1.0],
+        advantages=[1.0, 1.0, 0.0, 1.0, 1.0],
+        weights=[1.0, 1.0, 1.0, 1.0, 0.0],
+    )
+    assert policy_loss(inputs, SETTINGS)[1].num_pulled == 1

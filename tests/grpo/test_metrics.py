@@ -169,6 +169,8 @@ def _statistics(
         loss=loss,
         num_clipped_low=low,
         num_clipped_high=high,
+        num_bounded=0,
+        num_pulled=tokens,
         ratio_sum=float(tokens),
         kl_sum=kl,
     )
@@ -182,6 +184,7 @@ def test_a_step_averages_loss_over_updates_and_clipping_over_tokens() -> None:
     assert step_tally([update, quiet]).finish() == {
         "loss": 1.5,
         "policy_ratio/mean": 1.0,
+        "policy_ratio/bounded_frac": 0.0,
         "clip_ratio/low_mean": 2 / 50,
         "clip_ratio/low_min": 0.0,
         "clip_ratio/high_mean": 7 / 50,

@@ -1,7 +1,6 @@
 """The policy loss: clipped surrogate and KL penalty, weighted so that sums over microbatches and ranks are the loss.
 
 In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and its statistics.
-Called by: grpo.loop, through megatron.actor.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
+
+from moe_replay.grpo.metrics import MAX_LOG_RATIO
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 
@@ -59,48 +60,78 @@ class LossStatistics:
     """Tokens whose ratio lies below the clip range with a negative advantage: they get no gradient."""
     num_clipped_high: int
     """Tokens whose ratio lies above it with a positive advantage."""
+    num_bounded: int
+    """Tokens with a log ratio above `MAX_LOG_RATIO`, in the surrogate or in the KL term."""
+    num_pulled: int
+    """Tokens whose surrogate has a gradient: an advantage, not clipped, and a probability that is not 1."""
     ratio_sum: float
-    """Sum of importance ratios new / old."""
+    """Sum of importance ratios new / old, each counted as ``exp(MAX_LOG_RATIO)`` at most."""
     kl_sum: float
     """Sum of the k3 estimate of KL(new || reference), in nats."""
+
+
+SURE = -1e-3
+"""Log-probability above which a token counts as certain: its gradient may vanish in float32."""
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tensor, LossStatistics]:
     """Return the microbatch's part of the loss, and its statistics.
 
     Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)`` and
-    ``k3 = exp(ref - new) - (ref - new) - 1``.
+    ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has gradient 0 whatever its
+    ratio. Above `MAX_LOG_RATIO` an exponential goes on along its tangent, so that value and gradient stay finite and
+    keep their direction; up to there nothing changes, to the last bit.
 
     Source: GRPO, arXiv 2402.03300, equations 3 and 4; asymmetric clip from DAPO, arXiv 2503.14476, equation 10.
     """
-    ratio = torch.exp(inputs.new_logprobs - inputs.old_logprobs)
+    trains = inputs.weights > 0
+    log_ratio = _where(trains, inputs.new_logprobs - inputs.old_logprobs)
+    ratio = bounded_exp(log_ratio)
     clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
     per_token = -torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
-    trains = inputs.weights > 0
     kl = torch.zeros_like(ratio)
+    bounded = log_ratio > MAX_LOG_RATIO
     if settings.beta:
         assert inputs.ref_logprobs is not None
-        difference = inputs.ref_logprobs - inputs.new_logprobs
-        k3 = torch.exp(difference) - difference - 1
+        difference = _where(trains, inputs.ref_logprobs - inputs.new_logprobs)
+        k3 = bounded_exp(difference) - difference - 1
         per_token = per_token + settings.beta * k3
         kl = k3.detach()
+        bounded = bounded | (difference > MAX_LOG_RATIO)
     loss = (per_token * inputs.weights).sum()
     low = (ratio < 1 - settings.epsilon) & (inputs.advantages < 0) & trains
     high = (ratio > 1 + settings.epsilon_high) & (inputs.advantages > 0) & trains
-    counted = torch.stack([trains, low, high, ratio.detach() * trains, kl * trains]).sum(dim=1)
+    pulled = trains & (inputs.advantages != 0) & ~low & ~high & (inputs.new_logprobs < SURE)
+    shown = torch.exp(log_ratio.detach().clamp(max=MAX_LOG_RATIO))
+    counted = torch.stack([trains, low, high, bounded, pulled, shown * trains, kl * trains])
     # One transfer for all of them: each would wait for the device.
-    num_tokens, num_low, num_high, ratio_sum, kl_sum, value = torch.cat(
-        [counted, loss.detach()[None]]
-    ).tolist()
+    sums = torch.cat([counted.sum(dim=1), loss.detach()[None]]).tolist()
+    num_tokens, num_low, num_high, num_bounded, num_pulled, ratio_sum, kl_sum, value = sums
     statistics = LossStatistics(
         num_tokens=int(num_tokens),
         loss=value,
         num_clipped_low=int(num_low),
         num_clipped_high=int(num_high),
+        num_bounded=int(num_bounded),
+        num_pulled=int(num_pulled),
         ratio_sum=ratio_sum,
         kl_sum=kl_sum,
     )
     return loss, statistics
+
+
+def bounded_exp(values: Float[torch.Tensor, " tokens"]) -> Float[torch.Tensor, " tokens"]:
+    """Return ``exp(values)`` up to `MAX_LOG_RATIO`, and above it the tangent there: ``exp(M) (1 + x - M)``.
+
+    Clamping alone would take the gradient away just where a policy has run off farthest.
+    """
+    inside = torch.exp(values.clamp(max=MAX_LOG_RATIO))
+    return inside * (1 + torch.relu(values - MAX_LOG_RATIO))
+
+
+def _where(trains: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    # Before anything is computed from the values: NaN times a mask of 0 is NaN, and so is its gradient.
+    return torch.where(trains, values, torch.zeros_like(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

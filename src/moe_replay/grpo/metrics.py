@@ -1,6 +1,6 @@
 """Metrics that ranks can add up: every rank tallies its own tokens, and the merged tally is that of the whole batch.
 
-In: log-probabilities, lengths, loss statistics. Out: Tally. Called by: grpo.loop.
+In: log-probabilities, lengths, loss statistics. Out: Tally.
 """
 
 from __future__ import annotations
@@ -219,6 +219,7 @@ def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tall
             ("region_mean", part.num_clipped_low + part.num_clipped_high),
         ):
             tally.add_mean(f"clip_ratio/{name}", total=total, count=tokens)
+        tally.add_mean("policy_ratio/bounded_frac", total=part.num_bounded, count=tokens)
         if with_kl:
             tally.add_mean("kl", total=part.kl_sum, count=tokens)
     return tally

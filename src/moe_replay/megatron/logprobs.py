@@ -1,6 +1,6 @@
 """Log-probabilities and entropies of tokens from logits whose vocabulary is split over tensor-parallel ranks.
 
-In: logits of this rank. Out: log-probabilities (differentiable) and entropies, in nats. Called by: megatron.scorer.
+In: logits of this rank. Out: log-probabilities (differentiable) and entropies, in nats.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def token_entropies(
     if tp_group.size() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp_group)
     shifted = scaled - top
+    # A logit of minus infinity has no share: 0, where 0 times minus infinity is NaN. exp(-1000) is 0 already.
+    shifted.clamp_(min=-1000.0)
     weight = shifted.exp()
     sums = torch.stack([weight.sum(dim=-1), (weight * shifted).sum(dim=-1)])
     if tp_group.size() > 1:
