@@ -68,6 +68,23 @@ def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
     assert "has 1 problem:" in message
 
 
+def test_d10_masked_credentials_must_be_written_in_again():
+    for url in ("http://***@a:8000", "http://a:8000?key=***"):
+        message = problems_of(rollout={"engine": "vllm-server", "urls": [url]})
+        assert "rollout.urls" in message and "write it in again" in message
+
+
+def test_d10_a_recipe_shows_no_credentials_of_its_servers():
+    secret = recipe(
+        rollout={"engine": "vllm-server", "urls": ["http://me:pa55@a:8000"], "dtype": "float32"}
+    )
+    assert secret.rollout.urls == ("http://me:pa55@a:8000",)
+    assert "pa55" not in secret.resolved_toml()
+    assert "http://***@a:8000" in secret.resolved_toml()
+    twice = ["http://me:pa55@a", "http://me:pa55@a"]
+    assert "pa55" not in problems_of(rollout={"engine": "vllm-server", "urls": twice})
+
+
 @pytest.mark.parametrize(
     ("engine", "start"),
     [("vllm-server", "moe-replay serve"), ("sglang-server", "sglang.launch_server")],

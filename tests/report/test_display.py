@@ -181,6 +181,18 @@ def test_a_resumed_run_summarises_all_its_steps(tmp_path: Path) -> None:
     assert f"run directory: {tmp_path}" in text
 
 
+def test_d21_a_run_that_is_done_is_not_resumed_past_its_end(tmp_path: Path) -> None:
+    said = []
+    for first_step in (5, 6):
+        console = _console()
+        summary = RunSummary(sections={}, first_step=first_step, max_steps=5)
+        ConsoleReporter(console).start(summary)
+        said.append(_text(console))
+    assert "at step 5 of 5" in said[0]
+    assert "all 5 steps are done already: nothing is left to train" in said[1]
+    assert "6" not in said[1]
+
+
 def test_a_screen_shows_station_and_remaining_time_while_it_runs() -> None:
     console = _console(terminal=True)
     now = [100.0]

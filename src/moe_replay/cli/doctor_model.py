@@ -16,7 +16,7 @@ import torch
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.run import TRAINER_DTYPES, override_fields, run_layout
+from moe_replay.grpo.model_settings import TRAINER_DTYPES, override_fields, run_layout
 from moe_replay.megatron import compat
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import ModelShape, read_model_shape, transformer_config

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from moe_replay.cli.options import WIDTH, Overrides, read_options
 from moe_replay.errors import MoeReplayError
+from moe_replay.rollout.bearer import without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +84,7 @@ _RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
 def _error_block(error: MoeReplayError) -> str:
     """Return an error as one block: its kind, its message wrapped, and what caused it."""
     lines = [f"moe-replay: {_KINDS.get(type(error).__name__, 'the run stopped')}"]
-    for line in str(error).splitlines():
+    for line in without_secrets(str(error)).splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         lines.append(
             textwrap.fill(

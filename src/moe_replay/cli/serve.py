@@ -46,9 +46,11 @@ def run_serve(options: argparse.Namespace) -> int:
         MoeReplayError: of the kind that names what went wrong.
     """
     from moe_replay.cli.environment import set_defaults
-    from moe_replay.rollout.bearer import read_token
+    from moe_replay.rollout.bearer import exposure, read_token
 
     token = read_token(options.token_file)
+    if warning := exposure(options.token_file):
+        print(warning, file=sys.stderr)
     check_exposure(options.host, token)
     set_defaults(os.environ)
     engine = _engine(options)

@@ -13,6 +13,7 @@ from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.rollout.bearer import exposure
 
 
 def run_train(
@@ -71,7 +72,8 @@ def _check_inputs(recipe: Recipe) -> list[str]:
     from moe_replay.megatron.model import read_model_shape
 
     read_model_shape(recipe.model.path)
-    notes: list[str] = []
+    warning = exposure(recipe.rollout.token_file)
+    notes = [] if warning is None else [warning]
     for key, source in (("data.train", inputs.train), ("data.eval", inputs.held_out)):
         if source is not None and source.num_deleted:
             notes.append(

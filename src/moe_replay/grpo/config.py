@@ -33,6 +33,7 @@ from moe_replay.grpo.recipe_sections import (
     RunSection,
     Section,
 )
+from moe_replay.rollout.bearer import without_secrets
 from moe_replay.routing import ReplayMode
 
 _NO_EFFECT_ON_RESULTS = (
@@ -174,9 +175,13 @@ class Recipe(Section):
     def resolved_toml(self) -> str:
         """The recipe as TOML with absolute paths and all defaults; loading it gives an equal recipe.
 
-        Keys without effect are left out, because a recipe that sets one is refused.
+        Keys without effect are left out, because a recipe that sets one is refused. Credentials in ``rollout.urls`` are
+        masked, and have to be filled in again before such a text is a recipe.
         """
-        return tomlkit.dumps(self.resolved_table())
+        table = self.resolved_table()
+        if "urls" in table["rollout"]:
+            table["rollout"]["urls"] = [without_secrets(url) for url in table["rollout"]["urls"]]
+        return tomlkit.dumps(table)
 
     def fingerprint_items(self) -> dict[str, Any]:
         """Dotted key -> value of everything that decides the training results, rounding aside.

@@ -14,8 +14,8 @@ from moe_replay.grpo.closing import export_model, push_weights, save_checkpoint,
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.learning import score_old, score_reference, update_policy
+from moe_replay.grpo.opening import open_run
 from moe_replay.grpo.records import Reporter
-from moe_replay.grpo.run import open_run
 from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
 from moe_replay.rollout.types import Engine
 

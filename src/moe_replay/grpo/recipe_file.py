@@ -20,6 +20,7 @@ from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_keys import SECTIONS, choices_of, nearest
 from moe_replay.grpo.recipe_rules import GENERATED, Problem, effect_free_keys, rule_problems
 from moe_replay.grpo.recipe_sections import RewardSection, Section
+from moe_replay.rollout.bearer import without_secrets
 
 _PATHS = (
     "run.output_dir",
@@ -253,7 +254,7 @@ def _set_keys(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _error(problems: Sequence[Problem], where: str) -> RecipeError:
     lines = [f"  {problem.path}: {problem.text}" for problem in problems]
     number = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    message = "\n".join([f"{where} has {number}:", *lines])
+    message = without_secrets("\n".join([f"{where} has {number}:", *lines]))
     if all(problem.is_unsupported for problem in problems):
         return UnsupportedError(message)
     return RecipeError(message)

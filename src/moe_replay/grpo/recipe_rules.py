@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from moe_replay.rollout.bearer import MASK
 from moe_replay.routing import ReplayMode
 
 GENERATED = "reasoning_gym:"
@@ -172,6 +173,16 @@ def _servers_are_named(have: Any) -> Iterator[Problem]:
         )
 
 
+def _secrets_are_filled_in(have: Any) -> Iterator[Problem]:
+    for url in have.rollout.urls:
+        if f"{MASK}@" in url or f"={MASK}" in url:
+            yield Problem(
+                path="rollout.urls",
+                text=f"{url} holds {MASK} in place of a credential: a recipe that was printed or kept in a run directory has "
+                "them masked; write it in again",
+            )
+
+
 def _files_are_named(have: Any) -> Iterator[Problem]:
     if have.rollout.engine == "files" and have.rollout.path is None:
         yield Problem(
@@ -295,6 +306,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("model", "megatron"), _grouped_experts_are_whole),
     (("megatron",), _recompute_is_complete),
     (("rollout",), _servers_are_named),
+    (("rollout",), _secrets_are_filled_in),
     (("rollout",), _files_are_named),
     (("rollout", "data"), _files_answer_no_evaluation),
     (("rewards",), _reward_names_differ),

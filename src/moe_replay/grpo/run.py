@@ -1,14 +1,14 @@
-"""Run: everything that a run holds, put together from its recipe and closed again.
+"""Run: everything that a run holds, and its position.
 
-In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off. Called by: grpo.loop.
+In: the parts of a run. Out: what its stations read and move on. Called by: grpo.opening, the stations of grpo.loop.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,18 @@ import torch.distributed as dist
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_sampling
-from moe_replay.grpo.inputs import Inputs, open_inputs
+from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.metrics import Tally
+from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
-from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy, build_scorer
+from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
-from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
-from moe_replay.rollout.types import Engine, EngineDescription, SamplingParams
+from moe_replay.rollout.types import Engine, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
-
-_CONFIG_FIELDS = (
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
-    "moe_token_dispatcher_type",
-    "moe_aux_loss_coeff",
-)
-TRAINER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Number format of the recipe -> that of the parameters."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +48,8 @@ class Run:
     reference: MegatronScorer | None
     guard: Guard | None
     checkpoints: CheckpointFolder
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the run was taken up."""
     step: int = 0
     """Finished steps; during a step, its number."""
     policy_version: int = 0
@@ -90,9 +81,7 @@ class Run:
     @property
     def group(self) -> dist.ProcessGroup:
         """All ranks."""
-        world = dist.group.WORLD
-        assert world is not None
-        return world
+        return world_group()
 
     @property
     def directory(self) -> Path:
@@ -259,114 +248,20 @@ class Run:
                     f"{recipe.prompts_per_step} prompts x {recipe.rollout.num_generations} completions a step, "
                     f"{recipe.batch.steps_per_generation} update(s) of {recipe.batch.global_batch_size} samples",
                 ],
-                "Output": [str(self.directory)],
+                "Output": [str(self.directory), *self.notes],
             },
             first_step=self.step + 1,
             max_steps=recipe.run.max_steps,
         )
 
 
-@contextmanager
-def open_run(
-    recipe: Recipe,
-    process: ProcessSpec,
-    reporter: Reporter,
-    *,
-    restart: bool,
-    make_engine: Callable[[Recipe, torch.device], Engine],
-) -> Iterator[Run]:
-    """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
-
-    Raises:
-        RecipeError: when the recipe does not fit its files, the model or the number of ranks.
-    """
-    recipe.check_world(process.world_size)
-    inputs = open_inputs(recipe)
-    layout = run_layout(recipe)
-    initialize(
-        layout,
-        from_environment=process.launched_by_torchrun,
-        local_rank=process.local_rank,
-        seed=recipe.run.seed,
-    )
-    with ExitStack() as closing:
-        closing.callback(shutdown)
-        actor = build_policy(
-            recipe.model.path,
-            layout,
-            dtype=TRAINER_DTYPES[recipe.model.dtype],
-            settings=_optimizer_settings(recipe),
-            grouped_experts=recipe.model.grouped_experts,
-            overrides=override_fields(recipe),
-        )
-        engine = make_engine(recipe, actor.device)
-        closing.callback(engine.close)
-        run = Run(
-            recipe=recipe,
-            process=process,
-            reporter=reporter,
-            inputs=inputs,
-            engine=engine,
-            actor=actor,
-            replica=Replica.find(tuple(actor.routers), place=actor.place, device=actor.device),
-            reference=_build_reference(recipe, layout),
-            guard=_build_guard(recipe, engine.description),
-            checkpoints=CheckpointFolder(
-                recipe.run.output_dir / "checkpoints",
-                save_total_limit=recipe.checkpoint.save_total_limit,
-            ),
-        )
-        run.resume_or_start(restart=restart)
-        yield run
+def world_group() -> dist.ProcessGroup:
+    """Return all ranks."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
-def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:
-    if recipe.grpo.beta == 0:
-        return None
-    return build_scorer(
-        recipe.model.path,
-        layout,
-        dtype=TRAINER_DTYPES[recipe.model.dtype],
-        grouped_experts=recipe.model.grouped_experts,
-    )
-
-
-def _build_guard(recipe: Recipe, description: EngineDescription) -> Guard | None:
-    if not (recipe.replays and recipe.replay.guard):
-        return None
-    return Guard(
-        num_experts=description.num_experts,
-        topk=description.topk,
-        floor=recipe.replay.guard_floor,
-    )
-
-
-def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
-    section = recipe.optimizer
-    return OptimizerSettings(
-        lr=section.lr,
-        min_lr=section.min_lr,
-        lr_scheduler=section.lr_scheduler,
-        warmup_steps=section.warmup_steps,
-        num_steps=recipe.run.max_steps * recipe.batch.steps_per_generation,
-        weight_decay=section.weight_decay,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        eps=section.eps,
-        clip_grad=section.clip_grad,
-    )
-
-
-def run_layout(recipe: Recipe) -> ParallelLayout:
-    """Return the layout that ``[megatron]`` asks for."""
-    section = recipe.megatron
-    return ParallelLayout(**{name: getattr(section, name) for name in ParallelLayout.__slots__})
-
-
-def override_fields(recipe: Recipe) -> dict[str, Any]:
-    """Return the keys of ``[megatron]`` that are TransformerConfig fields of the same name."""
-    section = recipe.megatron.model_dump(exclude_none=True)
-    fields = {name: value for name, value in section.items() if name in _CONFIG_FIELDS}
-    if "recompute_modules" in fields:
-        fields["recompute_modules"] = list(fields["recompute_modules"])
-    return fields
+def message_device() -> torch.device:
+    """Return where the world's messages travel, before there is a model to ask."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

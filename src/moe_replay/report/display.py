@@ -147,7 +147,11 @@ class ConsoleReporter(BaseReporter):
             self._evaluations = self._run_directory.read_evaluations()
             missing = self._run_directory.missing_steps
         sections = {heading: list(lines) for heading, lines in summary.sections.items()}
-        if summary.first_step > 1:
+        if summary.first_step > summary.max_steps:
+            sections["Resumed"] = [
+                f"all {summary.max_steps} steps are done already: nothing is left to train"
+            ]
+        elif summary.first_step > 1:
             sections["Resumed"] = [f"at step {summary.first_step} of {summary.max_steps}"]
         if missing:
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")

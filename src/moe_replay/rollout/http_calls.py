@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 
 from moe_replay.errors import EngineError, RecipeError
+from moe_replay.rollout.bearer import without_secrets
 
 _CONNECT_S = 5.0
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _NOT_FOUND, _STALE = 200, 400, 401, 404, 409
@@ -58,7 +59,8 @@ class HttpCalls:
         max_answer_bytes: int,
         content_type: str = "application/json",
     ) -> None:
-        self.url = url
+        self.url = without_secrets(url)
+        """Address of the server as messages show it, credentials masked."""
         self._max_answer_bytes = max_answer_bytes
         headers = {"content-type": content_type, "accept-encoding": "identity"}
         if token is not None:

@@ -52,6 +52,20 @@ def exchange_bytes(
     return [_bytes(part) for part in received.split(incoming)]
 
 
+def first_text(
+    text: str | None, group: dist.ProcessGroup, *, device: torch.device
+) -> tuple[int, str] | None:
+    """Return the lowest rank whose ``text`` is not None and its text, on every rank; None where all are None.
+
+    Ranks that tell one another what went wrong before they go on stop together, instead of waiting for the one that
+    failed.
+    """
+    for rank, given in enumerate(gather_json(text, group, device=device)):
+        if given is not None:
+            return rank, given
+    return None
+
+
 def _gather_sizes(
     sizes: Sequence[int], group: dist.ProcessGroup, device: torch.device
 ) -> list[list[int]]:

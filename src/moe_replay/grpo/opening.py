@@ -1,0 +1,126 @@
+"""open_run: every part of a run built from its recipe, resumed, and closed again in the opposite order.
+
+In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off. Called by: grpo.loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from moe_replay.errors import CheckpointError
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.inputs import open_inputs
+from moe_replay.grpo.model_settings import (
+    TRAINER_DTYPES,
+    optimizer_settings,
+    override_fields,
+    run_layout,
+)
+from moe_replay.grpo.records import Reporter
+from moe_replay.grpo.run import Run, message_device, world_group
+from moe_replay.grpo.run_lock import RunLock
+from moe_replay.megatron.actor import build_policy, build_scorer
+from moe_replay.megatron.checkpoint import CheckpointFolder
+from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
+from moe_replay.megatron.replica import Replica
+from moe_replay.megatron.scorer import MegatronScorer
+from moe_replay.rollout.types import Engine, EngineDescription
+from moe_replay.routing import Guard
+from moe_replay.sync.messages import first_text
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe,
+    process: ProcessSpec,
+    reporter: Reporter,
+    *,
+    restart: bool,
+    make_engine: Callable[[Recipe, torch.device], Engine],
+) -> Iterator[Run]:
+    """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
+
+    Raises:
+        RecipeError: when the recipe does not fit its files, the model or the number of ranks.
+    """
+    recipe.check_world(process.world_size)
+    layout = run_layout(recipe)
+    with ExitStack() as closing:
+        # Before the minutes that loading takes, and given back after everything else is closed.
+        refusal, note = _lock(recipe, process, closing)
+        inputs = None if refusal else open_inputs(recipe)
+        initialize(
+            layout,
+            from_environment=process.launched_by_torchrun,
+            local_rank=process.local_rank,
+            seed=recipe.run.seed,
+        )
+        closing.callback(shutdown)
+        refused = first_text(refusal, world_group(), device=message_device())
+        if refused is not None:
+            raise CheckpointError(refused[1])
+        assert inputs is not None
+        actor = build_policy(
+            recipe.model.path,
+            layout,
+            dtype=TRAINER_DTYPES[recipe.model.dtype],
+            settings=optimizer_settings(recipe),
+            grouped_experts=recipe.model.grouped_experts,
+            overrides=override_fields(recipe),
+        )
+        engine = make_engine(recipe, actor.device)
+        closing.callback(engine.close)
+        run = Run(
+            recipe=recipe,
+            process=process,
+            reporter=reporter,
+            inputs=inputs,
+            engine=engine,
+            actor=actor,
+            replica=Replica.find(tuple(actor.routers), place=actor.place, device=actor.device),
+            reference=_build_reference(recipe, layout),
+            guard=_build_guard(recipe, engine.description),
+            checkpoints=CheckpointFolder(
+                recipe.run.output_dir / "checkpoints",
+                save_total_limit=recipe.checkpoint.save_total_limit,
+            ),
+            notes=() if note is None else (note,),
+        )
+        run.resume_or_start(restart=restart)
+        yield run
+
+
+def _lock(
+    recipe: Recipe, process: ProcessSpec, closing: ExitStack
+) -> tuple[str | None, str | None]:
+    """Take the run directory for this run; return why it is refused, and what is worth knowing about its lock."""
+    if process.rank != 0:
+        return None, None
+    try:
+        return None, closing.enter_context(RunLock(recipe.run.output_dir)).note
+    except CheckpointError as error:
+        return str(error), None
+
+
+def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:
+    if recipe.grpo.beta == 0:
+        return None
+    return build_scorer(
+        recipe.model.path,
+        layout,
+        dtype=TRAINER_DTYPES[recipe.model.dtype],
+        grouped_experts=recipe.model.grouped_experts,
+    )
+
+
+def _build_guard(recipe: Recipe, description: EngineDescription) -> Guard | None:
+    if not (recipe.replays and recipe.replay.guard):
+        return None
+    return Guard(
+        num_experts=description.num_experts,
+        topk=description.topk,
+        floor=recipe.replay.guard_floor,
+    )
