@@ -33,7 +33,9 @@ def main(run: Path) -> None:
     ids = tokenizer("1 + 2 = ", return_tensors="pt").input_ids
     if model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] <= ids.shape[1]:
         raise SystemExit("check_demo: the exported model generates nothing")
-    print(f"check_demo: held-out {held_out[0]:.3f} -> {held_out[-1]:.3f}, export loads and generates")
+    print(
+        f"check_demo: held-out {held_out[0]:.3f} -> {held_out[-1]:.3f}, export loads and generates"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def first_step(recipe: Recipe) -> dict[str, Any]:
         ) as reporter:
             train(recipe, process=ProcessSpec(), reporter=reporter, restart=True)
 
-    run_ranks(call, 1, timeout_s=120)
+    run_ranks(call, 1)
     return json.loads((recipe.run.output_dir / "metrics.jsonl").read_text().splitlines()[0])
 
 

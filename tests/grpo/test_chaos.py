@@ -17,7 +17,7 @@ from .test_loop import run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]
 NUM_STEPS = 10
-TIMEOUT_S = 3.0
+TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -43,7 +43,6 @@ def conducted(recipe: Recipe, actions: dict[int, Callable[[], None]]) -> Iterato
     assert not left, f"the run ended before {sorted(left)} steps were reported"
 
 
-@pytest.mark.timeout(600)
 def test_a_run_survives_vllm_servers_that_stall_die_and_lie(
     recipe: Callable[..., Recipe], workspace: Path
 ) -> None:

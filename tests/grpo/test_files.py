@@ -27,7 +27,7 @@ def written(workspace: Path, folder: Path, *options: str, num_prompts: int | Non
         path = str(workspace / "recipe.toml")
         assert run_rollout(path, overrides, str(folder), num_prompts=num_prompts) == 0
 
-    run_ranks(call, 1, timeout_s=120)
+    run_ranks(call, 1)
     return folder
 
 

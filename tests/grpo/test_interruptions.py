@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 STEPS = 5
 SEED = 7
 
@@ -52,7 +50,6 @@ def metrics_of(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-@pytest.mark.timeout(600)
 def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
     workspace: Path, tmp_path: Path
 ) -> None:
@@ -78,7 +75,6 @@ def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
     assert [record["step"] for record in metrics_of(output)] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.timeout(600)
 def test_full_disk_at_checkpoint_time_leaves_a_run_that_resumes(
     workspace: Path, tmp_path: Path
 ) -> None:

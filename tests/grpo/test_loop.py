@@ -40,7 +40,7 @@ def run(recipe: Recipe, *, world_size: int = 1, **options: Any) -> list[dict[str
     def call() -> None:
         _train(recipe, world_size, **options)
 
-    run_ranks(call, world_size, timeout_s=120)
+    run_ranks(call, world_size)
     return metrics_of(recipe)
 
 

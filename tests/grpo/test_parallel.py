@@ -61,7 +61,7 @@ def steps(recipe: Recipe, world_size: int) -> list[dict[str, Any]]:
             process = ProcessSpec(rank=rank, world_size=world_size)
             train(recipe, process=process, reporter=reporter)
 
-    run_ranks(call, world_size, timeout_s=120)
+    run_ranks(call, world_size)
     lines = (recipe.run.output_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

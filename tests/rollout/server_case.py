@@ -57,7 +57,7 @@ def client(*urls: str, **options: Any) -> ServerEngine:
         "run": "test",
         "dtype": "float32",
         "record_routes": True,
-        "timeout_s": 60.0,
+        "timeout_s": 300.0,
         **options,
     }
     return ServerEngine(list(urls), **fields)

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.vllm
 def test_nothing_is_answered_without_the_token(given, method, path):
     headers = HEADERS | ({"authorization": f"Bearer {given}"} if given else {})
     with served(fake(), token="secret") as url:
-        response = httpx2.request(method, url + path, headers=headers, timeout=60)
+        response = httpx2.request(method, url + path, headers=headers, timeout=300)
         with pytest.raises(RecipeError, match="bearer token"):
             client(url, token=given)
     assert response.status_code == 401
@@ -64,12 +64,12 @@ def test_a_web_page_cannot_call_the_server():
         for kind in ("text/plain", "application/json", "application/x-www-form-urlencoded"):
             assert (
                 httpx2.post(
-                    url + "/generate", content=body, headers={"content-type": kind}, timeout=60
+                    url + "/generate", content=body, headers={"content-type": kind}, timeout=300
                 ).status_code
                 == 415
             )
         assert (
-            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=60).status_code
+            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=300).status_code
             == 200
         )
 
@@ -78,19 +78,19 @@ def test_bodies_above_the_limit_are_refused():
     with served(fake(), max_call_bytes=100, max_part_bytes=100) as url:
         assert (
             httpx2.post(
-                url + "/generate", content=b"x" * 101, headers=HEADERS, timeout=60
+                url + "/generate", content=b"x" * 101, headers=HEADERS, timeout=300
             ).status_code
             == 413
         )
         assert (
             httpx2.put(
-                url + "/weights/0", content=b"x" * 101, headers=HEADERS, timeout=60
+                url + "/weights/0", content=b"x" * 101, headers=HEADERS, timeout=300
             ).status_code
             == 413
         )
         assert (
             httpx2.put(
-                url + "/weights/0", content=b"x" * 100, headers=HEADERS, timeout=60
+                url + "/weights/0", content=b"x" * 100, headers=HEADERS, timeout=300
             ).status_code
             == 200
         )
@@ -109,7 +109,7 @@ def test_bodies_above_the_limit_are_refused():
 def test_hostile_calls_are_refused(body):
     with served(fake()) as url:
         assert (
-            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=60).status_code
+            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=300).status_code
             == 400
         )
     with pytest.raises(CodecError):
@@ -153,20 +153,22 @@ def test_parts_of_a_push_out_of_order_are_refused():
     part = save_tensors(dict(weights()))
     with served(fake()) as url:
         assert (
-            httpx2.put(url + "/weights/1", content=part, headers=HEADERS, timeout=60).status_code
+            httpx2.put(url + "/weights/1", content=part, headers=HEADERS, timeout=300).status_code
             == 400
         )
         assert (
-            httpx2.put(url + "/weights/0", content=part, headers=HEADERS, timeout=60).status_code
+            httpx2.put(url + "/weights/0", content=part, headers=HEADERS, timeout=300).status_code
             == 200
         )
 
 
 def test_a_damaged_push_is_refused_and_the_next_one_mends_it():
     with served(fake()) as url:
-        httpx2.put(url + "/weights/0", content=b"no tensors", headers=HEADERS, timeout=60)
+        httpx2.put(url + "/weights/0", content=b"no tensors", headers=HEADERS, timeout=300)
         commit = PolicyName(run="test", policy_version=1).model_dump_json()
-        response = httpx2.post(url + "/weights/commit", content=commit, headers=HEADERS, timeout=60)
+        response = httpx2.post(
+            url + "/weights/commit", content=commit, headers=HEADERS, timeout=300
+        )
         assert response.status_code == 400
         engine = client(url)
         engine.load_weights(weights(), policy_version=1)

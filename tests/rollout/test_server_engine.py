@@ -111,16 +111,17 @@ def test_weights_of_an_earlier_run_are_stale():
 
 def test_faults_are_survived_without_a_trace_in_the_result():
     faulty: list[Faulty] = []
+    kinds = [kind for kind in FAULTS if kind != "stall"]
 
     def around(seed: int) -> Callable[[Any], Faulty]:
         def wrap(application: Any) -> Faulty:
-            faulty.append(Faulty(application, FAULTS, share=0.3, seed=seed))
+            faulty.append(Faulty(application, kinds, share=0.3, seed=seed))
             return faulty[-1]
 
         return wrap
 
     with served(fake(), around=around(1)) as first, served(fake(), around=around(2)) as second:
-        engine = client(first, second, timeout_s=0.7, calls_per_server=3, max_attempts=40)
+        engine = client(first, second, calls_per_server=3, max_attempts=40)
         for step in range(4):
             wanted = requests(16, first=100 * step)
             assert tokens(engine.generate(wanted, SAMPLING)) == tokens(
@@ -129,10 +130,30 @@ def test_faults_are_survived_without_a_trace_in_the_result():
         faults = engine.faults
         engine.close()
     made = faulty[0].made + faulty[1].made
-    assert sum(made.values()) >= 20, made
-    assert min(made[kind] for kind in FAULTS) >= 1
-    assert faults[Fault.SLOW] >= made["stall"] / 2
-    assert faults[Fault.CORRUPT] >= 1 and faults[Fault.FAILED] >= made["fail"]
+    assert sum(made.values()) >= 12, made
+    assert min(made[kind] for kind in kinds) >= 1
+    assert min(faults[kind] for kind in (Fault.CORRUPT, Fault.FAILED, Fault.UNREACHABLE)) >= 1
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again():
+    """Whatever else is slow on this machine is only asked for more often."""
+    stalled = Faulty(None, ("stall",), share=1.0, stall_s=3600.0)
+
+    def stall_once(application: Any) -> Callable[..., Any]:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            first = scope["type"] == "http" and scope["path"] == "/generate" and not stalled.made
+            await (stalled if first else application)(scope, receive, send)
+
+        return answer
+
+    with served(fake(), around=stall_once) as url:
+        engine = client(url, timeout_s=3.0, max_attempts=100)
+        groups = engine.generate(requests(), SAMPLING)
+        faults = engine.faults
+        engine.close()
+    assert tokens(groups) == tokens(fake().generate(requests(), SAMPLING))
+    assert stalled.made["stall"] == 1
+    assert faults[Fault.SLOW] >= 1
 
 
 def test_a_server_that_died_leaves_its_work_to_the_other():
@@ -243,7 +264,7 @@ def test_an_answer_above_the_limit_is_refused():
 
 def test_an_engine_that_does_not_push_waits_for_the_one_that_does():
     with served(fake()) as url:
-        pushing, waiting = client(url), client(url, pushes=False, timeout_s=1.0)
+        pushing, waiting = client(url), client(url, pushes=False, timeout_s=3.0)
         with pytest.raises(EngineError, match="rank that pushes has failed"):
             waiting.load_weights(weights(), policy_version=1)
         pushing.load_weights(weights(), policy_version=1)

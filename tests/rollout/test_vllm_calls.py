@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +21,14 @@ from moe_replay.rollout.server_engine import ServerEngine
 from moe_replay.rollout.types import Request, SamplingParams
 from moe_replay.rollout.vllm_calls import VllmCalls, connect_vllm
 from moe_replay.rollout.vllm_http import PROCESSOR
-from moe_replay.testing.served import listening, served
+from moe_replay.testing.served import ServerProcess, listening, served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from .server_case import FACTS, fake
 
 pytestmark = pytest.mark.vllm
 
-START_S = 200.0
-LIMITS = {"token": None, "timeout_s": 60.0, "max_answer_bytes": 1 << 20}
+LIMITS = {"token": None, "timeout_s": 300.0, "max_answer_bytes": 1 << 20}
 
 
 def only(*paths: str) -> Any:
@@ -75,31 +70,17 @@ def test_what_a_plain_server_was_started_without_is_named(paths, remedy):
 @contextmanager
 def plain_vllm(model: Path) -> Iterator[str]:
     """Run vLLM's own server with everything that replay needs, and yield its URL once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--skip-tokenizer-init", "--enforce-eager"]
-    command += ["--enable-return-routed-experts", "--enable-scale-out", "--no-async-scheduling"]
-    command += ["--logits-processors", PROCESSOR, "--logprobs-mode", "processed_logits"]
-    command += ["--block-size", "32", "--max-num-seqs", "16"]
-    command += ["--kv-cache-memory-bytes", "50000000"]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    with subprocess.Popen(command, env=environment) as server:
-        try:
-            deadline = time.monotonic() + START_S
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert server.poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server does not start"
-                with suppress(subprocess.TimeoutExpired):
-                    server.wait(timeout=0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    options = ["--host", "127.0.0.1", "--dtype", "float32", "--skip-tokenizer-init"]
+    options += ["--enforce-eager"]
+    options += ["--enable-return-routed-experts", "--enable-scale-out", "--no-async-scheduling"]
+    options += ["--logits-processors", PROCESSOR, "--logprobs-mode", "processed_logits"]
+    options += ["--block-size", "32", "--max-num-seqs", "16"]
+    options += ["--kv-cache-memory-bytes", "50000000"]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with ServerProcess(model, *options, program=program, environment=environment) as server:
+        server.wait()
+        yield server.url
 
 
 @pytest.mark.slow

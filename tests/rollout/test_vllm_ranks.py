@@ -85,7 +85,7 @@ def test_each_rank_gets_its_own_completions_before_and_after_a_push(checkpoints)
         engine.close()
         return before, after, shard.shape[0]
 
-    results = run_ranks(sample, 2, timeout_s=180)
+    results = run_ranks(sample, 2)
     for rank, (before, after, shard_rows) in enumerate(results):
         for groups, checkpoint in zip((before, after), checkpoints, strict=True):
             embedded = EmbeddedEngine(checkpoint, dtype="float32")
@@ -110,7 +110,7 @@ def test_a_request_that_one_rank_gets_wrong_ends_all_ranks(checkpoints):
         except EngineError as error:
             return str(error)
 
-    messages = run_ranks(sample, 2, timeout_s=180)
+    messages = run_ranks(sample, 2)
     assert messages[0] == messages[1]
     assert "1000000" in messages[0]
 

@@ -4,7 +4,7 @@ Forking after Megatron is imported saves the seconds that every spawned interpre
 process of its own keeps Megatron's global state from leaking between tests, so it is worth it for one rank
 too. Never use it after CUDA was started.
 
-In: a function. Out: what it returned on each rank. Called by: tests.
+In: a function. Out: what it returned on each rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Report:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300
 ) -> list[Any]:
     """Call `fn(*args)` on every rank of a fresh gloo world and return the results in rank order.
 
