@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def plain_vllm(model: Path) -> Iterator[str]:
     options += ["--logits-processors", PROCESSOR, "--logprobs-mode", "processed_logits"]
     options += ["--block-size", "32", "--max-num-seqs", "16"]
     options += ["--kv-cache-memory-bytes", "50000000"]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with ServerProcess(model, *options, program=program, environment=environment) as server:
         server.wait()
         yield server.url

@@ -74,8 +74,8 @@ def listening(application: Any) -> Iterator[str]:
 class ServerProcess:
     """`moe-replay serve` in a process of its own, which can be killed, stopped, and started again at the same address.
 
-    ``program`` is another command that serves a model: it is called with the model, ``--port`` and the options. When the
-    scope ends, whatever the command started ends too.
+    ``program`` is another command that serves a model: it is called with the model, ``--port`` and the options, in
+    ``environment`` (default: that of this process). When the scope ends, whatever the command started ends too.
 
     Example:
         >>> with ServerProcess("checkpoints/tiny", "--dtype", "float32") as server:
@@ -94,7 +94,7 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self._command = [*program, str(model), "--port", str(self._port), *options]
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = environment
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
