@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from moe_replay.errors import TraceError
 from moe_replay.routing import (
@@ -215,8 +216,8 @@ def test_parts_of_different_types_raise():
         split(routes()[:4], routes()[4:].astype(np.int32))
 
 
-@pytest.mark.parametrize(("prompt", "start"), [(0, 0), (6, 0), (7, 0)])
-def test_a_prompt_that_leaves_no_sampled_token_raises(prompt, start):
+@pytest.mark.parametrize(("prompt", "start"), [(0, 0), (7, 0)])
+def test_a_prompt_longer_than_the_tokens_or_empty_raises(prompt, start):
     with pytest.raises(TraceError, match=f"{prompt} prompt tokens of 6"):
         joined(routes(), prompt=prompt, start=start)
 
@@ -237,3 +238,83 @@ def test_an_origin_that_covers_other_rows_raises(rows):
 def test_a_model_whose_layers_are_no_increasing_indices_raises(layers):
     with pytest.raises(TraceError, match="expected increasing indices"):
         RoutedModel(moe_layers=layers, num_decoder_layers=5, num_experts=16, topk=3)
+
+
+WIDE = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=512, topk=3)
+
+
+def wrapped(dtype) -> np.ndarray:
+    """Return ids above the type's range, wrapped, that name no expert twice in a row: a possible route, and a wrong one."""
+    ids = np.arange(5 * 2 * 3).reshape(5, 2, 3) + 300
+    return ids.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_e20_a_payload_type_that_cannot_hold_the_ids_is_refused_whatever_is_in_it(dtype):
+    with pytest.raises(TraceError, match=f"request 5: routes came as {dtype}, which ends at"):
+        joined(wrapped(dtype), model=WIDE)
+    with pytest.raises(TraceError, match=f"came as {dtype}, which ends at"):
+        RoutingTrace.record(
+            wrapped(dtype),
+            token_ids=TOKENS[:5],
+            valid=np.ones(5, dtype=bool),
+            layers=(0, 1),
+            num_experts=512,
+            origin=origin(5),
+        )
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "int64"])
+def test_e20_control_a_type_that_holds_them_is_accepted(dtype):
+    ids = wrapped(dtype)
+    assert joined(ids, model=WIDE).expert_ids[:5].tolist() == ids.tolist()
+
+
+def test_d16_a_missing_payload_names_the_flag():
+    for call in (lambda: joined(None), lambda: split(routes()[:4], None)):
+        with pytest.raises(TraceError, match=r"request 5: the payload is None.*--enable-return-"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint8"])
+def test_d16_tensors_of_torch_are_routes_and_tokens(dtype):
+    tokens = torch.from_numpy(TOKENS)
+    rows = torch.from_numpy(routes().astype(dtype))
+    assert as_lists(joined(rows, tokens=tokens)) == EXPECTED
+    assert as_lists(split(rows[:4], rows[4:])) == EXPECTED
+    made = RoutingTrace.record(
+        rows,
+        token_ids=tokens[:5],
+        valid=torch.ones(5, dtype=torch.bool),
+        layers=(1, 2, 4),
+        num_experts=16,
+        origin=origin(5),
+    )
+    made.check_tokens(tokens[:5], where="here")
+    assert made.expert_ids.tolist() == routes().tolist()
+
+
+@pytest.mark.parametrize("num_rows", [0, 2, 5, 6])
+def test_e16_a_call_that_sampled_nothing_keeps_the_rows_it_fed(num_rows):
+    """The last row is the next call's, as always; six rows mean that the whole prompt was fed."""
+    rows = routes(6)[:num_rows]
+    trace = joined(rows, prompt=6)
+    kept = min(num_rows, 5)
+    assert trace.valid.tolist() == [True] * kept + [False] * (6 - kept)
+    assert trace.expert_ids[:kept].tolist() == rows[:kept].tolist()
+    trace.check_tokens(TOKENS, where="here")
+    parts = trace_from_split_payload(
+        rows,
+        routes(0),
+        token_ids=TOKENS,
+        num_prompt_tokens=6,
+        model=MODEL,
+        origin=origin(),
+        where="request 5",
+    )
+    assert as_lists(parts) == as_lists(trace)
+
+
+def test_e16_control_a_call_that_sampled_nothing_has_no_more_rows_than_its_prompt():
+    with pytest.raises(TraceError, match="7 rows, expected at most 6: nothing was sampled"):
+        joined(routes(7), prompt=6)

@@ -111,12 +111,7 @@ def test_a_call_aborted_before_it_sampled_anything_changes_nothing(number):
     calls = [call(0, ABC, DE), call(1, ABC + DE, FG)]
     empty = [call(7, ABC, []), call(7, ABC + DE, []), call(7, ABC + DE + FG, [])]
     made = merge_partial([*calls[:number], empty[number], *calls[number:]], where="s")
-    expected = {
-        0: [7, 7, 0, 0, 1, 1, None],
-        1: [0, 0, 0, 0, 1, 1, None],
-        2: [0, 0, 0, 0, 1, 1, None],
-    }
-    assert owners(made) == expected[number]
+    assert owners(made) == [0, 0, 0, 0, 1, 1, None]
 
 
 def test_one_call_is_returned_as_it_is():
@@ -235,15 +230,39 @@ def test_no_call_is_refused():
 
 @given(st.data())
 def test_every_row_comes_from_the_first_call_that_fed_its_token(data):
-    """Whatever the turns are; the owner of each row is worked out token by token."""
+    """Whatever the turns are; the owner of each row is worked out token by token, calls that sampled nothing left out."""
     tokens, calls, first_fed = list(range(10, 13)), [], {}
-    for number in range(data.draw(st.integers(1, 4))):
+    count = data.draw(st.integers(1, 4))
+    for number in range(count):
         tokens += [20 + number] * data.draw(st.integers(0, 3)) if number else []
-        sampled = [50 + number] * data.draw(st.integers(1, 4))
+        sampled = [50 + number] * data.draw(st.integers(0, 4))
         fed, tokens = list(tokens), tokens + sampled
-        start = data.draw(st.integers(0, len(fed)))
+        start = data.draw(st.integers(0, len(fed) - (not sampled)))
         calls.append(call(number, fed, sampled, start=start))
         for place in range(len(tokens) - 1):
-            first_fed.setdefault(place, number if place >= start else None)
+            if sampled or number == count - 1:
+                first_fed.setdefault(place, number if place >= start else None)
     made = stitch_turns(calls, where="s")
     assert owners(made) == [*(first_fed[place] for place in range(len(tokens) - 1)), None]
+
+
+def test_e16_rows_of_a_call_that_sampled_nothing_belong_to_the_call_that_sampled_from_them():
+    calls = [call(0, ABC, [], routes=False), call(1, ABC, DE)]
+    made = merge_partial(calls, where="s")
+    assert owners(made) == [1, 1, 1, 1, None]
+    assert spans(made) == [(0, 5, 1)]
+    assert made.coverage.fraction == 1.0
+
+
+def test_e16_routes_of_a_call_that_sampled_nothing_give_way_and_are_counted():
+    calls = [call(0, ABC, DE), call(1, ABC + DE + FG, []), call(2, ABC + DE + FG, HI)]
+    made = stitch_turns(calls, where="s")
+    assert owners(made) == [0, 0, 0, 0, 2, 2, 2, 2, None]
+    assert spans(made) == [(0, 4, 0), (4, 9, 2)]
+    assert made.num_superseded == 6 + 4
+
+
+def test_e16_a_last_call_that_sampled_nothing_closes_the_sequence():
+    made = stitch_turns([call(0, ABC, DE), call(1, ABC + DE + FG, [])], where="s")
+    assert owners(made) == [0, 0, 0, 0, 1, 1, None]
+    assert made.is_sampled.tolist() == [False] * 3 + [True] * 2 + [False] * 2

@@ -114,8 +114,6 @@ def trace_from_vllm(
             f"{'two arrays' if is_split else 'one array for prompt and completion'} from this release; the server runs "
             "another one than it says"
         )
-    for array in (rows, prompt):
-        _check_width(array, model, where)
     common = {
         "token_ids": token_ids,
         "num_prompt_tokens": num_prompt_tokens,
@@ -149,18 +147,6 @@ def check_version(version: str) -> Version:
 
 def _as_array(rows: Any) -> Shaped[np.ndarray, "..."] | None:
     return None if rows is None else np.asarray(rows)
-
-
-def _check_width(rows: Shaped[np.ndarray, "..."] | None, model: RoutedModel, where: str) -> None:
-    """Raise when the payload's type cannot hold every id: ids above its range came wrapped, and no check could tell."""
-    if rows is None or not np.issubdtype(rows.dtype, np.integer):
-        return
-    largest = int(np.iinfo(rows.dtype).max)
-    if largest < model.num_experts - 1:
-        raise TraceError(
-            f"{where}: routes came as {rows.dtype}, which ends at {largest}, of a model with {model.num_experts} experts; "
-            "larger ids were wrapped by the engine and cannot be told from others: use vLLM 0.22 or newer"
-        )
 
 
 def _decode(field: Any, max_bytes: int) -> Shaped[np.ndarray, "..."] | None:

@@ -5,18 +5,20 @@ or leftovers) or MoE layers only. *Parts*: one array for prompt and completion, 
 was fed, which is every token but the last sampled one, from the first token or from a later ``start``. *Width*: any
 integer type. Whatever fits no form raises with the count that was expected.
 
-In: arrays as an engine sent them. Out: RoutingTrace. Called by: engine adapters of rollout, and other trainers.
+In: arrays as an engine sent them. Out: RoutingTrace.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from moe_replay.errors import TraceError
+from moe_replay.routing.arrays import as_array, check_holds_ids
 from moe_replay.routing.trace import (
     MIN_TOKENS_FOR_CONSTANT_CHECK,
     Origin,
@@ -56,11 +58,31 @@ class RoutedModel:
                 "from 0, below the number of layers; a dense model has nothing to replay"
             )
 
+    @classmethod
+    def from_config(cls, config: Any) -> RoutedModel:
+        """Return the numbers of the model that a Hugging Face config, or the directory of a checkpoint, describes.
+
+        Needs transformers and torch, which are imported only here.
+
+        Raises:
+            TraceError: when the model is dense.
+            RecipeError: when the directory holds no config.json.
+            UnsupportedError: when transformers has no such model, or its routes cannot be read at its routers.
+        """
+        # By name, because this package stands below the one that knows Hugging Face models and loads without torch.
+        found = import_module("moe_replay.transformers").routed_model(config)
+        if found is None:
+            raise TraceError(
+                f"{type(config).__name__ if not isinstance(config, str) else config} describes a dense model, which has no "
+                "routes"
+            )
+        return found
+
 
 def trace_from_payload(
-    rows: Shaped[np.ndarray, "..."],
+    rows: Any,
     *,
-    token_ids: Integer[np.ndarray, " tokens"],
+    token_ids: Any,
     num_prompt_tokens: int,
     model: RoutedModel,
     origin: Origin,
@@ -72,21 +94,30 @@ def trace_from_payload(
 
     With P prompt and T sampled tokens, ``rows`` is ``[rows, layers, topk]`` for the P - start + T - 1 tokens that were
     fed from ``start`` on. The trace has one row more, for the token sampled last, which is ``valid=False``. A prompt of 3
-    tokens with 2 sampled ones comes as 4 rows and becomes a trace of 5.
+    tokens with 2 sampled ones comes as 4 rows and becomes a trace of 5. ``rows`` and ``token_ids`` may be numpy arrays,
+    lists, or tensors of torch on any device.
+
+    A call that was aborted before it sampled anything has T = 0, and up to P - start rows, as far as the engine had fed the
+    prompt; what it had not fed, and the last row, are ``valid=False``.
 
     ``token_ids`` and the spans of ``origin`` cover all P + T tokens, whatever ``start`` is. ``where`` names the request
     in messages. A row is unwritten when each of its layers names one expert K times: a prefix-cache hit that left zeros.
 
     Raises:
-        TraceError: when rows, layers or topk have another number than the model and the tokens imply, when rows are
-            unwritten and not allowed to be, or when a row is not a possible route.
+        TraceError: when there is no payload, its type cannot hold the model's ids, rows, layers or topk have another number
+            than the model and the tokens imply, rows are unwritten and not allowed to be, or a row is not a possible route.
     """
+    token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
-    held = _moe_layers_of(rows, model, where)
-    _check_rows(len(held), len(token_ids), num_prompt_tokens, start, where)
+    held = _moe_layers_of(_given(rows, where), model, where)
+    given = np.ones(len(held), dtype=bool)
+    if len(token_ids) == num_prompt_tokens:
+        held, given = _of_empty_call(held, len(token_ids) - start, start, where)
+    else:
+        _check_rows(len(held), len(token_ids), num_prompt_tokens, start, where)
     return _bound(
         held,
-        np.ones(len(held), dtype=bool),
+        given,
         token_ids=token_ids,
         model=model,
         origin=origin,
@@ -97,10 +128,10 @@ def trace_from_payload(
 
 
 def trace_from_split_payload(
-    prompt_rows: Shaped[np.ndarray, "..."] | None,
-    completion_rows: Shaped[np.ndarray, "..."],
+    prompt_rows: Any,
+    completion_rows: Any,
     *,
-    token_ids: Integer[np.ndarray, " tokens"],
+    token_ids: Any,
     num_prompt_tokens: int,
     model: RoutedModel,
     origin: Origin,
@@ -117,13 +148,19 @@ def trace_from_split_payload(
     Raises:
         TraceError: as `trace_from_payload`, and when either part has another number of rows.
     """
+    token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
-    sampled = _moe_layers_of(completion_rows, model, where)
+    common: dict[str, Any] = {"token_ids": token_ids, "model": model, "origin": origin}
+    common |= {"where": where, "start": start, "unwritten": unwritten}
+    if len(token_ids) == num_prompt_tokens:
+        rows = completion_rows if prompt_rows is None else prompt_rows
+        return trace_from_payload(rows, num_prompt_tokens=num_prompt_tokens, **common)
+    sampled = _moe_layers_of(_given(completion_rows, where), model, where)
     num_prompt_rows = num_prompt_tokens - start
     if prompt_rows is None:
         prompt = np.zeros((num_prompt_rows, *sampled.shape[1:]), dtype=sampled.dtype)
     else:
-        prompt = _moe_layers_of(prompt_rows, model, where)
+        prompt = _moe_layers_of(_given(prompt_rows, where), model, where)
     num_fed = len(token_ids) - num_prompt_tokens - 1
     if (len(prompt), len(sampled)) != (num_prompt_rows, num_fed):
         raise TraceError(
@@ -140,19 +177,13 @@ def trace_from_split_payload(
     return _bound(
         np.concatenate([prompt, sampled]),
         np.arange(num_prompt_rows + num_fed) >= (num_prompt_rows if prompt_rows is None else 0),
-        token_ids=token_ids,
-        model=model,
-        origin=origin,
-        where=where,
-        start=start,
-        unwritten=unwritten,
+        **common,
     )
 
 
-def unrouted_trace(
-    token_ids: Integer[np.ndarray, " tokens"], *, model: RoutedModel, origin: Origin
-) -> RoutingTrace:
+def unrouted_trace(token_ids: Any, *, model: RoutedModel, origin: Origin) -> RoutingTrace:
     """Return a trace without any route: what a call that gave none must have, so that its rows are counted."""
+    token_ids = as_array(token_ids)
     count = len(token_ids)
     return RoutingTrace.record(
         np.zeros((count, len(model.moe_layers), model.topk), dtype=expert_dtype(model.num_experts)),
@@ -167,16 +198,29 @@ def unrouted_trace(
 def _check_lengths(
     token_ids: Integer[np.ndarray, " tokens"], num_prompt_tokens: int, start: int, where: str
 ) -> None:
-    if not 1 <= num_prompt_tokens < len(token_ids):
+    if not 1 <= num_prompt_tokens <= len(token_ids):
         raise TraceError(
-            f"{where}: {num_prompt_tokens} prompt tokens of {len(token_ids)}, expected at least one prompt and one sampled "
-            "token; token_ids must hold prompt and completion"
+            f"{where}: {num_prompt_tokens} prompt tokens of {len(token_ids)}, expected at least one, and no more than there "
+            "are tokens; token_ids must hold prompt and completion"
         )
-    if not 0 <= start <= num_prompt_tokens:
+    last = min(num_prompt_tokens, len(token_ids) - 1)
+    if not 0 <= start <= last:
         raise TraceError(
-            f"{where}: rows start at token {start}, expected 0 to {num_prompt_tokens}, the end of the prompt; engines "
-            "return every row of what they sample"
+            f"{where}: rows start at token {start}, expected 0 to {last}, the end of the prompt; engines return every row "
+            "of what they sample"
         )
+
+
+def _given(rows: Any, where: str) -> Shaped[np.ndarray, "..."]:
+    """Return a payload as an array; raise when there is none."""
+    if rows is None:
+        raise TraceError(
+            f"{where}: the payload is None, expected routes of [rows, layers, topk]: the engine recorded none. vLLM "
+            "needs enable_return_routed_experts=True (--enable-return-routed-experts of vllm serve); SGLang needs "
+            "--enable-return-routed-experts, and return_routed_experts in each request. When rows without routes are "
+            "meant, make an unrouted_trace"
+        )
+    return as_array(rows)
 
 
 def _moe_layers_of(
@@ -187,6 +231,7 @@ def _moe_layers_of(
         raise TraceError(
             f"{where}: the payload is {rows.dtype}{list(rows.shape)}, expected integers of [rows, layers, topk]"
         )
+    check_holds_ids(rows, model.num_experts, where=where)
     _, num_layers, topk = rows.shape
     if topk != model.topk:
         raise TraceError(
@@ -243,6 +288,20 @@ def _check_rows(
     )
 
 
+def _of_empty_call(
+    rows: Integer[np.ndarray, "rows layers topk"], num_fed: int, start: int, where: str
+) -> tuple[Integer[np.ndarray, "fed layers topk"], Bool[np.ndarray, " fed"]]:
+    """Return the rows of a call that sampled nothing, without the last, and which were given: any part may have been fed."""
+    if len(rows) > num_fed:
+        raise TraceError(
+            f"{where}: the payload has {len(rows)} rows, expected at most {num_fed}: nothing was sampled, and no more than the "
+            f"prompt can have been fed from token {start} on"
+        )
+    kept = rows[: num_fed - 1]
+    missing = np.zeros((num_fed - 1 - len(kept), *rows.shape[1:]), dtype=rows.dtype)
+    return np.concatenate([kept, missing]), np.arange(num_fed - 1) < len(kept)
+
+
 def _bound(
     rows: Integer[np.ndarray, "rows layers topk"],
     given: Bool[np.ndarray, " rows"],
@@ -265,7 +324,7 @@ def _bound(
     try:
         return RoutingTrace.record(
             np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))]),
-            token_ids=np.asarray(token_ids)[start:],
+            token_ids=token_ids[start:],
             valid=valid,
             layers=model.moe_layers,
             num_experts=model.num_experts,

@@ -4,8 +4,9 @@ Each call feeds the whole sequence so far, so a token is fed many times: once fo
 prefills what came before. Later weights choose other experts. The row of a token therefore comes from the call that
 fed it *first*: for a sampled token that is the call in which the next one was sampled from it, for a token of the
 environment the call that prefilled it. The token sampled last in a call was not fed by that call; its row comes from
-the next one. When the call that owns a row has no route for it, the row is ``valid=False``: a later prefill's route is
-not the one that the rollout used.
+the next one. A call that was aborted before it sampled anything owns nothing, as nothing was sampled from its rows: they
+belong to the next call that samples. When the call that owns a row has no route for it, the row is ``valid=False``: a later
+prefill's route is not the one that the rollout used.
 
 ::
 
@@ -13,7 +14,7 @@ not the one that the rollout used.
     call 1   prompt .. e, environment f g    owns rows e f g h
              samples h i                     row i was never fed: valid=False
 
-In: engine calls in order. Out: StitchedRollout. Called by: rollout adapters with several calls a sample.
+In: engine calls in order. Out: StitchedRollout.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class StitchedRollout:
     num_routed: Mapping[RowKind, int]
     """Rows by kind that hold a route."""
     num_superseded: int
-    """Routes that calls returned for rows which an earlier call owns: prefills of what was there already."""
+    """Routes that calls returned for rows which another call owns: prefills of what was there already, and those of calls
+    that sampled nothing."""
 
     @property
     def coverage(self) -> Coverage:
@@ -152,6 +154,9 @@ def _owned_rows(
     spans: list[PolicySpan] = []
     num_superseded = done = 0
     for number, call in enumerate(calls, start=1):
+        if not len(call.sampled_ids) and number < len(calls):
+            num_superseded += call.trace.num_valid
+            continue
         stop = len(call.fed_ids) + len(call.sampled_ids)
         end = stop if number == len(calls) else stop - 1
         offset = stop - len(call.trace)

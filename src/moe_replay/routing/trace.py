@@ -1,6 +1,6 @@
 """RoutingTrace: the experts that a sequence of tokens used, bound to those very tokens and layers.
 
-In: arrays from an engine, a recorder or the codec. Out: immutable traces. Called by: rollout, batch, megatron, compare.
+In: arrays from an engine, a recorder or the codec. Out: immutable traces.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
+from moe_replay.routing.arrays import as_array, check_holds_ids
 from moe_replay.routing.digest import (
     crop_digest,
     digest_tokens,
@@ -22,7 +23,7 @@ from moe_replay.routing.digest import (
 from moe_replay.routing.slots import repeating_sets, row_chunks
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Integer, Shaped, UInt64
+    from jaxtyping import Bool, Integer, UInt64
 
 # A layer that routes this many different tokens all alike is a buffer that nobody wrote, not a router's choice. Fewer can
 # be chance, and a stretch of one repeated token, however long, rightly has constant routes.
@@ -130,26 +131,28 @@ class RoutingTrace:
     @classmethod
     def record(
         cls,
-        expert_ids: Shaped[np.ndarray, "rows layers topk"],
+        expert_ids: Any,
         *,
-        token_ids: Integer[np.ndarray, " tokens"],
-        valid: Bool[np.ndarray, " flags"],
+        token_ids: Any,
+        valid: Any,
         layers: Sequence[int],
         num_experts: int,
         origin: Origin,
     ) -> RoutingTrace:
         """Bind freshly recorded routes to the tokens that they were recorded for.
 
-        ``expert_ids`` may come in any integer dtype; ids outside the model's experts raise before they are narrowed.
+        ``expert_ids`` may come in any integer dtype that can hold every expert; ids outside the model's experts raise before
+        they are narrowed. All three may be numpy arrays, lists, or tensors of torch.
 
         Raises:
             TraceError: when rows, tokens and ``valid`` differ in number, or a valid row is not a possible route.
         """
-        ids = np.asarray(expert_ids)
+        ids, token_ids, valid = as_array(expert_ids), as_array(token_ids), as_array(valid)
         if not np.issubdtype(ids.dtype, np.integer):
             raise TraceError(
                 f"expert_ids is {ids.dtype}, expected integers: a cast would round ids silently"
             )
+        check_holds_ids(ids, num_experts)
         if ids.ndim != 3 or not len(ids) == len(token_ids) == len(valid):
             raise TraceError(
                 f"routes of shape {list(ids.shape)}, {len(token_ids)} tokens and {len(valid)} flags, expected "
@@ -164,17 +167,17 @@ class RoutingTrace:
             valid=np.asarray(valid, dtype=bool),
             layers=tuple(int(layer) for layer in layers),
             num_experts=num_experts,
-            token_digest=digest_tokens(np.asarray(token_ids)),
+            token_digest=digest_tokens(token_ids),
             origin=origin,
         )
 
-    def check_tokens(self, token_ids: Integer[np.ndarray, " tokens"], *, where: str) -> None:
+    def check_tokens(self, token_ids: Any, *, where: str) -> None:
         """Raise `TokenMismatchError` unless this trace was recorded for exactly these tokens.
 
         ``where`` names the sample in the message. A row count proves nothing: a rollout of 7 tokens has 6 routed
         rows, and so has the same rollout after one token was lost to re-tokenisation.
         """
-        ids = np.asarray(token_ids)
+        ids = as_array(token_ids)
         if len(ids) != len(self):
             raise TokenMismatchError(
                 f"{where}: routes were recorded for {len(self)} tokens, the sample has {len(ids)}; "

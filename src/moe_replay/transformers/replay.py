@@ -3,7 +3,7 @@
 The forward methods of these models accept any keyword, so routes passed as one are dropped without a word. Here the
 routers' outputs are replaced, and a scope that ends without having replayed is an error.
 
-In: a transformers model, routes. Out: replay_routes. Called by: users.
+In: a transformers model, routes. Out: replay_routes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Float, Int64
 from torch import nn
 
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.routing.arrays import as_array, check_holds_ids
 from moe_replay.transformers.record import RouterSite, chosen_ids, find_routers, in_backward
 
 Weigh = Callable[
@@ -30,14 +31,15 @@ Weigh = Callable[
 @contextmanager
 def replay_routes(
     model: nn.Module,
-    expert_ids: Integer[np.ndarray, "rows layers topk"],
-    valid: Bool[np.ndarray, " rows"],
+    expert_ids: Any,
+    valid: Any,
     *,
     layers: Sequence[int],
 ) -> Iterator[None]:
     """Force the experts of every forward pass of ``model`` inside the scope.
 
-    Rows are the tokens of ``input_ids`` flattened, batch first, padding included. ``layers`` names the global
+    ``expert_ids`` is ``[rows, layers, topk]`` and ``valid`` ``[rows]``, arrays or tensors. Rows are the tokens of
+    ``input_ids`` flattened, batch first, padding included; `replay_traces` makes them of traces. ``layers`` names the global
     decoder-layer index of each entry of the layer dim, as `RoutingTrace.layers` does; the model's routers must be
     among them. Rows with ``valid=False`` are routed live, and their ids are never read. The weights of the experts
     come from the model's current logits by its own score function, so the router keeps its gradient. With gradient
@@ -53,7 +55,7 @@ def replay_routes(
         ReplayScopeError: when a forward has another number of rows, a router never ran, or recomputation happened
             outside the scope.
     """
-    scope = _Scope(model, np.asarray(expert_ids), np.asarray(valid), tuple(layers))
+    scope = _Scope(model, as_array(expert_ids), as_array(valid), tuple(layers))
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(scope.note_forward))
         for site in scope.sites:
@@ -145,6 +147,7 @@ def _check_routes(
         raise TraceError(
             f"expert_ids is {expert_ids.dtype}{list(expert_ids.shape)}, expected integers of [rows, layers, {topk}]"
         )
+    check_holds_ids(expert_ids, num_experts)
     rows, num_layers, got_topk = expert_ids.shape
     if valid.shape != (rows,) or valid.dtype != np.bool_:
         raise TraceError(
