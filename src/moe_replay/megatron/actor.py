@@ -235,7 +235,26 @@ def _load_modules(
 
 
 def wrap_precision(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
-    """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are."""
-    if config.bf16:
-        return [Float16Module(config, chunk) for chunk in chunks]
-    return list(chunks)
+    """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are.
+
+    The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it next runs, after its
+    value was rounded: 11.9 becomes 11.875, a step many times the differences by which a balanced router orders its
+    experts. Counts of tokens stop at 256, and cached rotary angles lose all digits of a late position. Float32 buffers
+    are therefore put back as they were.
+    """
+    if not config.bf16:
+        return list(chunks)
+    return [_in_bfloat16(chunk, config) for chunk in chunks]
+
+
+def _in_bfloat16(chunk: torch.nn.Module, config: Any) -> torch.nn.Module:
+    exact = [
+        (module, name, buffer)
+        for module in chunk.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32
+    ]
+    wrapped = Float16Module(config, chunk)
+    for module, name, buffer in exact:
+        setattr(module, name, buffer)
+    return wrapped

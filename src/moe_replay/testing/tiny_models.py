@@ -13,6 +13,7 @@ import torch
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CHARACTERS = (*map(chr, range(32, 127)), "\n")
+_EXPERT_BIAS = "e_score_correction_bias"
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(CHARACTERS)
 
 _COMMON: dict[str, Any] = {
@@ -88,8 +89,8 @@ def write_tiny_checkpoint(
 
     The default `initializer_range` is ten times the usual one: with usual weights all experts and all router
     logits of an untrained model are nearly alike, and wrong routes would change nothing that a test could see.
-    The norm weights and expert biases are random too, so that one loaded into the wrong place shows. `overrides` are fields of
-    the family's transformers config.
+    The norm weights and expert biases are random too, so that one loaded into the wrong place shows. As in released
+    checkpoints, the expert biases are float32 whatever `dtype` is. `overrides` are fields of the family's transformers config.
 
     Example:
         >>> write_tiny_checkpoint(tmp_path, num_hidden_layers=2, num_experts=32)
@@ -106,15 +107,31 @@ def write_tiny_checkpoint(
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.add_(torch.randn_like(buffer) * 0.1)
+            for _, buffer in _expert_biases(model):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     finally:
         torch.set_rng_state(generator_state)
     path = Path(path)
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    _cast_all_but_expert_biases(model, dtype)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     character_tokenizer().save_pretrained(path)
     return path
+
+
+def _expert_biases(model: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+    """Return each router that has an expert bias, with the bias."""
+    return [
+        (module, getattr(module, _EXPERT_BIAS))
+        for module in model.modules()
+        if _EXPERT_BIAS in dict(module.named_buffers(recurse=False))
+    ]
+
+
+def _cast_all_but_expert_biases(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    biases = _expert_biases(model)
+    model.to(dtype)
+    for router, bias in biases:
+        setattr(router, _EXPERT_BIAS, bias)
 
 
 def character_tokenizer() -> Any:
