@@ -1,7 +1,7 @@
 """Everything that touches Megatron-Core: it lives here so that no other package has to import it.
 
-Importing this package checks the installed Megatron-Core version and, on a machine without CUDA, calls
-`moe_replay.megatron.cpu.install`.
+Importing this package, or any module of it, checks the installed Megatron-Core version and repairs what Megatron misses
+on this machine (`moe_replay.megatron.repairs`).
 
 In: a Hugging Face checkpoint directory and a `ParallelLayout`. Out: Megatron model chunks, their weights
 in Hugging Face naming, replay scopes, training steps. Called by: `moe_replay.grpo`, `moe_replay.cli`.
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import importlib
 
-from moe_replay.megatron import cpu, version
+from moe_replay.megatron import repairs, version
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 version.check_installed()
-cpu.install()
+repairs.install()
 with quiet_megatron():
     for _name in ("distributed", "models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel"):
         importlib.import_module(f"megatron.core.{_name}")

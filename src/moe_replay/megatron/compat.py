@@ -1,12 +1,13 @@
 """Every import and call of Megatron-Core that differs between 0.16 and 0.19, or with Transformer Engine.
 
+What has to be repaired in Megatron's own modules is in `missing_packages` and `cpu`.
+
 In: a TransformerConfig. Out: layer specs, and the classes that others test for.
 Called by: the modules of `moe_replay.megatron`; none of them asks for a version.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,8 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -34,6 +33,7 @@ from moe_replay.megatron.layers import (
     ReplicatedLinear,
     RMSNorm,
 )
+from moe_replay.megatron.missing_packages import has_transformer_engine
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 from moe_replay.megatron.version import check_installed
 
@@ -52,20 +52,10 @@ VERSION = check_installed()
 # From 0.19 on the tokens that weigh the auxiliary loss are multiplied by the ranks that share a sequence.
 AUX_LOSS_SCALED_BY_GROUP = VERSION >= (0, 19)
 
-# 0.16 reads this name in the router's gating and defines it only where Transformer Engine is installed.
-if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None
-
-# Latent attention takes the stand-ins of a missing Transformer Engine for the real classes, and tests for them.
-if importlib.util.find_spec("transformer_engine") is None:
-    multi_latent_attention.HAVE_TE = False
-    # The name of the one replicated layer that it accepts where Transformer Engine has its own.
-    multi_latent_attention.Linear = ReplicatedLinear
-
 
 def transformer_engine_usable() -> bool:
     """Tell whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return torch.cuda.is_available() and has_transformer_engine()
 
 
 def mark_cut_parameters(chunk: torch.nn.Module) -> None:

@@ -1,22 +1,20 @@
 """Stand-ins that let the unmodified Megatron-Core run without CUDA, over gloo.
 
 Each stand-in is one function whose docstring says what breaks without it. Nothing here runs where CUDA is
-available. Where it can, a stand-in replaces a name inside the Megatron modules that use it and leaves torch
-alone: wrapping `torch.tensor` and friends globally would break `with torch.device(...)` and with it
-transformers' `from_pretrained`.
+available; what Megatron needs for any other reason is in `missing_packages`. Where it can, a stand-in replaces a name
+inside the Megatron modules that use it and leaves torch alone: wrapping `torch.tensor` and friends globally would
+break `with torch.device(...)` and with it transformers' `from_pretrained`.
 
 In: nothing. Out: a patched `torch.cuda` and patched Megatron modules.
-Called by: `moe_replay.megatron` on import, before anything imports `megatron.core`.
+Called by: `moe_replay.megatron.repairs`, before anything imports `megatron.core`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -54,14 +52,13 @@ _FACTORIES = (
 
 
 def install() -> None:
-    """Make Megatron-Core importable and runnable on this machine; do nothing where CUDA exists.
+    """Make Megatron-Core importable and runnable on a machine without CUDA.
 
     Idempotent. Best before the first import of `megatron.core`: Megatron compiles its fused functions while it is
     imported, which takes seconds and is undone here.
     """
-    if torch.cuda.is_available() or getattr(torch.cuda, _MARK, False):
+    if getattr(torch.cuda, _MARK, False):
         return
-    _replace_paged_stash_without_triton()
     _name_the_cpu_as_current_device()
     _ignore_streams_and_events()
     _run_megatron_uncompiled()
@@ -71,27 +68,7 @@ def install() -> None:
     _return_numpy_split_sizes()
     _pad_uneven_collectives()
     _order_two_stage_p2p()
-    _repair_output_discarding_checkpoint()
-    _keep_torch_adam_state_whole()
     setattr(torch.cuda, _MARK, True)
-
-
-def _replace_paged_stash_without_triton() -> None:
-    """Provide an empty `paged_stash`: from 0.18 the schedules import it, and it imports triton unguarded."""
-    if importlib.util.find_spec("triton"):
-        return
-    module = types.ModuleType("megatron.core.transformer.moe.paged_stash")
-    for name in (
-        "check_paged_stash_overflow",
-        "get_paged_stash_context",
-        "paged_stash_group_commit",
-        "paged_stash_group_start",
-        "paged_stash_init_chunk_handler",
-        "paged_stash_reset",
-        "paged_stash_set_last_layer",
-    ):
-        setattr(module, name, lambda *args, **kwargs: None)
-    sys.modules[module.__name__] = module
 
 
 def _name_the_cpu_as_current_device() -> None:
@@ -295,48 +272,3 @@ def _order_two_stage_p2p() -> None:
 
     distributed = _Overlay(torch.distributed, batch_isend_irecv=batch_isend_irecv)
     communication.torch = _Overlay(torch, distributed=distributed)
-
-
-def _repair_output_discarding_checkpoint() -> None:
-    """Let selective recompute of layernorm and moe_act run: its `fp8=False` default counts as 'fp8 is on'."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-
-
-def _keep_torch_adam_state_whole() -> None:
-    """Let the distributed optimizer save and load the state of torch's Adam, the only one without CUDA.
-
-    torch's Adam creates its state at the first step and keeps `step` in it. Megatron expects the state to exist
-    when it saves, has no `step` in what it loads, and gives every parameter the *same* step tensor, to which
-    Adam then adds one per parameter: training goes on silently wrong.
-    """
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer_class = module.DistributedOptimizer
-    state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
-
-    def state_dict_with_state(self: Any) -> Any:
-        if not self.optimizer.state:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return state_dict(self)
-
-    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
-        load_state_dict(self, loaded)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    @torch.no_grad()
-    def set_parameter_state(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        parameter = self.optimizer.param_groups[group]["params"][order]
-        for name, target in {"param": parameter, **self.optimizer.state[parameter]}.items():
-            if name in tensors:
-                target.copy_(tensors[name])
-
-    optimizer_class.state_dict = state_dict_with_state
-    optimizer_class.load_state_dict = load_state_dict_with_own_steps
-    optimizer_class._set_main_param_and_optimizer_states = set_parameter_state
