@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import torch
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.weights import export_hf_weights
 from moe_replay.testing.layouts import SEED, coded_samples, layout, replica_share
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
-LAYERS = (0, 1, 2, 3)
 LAYOUTS: dict[str, tuple[ParallelLayout, int]] = {
     "one": (layout(), 1),
     "dp2": (layout(), 2),
@@ -35,7 +37,8 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int]] = {
 def update(actor: MegatronActor) -> float:
     """Take one replayed step."""
     replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
-    samples = replica_share(coded_samples(LAYERS), replica)
+    layers = unwrap(actor.modules[0]).model_shape.moe_layers
+    samples = replica_share(coded_samples(layers), replica)
     batches = pack(samples, scorer=actor, count=4)
     result = actor.update(batches, mean_loss, temperature=1.0, routing=Routing.REPLAY)
     return result.grad_norm
@@ -66,6 +69,21 @@ def load_and_go_on(checkpoint: Path, where: ParallelLayout, folder: Path) -> Any
     return loaded, norm, weights_of(actor)
 
 
+def assert_goes_on(checkpoint: Path, folder: Path, first: str, then: str) -> None:
+    """Save in the layout ``first``, load in ``then``, and compare with what ``first`` does next."""
+    print("seed", SEED)
+    where, ranks = LAYOUTS[first]
+    saved, norm, after = run_ranks(save_and_go_on, ranks, checkpoint, where, folder)[0]
+    where, ranks = LAYOUTS[then]
+    for loaded, next_norm, went_on in run_ranks(load_and_go_on, ranks, checkpoint, where, folder):
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+        assert next_norm == pytest.approx(norm, rel=1e-5)
+        moved = torch.cat([(after[n] - saved[n]).flatten() for n in saved]).norm()
+        apart = torch.cat([(went_on[n] - after[n]).flatten() for n in saved]).norm()
+        # Adam moves a weight by about the learning rate whatever its gradient's size, so noise in tiny gradients shows.
+        assert apart < 1e-3 * moved
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -84,16 +102,55 @@ def load_and_go_on(checkpoint: Path, where: ParallelLayout, folder: Path) -> Any
 def test_a_run_goes_on_in_another_layout(
     checkpoint: Path, tmp_path: Path, first: str, then: str
 ) -> None:
-    print("seed", SEED)
-    where, ranks = LAYOUTS[first]
-    saved, norm, after = run_ranks(save_and_go_on, ranks, checkpoint, where, tmp_path / "c")[0]
-    where, ranks = LAYOUTS[then]
-    for loaded, next_norm, went_on in run_ranks(
-        load_and_go_on, ranks, checkpoint, where, tmp_path / "c"
-    ):
-        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
-        assert next_norm == pytest.approx(norm, rel=1e-5)
-        moved = torch.cat([(after[n] - saved[n]).flatten() for n in saved]).norm()
-        apart = torch.cat([(went_on[n] - after[n]).flatten() for n in saved]).norm()
-        # Adam moves a weight by about the learning rate whatever its gradient's size, so noise in tiny gradients shows.
-        assert apart < 1e-3 * moved
+    assert_goes_on(checkpoint, tmp_path / "c", first, then)
+
+
+@pytest.fixture(scope="module")
+def dense_ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return checkpoints whose first or last two of four layers are dense, so that a stage of two holds no expert."""
+    return {
+        end: write_tiny_checkpoint(tmp_path_factory.mktemp(end), mlp_only_layers=layers)
+        for end, layers in (("first", [0, 1]), ("last", [2, 3]))
+    }
+
+
+@pytest.mark.parametrize(
+    ("dense", "first", "then"),
+    [
+        ("first", "pp2", "pp2"),
+        ("first", "pp2 ep2", "one"),
+        ("first", "ep2", "pp2"),
+        ("last", "pp2", "pp2 ep2"),
+    ],
+)
+def test_t6_a_run_with_a_stage_of_dense_layers_is_saved_and_goes_on(
+    dense_ends: dict[str, Path], tmp_path: Path, dense: str, first: str, then: str
+) -> None:
+    assert_goes_on(dense_ends[dense], tmp_path / "c", first, then)
+
+
+def record_and_replay(checkpoint: Path, where: ParallelLayout) -> tuple[float, int, int]:
+    """Take an R2 step: record, replay what was recorded, return the norm and the shape of this rank's routes."""
+    actor = start_policy(checkpoint, where)
+    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    samples = [replace(s, trace=None) for s in replica_share(coded_samples((2, 3)), replica)]
+    batches = pack(samples, scorer=actor, count=4)
+    routes = actor.score(batches, temperature=1.0, routing=Routing.RECORD).routes
+    recorded = [replace(batch, routes=routes[batch.key]) for batch in batches]
+    norm = actor.update(recorded, mean_loss, temperature=1.0, routing=Routing.REPLAY).grad_norm
+    layers, rows, _ = routes[0].expert_ids.shape
+    assert rows == len(batches[0].router_index.rows)
+    return norm, layers, len(actor.routers)
+
+
+@pytest.mark.parametrize("name", ["pp2", "pp2 ep2"])
+def test_t5_a_stage_of_dense_layers_records_routes_of_no_layer(
+    dense_ends: dict[str, Path], name: str
+) -> None:
+    ((expected, _, _),) = run_ranks(record_and_replay, 1, dense_ends["first"], layout())
+    where, ranks = LAYOUTS[name]
+    found = run_ranks(record_and_replay, ranks, dense_ends["first"], where)
+    assert {layers for _, layers, _ in found} == {0, 2}
+    for norm, layers, num_routers in found:
+        assert layers == num_routers
+        assert norm == pytest.approx(expected, rel=1e-5)

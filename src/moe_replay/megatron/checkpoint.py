@@ -40,6 +40,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.optimizer_state import with_one_step
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
@@ -200,8 +201,8 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
         for number, module in enumerate(actor.modules)
     }
-    state["optimizer"] = actor.optimizer.sharded_state_dict(
-        state, is_loading=is_loading, metadata=metadata
+    state["optimizer"] = with_one_step(
+        actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     )
     return state
 

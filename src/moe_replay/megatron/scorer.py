@@ -21,7 +21,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from moe_replay.batch import Microbatch, RankPlace
+from moe_replay.batch import Microbatch, RankPlace, RouteForm
+from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers, unwrap
@@ -69,8 +70,8 @@ class Scores:
     samples: Mapping[int, ScoredSample]
     """Sample id -> its values, for all samples of this rank's replica."""
     routes: Mapping[int, RouteSlice]
-    """Microbatch key -> its recorded routes in this rank's layers and rows; empty unless the pass recorded, or when
-    this pipeline stage has no router."""
+    """Microbatch key -> its recorded routes in this rank's layers and rows, of which a pipeline stage without routers
+    has none; empty unless the pass recorded."""
 
 
 class MegatronScorer:
@@ -136,7 +137,7 @@ class MegatronScorer:
                     token_logprobs=logprobs, entropies=entropies
                 )
         routes: dict[int, RouteSlice] = {}
-        if isinstance(scope, RecordScope) and scope.layers:
+        if isinstance(scope, RecordScope):
             routes = {m.key: self._recorded(m, scope) for m in microbatches}
         return Scores(samples=scored, routes=routes)
 
@@ -274,6 +275,11 @@ class MegatronScorer:
 
     def _recorded(self, microbatch: Microbatch, scope: RecordScope) -> RouteSlice:
         """Return what was recorded as routes to replay; every row of a token has one."""
+        if not scope.layers:
+            # As engine routes arrive at such a stage: a slice of no layers, for the update that replays it.
+            topk = unwrap(self.chunks[0]).config.moe_router_topk
+            form = RouteForm(layers=(), num_experts=self.num_experts, topk=topk)
+            return empty_slice(form, len(microbatch.router_index.rows))
         return RouteSlice(
             expert_ids=scope.expert_ids(microbatch.key),
             valid=microbatch.index.is_token[microbatch.router_rows],
