@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,6 +158,25 @@ class Recipe(Section):
             raise RecipeError(
                 f"{problems[0]} cannot be shared evenly by {ranks} data-parallel ranks "
                 f"(world size {world_size}): change the batch or the number of processes"
+            )
+        self._check_interleaving(ranks)
+
+    def _check_interleaving(self, ranks: int) -> None:
+        """Raise `RecipeError` unless a rank's samples make up whole rounds of the interleaved schedule, however long.
+
+        With 6 samples and 4 stages, 5 microbatches would have to become 8: completions decide when that happens.
+        """
+        chunks = self.megatron.virtual_pipeline_model_parallel_size
+        stages = self.megatron.pipeline_model_parallel_size
+        samples = self.batch.global_batch_size // ranks
+        if chunks is not None and samples % stages:
+            step = math.lcm(self.rollout.num_generations, stages) * ranks
+            raise RecipeError(
+                f"batch.global_batch_size = {self.batch.global_batch_size} gives each of {ranks} data-parallel ranks "
+                f"{samples} samples per update, expected a multiple of megatron.pipeline_model_parallel_size = {stages}: "
+                "with virtual_pipeline_model_parallel_size Megatron-Core runs microbatches in rounds of that many, and "
+                f"long completions need one microbatch each. Make global_batch_size a multiple of {step}, or remove "
+                "virtual_pipeline_model_parallel_size"
             )
 
     def resolved_table(self) -> dict[str, Any]:
