@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from moe_replay.errors import RecipeError, RewardError
-from moe_replay.grpo.advantage import group_advantages, reward_metrics
+from moe_replay.grpo.advantage import (
+    ADVANTAGE_ESTIMATORS,
+    AdvantageEstimator,
+    group_advantages,
+    reward_metrics,
+)
+from moe_replay.grpo.recipe_sections import GrpoSection
 
 
 def test_group_scale_divides_by_the_standard_deviation_with_n_minus_1() -> None:
@@ -79,3 +86,52 @@ def test_reward_metrics_hold_every_function() -> None:
         # squares 3 / 16 + 9 / 16 = 0.75, variance 0.75 / 3
         "rewards/accuracy/std": pytest.approx(0.5),
     }
+
+
+def test_t17_rloo_compares_with_the_mean_of_the_others() -> None:
+    result = group_advantages(np.array([[3.0, 0.0, 0.0]]), scale_rewards="none", estimator="rloo")
+    assert result.advantages.tolist() == [[3.0, -1.5, -1.5]]
+
+
+def test_t17_every_estimator_of_the_recipe_is_one_that_there_is() -> None:
+    offered = get_args(GrpoSection.model_fields["advantage_estimator"].annotation)
+    assert set(offered) == set(get_args(AdvantageEstimator)) == set(ADVANTAGE_ESTIMATORS)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_t15_a_completion_that_does_not_count_moves_no_other(scale: str, estimator: str) -> None:
+    options = {"scale_rewards": scale, "estimator": estimator}
+    alone = group_advantages(np.array([[1.0, 0.0, 4.0], [2.0, 3.0, 7.0]]), **options)
+    joined = group_advantages(
+        np.array([[1.0, 0.0, -50.0, 4.0], [2.0, 9.0, 3.0, 7.0]]),
+        counts=np.array([[True, True, False, True], [True, False, True, True]]),
+        **options,
+    )
+    assert joined.advantages[0, 2] == joined.advantages[1, 1] == 0.0
+    kept = np.stack([joined.advantages[0, [0, 1, 3]], joined.advantages[1, [0, 2, 3]]])
+    np.testing.assert_allclose(kept, alone.advantages, rtol=1e-14)
+    assert joined.reward_std == pytest.approx(alone.reward_std)
+    assert reward_metrics(joined, {})["reward"] == pytest.approx(17 / 6)
+
+
+def test_t15_groups_without_two_completions_that_count_teach_nothing() -> None:
+    counts = np.array([[True, False], [False, False]])
+    result = group_advantages(
+        np.array([[1.0, 0.0], [5.0, 6.0]]), scale_rewards="group", counts=counts
+    )
+    assert result.advantages.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert result.equal_rewards.tolist() == [True, True]
+    assert result.reward_mean == 1.0
+    nothing = group_advantages(
+        np.array([[1.0, 0.0]]), scale_rewards="batch", counts=np.zeros((1, 2), dtype=bool)
+    )
+    assert reward_metrics(nothing, {"f": np.ones((1, 2))}) == {"frac_reward_zero_std": 1.0}
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("size", [1e200, 1.7e308])
+def test_t12_rewards_whose_squares_overflow_are_refused_by_value(scale: str, size: float) -> None:
+    # Divided by an infinite standard deviation they would all become 0, and nothing would be learned.
+    with pytest.raises(RewardError, match=r"rewards reach .* \(group 0, completion 1\)"):
+        group_advantages(np.array([[0.0, size], [0.0, size]]), scale_rewards=scale)

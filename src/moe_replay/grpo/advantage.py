@@ -1,11 +1,11 @@
 """Advantages: how much better a completion did than the other completions of its prompt.
 
-In: rewards of whole groups. Out: GroupAdvantages and the reward metrics. Called by: grpo.loop.
+In: rewards of whole groups. Out: GroupAdvantages and the reward metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float64
 
 from moe_replay.errors import RecipeError, RewardError
 
+AdvantageEstimator = Literal["grpo", "rloo"]
 ScaleRewards = Literal["group", "batch", "none"]
 
 STD_EPSILON = 1e-4
@@ -25,13 +26,16 @@ class GroupAdvantages:
     """Advantages of a rollout batch, and the spread of the rewards that they came from."""
 
     advantages: Float64[np.ndarray, "groups generations"]
-    """Reward minus group mean, divided as ``scale_rewards`` says; exactly 0 in a group of equal rewards."""
-    reward_mean: float
-    """Mean reward of all completions."""
-    reward_std: float
-    """Mean over groups of the standard deviation in a group; with ``batch``, that of all completions."""
+    """Reward minus what it is compared with, divided as ``scale_rewards`` says; exactly 0 in a group of equal rewards,
+    and for a completion that does not count."""
+    reward_mean: float | None
+    """Mean reward of all completions that count; None when none does."""
+    reward_std: float | None
+    """Mean over groups of the standard deviation in a group; with ``batch``, that of all completions that count."""
     equal_rewards: Bool[np.ndarray, " groups"]
     """True for a group whose rewards are all equal: its completions teach nothing."""
+    counts: Bool[np.ndarray, "groups generations"]
+    """False for a completion whose reward says nothing about it, because its engine gave up on it."""
 
     @property
     def frac_reward_zero_std(self) -> float:
@@ -39,21 +43,43 @@ class GroupAdvantages:
         return float(self.equal_rewards.mean())
 
 
-def group_advantages(
-    rewards: Float64[np.ndarray, "groups generations"], *, scale_rewards: ScaleRewards
-) -> GroupAdvantages:
-    """Compare each reward with the mean of its group.
+def _grpo(centred: np.ndarray, num_counted: np.ndarray) -> np.ndarray:
+    return centred
 
-    ``group`` divides by the group's standard deviation, ``batch`` by that of all rewards, ``none`` by nothing.
-    Standard deviations have n - 1 in the denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with
-    ``group`` and ``[[0.5, -0.5]]`` with ``none``.
+
+def _rloo(centred: np.ndarray, num_counted: np.ndarray) -> np.ndarray:
+    # r_i - mean of the others = (r_i - mean of all) n / (n - 1).
+    return centred * (num_counted / np.maximum(num_counted - 1, 1))
+
+
+ADVANTAGE_ESTIMATORS: Mapping[AdvantageEstimator, Callable[..., np.ndarray]] = {
+    "grpo": _grpo,
+    "rloo": _rloo,
+}
+"""Name -> function of (reward minus group mean ``[groups generations]``, completions that count ``[groups 1]``)."""
+
+
+def group_advantages(
+    rewards: Float64[np.ndarray, "groups generations"],
+    *,
+    scale_rewards: ScaleRewards,
+    estimator: AdvantageEstimator = "grpo",
+    counts: Bool[np.ndarray, "groups generations"] | None = None,
+) -> GroupAdvantages:
+    """Compare each reward with the others of its group.
+
+    ``grpo`` compares with the mean of the group, ``rloo`` with the mean of the other completions. ``group`` divides by
+    the group's standard deviation, ``batch`` by that of all rewards, ``none`` by nothing. Standard deviations have
+    n - 1 in the denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with ``group`` and
+    ``[[0.5, -0.5]]`` with ``none``. Completions without ``counts`` (default: all have it) enter no mean and no standard
+    deviation, and their advantage is 0.
 
     Source: GRPO, arXiv 2402.03300, section 4.1.2 (``group``); Dr. GRPO, arXiv 2503.20783 (``none``); TRL,
-    ``GRPOTrainer`` (``batch``, and n - 1).
+    ``GRPOTrainer`` (``batch``, and n - 1); RLOO, arXiv 2402.14740, equation 8.
 
     Raises:
         RecipeError: for groups of one, which have no advantage.
-        RewardError: when a reward is not finite.
+        RewardError: when a reward is not finite, or so large that its advantage is not.
     """
     num_groups, num_generations = rewards.shape
     if num_groups < 1 or num_generations < 2:
@@ -62,22 +88,34 @@ def group_advantages(
             "completion has nothing to be compared with; raise rollout.num_generations"
         )
     _check_finite("rewards", rewards)
-    equal = rewards.max(axis=1) == rewards.min(axis=1)
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    # The mean of n equal numbers may differ from them in the last bit, which the division would blow up.
-    centred[equal] = 0.0
-    group_std = np.sqrt((centred**2).sum(axis=1) / (num_generations - 1))
-    batch_std = _std(rewards)
-    divisor = {
-        "group": group_std[:, None] + STD_EPSILON,
-        "batch": batch_std + STD_EPSILON,
-        "none": 1.0,
-    }
+    counts = np.ones(rewards.shape, dtype=bool) if counts is None else counts
+    num_counted = counts.sum(axis=1, keepdims=True)
+    counted = rewards[counts]
+    highest = np.where(counts, rewards, -np.inf).max(axis=1)
+    equal = highest <= np.where(counts, rewards, np.inf).min(axis=1)
+    # Overflow is found below, where it can be explained.
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = (rewards * counts).sum(axis=1, keepdims=True) / np.maximum(num_counted, 1)
+        centred = np.where(counts, rewards - means, 0.0)
+        # The mean of n equal numbers may differ from them in the last bit, which the division would blow up.
+        centred[equal] = 0.0
+        group_std = np.sqrt((centred**2).sum(axis=1) / np.maximum(num_counted[:, 0] - 1, 1))
+        batch_std = _std(counted) if len(counted) else 0.0
+        divisor = {
+            "group": group_std[:, None] + STD_EPSILON,
+            "batch": batch_std + STD_EPSILON,
+            "none": 1.0,
+        }
+        advantages = ADVANTAGE_ESTIMATORS[estimator](centred, num_counted) / divisor[scale_rewards]
+        reward_mean = float(counted.mean()) if len(counted) else None
+    _check_size(rewards, advantages, group_std, batch_std, reward_mean or 0.0)
+    reward_std = batch_std if scale_rewards == "batch" else float(group_std.mean())
     return GroupAdvantages(
-        advantages=centred / divisor[scale_rewards],
-        reward_mean=float(rewards.mean()),
-        reward_std=batch_std if scale_rewards == "batch" else float(group_std.mean()),
+        advantages=advantages,
+        reward_mean=reward_mean,
+        reward_std=reward_std if len(counted) else None,
         equal_rewards=equal,
+        counts=counts,
     )
 
 
@@ -86,20 +124,21 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Return ``reward``, ``reward_std``, ``frac_reward_zero_std`` and ``rewards/<function>/{mean,std}``.
 
-    ``rewards`` holds each reward function's scores before weights; their standard deviation is over all completions.
+    ``rewards`` holds each reward function's scores before weights. Mean and standard deviation are over all completions that count;
+    where none does, they are left out.
 
     Raises:
         RewardError: when a score is not finite.
     """
-    metrics = {
-        "reward": result.reward_mean,
-        "reward_std": result.reward_std,
-        "frac_reward_zero_std": result.frac_reward_zero_std,
-    }
+    metrics = {"frac_reward_zero_std": result.frac_reward_zero_std}
+    if result.reward_mean is not None and result.reward_std is not None:
+        metrics |= {"reward": result.reward_mean, "reward_std": result.reward_std}
     for name, scores in rewards.items():
         _check_finite(name, scores)
-        metrics[f"rewards/{name}/mean"] = float(scores.mean())
-        metrics[f"rewards/{name}/std"] = _std(scores)
+        counted = scores[result.counts]
+        if len(counted):
+            metrics[f"rewards/{name}/mean"] = float(counted.mean())
+            metrics[f"rewards/{name}/std"] = _std(counted)
     return metrics
 
 
@@ -114,4 +153,18 @@ def _check_finite(name: str, scores: np.ndarray) -> None:
         raise RewardError(
             f"{name}: {len(bad)} of {scores.size} scores are not finite, the first is {scores[group, generation]} at "
             f"group {group}, completion {generation}; a reward function must return one finite number a completion"
+        )
+
+
+def _check_size(
+    rewards: np.ndarray, advantages: np.ndarray, *statistics: np.ndarray | float
+) -> None:
+    """Raise `RewardError` when rewards are so far apart that what follows from them is no number in float32."""
+    fits = np.abs(advantages).max() <= np.finfo(np.float32).max
+    if not fits or not all(np.isfinite(value).all() for value in statistics):
+        group, generation = np.unravel_index(np.abs(rewards).argmax(), rewards.shape)
+        raise RewardError(
+            f"rewards reach {rewards[group, generation]:g} (group {group}, completion {generation}), expected numbers "
+            "whose squares and differences are finite: their advantages are no numbers any more; scale the reward "
+            "function or its weight down"
         )

@@ -206,8 +206,8 @@ class GrpoSection(Section):
     """The importance ratio is clipped above at 1 + epsilon_high; equal to ``epsilon`` when left out."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term towards the reference model; 0 loads no reference model."""
-    advantage_estimator: Literal["grpo"] = "grpo"
-    """How rewards become advantages."""
+    advantage_estimator: Literal["grpo", "rloo"] = "grpo"
+    """What a reward is compared with: the mean of its prompt's completions (``grpo``), or of the others (``rloo``)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation the advantages are divided by."""
     overlong_filter: bool = False
