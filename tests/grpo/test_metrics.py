@@ -12,11 +12,12 @@ from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.loss import LossStatistics
 from moe_replay.grpo.metrics import (
     Tally,
-    completion_lengths,
+    completion_tally,
     engine_gap,
     step_tally,
     update_tally,
 )
+from moe_replay.rollout.types import FinishReason
 
 ROLLOUT = [np.log([0.5, 0.2]), np.log([0.5])]
 OLD = [np.log([0.4, 0.6]), np.log([0.8])]
@@ -152,13 +153,26 @@ def test_a_name_tallied_in_two_ways_is_a_bug() -> None:
         tally.add_max("completions/min_length", 3)
 
 
-def test_completion_lengths_give_mean_min_and_max() -> None:
-    metrics = Tally.merge([completion_lengths([2, 9]), completion_lengths([1])]).finish()
-    assert metrics == {
+def test_completions_are_counted_by_length_and_ending() -> None:
+    stop, length, aborted = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORTED
+    parts = [
+        completion_tally([2, 9], [stop, length], overlong_filter=False),
+        completion_tally([1, 4], [aborted, stop], overlong_filter=False),
+    ]
+    assert Tally.merge(parts).finish() == {
         "completions/max_length": 9.0,
         "completions/mean_length": 4.0,
         "completions/min_length": 1.0,
+        "completions/clipped_ratio": 0.25,
+        "completions/aborted_ratio": 0.25,
+        "completions/filtered_ratio": 0.25,
     }
+
+
+def test_d15_the_overlong_filter_counts_what_it_leaves_out() -> None:
+    reasons = [FinishReason.LENGTH, FinishReason.STOP]
+    filtered = completion_tally([9, 2], reasons, overlong_filter=True).finish()
+    assert filtered["completions/filtered_ratio"] == 0.5
 
 
 def _statistics(

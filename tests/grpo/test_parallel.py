@@ -133,3 +133,61 @@ def test_a_run_stopped_in_one_layout_goes_on_in_another(
     assert [record["step"] for record in parts] == [1, 2]
     assert parts[1]["reward"] == whole[1]["reward"]
     assert parts[1]["grad_norm"] == pytest.approx(whole[1]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
+def test_t4_ranks_without_a_prompt_train_along(
+    mode: str, recipe: Callable[..., Recipe], checkpoint: Path
+) -> None:
+    one_prompt = {"batch__global_batch_size": 4, "run__max_steps": 1}
+    alone = steps(in_layout(recipe, checkpoint, mode, {}, "one", **one_prompt), 1)
+    layout = {"tensor_model_parallel_size": 2}
+    shared = steps(in_layout(recipe, checkpoint, mode, layout, "two", **one_prompt), 2)
+    assert alone[0].keys() == shared[0].keys()
+    for key in ("reward", "completions/mean_length", "completions/clipped_ratio"):
+        assert shared[0][key] == alone[0][key], key
+    for key in CLOSE:
+        assert shared[0][key] == pytest.approx(alone[0][key], rel=1e-4), key
+
+
+def test_t4_fewer_held_out_prompts_than_ranks_are_evaluated(
+    recipe: Callable[..., Recipe], checkpoint: Path, workspace: Path
+) -> None:
+    settings = {
+        "data__eval": workspace / "train.jsonl",
+        "data__eval_size": 1,
+        "batch__global_batch_size": 8,
+        "run__max_steps": 1,
+    }
+    rewards = []
+    for folder, ranks in (("one", 1), ("two", 2)):
+        evaluated = in_layout(recipe, checkpoint, "R3", {}, folder, **settings)
+        steps(evaluated, ranks)
+        lines = (evaluated.run.output_dir / "eval.jsonl").read_text().splitlines()
+        first = json.loads(lines[0])
+        assert first["eval/num_items"] == 1
+        rewards.append(first["eval/reward"])
+    assert rewards[0] == rewards[1]
+
+
+@pytest.mark.parametrize("axis", ["context", "tensor", "pipeline"])
+def test_t10_completions_of_one_token_train_in_every_cut(
+    axis: str,
+    recipe: Callable[..., Recipe],
+    checkpoint: Path,
+    alone: dict[str, list[dict[str, Any]]],
+) -> None:
+    # The shortest there are: a rank may hold no row that predicts a sampled token.
+    layout = {f"{axis}_{'' if axis == 'context' else 'model_'}parallel_size": 2}
+    short = {
+        "rollout__max_completion_length": 1,
+        "batch__global_batch_size": 8,
+        "run__max_steps": 1,
+        "batch__max_tokens_per_microbatch": 33,
+    }
+    if "short" not in alone:
+        alone["short"] = steps(in_layout(recipe, checkpoint, "R3", {}, "one", **short), 1)
+    shared = steps(in_layout(recipe, checkpoint, "R3", layout, "two", **short), 2)
+    assert shared[0]["completions/max_length"] == 1
+    for key in CLOSE:
+        assert shared[0][key] == pytest.approx(alone["short"][0][key], rel=1e-4), key

@@ -1,6 +1,6 @@
 """The station between sampling and learning: samples, their microbatches, and the routes that this rank replays.
 
-In: a rollout with rewards. Out: StepBatch. Called by: grpo.loop.
+In: a rollout with rewards. Out: StepBatch.
 """
 
 from __future__ import annotations
@@ -109,12 +109,15 @@ def _make_samples(
             number=number,
             token_ids=completion.token_ids,
             rollout_logprobs=completion.rollout_logprobs,
-            overlong=completion.finish_reason is FinishReason.LENGTH,
+            finish_reason=completion.finish_reason,
         )
         for place, group in zip(rollout.places, rollout.groups, strict=True)
         for number, completion in enumerate(group.completions)
     ]
     here = {(completion.place, completion.number) for completion in own}
+    untrained = {FinishReason.ABORTED}
+    if run.recipe.grpo.overlong_filter:
+        untrained.add(FinishReason.LENGTH)
     samples: list[Sample] = []
     traces: dict[int, RoutingTrace] = {}
     for completion in share_completions(run.replica, own):
@@ -126,7 +129,7 @@ def _make_samples(
             prompt_length=len(prompt.prompt_ids),
             rollout_logprobs=completion.rollout_logprobs,
             advantage=float(scored.advantages[key]),
-            trains=not (completion.overlong and run.recipe.grpo.overlong_filter),
+            trains=completion.finish_reason not in untrained,
             sampled_here=key in here,
             trace=None,
         )

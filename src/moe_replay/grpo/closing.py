@@ -1,6 +1,6 @@
 """The stations that end a step: weights to the engine, the step's record, the checkpoint, and the export at the end.
 
-In: what the stations before returned. Out: records, pushed weights, files. Called by: grpo.loop.
+In: what the stations before returned. Out: records, pushed weights, files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from moe_replay.grpo.learning import OldScores, Update, gap_of
-from moe_replay.grpo.metrics import Tally, completion_lengths
+from moe_replay.grpo.metrics import Tally, completion_tally
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import Rollout, Scored
@@ -27,8 +27,12 @@ def step_record(
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of every completion."""
     own = [sample for sample in old.samples if sample.sampled_here]
-    lengths = [sample.completion_length for sample in own]
-    tally = Tally.merge([gap_of(own, old.scored), completion_lengths(lengths)])
+    endings = completion_tally(
+        [len(completion.token_ids) for completion in rollout.completions],
+        [completion.finish_reason for completion in rollout.completions],
+        overlong_filter=run.recipe.grpo.overlong_filter,
+    )
+    tally = Tally.merge([gap_of(own, old.scored), endings])
     for sample in own:
         entropies = old.scored[sample.sample_id].entropies
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))

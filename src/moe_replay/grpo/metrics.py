@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_replay.errors import MoeReplayError
+from moe_replay.rollout.types import FinishReason
 
 if TYPE_CHECKING:
     from moe_replay.grpo.loss import LossStatistics
@@ -196,13 +197,25 @@ def _perplexity(log_perplexity: float) -> float:
     return math.exp(min(log_perplexity, 300.0))
 
 
-def completion_lengths(lengths: Sequence[int]) -> Tally:
-    """Tally ``completions/{mean,min,max}_length``, in sampled tokens."""
+def completion_tally(
+    lengths: Sequence[int], reasons: Sequence[FinishReason], *, overlong_filter: bool
+) -> Tally:
+    """Tally ``completions/{mean,min,max}_length`` in sampled tokens, and how completions ended.
+
+    ``completions/clipped_ratio`` were cut at the length limit, ``completions/aborted_ratio`` given up by the engine,
+    and ``completions/filtered_ratio`` are those of both that are left out of the loss. Source of the names: TRL,
+    ``GRPOTrainer``.
+    """
     tally = Tally()
-    for length in lengths:
+    for length, reason in zip(lengths, reasons, strict=True):
+        clipped, aborted = reason is FinishReason.LENGTH, reason is FinishReason.ABORTED
         tally.add_mean("completions/mean_length", total=length)
         tally.add_min("completions/min_length", length)
         tally.add_max("completions/max_length", length)
+        tally.add_mean("completions/clipped_ratio", total=clipped)
+        tally.add_mean("completions/aborted_ratio", total=aborted)
+        filtered = aborted or (clipped and overlong_filter)
+        tally.add_mean("completions/filtered_ratio", total=filtered)
     return tally
 
 

@@ -1,6 +1,6 @@
 """The stations that sample: rollouts, rewards, advantages, and the evaluation of held-out prompts.
 
-In: an open run. Out: Rollout, Scored. Called by: grpo.loop.
+In: an open run. Out: Rollout, Scored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from moe_replay.grpo.run import Run
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.types import (
     Completion,
+    FinishReason,
     Request,
     RolloutGroup,
     SamplingParams,
-    check_group,
+    check_groups,
 )
 from moe_replay.routing import ReplayMode, RoutingTrace
 
@@ -72,11 +73,10 @@ def roll_out(run: Run) -> Rollout:
     run.next_prompt += recipe.prompts_per_step
     places = run.own_prompts()
     requests = [training_request(recipe, position + place, prompts[place]) for place in places]
-    groups = run.engine.generate(requests, run.sampling())
+    groups = _answers(run, requests, run.sampling())
     traces: dict[tuple[int, int], RoutingTrace] = {}
     bare = []
     for place, group in zip(places, groups, strict=True):
-        check_group(group, run.engine.description)
         for number, completion in enumerate(group.completions):
             if completion.trace is not None and run.mode is ReplayMode.R3:
                 traces[place, number] = completion.trace
@@ -86,8 +86,27 @@ def roll_out(run: Run) -> Rollout:
     return Rollout(prompts=tuple(prompts), places=tuple(places), groups=tuple(bare), traces=traces)
 
 
+def _answers(run: Run, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+    """Return what the engine answers, after it was held to the contract of all engines."""
+    groups = run.engine.generate(requests, sampling)
+    stale = run.recipe.rollout.engine == "files" and run.recipe.rollout.allow_stale
+    check_groups(
+        groups,
+        requests,
+        sampling,
+        run.engine.description,
+        vocab_size=run.actor.vocab_size,
+        policy_version=None if stale else run.policy_version,
+    )
+    return groups
+
+
 def score_rewards(run: Run, rollout: Rollout) -> Scored:
-    """Run the reward functions, and compare the completions of each prompt with one another."""
+    """Run the reward functions, and compare the completions of each prompt with one another.
+
+    A completion that the engine aborted is scored and recorded, and compared with nothing: it ended where the engine
+    gave up, so its reward says nothing about the policy.
+    """
     generations = run.recipe.rollout.num_generations
     batch = run.inputs.rewards.score(
         [rollout.prompts[place] for place in rollout.places for _ in range(generations)],
@@ -96,10 +115,12 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     )
     rewards = {name: scores.reshape(-1, generations) for name, scores in batch.scores.items()}
     totals = batch.total.reshape(-1, generations)
+    aborted = [c.finish_reason is FinishReason.ABORTED for c in rollout.completions]
     gathered = run.gather(
         {
             "places": rollout.places,
             "totals": totals.tolist(),
+            "aborted": np.array(aborted, dtype=bool).reshape(-1, generations).tolist(),
             "rewards": {name: scores.tolist() for name, scores in rewards.items()},
         }
     )
@@ -107,6 +128,8 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     whole = group_advantages(
         _by_place(shape, ((part["places"], part["totals"]) for part in gathered)),
         scale_rewards=run.recipe.grpo.scale_rewards,
+        estimator=run.recipe.grpo.advantage_estimator,
+        counts=_by_place(shape, ((part["places"], part["aborted"]) for part in gathered)) == 0,
     )
     scores = {
         name: _by_place(shape, ((part["places"], part["rewards"][name]) for part in gathered))
@@ -144,7 +167,7 @@ def evaluate(run: Run) -> None:
             temperature=settings.temperature,
             seed=run.recipe.run.seed,
         )
-        groups = run.engine.generate(requests, sampling)
+        groups = _answers(run, requests, sampling)
         completions = [completion for group in groups for completion in group.completions]
         batch = run.inputs.rewards.score(
             [prompts[place] for place in mine for _ in range(settings.num_generations)],
@@ -168,5 +191,6 @@ def _by_place(
     """Put the values of every rank's prompts into their places among all prompts of the step."""
     whole = np.full(shape, np.nan)
     for places, values in parts:
-        whole[list(places)] = np.array(values, dtype=np.float64).reshape(len(places), -1)
+        # The second dim by name: of a rank that sampled nothing it cannot be inferred.
+        whole[list(places)] = np.array(values, dtype=np.float64).reshape(len(places), shape[1])
     return whole

@@ -1,7 +1,6 @@
 """What the ranks of a replica give one another: sampled tokens to all, routes to the rank that replays them.
 
 In: completions and traces of this rank. Out: samples of the whole replica; microbatches with this rank's routes.
-Called by: grpo.sampling, grpo.learning.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from moe_replay.batch import Microbatch, RouteForm
 from moe_replay.batch.routes import cut_routes, empty_slice, narrowed, pack_rows, unpack_rows
 from moe_replay.errors import TraceError
 from moe_replay.megatron.replica import Replica
+from moe_replay.rollout.types import FinishReason
 from moe_replay.routing import RoutingTrace
 
 
@@ -32,13 +32,16 @@ class SharedCompletion:
     """``[T]`` sampled ids."""
     rollout_logprobs: Float32[np.ndarray, " completion"]
     """``[T]``, in nats."""
-    overlong: bool
-    """It ended because of its length."""
+    finish_reason: FinishReason
+    """Why it ended."""
 
 
 def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list[SharedCompletion]:
     """Return the completions of all ranks of the replica, ordered by prompt and number; collective over it."""
-    header = [[c.place, c.number, len(c.token_ids), c.overlong] for c in own]
+    # Raw bytes are read back as these two; `check_groups` has refused everything else at the border.
+    assert all(c.token_ids.dtype == np.int32 for c in own)
+    assert all(c.rollout_logprobs.dtype == np.float32 for c in own)
+    header = [[c.place, c.number, len(c.token_ids), str(c.finish_reason)] for c in own]
     text = json.dumps(header).encode()
     arrays = [c.token_ids.tobytes() for c in own] + [c.rollout_logprobs.tobytes() for c in own]
     payload = b"".join([len(text).to_bytes(8, "little"), text, *arrays])
@@ -59,9 +62,9 @@ def _unpack_completions(payload: bytes) -> list[SharedCompletion]:
             number=number,
             token_ids=tokens[end - length : end],
             rollout_logprobs=logprobs[end - length : end],
-            overlong=overlong,
+            finish_reason=FinishReason(reason),
         )
-        for (place, number, length, overlong), end in zip(header, ends, strict=True)
+        for (place, number, length, reason), end in zip(header, ends, strict=True)
     ]
 
 

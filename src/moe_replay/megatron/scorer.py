@@ -91,6 +91,11 @@ class MegatronScorer:
         )
         self.device = next(self.chunks[0].parameters()).device
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return unwrap(self.chunks[0]).model_shape.vocab_size
+
     def score(
         self,
         microbatches: Sequence[Microbatch],

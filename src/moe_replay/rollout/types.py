@@ -1,7 +1,6 @@
 """The types that cross the engine seam: what is asked of an engine, and what every engine returns.
 
 In: prompts. Out: Request, SamplingParams, Completion, RolloutGroup, EngineDescription and the Engine protocol.
-Called by: every engine, batch, grpo.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """``max_completion_length`` tokens were sampled."""
     ABORTED = "aborted"
-    """The request was cut off; the tokens so far are kept."""
+    """The request was cut off by the engine; the tokens so far are kept, counted, and never trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +160,86 @@ class CountsFaults(Protocol):
         ...
 
 
+def check_groups(
+    groups: Sequence[RolloutGroup],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    description: EngineDescription,
+    *,
+    vocab_size: int,
+    policy_version: int | None,
+) -> None:
+    """Raise `EngineError` unless ``groups`` answer ``requests`` as every engine must, whoever made it.
+
+    ``vocab_size`` is that of the model that learns from them. ``policy_version`` is the one that they must have been
+    sampled by; None takes any.
+    """
+    if len(groups) != len(requests):
+        raise EngineError(
+            f"{description.name} returned {len(groups)} groups for {len(requests)} requests, expected one for each, in "
+            "their order"
+        )
+    for group, request in zip(groups, requests, strict=True):
+        where = f"{description.name}: request {request.request_id}"
+        _check_request(group.request, request, where)
+        check_group(group, description)
+        for number, completion in enumerate(group.completions):
+            _check_asked(
+                completion,
+                sampling,
+                where=f"{where}, completion {number}",
+                vocab_size=vocab_size,
+                policy_version=policy_version,
+            )
+
+
+def _check_request(answered: Request, asked: Request, where: str) -> None:
+    same = (answered.request_id, answered.num_generations) == (
+        asked.request_id,
+        asked.num_generations,
+    ) and np.array_equal(answered.prompt_ids, asked.prompt_ids)
+    if not same:
+        raise EngineError(
+            f"{where}: the group in its place answers request {answered.request_id} ({answered.num_generations} "
+            f"completions of a prompt of {len(answered.prompt_ids)} tokens), asked were {asked.num_generations} of one of "
+            f"{len(asked.prompt_ids)}: return one group for each request, in their order, with the request itself in it"
+        )
+
+
+def _check_asked(
+    completion: Completion,
+    sampling: SamplingParams,
+    *,
+    where: str,
+    vocab_size: int,
+    policy_version: int | None,
+) -> None:
+    tokens = completion.token_ids
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+        raise EngineError(
+            f"{where}: token {wrong} is {tokens[wrong]}, expected ids from 0 to {vocab_size - 1}, the vocabulary of the "
+            "model that is trained; the engine runs another model, or reads ids in another number format"
+        )
+    if len(tokens) > sampling.max_completion_length:
+        raise EngineError(
+            f"{where}: {len(tokens)} tokens, asked for were {sampling.max_completion_length} at most "
+            "(max_completion_length): the engine must stop there, and say FinishReason.LENGTH"
+        )
+    if policy_version is not None and completion.policy_version != policy_version:
+        raise EngineError(
+            f"{where} was sampled by policy version {completion.policy_version}, the trainer is at {policy_version} "
+            "(weight pushes so far): its log-probabilities are those of other weights; return completions of the "
+            "weights that were pushed last"
+        )
+
+
 def check_group(group: RolloutGroup, description: EngineDescription) -> None:
     """Raise `EngineError` unless a group keeps the contract of every engine (see `Engine`).
 
-    Called by the loop on whatever comes back, whoever made it: counts, log-probabilities, and traces bound to the
-    very tokens of their completion, with T - 1 routed rows for T sampled tokens.
+    What needs no more than the group: counts, number formats, log-probabilities, and traces bound to the very tokens
+    of their completion, with T - 1 routed rows for T sampled tokens. `check_groups` also asks whether it is what was
+    asked for.
     """
     request = group.request
     if len(group.completions) != request.num_generations:
@@ -176,6 +250,8 @@ def check_group(group: RolloutGroup, description: EngineDescription) -> None:
     for number, completion in enumerate(group.completions):
         where = f"{description.name}: request {request.request_id}, completion {number}"
         tokens, logprobs = completion.token_ids, completion.rollout_logprobs
+        _check_format(tokens, np.int32, f"{where}: token_ids")
+        _check_format(logprobs, np.float32, f"{where}: rollout_logprobs")
         if len(tokens) == 0 or len(tokens) != len(logprobs):
             raise EngineError(
                 f"{where}: {len(tokens)} tokens and {len(logprobs)} rollout_logprobs, expected one each and at least one"
@@ -184,8 +260,29 @@ def check_group(group: RolloutGroup, description: EngineDescription) -> None:
             raise EngineError(
                 f"{where}: rollout_logprobs must be finite and at most 0, got {logprobs.min()} to {logprobs.max()}"
             )
+        if not isinstance(completion.finish_reason, FinishReason):
+            raise EngineError(
+                f"{where}: finish_reason is {completion.finish_reason!r}, expected a FinishReason: one of "
+                f"{', '.join(f'FinishReason.{reason.name}' for reason in FinishReason)}; it decides what is trained on"
+            )
         if description.records_routes:
             _check_trace(completion, request, description, where)
+
+
+def _check_format(array: Any, wanted: type, what: str) -> None:
+    """Raise unless an array has the one number format in which completions travel between ranks."""
+    wanted_name = np.dtype(wanted).name
+    if isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype == wanted:
+        return
+    got = (
+        f"a {array.ndim}-dimensional array of {array.dtype}"
+        if isinstance(array, np.ndarray)
+        else f"a {type(array).__name__}"
+    )
+    raise EngineError(
+        f"{what} are {got}, expected a 1-dimensional numpy array of {wanted_name}: nothing is cast on its way, so "
+        f"return np.asarray(values, dtype=np.{wanted_name})"
+    )
 
 
 def _check_trace(

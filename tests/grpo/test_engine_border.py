@@ -1,0 +1,134 @@
+"""What an engine of one's own returns is held to the contract before anything is learned from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_replay.errors import EngineError
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.engines import recipe_engine
+from moe_replay.grpo.loop import train
+from moe_replay.report import RunDirectory, build_reporter
+from moe_replay.rollout.types import (
+    Completion,
+    Engine,
+    FinishReason,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
+from moe_replay.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+Recipes = Callable[..., Recipe]
+Change = Callable[[Request, int, Completion], Completion]
+
+
+class OwnEngine:
+    """The embedded engine, with completions changed as an engine of a user's own might return them."""
+
+    def __init__(self, inner: Engine, change: Change) -> None:
+        self.inner = inner
+        self.change = change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+        """Complete every request, and change every completion."""
+        return [
+            replace(
+                group,
+                completions=tuple(
+                    self.change(group.request, number, completion)
+                    for number, completion in enumerate(group.completions)
+                ),
+            )
+            for group in self.inner.generate(requests, sampling)
+        ]
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
+    ) -> None:
+        """Pass the weights on."""
+        self.inner.load_weights(weights, policy_version=policy_version)
+
+
+def run(recipe: Recipe, change: Change) -> list[dict[str, Any]]:
+    """Train with `OwnEngine` in a process of its own and return the lines of metrics.jsonl."""
+
+    def call() -> None:
+        directory = RunDirectory(recipe.run.output_dir)
+        with build_reporter(recipe, rank=0, run_directory=directory) as reporter:
+            train(
+                recipe,
+                process=ProcessSpec(),
+                reporter=reporter,
+                make_engine=lambda r, device: OwnEngine(recipe_engine(r, device), change),
+            )
+
+    run_ranks(call, 1, timeout_s=120)
+    return records(recipe, "metrics.jsonl")
+
+
+def records(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    """Return the lines of a file of the run directory."""
+    return [json.loads(line) for line in (recipe.run.output_dir / name).read_text().splitlines()]
+
+
+def _wide(request: Request, number: int, completion: Completion) -> Completion:
+    # As an engine without our annotations does it: np.array(ids) is int64.
+    wide = copy.copy(completion)
+    object.__setattr__(wide, "token_ids", completion.token_ids.astype(np.int64))
+    object.__setattr__(wide, "rollout_logprobs", completion.rollout_logprobs.astype(np.float64))
+    return wide
+
+
+@pytest.mark.parametrize("mode", ["disabled", "R2"])
+def test_t3_a_run_refuses_wide_numbers_before_it_learns_from_them(
+    mode: str, recipe: Recipes
+) -> None:
+    refused = recipe(replay__router_replay_mode=mode, run__max_steps=1)
+    with pytest.raises(EngineError, match="token_ids are a 1-dimensional array of int64"):
+        run(refused, _wide)
+    assert not (refused.run.output_dir / "metrics.jsonl").exists()
+
+
+def _later(request: Request, number: int, completion: Completion) -> Completion:
+    return replace(completion, policy_version=completion.policy_version + 1)
+
+
+def test_t15_a_run_refuses_completions_of_other_weights(recipe: Recipes) -> None:
+    with pytest.raises(EngineError, match="policy version 1, the trainer is at 0"):
+        run(recipe(run__max_steps=1), _later)
+
+
+def _aborts_first(request: Request, number: int, completion: Completion) -> Completion:
+    return replace(completion, finish_reason=FinishReason.ABORTED) if number == 0 else completion
+
+
+def test_t15_aborted_completions_are_counted_and_not_trained_on(recipe: Recipes) -> None:
+    settings = {"run__max_steps": 1, "rollout__dtype": "float32", "grpo__scale_rewards": "none"}
+    aborted = recipe(**settings)
+    (record,) = run(aborted, _aborts_first)
+    assert record["completions/aborted_ratio"] == 0.25
+    assert record["completions/filtered_ratio"] >= 0.25
+    lines = records(aborted, "completions.jsonl")
+    groups = [lines[start : start + 4] for start in range(0, len(lines), 4)]
+    for group in groups:
+        assert group[0]["advantage"] == 0.0
+        finished = [line["reward"] for line in group[1:]]
+        mean = sum(finished) / 3
+        assert [line["advantage"] for line in group[1:]] == pytest.approx(
+            [reward - mean for reward in finished]
+        )
+    finished = [line["reward"] for group in groups for line in group[1:]]
+    assert record["reward"] == pytest.approx(np.mean(finished))
