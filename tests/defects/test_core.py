@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from moe_replay.batch import RankPlace, Sample, build_microbatch
-from moe_replay.errors import TokenMismatchError, TraceError
-from moe_replay.routing import LiveReason, Origin, RoutingTrace, RowIndex, expert_dtype
+from moe_replay.errors import MisalignmentError, TokenMismatchError, TraceError
+from moe_replay.routing import (
+    Guard,
+    GuardEvidence,
+    LiveReason,
+    Origin,
+    RoutingTrace,
+    RowIndex,
+    expert_dtype,
+)
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 
@@ -202,11 +210,36 @@ def test_a12_tail_rows_filled_with_a_constant_are_not_taken_for_routes(fill):
     assert coverage.num_live[LiveReason.LAST_TOKEN] == 1
 
 
+def guarded(trace: RoutingTrace, live: np.ndarray) -> float:
+    """Let a guard compare all rows of a trace with live routes; return their agreement."""
+    held = np.flatnonzero(trace.valid)
+    evidence = GuardEvidence(
+        live_ids=live[held],
+        rows=held,
+        expert_ids=trace.expert_ids,
+        valid=trace.valid,
+        sample=np.zeros(len(trace), dtype=np.int64),
+        position=np.arange(len(trace)),
+        layers=trace.layers,
+    )
+    guard = Guard(num_experts=trace.num_experts, topk=trace.topk)
+    return guard.check(evidence, where="step 1").mean_slot_overlap
+
+
 def test_a12_a_layer_filled_with_arange_raises():
+    live = routes(64)
+    ids = live.copy()
+    ids[:, 1] = np.arange(4)
+    with pytest.raises(
+        MisalignmentError, match=r"constant fill: layers \[1\] hold .* did not capture"
+    ):
+        guarded(record(ids, tokens=np.arange(64)), live)
+
+
+def test_a12_control_a_router_that_chooses_these_experts_is_accepted():
     ids = routes(64)
     ids[:, 1] = np.arange(4)
-    with pytest.raises(TraceError, match="layer 1: all 64 valid rows, of 64 different tokens"):
-        record(ids, tokens=np.arange(64))
+    assert guarded(record(ids, tokens=np.arange(64)), ids) == 1.0
 
 
 def test_a12_control_routes_that_differ_are_accepted():
@@ -279,8 +312,10 @@ def test_c3_an_all_zero_buffer_raises():
 
 def test_c3_a_buffer_of_equal_rows_raises():
     constant = np.tile(np.array([7, 3, 9, 1]), (64, 2, 1))
-    with pytest.raises(TraceError, match="constant fill, not routing"):
-        record(constant, tokens=np.arange(64))
+    trace = record(constant, tokens=np.arange(64))
+    assert trace.constant_layers() == (0, 1)
+    with pytest.raises(MisalignmentError, match=r"constant fill: layers \[0, 1\]"):
+        guarded(trace, routes(64))
 
 
 def test_c3_control_possible_routes_are_accepted():

@@ -1,5 +1,7 @@
 """The guard never fires on drift, always on misalignment, and names the cause."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -292,3 +294,46 @@ def test_agreement_total_adds_up_layer_by_layer():
 
 def test_agreement_total_of_nothing_has_no_overlap():
     assert np.isnan(Agreement.total([]).mean_slot_overlap)
+
+
+def with_layer(routes: SyntheticRoutes, layer: int, ids, samples=(0, 1, 2)):
+    """Return the replayed routes with one entry of the layer dim filled by ``ids`` in some samples."""
+    filled = [part.copy() for part in routes.replayed]
+    for sample in samples:
+        filled[sample][:, layer] = ids
+    return filled
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_e13_a_layer_that_nobody_wrote_is_named_by_the_live_routes(shape):
+    experts, topk, layers = shape
+    routes = routes_of(4, agreement=0.95, experts=experts, topk=topk, layers=layers)
+    message = cause_of(routes, with_layer(routes, 1, np.arange(topk)), topk=topk)
+    assert "constant fill: layers [2] hold the same experts for all tokens" in message
+    assert f"({list(range(topk))} in layer 2)" in message
+    assert "the engine did not capture these layers" in message
+
+
+def test_e13_all_layers_that_nobody_wrote_are_named():
+    routes = routes_of(4, agreement=0.95)
+    filled = [np.broadcast_to(np.arange(4), part.shape).copy() for part in routes.replayed]
+    message = cause_of(routes, filled)
+    assert "constant fill: layers [1, 2, 3, 4]" in message
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_e13_a_collapsed_router_whose_live_routes_agree_is_accepted(shape, drift):
+    experts, topk, layers = shape
+    routes = routes_of(4, agreement=0.95, experts=experts, topk=topk, layers=layers)
+    filled = with_layer(routes, 1, np.arange(topk))
+    live = with_layer(routes, 1, np.arange(topk))
+    rng = np.random.default_rng(0)
+    for part, own in zip(live, routes.live, strict=True):
+        part[:, [place for place in range(layers) if place != 1]] = own[
+            :, [place for place in range(layers) if place != 1]
+        ]
+        part[rng.random(len(part)) < drift, 1, 0] = experts - 1
+    collapsed = replace(routes, live=tuple(live), replayed=tuple(filled))
+    measured = Agreement.total(run_guard(collapsed, topk=topk))
+    assert measured.slot_overlap[1] >= 1 - drift

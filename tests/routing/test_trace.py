@@ -158,23 +158,19 @@ def constant(num_rows: int, tokens: np.ndarray) -> RoutingTrace:
     return record(ids, tokens=tokens)
 
 
-def test_record_refuses_a_layer_that_routes_all_tokens_alike():
-    with pytest.raises(TraceError, match="layer 3: all 40 valid rows, of 40 different tokens"):
-        constant(40, np.arange(40))
+def test_e13_a_layer_that_routes_all_tokens_alike_is_accepted_and_named():
+    assert constant(40, np.arange(40)).constant_layers() == (3,)
 
 
-def test_record_accepts_a_layer_that_differs_in_its_last_row_only():
+def test_e13_a_layer_that_differs_in_its_last_row_only_is_not_constant():
     ids = np.tile(IDS[0], (40, 1, 1))
     ids[39] = IDS[1]
-    assert len(record(ids, tokens=np.arange(40))) == 40
+    assert record(ids, tokens=np.arange(40)).constant_layers() == ()
 
 
-def test_record_accepts_constant_routes_of_one_repeated_token():
-    assert len(constant(40, np.full(40, 7))) == 40
-
-
-def test_record_accepts_constant_routes_of_few_tokens():
-    assert len(constant(31, np.arange(31))) == 31
+@pytest.mark.parametrize("tokens", [np.full(40, 7), np.arange(31)], ids=["repeated", "few"])
+def test_e13_control_one_repeated_token_or_few_tokens_make_no_constant_layer(tokens):
+    assert constant(len(tokens), tokens).constant_layers() == ()
 
 
 def test_check_tokens_accepts_the_recorded_tokens():

@@ -1,6 +1,6 @@
 """Agreement of live and replayed routes over one pass: what the guard checks, and what the metrics report.
 
-In: watched rows of each microbatch. Out: Agreement and flips of the pass, or MisalignmentError. Called by: grpo.stations.
+In: watched rows of each microbatch. Out: Agreement, flips and collapsed layers of the pass, or MisalignmentError.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Int64, Integer
 
 from moe_replay.batch import Microbatch
+from moe_replay.grpo.collapse import LiveSets
 from moe_replay.grpo.metrics import Tally
 from moe_replay.routing import Agreement, Guard, GuardEvidence, measure_agreement
 from moe_replay.sync.messages import gather_json
@@ -28,6 +29,9 @@ class AgreementWatch:
         self._where = where
         self._parts: list[Agreement] = []
         self._flips = Tally()
+        self._live_sets = LiveSets()
+        self.collapsed_layers: list[int] = []
+        """Layers that send every token to the same experts, over all ranks; known once `metrics` has run."""
 
     def observe(
         self,
@@ -64,6 +68,7 @@ class AgreementWatch:
             "replay/tokens_with_flip_frac", total=int(flipped.any(axis=1).sum()), count=len(rows)
         )
         self._flips.add_mean("replay/flip_frac", total=int(flipped.sum()), count=int(flipped.size))
+        self._live_sets.add(live_ids, microbatch.token_ids[microbatch.router_rows][rows], layers)
 
     def metrics(self, group: dist.ProcessGroup, *, device: torch.device) -> dict[str, float]:
         """Return the ``replay/*`` metrics of the pass over all ranks of ``group``; empty when nothing was watched."""
@@ -75,6 +80,7 @@ class AgreementWatch:
             "equal_sets": own.equal_sets.tolist(),
             "chance": own.chance.tolist(),
             "flips": self._flips.to_plain(),
+            "live_sets": self._live_sets.to_plain(),
         }
         gathered = gather_json(message, group, device=device)
         whole = Agreement.total(
@@ -89,9 +95,11 @@ class AgreementWatch:
         )
         if not whole.num_rows.sum():
             return {}
+        self.collapsed_layers = LiveSets.collapsed([part["live_sets"] for part in gathered])
         flips = Tally.merge([Tally.from_plain(part["flips"]) for part in gathered])
         return {
             "replay/agreement": whole.mean_slot_overlap,
             "replay/agreement_min_layer": float(whole.slot_overlap.min()),
+            "replay/collapsed_layers": float(len(self.collapsed_layers)),
             **flips.finish(),
         }

@@ -31,6 +31,8 @@ SIGMAS = 4.0
 MAX_DIAGNOSED_ROWS = 512
 # Hypotheses within this of the best are as good; the simplest of them, tried first, is named.
 _TIE = 0.03
+# Rows of a sample that must all be alike before its routes count as constant.
+_LEAST_CONSTANT_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,8 @@ def diagnose(
     found = Overlaps(evidence, num_experts)
     wanted = np.isin(evidence.layers, evidence.layers if layers is None else layers)
     aligned = found.aligned[:, wanted]
+    if (filled := _constant_fill(found, wanted)) is not None:
+        return filled
     best: Diagnosis | None = None
     for tried in (alternatives, rarities):
         for hypothesis in tried(found):
@@ -81,6 +85,30 @@ def diagnose(
         if best is not None and best.agreement >= HEALTHY_OVERLAP:
             break
     return best or _without_hypothesis(found, wanted)
+
+
+def _constant_fill(found: Overlaps, wanted: np.ndarray) -> Diagnosis | None:
+    """Return that layers were never written, when these are all that disagrees; a collapsed router agrees with its routes."""
+    evidence = found.evidence
+    constant = np.ones(len(wanted), dtype=bool)
+    for sample in np.unique(found.sample):
+        ids = evidence.expert_ids[evidence.valid & (evidence.sample == sample)]
+        constant &= (ids == ids[0]).all(axis=(0, 2)) & (len(ids) >= _LEAST_CONSTANT_ROWS)
+    overlap = found.aligned.mean(axis=0)
+    filled = constant & wanted & (overlap < HEALTHY_OVERLAP)
+    others = wanted & ~filled
+    if not filled.any() or (others.any() and overlap[others].mean() < HEALTHY_OVERLAP):
+        return None
+    layers = [layer for layer, bad in zip(evidence.layers, filled, strict=True) if bad]
+    held = evidence.expert_ids[evidence.rows[0], int(filled.argmax())].tolist()
+    return Diagnosis(
+        cause=Cause.CONSTANT_FILL,
+        agreement=float(overlap[wanted].mean()),
+        aligned=float(overlap[wanted].mean()),
+        shift=0,
+        sentence=f"constant fill: layers {layers} hold the same experts for all tokens of a sample ({held} in layer "
+        f"{layers[0]}), while their routers choose others; the engine did not capture these layers",
+    )
 
 
 def _believed(

@@ -12,10 +12,13 @@ K/E when experts are used evenly and far more when they are not, so nothing is j
    fires, whatever the agreement is, when one of them fits clearly better on average, on a stretch of a sample, or
    on too large a share of the rows: a trace can go wrong in the middle.
 
+A router that sends every token to the same experts has collapsed, and its live routes say so: there replayed and live
+routes agree, chance is as high as they do, and nothing fires. An engine that never wrote a layer agrees with nobody.
+
 Rows are pooled over checks until they suffice to decide, then forgotten, so an error that starts late is not diluted.
 Where chance alone reaches 70 % (nearly all rows use the same experts) the floor cannot decide and is left out.
 
-In: GuardEvidence. Out: Agreement, or MisalignmentError with a diagnosis. Called by: megatron, transformers.
+In: GuardEvidence. Out: Agreement, or MisalignmentError with a diagnosis.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ class Cause(StrEnum):
     """Layers hold each other's routes, in no constant distance."""
     EXPERT_IDS = "expert-id space"
     """Ids are consistently renamed, such as physical ids under expert load balancing."""
+    CONSTANT_FILL = "constant fill"
+    """Layers hold one set of experts for all tokens, which their routers do not choose: nobody wrote them."""
     UNEXPLAINED = "unexplained"
     """No hypothesis explains the routes: random, of another model, or of samples held elsewhere."""
 

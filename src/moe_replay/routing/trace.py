@@ -25,8 +25,8 @@ from moe_replay.routing.slots import repeating_sets, row_chunks
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64
 
-# A layer that routes this many different tokens all alike is a buffer that nobody wrote, not a router's choice. Fewer can
-# be chance, and a stretch of one repeated token, however long, rightly has constant routes.
+# A layer that routes this many different tokens all alike has a collapsed router, or its buffer was never written. Fewer
+# can be chance, and a stretch of one repeated token, however long, rightly has constant routes.
 MIN_TOKENS_FOR_CONSTANT_CHECK = 32
 
 
@@ -94,8 +94,9 @@ class RoutingTrace:
     Row ``t`` holds the experts that ran when token ``t`` was fed to the model. The token sampled last was never
     fed, so the last row of a rollout exists and is ``valid=False``.
 
-    Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row, no layer
-    that routes many different tokens all alike. ``RoutingTrace(...)`` therefore raises `TraceError` instead of holding nonsense.
+    Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row. ``RoutingTrace(...)``
+    therefore raises `TraceError` instead of holding nonsense. What only live routes can judge is left to the guard: see
+    `constant_layers`.
     """
 
     expert_ids: Integer[np.ndarray, "tokens layers topk"]
@@ -258,6 +259,29 @@ class RoutingTrace:
             )
         return self.expert_ids[rows]
 
+    def constant_layers(self) -> tuple[int, ...]:
+        """Return the layers in which all valid rows, of at least 32 different tokens, hold the same experts.
+
+        The router of such a layer has collapsed, which is legal and happens in reinforcement learning, or the engine never
+        wrote the layer. The routes cannot tell which. `Guard` can: the live routes of a collapsed router are the same.
+        """
+        held = np.flatnonzero(self.valid)
+        if len(held) < MIN_TOKENS_FOR_CONSTANT_CHECK:
+            return ()
+        # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
+        first = self.expert_ids[held[0]]
+        some = self.expert_ids[held[:MIN_TOKENS_FOR_CONSTANT_CHECK]]
+        places = [
+            place
+            for place in np.flatnonzero((some == first).all(axis=(0, 2)))
+            if (self.expert_ids[held, place] == first[place]).all()
+        ]
+        if not places or (
+            num_different_tokens(self.token_digest, self.valid) < MIN_TOKENS_FOR_CONSTANT_CHECK
+        ):
+            return ()
+        return tuple(self.layers[place] for place in places)
+
     def select_layers(self, layers: Sequence[int]) -> RoutingTrace:
         """Return the trace restricted to ``layers`` (global decoder indices, increasing), each looked up by number."""
         place = {layer: index for index, layer in enumerate(self.layers)}
@@ -332,25 +356,6 @@ class RoutingTrace:
                     f"row {row}, layer {self.layers[layer]}: experts {self.expert_ids[row, layer].tolist()} name one "
                     f"twice ({int(repeats.any(axis=1).sum())} such rows in {rows.start}:{rows.stop}); a router never "
                     "does: the buffer is zero-filled or padded, so mark those rows valid=False"
-                )
-        self._check_written()
-
-    def _check_written(self) -> None:
-        """Refuse a layer that routes many different tokens all alike."""
-        held = np.flatnonzero(self.valid)
-        if len(held) < MIN_TOKENS_FOR_CONSTANT_CHECK:
-            return
-        # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
-        first = self.expert_ids[held[0]]
-        some = self.expert_ids[held[:MIN_TOKENS_FOR_CONSTANT_CHECK]]
-        for place in np.flatnonzero((some == first).all(axis=(0, 2))):
-            if (self.expert_ids[held, place] != first[place]).any():
-                continue
-            different = num_different_tokens(self.token_digest, self.valid)
-            if different >= MIN_TOKENS_FOR_CONSTANT_CHECK:
-                raise TraceError(
-                    f"layer {self.layers[place]}: all {len(held)} valid rows, of {different} different tokens, hold "
-                    f"{first[place].tolist()}; that is a constant fill, not routing: the engine did not capture this layer"
                 )
 
 

@@ -1,0 +1,76 @@
+"""Collapsed routers: layers whose live routing sends every token to the same experts.
+
+Reinforcement learning does this to small models, and too large a learning rate to any. Such a run goes on: its routes are
+right. It is counted, because the layer has stopped being a mixture.
+
+In: live routes of watched rows. Out: the collapsed layers, over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+# Share of the watched rows that must choose one and the same set, and how many rows and different tokens there must be:
+# routes of a few rows, or of one repeated token, are alike by right.
+_SHARE, _LEAST_ROWS, _LEAST_TOKENS = 0.99, 32, 8
+
+
+class LiveSets:
+    """Counts the expert sets that watched rows choose, layer by layer."""
+
+    def __init__(self) -> None:
+        self._sets: dict[int, Counter[bytes]] = defaultdict(Counter)
+        self._tokens: set[int] = set()
+
+    def add(
+        self,
+        live_ids: Integer[np.ndarray, "watched layers topk"],
+        token_ids: Int64[np.ndarray, " watched"],
+        layers: Sequence[int],
+    ) -> None:
+        """Take the live routes of some rows."""
+        self._tokens.update(token_ids.tolist())
+        ordered = np.sort(live_ids, axis=2).astype(np.uint16)
+        for place, layer in enumerate(layers):
+            sets, counts = np.unique(ordered[:, place], axis=0, return_counts=True)
+            for chosen, count in zip(sets, counts, strict=True):
+                self._sets[layer][chosen.tobytes()] += int(count)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what other ranks must know: each layer's rows and its favourite set, and the number of tokens."""
+        return {
+            "tokens": len(self._tokens),
+            "layers": [
+                [layer, sum(sets.values()), *_favourite(sets)] for layer, sets in self._sets.items()
+            ],
+        }
+
+    @staticmethod
+    def collapsed(parts: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the collapsed layers of all ranks' counts.
+
+        A set that nearly all rows choose is the favourite of nearly every rank, so that favourites suffice.
+        """
+        rows: Counter[int] = Counter()
+        favourites: dict[int, Counter[str]] = defaultdict(Counter)
+        for part in parts:
+            for layer, count, chosen, times in part["layers"]:
+                rows[layer] += count
+                favourites[layer][chosen] += times
+        if max((part["tokens"] for part in parts), default=0) < _LEAST_TOKENS:
+            return []
+        return sorted(
+            layer
+            for layer, count in rows.items()
+            if count >= _LEAST_ROWS and max(favourites[layer].values()) >= _SHARE * count
+        )
+
+
+def _favourite(sets: Counter[bytes]) -> tuple[str, int]:
+    chosen, count = sets.most_common(1)[0]
+    return chosen.hex(), count
