@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_replay.errors import CheckpointError, UnsupportedError
 from moe_replay.megatron.families import family_of
-from moe_replay.megatron.hf_files import SafetensorsCheckpoint
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
+from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 
@@ -207,7 +207,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_a_tensor_that_only_the_index_names_is_an_error(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
-    index = {"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}
+    index = {"metadata": {}, "weight_map": dict.fromkeys("ab", "x.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="no file holds: b"):
         SafetensorsCheckpoint(tmp_path)

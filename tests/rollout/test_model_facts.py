@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_replay.errors import RecipeError
+from moe_replay.errors import CheckpointError, RecipeError
 from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 
@@ -59,5 +59,5 @@ def test_a_folder_that_is_no_checkpoint_raises(tmp_path):
 def test_a_missing_shard_raises(tmp_path):
     path = write_tiny_checkpoint(tmp_path, num_hidden_layers=1)
     (path / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
         read_facts(path)

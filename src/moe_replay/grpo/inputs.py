@@ -5,7 +5,6 @@ In: a recipe. Out: `Inputs`. Called by: grpo.run, cli.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_rules import GENERATED
+from moe_replay.rollout.checkpoint_config import count_experts, read_config_json, refuse_nested
 from moe_replay.rollout.generated_items import GeneratedTask
 from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
 from moe_replay.rollout.prompts import (
@@ -23,8 +23,6 @@ from moe_replay.rollout.prompts import (
     open_file_prompts,
 )
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
-
-_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +79,9 @@ def check_checkpoint_config(recipe: Recipe) -> None:
             "config.json, safetensors and tokenizer (models are not downloaded)"
         )
     path = recipe.model.path / "config.json"
-    config = _read_json(path)
-    num_experts = max((config.get(key) or 0 for key in _NUM_EXPERTS_KEYS), default=0)
-    if recipe.replays and num_experts == 0:
+    config = read_config_json(recipe.model.path)
+    refuse_nested(config, path)
+    if recipe.replays and count_experts(config) == 0:
         raise RecipeError(
             f"{path} describes a dense model (model_type {config.get('model_type')!r}, no experts), but "
             f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}: a dense model has no routes to "
@@ -97,21 +95,6 @@ def check_checkpoint_config(recipe: Recipe) -> None:
             f"rollout.max_completion_length {recipe.rollout.max_completion_length} = {recipe.max_sequence_length} "
             f"tokens. Lower one of them by {recipe.max_sequence_length - context} or more"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"model.path {path.parent} holds no config.json: expected a Hugging Face checkpoint directory with "
-            "config.json, safetensors and tokenizer"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise RecipeError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
 
 
 def _open_held_out(recipe: Recipe, encoder: PromptEncoder) -> PromptSource | None:

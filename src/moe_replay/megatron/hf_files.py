@@ -1,82 +1,29 @@
-"""Read and write the files of a Hugging Face checkpoint directory.
+"""Write a Hugging Face checkpoint directory from a stream of named tensors.
 
-In: a directory, or a stream of named tensors. Out: tensors one at a time; a complete directory.
-Called by: `moe_replay.megatron.weights`.
+In: tensors one at a time, and the checkpoint that the model came from. Out: a complete directory, with experts stacked
+as that checkpoint stacks them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_replay.errors import CheckpointError
+from moe_replay.rollout.checkpoint_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsCheckpoint,
+    in_stored_layout,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-
-class SafetensorsCheckpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint directory by name; each is read from disk when it is asked for.
-
-    Example:
-        >>> with SafetensorsCheckpoint(path) as checkpoint:
-        ...     norm = checkpoint["model.norm.weight"]
-
-    Raises:
-        CheckpointError: there are no safetensors, or a shard that the index names is not there.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self._files = contextlib.ExitStack()
-        directory = Path(directory)
-        index = directory / INDEX_FILE
-        if index.is_file():
-            file_of = json.loads(index.read_text())["weight_map"]
-        elif (directory / SINGLE_FILE).is_file():
-            file_of = None
-        else:
-            raise CheckpointError(
-                f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; expected a Hugging Face checkpoint "
-                "saved as safetensors"
-            )
-        paths = [
-            directory / name for name in sorted(set(file_of.values()) if file_of else [SINGLE_FILE])
-        ]
-        if absent := [path.name for path in paths if not path.is_file()]:
-            raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
-        self._handle_of: dict[str, Any] = {}
-        for path in paths:
-            handle = self._files.enter_context(safe_open(path, framework="pt"))
-            self._handle_of |= dict.fromkeys(handle.keys(), handle)
-        if file_of and (absent := sorted(set(file_of) - set(self._handle_of))):
-            raise CheckpointError(
-                f"{index} names tensors that no file holds: {', '.join(absent[:5])}"
-            )
-
-    def __enter__(self) -> SafetensorsCheckpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._files.close()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handle_of[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._handle_of)
-
-    def __len__(self) -> int:
-        return len(self._handle_of)
 
 
 def write_checkpoint(
@@ -86,9 +33,9 @@ def write_checkpoint(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Write tensors as safetensors beside copies of the source checkpoint's other files.
+    """Write tensors as safetensors beside copies of the source checkpoint's other files, in the source's layout.
 
-    Holds at most one shard in memory. Works in `<output_dir>.partial` and renames it at the end.
+    Holds at most one shard in memory, and the experts of one layer where the source stacks them. Works in `<output_dir>.partial` and renames it at the end.
 
     Raises:
         CheckpointError: `output_dir` exists already.
@@ -104,7 +51,9 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     file_of: dict[str, str] = {}
     num_bytes, dtypes = 0, set()
-    for number, shard in enumerate(_shards(tensors, max_shard_bytes)):
+    with SafetensorsCheckpoint(source_dir) as source:
+        places = source.places
+    for number, shard in enumerate(_shards(in_stored_layout(tensors, places), max_shard_bytes)):
         name = f"shard-{number:05d}"
         save_file(shard, partial / name, metadata={"format": "pt"})
         file_of |= dict.fromkeys(shard, name)

@@ -19,13 +19,14 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
-from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.errors import UnsupportedError
 from moe_replay.megatron import compat
 from moe_replay.megatron.balance import count_tokens_only
 from moe_replay.megatron.families import family_of
 from moe_replay.megatron.family import ModelShape
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.rollout.checkpoint_config import load_config, read_config_json, refuse_nested
 
 __all__ = [
     "ModelShape",
@@ -41,16 +42,14 @@ def read_model_shape(checkpoint_dir: str | Path) -> ModelShape:
     """Read a Hugging Face checkpoint's config.json, with transformers' defaults for what it leaves out.
 
     Raises:
-        RecipeError: there is no config.json.
+        RecipeError: there is no config.json, or it holds what no model can have.
         UnsupportedError: the architecture, or an option of it, has no exact Megatron counterpart here.
     """
-    from transformers import AutoConfig
-
     path = Path(checkpoint_dir)
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"no config.json in {path}; expected a Hugging Face checkpoint directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return family_of(config.model_type).shape(config)
+    raw = read_config_json(path)
+    refuse_nested(raw, path / "config.json")
+    family = family_of(raw["model_type"])
+    return family.shape(load_config(path))
 
 
 def transformer_config(

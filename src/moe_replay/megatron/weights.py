@@ -2,13 +2,12 @@
 
 In: model chunks from `build_model`, and a checkpoint. Out: loaded chunks; a stream of tensors under the names that
 transformers, vLLM and SGLang read from disk; a checkpoint directory.
-Called by: `moe_replay.megatron.actor`, `moe_replay.sync`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -23,14 +22,18 @@ from torch import Tensor
 from moe_replay.errors import CheckpointError, UnsupportedError
 from moe_replay.megatron.families import family_of
 from moe_replay.megatron.family import Kind, ModelShape, Rule
-from moe_replay.megatron.hf_files import SafetensorsCheckpoint, write_checkpoint
+from moe_replay.megatron.hf_files import write_checkpoint
 from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.together import raise_everywhere
+from moe_replay.rollout.checkpoint_files import (
+    NOT_A_WEIGHT,
+    SafetensorsCheckpoint,
+    refuse_non_finite,
+)
+from moe_replay.rollout.checkpoint_fit import check_names, is_prediction
 
 # Dim of a merged tensor that tensor parallelism cuts.
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
-# In some checkpoints, and never a weight.
-_NO_WEIGHT = re.compile(r".*rotary_emb\.inv_freq")
-_IN_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -67,7 +70,8 @@ def load_hf_weights(
     tensors that it holds a part of, and casts them to its parameters' dtype.
 
     Raises:
-        CheckpointError: a tensor is missing or unexpected (nothing was copied yet), or has another shape.
+        CheckpointError: a tensor is missing or unexpected (nothing was copied yet), has another shape, or holds a value
+            that is not finite; raised on every rank.
     """
     if isinstance(source, str | Path):
         with SafetensorsCheckpoint(source) as checkpoint:
@@ -77,11 +81,16 @@ def load_hf_weights(
     rules = family_of(shape.family).rules
     held = _held_parameters(chunks, shape)
     _check_names(source, shape, list(held))
-    with torch.no_grad():
-        for key, parameters in held.items():
-            for expert, parameter in zip(key.experts, parameters, strict=True):
-                names = _hf_names(rules[key.rule], key.layer, expert)
-                parameter.copy_(_read_shard(rules[key.rule], names, parameter, source, shape))
+    refusal: CheckpointError | None = None
+    try:
+        with torch.no_grad():
+            for key, parameters in held.items():
+                for expert, parameter in zip(key.experts, parameters, strict=True):
+                    names = _hf_names(rules[key.rule], key.layer, expert)
+                    parameter.copy_(_read_shard(rules[key.rule], names, parameter, source, shape))
+    except CheckpointError as error:
+        refusal = error
+    raise_everywhere(refusal)
 
 
 def export_hf_weights(
@@ -151,14 +160,12 @@ def save_hf_checkpoint(
         CheckpointError: `output_dir` exists already.
     """
     shape = _shape_of(chunks)
-    exists = [Path(output_dir).exists()]
-    if _world_size() > 1:
-        # One answer for all: a rank that refuses alone would leave the others in the first collective.
-        dist.broadcast_object_list(exists, src=0)
-    if exists[0]:
-        raise CheckpointError(
+    refusal = None
+    if _rank() == 0 and Path(output_dir).exists():
+        refusal = CheckpointError(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
+    raise_everywhere(refusal)
     tensors = export_hf_weights(chunks, dtype=dtype)
     if _rank() == 0:
         if shape.num_mtp_layers:
@@ -259,42 +266,33 @@ def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key])
         dist.all_gather_object(everywhere, keys)
     needed = {
         name
-        for rank_keys in everywhere
-        for key in rank_keys
+        for key in chain.from_iterable(everywhere)
         for expert in key.experts
         for name in _hf_names(rules[key.rule], key.layer, expert)
     }
     got = {
-        name for name in source if not (_NO_WEIGHT.fullmatch(name) or _is_untrained(name, shape))
+        name
+        for name in source
+        if not (
+            NOT_A_WEIGHT.fullmatch(name)
+            or is_prediction(name, shape.num_layers, shape.num_mtp_layers)
+        )
     }
     if shape.tie_word_embeddings:
         got.discard("lm_head.weight")
-    for names, what in ((needed - got, "is missing"), (got - needed, "has unexpectedly")):
-        if names:
-            raise CheckpointError(
-                f"the checkpoint {what} {len(names)} of the {len(needed)} tensors of a {shape.family} model "
-                f"with {shape.num_layers} layers and {shape.num_experts} experts: {_some(names)}. "
-                "Its config.json likely belongs to another checkpoint, or a shard is missing."
-            )
-
-
-def _is_untrained(name: str, shape: ModelShape) -> bool:
-    """Tell whether a tensor belongs to a multi-token-prediction layer, which follows the decoder layers."""
-    match = _IN_LAYER.fullmatch(name)
-    return match is not None and 0 <= int(match[1]) - shape.num_layers < shape.num_mtp_layers
+    check_names(
+        needed,
+        got,
+        f"a {shape.family} model with {shape.num_layers} layers and {shape.num_experts} experts",
+    )
 
 
 def _untrained(source_dir: str | Path, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a checkpoint that no parameter holds."""
     with SafetensorsCheckpoint(source_dir) as checkpoint:
         for name in checkpoint:
-            if _is_untrained(name, shape):
+            if is_prediction(name, shape.num_layers, shape.num_mtp_layers):
                 yield name, checkpoint[name]
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 def _cut_group(rule: Rule) -> Any:
@@ -362,6 +360,7 @@ def _read_shard(
                 f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected.shape)} from the "
                 "config.json that the model was built from; the two likely belong to different checkpoints"
             )
+        refuse_non_finite(name, tensor)
         tensors.append(tensor)
     merged = _merge(rule, tensors, shape)
     if rule.kind in _CUT_DIM:

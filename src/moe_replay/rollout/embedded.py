@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moe_replay.errors import EngineError, RecipeError, UnsupportedError
+from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
+from moe_replay.rollout.checkpoint_files import has_usual_names, refuse_non_finite, some
 from moe_replay.rollout.decoding import Batch, Job
-from moe_replay.rollout.model_facts import eos_ids
+from moe_replay.rollout.model_facts import eos_ids, read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
     Completion,
@@ -217,11 +218,26 @@ class EmbeddedEngine:
 def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    if not (model_dir / "config.json").is_file():
-        raise RecipeError(
-            f"{model_dir} holds no config.json; the embedded engine needs a Hugging Face checkpoint directory"
+    # Refuses what the trainer and every other engine refuse, before memory is taken.
+    read_facts(model_dir)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if absent := [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]:
+        raise CheckpointError(
+            f"{model_dir} lacks {some(absent)}, or has them in another shape; transformers would fill them with random "
+            "numbers: copy the checkpoint again"
         )
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    for name, parameter in model.named_parameters():
+        refuse_non_finite(name, parameter)
+    if has_usual_names(model.config.model_type):
+        # Pushes come under the usual names, also where the checkpoint stacks its experts.
+        model._weight_conversions = None
     model = model.to(device).eval().requires_grad_(False)
     if any(DynamicCache(config=model.config).is_linear):
         raise UnsupportedError(

@@ -1,11 +1,10 @@
-"""What an engine adapter must know of a checkpoint, read from its files without loading it.
+"""Tell what trainer and engines must know of a checkpoint, and whether it is one, from its files without loading it.
 
-In: a checkpoint directory. Out: ModelFacts. Called by: rollout.vllm_engine, rollout.server_engine, rollout.embedded.
+In: a checkpoint directory. Out: ModelFacts, or the refusal that every caller gives.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 
 from moe_replay.errors import RecipeError
+from moe_replay.rollout.checkpoint_config import load_config, load_generation_config, reason
+from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
+from moe_replay.rollout.checkpoint_fit import TIED, check_counts, check_fit
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.record import find_routers
-
-_INDEX = "model.safetensors.index.json"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,25 +44,24 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     The routers are found in the model itself, built without memory, not computed from its config.
 
     Raises:
-        RecipeError: when the directory holds no config or no safetensors.
+        RecipeError: config.json is missing or wrong.
+        CheckpointError: the safetensors are missing, damaged, ambiguous, or not those of the config.
+        UnsupportedError: the checkpoint is quantized, or of an architecture that transformers does not know.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     model_dir = Path(model_dir)
-    if not (model_dir / "config.json").is_file():
-        raise RecipeError(
-            f"{model_dir} holds no config.json; an engine needs a Hugging Face checkpoint directory"
-        )
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config = load_config(model_dir)
+    with SafetensorsCheckpoint(model_dir) as checkpoint:
+        shapes = dict(checkpoint.shapes)
+    check_counts(shapes, config)
+    model = _without_memory(config, model_dir)
+    check_fit(shapes, config, model)
+    sites = find_routers(model)
     text = config.get_text_config()
-    with torch.device("meta"):
-        sites = find_routers(AutoModelForCausalLM.from_config(config))
-    shapes = dict(_shapes_on_disk(model_dir))
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return ModelFacts(
         vocab_size=text.vocab_size,
         max_context_length=text.max_position_embeddings,
-        eos_ids=eos_ids(_generation_config(model_dir), config),
+        eos_ids=eos_ids(load_generation_config(model_dir), config),
         routed=RoutedModel(
             moe_layers=tuple(site.layer for site in sites),
             num_decoder_layers=text.num_hidden_layers,
@@ -73,8 +71,27 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         if sites
         else None,
         weight_shapes=shapes,
-        tied_names=frozenset({_HEAD, _EMBEDDING}) if tied else frozenset(),
+        tied_names=TIED if tied else frozenset(),
     )
+
+
+def _without_memory(config: Any, model_dir: Path) -> Any:
+    """Build the model on the meta device.
+
+    Raises:
+        RecipeError: transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # A config of which no model can be made fails in whatever line meets it first.
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise RecipeError(
+            f"transformers cannot build a model from {model_dir / 'config.json'}: {type(error).__name__}: "
+            f"{reason(error)}; restore the config of the original checkpoint"
+        ) from error
 
 
 def eos_ids(generation_config: Any, config: Any) -> tuple[int, ...]:
@@ -87,45 +104,11 @@ def eos_ids(generation_config: Any, config: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def _generation_config(model_dir: Path) -> Any:
-    from transformers import GenerationConfig
-
-    if not (model_dir / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(model_dir, local_files_only=True)
-
-
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a checkpoint directory by name, one at a time.
 
     Raises:
-        RecipeError: when the directory holds no safetensors.
+        CheckpointError: as `SafetensorsCheckpoint`.
     """
-    from safetensors import safe_open
-
-    for path in _weight_files(Path(model_dir)):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                yield key, file.get_tensor(key)
-
-
-def _shapes_on_disk(model_dir: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    from safetensors import safe_open
-
-    for path in _weight_files(model_dir):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                yield key, tuple(file.get_slice(key).get_shape())
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    index = model_dir / _INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if absent := [name for name in names if not (model_dir / name).is_file()]:
-        raise RecipeError(
-            f"{model_dir} holds no {', '.join(absent)}; expected a Hugging Face checkpoint saved as safetensors"
-        )
-    return [model_dir / name for name in names]
+    with SafetensorsCheckpoint(model_dir) as checkpoint:
+        yield from checkpoint.items()

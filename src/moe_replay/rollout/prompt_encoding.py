@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError
+from moe_replay.rollout.checkpoint_config import reason
 
 Truncation = Literal["error", "delete", "left"]
 
@@ -41,11 +42,13 @@ def load_tokenizer(model_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
     # The tokenizers library raises bare Exception on a damaged file.
     except Exception as error:
         raise RecipeError(
-            f"the tokenizer in {model_dir} cannot be loaded: {error}. Copy the tokenizer files of the original "
+            f"the tokenizer in {model_dir} cannot be loaded: {reason(error)}. Copy the tokenizer files of the original "
             "checkpoint again"
         ) from error
 

@@ -102,7 +102,9 @@ def write_tiny_checkpoint(
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

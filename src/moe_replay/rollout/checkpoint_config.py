@@ -1,0 +1,255 @@
+"""Read the config of a checkpoint by one set of rules, so that trainer, engines and doctor accept and refuse the same.
+
+In: a checkpoint directory. Out: its config.json as checked JSON, and as the transformers config that this describes. No
+code of a checkpoint is ever run, and nobody is asked whether it may be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_replay.errors import RecipeError, UnsupportedError
+
+_LAYERS, _TOPK = "num_hidden_layers", "num_experts_per_tok"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Keys that are whole numbers wherever they stand, and the lowest that makes sense.
+_MINIMUM: Mapping[str, int] = {
+    **dict.fromkeys(
+        (
+            "decoder_sparse_step",
+            "head_dim",
+            "hidden_size",
+            "intermediate_size",
+            "kv_lora_rank",
+            "max_position_embeddings",
+            "moe_intermediate_size",
+            "n_group",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "q_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "shared_expert_intermediate_size",
+            "topk_group",
+            "v_head_dim",
+            "vocab_size",
+            _LAYERS,
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", _TOPK, *_EXPERTS),
+        0,
+    ),
+}
+# Expert ids are kept in at most 16 bits, and nothing built so far has more layers than that either.
+_MOST = {key: 1 << 16 for key in (_LAYERS, *_EXPERTS)}
+# Without a bound of their own: torch counts elements in 64 bits.
+_MOST_OF_ANY = 1 << 31
+_POSITIVE = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor")
+
+
+def read_config_json(model_dir: str | Path) -> dict[str, Any]:
+    """Return the config.json of a checkpoint directory, after checking every number that decides a size.
+
+    Raises:
+        RecipeError: it is missing, is no JSON object, or holds a value that no model can have.
+    """
+    path = Path(model_dir) / "config.json"
+    config = read_json_object(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise RecipeError(
+            f"{path} has model_type {model_type!r}, expected the name of an architecture, such as 'qwen3_moe'; the file "
+            "is likely not a Hugging Face config, or was edited"
+        )
+    for table in _tables(config):
+        _check_numbers(table, path)
+    return config
+
+
+def load_config(model_dir: str | Path) -> Any:
+    """Return the transformers config of a checkpoint directory, with transformers' defaults for what it omits.
+
+    Raises:
+        RecipeError: config.json cannot be read, or transformers refuses it.
+        UnsupportedError: its architecture is not one of transformers' own, or its weights are quantized.
+    """
+    from transformers import AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    path = Path(model_dir)
+    raw = read_config_json(path)
+    model_type = raw["model_type"]
+    if model_type not in CONFIG_MAPPING_NAMES:
+        code = (
+            " Its auto_map names code that comes with the checkpoint, which is never run."
+            if "auto_map" in raw
+            else ""
+        )
+        raise UnsupportedError(
+            f"{path / 'config.json'} has model_type {model_type!r}, which transformers {__version__} does not know, so "
+            f"there is no model to build.{code} Give a checkpoint of an architecture that is part of transformers"
+        )
+    _refuse_quantized(raw, path)
+    # Whatever transformers, or a class in it, makes of values that our own checks let through.
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise RecipeError(
+            f"{path / 'config.json'} is refused by transformers: {type(error).__name__}: {reason(error)}; restore the "
+            "config of the original checkpoint"
+        ) from error
+
+
+def load_generation_config(model_dir: str | Path) -> Any:
+    """Return the transformers generation config of a checkpoint directory, or None when it has none.
+
+    Raises:
+        RecipeError: generation_config.json cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    path = Path(model_dir) / "generation_config.json"
+    if not path.is_file():
+        return None
+    read_json_object(path)
+    try:
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:
+        raise RecipeError(
+            f"{path} is refused by transformers: {type(error).__name__}: {reason(error)}; restore that of the original "
+            "checkpoint, or remove the file"
+        ) from error
+
+
+def refuse_nested(config: Mapping[str, Any], path: Path) -> None:
+    """Raise `UnsupportedError` for the config of a model whose language model is one part of several."""
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        num_experts = count_experts(text)
+        what = f"{num_experts} experts" if num_experts else "no experts"
+        raise UnsupportedError(
+            f"{path} describes a multimodal model, {config.get('model_type')!r}: its language model is nested in "
+            f"text_config (model_type {text.get('model_type')!r}, {what}), beside parts that are not text. Only "
+            "checkpoints of a language model alone can be trained; give one of those"
+        )
+
+
+def count_experts(config: Mapping[str, Any]) -> int:
+    """Return the number of routed experts of a layer that a config names; 0 for a dense model."""
+    given = [config.get(key) for key in _EXPERTS]
+    return max((number for number in given if isinstance(number, int)), default=0)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        RecipeError: the file is missing, cannot be decoded, holds a number that is not finite, or something else than
+            an object.
+    """
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            refuse(text)
+        return value
+
+    def refuse(text: str) -> NoReturn:
+        raise RecipeError(
+            f"{path} holds the number {text}, expected finite numbers only; restore the original file"
+        )
+
+    try:
+        found = json.loads(
+            path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=refuse
+        )
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path.parent} holds no {path.name}: expected a Hugging Face checkpoint directory with config.json, "
+            "safetensors and tokenizer"
+        ) from None
+    except RecursionError as error:
+        raise RecipeError(
+            f"{path} cannot be read: its brackets are nested too deeply; restore the original file"
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{path} cannot be read: {error}; restore the original file") from error
+    if not isinstance(found, dict):
+        raise RecipeError(
+            f"{path} holds a {type(found).__name__}, expected an object; restore the original file"
+        )
+    return found
+
+
+def _tables(config: dict[str, Any]) -> list[dict[str, Any]]:
+    nested = [config.get(name) for name in ("text_config", "rope_parameters", "rope_scaling")]
+    return [config, *(table for table in nested if isinstance(table, dict))]
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    for key, lowest in _MINIMUM.items():
+        value = config.get(key)
+        # One number a layer, in families that only transformers itself runs.
+        if value is None or isinstance(value, list):
+            continue
+        highest = _MOST.get(key, _MOST_OF_ANY)
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+            raise RecipeError(
+                f"{path} has {key} = {value!r} ({type(value).__name__}), expected a whole number from {lowest} to "
+                f"{highest}; the file was likely edited or damaged: restore the original"
+            )
+    for key in _POSITIVE:
+        value = config.get(key)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+        ):
+            raise RecipeError(
+                f"{path} has {key} = {value!r}, expected a number above 0; restore the original file"
+            )
+    named = {key: config[key] for key in _EXPERTS if isinstance(config.get(key), int)}
+    if len(set(named.values())) > 1:
+        raise RecipeError(
+            f"{path} has {' and '.join(f'{key} = {value}' for key, value in named.items())}, which are names of one "
+            "number: libraries would read different ones; remove the wrong one"
+        )
+    num_experts, topk = count_experts(config), config.get(_TOPK)
+    if num_experts and isinstance(topk, int) and not 1 <= topk <= num_experts:
+        raise RecipeError(
+            f"{path} has {_TOPK} = {topk} with {num_experts} experts, expected from 1 to {num_experts}: a token goes "
+            "through different experts; restore the original file"
+        )
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise RecipeError(
+            f"{path} has num_attention_heads = {heads} and num_key_value_heads = {groups}, expected a multiple; restore "
+            "the original file"
+        )
+
+
+def _refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
+    for table in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            found = table.get(key) if isinstance(table, dict) else None
+            if found:
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                raise UnsupportedError(
+                    f"{path} is a quantized checkpoint ({key}, quant_method {method!r}): its weights are codes with scales, "
+                    "and training starts from plain ones; give the bfloat16 checkpoint of the model, or dequantize "
+                    "this one first"
+                )
+
+
+def reason(error: Exception) -> str:
+    """Return what a library said in one line, without its advice to run the code of a checkpoint."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs code that comes with the checkpoint, which is never run"
+    return text if len(text) <= 300 else f"{text[:297]}..."
