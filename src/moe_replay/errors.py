@@ -12,6 +12,7 @@
     ├── CoverageError (RuntimeError)     fewer rows were replayed than the recipe demands
     ├── MisalignmentError (RuntimeError) replayed and live routes disagree too much
     ├── EngineError (RuntimeError)       an inference engine failed or broke its contract
+    ├── DivergedError (RuntimeError)     weights or gradients are no longer finite numbers
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
     └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
 
@@ -59,6 +60,10 @@ class MisalignmentError(MoeReplayError, RuntimeError):
 
 class EngineError(MoeReplayError, RuntimeError):
     """An inference engine failed or broke its contract."""
+
+
+class DivergedError(MoeReplayError, RuntimeError):
+    """Training left the finite numbers; what was learned before is kept."""
 
 
 class RewardError(MoeReplayError, RuntimeError):

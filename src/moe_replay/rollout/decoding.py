@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 
+from moe_replay.rollout.divergence import no_numbers
 from moe_replay.rollout.sampling import completion_noise, sample_tokens
 from moe_replay.rollout.types import Request, SamplingParams
 from moe_replay.routing import expert_dtype
@@ -48,9 +49,11 @@ class Batch:
         model: Any,
         recorder: RouteRecorder | None,
         device: torch.device,
+        policy_version: int,
     ) -> None:
         num_jobs, limit = len(jobs), sampling.max_completion_length
         self._model, self._recorder, self._device = model, recorder, device
+        self._policy_version = policy_version
         self.token_ids = torch.zeros(num_jobs, limit, dtype=torch.int64, device=device)
         self.rollout_logprobs = torch.zeros(num_jobs, limit, dtype=torch.float32, device=device)
         self.lengths = np.zeros(num_jobs, dtype=np.int64)
@@ -95,7 +98,10 @@ class Batch:
         self.token_ids[rows, position] = ids
         self.rollout_logprobs[rows, position] = logprobs
         self._last_ids = ids
-        ends = torch.isin(ids, stops).cpu().numpy() & self._running
+        ends, broken = torch.stack([torch.isin(ids, stops), logprobs.isnan()]).cpu().numpy()
+        if (broken & self._running).any():
+            raise no_numbers("embedded", position, self._policy_version)
+        ends = ends & self._running
         self.lengths[self._job_of_row[self._running]] = position + 1
         self.stopped[self._job_of_row[ends]] = True
         self._running = self._running & ~ends

@@ -16,6 +16,7 @@ import torch
 from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.checkpoint_files import has_usual_names, refuse_non_finite, some
 from moe_replay.rollout.decoding import Batch, Job
+from moe_replay.rollout.divergence import finite_weights
 from moe_replay.rollout.model_facts import eos_ids, read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
@@ -101,6 +102,7 @@ class EmbeddedEngine:
         Raises:
             RecipeError: when a sampling setting is out of range.
             EngineError: when a request is malformed or leaves no room in the context, or the engine is closed.
+            DivergedError: when the model's logits are not finite.
         """
         self._check_ready()
         check_sampling(sampling)
@@ -135,6 +137,7 @@ class EmbeddedEngine:
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
                 a failed push the engine refuses to sample until a push succeeds.
+            DivergedError: when a weight is not finite.
         """
         if self._state == "closed":
             raise EngineError("the embedded engine is closed; make a new one")
@@ -144,7 +147,7 @@ class EmbeddedEngine:
                 "a stale trainer is pushing"
             )
         self._state = "broken"
-        self._views.copy(weights)
+        self._views.copy(finite_weights(weights))
         self._state = "ready"
         self._policy_version = policy_version
 
@@ -171,7 +174,15 @@ class EmbeddedEngine:
                 if self._description.records_routes
                 else None
             )
-            batch = Batch(jobs, requests, sampling, self._model, recorder, self._device)
+            batch = Batch(
+                jobs,
+                requests,
+                sampling,
+                self._model,
+                recorder,
+                self._device,
+                self._policy_version,
+            )
             stops = torch.tensor(
                 sorted({*self._eos_ids, *sampling.stop_token_ids}),
                 dtype=torch.int64,

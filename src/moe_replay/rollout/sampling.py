@@ -92,7 +92,7 @@ def sample_tokens(
 
     ``top_k`` and ``top_p`` limit what can be drawn, but the log-probability is that of the full vocabulary, because
     that is what a trainer recomputes. Temperature 0 takes the most likely token (the lowest id of equals), and its
-    log-probability is the one at temperature 1.
+    log-probability is the one at temperature 1. Logits that are NaN or infinite give token 0 with log-probability NaN.
 
     Example:
         >>> sample_tokens(torch.zeros(1, 4), torch.tensor([0.6], dtype=torch.float64), temperature=1.0)
@@ -106,6 +106,8 @@ def sample_tokens(
         ids = logprobs.argmax(dim=-1)
     else:
         ids = _invert(_truncate(logprobs.double().exp(), top_k, top_p), noise)
+    # One logit that is no number makes the whole row so, and what was found there lies anywhere, also past the end.
+    ids = ids.masked_fill(logprobs[:, 0].isnan(), 0)
     return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
 
 

@@ -26,7 +26,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from moe_replay.errors import CodecError, EngineError, MoeReplayError, RecipeError
+from moe_replay.errors import CodecError, DivergedError, EngineError, MoeReplayError, RecipeError
 from moe_replay.rollout.server_messages import (
     CHECKPOINT,
     CONTENT_TYPE,
@@ -45,7 +45,7 @@ _MAX_CALLS = 256
 # Longest wait of a push for running completions to end.
 _DRAIN_S = 600.0
 _BAD_REQUEST, _UNAUTHORIZED, _STALE, _TOO_LARGE = 400, 401, 409, 413
-_WRONG_TYPE, _FAILED = 415, 500
+_WRONG_TYPE, _UNPROCESSABLE, _FAILED = 415, 422, 500
 
 
 class EngineServer:
@@ -106,6 +106,9 @@ class EngineServer:
                 return await endpoint(request)
             except (CodecError, RecipeError) as error:
                 return PlainTextResponse(str(error), _BAD_REQUEST)
+            except DivergedError as error:
+                # No retry would change it.
+                return PlainTextResponse(str(error), _UNPROCESSABLE)
             except _TooLargeError as error:
                 return PlainTextResponse(str(error), _TOO_LARGE)
             except _StaleError as error:

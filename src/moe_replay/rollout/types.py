@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from moe_replay.errors import EngineError
+from moe_replay.errors import DivergedError, EngineError
 from moe_replay.routing import RoutingTrace
 
 if TYPE_CHECKING:
@@ -255,6 +255,11 @@ def check_group(group: RolloutGroup, description: EngineDescription) -> None:
         if len(tokens) == 0 or len(tokens) != len(logprobs):
             raise EngineError(
                 f"{where}: {len(tokens)} tokens and {len(logprobs)} rollout_logprobs, expected one each and at least one"
+            )
+        if np.isnan(logprobs).any():
+            raise DivergedError(
+                f"{where}: rollout_logprobs are NaN from sampled token {int(np.isnan(logprobs).argmax())} on, policy version "
+                f"{completion.policy_version}: the weights have diverged (lower optimizer.lr), or the checkpoint holds NaN"
             )
         if not np.isfinite(logprobs).all() or (logprobs > 1e-3).any():
             raise EngineError(

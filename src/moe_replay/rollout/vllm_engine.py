@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moe_replay.errors import EngineError, RecipeError
+from moe_replay.errors import DivergedError, EngineError, RecipeError
+from moe_replay.rollout.divergence import refuse_no_numbers
 from moe_replay.rollout.model_facts import read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
@@ -283,9 +284,11 @@ class VllmEngine:
             raise EngineError(
                 f"{where} ended with finish_reason {sampled.finish_reason!r}, expected one of {list(_FINISH_REASONS)}"
             )
+        logprobs = np.array(rollout_logprobs, dtype=np.float32)
+        refuse_no_numbers(logprobs, where=where, policy_version=policy_version)
         return Completion(
             token_ids=token_ids,
-            rollout_logprobs=np.array(rollout_logprobs, dtype=np.float32),
+            rollout_logprobs=logprobs,
             trace=self._trace(request, token_ids, output, finish_reason, policy_version, where),
             finish_reason=finish_reason,
             policy_version=policy_version,
@@ -327,7 +330,7 @@ class VllmEngine:
         except Exception as error:
             # Layers that wait for their weights are empty until vLLM is told that no more come.
             self._vllm.apply_model(partial(_finish_reload, model_config=self._vllm.model_config))
-            if isinstance(error, EngineError):
+            if isinstance(error, (EngineError, DivergedError)):
                 raise
             raise EngineError(
                 f"vLLM failed to load a push: {type(error).__name__}: {error}"

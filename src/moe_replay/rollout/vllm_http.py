@@ -17,6 +17,7 @@ import numpy as np
 from packaging.version import Version
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
+from moe_replay.rollout.divergence import refuse_no_numbers
 from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.types import (
     Completion,
@@ -136,7 +137,13 @@ def generate_message(
         "temperature": 0.0 if draws else sampling.temperature,
         "top_p": 1.0,
         "top_k": 0,
+        # Whatever is left out, a server may take from the checkpoint's generation_config.json or its own options.
         "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "logit_bias": None,
         "logprobs": 0,
         "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
         "ignore_eos": True,
@@ -171,6 +178,7 @@ def read_completion(
     Raises:
         EngineError: when the answer is damaged, cut, or ended in an unknown way.
         TraceError: when its routes are not those of its tokens.
+        DivergedError: when a token was drawn from logits that are not finite.
     """
     try:
         (choice,) = answer["choices"]
@@ -190,6 +198,7 @@ def read_completion(
             f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
             "server's context has no room for more: raise --max-model-len"
         )
+    refuse_no_numbers(rollout_logprobs, where=where, policy_version=policy_version)
     trace = None
     if description.records_routes:
         assert facts.routed is not None

@@ -22,6 +22,7 @@ from vllm import SamplingParams as VllmSamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from moe_replay.rollout.divergence import NOT_A_LOGPROB
 from moe_replay.rollout.sampling import completion_noise, sample_tokens
 from moe_replay.rollout.types import SamplingParams
 
@@ -29,6 +30,37 @@ KEY = "moe_replay"
 """Entry of ``extra_args`` that holds a draw."""
 LOGPROBS_MODE = "processed_logits"
 """vLLM's ``logprobs_mode`` under which the log-probabilities of this class are reported."""
+
+
+# Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some of them itself.
+_FREE = frozenset(
+    [
+        "n",
+        "temperature",
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "seed",
+        "logprobs",
+        "prompt_logprobs",
+        "flat_logprobs",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        "extra_args",
+        "skip_reading_prefix_cache",
+        "routed_experts_prompt_start",
+        "stop",
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "_bad_words_token_ids",
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +166,8 @@ class DrawTokens(LogitsProcessor):
                 top_p=top_p,
             )
             logits[where] = float("-inf")
-            logits[where, ids] = rollout_logprobs
+            # The best token of its row, and no number that JSON could not hold.
+            logits[where, ids] = rollout_logprobs.nan_to_num(NOT_A_LOGPROB)
         return logits
 
 
@@ -166,4 +199,29 @@ def _draw_of(params: VllmSamplingParams) -> Draw | None:
             f"extra_args[{KEY!r}] needs temperature 0 (it has its own), n = 1 and logprobs = 0; got temperature "
             f"{params.temperature}, n {params.n}, logprobs {params.logprobs}"
         )
+    _refuse_what_changes_the_draw(params)
     return Draw(**given)
+
+
+def _refuse_what_changes_the_draw(params: VllmSamplingParams) -> None:
+    """Raise `ValueError` for an option that vLLM would apply before the draw, or to the drawn token's log-probability.
+
+    Named are the options that may differ, so that one which a later release adds is refused until it was looked at. vLLM
+    itself drops ``min_p``, ``top_p`` and ``top_k`` at temperature 0, before anybody sees them: a draw has its own.
+    """
+    neutral = VllmSamplingParams(temperature=0.0)
+    changed = {
+        name: value
+        for name in neutral.__struct_fields__
+        if name not in _FREE
+        and (value := getattr(params, name)) != getattr(neutral, name)
+        and value not in ([], {}, ())
+    }
+    if changed:
+        given = ", ".join(f"{name} = {value!r}"[:80] for name, value in sorted(changed.items()))
+        raise ValueError(
+            f"{given} beside extra_args[{KEY!r}], expected the neutral value: vLLM applies it outside of the draw, so the "
+            "token or its log-probability would not be those that a trainer recomputes. It may come from the request, from "
+            "the checkpoint's generation_config.json, or from --override-generation-config: leave it out, or start the "
+            "server with --generation-config vllm"
+        )

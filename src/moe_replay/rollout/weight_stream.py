@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from moe_replay.errors import EngineError
+from moe_replay.rollout.divergence import finite_weights
 from moe_replay.rollout.model_facts import ModelFacts
 
 # Names listed in a message; a wrong family makes thousands of them.
@@ -26,10 +27,11 @@ def checked_weights(
 
     Raises:
         EngineError: when a name is unknown, given twice or missing, a shape differs, or tied tensors do.
+        DivergedError: when a tensor holds NaN or infinity.
     """
     seen: set[str] = set()
     tied: tuple[str, torch.Tensor] | None = None
-    for name, tensor in weights:
+    for name, tensor in finite_weights(weights):
         _check_weight(name, tensor, facts, seen)
         seen.add(name)
         if name in facts.tied_names:
