@@ -179,7 +179,10 @@ def test_first_generated_prompt_that_is_too_long_is_refused(capsys, write_recipe
 
 
 def test_interrupt_says_how_to_go_on(capsys, write_recipe, tmp_path):
-    (tmp_path / "reward.py").write_text("raise KeyboardInterrupt\n")
+    # The trainer is the parent of the process that imports it.
+    (tmp_path / "reward.py").write_text(
+        "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(1000)\n"
+    )
     recipe = write_recipe(rewards=[{"function": "reward.py:f"}])
     assert main(["train", str(recipe)]) == 130
     assert "the same command resumes the run" in capsys.readouterr().err

@@ -1,15 +1,21 @@
 """Reward functions: how they are found and called, and that a bad one is named with its sample."""
 
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moe_replay.errors import RecipeError, RewardError
 from moe_replay.rollout.generated_items import GeneratedTask
 from moe_replay.rollout.prompt_encoding import PromptEncoder
 from moe_replay.rollout.prompts import GeneratedPrompts, Prompt
+from moe_replay.rollout.reward_functions import Signature, load_function
+from moe_replay.rollout.reward_worker import WrongAnswer, checked_scores
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
 from moe_replay.testing.tiny_models import character_tokenizer
 
@@ -26,13 +32,39 @@ def prompts(count: int, **columns: list) -> list[Prompt]:
     ]
 
 
-def load(folder: Path, code: str, **options) -> RewardSet:
-    path = folder / "reward.py"
-    path.write_text(code)
-    return RewardSet.load([RewardSpec(function=f"{path}:f", name="mine", **options)])
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Callable[..., RewardSet]]:
+    """Return a function that loads f of a file with the given code."""
+    opened: list[RewardSet] = []
+
+    def load(code: str, **options) -> RewardSet:
+        path = tmp_path / "reward.py"
+        path.write_text(code)
+        spec = RewardSpec(function=f"{path}:f", name="mine", **options)
+        opened.append(RewardSet.load([spec]))
+        return opened[-1]
+
+    yield load
+    for rewards in opened:
+        rewards.close()
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Signature]]:
+    """Return a function that finds f of a file with the given code in this process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def found(code: str, **args) -> Signature:
+        path = tmp_path / "found_here.py"
+        path.write_text(code)
+        return load_function(f"{path}:f", args).signature
+
+    yield found
+    sys.modules.pop("found_here", None)
 
 
 def builtin(function: str, **options) -> RewardSet:
+    """Return a built-in, whose process ends with it."""
     return RewardSet.load([RewardSpec(function=function, name=function, **options)])
 
 
@@ -54,9 +86,8 @@ class Columns:
         raise NotImplementedError
 
 
-def test_function_gets_the_names_that_it_takes(tmp_path):
+def test_function_gets_the_names_that_it_takes(load):
     rewards = load(
-        tmp_path,
         "def f(completions, *, prompts, completion_ids, answer, scale=1.0):\n"
         "    assert prompts == ['question 0', 'question 1']\n"
         "    return [scale * (c == a) + len(i) for c, a, i in zip(completions, answer, completion_ids)]\n",
@@ -65,8 +96,8 @@ def test_function_gets_the_names_that_it_takes(tmp_path):
     assert score(rewards, ["a", "bc"], answer=["a", "x"], other=[1, 2]) == [11.0, 2.0]
 
 
-def test_function_with_kwargs_gets_every_column(tmp_path):
-    rewards = load(tmp_path, "def f(completions, **columns):\n    return [len(columns)] * 1\n")
+def test_function_with_kwargs_gets_every_column(load):
+    rewards = load("def f(completions, **columns):\n    return [len(columns)] * 1\n")
     # prompts, completion_ids and two columns.
     assert score(rewards, ["a"], one=[1], two=[2]) == [4.0]
 
@@ -76,13 +107,12 @@ def test_total_is_the_weighted_sum(tmp_path):
         "def one(completions): return [1] * len(completions)\n"
         "def length(completions): return [len(c) for c in completions]\n"
     )
-    rewards = RewardSet.load(
-        [
-            RewardSpec(function=f"{tmp_path}/r.py:one", name="one", weight=0.5),
-            RewardSpec(function=f"{tmp_path}/r.py:length", name="length", weight=-2.0),
-        ]
-    )
-    batch = rewards.score(prompts(2), ["a", "bbb"], [[1], [2]])
+    specs = [
+        RewardSpec(function=f"{tmp_path}/r.py:one", name="one", weight=0.5),
+        RewardSpec(function=f"{tmp_path}/r.py:length", name="length", weight=-2.0),
+    ]
+    with RewardSet.load(specs) as rewards:
+        batch = rewards.score(prompts(2), ["a", "bbb"], [[1], [2]])
     assert rewards.names == ("one", "length")
     assert batch.scores["length"].tolist() == [1.0, 3.0]
     assert batch.total.tolist() == [-1.5, -5.5]
@@ -102,83 +132,90 @@ def test_async_functions_run_together(tmp_path):
         "async def two(completions): return await wait(completions, 2)\n"
     )
     specs = [RewardSpec(function=f"{tmp_path}/r.py:{n}", name=n) for n in ("one", "two")]
-    assert score(RewardSet.load(specs), ["a"]) == [2.0]
+    with RewardSet.load(specs) as rewards:
+        assert score(rewards, ["a"]) == [2.0]
 
 
-def test_sync_function_may_run_an_event_loop(tmp_path):
+def test_sync_function_may_run_an_event_loop(load):
     code = (
         "import asyncio\nasync def g(): return 2.0\n"
         "def f(completions): return [asyncio.run(g()) for _ in completions]\n"
     )
-    assert score(load(tmp_path, code), ["a"]) == [2.0]
+    assert score(load(code), ["a"]) == [2.0]
 
 
-@pytest.mark.parametrize("value", ["True", "1", "np.float32(1)", "np.bool_(True)"])
-def test_numbers_of_other_types_are_accepted(tmp_path, value):
-    code = f"import numpy as np\ndef f(completions): return [{value}] * len(completions)\n"
-    assert score(load(tmp_path, code), ["a", "b"]) == [1.0, 1.0]
+@pytest.mark.parametrize(
+    "value", [True, 1, np.float32(1), np.bool_(True), torch.tensor(1.0), Fraction(1)]
+)
+def test_numbers_of_other_types_are_accepted(value):
+    assert checked_scores([value] * 2, 2) == [1.0, 1.0]
 
 
-def test_numpy_array_is_accepted(tmp_path):
-    code = "import numpy as np\ndef f(completions): return np.ones(len(completions))\n"
-    assert score(load(tmp_path, code), ["a", "b"]) == [1.0, 1.0]
+@pytest.mark.parametrize("result", [np.ones(2), torch.ones(2, requires_grad=True), (1, True)])
+def test_other_sequences_are_accepted(result):
+    assert checked_scores(result, 2) == [1.0, 1.0]
 
 
-def test_no_completions_call_no_function(tmp_path):
-    rewards = load(tmp_path, "def f(completions): raise AssertionError\n")
+def test_no_completions_call_no_function(load):
+    rewards = load("def f(completions): raise AssertionError\n")
     assert score(rewards, []) == []
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
-def test_function_that_raises_is_named_with_its_sample_and_cause(tmp_path, kind):
-    code = f"{kind} f(completions): return [1 / len(c) for c in completions]\n"
+def test_function_that_raises_is_named_with_its_sample_cause_and_line(load, kind):
+    code = f"{kind} f(completions):\n    return [1 / len(c) for c in completions]\n"
     with pytest.raises(RewardError) as caught:
-        score(load(tmp_path, code), ["a", "b", "", "d", "e"])
+        score(load(code), ["a", "b", "", "d", "e"])
     message = str(caught.value)
     assert "reward mine" in message
-    assert "raised ZeroDivisionError: division by zero; on sample 2 (prompt 'question 2'" in message
+    assert "raised ZeroDivisionError: division by zero (" in message
+    assert "reward.py, line 2); on sample 2 (prompt 'question 2'" in message
     assert "Make the function return a score" in message
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "ZeroDivisionError" in str(caught.value.__cause__)
 
 
-def test_function_that_raises_on_whole_batches_only_says_so(tmp_path):
+def test_function_that_raises_on_whole_batches_only_says_so(load):
     code = "def f(completions):\n    assert len(completions) < 3\n    return [0.0] * len(completions)\n"
-    with pytest.raises(RewardError, match=r"no single sample .it raises on the batch of 3 only"):
-        score(load(tmp_path, code), ["a", "b", "c"])
+    with pytest.raises(RewardError, match=r"no single sample .it fails on the batch of 3 only"):
+        score(load(code), ["a", "b", "c"])
+
+
+def test_score_that_is_not_a_number_is_named_with_its_sample(load):
+    with pytest.raises(
+        RewardError, match=r"reward mine .*returned nan for sample 1 \(prompt 'question 1'.*None"
+    ):
+        score(load("def f(completions): return [0.0, float('nan')]\n"), ["a", "b"])
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        ("float('nan')", "nan"),
-        ("float('-inf')", "-inf"),
-        ("None", "None"),
-        ("'1.0'", "'1.0'"),
-        ("[1.0]", r"\[1.0\]"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        ("1.0", "'1.0'"),
+        ([1.0], r"\[1.0\]"),
+        (10**400, "too large for a float"),
     ],
 )
-def test_score_that_is_no_finite_number_is_named_with_its_sample(tmp_path, value, shown):
-    code = f"def f(completions): return [0.0, {value}]\n"
-    with pytest.raises(
-        RewardError,
-        match=rf"reward mine .*returned {shown} for sample 1 \(prompt 'question 1'.*0\.0",
-    ):
-        score(load(tmp_path, code), ["a", "b"])
+def test_score_that_is_no_finite_number_is_refused(value, shown):
+    with pytest.raises(WrongAnswer, match=shown) as caught:
+        checked_scores([0.0, value], 2)
+    assert caught.value.sample == 1
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("[1.0]", "returned 1 scores for 2 completions"),
-        ("[1.0] * 3", "returned 3 scores for 2 completions"),
-        ("1.0", r"returned 1.0 \(float\), expected a list of 2 numbers"),
-        ("None", r"returned None \(NoneType\), expected a list"),
-        ("(c for c in completions)", "expected a list"),
+        ([1.0], "returned 1 scores for 2 completions"),
+        ([1.0] * 3, "returned 3 scores for 2 completions"),
+        (1.0, r"returned 1.0 \(float\), expected a list of 2 numbers"),
+        (None, r"returned None \(NoneType\), expected a list"),
+        ((c for c in "ab"), "expected a list"),
     ],
 )
-def test_result_that_is_not_one_score_a_sample_is_refused(tmp_path, result, message):
-    with pytest.raises(RewardError, match=message):
-        score(load(tmp_path, f"def f(completions): return {result}\n"), ["a", "b"])
+def test_result_that_is_not_one_score_a_sample_is_refused(result, message):
+    with pytest.raises(WrongAnswer, match=message):
+        checked_scores(result, 2)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +231,33 @@ def test_result_that_is_not_one_score_a_sample_is_refused(tmp_path, result, mess
 )
 def test_function_that_cannot_be_found_is_refused(function, message):
     with pytest.raises(RecipeError, match=message):
-        RewardSet.load([RewardSpec(function=function, name="x")])
+        load_function(function, {})
 
 
-def test_file_that_fails_on_import_is_refused_with_its_error(tmp_path):
+def test_refusal_of_the_reward_process_is_a_recipe_error(load):
     with pytest.raises(RecipeError, match=r"reward.py cannot be imported: SyntaxError"):
-        load(tmp_path, "def f(:\n")
+        load("def f(:\n")
 
 
-def test_argument_that_the_function_does_not_take_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"sets scal, but .* takes completions, scale"):
-        load(tmp_path, "def f(completions, scale=1): ...\n", args={"scal": 2})
+def test_completions_by_position_only_are_refused(found):
+    with pytest.raises(RecipeError, match="takes no argument named completions"):
+        found("def f(completions, /, **columns): ...\n")
+
+
+def test_argument_that_the_function_does_not_take_is_refused(found):
+    with pytest.raises(RecipeError, match=r"sets scal, but it takes completions, scale"):
+        found("def f(completions, scale=1): ...\n", scal=2)
+
+
+def test_r13_argument_under_the_name_of_what_every_call_passes_is_refused(found):
+    with pytest.raises(RecipeError, match=r"sets prompts, which every call passes"):
+        found("def f(completions, **columns): ...\n", prompts=2)
+
+
+@pytest.mark.parametrize("name", ["completions", "prompts", "completion_ids"])
+def test_r13_column_that_rewards_could_not_see_is_refused(name):
+    with pytest.raises(RecipeError, match=rf"a column {name}, .* could not see the column: rename"):
+        builtin("exact_match").check(Columns("answer", name))
 
 
 def test_name_used_twice_is_refused():
@@ -224,12 +277,12 @@ def test_check_names_the_missing_column_and_those_found():
         builtin("exact_match").check(Columns("answers", "q"))
 
 
-def test_check_counts_args_as_given(tmp_path):
-    load(tmp_path, "def f(completions, scale): ...\n", args={"scale": 2}).check(Columns())
+def test_check_counts_args_as_given(load):
+    load("def f(completions, scale): ...\n", args={"scale": 2}).check(Columns())
 
 
-def test_check_refuses_an_argument_that_is_also_a_column(tmp_path):
-    rewards = load(tmp_path, "def f(completions, scale): ...\n", args={"scale": 2})
+def test_check_refuses_an_argument_that_is_also_a_column(load):
+    rewards = load("def f(completions, scale): ...\n", args={"scale": 2})
     with pytest.raises(RecipeError, match=r"scale is both a dataset column and a key"):
         rewards.check(Columns("scale"))
 

@@ -44,6 +44,8 @@ def run_rollout(
     from moe_replay.grpo.inputs import open_inputs
 
     inputs = open_inputs(recipe)
+    # Nothing is scored here.
+    inputs.close()
     import torch
 
     from moe_replay.grpo.engines import recipe_engine, recipe_sampling

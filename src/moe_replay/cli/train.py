@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.errors import RecipeError
@@ -67,11 +68,11 @@ def _check_inputs(recipe: Recipe) -> list[str]:
     """Open everything that the recipe points to except the weights; return what is worth knowing about it."""
     from moe_replay.grpo.inputs import open_inputs
 
-    inputs = open_inputs(recipe)
-    # Loads Megatron-Core, which takes seconds: after everything that fails sooner.
-    from moe_replay.megatron.model import read_model_shape
+    with closing(open_inputs(recipe)) as inputs:
+        # Loads Megatron-Core, which takes seconds: after everything that fails sooner.
+        from moe_replay.megatron.model import read_model_shape
 
-    read_model_shape(recipe.model.path)
+        read_model_shape(recipe.model.path)
     warning = exposure(recipe.rollout.token_file)
     notes = [] if warning is None else [warning]
     for key, source in (("data.train", inputs.train), ("data.eval", inputs.held_out)):

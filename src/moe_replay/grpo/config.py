@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,7 @@ _NO_EFFECT_ON_RESULTS = (
     "rollout.weights_dir",
     "rollout.path",
     "rollout.timeout_s",
+    "rewards.timeout_s",
     "replay.min_coverage",
     "replay.guard",
     "replay.guard_rows",
@@ -222,6 +224,7 @@ class Recipe(Section):
         return {path: value for path, value in items.items() if self._decides_results(path)}
 
     def _decides_results(self, path: str) -> bool:
+        path = re.sub(r"\.\d+\.", ".", path)
         if path == "run.max_steps":
             return self.optimizer.lr_scheduler != "constant"
         if path in _EFFECT_ON_RESULTS:

@@ -5,6 +5,7 @@ In: a recipe. Out: `Inputs`. Called by: grpo.run, cli.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +39,31 @@ class Inputs:
     rewards: RewardSet
     """Reward functions, whose columns both sources have."""
 
+    def close(self) -> None:
+        """End the process of the reward functions."""
+        self.rewards.close()
+
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Open everything that a recipe points to, the weights aside.
+    """Open everything that a recipe points to, the weights aside; close it in the end.
 
     Raises:
         RecipeError: when something is missing, malformed, or does not fit the rest.
     """
     check_checkpoint_config(recipe)
-    rewards = RewardSet.load(
-        [
-            RewardSpec(function=r.function, weight=r.weight, name=r.name, args=r.args)
-            for r in recipe.rewards
-        ]
-    )
+    with ExitStack() as closing:
+        rewards = closing.enter_context(
+            RewardSet.load(
+                [RewardSpec(**r.model_dump()) for r in recipe.rewards], folders=[str(Path.cwd())]
+            )
+        )
+        inputs = _open_prompts(recipe, rewards)
+        closing.pop_all()
+    return inputs
+
+
+def _open_prompts(recipe: Recipe, rewards: RewardSet) -> Inputs:
+    """Open tokenizer and datasets, and check that these have what the reward functions need."""
     tokenizer = load_tokenizer(recipe.model.path)
     encoder = PromptEncoder(
         tokenizer=tokenizer,

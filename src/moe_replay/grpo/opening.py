@@ -52,6 +52,8 @@ def open_run(
         # Before the minutes that loading takes, and given back after everything else is closed.
         refusal, note = _lock(recipe, process, closing)
         inputs = None if refusal else open_inputs(recipe)
+        if inputs is not None:
+            closing.callback(inputs.close)
         initialize(
             layout,
             from_environment=process.launched_by_torchrun,

@@ -113,6 +113,8 @@ class RewardSection(Section):
     """Name in metrics; by default the function's own."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments passed on every call."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest time that one call, which scores all that a rank has sampled in a step, or its import may take."""
 
     @model_validator(mode="before")
     @classmethod

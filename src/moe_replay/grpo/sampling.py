@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64
 
+from moe_replay.errors import RewardError
 from moe_replay.grpo.advantage import group_advantages, reward_metrics
 from moe_replay.grpo.engines import training_request
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
-from moe_replay.grpo.run import Run
+from moe_replay.grpo.run import Run, message_device
 from moe_replay.rollout.prompts import Prompt
+from moe_replay.rollout.rewards import ScoredBatch
 from moe_replay.rollout.types import (
     Completion,
     FinishReason,
@@ -27,6 +29,7 @@ from moe_replay.rollout.types import (
     check_groups,
 )
 from moe_replay.routing import ReplayMode, RoutingTrace
+from moe_replay.sync.messages import first_text
 
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
@@ -108,11 +111,8 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     gave up, so its reward says nothing about the policy.
     """
     generations = run.recipe.rollout.num_generations
-    batch = run.inputs.rewards.score(
-        [rollout.prompts[place] for place in rollout.places for _ in range(generations)],
-        [run.decode(completion.token_ids) for completion in rollout.completions],
-        [completion.token_ids.tolist() for completion in rollout.completions],
-    )
+    prompts = [rollout.prompts[place] for place in rollout.places for _ in range(generations)]
+    batch = _score(run, prompts, rollout.completions)
     rewards = {name: scores.reshape(-1, generations) for name, scores in batch.scores.items()}
     totals = batch.total.reshape(-1, generations)
     aborted = [c.finish_reason is FinishReason.ABORTED for c in rollout.completions]
@@ -143,6 +143,32 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     )
 
 
+def _score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> ScoredBatch:
+    """Call the reward functions on completions of this rank.
+
+    Raises:
+        RewardError: on every rank, when one fails on any of them.
+    """
+    failure = batch = None
+    try:
+        batch = run.inputs.rewards.score(
+            prompts,
+            [run.decode(completion.token_ids) for completion in completions],
+            [completion.token_ids.tolist() for completion in completions],
+        )
+    except RewardError as error:
+        failure = error
+    text = None if failure is None else str(failure)
+    failed = first_text(text, run.group, device=message_device())
+    if failure is not None:
+        raise failure
+    if failed is not None:
+        rank, text = failed
+        raise RewardError(f"on rank {rank}: {text}")
+    assert batch is not None
+    return batch
+
+
 def evaluate(run: Run) -> None:
     """Report the reward of held-out prompts under the current weights."""
     if run.inputs.held_out is None:
@@ -169,11 +195,8 @@ def evaluate(run: Run) -> None:
         )
         groups = _answers(run, requests, sampling)
         completions = [completion for group in groups for completion in group.completions]
-        batch = run.inputs.rewards.score(
-            [prompts[place] for place in mine for _ in range(settings.num_generations)],
-            [run.decode(completion.token_ids) for completion in completions],
-            [completion.token_ids.tolist() for completion in completions],
-        )
+        asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
+        batch = _score(run, asked, completions)
         tally = Tally()
         tally.add_mean("eval/reward", total=float(batch.total.sum()), count=len(batch.total))
         for name, scores in batch.scores.items():

@@ -2,7 +2,7 @@
 
 Each has the signature of a user's own: completions first, then what it needs by name, one number per completion back.
 
-In: completions and dataset columns. Out: scores. Called by: rollout.rewards.
+In: completions and dataset columns. Out: scores.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list
     ``1/2``, ``0.5`` and ``$\frac{1}{2}$`` are equal. An answer that takes longer than 5 seconds to parse or compare
     scores 0; that limit is a signal, so it holds on the main thread only.
     """
+    if not completions:
+        return []
     from math_verify import parse, verify
 
     timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0

@@ -40,7 +40,10 @@ class GeneratedTask:
     def __init__(self, family: str, config: Mapping[str, Any]) -> None:
         self.name = f"reasoning_gym:{family}"
         """How a recipe spells it."""
-        self._family = family
+        self.family = family
+        """Name of the family."""
+        self.config = config
+        """Its configuration, as given."""
         self._config = _checked_config(family, config)
         self._block = lru_cache(maxsize=16)(self._make_block)
         self._scorer = self._make_block(0)
@@ -63,16 +66,14 @@ class GeneratedTask:
         import reasoning_gym
 
         try:
-            return reasoning_gym.create_dataset(
-                self._family, **self._config, seed=seed, size=_BLOCK
-            )
+            return reasoning_gym.create_dataset(self.family, **self._config, seed=seed, size=_BLOCK)
         except (AssertionError, TypeError, ValueError) as error:
             raise RecipeError(
                 f"data.task {dict(self._config)!r} is refused by {self.name}: {error}"
             ) from error
 
     def _refuse_unrepeatable(self) -> None:
-        families = {self._family, *(spec.name for spec in self._config.get("datasets", ()))}
+        families = {self.family, *(spec.name for spec in self._config.get("datasets", ()))}
         unrepeatable = sorted(families & _HASH_ORDERED)
         if unrepeatable and sys.flags.hash_randomization:
             raise UnsupportedError(

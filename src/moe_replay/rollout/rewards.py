@@ -1,30 +1,25 @@
-"""Reward functions: found before the run starts, called with what they ask for, and held to one finite number a sample.
+"""Reward functions: found before the run starts, called with what they ask for, and held to one number a completion.
 
 A reward function is called by keyword with lists that hold one entry per completion::
 
-    def my_reward(completions, *, prompts, completion_ids, answer, tolerance=0.1, **columns) -> list[float]: ...
+    def my_reward(completions, *, prompts, completion_ids, answer, tolerance=0.1, **columns) -> list[float | None]: ...
 
 ``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a dataset column or a key of
 ``[rewards.args]``. Only names that the function takes are passed. It may be ``async``; all async functions of a batch
-run together.
+run together. None means that it has no opinion on a completion.
 
-In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`. Called by: grpo.
+Every function runs in one other process (`reward_process`) for the life of the run: nothing that it does there changes
+the trainer, and a function that hangs or ends its process is named.
+
+In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,9 +28,20 @@ from jaxtyping import Float64
 from moe_replay.errors import RecipeError, RewardError
 from moe_replay.rollout.builtin_rewards import BUILTIN_REWARDS
 from moe_replay.rollout.prompts import Prompt, PromptSource
+from moe_replay.rollout.reward_functions import OWN_NAMES, Signature, load_function
+from moe_replay.rollout.reward_process import Failure, RewardProcess, Scores
+from moe_replay.rollout.reward_wire import encode_value, pack_ids
 
-_OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
-_RULE = "A reward function returns one finite number for each completion; return 0.0 where it has no opinion"
+_SEARCH_S = 60.0
+"""Longest search for the completion that a function fails on; it begins no call after that."""
+_ADVICE = {
+    "raised": "Make the function return a score for such a completion (0.0 if it is worth nothing, None for no opinion), or "
+    "correct the dataset",
+    "wrong": "A reward function returns one finite number for each completion; return None where it has no opinion",
+    "late": "Raise timeout_s in its [[rewards]] table if that is what it needs; else look at what it waits for",
+    "crashed": "A reward function returns scores, or raises; what ends the process (os._exit, a crash in native code, too "
+    "much memory) ends the run",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,8 @@ class RewardSpec:
     """Name in metrics and messages."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments passed on every call."""
+    timeout_s: float = 1800.0
+    """Longest time that its import, or one call, may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,62 +65,31 @@ class ScoredBatch:
     """What a batch of n completions earned."""
 
     scores: Mapping[str, Float64[np.ndarray, " n"]]
-    """Reward function -> ``[n]`` scores before weights."""
+    """Reward function -> ``[n]`` scores before weights; NaN where it has no opinion."""
     total: Float64[np.ndarray, " n"]
-    """``[n]`` weighted sums."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardFunction:
-    """One reward function, and which arguments it takes."""
-
-    spec: RewardSpec
-    """Where it came from."""
-    function: Callable[..., Any]
-    """The function itself."""
-    required: frozenset[str]
-    """Names without a default, other than those that every call has."""
-    accepted: frozenset[str]
-    """Names that it takes."""
-    takes_everything: bool
-    """Whether it has ``**kwargs`` and so gets every column."""
-
-    def arguments(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
-    ) -> dict[str, Any]:
-        """Return the keyword arguments of a call."""
-        columns = prompts[0].columns if prompts else dict.fromkeys(self.required)
-        offered: dict[str, Any] = {
-            name: [prompt.columns[name] for prompt in prompts] for name in columns
-        }
-        offered |= {
-            "completions": list(completions),
-            "prompts": [prompt.text for prompt in prompts],
-            "completion_ids": [list(ids) for ids in completion_ids],
-        }
-        offered |= self.spec.args
-        if self.takes_everything:
-            return offered
-        return {name: value for name, value in offered.items() if name in self.accepted}
+    """``[n]`` weighted sums over the functions that have an opinion; NaN where none has."""
 
 
 class RewardSet:
-    """The reward functions of a run."""
+    """The reward functions of a run, and the process in which they are called. Close it, or use it in ``with``."""
 
-    def __init__(self, functions: Sequence[RewardFunction]) -> None:
-        self._functions = tuple(functions)
+    def __init__(
+        self, specs: Sequence[RewardSpec], signatures: Sequence[Signature], process: RewardProcess
+    ) -> None:
+        self._specs = tuple(specs)
+        self._signatures = tuple(signatures)
+        self._process = process
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the functions, in the order of the recipe."""
-        return tuple(function.spec.name for function in self._functions)
+        return tuple(spec.name for spec in self._specs)
 
     @staticmethod
-    def load(specs: Sequence[RewardSpec]) -> RewardSet:
-        """Find every function; modules and files are imported here.
+    def load(specs: Sequence[RewardSpec], *, folders: Sequence[str] = ()) -> RewardSet:
+        """Find every function; modules and files are imported in the reward process, from ``folders`` first.
+
+        Built-ins alone start no process before the first call of `score`.
 
         Raises:
             RecipeError: when one cannot be found, does not take ``completions``, or does not take one of its args.
@@ -123,29 +100,49 @@ class RewardSet:
             raise RecipeError(
                 f"rewards: the name {', '.join(twice)} is used more than once, and metrics go by it: set rewards.name"
             )
-        return RewardSet([_load(spec) for spec in specs])
+        process = RewardProcess(
+            [
+                {
+                    "function": spec.function,
+                    "args": encode_value(dict(spec.args)),
+                    "timeout_s": spec.timeout_s,
+                }
+                for spec in specs
+            ],
+            folders,
+        )
+        if all(spec.function in BUILTIN_REWARDS for spec in specs):
+            signatures = [load_function(spec.function, spec.args).signature for spec in specs]
+            return RewardSet(specs, signatures, process)
+        loaded = process.load()
+        for spec, result in zip(specs, loaded, strict=True):
+            if isinstance(result, Failure) and result.kind != "stopped":
+                process.close()
+                raise _load_error(spec, result) from _cause(result)
+        return RewardSet(specs, [r for r in loaded if isinstance(r, Signature)], process)
+
+    def close(self) -> None:
+        """End the reward process."""
+        self._process.close()
+
+    def __enter__(self) -> RewardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check(self, source: PromptSource) -> None:
         """Raise `RecipeError` unless the prompts of ``source`` carry every column that a function needs."""
-        for reward in self._functions:
-            spec = reward.spec
-            clash = sorted(set(spec.args) & source.columns)
-            if clash:
-                raise RecipeError(
-                    f"reward {spec.name}: {', '.join(clash)} is both a dataset column and a key of [rewards.args]: "
-                    "rename one"
-                )
-            missing = sorted(reward.required - source.columns - set(spec.args))
-            if missing:
-                close = difflib.get_close_matches(missing[0], source.columns, n=1)
-                nearest = f" (nearest to {missing[0]}: {close[0]})" if close else ""
-                raise RecipeError(
-                    f"reward {spec.name} ({spec.function}) needs {', '.join(missing)}, but the dataset's columns are "
-                    f"{', '.join(sorted(source.columns)) or 'none'}{nearest}: add the column, or set it in "
-                    "[rewards.args]"
-                )
+        hidden = sorted(OWN_NAMES & source.columns)
+        if hidden:
+            raise RecipeError(
+                f"the dataset has a column {', '.join(hidden)}, but reward functions get what the model was asked and wrote "
+                "under that name, and could not see the column: rename it"
+            )
+        for spec, signature in zip(self._specs, self._signatures, strict=True):
+            _check_columns(spec, signature, source)
             if spec.function in BUILTIN_REWARDS:
-                _try_on_nothing(reward)
+                _try_on_nothing(spec, signature)
 
     def score(
         self,
@@ -156,21 +153,77 @@ class RewardSet:
         """Score completions; entry i of all three belongs together.
 
         Raises:
-            RewardError: when a function raises, or returns anything but one finite number a sample.
+            RewardError: when a function raises, hangs, ends its process, or returns anything but one finite number, or
+                None, a completion.
         """
         batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
         if not prompts:
             nothing = np.zeros(0, dtype=np.float64)
             return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
-        results = _call_all(self._functions, batch)
-        scores: dict[str, Float64[np.ndarray, " n"]] = {}
-        total = np.zeros(len(prompts), dtype=np.float64)
-        for reward, result in zip(self._functions, results, strict=True):
-            if isinstance(result, Exception):
-                raise _call_error(reward, batch, result) from result
-            scores[reward.spec.name] = _checked_scores(reward, batch, result)
-            total += reward.spec.weight * scores[reward.spec.name]
-        return ScoredBatch(scores=scores, total=total)
+        outcomes = self._call(batch, range(len(self._specs)))
+        failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        # One that was only stopped says nothing about the cause.
+        for number in sorted(failed, key=lambda n: getattr(outcomes[n], "kind", "") == "stopped"):
+            failure = outcomes[number]
+            assert isinstance(failure, Failure)
+            raise self._error(number, batch, failure) from _cause(failure)
+        return _weighted(self._specs, [o for o in outcomes if isinstance(o, Scores)])
+
+    def _call(self, batch: _Batch, functions: Sequence[int]) -> list[Scores | Failure]:
+        request, blob = batch.to_plain([self._signatures[number] for number in functions])
+        return self._process.score(request, blob, functions)
+
+    def _error(self, number: int, batch: _Batch, failure: Failure) -> RewardError:
+        spec, sample = self._specs[number], failure.sample
+        where = ""
+        if sample is not None:
+            where = f" for {batch.describe(sample)}"
+        elif failure.kind in ("raised", "crashed"):
+            sample = self._failing_sample(number, batch)
+            where = (
+                f"; on no single sample (it fails on the batch of {len(batch.prompts)} only, or not every time)"
+                if sample is None
+                else f"; on {batch.describe(sample)}"
+            )
+        return RewardError(
+            f"reward {spec.name} ({spec.function}) {failure.text}{where}. {_ADVICE.get(failure.kind, '')}"
+        )
+
+    def _failing_sample(self, number: int, batch: _Batch) -> int | None:
+        """Find a sample on which a function fails by calling it on ever smaller parts of the batch."""
+        start, stop = 0, len(batch.prompts)
+        until = time.monotonic() + _SEARCH_S
+        while stop - start > 1:
+            middle = (start + stop) // 2
+            for part in ((start, middle), (middle, stop)):
+                if time.monotonic() > until:
+                    return None
+                (outcome,) = self._call(batch.part(*part), [number])
+                if isinstance(outcome, Failure):
+                    start, stop = part
+                    break
+            else:
+                return None
+        return start
+
+
+class _RewardTraceback(Exception):
+    """What a reward function raised in its own process, as text."""
+
+    def __str__(self) -> str:
+        return f"in the reward process:\n{self.args[0]}"
+
+
+def _cause(failure: Failure) -> Exception | None:
+    return _RewardTraceback(failure.trace) if failure.trace else None
+
+
+def _load_error(spec: RewardSpec, failure: Failure) -> RecipeError:
+    if failure.kind == "refused":
+        return RecipeError(failure.text)
+    return RecipeError(
+        f"rewards.function {spec.function!r}: its import {failure.text}. {_ADVICE.get(failure.kind, '')}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,180 +245,82 @@ class _Batch:
             f"completion {_excerpt(self.completions[number])})"
         )
 
-
-def _call_all(functions: Sequence[RewardFunction], batch: _Batch) -> list[Any]:
-    """Return each function's result, or the exception that it raised; async functions run together at the end."""
-    results = [_call(reward, batch) for reward in functions]
-    waiting = [number for number, result in enumerate(results) if inspect.isawaitable(result)]
-    if waiting:
-        finished = asyncio.run(_gather([results[number] for number in waiting]))
-        for number, result in zip(waiting, finished, strict=True):
-            results[number] = result
-    return results
-
-
-def _call(reward: RewardFunction, batch: _Batch) -> Any:
-    arguments = reward.arguments(batch.prompts, batch.completions, batch.completion_ids)
-    try:
-        return reward.function(**arguments)
-    except Exception as error:  # noqa: BLE001 (the user's function: a seam)
-        return error
+    def to_plain(self, signatures: Sequence[Signature]) -> tuple[dict[str, Any], bytes]:
+        """Return what functions are given, as JSON and bytes: each prompt once, and only what one of them takes."""
+        distinct = {id(prompt): prompt for prompt in self.prompts}
+        places = {identity: place for place, identity in enumerate(distinct)}
+        ids = self.completion_ids if any(s.takes("completion_ids") for s in signatures) else []
+        plain = {
+            "prompts": [prompt.text for prompt in distinct.values()],
+            "rows": [_row(prompt, signatures) for prompt in distinct.values()],
+            "prompt_of": [places[id(prompt)] for prompt in self.prompts],
+            "completions": list(self.completions),
+            "lengths": [len(each) for each in ids],
+        }
+        return plain, pack_ids(ids)
 
 
-async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in prompt.columns.items():
+        if any(signature.takes(name) for signature in signatures):
+            try:
+                row[name] = encode_value(value)
+            except TypeError as error:
+                raise RewardError(
+                    f"column {name} of prompt {_excerpt(prompt.text)} holds {error}, which cannot be given to reward "
+                    "functions, because they run in a process of their own: expected numbers, texts, bytes, times, arrays, "
+                    "and lists, tuples, sets and dicts of them. Convert the column, or have no reward function take it"
+                ) from error
+            except RecursionError as error:
+                raise RewardError(
+                    f"column {name} of prompt {_excerpt(prompt.text)} is nested too deeply to be given to a reward function"
+                ) from error
+    return row
 
 
-def _call_error(reward: RewardFunction, batch: _Batch, error: Exception) -> RewardError:
-    number = _failing_sample(reward, batch)
-    where = (
-        f"no single sample (it raises on the batch of {len(batch.prompts)} only)"
-        if number is None
-        else batch.describe(number)
-    )
-    return RewardError(
-        f"reward {reward.spec.name} ({reward.spec.function}) raised {type(error).__name__}: {error}; on {where}. "
-        "Make the function return a score for such a completion (0.0 if it is worth nothing), or correct the dataset"
-    )
-
-
-def _failing_sample(reward: RewardFunction, batch: _Batch) -> int | None:
-    """Find a sample on which the function raises by calling it on ever smaller parts of the batch."""
-    start, stop = 0, len(batch.prompts)
-    while stop - start > 1:
-        middle = (start + stop) // 2
-        for part in ((start, middle), (middle, stop)):
-            if isinstance(_call_all([reward], batch.part(*part))[0], Exception):
-                start, stop = part
-                break
-        else:
-            return None
-    return start
-
-
-def _checked_scores(
-    reward: RewardFunction, batch: _Batch, result: Any
-) -> Float64[np.ndarray, " n"]:
-    who = f"reward {reward.spec.name} ({reward.spec.function})"
-    values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, list | tuple):
+def _weighted(specs: Sequence[RewardSpec], outcomes: Sequence[Scores]) -> ScoredBatch:
+    scores = {
+        spec.name: np.array(outcome.values, dtype=np.float64)
+        for spec, outcome in zip(specs, outcomes, strict=True)
+    }
+    table = np.stack(list(scores.values()))
+    weights = np.array([[spec.weight] for spec in specs])
+    with np.errstate(over="ignore"):
+        total = np.where(np.isnan(table).all(axis=0), np.nan, np.nansum(table * weights, axis=0))
+    if np.isinf(total).any():
         raise RewardError(
-            f"{who} returned {_excerpt(result)} ({type(result).__name__}), expected a list of "
-            f"{len(batch.prompts)} numbers. {_RULE}"
+            f"the weighted sum of the rewards {', '.join(scores)} is infinite for {int(np.isinf(total).sum())} of "
+            f"{len(total)} completions: scale the scores, or lower rewards.weight"
         )
-    if len(values) != len(batch.prompts):
-        raise RewardError(
-            f"{who} returned {len(values)} scores for {len(batch.prompts)} completions. {_RULE}"
+    return ScoredBatch(scores=scores, total=total)
+
+
+def _check_columns(spec: RewardSpec, signature: Signature, source: PromptSource) -> None:
+    clash = sorted(set(spec.args) & source.columns)
+    if clash:
+        raise RecipeError(
+            f"reward {spec.name}: {', '.join(clash)} is both a dataset column and a key of [rewards.args]: rename one"
         )
-    for number, value in enumerate(values):
-        if not isinstance(value, Real | np.bool_) or not np.isfinite(float(value)):
-            raise RewardError(
-                f"{who} returned {_excerpt(value)} for {batch.describe(number)}. {_RULE}"
-            )
-    return np.array([float(value) for value in values], dtype=np.float64)
-
-
-def _load(spec: RewardSpec) -> RewardFunction:
-    function = _find(spec)
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
+    missing = sorted(set(signature.required) - source.columns - set(spec.args))
+    if missing:
+        close = difflib.get_close_matches(missing[0], source.columns, n=1)
+        nearest = f" (nearest to {missing[0]}: {close[0]})" if close else ""
         raise RecipeError(
-            f"reward {spec.function}: its signature cannot be read: {error}"
-        ) from error
-    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    accepted = frozenset(p.name for p in by_name)
-    takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    if "completions" not in accepted and not takes_everything:
-        raise RecipeError(
-            f"reward {spec.function}({', '.join(map(str, parameters))}) takes no argument named completions: write "
-            "it as def f(completions, *, <dataset columns>) -> list[float]"
+            f"reward {spec.name} ({spec.function}) needs {', '.join(missing)}, but the dataset's columns are "
+            f"{', '.join(sorted(source.columns)) or 'none'}{nearest}: add the column, or set it in [rewards.args]"
         )
-    unknown = sorted(set(spec.args) - accepted)
-    if unknown and not takes_everything:
-        raise RecipeError(
-            f"reward {spec.name}: [rewards.args] sets {', '.join(unknown)}, but {spec.function} takes "
-            f"{', '.join(sorted(accepted))}: rename or remove it"
-        )
-    return RewardFunction(
-        spec=spec,
-        function=function,
-        required=frozenset(p.name for p in by_name if p.default is p.empty) - _OWN_NAMES,
-        accepted=accepted,
-        takes_everything=takes_everything,
-    )
 
 
-def _find(spec: RewardSpec) -> Callable[..., Any]:
-    if spec.function in BUILTIN_REWARDS:
-        return BUILTIN_REWARDS[spec.function]
-    place, colon, name = spec.function.rpartition(":")
-    if not colon or not place:
-        close = difflib.get_close_matches(spec.function, BUILTIN_REWARDS, n=1)
-        nearest = f" (nearest: {close[0]})" if close else ""
-        raise RecipeError(
-            f"rewards.function {spec.function!r} is none of {', '.join(BUILTIN_REWARDS)}{nearest}, nor of the form "
-            "module:function or file.py:function"
-        )
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function) or isinstance(function, type):
-        known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        problem = (
-            "has no function"
-            if function is None
-            else f"has a {type(function).__name__}, not a function,"
-        )
-        raise RecipeError(
-            f"rewards.function {spec.function!r}: {place} {problem} {name!r}; its functions are "
-            f"{', '.join(known) or 'none'}"
-        )
-    return function
-
-
-def _import_module(name: str) -> ModuleType:
-    # Importing runs the user's code: whatever it raises is reported as its failure.
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise RecipeError(
-            f"rewards.function: module {name!r} cannot be imported: {type(error).__name__}: {error}. Install it, or "
-            "name a file as path/to/file.py:function"
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise RecipeError(
-            f"rewards.function: file {path} does not exist (relative paths start at the recipe's folder)"
-        )
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
-    name = f"moe_replay_reward_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses and pickles of the file look their module up there.
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RecipeError(
-            f"rewards.function: {path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    return module
-
-
-def _try_on_nothing(reward: RewardFunction) -> None:
+def _try_on_nothing(spec: RewardSpec, signature: Signature) -> None:
     """Call a built-in on an empty batch, so that a wrong argument, such as a broken regex, shows at the start."""
+    names = {*signature.required, *OWN_NAMES}
+    arguments = {name: [] for name in names if signature.takes(name)} | dict(spec.args)
     try:
-        reward.function(**reward.arguments([], [], []))
+        BUILTIN_REWARDS[spec.function](**arguments)
     except Exception as error:
         raise RecipeError(
-            f"reward {reward.spec.name}: [rewards.args] {dict(reward.spec.args)!r} is refused: "
-            f"{type(error).__name__}: {error}"
+            f"reward {spec.name}: [rewards.args] {dict(spec.args)!r} is refused: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -1,0 +1,94 @@
+"""Whole training runs whose reward functions misbehave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_replay.errors import RewardError
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.loop import train
+from moe_replay.report import RunDirectory, build_reporter
+from moe_replay.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+Recipes = Callable[..., Recipe]
+
+DIGITS = "[sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]"
+
+
+def run(recipe: Recipe, world_size: int = 1) -> list[str]:
+    """Train in processes of their own; return what each rank raised on purpose."""
+
+    def call() -> str:
+        rank = torch.distributed.get_rank()
+        directory = RunDirectory(recipe.run.output_dir)
+        try:
+            with build_reporter(recipe, rank=rank, run_directory=directory) as reporter:
+                process = ProcessSpec(rank=rank, world_size=world_size)
+                train(recipe, process=process, reporter=reporter)
+        except RewardError as error:
+            return str(error)
+        return ""
+
+    return run_ranks(call, world_size, timeout_s=120)
+
+
+def metrics_of(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = (recipe.run.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def reward_file(folder: Path, code: str) -> str:
+    (folder / "own_reward.py").write_text(code)
+    return f"{folder}/own_reward.py:f"
+
+
+def test_r1_exit_on_one_rank_is_named_on_all(recipe: Recipes, tmp_path: Path) -> None:
+    # Prompt 7 is one rank's only; the other one's completions are scored without a fault.
+    code = (
+        "import sys\ndef f(completions, prompts):\n"
+        "    return [sys.exit(0) if ' 7 ' in p else 1.0 for p in prompts]\n"
+    )
+    mine = recipe(rewards__0__function=reward_file(tmp_path, code), run__max_steps=12)
+    said = run(mine, world_size=2)
+    assert all("raised SystemExit: 0" in text for text in said)
+    assert sum("on rank " in text for text in said) == 1
+
+
+def test_r2_run_is_that_of_a_reward_that_changes_no_switch(recipe: Recipes, tmp_path: Path) -> None:
+    clean = recipe(
+        rewards__0__function=reward_file(tmp_path, f"def f(completions): return {DIGITS}\n"),
+        run__output_dir=tmp_path / "clean",
+        run__max_steps=1,
+    )
+    assert run(clean) == [""]
+    switches = """
+import os, random
+import numpy as np
+import torch
+torch.set_grad_enabled(False)
+def f(completions, prompts):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    os.chdir("/")
+    prompts.clear()
+    """
+    code = f"{switches}return {DIGITS}\n"
+    switched = recipe(
+        rewards__0__function=reward_file(tmp_path, code),
+        run__output_dir=tmp_path / "switched",
+        run__max_steps=1,
+    )
+    assert run(switched) == [""]
+    (expected,) = metrics_of(clean)
+    assert expected["grad_norm"] > 0
+    assert metrics_of(switched) == [expected]
