@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from moe_replay.grpo.records import EvalRecord, RunSummary, StepRecord
-from moe_replay.report.display import ConsoleReporter, number, percent, tiny
+from moe_replay.report.columns import number, percent, tiny
+from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
 
 SUMMARY = RunSummary(

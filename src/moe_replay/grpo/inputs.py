@@ -80,6 +80,24 @@ def _open_prompts(recipe: Recipe, rewards: RewardSet) -> Inputs:
     return Inputs(tokenizer=tokenizer, train=train, held_out=held_out, rewards=rewards)
 
 
+def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Return what is trained and evaluated on, and what it is rewarded by, in words."""
+    named = [("train", recipe.data.train, inputs.train)]
+    if inputs.held_out is not None:
+        named.append(("eval", str(recipe.data.eval), inputs.held_out))
+    lines = [
+        f"{name}: {location}, "
+        + (
+            "generated without end"
+            if source.num_prompts is None
+            else f"{source.num_prompts} prompts"
+        )
+        for name, location, source in named
+    ]
+    rewards = [f"{reward.name} x {reward.weight:g}" for reward in recipe.rewards]
+    return [*lines, f"rewards: {', '.join(rewards)}"]
+
+
 def check_checkpoint_config(recipe: Recipe) -> None:
     """Raise `RecipeError` unless the checkpoint's config.json fits the recipe's replay mode and lengths.
 

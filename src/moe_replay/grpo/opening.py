@@ -19,7 +19,7 @@ from moe_replay.grpo.model_settings import (
     override_fields,
     run_layout,
 )
-from moe_replay.grpo.records import Reporter
+from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run, message_device, world_group
 from moe_replay.grpo.run_lock import RunLock
 from moe_replay.megatron.actor import build_policy, build_scorer
@@ -27,7 +27,7 @@ from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
-from moe_replay.rollout.types import Engine, EngineDescription
+from moe_replay.rollout.types import Engine, EngineDescription, ShowsProgress
 from moe_replay.routing import Guard
 from moe_replay.sync.messages import first_text
 
@@ -65,6 +65,7 @@ def open_run(
         if refused is not None:
             raise CheckpointError(refused[1])
         assert inputs is not None
+        reporter.station(0, "loading the model into the trainer")
         actor = build_policy(
             recipe.model.path,
             layout,
@@ -73,8 +74,12 @@ def open_run(
             grouped_experts=recipe.model.grouped_experts,
             overrides=override_fields(recipe),
         )
+        reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
+        if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
+            whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
+            reporter.follow(lambda: engine.progress, whose=whose)
         run = Run(
             recipe=recipe,
             process=process,

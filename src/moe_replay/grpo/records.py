@@ -6,9 +6,11 @@ Called by: grpo.loop (writes), report and cli (read).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from moe_replay.rollout.types import RolloutProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,4 +95,13 @@ class Reporter(Protocol):
 
     def finish(self, message: str) -> None:
         """Close: show the summary table and ``message`` (where the results are)."""
+        ...
+
+
+@runtime_checkable
+class FollowsRollouts(Protocol):
+    """A reporter that shows how far a rollout is while it runs."""
+
+    def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
+        """Ask ``progress`` while completions are sampled; ``whose`` names the ranks that it speaks of, ``""`` for all."""
         ...

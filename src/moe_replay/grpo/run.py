@@ -20,7 +20,7 @@ import torch.distributed as dist
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_sampling
-from moe_replay.grpo.inputs import Inputs
+from moe_replay.grpo.inputs import Inputs, data_lines
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
@@ -208,6 +208,7 @@ class Run:
                 "continue that run, restore its recipe (recipe.toml in the run directory); to start anew, choose "
                 "another run.output_dir or pass --restart"
             )
+        self.reporter.station(position.step, "loading the checkpoint")
         self.checkpoints.load(self.actor, position.step)
         self.step, self.next_prompt = position.step, position.next_prompt
         self.policy_version = position.policy_version
@@ -239,6 +240,7 @@ class Run:
                 "Engine": [
                     f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}"
                 ],
+                "Data": data_lines(recipe, self.inputs),
                 "Replay": [
                     f"router_replay_mode = {self.mode.value}: {replayed}",
                     "live: padding rows, the token sampled last, and rows that the engine left out",
@@ -248,7 +250,10 @@ class Run:
                     f"{recipe.prompts_per_step} prompts x {recipe.rollout.num_generations} completions a step, "
                     f"{recipe.batch.steps_per_generation} update(s) of {recipe.batch.global_batch_size} samples",
                 ],
-                "Output": [str(self.directory), *self.notes],
+                "Output": [
+                    f"{self.directory} (every key of the recipe: recipe.toml)",
+                    *self.notes,
+                ],
             },
             first_step=self.step + 1,
             max_steps=recipe.run.max_steps,

@@ -5,10 +5,11 @@ In: records. Out: BaseReporter, SilentReporter. Called by: report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.rollout.types import RolloutProgress
 
 
 class BaseReporter:
@@ -20,6 +21,9 @@ class BaseReporter:
 
     def start(self, summary: RunSummary) -> None:
         """Announce the run."""
+
+    def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
+        """Ask ``progress`` while completions are sampled."""
 
     def station(self, step: int, name: str) -> None:
         """Say that ``step`` has entered a station of the flow."""

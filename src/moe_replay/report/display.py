@@ -1,14 +1,12 @@
 """The terminal: a start-up summary, a line a step, live progress where there is a screen, and a closing table.
 
-In: records. Out: text. Called by: report.reporters.
+In: records. Out: text, for screens from 40 characters on and for logs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -20,99 +18,26 @@ from rich.text import Text
 
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 from moe_replay.report.base import BaseReporter
+from moe_replay.report.closing_table import print_line, print_summary
+from moe_replay.report.columns import (
+    DASH,
+    HEADER_EVERY,
+    WINDOW,
+    Column,
+    duration,
+    fitting_columns,
+    number,
+    percent,
+    shown,
+    steps_of,
+    tiny,
+)
+from moe_replay.report.progress import EVERY_S, Ticker, progress_line
 from moe_replay.report.run_directory import RunDirectory
-from moe_replay.report.summary import (
-    eval_change,
-    live_comparison,
-    metric_figures,
-    seconds_per_step,
-)
+from moe_replay.rollout.types import RolloutProgress
 
-DASH = "-"
-"""Stands for a metric that a step does not have."""
-
-WINDOW = 10
-"""Steps of the moving average, and of the pace from which the remaining time is estimated."""
-
-HEADER_EVERY = 25
-"""Lines after which the column names are repeated."""
-
-
-def number(value: float) -> str:
-    """Format a number of any size in at most eight characters: ``0.5123``, ``37.52``, ``1.2e-07``."""
-    size = abs(value)
-    if value == 0:
-        return "0"
-    if size < 1e-3 or size >= 1e5:
-        return f"{value:.1e}"
-    return f"{value:.4f}" if size < 1 else f"{value:.3f}" if size < 10 else f"{value:.2f}"
-
-
-def tiny(value: float) -> str:
-    """Format a number whose order of magnitude matters: ``1.23e-03``."""
-    return "0" if value == 0 else f"{value:.2e}"
-
-
-def percent(value: float) -> str:
-    """Format a fraction: ``97.31 %``. Only a whole 1 shows as ``100 %``, and only an exact 0 as ``0 %``."""
-    if value in (0, 1):
-        return f"{value * 100:.0f} %"
-    if 0 < value < 1e-4:
-        return "<0.01 %"
-    return f"{min(value * 100, 99.99) if value < 1 else value * 100:.2f} %"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """A column of the step lines."""
-
-    heading: str
-    """Name over the column."""
-    metric: str
-    """Metric shown; ``""`` for the computed ones."""
-    width: int
-    """Characters."""
-    show: Callable[[float], str] = number
-    """Formatter."""
-    wide_only: bool = False
-    """Left out where a line has fewer than 120 characters."""
-
-
-COLUMNS = (
-    Column(heading="reward", metric="reward", width=8),
-    Column(heading=f"avg{WINDOW}", metric="", width=8),
-    Column(heading="k3", metric="rollout_correction/k3_kl", width=8, show=tiny),
-    Column(heading=">1.1", metric="rollout_correction/extreme_frac_tau_1.1", width=8, show=percent),
-    Column(heading="coverage", metric="replay/coverage", width=8, show=percent),
-    Column(heading="agree", metric="replay/agreement", width=8, show=percent),
-    Column(
-        heading="flipped",
-        metric="replay/tokens_with_flip_frac",
-        width=8,
-        show=percent,
-        wide_only=True,
-    ),
-    Column(heading="entropy", metric="entropy/mean", width=8, wide_only=True),
-    Column(heading="length", metric="completions/mean_length", width=7),
-    Column(heading="gradnorm", metric="grad_norm", width=8, wide_only=True),
-    Column(heading="loss", metric="loss", width=8, wide_only=True),
-)
-
-TABLE_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("reward", "reward", number),
-    ("engine gap, k3", "rollout_correction/k3_kl", tiny),
-    ("  with live routing", "live_gap/k3_kl", tiny),
-    ("tokens off by > 1.1x", "rollout_correction/extreme_frac_tau_1.1", percent),
-    ("  with live routing", "live_gap/extreme_frac_tau_1.1", percent),
-    ("coverage", "replay/coverage", percent),
-    ("agreement", "replay/agreement", percent),
-    ("  worst layer", "replay/agreement_min_layer", percent),
-    ("tokens with a flip", "replay/tokens_with_flip_frac", percent),
-    ("entropy", "entropy/mean", number),
-    ("completion length", "completions/mean_length", number),
-    ("gradient norm", "grad_norm", number),
-    ("loss", "loss", number),
-)
+_SAMPLING = ("rollout", "eval")
+"""Stations that an engine spends sampling."""
 
 
 class ConsoleReporter(BaseReporter):
@@ -128,7 +53,8 @@ class ConsoleReporter(BaseReporter):
         self._console = console or Console(highlight=False)
         self._run_directory = run_directory
         self._clock = clock
-        self._columns = [c for c in COLUMNS if self._console.width >= 120 or not c.wide_only]
+        self._columns: list[Column] = []
+        self._has_seconds = True
         self._steps: list[StepRecord] = []
         self._evaluations: list[EvalRecord] = []
         self._first_step = self._max_steps = 1
@@ -136,9 +62,18 @@ class ConsoleReporter(BaseReporter):
         self._ends: list[float] = []
         self._lines = 0
         self._live: Live | None = None
+        self._has_started = False
+        self._ticker: Ticker | None = None
+        self._ask: Callable[[], RolloutProgress] = RolloutProgress
+        self._whose = ""
+
+    def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
+        """Show what ``progress`` returns while completions are sampled."""
+        self._ask, self._whose = progress, f" of {whose}" if whose else ""
 
     def start(self, summary: RunSummary) -> None:
         """Print what is about to run, and begin the live display."""
+        self._has_started = True
         self._first_step, self._max_steps = summary.first_step, summary.max_steps
         self._ends = [self._clock()]
         missing: tuple[int, ...] = ()
@@ -154,9 +89,9 @@ class ConsoleReporter(BaseReporter):
         elif summary.first_step > 1:
             sections["Resumed"] = [f"at step {summary.first_step} of {summary.max_steps}"]
         if missing:
-            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            few = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             sections["Resumed"].append(
-                f"metrics.jsonl has no line for {_steps(len(missing))}: {shown}"
+                f"metrics.jsonl has no line for {steps_of(len(missing))}: {few}"
             )
         self._announce(sections)
         if self._console.is_terminal:
@@ -169,13 +104,33 @@ class ConsoleReporter(BaseReporter):
             self._live.start()
 
     def station(self, step: int, name: str) -> None:
-        """Show which station runs."""
+        """Show which station runs; before the start, say which part of the run is loaded."""
+        self._stop_ticking()
         self._station = (step, name, self._clock())
+        if not self._has_started:
+            self._print(f"{name} ...")
+        elif name in _SAMPLING and self._live is None:
+            self._ticker = Ticker(self.tick, every_s=EVERY_S)
+
+    def tick(self) -> None:
+        """Print how far the running rollout or evaluation is."""
+        progress = self._sampling(self._clock())
+        if progress and self._station is not None:
+            self._print(f"{self._station[1]} of step {self._station[0]}{self._whose}: {progress}")
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
         """Print the line of a step."""
+        self._stop_ticking()
         self._steps.append(record)
         self._ends.append(self._clock())
+        before = self._columns, self._has_seconds
+        self._columns, self._has_seconds = fitting_columns(
+            self._console.width,
+            step_width=self._step_width,
+            is_terminal=self._console.is_terminal,
+        )
+        if before != (self._columns, self._has_seconds):
+            self._lines = 0
         if self._lines % HEADER_EVERY == 0:
             self._print(self._heading_line(), style="bold")
         self._lines += 1
@@ -183,6 +138,7 @@ class ConsoleReporter(BaseReporter):
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print the line of an evaluation."""
+        self._stop_ticking()
         self._evaluations = [e for e in self._evaluations if e.step != record.step] + [record]
         figures = ", ".join(
             f"{name.removeprefix('eval/')} {int(value) if '/num_' in name else number(value)}"
@@ -200,9 +156,25 @@ class ConsoleReporter(BaseReporter):
 
     def close(self) -> None:
         """End the live display."""
+        self._stop_ticking()
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _stop_ticking(self) -> None:
+        if self._ticker is not None:
+            self._ticker.stop()
+            self._ticker = None
+
+    def _sampling(self, now: float) -> str:
+        """Return how far the completions of the running station are; empty when none are sampled or nobody knows."""
+        progress = self._ask()
+        if self._station is None or self._station[1] not in _SAMPLING or not progress.num_total:
+            return ""
+        length = None
+        if self._steps and self._station[1] == "rollout":
+            length = self._steps[-1].metrics.get("completions/mean_length")
+        return progress_line(progress, now - self._station[2], expected_length=length)
 
     def _announce(self, sections: Mapping[str, Sequence[str]]) -> None:
         if not self._console.is_terminal:
@@ -223,7 +195,8 @@ class ConsoleReporter(BaseReporter):
 
     def _heading_line(self) -> str:
         names = "".join(f" {column.heading:>{column.width}}" for column in self._columns)
-        return f"{'step':>{self._step_width}}{names} {'seconds':>8}"
+        seconds = f" {'seconds':>8}" if self._has_seconds else ""
+        return f"{'step':>{self._step_width}}{names}{seconds}"
 
     def _step_line(self, record: StepRecord) -> str:
         cells = []
@@ -231,7 +204,8 @@ class ConsoleReporter(BaseReporter):
             value = record.metrics.get(column.metric) if column.metric else self._average()
             cells.append(f" {DASH if value is None else column.show(value):>{column.width}}")
         place = f"{record.step}/{self._max_steps}"
-        return f"{place:>{self._step_width}}{''.join(cells)} {sum(record.seconds.values()):>8.2f}"
+        seconds = f" {sum(record.seconds.values()):>8.2f}" if self._has_seconds else ""
+        return f"{place:>{self._step_width}}{''.join(cells)}{seconds}"
 
     @property
     def _step_width(self) -> int:
@@ -245,13 +219,19 @@ class ConsoleReporter(BaseReporter):
         done = len(self._ends) - 1
         total = self._max_steps - self._first_step + 1
         now = self._clock()
+        step = Text(f"step {self._first_step - 1 + done}/{self._max_steps}", style="bold")
+        times = f"{duration(now - self._ends[0])} elapsed, {self._remaining(now)} left"
+        room = self._console.width - len(step) - len(times) - 2
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            Text(f"step {self._first_step - 1 + done}/{self._max_steps}", style="bold"),
-            ProgressBar(total=total, completed=done, width=max(10, self._console.width - 50)),
-            Text(f"{_duration(now - self._ends[0])} elapsed, {self._remaining(now)} left"),
-        )
-        return Group(bar, self._station_line(now), self._last_line())
+        if room >= 10:
+            bar.add_row(step, ProgressBar(total=total, completed=done, width=room), Text(times))
+        else:
+            bar.add_row(Text.assemble(step, f"  {times}"))
+        lines = [bar, self._station_line(now), self._last_line()]
+        sampling = self._sampling(now)
+        if sampling:
+            lines.insert(2, Text(f"{sampling}{self._whose}"))
+        return Group(*lines)
 
     def _remaining(self, now: float) -> str:
         recent = self._ends[-WINDOW - 1 :]
@@ -259,7 +239,7 @@ class ConsoleReporter(BaseReporter):
             return "?"
         pace = (recent[-1] - recent[0]) / (len(recent) - 1)
         left = self._max_steps - self._first_step + 2 - len(self._ends)
-        return _duration(max(0.0, left * pace - (now - recent[-1])))
+        return duration(max(0.0, left * pace - (now - recent[-1])))
 
     def _station_line(self, now: float) -> Text:
         """Show the seconds of each station of the last step, and the one that is running."""
@@ -280,75 +260,12 @@ class ConsoleReporter(BaseReporter):
         if not self._steps:
             return Text("no step finished yet", style="dim")
         metrics = self._steps[-1].metrics
-        parts = [f"avg reward {_show(self._average(), number)}"]
+        parts = [f"avg reward {shown(self._average(), number)}"]
         for name, metric, show in (
             ("k3", "rollout_correction/k3_kl", tiny),
             ("coverage", "replay/coverage", percent),
             ("agree", "replay/agreement", percent),
         ):
-            parts.append(f"{name} {_show(metrics.get(metric), show)}")
-        worst = _show(metrics.get("replay/agreement_min_layer"), percent)
+            parts.append(f"{name} {shown(metrics.get(metric), show)}")
+        worst = shown(metrics.get("replay/agreement_min_layer"), percent)
         return Text(f"{'  '.join(parts)} (worst {worst})")
-
-
-def print_line(console: Console, line: str, *, style: str = "") -> None:
-    """Print one line as it is; it is wrapped at words on a screen and never in a log."""
-    console.print(Text(line, style=style), soft_wrap=not console.is_terminal)
-
-
-def print_summary(
-    console: Console, steps: Sequence[StepRecord], evaluations: Sequence[EvalRecord]
-) -> None:
-    """Print how a run went: metrics from first to last step, evaluation, replay against live routing, time."""
-    if steps:
-        console.print(_metric_table(steps))
-    evaluation = eval_change(evaluations)
-    if evaluation is not None:
-        items = "" if evaluation.num_items is None else f" ({evaluation.num_items} prompts)"
-        print_line(
-            console,
-            f"held-out reward{items}: {number(evaluation.first)} after step {evaluation.first_step}, "
-            f"{number(evaluation.last)} after step {evaluation.last_step}",
-        )
-    comparison = live_comparison(steps)
-    if comparison is not None:
-        live, replay = comparison.live_k3, comparison.replay_k3
-        factor = f", {live / replay:.1f} times less" if replay > 0 else ""
-        print_line(
-            console,
-            f"engine gap (k3) over {_steps(comparison.num_steps)} that measured both: {tiny(live)} with live routing, "
-            f"{tiny(replay)} with replay{factor}",
-        )
-    seconds = seconds_per_step(steps)
-    total = sum(seconds.values())
-    if total:
-        shares = ", ".join(
-            f"{name} {spent:.2f} ({100 * spent / total:.0f} %)" for name, spent in seconds.items()
-        )
-        print_line(console, f"seconds a step: {total:.2f} = {shares}")
-
-
-def _metric_table(steps: Sequence[StepRecord]) -> Table:
-    span = f"steps {steps[0].step} to {steps[-1].step}"
-    table = Table(title=span, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("")
-    for heading in ("first 10 %", "last 10 %", "mean", "min", "max"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for label, metric, show in TABLE_ROWS:
-        figures = metric_figures(steps, metric)
-        if figures is not None:
-            values = (figures.first, figures.last, figures.mean, figures.minimum, figures.maximum)
-            table.add_row(label, *(show(value) for value in values))
-    return table
-
-
-def _show(value: float | None, show: Callable[[float], str]) -> str:
-    return DASH if value is None else show(value)
-
-
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

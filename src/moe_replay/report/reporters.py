@@ -5,7 +5,7 @@ In: the recipe. Out: a reporter. Called by: cli.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from moe_replay.grpo.config import Recipe
@@ -14,6 +14,7 @@ from moe_replay.report.base import BaseReporter, SilentReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
 from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbReporter
+from moe_replay.rollout.types import RolloutProgress
 
 
 class JsonlReporter(BaseReporter):
@@ -46,6 +47,11 @@ class CompositeReporter(BaseReporter):
         """Announce the run."""
         for reporter in self._reporters:
             reporter.start(summary)
+
+    def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
+        """Ask ``progress`` while completions are sampled."""
+        for reporter in self._reporters:
+            reporter.follow(progress, whose=whose)
 
     def station(self, step: int, name: str) -> None:
         """Say that ``step`` has entered a station of the flow."""

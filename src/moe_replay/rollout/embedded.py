@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from moe_replay.rollout.types import (
     FinishReason,
     Request,
     RolloutGroup,
+    RolloutProgress,
     SamplingParams,
 )
 from moe_replay.routing import Origin, RoutingTrace
@@ -71,6 +73,7 @@ class EmbeddedEngine:
         self._views = CheckpointViews(self._model)
         self._eos_ids = eos_ids(self._model.generation_config, self._model.config)
         self._policy_version = 0
+        self._progress = RolloutProgress()
         self._state: Literal["ready", "broken", "closed"] = "ready"
         config = self._model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
@@ -96,6 +99,11 @@ class EmbeddedEngine:
         """Weight pushes received so far."""
         return self._policy_version
 
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running call of `generate` is."""
+        return self._progress
+
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
@@ -115,10 +123,14 @@ class EmbeddedEngine:
             Job(request=r, completion=c) for r in order for c in range(requests[r].num_generations)
         ]
         done: dict[Job, Completion] = {}
-        with _threads(self._num_threads), torch.inference_mode():
-            for start in range(0, len(jobs), self._max_batch_size):
-                batch = jobs[start : start + self._max_batch_size]
-                done.update(zip(batch, self._complete(batch, requests, sampling), strict=True))
+        self._progress = RolloutProgress(num_total=len(jobs))
+        try:
+            with _threads(self._num_threads), torch.inference_mode():
+                for start in range(0, len(jobs), self._max_batch_size):
+                    batch = jobs[start : start + self._max_batch_size]
+                    done.update(zip(batch, self._complete(batch, requests, sampling), strict=True))
+        finally:
+            self._progress = RolloutProgress()
         return [
             RolloutGroup(
                 request=request,
@@ -174,6 +186,7 @@ class EmbeddedEngine:
                 if self._description.records_routes
                 else None
             )
+            before = self._progress
             batch = Batch(
                 jobs,
                 requests,
@@ -190,10 +203,16 @@ class EmbeddedEngine:
             )
             for position in range(sampling.max_completion_length):
                 batch.sample(position, sampling, stops)
+                self._progress = replace(
+                    before,
+                    num_finished=before.num_finished + len(jobs) - batch.num_running,
+                    num_tokens=before.num_tokens + int(batch.lengths.sum()),
+                )
                 if not batch.num_running or position + 1 == sampling.max_completion_length:
                     break
                 batch.compact()
                 batch.feed(position)
+        self._progress = replace(self._progress, num_finished=before.num_finished + len(jobs))
         return [self._completion(batch, row, requests[job.request]) for row, job in enumerate(jobs)]
 
     def _completion(self, batch: Batch, row: int, request: Request) -> Completion:

@@ -26,7 +26,13 @@ from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_contract import RolloutServer, weight_parts
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
-from moe_replay.rollout.types import EngineDescription, Request, RolloutGroup, SamplingParams
+from moe_replay.rollout.types import (
+    EngineDescription,
+    Request,
+    RolloutGroup,
+    RolloutProgress,
+    SamplingParams,
+)
 from moe_replay.rollout.weight_stream import checked_weights
 
 # A server that fails this often in a row is left alone until the next round, unless it is the last.
@@ -78,6 +84,7 @@ class ServerEngine:
         self._policy = PolicyName(run=run, policy_version=0)
         self._faults: Counter[Fault] = Counter()
         self._lock = threading.Lock()
+        self._round: _Round | None = None
         self._is_closed = False
         try:
             for url in urls:
@@ -104,6 +111,12 @@ class ServerEngine:
         """Kind of fault -> calls that failed in this way so far; every one of them was made up for or has raised."""
         return {kind.value: self._faults[kind] for kind in Fault}
 
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running call of `generate` is; tokens are those of the requests that were answered."""
+        work = self._round
+        return RolloutProgress() if work is None else work.progress()
+
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
@@ -117,12 +130,16 @@ class ServerEngine:
             requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
         work = _Round(requests, self._max_attempts, {server.url for server in self._servers})
-        with ThreadPoolExecutor(len(self._servers) * self._calls_per_server) as threads:
-            workers = [
-                threads.submit(self._serve, server, work, sampling)
-                for server in self._servers
-                for _ in range(min(self._calls_per_server, len(requests)))
-            ]
+        self._round = work
+        try:
+            with ThreadPoolExecutor(len(self._servers) * self._calls_per_server) as threads:
+                workers = [
+                    threads.submit(self._serve, server, work, sampling)
+                    for server in self._servers
+                    for _ in range(min(self._calls_per_server, len(requests)))
+                ]
+        finally:
+            self._round = None
         for worker in workers:
             worker.result()
         return work.results()
@@ -321,6 +338,16 @@ class _Round:
             self._num_out -= 1
             self._stopped = error
             self._turn.notify_all()
+
+    def progress(self) -> RolloutProgress:
+        """Return how far this round is."""
+        with self._turn:
+            finished = [c for group in self._groups.values() for c in group.completions]
+        return RolloutProgress(
+            num_finished=len(finished),
+            num_total=sum(request.num_generations for request in self.requests),
+            num_tokens=sum(len(completion.token_ids) for completion in finished),
+        )
 
     def results(self) -> list[RolloutGroup]:
         """Return all groups in order, or raise what kept one of them away."""

@@ -92,6 +92,18 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutProgress:
+    """How far the running call of `Engine.generate` is."""
+
+    num_finished: int = 0
+    """Completions that have ended."""
+    num_total: int = 0
+    """Completions that were asked for; 0 while nothing runs."""
+    num_tokens: int = 0
+    """Tokens sampled so far, those of unfinished completions too where the engine knows them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDescription:
     """What an engine is and what it can return; asked for before the first step."""
 
@@ -157,6 +169,16 @@ class CountsFaults(Protocol):
     @property
     def faults(self) -> Mapping[str, int]:
         """Kind of fault -> calls that failed in this way so far."""
+        ...
+
+
+@runtime_checkable
+class ShowsProgress(Protocol):
+    """An engine that can say how far it is while it samples."""
+
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running calls of `Engine.generate` are; all zeros while none runs. Other threads read it."""
         ...
 
 

@@ -24,6 +24,7 @@ from moe_replay.rollout.types import (
     FinishReason,
     Request,
     RolloutGroup,
+    RolloutProgress,
     SamplingParams,
 )
 from moe_replay.rollout.vllm_ranks import check_ranks, own_place, requests_of_ranks
@@ -96,6 +97,8 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._next_id = 0
         self._finished: dict[str, Any] = {}
+        self._lengths: dict[str, int] = {}
+        self._progress = RolloutProgress()
         self._num_callers = 0
         self._is_asleep = False
         self._is_sharded = tensor_parallel_size > 1
@@ -119,6 +122,11 @@ class VllmEngine:
     def policy_version(self) -> int:
         """Weight pushes received so far."""
         return self._policy_version
+
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running calls of `generate` are, those of all threads and ranks of this engine together."""
+        return self._progress
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
@@ -149,6 +157,8 @@ class VllmEngine:
         finally:
             with self._lock:
                 self._num_callers -= 1
+                if not self._num_callers:
+                    self._lengths, self._progress = {}, RolloutProgress()
                 self._sleep_if_idle()
         return [
             RolloutGroup(
@@ -240,6 +250,7 @@ class VllmEngine:
             prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
             self._vllm.add_request(name, prompt, params)
             names.append(name)
+        self._count(total=len(names))
         return names
 
     def _outputs_of(self, names: Sequence[str]) -> dict[str, Any]:
@@ -265,9 +276,23 @@ class VllmEngine:
     def _step(self) -> None:
         if not self._vllm.has_unfinished_requests():
             raise EngineError("vLLM lost requests: it has none left and did not answer all")
+        tokens = finished = 0
         for output in self._vllm.step():
+            length = len(output.outputs[0].token_ids)
+            tokens += length - self._lengths.get(output.request_id, 0)
+            self._lengths[output.request_id] = length
             if output.finished:
                 self._finished[output.request_id] = output
+                finished += 1
+        self._count(tokens=tokens, finished=finished)
+
+    def _count(self, *, total: int = 0, finished: int = 0, tokens: int = 0) -> None:
+        now = self._progress
+        self._progress = RolloutProgress(
+            num_finished=now.num_finished + finished,
+            num_total=now.num_total + total,
+            num_tokens=now.num_tokens + tokens,
+        )
 
     def _completion(
         self, request: Request, number: int, output: Any, policy_version: int
