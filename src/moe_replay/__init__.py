@@ -1,3 +1,36 @@
 """GRPO for mixture-of-experts models, trained through the experts that the rollout used."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from moe_replay.report import RunDirectory
+
 __version__ = "0.1.0"
+
+
+def train(
+    recipe: Path | str | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    restart: bool = False,
+) -> RunDirectory:
+    """Train by a recipe, a TOML file or its tables, and return the run directory.
+
+    Does what `moe-replay train` does, from a notebook or a script: see `moe_replay.cli.train.train_recipe`.
+
+    Example:
+        >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5, "optimizer.lr": 1e-5})
+        >>> [step.metrics["reward"] for step in run.read_steps()]
+        [0.25, 0.3125, 0.25, 0.4375, 0.5]
+
+    Raises:
+        MoeReplayError: of the kind that names what went wrong.
+    """
+    from moe_replay.cli.train import train_recipe
+
+    return train_recipe(recipe, overrides, restart=restart)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import moe_replay
 from moe_replay.cli.main import main
+from moe_replay.cli.stages import say
 from moe_replay.cli.train import run_train
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
@@ -37,7 +39,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run the command in this process and return its message with the line breaks taken out."""
     assert main(["train", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("moe-replay: ")
+    assert "\nmoe-replay: " in captured.err
     assert "Traceback" not in captured.err
     return " ".join(captured.err.split())
 
@@ -48,6 +50,7 @@ def test_dry_run_prints_a_recipe_that_loads_and_writes_nothing(tmp_path, write_r
     done = command("train", recipe, "--dry-run", "--grpo.beta", "0.1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "dry run: the recipe and everything that it points to are in order" in done.stderr
+    assert re.search(r"first training prompt, \d+ tokens:\n\d \+ 1 =\n", done.stderr)
     printed = tmp_path / "printed.toml"
     printed.write_text(done.stdout)
     assert load_recipe(printed) == load_recipe(recipe, [("grpo.beta", "0.1")])
@@ -67,10 +70,36 @@ def test_command_says_no_without_a_traceback(tmp_path):
     done = command("train", tmp_path / "none.toml", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(
-        "moe-replay: the recipe, or something that it points to, is wrong\n"
-    )
+    said, kind, *_ = done.stderr.splitlines()
+    assert said == f"moe-replay {moe_replay.__version__}: reading {tmp_path / 'none.toml'} ..."
+    assert kind == "moe-replay: the recipe, or something that it points to, is wrong"
     assert "Traceback" not in done.stderr
+
+
+def test_d13_the_first_line_is_there_before_anything_heavy_is_imported(tmp_path):
+    code = (
+        "import sys\nfrom moe_replay.cli.main import main\n"
+        "class Noted:\n"
+        "    def write(self, text):\n"
+        "        print(text.split()[:1], {'numpy', 'pydantic', 'torch', 'rich'} & set(sys.modules))\n"
+        "        sys.exit()\n"
+        "sys.stderr = Noted()\nmain(['train', 'recipe.toml'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "['moe-replay'] set()\n"
+
+
+def test_d13_other_ranks_are_silent(monkeypatch, capsys):
+    say("heard")
+    monkeypatch.setenv("RANK", "1")
+    say("not heard")
+    assert capsys.readouterr().err == "heard\n"
 
 
 def test_traceback_is_shown_when_asked_for(tmp_path, capsys):

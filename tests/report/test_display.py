@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from moe_replay.grpo.records import EvalRecord, RunSummary, StepRecord
 from moe_replay.report.columns import number, percent, tiny
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
+from moe_replay.rollout.types import RolloutProgress
 
 SUMMARY = RunSummary(
     sections={"Model": ["tiny, 4 MoE layers", "float32"], "Replay": ["R3 [guard on]"]},
@@ -210,6 +212,119 @@ def test_a_screen_shows_station_and_remaining_time_while_it_runs() -> None:
     # 11 steps of 30 s are left, 5 s of which have passed.
     assert "0:00:35 elapsed, 0:05:25 left" in shown
     assert "rollout 5.0s" in shown
+
+
+def _rolling(console: Console, progress: RolloutProgress, *, seconds: float) -> ConsoleReporter:
+    """Return a reporter whose second rollout has run for some seconds."""
+    now = [100.0]
+    reporter = ConsoleReporter(console, clock=lambda: now[0])
+    reporter.follow(lambda: progress, whose="rank 0 of 8")
+    reporter.start(SUMMARY)
+    reporter.step(_step(1, REPLAYED | {"completions/mean_length": 1000.0}), [])
+    reporter.station(2, "rollout")
+    now[0] += seconds
+    return reporter
+
+
+def test_d9_a_log_says_how_far_a_rollout_is() -> None:
+    console = _console()
+    progress = RolloutProgress(num_finished=2, num_total=8, num_tokens=4000)
+    reporter = _rolling(console, progress, seconds=20.0)
+    assert reporter._ticker is not None
+    reporter.tick()
+    assert _text(console).splitlines()[-1] == (
+        "rollout of step 2 of rank 0 of 8: 2/8 completions, 4,000 tokens, 200 tokens/s, about 0:00:20 left"
+    )
+    reporter.station(2, "reward")
+    assert reporter._ticker is None
+    reporter.tick()
+    assert _text(console).count("rollout of step") == 1
+
+
+def test_d9_a_screen_says_how_far_a_rollout_is() -> None:
+    console = _console(terminal=True)
+    progress = RolloutProgress(num_finished=2, num_total=8, num_tokens=4000)
+    with _rolling(console, progress, seconds=20.0) as reporter, console.capture() as capture:
+        assert isinstance(reporter, ConsoleReporter)
+        assert reporter._ticker is None
+        console.print(reporter._progress())
+    assert "2/8 completions, 4,000 tokens, 200 tokens/s, about 0:00:20 left" in capture.get()
+
+
+def test_d9_an_engine_that_is_silent_costs_no_line() -> None:
+    console = _console()
+    reporter = _rolling(console, RolloutProgress(), seconds=20.0)
+    reporter.tick()
+    reporter.close()
+    assert "completions" not in _text(console)
+
+
+def test_d13_what_is_loaded_before_the_start_is_said_at_once() -> None:
+    console = _console()
+    reporter = ConsoleReporter(console)
+    reporter.station(0, "loading the model into the trainer")
+    assert _text(console) == "loading the model into the trainer ...\n"
+    reporter.start(SUMMARY)
+    reporter.station(1, "update")
+    assert "update" not in _text(console)
+
+
+NARROW_HEADINGS = {
+    30: ["step", "reward", "agree"],
+    40: ["step", "reward", "k3", "agree"],
+    48: ["step", "reward", "k3", "agree", "seconds"],
+    64: ["step", "reward", "avg10", "k3", "coverage", "agree", "seconds"],
+    80: ["step", "reward", "avg10", "k3", ">1.1", "coverage", "agree", "length", "seconds"],
+}
+
+
+@pytest.mark.parametrize("width", NARROW_HEADINGS)
+def test_d14_a_narrow_screen_shows_whole_lines_under_their_names(width: int) -> None:
+    console = _console(width, terminal=True)
+    with ConsoleReporter(console) as reporter:
+        reporter.start(SUMMARY)
+        with console.capture() as capture:
+            reporter.step(_step(1, REPLAYED), [])
+    lines = [
+        line for line in _plain(capture.get()).splitlines() if "reward" in line or "1/12" in line
+    ]
+    heading, line = lines
+    assert heading.split() == NARROW_HEADINGS[width]
+    assert len(heading) == len(line) <= width
+    assert "0.5000" in line and "97.31 %" in line
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"), [(40, 2), (48, 3), (56, 3), (80, 5), (140, 5), (30, 1)]
+)
+def test_d14_the_summary_keeps_the_names_of_its_metrics(width: int, columns: int) -> None:
+    console = _console(width, terminal=True)
+    with ConsoleReporter(console) as reporter:
+        reporter.start(SUMMARY)
+        reporter.step(_step(1, REPLAYED | {"live_gap/k3_kl": 2.5e-3}), [])
+        with console.capture() as capture:
+            reporter.finish("done")
+    lines = _plain(capture.get()).splitlines()
+    assert all(len(line) <= width for line in lines)
+    (row,) = [line for line in lines if line.strip().startswith("tokens off by > 1.1x")]
+    assert row.split()[5:] == ["0.30", "%"] * columns
+    assert any(line.strip().startswith("completion length") for line in lines)
+    assert "…" not in _plain(capture.get())
+
+
+def _plain(text: str) -> str:
+    return Text.from_ansi(text).plain
+
+
+def test_a_screen_that_changes_its_width_gets_a_new_heading() -> None:
+    console = _console(120, terminal=True)
+    with ConsoleReporter(console) as reporter:
+        reporter.start(SUMMARY)
+        with console.capture() as capture:
+            reporter.step(_step(1, REPLAYED), [])
+            console.width = 40
+            reporter.step(_step(2, REPLAYED), [])
+    assert sum("reward" in line for line in _plain(capture.get()).splitlines()) == 2
 
 
 def test_a_failure_gives_the_cursor_back() -> None:

@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.types import FinishReason, Request, SamplingParams, check_group
+from moe_replay.rollout.types import (
+    FinishReason,
+    Request,
+    RolloutProgress,
+    SamplingParams,
+    check_group,
+)
 from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
 
@@ -253,3 +259,19 @@ def test_the_number_of_threads_is_given_back(checkpoint):
     before = torch.get_num_threads()
     EmbeddedEngine(checkpoint, dtype="float32", num_threads=before + 1).generate(prompts(5), GREEDY)
     assert torch.get_num_threads() == before
+
+
+def test_d9_the_engine_says_how_far_it_is(checkpoint):
+    engine = EmbeddedEngine(checkpoint, dtype="float32", max_batch_size=2)
+    seen = []
+    engine._model.register_forward_pre_hook(lambda *_: seen.append(engine.progress))
+    groups = engine.generate(prompts(5, 6, num_generations=2), GREEDY)
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    assert {progress.num_total for progress in seen} == {4}
+    tokens = [progress.num_tokens for progress in seen]
+    assert tokens == sorted(tokens)
+    assert tokens[0] == 0
+    # The second batch starts when the first has ended.
+    second = next(progress for progress in seen if progress.num_finished == 2)
+    assert second.num_tokens == sum(lengths[:2])
+    assert engine.progress == RolloutProgress()

@@ -17,6 +17,7 @@ from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.server_messages import (
     PolicyName,
 )
+from moe_replay.rollout.types import RolloutProgress
 from moe_replay.testing.faults import FAULTS, Faulty
 from moe_replay.testing.served import served
 
@@ -278,3 +279,24 @@ def test_an_engine_that_does_not_push_waits_for_the_one_that_does():
 def test_urls_must_be_different():
     with pytest.raises(RecipeError, match="each once"):
         client("http://127.0.0.1:1", "http://127.0.0.1:1")
+
+
+def test_d9_the_requests_that_were_answered_are_counted():
+    seen = []
+
+    class Asked(FakeEngine):
+        def generate(self, wanted, sampling):
+            seen.append(engine.progress)
+            return super().generate(wanted, sampling)
+
+    with served(Asked(weight_shapes=SHAPES)) as url:
+        engine = client(url, calls_per_server=1)
+        groups = engine.generate(requests(3), SAMPLING)
+        after = engine.progress
+        engine.close()
+    lengths = [sum(len(c.token_ids) for c in group.completions) for group in groups]
+    assert seen == [
+        RolloutProgress(num_finished=2 * n, num_total=6, num_tokens=sum(lengths[:n]))
+        for n in range(3)
+    ]
+    assert after == RolloutProgress()

@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.rollout.types import (
+    Engine,
+    Request,
+    RolloutGroup,
+    RolloutProgress,
+    SamplingParams,
+)
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_imported")]
@@ -281,3 +287,16 @@ def test_vllm_loads_the_plugin_by_itself():
 
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
     assert "moe_replay.rollout.vllm_plugin:register" in names
+
+
+def test_d9_the_engine_says_how_far_it_is(engine, monkeypatch):
+    seen = []
+    step = engine._vllm.step
+    monkeypatch.setattr(engine._vllm, "step", lambda: seen.append(engine.progress) or step())
+    groups = engine.generate(prompts(3), SAMPLING)
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    assert {progress.num_total for progress in seen} == {6}
+    tokens = [progress.num_tokens for progress in seen]
+    assert tokens == sorted(tokens)
+    assert 0 < tokens[-1] < sum(lengths)
+    assert engine.progress == RolloutProgress()

@@ -12,7 +12,9 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
+from moe_replay import __version__
 from moe_replay.cli.options import WIDTH, Overrides, read_options
+from moe_replay.cli.stages import say
 from moe_replay.errors import MoeReplayError
 from moe_replay.rollout.bearer import without_secrets
 
@@ -42,12 +44,14 @@ def _run_serve(options: argparse.Namespace, _: Overrides) -> int:
 
 
 def _run_train(options: argparse.Namespace, overrides: Overrides) -> int:
+    say(f"moe-replay {__version__}: reading {options.recipe} ...")
     from moe_replay.cli.train import run_train
 
     return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
 
 
 def _run_rollout(options: argparse.Namespace, overrides: Overrides) -> int:
+    say(f"moe-replay {__version__}: reading {options.recipe} ...")
     from moe_replay.cli.rollout import run_rollout
 
     return run_rollout(options.recipe, overrides, options.output, num_prompts=options.num_prompts)

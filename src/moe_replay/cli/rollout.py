@@ -1,6 +1,6 @@
 """`moe-replay rollout`: sample by a recipe's engine, and keep the completions with their routes for training from files.
 
-In: a recipe path, overrides, a folder. Out: an exit code. Called by: cli.main.
+In: a recipe path, overrides, a folder. Out: an exit code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_replay.cli.environment import set_defaults
+from moe_replay.cli.stages import quiet_transformers, say
 from moe_replay.cli.train import with_values
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
@@ -41,29 +42,41 @@ def run_rollout(
         raise RecipeError("rollout.engine is 'files', which samples nothing; choose another engine")
     if count < 1:
         raise RecipeError(f"--num-prompts is {count}, expected at least 1")
+    say("loading tokenizer, data and rewards ...")
     from moe_replay.grpo.inputs import open_inputs
 
     inputs = open_inputs(recipe)
     # Nothing is scored here.
     inputs.close()
+    say(f"starting the {recipe.rollout.engine} engine ...")
     import torch
+    from rich.console import Console
 
     from moe_replay.grpo.engines import recipe_engine, recipe_sampling
+    from moe_replay.report.progress import showing_progress
     from moe_replay.rollout.rollout_files import write_rollout
 
+    quiet_transformers()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = recipe_engine(recipe, device)
+    completions = count * recipe.rollout.num_generations
+    done = _Done()
     try:
-        manifest = write_rollout(
-            Path(output),
-            _groups(recipe, inputs, engine, count),
-            description=engine.description,
-            policy_version=engine.policy_version,
-            sampling=recipe_sampling(recipe),
-        )
+        with showing_progress(
+            Console(stderr=True, highlight=False),
+            engine,
+            num_total=completions,
+            done=lambda: (done.num_completions, done.num_tokens),
+        ):
+            manifest = write_rollout(
+                Path(output),
+                done.counted(_groups(recipe, inputs, engine, count)),
+                description=engine.description,
+                policy_version=engine.policy_version,
+                sampling=recipe_sampling(recipe),
+            )
     finally:
         engine.close()
-    completions = count * recipe.rollout.num_generations
     print(f"wrote {completions} completions of {count} prompts: {manifest}", file=sys.stderr)
     return 0
 
@@ -76,3 +89,16 @@ def _groups(recipe: Recipe, inputs: Inputs, engine: Engine, count: int) -> Itera
         prompts = inputs.train.at(start, min(recipe.prompts_per_step, count - start))
         requests = [training_request(recipe, start + n, p) for n, p in enumerate(prompts)]
         yield from engine.generate(requests, recipe_sampling(recipe))
+
+
+class _Done:
+    """Counts what the calls of an engine have returned."""
+
+    def __init__(self) -> None:
+        self.num_completions = self.num_tokens = 0
+
+    def counted(self, groups: Iterator[RolloutGroup]) -> Iterator[RolloutGroup]:
+        for group in groups:
+            self.num_completions += len(group.completions)
+            self.num_tokens += sum(len(c.token_ids) for c in group.completions)
+            yield group

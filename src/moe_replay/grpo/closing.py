@@ -53,11 +53,16 @@ def save_checkpoint(run: Run) -> None:
 
 
 def export_model(run: Run) -> str:
-    """Write the trained model as a Hugging Face checkpoint; return what to tell the user."""
+    """Write the trained model as a Hugging Face checkpoint; return where the results are, and what to do next."""
+    samples = f"what it wrote: {run.directory / 'completions.jsonl'}"
+    more = f"train on: the same command with --run.max_steps {2 * run.recipe.run.max_steps}"
+    # Another last step changes the schedule of the learning rate, and with it the run.
+    after = [samples, more] if run.recipe.optimizer.lr_scheduler == "constant" else [samples]
     if not run.recipe.checkpoint.export:
-        return f"results in {run.directory}"
+        return "\n".join([*after, f"results in {run.directory}"])
     run.write_export()
-    return f"results in {run.directory}, trained model in {run.export_path}"
+    where = f"results in {run.directory}, trained model in {run.export_path}"
+    return "\n".join([*after, f"use it: moe-replay serve {run.export_path}", where])
 
 
 def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:

@@ -77,9 +77,7 @@ def open_run(
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
-        if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
-            whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
-            reporter.follow(lambda: engine.progress, whose=whose)
+        _follow(engine, reporter, process)
         run = Run(
             recipe=recipe,
             process=process,
@@ -98,6 +96,13 @@ def open_run(
         )
         run.resume_or_start(restart=restart)
         yield run
+
+
+def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
+    """Let the reporter ask how far rollouts are, if both know how."""
+    if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
+        whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
+        reporter.follow(lambda: engine.progress, whose=whose)
 
 
 def _lock(

@@ -69,21 +69,26 @@ def print_summary(
 
 def _metric_table(steps: Sequence[StepRecord], console: Console) -> Table:
     """Return the table of metrics with as many figures as the screen holds beside the names."""
-    for headings in _HEADINGS:
-        table = _table_of(steps, headings)
+    *tables, narrowest = (_table_of(steps, headings) for headings in _HEADINGS)
+    for table in tables:
         wanted = console.measure(table, options=console.options.update(width=10_000)).maximum
         if wanted <= console.width:
             return table
-    return table
+    return narrowest
 
 
 def _table_of(steps: Sequence[StepRecord], headings: Sequence[str]) -> Table:
-    span = f"steps {steps[0].step} to {steps[-1].step}"
-    table = Table(title=span, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    is_whole = headings == _HEADINGS[0]
+    table = Table(
+        title=f"steps {steps[0].step} to {steps[-1].step}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if is_whole else None,
+        padding=(0, 1) if is_whole else (0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     for heading in headings:
-        # The two widest names may take two lines where few figures fit.
-        text = heading if len(headings) == len(_HEADINGS[0]) else heading.replace(" ", "\n", 1)
+        text = heading if is_whole else heading.replace(" ", "\n", 1)
         table.add_column(text, justify="right", no_wrap=True)
     for label, metric, show in TABLE_ROWS:
         figures = metric_figures(steps, metric)
