@@ -22,7 +22,7 @@ from moe_replay.grpo.model_settings import (
 from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run, message_device, world_group
 from moe_replay.grpo.run_lock import RunLock
-from moe_replay.megatron.actor import build_policy, build_scorer
+from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.replica import Replica
@@ -66,14 +66,7 @@ def open_run(
             raise CheckpointError(refused[1])
         assert inputs is not None
         reporter.station(0, "loading the model into the trainer")
-        actor = build_policy(
-            recipe.model.path,
-            layout,
-            dtype=TRAINER_DTYPES[recipe.model.dtype],
-            settings=optimizer_settings(recipe),
-            grouped_experts=recipe.model.grouped_experts,
-            overrides=override_fields(recipe),
-        )
+        actor = _build_actor(recipe, layout)
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
@@ -96,6 +89,17 @@ def open_run(
         )
         run.resume_or_start(restart=restart)
         yield run
+
+
+def _build_actor(recipe: Recipe, layout: ParallelLayout) -> MegatronActor:
+    return build_policy(
+        recipe.model.path,
+        layout,
+        dtype=TRAINER_DTYPES[recipe.model.dtype],
+        settings=optimizer_settings(recipe),
+        grouped_experts=recipe.model.grouped_experts,
+        overrides=override_fields(recipe),
+    )
 
 
 def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
