@@ -9,14 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.rollout.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.rollout.generated_items import GeneratedTask
 from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
-from moe_replay.rollout.prompts import (
-    FilePrompts,
-    GeneratedPrompts,
-    draw_held_out,
-    open_file_prompts,
-)
+from moe_replay.rollout.prompts import GeneratedPrompts, draw_held_out
 from moe_replay.testing.tiny_models import character_tokenizer
 
 TEMPLATE = (

@@ -14,6 +14,7 @@ from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_rules import GENERATED
 from moe_replay.rollout.checkpoint_config import count_experts, read_config_json, refuse_nested
+from moe_replay.rollout.file_prompts import open_file_prompts
 from moe_replay.rollout.generated_items import GeneratedTask
 from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
 from moe_replay.rollout.prompts import (
@@ -21,7 +22,6 @@ from moe_replay.rollout.prompts import (
     HeldOutPrompts,
     PromptSource,
     draw_held_out,
-    open_file_prompts,
 )
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
 

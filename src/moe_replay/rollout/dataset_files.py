@@ -1,90 +1,163 @@
-"""Rows of a dataset file, each knowing where it stands, so that an error can name its line.
+"""Which files a dataset's location stands for: one file, the shards of a folder's split, or a download of the hub.
 
-In: a JSONL or Parquet file. Out: `Row` lists. Called by: rollout.prompts.
+A folder is read as Hugging Face writes them: ``train-00000-of-00003.parquet`` belongs to the split ``train``, and so do files
+in a folder ``train/``; files without any split are ``train``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_replay.errors import RecipeError
 
+HUB = "hf:"
+"""Prefix of a dataset of the Hugging Face hub, read by the package ``datasets``."""
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
+"""Endings of files that can be read."""
+
+# What Hugging Face writes beside the rows.
+_NOT_ROWS = frozenset({"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"})
+_SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d{5})-of-(?P<total>\d{5})")
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_MOST_NAMES = 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One item of a dataset file."""
+class DatasetFiles:
+    """The files behind a location, in the order in which their rows are numbered."""
 
-    number: int
-    """From 0."""
-    where: str
-    """File and line, for messages."""
-    columns: Mapping[str, Any]
-    """Column -> value; None where this row lacks a column that others have."""
+    location: str
+    """What the recipe says, for messages."""
+    paths: tuple[Path, ...]
+    """Files of one kind."""
+
+    @property
+    def suffix(self) -> str:
+        """Their ending, such as ``.parquet``."""
+        return self.paths[0].suffix
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read all rows of a ``.jsonl`` or ``.parquet`` file; every row gets every column.
+def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles:
+    """Return the files of a dataset on disk.
 
     Raises:
-        RecipeError: when the file is missing, empty, of another kind, or malformed.
+        RecipeError: when nothing is there, or what is there is ambiguous or incomplete.
     """
-    if path.suffix not in (".jsonl", ".parquet"):
+    path = Path(location)
+    if path.is_dir():
+        return DatasetFiles(location=f"{path} split {split}", paths=_files_of_split(path, split))
+    if not path.exists():
+        raise RecipeError(_nothing_there(path))
+    if path.suffix not in SUFFIXES:
         raise RecipeError(
-            f"dataset {path}: expected a .jsonl or .parquet file, or reasoning_gym:<family>, got the suffix "
-            f"{path.suffix!r}"
+            f"dataset {path}: got the suffix {path.suffix!r}, expected a file {', '.join(SUFFIXES)}, a folder of such "
+            f"files, {HUB}ORG/NAME, or reasoning_gym:<family>"
         )
-    if not path.is_file():
-        near = sorted(file.name for file in path.parent.glob(f"*{path.suffix}"))
+    return DatasetFiles(location=str(path), paths=(path,))
+
+
+def has_splits(location: str) -> bool:
+    """Return whether a location may hold several splits: all but single files."""
+    return Path(location).suffix not in SUFFIXES
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names as a list for a message, cut where it gets long."""
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:_MOST_NAMES]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _nothing_there(path: Path) -> str:
+    near = sorted(
+        file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES or file.is_dir()
+    )
+    holds = shortened(near) if near else "no dataset file and no folder"
+    return (
+        f"dataset {path} does not exist; {path.parent} holds {holds}: correct the path (relative paths start at the "
+        f"recipe's folder). A dataset of the Hugging Face hub is written {HUB}ORG/NAME"
+    )
+
+
+def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and file.name not in _NOT_ROWS
+        and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        and file.is_file()
+    )
+    if not files:
         raise RecipeError(
-            f"dataset {path} does not exist; {path.parent} holds {', '.join(near) or f'no {path.suffix} file'}: "
-            "correct the path (relative paths start at the recipe's folder)"
+            f"dataset {folder} holds no file {', '.join(SUFFIXES)}: name the folder with the data files"
         )
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    if not rows:
-        raise RecipeError(f"dataset {path} is empty: expected at least one row")
-    names = list(dict.fromkeys(name for row in rows for name in row.columns))
-    return [replace(row, columns={name: row.columns.get(name) for name in names}) for row in rows]
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    nowhere = splits.pop(None, [])
+    if nowhere and splits:
+        raise RecipeError(
+            f"dataset {folder} has the splits {shortened(sorted(map(str, splits)))}, but "
+            f"{shortened([str(file.relative_to(folder)) for file in nowhere])} belong to none: name one file or folder"
+        )
+    chosen = splits.get(split, nowhere if split == "train" else None)
+    if not chosen:
+        known = shortened(sorted(map(str, splits))) or "train (no file names a split)"
+        raise RecipeError(
+            f"dataset {folder} has no split {split!r}; it has {known}: set data.train_split or data.eval_split"
+        )
+    _check_one_kind(folder, split, chosen)
+    return tuple(chosen)
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"dataset {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            columns = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(
-                f"{where} is not valid JSON: {error.msg} at column {error.colno}; expected one object a line, such as "
-                '{"prompt": "2 + 2 =", "answer": "4"}'
-            ) from error
-        if not isinstance(columns, dict):
-            raise RecipeError(
-                f"{where} holds a {type(columns).__name__}, expected an object with columns, such as "
-                '{"prompt": "2 + 2 =", "answer": "4"}'
-            )
-        rows.append(Row(number=len(rows), where=where, columns=columns))
-    return rows
+def _split_of(file: Path) -> str | None:
+    """Return the split that a file's name, or else a folder above it, names.
+
+    Example:
+        >>> _split_of(Path("data/train-00000-of-00003.parquet"))
+        'train'
+        >>> _split_of(Path("main/dev.jsonl"))
+        'validation'
+    """
+    shard = _SHARD.fullmatch(file.stem)
+    if shard and shard["split"] != "data":
+        return _SPLIT_OF_WORD.get(shard["split"], shard["split"])
+    for part in (file.stem, *reversed(file.parent.parts)):
+        for word in re.split(r"[^A-Za-z]+", part):
+            if word.lower() in _SPLIT_OF_WORD:
+                return _SPLIT_OF_WORD[word.lower()]
+    return None
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise RecipeError(f"dataset {path} is not a readable Parquet file: {error}") from error
-    return [
-        Row(number=number, where=f"{path} row {number}", columns=columns)
-        for number, columns in enumerate(table.to_pylist())
-    ]
+def _check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
+    names = [str(file.relative_to(folder)) for file in files]
+    if len({file.suffix for file in files}) > 1:
+        raise RecipeError(
+            f"dataset {folder} split {split} mixes kinds of files: {shortened(names)}: name one file or folder"
+        )
+    parents = sorted({str(file.parent.relative_to(folder)) for file in files})
+    if len(parents) > 1:
+        raise RecipeError(
+            f"dataset {folder}: files of the split {split} lie in several folders, {shortened(parents)}, which may be "
+            f"different datasets: name one of them, such as {folder / parents[0]}"
+        )
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
+    if not shards:
+        return
+    here, expected = {int(match["number"]) for match in shards}, int(shards[0]["total"])
+    missing = sorted(set(range(expected)) - here)
+    if missing or len(shards) != len(files) or len({match["total"] for match in shards}) > 1:
+        raise RecipeError(
+            f"dataset {folder} split {split}: expected {expected} shards, found {shortened(names)}; missing are "
+            f"{shortened([str(number) for number in missing]) or 'none'}: download the whole folder again"
+        )

@@ -1,24 +1,20 @@
 """Prompts by position: any dataset becomes a sequence of token ids that is the same in every process and every resume.
 
-In: a dataset location, a tokenizer. Out: `Prompt`, `PromptSource`. Called by: grpo.
+`file_prompts` reads them from files; here are the types, and the prompts that are generated.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError
-from moe_replay.rollout.dataset_files import Row, read_rows
 from moe_replay.rollout.generated_items import GeneratedTask
-from moe_replay.rollout.prompt_encoding import PromptEncoder
+from moe_replay.rollout.prompt_encoding import EncodedPrompt, PromptEncoder, PromptInput
 
 _GENERATED_COLUMNS = frozenset({"question", "answer", "metadata", "task"})
 _MAX_REPLACEMENTS = 1000
@@ -36,6 +32,10 @@ class Prompt:
     """What ``prompt_ids`` encode."""
     columns: Mapping[str, Any]
     """The other columns of the item, passed to reward functions by name."""
+    prefill: str = ""
+    """The part of the assistant's answer that the prompt ends with and the model continues; mostly empty."""
+    num_cut: int = 0
+    """Tokens that were dropped at the start of ``prompt_ids``."""
 
 
 @runtime_checkable
@@ -60,110 +60,6 @@ class PromptSource(Protocol):
     def at(self, position: int, count: int) -> list[Prompt]:
         """Return the prompts at ``position``, ``position + 1``, ...; the same ones whenever it is asked."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilePrompts:
-    """The prompts of a file, every epoch in an order of its own. Make one with `open_file_prompts`."""
-
-    location: str
-    """The file."""
-    rows: Sequence[Row]
-    """Rows that are short enough."""
-    prompt_column: str
-    """Column that holds the prompt."""
-    encoder: PromptEncoder
-    """How prompts become tokens."""
-    shuffle_seed: int | None
-    """Seed of the order; None keeps the file's order."""
-    num_deleted: int
-    """Rows that were left out for their length."""
-    held_out: bool
-    """Whether positions end with the last row instead of starting a new epoch."""
-
-    @property
-    def num_prompts(self) -> int | None:
-        """Rows that are short enough."""
-        return len(self.rows)
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Names of the columns besides the prompt."""
-        return frozenset(self.rows[0].columns) - {self.prompt_column}
-
-    def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the prompts at ``position`` and after."""
-        if self.held_out and position + count > len(self.rows):
-            raise RecipeError(
-                f"{self.location} holds {len(self.rows)} held-out prompts, but position {position + count - 1} was "
-                "asked for"
-            )
-        return [
-            self._prompt(*divmod(place, len(self.rows)))
-            for place in range(position, position + count)
-        ]
-
-    def _prompt(self, epoch: int, place: int) -> Prompt:
-        if self.shuffle_seed is not None:
-            place = _order(len(self.rows), self.shuffle_seed, epoch)[place]
-        row = self.rows[place]
-        encoded = self.encoder.encode(row.columns[self.prompt_column], where=row.where)
-        assert encoded is not None, "rows that are too long were left out when the file was opened"
-        columns = {name: value for name, value in row.columns.items() if name != self.prompt_column}
-        return Prompt(index=row.number, prompt_ids=encoded[0], text=encoded[1], columns=columns)
-
-
-@lru_cache(maxsize=2)
-def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(num_rows))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
-    return order
-
-
-def open_file_prompts(
-    path: Path,
-    encoder: PromptEncoder,
-    *,
-    prompt_column: str = "prompt",
-    messages_column: str = "messages",
-    shuffle_seed: int | None = None,
-    max_prompts: int | None = None,
-    held_out: bool = False,
-) -> FilePrompts:
-    """Read a ``.jsonl`` or ``.parquet`` file and check every prompt in it.
-
-    The prompt is taken from ``messages_column`` where the file has it, else from ``prompt_column``.
-
-    Raises:
-        RecipeError: when the file is missing, empty or malformed, has no prompt column, or a prompt is unusable.
-    """
-    rows = read_rows(path)
-    found = rows[0].columns
-    column = messages_column if messages_column in found else prompt_column
-    if column not in found:
-        raise RecipeError(
-            f"{path} has neither a column {messages_column!r} nor {prompt_column!r}; its columns are "
-            f"{', '.join(found)}: name the one with the prompts in data.prompt_column or data.messages_column"
-        )
-    kept: list[Row] = []
-    for row in rows[:max_prompts] if encoder.truncation != "delete" else rows:
-        if encoder.encode(row.columns[column], where=row.where) is not None:
-            kept.append(row)
-    num_deleted = len(rows) - len(kept) if encoder.truncation == "delete" else 0
-    if not kept:
-        raise RecipeError(
-            f"{path}: all {len(rows)} prompts are longer than data.max_prompt_length = "
-            f"{encoder.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
-        )
-    return FilePrompts(
-        location=str(path),
-        rows=kept[:max_prompts],
-        prompt_column=column,
-        encoder=encoder,
-        shuffle_seed=shuffle_seed,
-        num_deleted=num_deleted,
-        held_out=held_out,
-    )
 
 
 @dataclass(kw_only=True)
@@ -204,7 +100,7 @@ class GeneratedPrompts:
             item = self.task.item(self.seed, number, replacement=replacement)
             if item["question"] in self.excluded_questions:
                 continue
-            encoded = self.encoder.encode(item["question"], where=f"{self.task.name} item {number}")
+            encoded = self.encoder.encode(_asked(self.task, item, number))
             if encoded is not None:
                 return _generated_prompt(self.task, item, number, encoded)
             self._deleted.add((number, replacement))
@@ -271,7 +167,7 @@ def draw_held_out(
         item = task.item(seed, number)
         question = item["question"]
         if question not in prompts and question not in deleted:
-            encoded = encoder.encode(question, where=f"{task.name} item {number}")
+            encoded = encoder.encode(_asked(task, item, number))
             if encoded is None:
                 deleted.add(question)
             else:
@@ -283,11 +179,18 @@ def draw_held_out(
     )
 
 
+def _asked(task: GeneratedTask, item: Mapping[str, Any], number: int) -> PromptInput:
+    return PromptInput(where=f"{task.name} item {number}", prompt=item["question"])
+
+
 def _generated_prompt(
-    task: GeneratedTask,
-    item: Mapping[str, Any],
-    number: int,
-    encoded: tuple[Int32[np.ndarray, " prompt"], str],
+    task: GeneratedTask, item: Mapping[str, Any], number: int, encoded: EncodedPrompt
 ) -> Prompt:
     columns = {name: item[name] for name in ("question", "answer", "metadata")} | {"task": task}
-    return Prompt(index=number, prompt_ids=encoded[0], text=encoded[1], columns=columns)
+    return Prompt(
+        index=number,
+        prompt_ids=encoded.ids,
+        text=encoded.text,
+        columns=columns,
+        num_cut=encoded.num_cut,
+    )
