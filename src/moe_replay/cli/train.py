@@ -111,13 +111,7 @@ def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, 
 def _notes(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Return what is worth knowing about what a recipe points to."""
     warning = exposure(recipe.rollout.token_file)
-    notes = [] if warning is None else [warning]
-    for key, source in (("data.train", inputs.train), ("data.eval", inputs.held_out)):
-        if source is not None and source.num_deleted:
-            notes.append(
-                f"{key}: {source.num_deleted} prompts are longer than data.max_prompt_length = "
-                f"{recipe.data.max_prompt_length} tokens and were left out"
-            )
+    notes = [*inputs.notes] if warning is None else [*inputs.notes, warning]
     return notes
 
 

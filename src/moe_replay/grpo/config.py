@@ -41,6 +41,7 @@ from moe_replay.routing import ReplayMode
 _NO_EFFECT_ON_RESULTS = (
     "run.output_dir",
     "run.max_steps",
+    "data.cache_dir",
     "rollout.max_batch_size",
     "rollout.kv_cache_gib",
     "rollout.tensor_parallel_size",
@@ -190,8 +191,9 @@ class Recipe(Section):
         for reward in table["rewards"]:
             if not reward["args"]:
                 del reward["args"]
-        if not table["data"].get("task"):
-            table["data"].pop("task", None)
+        for key in ("task", "columns", "chat_template_kwargs"):
+            if not table["data"].get(key):
+                table["data"].pop(key, None)
         return {name: section for name, section in table.items() if section}
 
     def resolved_toml(self) -> str:

@@ -12,17 +12,11 @@ from typing import Any
 
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.recipe_rules import GENERATED
+from moe_replay.grpo.prompt_sources import open_prompt_sources
 from moe_replay.rollout.checkpoint_config import count_experts, read_config_json, refuse_nested
-from moe_replay.rollout.file_prompts import open_file_prompts
-from moe_replay.rollout.generated_items import GeneratedTask
-from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
-from moe_replay.rollout.prompts import (
-    GeneratedPrompts,
-    HeldOutPrompts,
-    PromptSource,
-    draw_held_out,
-)
+from moe_replay.rollout.dataset_cache import Progress
+from moe_replay.rollout.prompt_encoding import load_tokenizer
+from moe_replay.rollout.prompts import PromptSource
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
 
 
@@ -38,14 +32,18 @@ class Inputs:
     """Prompts to evaluate on; None without ``data.eval``."""
     rewards: RewardSet
     """Reward functions, whose columns both sources have."""
+    notes: tuple[str, ...]
+    """What a person should know about the datasets, one sentence each."""
 
     def close(self) -> None:
         """End the process of the reward functions."""
         self.rewards.close()
 
 
-def open_inputs(recipe: Recipe) -> Inputs:
+def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
     """Open everything that a recipe points to, the weights aside; close it in the end.
+
+    ``progress`` is told how far the work on large datasets has come.
 
     Raises:
         RecipeError: when something is missing, malformed, or does not fit the rest.
@@ -57,27 +55,25 @@ def open_inputs(recipe: Recipe) -> Inputs:
                 [RewardSpec(**r.model_dump()) for r in recipe.rewards], folders=[str(Path.cwd())]
             )
         )
-        inputs = _open_prompts(recipe, rewards)
+        inputs = _open_prompts(recipe, rewards, progress)
         closing.pop_all()
     return inputs
 
 
-def _open_prompts(recipe: Recipe, rewards: RewardSet) -> Inputs:
+def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None) -> Inputs:
     """Open tokenizer and datasets, and check that these have what the reward functions need."""
     tokenizer = load_tokenizer(recipe.model.path)
-    encoder = PromptEncoder(
-        tokenizer=tokenizer,
-        max_prompt_length=recipe.data.max_prompt_length,
-        truncation=recipe.data.truncation,
-        system_prompt=recipe.data.system_prompt,
-    )
-    held_out = _open_held_out(recipe, encoder)
-    train = _open_train(recipe, encoder, held_out)
-    train.at(0, 1)
-    for source in (train, held_out):
+    prompts = open_prompt_sources(recipe, tokenizer, progress)
+    for source in (prompts.train, prompts.held_out):
         if source is not None:
             rewards.check(source)
-    return Inputs(tokenizer=tokenizer, train=train, held_out=held_out, rewards=rewards)
+    return Inputs(
+        tokenizer=tokenizer,
+        train=prompts.train,
+        held_out=prompts.held_out,
+        rewards=rewards,
+        notes=prompts.notes,
+    )
 
 
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
@@ -106,7 +102,8 @@ def check_checkpoint_config(recipe: Recipe) -> None:
     if not recipe.model.path.is_dir():
         raise RecipeError(
             f"model.path {recipe.model.path} is not a directory: expected a local Hugging Face checkpoint with "
-            "config.json, safetensors and tokenizer (models are not downloaded)"
+            "config.json, safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download "
+            "ORG/NAME --local-dir NAME`"
         )
     path = recipe.model.path / "config.json"
     config = read_config_json(recipe.model.path)
@@ -125,44 +122,3 @@ def check_checkpoint_config(recipe: Recipe) -> None:
             f"rollout.max_completion_length {recipe.rollout.max_completion_length} = {recipe.max_sequence_length} "
             f"tokens. Lower one of them by {recipe.max_sequence_length - context} or more"
         )
-
-
-def _open_held_out(recipe: Recipe, encoder: PromptEncoder) -> PromptSource | None:
-    location = recipe.data.eval
-    if location is None:
-        return None
-    if location.startswith(GENERATED):
-        task = GeneratedTask(location.removeprefix(GENERATED), recipe.data.task)
-        return draw_held_out(
-            task, encoder, seed=recipe.data.eval_seed, num_prompts=recipe.data.eval_size
-        )
-    return open_file_prompts(
-        Path(location),
-        encoder,
-        prompt_column=recipe.data.prompt_column,
-        messages_column=recipe.data.messages_column,
-        max_prompts=recipe.data.eval_size,
-        held_out=True,
-    )
-
-
-def _open_train(
-    recipe: Recipe, encoder: PromptEncoder, held_out: PromptSource | None
-) -> PromptSource:
-    location = recipe.data.train
-    if location.startswith(GENERATED):
-        return GeneratedPrompts(
-            task=GeneratedTask(location.removeprefix(GENERATED), recipe.data.task),
-            seed=recipe.data.train_seed,
-            encoder=encoder,
-            excluded_questions=held_out.questions
-            if isinstance(held_out, HeldOutPrompts)
-            else frozenset(),
-        )
-    return open_file_prompts(
-        Path(location),
-        encoder,
-        prompt_column=recipe.data.prompt_column,
-        messages_column=recipe.data.messages_column,
-        shuffle_seed=recipe.run.seed if recipe.data.shuffle else None,
-    )

@@ -21,10 +21,12 @@ from moe_replay.grpo.recipe_keys import SECTIONS, choices_of, nearest
 from moe_replay.grpo.recipe_rules import GENERATED, Problem, effect_free_keys, rule_problems
 from moe_replay.grpo.recipe_sections import RewardSection, Section
 from moe_replay.rollout.bearer import without_secrets
+from moe_replay.rollout.dataset_files import HUB
 
 _PATHS = (
     "run.output_dir",
     "model.path",
+    "data.cache_dir",
     "rollout.token_file",
     "rollout.path",
     "rollout.weights_dir",
@@ -113,7 +115,7 @@ def _absolute(path: str, value: Any, folder: Path) -> Any:
         return value
     if path in _PATHS:
         return _anchored(value, folder)
-    if path in ("data.train", "data.eval") and not value.startswith(GENERATED):
+    if path in ("data.train", "data.eval") and not value.startswith((GENERATED, HUB)):
         return _anchored(value, folder)
     file, _, function = value.rpartition(":")
     if path == "rewards.function" and file.endswith(".py"):

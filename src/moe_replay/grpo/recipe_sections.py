@@ -77,17 +77,33 @@ class DataSection(Section):
     """``[data]``: where prompts come from."""
 
     train: str
-    """A ``.jsonl`` or ``.parquet`` file, or ``reasoning_gym:<family>`` for endless generated items."""
+    """A ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of them, ``hf:ORG/NAME`` (read by the package ``datasets``), or ``reasoning_gym:<family>`` for endless generated items."""
     eval: str | None = None
     """Held-out prompts, in the same forms as ``train``; nothing is evaluated without it."""
     prompt_column: str = "prompt"
-    """Column with the prompt of a file dataset: a string, or a list of chat messages."""
+    """Column, or dotted path such as ``extra_info.question``, with the prompt of a file dataset: a string, or a list of chat messages."""
     system_prompt: str | None = None
     """System message put before every chat that has none; needs a tokenizer with a chat template."""
     messages_column: str = "messages"
-    """Column with chat messages of a file dataset; used instead of ``prompt_column`` where it exists."""
+    """Column, or dotted path, with chat messages of a file dataset; used instead of ``prompt_column`` where a row has it."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names for columns, or for what lies in them: ``answer = "reward_model.ground_truth"`` gives rewards an ``answer``."""
+    drop_columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Columns of a file dataset that neither prompts nor rewards get."""
+    train_split: str = "train"
+    """Split of ``train`` where that is a folder or a dataset of the hub."""
+    eval_split: str = "test"
+    """Split of ``eval`` where that is a folder or a dataset of the hub."""
+    hub_config: str | None = None
+    """Configuration of a dataset of the hub that has several, such as ``main`` of ``hf:openai/gsm8k``."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the tokenizer's chat template, such as ``enable_thinking = false``; those in a column of this name win."""
+    final_assistant_message: Literal["continue", "drop", "error"] = "continue"
+    """What is done with a chat that ends with the assistant's message: the model continues it, it is dropped, or the run stops."""
+    cache_dir: Annotated[Path, Field(strict=False)] | None = None
+    """Folder for what is found out about datasets above 1 MiB, so that one process of a machine works for all; ``~/.cache/moe-replay`` when left out."""
     max_prompt_length: int = Field(default=512, gt=0)
-    """Most tokens of a prompt, chat template included."""
+    """Maximum prompt length in tokens, chat template included."""
     truncation: Literal["error", "delete", "left"] = "error"
     """What is done with a longer prompt: stop, leave it out (counted), or drop tokens at its start."""
     shuffle: bool = True

@@ -87,9 +87,7 @@ def open_arrow_rows(path: Path, *, cache: DatasetCache) -> ArrowRows:
         ) from error
 
 
-def read_hub_table(
-    name: str, *, config: str | None, split: str
-) -> tuple[Any, tuple[Path, ...]]:
+def read_hub_table(name: str, *, config: str | None, split: str) -> tuple[Any, tuple[Path, ...]]:
     """Return the table of a dataset of the hub, and the files that it was read from, through the package ``datasets``.
 
     Raises:

@@ -11,9 +11,7 @@ from typing import Any
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.rollout.dataset_files import shortened
 
-MEDIA_COLUMNS = frozenset(
-    {"image", "images", "video", "videos", "audio", "audios", "pixel_values"}
-)
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values"})
 """Columns by which datasets pass what is not text."""
 
 # Arguments of the rendering that are ours to give; no template may be told otherwise.
@@ -96,7 +94,9 @@ def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{where} is the text {excerpt(arguments)}, not JSON: {error}") from None
+            raise RecipeError(
+                f"{where} is the text {excerpt(arguments)}, not JSON: {error}"
+            ) from None
     if not arguments:
         return {}
     if not isinstance(arguments, Mapping):

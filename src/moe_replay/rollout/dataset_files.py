@@ -19,7 +19,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 """Endings of files that can be read."""
 
 # What Hugging Face writes beside the rows.
-_NOT_ROWS = frozenset({"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"})
+_NOT_ROWS = frozenset(
+    {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
+)
 _SHARD = re.compile(r"(?P<split>.+?)[-_.](?P<number>\d{5})-of-(?P<total>\d{5})")
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -66,7 +68,7 @@ def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles
 
 def has_splits(location: str) -> bool:
     """Return whether a location may hold several splits: all but single files."""
-    return Path(location).suffix not in SUFFIXES
+    return location.startswith(HUB) or Path(location).suffix not in SUFFIXES
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: when it is not one object of JSON; ``where`` names the line.
     """
-    columns = parse_strictly(_decoded(line, where), where)
+    columns = parse_strictly(_decoded(line.rstrip(b"\r\n"), where), where)
     if not isinstance(columns, dict):
         raise RecipeError(
             f"{where} holds a {type(columns).__name__}, expected an object with columns, such as {_EXAMPLE}"
@@ -65,7 +65,9 @@ def parse_strictly(text: str, where: str) -> Any:
 
 
 def _place(error: json.JSONDecodeError) -> str:
-    return f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+    return (
+        f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+    )
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -42,7 +42,8 @@ def load_tokenizer(model_dir: Path) -> Any:
     if not model_dir.is_dir():
         raise RecipeError(
             f"model.path {model_dir} is not a directory: expected a local Hugging Face checkpoint with config.json, "
-            "safetensors and tokenizer (models are not downloaded)"
+            "safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download ORG/NAME "
+            "--local-dir NAME`"
         )
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         found = shortened(sorted(file.name for file in model_dir.iterdir())) or "nothing"
@@ -190,9 +191,7 @@ class PromptEncoder:
         lengths = [0] * len(rendered)
         for has_special_tokens in (True, False):
             chosen = [
-                n
-                for n, one in enumerate(rendered)
-                if one.has_special_tokens is has_special_tokens
+                n for n, one in enumerate(rendered) if one.has_special_tokens is has_special_tokens
             ]
             counts = self._count([rendered[n] for n in chosen])
             for n, count in zip(chosen, counts, strict=True):
@@ -251,9 +250,7 @@ class PromptEncoder:
                     f"{where}: the prompt {excerpt(prompt)} is only white space: remove or fill the row"
                 )
             if not prompt:
-                raise RecipeError(
-                    f"{where}: the prompt '' has no tokens: remove or fill the row"
-                )
+                raise RecipeError(f"{where}: the prompt '' has no tokens: remove or fill the row")
             messages: list[Any] = [{"role": "user", "content": prompt}]
         else:
             messages = checked_messages(prompt, where)
