@@ -160,7 +160,7 @@ def test_d4_tool_calls_without_content_and_tool_answers_are_rendered(tmp_path):
 
 def test_d4_tool_calls_that_the_template_does_not_write_are_refused(tmp_path):
     messages = [USER, {"role": "assistant", "content": "x", "tool_calls": [CALL]}, USER]
-    with pytest.raises(RecipeError, match="line 1: a message has tool_calls, but .*does not write"):
+    with pytest.raises(RecipeError, match=r"line 1: a message has tool_calls, but .*does not write"):
         opened(tmp_path, [{"messages": messages}])
 
 
@@ -225,7 +225,7 @@ def test_d4_a_template_that_fails_on_a_row_names_it(tmp_path):
 
 def test_f19_an_empty_prompt_is_refused_under_a_template_too(tmp_path):
     for prompt in ("", "  \n"):
-        with pytest.raises(RecipeError, match="line 2: the prompt '.*remove or fill the row"):
+        with pytest.raises(RecipeError, match=r"line 2: the prompt '.*remove or fill the row"):
             opened(tmp_path, [{"prompt": "a"}, {"prompt": prompt}])
     with pytest.raises(RecipeError, match="line 1: the last message of the user is empty"):
         opened(tmp_path, [{"messages": [{"role": "user", "content": ""}]}])
