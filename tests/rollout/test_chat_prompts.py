@@ -160,7 +160,9 @@ def test_d4_tool_calls_without_content_and_tool_answers_are_rendered(tmp_path):
 
 def test_d4_tool_calls_that_the_template_does_not_write_are_refused(tmp_path):
     messages = [USER, {"role": "assistant", "content": "x", "tool_calls": [CALL]}, USER]
-    with pytest.raises(RecipeError, match=r"line 1: a message has tool_calls, but .*does not write"):
+    with pytest.raises(
+        RecipeError, match=r"line 1: a message has tool_calls, but .*does not write"
+    ):
         opened(tmp_path, [{"messages": messages}])
 
 

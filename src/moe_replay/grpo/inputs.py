@@ -1,6 +1,6 @@
 """What a recipe points to, opened and checked together: tokenizer, prompts, held-out prompts, reward functions.
 
-In: a recipe. Out: `Inputs`. Called by: grpo.run, cli.
+In: a recipe. Out: `Inputs`.
 """
 
 from __future__ import annotations

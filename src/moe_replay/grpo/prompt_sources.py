@@ -1,4 +1,7 @@
-"""From ``[data]`` of a recipe to its prompts: training and held-out ones, and what a person should know about both."""
+"""From ``[data]`` of a recipe to its prompts: training and held-out ones, and what a person should know about both.
+
+In: a recipe, a tokenizer. Out: `PromptSources`.
+"""
 
 from __future__ import annotations
 

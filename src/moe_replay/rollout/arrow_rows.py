@@ -1,4 +1,7 @@
-"""Rows of Parquet, CSV and Arrow files, and of datasets of the hub, as Arrow tables that are mapped and not loaded."""
+"""Rows of Parquet, CSV and Arrow files, and of datasets of the hub, as Arrow tables that are mapped and not loaded.
+
+In: a Parquet, CSV or Arrow file, or a name of the hub. Out: `ArrowRows`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Chat messages of a dataset: what they may look like, and what of them a tokenizer's chat template would drop."""
+"""Chat messages of a dataset: what they may look like, and what of them a tokenizer's chat template would drop.
+
+In: prompts, tools and template arguments of a row. Out: the same, checked; what a template reads.
+"""
 
 from __future__ import annotations
 

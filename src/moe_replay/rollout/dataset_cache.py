@@ -2,6 +2,8 @@
 
 Entries are named after path, size and times of the files that they were made from: a file that is written again, even with the
 same length and modification time, has another entry, because nobody can set its time of change.
+
+In: files, and what is to be found out about them. Out: the folder of an entry.
 """
 
 from __future__ import annotations

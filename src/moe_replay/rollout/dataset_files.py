@@ -2,6 +2,8 @@
 
 A folder is read as Hugging Face writes them: ``train-00000-of-00003.parquet`` belongs to the split ``train``, and so do files
 in a folder ``train/``; files without any split are ``train``.
+
+In: a location, a split. Out: `DatasetFiles`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Rows of a dataset by number, read one at a time: a dataset of any size costs a process an index, not its rows."""
+"""Rows of a dataset by number, read one at a time: a dataset of any size costs a process an index, not its rows.
+
+In: a location. Out: `Table`, `Row`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Prompts of a file, by position: surveyed once before training, read and rendered only when a step asks for them."""
+"""Prompts of a file, by position: surveyed once before training, read and rendered only when a step asks for them.
+
+In: a location, a `PromptEncoder`. Out: `FilePrompts`.
+"""
 
 from __future__ import annotations
 

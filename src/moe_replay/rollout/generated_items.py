@@ -4,7 +4,7 @@ reasoning-gym seeds item i of a dataset with seed + i, so that the datasets of s
 by one. Here every block of items has a seed of its own, derived from a digest, so that no two sequences overlap other
 than by chance.
 
-In: a family and its configuration. Out: `GeneratedTask`. Called by: rollout.prompts.
+In: a family and its configuration. Out: `GeneratedTask`.
 """
 
 from __future__ import annotations

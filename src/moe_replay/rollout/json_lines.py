@@ -1,4 +1,7 @@
-"""Rows of JSON files: lines by their offsets, so that a row is read from disk when it is wanted, and arrays."""
+"""Rows of JSON files: lines by their offsets, so that a row is read from disk when it is wanted, and arrays.
+
+In: a JSON file. Out: `JsonLines`, `JsonItems`.
+"""
 
 from __future__ import annotations
 

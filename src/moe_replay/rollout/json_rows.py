@@ -1,4 +1,7 @@
-"""Rows written in JSON, read strictly: what JSON does not have, or what would be lost in silence, is refused by line."""
+"""Rows written in JSON, read strictly: what JSON does not have, or what would be lost in silence, is refused by line.
+
+In: a line of bytes. Out: its columns.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Prompts as token ids: the tokenizer of a checkpoint, its chat template, and what happens to prompts too long."""
+"""Prompts as token ids: the tokenizer of a checkpoint, its chat template, and what happens to prompts too long.
+
+In: a checkpoint directory, strings or chat messages. Out: `load_tokenizer`, `PromptEncoder`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError
-from moe_replay.rollout.checkpoint_config import reason
 from moe_replay.rollout.chat_messages import (
     checked_messages,
     excerpt,
@@ -24,6 +26,7 @@ from moe_replay.rollout.chat_messages import (
     template_variables,
     writes_the_date,
 )
+from moe_replay.rollout.checkpoint_config import reason
 from moe_replay.rollout.dataset_files import shortened
 
 Truncation = Literal["error", "delete", "left"]

@@ -1,4 +1,7 @@
-"""What a row's columns are: the prompt, what the chat template gets, and what rewards get; nothing is dropped unasked."""
+"""What a row's columns are: the prompt, what the chat template gets, and what rewards get; nothing is dropped unasked.
+
+In: `Table`, the names of a recipe. Out: `RowReader`.
+"""
 
 from __future__ import annotations
 
