@@ -82,6 +82,7 @@ def test_reward_metrics_hold_every_function() -> None:
         "reward": 1.5,
         "reward_std": pytest.approx(math.sqrt(2) / 2),
         "frac_reward_zero_std": 0.5,
+        "rewards/accuracy/none_ratio": 0.0,
         "rewards/accuracy/mean": 0.75,
         # squares 3 / 16 + 9 / 16 = 0.75, variance 0.75 / 3
         "rewards/accuracy/std": pytest.approx(0.5),
@@ -126,7 +127,18 @@ def test_t15_groups_without_two_completions_that_count_teach_nothing() -> None:
     nothing = group_advantages(
         np.array([[1.0, 0.0]]), scale_rewards="batch", counts=np.zeros((1, 2), dtype=bool)
     )
-    assert reward_metrics(nothing, {"f": np.ones((1, 2))}) == {"frac_reward_zero_std": 1.0}
+    assert reward_metrics(nothing, {"f": np.ones((1, 2))}) == {
+        "frac_reward_zero_std": 1.0,
+        "rewards/f/none_ratio": 0.0,
+    }
+
+
+def test_d2_scores_that_are_no_opinion_enter_no_mean_and_are_counted() -> None:
+    result = group_advantages(np.array([[1.0, 2.0, 3.0, 0.0]]), scale_rewards="none")
+    metrics = reward_metrics(result, {"f": np.array([[1.0, np.nan, 3.0, np.nan]])})
+    assert metrics["rewards/f/none_ratio"] == 0.5
+    assert metrics["rewards/f/mean"] == 2.0
+    assert metrics["rewards/f/std"] == pytest.approx(math.sqrt(2))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -156,6 +156,21 @@ def test_relative_paths_of_the_file_start_at_its_folder(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("function", "file"),
+    [
+        ("mine:f", "mine.py"),
+        ("package.inner:f", "package/inner.py"),
+        ("package:f", "package/__init__.py"),
+    ],
+)
+def test_d7_module_beside_the_recipe_is_found_by_its_file(tmp_path, function, file):
+    (tmp_path / "package").mkdir()
+    (tmp_path / file).touch()
+    loaded = load_recipe(write(tmp_path, rewards=[{"function": function}]))
+    assert loaded.rewards[0].function == f"{tmp_path / file}:f"
+
+
 def test_relative_paths_of_overrides_start_at_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,38 @@ def f(completions, prompts):
     (expected,) = metrics_of(clean)
     assert expected["grad_norm"] > 0
     assert metrics_of(switched) == [expected]
+
+
+def test_d2_none_is_left_out_of_means_and_training_and_counted(
+    recipe: Recipes, tmp_path: Path
+) -> None:
+    code = """
+def f(completions, prompts):
+    seen = {}
+    scores = []
+    for text, prompt in zip(completions, prompts):
+        seen[prompt] = seen.get(prompt, 0) + 1
+        scores.append(None if seen[prompt] == 1 else float(seen[prompt]))
+    return scores
+"""
+    mine = recipe(rewards__0__function=reward_file(tmp_path, code), run__max_steps=1)
+    assert run(mine) == [""]
+    (record,) = metrics_of(mine)
+    assert record["completions/unscored_ratio"] == record["rewards/f/none_ratio"] == 0.25
+    assert record["reward"] == record["rewards/f/mean"] == 3.0
+    lines = (mine.run.output_dir / "completions.jsonl").read_text().splitlines()
+    rewards = [json.loads(line) for line in lines]
+    assert [r["reward"] for r in rewards] == [None, 2.0, 3.0, 4.0] * 4
+    assert [r["rewards"]["f"] for r in rewards[:2]] == [None, 2.0]
+    np.testing.assert_allclose([r["advantage"] for r in rewards[:4]], [0, -1, 0, 1], atol=1e-3)
+
+
+def test_d2_step_without_any_opinion_trains_nothing_and_the_run_goes_on(
+    recipe: Recipes, tmp_path: Path
+) -> None:
+    code = "def f(completions): return [None] * len(completions)\n"
+    mine = recipe(rewards__0__function=reward_file(tmp_path, code), run__max_steps=2)
+    assert run(mine) == [""]
+    for record in metrics_of(mine):
+        assert record["completions/unscored_ratio"] == 1.0
+        assert "reward" not in record

@@ -248,6 +248,66 @@ def f(completions):
     assert score(load(code), ["a"]) == [-signal.SIGTERM]
 
 
+def load_files(folder: Path, *functions: str, **files: str) -> RewardSet:
+    for name, code in files.items():
+        path = folder / f"{name.replace('__in__', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+    return RewardSet.load(
+        [RewardSpec(function=f"{folder}/{f}:f", name=f"r{n}") for n, f in enumerate(functions)]
+    )
+
+
+def test_d7_reward_file_imports_its_neighbour(tmp_path: Path) -> None:
+    files = {
+        "mine": "from near import value\ndef f(completions): return [value]\n",
+        "near": "import mine\nvalue = 2.0\nassert mine.__name__ == 'mine'\n",
+    }
+    with load_files(tmp_path, "mine.py", **files) as rewards:
+        assert score(rewards, ["a"]) == [2.0]
+
+
+def test_d7_reward_file_in_a_package_imports_relatively(tmp_path: Path) -> None:
+    files = {
+        "pack__in____init__": "",
+        "pack__in__mine": "from .near import value\ndef f(completions): return [value]\n",
+        "pack__in__near": "value = 2.0\n",
+    }
+    with load_files(tmp_path, "pack/mine.py", **files) as rewards:
+        assert score(rewards, ["a"]) == [2.0]
+
+
+def test_d7_two_files_of_one_name_and_one_named_like_a_library(tmp_path: Path) -> None:
+    files = {
+        "one__in__mine": "def f(completions): return [1.0]\n",
+        "two__in__mine": "def f(completions): return [2.0]\n",
+        "two__in__json": "def f(completions): return [4.0]\n",
+    }
+    names = ("one/mine.py", "two/mine.py", "two/json.py")
+    with load_files(tmp_path, *names, **files) as rewards:
+        assert score(rewards, ["a"]) == [7.0]
+
+
+def test_d7_working_directory_can_be_imported_from(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions): return [3.0]\n")
+    spec = RewardSpec(function="mine:f", name="f")
+    with RewardSet.load([spec], folders=[str(tmp_path)]) as rewards:
+        assert score(rewards, ["a"]) == [3.0]
+
+
+def test_processes_that_a_function_starts_find_it_by_name(tmp_path: Path) -> None:
+    code = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+def length(text): return float(len(text))
+def f(completions):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(length, completions))
+"""
+    with load_files(tmp_path, "mine.py", mine=code) as rewards:
+        assert score(rewards, ["a", "bcd"]) == [1.0, 3.0]
+
+
 @contextmanager
 def watched(pid: int) -> Iterator[Callable[[], bool]]:
     """Give a function that waits for the end of a process and returns whether it came."""

@@ -315,6 +315,28 @@ def test_format_matches_the_whole_completion():
     assert score(rewards, completions) == [1.0, 0.0, 0.0]
 
 
+def test_d5_format_counts_the_tag_that_the_template_opened():
+    rewards = builtin("format", args={"regex": "<think>.*</think>.+"})
+    ids = np.array([1], dtype=np.int32)
+    opened = [
+        Prompt(index=n, prompt_ids=ids, text=text, columns={})
+        for n, text in enumerate(["<user>1<think>\n", "<think>", "<think>x", "<|think|>", ""])
+    ]
+    written = ["a</think>b"] * 5
+    assert rewards.score(opened, written, [[1]] * 5).total.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    # A regex that was written for such a template, without the tag, holds as before.
+    bare = builtin("format", args={"regex": "[^<]*</think>.+"})
+    assert bare.score(opened[:1], written[:1], [[1]]).total.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("?<answer>", 1.0), ("?<think>", 0.0)])
+def test_d5_answer_in_a_tag_that_the_template_opened_is_found(text, expected):
+    ids = np.array([1], dtype=np.int32)
+    asked = [Prompt(index=0, prompt_ids=ids, text=text, columns={"answer": "4"})]
+    batch = builtin("exact_match").score(asked, ["4</answer> yes"], [[1]])
+    assert batch.total.tolist() == [expected]
+
+
 def test_reasoning_gym_scores_by_the_family():
     source = GeneratedPrompts(
         task=GeneratedTask("chain_sum", {}),

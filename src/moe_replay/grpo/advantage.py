@@ -35,7 +35,7 @@ class GroupAdvantages:
     equal_rewards: Bool[np.ndarray, " groups"]
     """True for a group whose rewards are all equal: its completions teach nothing."""
     counts: Bool[np.ndarray, "groups generations"]
-    """False for a completion whose reward says nothing about it, because its engine gave up on it."""
+    """False for a completion that has no reward, or one that says nothing about it, because its engine gave up on it."""
 
     @property
     def frac_reward_zero_std(self) -> float:
@@ -122,20 +122,22 @@ def group_advantages(
 def reward_metrics(
     result: GroupAdvantages, rewards: Mapping[str, Float64[np.ndarray, "groups generations"]]
 ) -> dict[str, float]:
-    """Return ``reward``, ``reward_std``, ``frac_reward_zero_std`` and ``rewards/<function>/{mean,std}``.
+    """Return ``reward``, ``reward_std``, ``frac_reward_zero_std`` and ``rewards/<function>/{mean,std,none_ratio}``.
 
-    ``rewards`` holds each reward function's scores before weights. Mean and standard deviation are over all completions that count;
-    where none does, they are left out.
+    ``rewards`` holds each reward function's scores before weights, NaN where it has no opinion; ``none_ratio`` is the fraction of
+    those. Mean and standard deviation are over the other completions that count; where none does, they are left out.
 
     Raises:
-        RewardError: when a score is not finite.
+        RewardError: when a score is infinite.
     """
     metrics = {"frac_reward_zero_std": result.frac_reward_zero_std}
     if result.reward_mean is not None and result.reward_std is not None:
         metrics |= {"reward": result.reward_mean, "reward_std": result.reward_std}
     for name, scores in rewards.items():
-        _check_finite(name, scores)
-        counted = scores[result.counts]
+        has_opinion = ~np.isnan(scores)
+        _check_finite(name, np.where(has_opinion, scores, 0.0))
+        metrics[f"rewards/{name}/none_ratio"] = 1.0 - float(has_opinion.mean())
+        counted = scores[result.counts & has_opinion]
         if len(counted):
             metrics[f"rewards/{name}/mean"] = float(counted.mean())
             metrics[f"rewards/{name}/std"] = _std(counted)
@@ -152,7 +154,8 @@ def _check_finite(name: str, scores: np.ndarray) -> None:
         group, generation = bad[0]
         raise RewardError(
             f"{name}: {len(bad)} of {scores.size} scores are not finite, the first is {scores[group, generation]} at "
-            f"group {group}, completion {generation}; a reward function must return one finite number a completion"
+            f"group {group}, completion {generation}; a reward function must return one finite number a completion, or "
+            "None"
         )
 
 

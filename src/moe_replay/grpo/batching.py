@@ -129,7 +129,7 @@ def _make_samples(
             prompt_length=len(prompt.prompt_ids),
             rollout_logprobs=completion.rollout_logprobs,
             advantage=float(scored.advantages[key]),
-            trains=completion.finish_reason not in untrained,
+            trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
             sampled_here=key in here,
             trace=None,
         )

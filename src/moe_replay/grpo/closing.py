@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import numpy as np
+
 from moe_replay.grpo.learning import OldScores, Update, gap_of
 from moe_replay.grpo.metrics import Tally, completion_tally
 from moe_replay.grpo.records import CompletionRecord, StepRecord
@@ -94,15 +96,16 @@ def _fault_metrics(run: Run) -> dict[str, float]:
 
 def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[CompletionRecord]:
     records = []
+    texts = iter(scored.texts)
     for row, (place, group) in enumerate(zip(rollout.places, rollout.groups, strict=True)):
         for number, completion in enumerate(group.completions):
             records.append(
                 CompletionRecord(
                     step=run.step,
                     prompt=rollout.prompts[place].text,
-                    completion=run.decode(completion.token_ids),
-                    rewards={n: float(s[row, number]) for n, s in scored.rewards.items()},
-                    reward=float(scored.totals[row, number]),
+                    completion=next(texts),
+                    rewards={n: _opinion(s[row, number]) for n, s in scored.rewards.items()},
+                    reward=_opinion(scored.totals[row, number]),
                     advantage=float(scored.advantages[place, number]),
                     num_tokens=len(completion.token_ids),
                     finish_reason=str(completion.finish_reason),
@@ -110,3 +113,7 @@ def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[Comp
                 )
             )
     return records
+
+
+def _opinion(score: np.floating) -> float | None:
+    return None if np.isnan(score) else float(score)

@@ -117,10 +117,22 @@ def _absolute(path: str, value: Any, folder: Path) -> Any:
         return _anchored(value, folder)
     if path in ("data.train", "data.eval") and not value.startswith((GENERATED, HUB)):
         return _anchored(value, folder)
-    file, _, function = value.rpartition(":")
-    if path == "rewards.function" and file.endswith(".py"):
-        return f"{_anchored(file, folder)}:{function}"
+    place, _, function = value.rpartition(":")
+    if path == "rewards.function":
+        file = place if place.endswith(".py") else _module_file(place, folder)
+        return f"{_anchored(file, folder)}:{function}" if file else value
     return value
+
+
+def _module_file(module: str, folder: Path) -> str | None:
+    """Return the file of a module that lies in ``folder``, relative to it; None for one that is installed elsewhere."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    for file in (Path(*parts).with_suffix(".py"), Path(*parts) / "__init__.py"):
+        if (folder / file).is_file():
+            return str(file)
+    return None
 
 
 def _anchored(path: str, folder: Path) -> str:

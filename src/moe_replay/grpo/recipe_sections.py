@@ -122,7 +122,7 @@ class RewardSection(Section):
     """``[[rewards]]``: one reward function."""
 
     function: str
-    """``reasoning_gym``, ``exact_match``, ``math_verify``, ``format``, ``module:function`` or ``file.py:function``."""
+    """``reasoning_gym``, ``exact_match``, ``math_verify``, ``format``, ``file.py:function``, or ``module:function`` of a module beside the recipe or an installed one."""
     weight: float = 1.0
     """Factor of its score in the reward."""
     name: str = Field(min_length=1)

@@ -35,10 +35,10 @@ class CompletionRecord:
     """Prompt text as decoded from its ids."""
     completion: str
     """Completion text."""
-    rewards: Mapping[str, float]
-    """Reward function -> its score, before weights."""
-    reward: float
-    """Weighted sum."""
+    rewards: Mapping[str, float | None]
+    """Reward function -> its score, before weights; None where it has no opinion."""
+    reward: float | None
+    """Weighted sum; None where no function has an opinion."""
     advantage: float
     """What the update used."""
     num_tokens: int

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,7 +28,8 @@ from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
-from moe_replay.rollout.types import Engine, SamplingParams
+from moe_replay.rollout.completion_text import completion_text
+from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
 
@@ -154,9 +154,9 @@ class Run:
         """Return how training completions are sampled."""
         return recipe_sampling(self.recipe)
 
-    def decode(self, token_ids: np.ndarray) -> str:
-        """Return the text of sampled tokens, without special tokens."""
-        return self.inputs.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+    def decode(self, completion: Completion) -> str:
+        """Return what the model wrote, special tokens such as ``<think>`` included."""
+        return completion_text(self.inputs.tokenizer, completion)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the JSON-serialisable ``value`` of every rank, in rank order."""

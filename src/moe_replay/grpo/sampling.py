@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from moe_replay.errors import RewardError
 from moe_replay.grpo.advantage import group_advantages, reward_metrics
@@ -58,12 +58,16 @@ class Rollout:
 class Scored:
     """Rewards of this rank's completions, and what the whole batch says about them."""
 
+    texts: tuple[str, ...]
+    """What this rank's completions say, prompt after prompt."""
     rewards: Mapping[str, Float64[np.ndarray, "own generations"]]
-    """Reward function -> scores of this rank's completions, before weights."""
+    """Reward function -> scores of this rank's completions, before weights; NaN where it has no opinion."""
     totals: Float64[np.ndarray, "own generations"]
-    """Weighted sums."""
+    """Weighted sums; NaN where no function has an opinion."""
     advantages: Float64[np.ndarray, "prompts generations"]
     """Of all completions of the step."""
+    counts: Bool[np.ndarray, "prompts generations"]
+    """False for a completion that was compared with nothing, and so must not train."""
     metrics: Mapping[str, float]
     """``reward``, ``reward_std``... over all ranks."""
 
@@ -108,11 +112,12 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     """Run the reward functions, and compare the completions of each prompt with one another.
 
     A completion that the engine aborted is scored and recorded, and compared with nothing: it ended where the engine
-    gave up, so its reward says nothing about the policy.
+    gave up, so its reward says nothing about the policy. One on which no reward function has an opinion has no reward.
     """
     generations = run.recipe.rollout.num_generations
     prompts = [rollout.prompts[place] for place in rollout.places for _ in range(generations)]
-    batch = _score(run, prompts, rollout.completions)
+    texts = [run.decode(completion) for completion in rollout.completions]
+    batch = _score(run, prompts, rollout.completions, texts)
     rewards = {name: scores.reshape(-1, generations) for name, scores in batch.scores.items()}
     totals = batch.total.reshape(-1, generations)
     aborted = [c.finish_reason is FinishReason.ABORTED for c in rollout.completions]
@@ -125,25 +130,36 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
         }
     )
     shape = (len(rollout.prompts), generations)
+    everyone = _by_place(shape, ((part["places"], part["totals"]) for part in gathered))
+    has_reward = ~np.isnan(everyone)
+    finished = _by_place(shape, ((part["places"], part["aborted"]) for part in gathered)) == 0
     whole = group_advantages(
-        _by_place(shape, ((part["places"], part["totals"]) for part in gathered)),
+        np.where(has_reward, everyone, 0.0),
         scale_rewards=run.recipe.grpo.scale_rewards,
         estimator=run.recipe.grpo.advantage_estimator,
-        counts=_by_place(shape, ((part["places"], part["aborted"]) for part in gathered)) == 0,
+        counts=has_reward & finished,
     )
     scores = {
         name: _by_place(shape, ((part["places"], part["rewards"][name]) for part in gathered))
         for name in rewards
     }
     return Scored(
+        texts=tuple(texts),
         rewards=rewards,
         totals=totals,
         advantages=whole.advantages,
-        metrics=reward_metrics(whole, scores),
+        counts=whole.counts,
+        metrics=reward_metrics(whole, scores)
+        | {"completions/unscored_ratio": 1.0 - float(has_reward.mean())},
     )
 
 
-def _score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> ScoredBatch:
+def _score(
+    run: Run,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    texts: Sequence[str],
+) -> ScoredBatch:
     """Call the reward functions on completions of this rank.
 
     Raises:
@@ -152,9 +168,7 @@ def _score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Completion
     failure = batch = None
     try:
         batch = run.inputs.rewards.score(
-            prompts,
-            [run.decode(completion.token_ids) for completion in completions],
-            [completion.token_ids.tolist() for completion in completions],
+            prompts, texts, [completion.token_ids.tolist() for completion in completions]
         )
     except RewardError as error:
         failure = error
@@ -196,16 +210,25 @@ def evaluate(run: Run) -> None:
         groups = _answers(run, requests, sampling)
         completions = [completion for group in groups for completion in group.completions]
         asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
-        batch = _score(run, asked, completions)
+        texts = [run.decode(completion) for completion in completions]
+        batch = _score(run, asked, completions, texts)
         tally = Tally()
-        tally.add_mean("eval/reward", total=float(batch.total.sum()), count=len(batch.total))
+        _add_opinions(tally, "eval/reward", batch.total)
         for name, scores in batch.scores.items():
-            tally.add_mean(f"eval/rewards/{name}", total=float(scores.sum()), count=len(scores))
+            _add_opinions(tally, f"eval/rewards/{name}", scores)
+        unscored = int(np.isnan(batch.total).sum())
+        tally.add_mean("eval/unscored_ratio", total=unscored, count=len(batch.total))
         tally.add_sum("eval/num_items", len(mine))
         metrics = run.merge(tally)
     run.reporter.evaluation(
         EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
     )
+
+
+def _add_opinions(tally: Tally, name: str, scores: Float64[np.ndarray, " n"]) -> None:
+    """Add the mean of the scores that are there."""
+    given = scores[~np.isnan(scores)]
+    tally.add_mean(name, total=float(given.sum()), count=len(given))
 
 
 def _by_place(

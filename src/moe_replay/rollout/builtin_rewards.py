@@ -14,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _TIMEOUT_S = 5
+# White space behind it belongs to the template, as in "<think>\n".
+_OPENED_TAG = re.compile(r"<([A-Za-z][\w-]*)>\s*\Z")
 
 
 def reasoning_gym(
     completions: Sequence[str],
     *,
+    prompts: Sequence[str],
     task: Sequence[Any],
     question: Sequence[str],
     answer: Sequence[str],
@@ -30,22 +33,28 @@ def reasoning_gym(
         {"question": q, "answer": a, "metadata": m}
         for q, a, m in zip(question, answer, metadata, strict=True)
     )
+    texts = _with_opened_tags(prompts, completions, only=answer_tag)
     return [
-        owner.score(final_answer(completion, answer_tag), item)
-        for completion, owner, item in zip(completions, task, items, strict=True)
+        owner.score(final_answer(text, answer_tag), item)
+        for text, owner, item in zip(texts, task, items, strict=True)
     ]
 
 
 def exact_match(
-    completions: Sequence[str], *, answer: Sequence[object], answer_tag: str = "answer"
+    completions: Sequence[str],
+    *,
+    prompts: Sequence[str],
+    answer: Sequence[object],
+    answer_tag: str = "answer",
 ) -> list[float]:
     """Score 1 where the answer that `final_answer` finds equals the column ``answer``, else 0."""
     for number, expected in enumerate(answer):
         if expected is None:
             raise ValueError(f"column answer is empty for sample {number}")
+    texts = _with_opened_tags(prompts, completions, only=answer_tag)
     return [
-        float(final_answer(completion, answer_tag) == str(expected).strip())
-        for completion, expected in zip(completions, answer, strict=True)
+        float(final_answer(text, answer_tag) == str(expected).strip())
+        for text, expected in zip(texts, answer, strict=True)
     ]
 
 
@@ -74,10 +83,29 @@ def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list
     return scores
 
 
-def format(completions: Sequence[str], *, regex: str) -> list[float]:
-    """Score 1 where the whole completion matches ``regex`` (a dot matches newlines too), else 0."""
+def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) -> list[float]:
+    """Score 1 where the whole completion matches ``regex`` (a dot matches newlines too), else 0.
+
+    Where a chat template ends the prompt with an opened tag, such as ``<think>``, the completion together with that tag may
+    match as well: the model could not write it.
+    """
     pattern = re.compile(regex, flags=re.DOTALL)
-    return [float(pattern.fullmatch(completion) is not None) for completion in completions]
+    return [
+        float(any(pattern.fullmatch(text) for text in texts))
+        for texts in zip(completions, _with_opened_tags(prompts, completions), strict=True)
+    ]
+
+
+def _with_opened_tags(
+    prompts: Sequence[str], completions: Sequence[str], *, only: str | None = None
+) -> list[str]:
+    """Put the tag that a prompt ends with before its completion; with ``only``, no other tag than that."""
+    texts = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        opened = _OPENED_TAG.search(prompt)
+        takes = opened is not None and only in (None, opened[1])
+        texts.append(opened[0] + completion if opened is not None and takes else completion)
+    return texts
 
 
 def final_answer(completion: str, answer_tag: str) -> str:

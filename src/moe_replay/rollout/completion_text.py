@@ -1,0 +1,27 @@
+"""Sampled tokens as the text that reward functions and people see.
+
+In: a tokenizer, a completion. Out: its text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_replay.rollout.types import Completion, FinishReason
+
+
+def completion_text(tokenizer: Any, completion: Completion) -> str:
+    """Return what the model wrote, without the tokens that only frame it: padding, begin, end, and the stop token.
+
+    Other special tokens stay, for some tokenizers have their ``<think>``, ``<answer>`` or ``<tool_call>`` among them, and a
+    reward for the form of an answer has to see these.
+    """
+    ids = completion.token_ids.tolist()
+    if (
+        ids
+        and completion.finish_reason is FinishReason.STOP
+        and ids[-1] in tokenizer.all_special_ids
+    ):
+        ids = ids[:-1]
+    frame = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return tokenizer.decode([i for i in ids if i not in frame], skip_special_tokens=False)

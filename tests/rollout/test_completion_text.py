@@ -1,0 +1,49 @@
+"""Reward functions see what the model wrote: tags stay, the tokens that frame a completion go."""
+
+import numpy as np
+import pytest
+
+from moe_replay.rollout.completion_text import completion_text
+from moe_replay.rollout.types import Completion, FinishReason
+from moe_replay.testing.tiny_models import character_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Return a tokenizer whose tags are special tokens, as those of some checkpoints are."""
+    made = character_tokenizer()
+    made.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<|turn|>"]})
+    return made
+
+
+def text_of(tokenizer, text: str, reason: FinishReason) -> str:
+    ids = np.array(tokenizer.encode(text), dtype=np.int32)
+    completion = Completion(
+        token_ids=ids,
+        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+        trace=None,
+        finish_reason=reason,
+        policy_version=0,
+    )
+    return completion_text(tokenizer, completion)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason", "seen"),
+    [
+        ("<think>a</think>b<eos>", FinishReason.STOP, "<think>a</think>b"),
+        ("<think>a</think>", FinishReason.LENGTH, "<think>a</think>"),
+        ("a<|turn|>b<|turn|>", FinishReason.STOP, "a<|turn|>b"),
+        ("a<|turn|>", FinishReason.LENGTH, "a<|turn|>"),
+        ("<bos>a<pad>b", FinishReason.LENGTH, "ab"),
+        ("ab", FinishReason.STOP, "ab"),
+        ("", FinishReason.ABORTED, ""),
+    ],
+)
+def test_d5_special_tokens_that_are_tags_stay(tokenizer, written, reason, seen):
+    assert text_of(tokenizer, written, reason) == seen
+
+
+def test_d5_tags_are_special_tokens_here(tokenizer):
+    ids = tokenizer.encode("<think>a")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
