@@ -130,13 +130,13 @@ def test_the_average_covers_the_last_ten_steps() -> None:
 def _whole_run(reporter: ConsoleReporter) -> None:
     reporter.start(SUMMARY)
     reporter.evaluation(
-        EvalRecord(step=0, metrics={"eval/reward": 0.25, "eval/num_items": 64.0}, seconds=1.5)
+        EvalRecord(step=0, metrics={"eval/reward": 0.25, "eval/num_items": 64.0}, seconds=1.5), []
     )
     reporter.station(1, "rollout")
     reporter.step(_step(1, REPLAYED | {"live_gap/k3_kl": 2.5e-3}), [])
     reporter.step(_step(2, REPLAYED | {"reward": 0.75}, seconds=4.0), [])
     reporter.evaluation(
-        EvalRecord(step=2, metrics={"eval/reward": 0.5, "eval/num_items": 64.0}, seconds=1.5)
+        EvalRecord(step=2, metrics={"eval/reward": 0.5, "eval/num_items": 64.0}, seconds=1.5), []
     )
     reporter.finish("trained model in export")
 

@@ -43,7 +43,7 @@ def _run(reporter: BaseReporter, first_step: int, last_step: int) -> None:
     with reporter:
         reporter.start(RunSummary(sections={}, first_step=first_step, max_steps=5))
         if first_step == 1:
-            reporter.evaluation(EvalRecord(step=0, metrics={"eval/reward": 0.5}, seconds=1.0))
+            reporter.evaluation(EvalRecord(step=0, metrics={"eval/reward": 0.5}, seconds=1.0), [])
         for step in range(first_step, last_step + 1):
             reporter.station(step, "rollout")
             record = StepRecord(step=step, metrics={"reward": step / 2}, seconds={"rollout": 1.0})

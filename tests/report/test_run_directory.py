@@ -25,6 +25,8 @@ def _step(number: int, seconds: float = 1.0) -> StepRecord:
 
 def _completion(step: int, text: str = "4") -> CompletionRecord:
     return CompletionRecord(
+        item=0,
+        columns={"answer": "4"},
         step=step,
         prompt="2 + 2 =",
         completion=text,
@@ -221,7 +223,7 @@ run = RunDirectory({str(tmp_path)!r})
 run.open(recipe_toml={RECIPE!r}, last_step=3)
 limit = run.completions.stat().st_size + 100
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-completion = CompletionRecord(step=4, prompt="p", completion="x" * 1000, rewards={{}}, reward=0.0, advantage=0.0,
+completion = CompletionRecord(step=4, item=0, columns={{}}, prompt="p", completion="x" * 1000, rewards={{}}, reward=0.0, advantage=0.0,
     num_tokens=1, finish_reason="stop", policy_version=3)
 try:
     run.write_step(StepRecord(step=4, metrics={{}}, seconds={{}}), [completion])
@@ -240,3 +242,19 @@ def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="Not a directory"):
         _opened(tmp_path / "file" / "run")
+
+
+def test_d21_samples_of_an_evaluation_are_kept_once(tmp_path: Path) -> None:
+    run = _opened(tmp_path)
+    for step, text in ((0, "first"), (2, "second"), (2, "again")):
+        record = EvalRecord(step=step, metrics={"eval/reward": 0.5}, seconds=1.0)
+        run.write_evaluation(record, [_completion(step, text)])
+
+    def texts() -> list[str]:
+        lines = (tmp_path / "eval_completions.jsonl").read_text().splitlines()
+        return [json.loads(line)["completion"] for line in lines]
+
+    assert texts() == ["first", "again"]
+    # Step 2 is run again, and with it its evaluation.
+    _opened(tmp_path, last_step=1)
+    assert texts() == ["first"]

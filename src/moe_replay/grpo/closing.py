@@ -5,10 +5,7 @@ In: what the stations before returned. Out: records, pushed weights, files.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-import numpy as np
-
+from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.learning import OldScores, Update, gap_of
 from moe_replay.grpo.metrics import Tally, completion_tally
 from moe_replay.grpo.records import CompletionRecord, StepRecord
@@ -27,7 +24,7 @@ def push_weights(run: Run) -> None:
 def step_record(
     run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
-    """Collect the step's metrics over all ranks, and a record of every completion."""
+    """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
     own = [sample for sample in old.samples if sample.sampled_here]
     endings = completion_tally(
         [len(completion.token_ids) for completion in rollout.completions],
@@ -43,9 +40,16 @@ def step_record(
     if run.mode is not ReplayMode.DISABLED:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
-    records = _completion_records(run, rollout, scored)
-    gathered = run.gather([asdict(record) for record in records])
-    everyone = [CompletionRecord(**record) for part in gathered for record in part]
+    everyone = kept_completions(
+        run,
+        rollout.prompts,
+        rollout.places,
+        rollout.groups,
+        texts=scored.texts,
+        rewards={name: scores.reshape(-1) for name, scores in scored.rewards.items()},
+        totals=scored.totals.reshape(-1),
+        advantages=scored.advantages,
+    )
     return StepRecord(step=run.step, metrics=metrics, seconds=run.take_seconds()), everyone
 
 
@@ -92,28 +96,3 @@ def _fault_metrics(run: Run) -> dict[str, float]:
         return {}
     parts = run.gather(dict(run.engine.faults))
     return {f"rollout/faults_{kind}": float(sum(p[kind] for p in parts)) for kind in parts[0]}
-
-
-def _completion_records(run: Run, rollout: Rollout, scored: Scored) -> list[CompletionRecord]:
-    records = []
-    texts = iter(scored.texts)
-    for row, (place, group) in enumerate(zip(rollout.places, rollout.groups, strict=True)):
-        for number, completion in enumerate(group.completions):
-            records.append(
-                CompletionRecord(
-                    step=run.step,
-                    prompt=rollout.prompts[place].text,
-                    completion=next(texts),
-                    rewards={n: _opinion(s[row, number]) for n, s in scored.rewards.items()},
-                    reward=_opinion(scored.totals[row, number]),
-                    advantage=float(scored.advantages[place, number]),
-                    num_tokens=len(completion.token_ids),
-                    finish_reason=str(completion.finish_reason),
-                    policy_version=completion.policy_version,
-                )
-            )
-    return records
-
-
-def _opinion(score: np.floating) -> float | None:
-    return None if np.isnan(score) else float(score)

@@ -334,3 +334,5 @@ class LoggingSection(Section):
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)
     ] = ()
     """Names of sinks."""
+    completions: int = Field(default=1024, ge=0)
+    """Completions of each step, and of each evaluation, whose texts are kept: the first ones, prompt after prompt."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from moe_replay.rollout.types import RolloutProgress
 
@@ -27,20 +27,24 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRecord:
-    """One sampled completion and what it earned: a line of ``completions.jsonl``."""
+    """One sampled completion and what it earned: a line of ``completions.jsonl`` or ``eval_completions.jsonl``."""
 
     step: int
-    """Step that sampled it, from 1."""
+    """Step that sampled it, from 1; of an evaluation, the steps before it."""
+    item: int
+    """Number of the dataset's item, from 0."""
     prompt: str
     """Prompt text as decoded from its ids."""
+    columns: Mapping[str, Any]
+    """Column of the dataset -> value, of those that a reward function reads and JSON can hold: the answer, for one."""
     completion: str
     """Completion text."""
     rewards: Mapping[str, float | None]
     """Reward function -> its score, before weights; None where it has no opinion."""
     reward: float | None
     """Weighted sum; None where no function has an opinion."""
-    advantage: float
-    """What the update used."""
+    advantage: float | None
+    """What the update used; None in an evaluation."""
     num_tokens: int
     """Sampled tokens."""
     finish_reason: str
@@ -86,11 +90,11 @@ class Reporter(Protocol):
         ...
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step."""
+        """Take a finished step, and the completions that are kept of it."""
         ...
 
-    def evaluation(self, record: EvalRecord) -> None:
-        """Take an evaluation."""
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take an evaluation, and the completions that are kept of it."""
         ...
 
     def finish(self, message: str) -> None:

@@ -214,6 +214,13 @@ class Run:
         self.policy_version = position.policy_version
         self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
 
+    def _what_is_kept(self) -> list[str]:
+        """Say how many completions are written down, where that is not all of them."""
+        kept, sampled = self.recipe.logging.completions, self.recipe.samples_per_step
+        if kept >= sampled:
+            return []
+        return [f"texts of {kept} of {sampled} completions a step are kept (logging.completions)"]
+
     def summary(self) -> RunSummary:
         """Return what is about to run, in words."""
         recipe, engine = self.recipe, self.engine.description
@@ -252,6 +259,7 @@ class Run:
                 ],
                 "Output": [
                     f"{self.directory} (every key of the recipe: recipe.toml)",
+                    *self._what_is_kept(),
                     *self.notes,
                 ],
             },

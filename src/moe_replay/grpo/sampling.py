@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64
 from moe_replay.errors import RewardError
 from moe_replay.grpo.advantage import group_advantages, reward_metrics
 from moe_replay.grpo.engines import training_request
+from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run, message_device
@@ -212,17 +213,31 @@ def evaluate(run: Run) -> None:
         asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
         texts = [run.decode(completion) for completion in completions]
         batch = _score(run, asked, completions, texts)
-        tally = Tally()
-        _add_opinions(tally, "eval/reward", batch.total)
-        for name, scores in batch.scores.items():
-            _add_opinions(tally, f"eval/rewards/{name}", scores)
-        unscored = int(np.isnan(batch.total).sum())
-        tally.add_mean("eval/unscored_ratio", total=unscored, count=len(batch.total))
+        tally = _eval_tally(batch)
         tally.add_sum("eval/num_items", len(mine))
         metrics = run.merge(tally)
-    run.reporter.evaluation(
-        EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
-    )
+        kept = kept_completions(
+            run,
+            prompts,
+            list(mine),
+            groups,
+            texts=texts,
+            rewards=batch.scores,
+            totals=batch.total,
+        )
+    record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
+    run.reporter.evaluation(record, kept)
+
+
+def _eval_tally(batch: ScoredBatch) -> Tally:
+    """Tally what this rank's held-out completions earned."""
+    tally = Tally()
+    _add_opinions(tally, "eval/reward", batch.total)
+    for name, scores in batch.scores.items():
+        _add_opinions(tally, f"eval/rewards/{name}", scores)
+    unscored = int(np.isnan(batch.total).sum())
+    tally.add_mean("eval/unscored_ratio", total=unscored, count=len(batch.total))
+    return tally
 
 
 def _add_opinions(tally: Tally, name: str, scores: Float64[np.ndarray, " n"]) -> None:

@@ -31,7 +31,7 @@ class BaseReporter:
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
         """Take a finished step."""
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Take an evaluation."""
 
     def finish(self, message: str) -> None:

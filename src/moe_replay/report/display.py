@@ -136,7 +136,7 @@ class ConsoleReporter(BaseReporter):
         self._lines += 1
         self._print(self._step_line(record))
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Print the line of an evaluation."""
         self._stop_ticking()
         self._evaluations = [e for e in self._evaluations if e.step != record.step] + [record]

@@ -32,9 +32,9 @@ class JsonlReporter(BaseReporter):
         """Append a step and its completions."""
         self._run_directory.write_step(record, completions)
 
-    def evaluation(self, record: EvalRecord) -> None:
-        """Append an evaluation."""
-        self._run_directory.write_evaluation(record)
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Append an evaluation and its completions."""
+        self._run_directory.write_evaluation(record, completions)
 
 
 class CompositeReporter(BaseReporter):
@@ -63,10 +63,10 @@ class CompositeReporter(BaseReporter):
         for reporter in self._reporters:
             reporter.step(record, completions)
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Take an evaluation."""
         for reporter in self._reporters:
-            reporter.evaluation(record)
+            reporter.evaluation(record, completions)
 
     def finish(self, message: str) -> None:
         """Show the summary and ``message``."""

@@ -10,6 +10,7 @@
     ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`
     ├── eval.jsonl          one line an evaluation
+    ├── eval_completions.jsonl  one line a completion of an evaluation
     ├── checkpoints/        what a run resumes from
     └── export/             the trained model as a Hugging Face checkpoint
 
@@ -69,6 +70,8 @@ class RunDirectory:
         """One line a completion."""
         self.evaluations = path / "eval.jsonl"
         """One line an evaluation."""
+        self.eval_completions = path / "eval_completions.jsonl"
+        """One line a completion of an evaluation."""
         self.checkpoints = path / "checkpoints"
         """What a run resumes from."""
         self.export = path / "export"
@@ -86,7 +89,7 @@ class RunDirectory:
             CheckpointError: when a record cannot be read, or the directory cannot be written.
         """
         self._lay_out(recipe_toml, last_step=last_step)
-        for file in (self.metrics, self.completions, self.evaluations):
+        for file in (self.metrics, self.completions, self.evaluations, self.eval_completions):
             _keep_lines(file, lambda line: line["step"] <= last_step)
         recorded = {record.step for record in self.read_steps()}
         self.missing_steps = tuple(sorted(set(range(1, last_step + 1)) - recorded))
@@ -107,14 +110,18 @@ class RunDirectory:
         line = {"step": record.step, **_sorted(record.metrics), "seconds": dict(record.seconds)}
         _append(self.metrics, [line])
 
-    def write_evaluation(self, record: EvalRecord) -> None:
-        """Append an evaluation, or replace that of the same step.
+    def write_evaluation(
+        self, record: EvalRecord, completions: Sequence[CompletionRecord] = ()
+    ) -> None:
+        """Append an evaluation and its completions, or replace those of the same step.
 
         Raises:
             CheckpointError: when the disk is full or cannot be written.
         """
         if any(known.step == record.step for known in self.read_evaluations()):
-            _keep_lines(self.evaluations, lambda line: line["step"] != record.step)
+            for file in (self.evaluations, self.eval_completions):
+                _keep_lines(file, lambda line: line["step"] != record.step)
+        _append(self.eval_completions, [asdict(completion) for completion in completions])
         line = {"step": record.step, **_sorted(record.metrics), "seconds": record.seconds}
         _append(self.evaluations, [line])
 

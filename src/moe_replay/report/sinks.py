@@ -42,7 +42,7 @@ class TensorBoardReporter(BaseReporter):
         """Write the scalars of a step."""
         self._write(record.step, _scalars(record))
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Write the scalars of an evaluation."""
         self._write(record.step, dict(record.metrics))
 
@@ -85,7 +85,7 @@ class WandbReporter(BaseReporter):
         """Log the scalars of a step."""
         self._run.log({"step": record.step, **_scalars(record)})
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Log the scalars of an evaluation."""
         self._run.log({"step": record.step, **record.metrics})
 
@@ -120,7 +120,7 @@ class TrackioReporter(BaseReporter):
         """Log the scalars of a step."""
         self._run.log(_scalars(record), step=record.step)
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Log the scalars of an evaluation."""
         self._run.log(dict(record.metrics), step=record.step)
 

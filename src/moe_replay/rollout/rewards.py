@@ -85,6 +85,10 @@ class RewardSet:
         """Names of the functions, in the order of the recipe."""
         return tuple(spec.name for spec in self._specs)
 
+    def takes(self, name: str) -> bool:
+        """Tell whether some function reads the dataset's column ``name``."""
+        return any(signature.takes(name) for signature in self._signatures)
+
     @staticmethod
     def load(specs: Sequence[RewardSpec], *, folders: Sequence[str] = ()) -> RewardSet:
         """Find every function; modules and files are imported in the reward process, from ``folders`` first.

@@ -1,0 +1,79 @@
+"""The completions whose texts a run keeps: the first of each step and evaluation, beside what their rewards read.
+
+In: completions and their scores, of this rank. Out: records of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from moe_replay.grpo.records import CompletionRecord
+from moe_replay.grpo.run import Run
+from moe_replay.rollout.prompts import Prompt
+from moe_replay.rollout.types import RolloutGroup
+
+
+def kept_completions(
+    run: Run,
+    prompts: Sequence[Prompt],
+    places: Sequence[int],
+    groups: Sequence[RolloutGroup],
+    *,
+    texts: Sequence[str],
+    rewards: Mapping[str, Float64[np.ndarray, " completions"]],
+    totals: Float64[np.ndarray, " completions"],
+    advantages: Float64[np.ndarray, "prompts generations"] | None = None,
+) -> list[CompletionRecord]:
+    """Return the first ``logging.completions`` of all ranks, prompt after prompt; every rank calls this.
+
+    ``groups[i]`` answers ``prompts[places[i]]``; ``texts``, ``rewards`` and ``totals`` follow their completions.
+    """
+    records: list[tuple[int, int, CompletionRecord]] = []
+    row = 0
+    for place, group in zip(places, groups, strict=True):
+        for number, completion in enumerate(group.completions):
+            if place * len(group.completions) + number < run.recipe.logging.completions:
+                record = CompletionRecord(
+                    step=run.step,
+                    item=prompts[place].index,
+                    prompt=prompts[place].text,
+                    columns=_columns_read(run, prompts[place]),
+                    completion=texts[row],
+                    rewards={name: _score(scores[row]) for name, scores in rewards.items()},
+                    reward=_score(totals[row]),
+                    advantage=None if advantages is None else float(advantages[place, number]),
+                    num_tokens=len(completion.token_ids),
+                    finish_reason=str(completion.finish_reason),
+                    policy_version=completion.policy_version,
+                )
+                records.append((place, number, record))
+            row += 1
+    gathered = run.gather([[place, number, asdict(record)] for place, number, record in records])
+    everyone = sorted((entry for part in gathered for entry in part), key=lambda entry: entry[:2])
+    return [CompletionRecord(**record) for _, _, record in everyone]
+
+
+def _columns_read(run: Run, prompt: Prompt) -> dict[str, Any]:
+    """Return the columns that some reward function takes, without those that JSON cannot hold."""
+    read = {name: value for name, value in prompt.columns.items() if run.inputs.rewards.takes(name)}
+    return {name: value for name, value in read.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int)
+
+
+def _score(value: np.floating[Any]) -> float | None:
+    return None if np.isnan(value) else float(value)
