@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 _FORMAT = 1
 _UNUSED_S = 30 * 24 * 3600
 _POLL_S = 0.2
+_MANY_ROWS = 2000
 
 
 class DatasetCache:
@@ -43,9 +44,11 @@ class DatasetCache:
         self.notes: list[str] = []
         """What a person should know about the cache."""
 
-    def is_worth_it(self, paths: Sequence[Path]) -> bool:
-        """Return whether files are so large that working on them twice would be noticed."""
-        return self._folder is not None and sum(p.stat().st_size for p in paths) >= self._min_bytes
+    def is_worth_it(self, paths: Sequence[Path], *, num_rows: int = 0) -> bool:
+        """Return whether files are so large, or hold so many rows, that working on them twice would be noticed."""
+        if self._folder is None:
+            return False
+        return num_rows >= _MANY_ROWS or sum(p.stat().st_size for p in paths) >= self._min_bytes
 
     def report(self, what: str, done: int, total: int) -> None:
         """Tell how far the work has come."""

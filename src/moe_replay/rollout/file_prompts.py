@@ -209,7 +209,8 @@ def open_file_prompts(
 def _kept_survey(
     table: Table, reader: RowReader, encoder: PromptEncoder, limit: int | None, cache: DatasetCache
 ) -> Survey:
-    digest = encoder.digest() if table.files and cache.is_worth_it(table.files) else None
+    is_worth_it = bool(table.files) and cache.is_worth_it(table.files, num_rows=len(table))
+    digest = encoder.digest() if is_worth_it else None
     if digest is not None:
         used = [reader.names, reader.prompt_columns, sorted(reader.columns.renamed.items()), limit]
         key = entry_key(table.files, "survey", table.location, json.dumps(used), digest)
