@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.rollout.builtin_rewards import exact_match, format
 from moe_replay.rollout.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.rollout.prompt_encoding import PromptEncoder
 from moe_replay.testing.tiny_models import character_tokenizer
@@ -251,3 +252,11 @@ def test_a_template_that_writes_the_date_is_pointed_out(tmp_path):
     source = opened(tmp_path, [{"prompt": "a"}], template=template, chat_template_kwargs=fixed)
     assert source.encoder.notes() == ()
     assert texts(source) == ["1 Jan 2026[user]a\n[assistant]"]
+
+
+def test_d4_tag_that_the_prompt_opened_is_counted_once():
+    prompts = ["[assistant]It is <answer>"] * 2
+    # With and without the part of the answer that the prompt began.
+    texts = ["It is <answer>4</answer>", "4</answer>"]
+    assert exact_match(texts, prompts=prompts, answer=["4", "4"]) == [1.0, 1.0]
+    assert format(texts, prompts=prompts, regex="It is <answer>4</answer>") == [1.0, 0.0]

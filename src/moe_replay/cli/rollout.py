@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_replay.cli.environment import set_defaults
-from moe_replay.cli.stages import quiet_transformers, say
+from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.cli.train import with_values
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
@@ -45,7 +45,7 @@ def run_rollout(
     say("loading tokenizer, data and rewards ...")
     from moe_replay.grpo.inputs import open_inputs
 
-    inputs = open_inputs(recipe)
+    inputs = open_inputs(recipe, Progress())
     # Nothing is scored here.
     inputs.close()
     say(f"starting the {recipe.rollout.engine} engine ...")

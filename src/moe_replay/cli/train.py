@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.environment import read_process, set_defaults
-from moe_replay.cli.stages import quiet_transformers, say
+from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.recipe_file import load_recipe
@@ -81,7 +81,7 @@ def _prepare(
     say("loading tokenizer, data and rewards ...")
     from moe_replay.grpo.inputs import open_inputs
 
-    with closing(open_inputs(recipe)) as inputs:
+    with closing(open_inputs(recipe, Progress())) as inputs:
         say("loading torch and Megatron-Core ...")
         # Takes seconds: after everything that fails sooner.
         from moe_replay.megatron.model import read_model_shape

@@ -5,6 +5,7 @@ In: a recipe. Out: `Inputs`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.prompt_sources import open_prompt_sources
+from moe_replay.rollout.builtin_rewards import BUILTIN_REWARDS
 from moe_replay.rollout.checkpoint_config import count_experts, read_config_json, refuse_nested
 from moe_replay.rollout.dataset_cache import Progress
+from moe_replay.rollout.file_prompts import FilePrompts
 from moe_replay.rollout.prompt_encoding import load_tokenizer
 from moe_replay.rollout.prompts import PromptSource
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
@@ -64,16 +67,37 @@ def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None)
     """Open tokenizer and datasets, and check that these have what the reward functions need."""
     tokenizer = load_tokenizer(recipe.model.path)
     prompts = open_prompt_sources(recipe, tokenizer, progress)
-    for source in (prompts.train, prompts.held_out):
+    notes = list(prompts.notes)
+    for key, source in (("data.train", prompts.train), ("data.eval", prompts.held_out)):
         if source is not None:
             rewards.check(source)
+            notes += _gaps(key, source, rewards)
     return Inputs(
         tokenizer=tokenizer,
         train=prompts.train,
         held_out=prompts.held_out,
         rewards=rewards,
-        notes=prompts.notes,
+        notes=tuple(notes),
     )
+
+
+def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
+    """Yield what reward functions will get as None, because some rows lack it.
+
+    Raises:
+        RecipeError: when a built-in function needs it, for which a row without it cannot be scored.
+    """
+    if not isinstance(source, FilePrompts):
+        return
+    for spec, column in rewards.needs():
+        gap = source.gap(column)
+        if gap is not None and spec.function in BUILTIN_REWARDS:
+            raise RecipeError(
+                f"{key}: {gap}, which reward {spec.name} needs to score a completion: fill these rows, remove them, or "
+                "write a reward function that returns None for them"
+            )
+        if gap is not None:
+            yield f"{key}: {gap}; reward {spec.name} is given None for these"
 
 
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:

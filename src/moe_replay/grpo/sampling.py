@@ -151,8 +151,16 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
         advantages=whole.advantages,
         counts=whole.counts,
         metrics=reward_metrics(whole, scores)
-        | {"completions/unscored_ratio": 1.0 - float(has_reward.mean())},
+        | {"completions/unscored_ratio": 1.0 - float(has_reward.mean())}
+        | _cut_prompts(run, rollout),
     )
+
+
+def _cut_prompts(run: Run, rollout: Rollout) -> dict[str, float]:
+    """Return the share of prompts that lost tokens at their start; nothing where the recipe cuts none."""
+    if run.recipe.data.truncation != "left":
+        return {}
+    return {"prompts/cut_ratio": float(np.mean([prompt.num_cut > 0 for prompt in rollout.prompts]))}
 
 
 def _score(
@@ -169,7 +177,10 @@ def _score(
     failure = batch = None
     try:
         batch = run.inputs.rewards.score(
-            prompts, texts, [completion.token_ids.tolist() for completion in completions]
+            prompts,
+            # An answer that the prompt begins is one text to a reward.
+            [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
+            [completion.token_ids.tolist() for completion in completions],
         )
     except RewardError as error:
         failure = error

@@ -99,11 +99,17 @@ def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) ->
 def _with_opened_tags(
     prompts: Sequence[str], completions: Sequence[str], *, only: str | None = None
 ) -> list[str]:
-    """Put the tag that a prompt ends with before its completion; with ``only``, no other tag than that."""
+    """Put the tag that a prompt ends with before its completion; with ``only``, no other tag than that.
+
+    A completion that begins with the part of the answer that its prompt gave has the tag already.
+    """
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         opened = _OPENED_TAG.search(prompt)
         takes = opened is not None and only in (None, opened[1])
+        if opened is not None:
+            before, tag, _ = completion.partition(opened[0])
+            takes = takes and not (tag and prompt.endswith(before + tag))
         texts.append(opened[0] + completion if opened is not None and takes else completion)
     return texts
 

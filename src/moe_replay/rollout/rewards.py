@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,13 @@ class RewardSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def needs(self) -> Iterator[tuple[RewardSpec, str]]:
+        """Yield each function with each dataset column that it does not do without."""
+        for spec, signature in zip(self._specs, self._signatures, strict=True):
+            for name in signature.required:
+                if name not in spec.args:
+                    yield spec, name
 
     def check(self, source: PromptSource) -> None:
         """Raise `RecipeError` unless the prompts of ``source`` carry every column that a function needs."""
