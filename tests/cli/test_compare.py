@@ -111,4 +111,24 @@ def test_compare_takes_no_recipe_keys(write, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", path, path, "--replay.min_coverage", "1"])
     assert stopped.value.code == 2
-    assert "only train, rollout and doctor take recipe keys" in capsys.readouterr().err
+    assert "only train, rollout, record and doctor take recipe keys" in capsys.readouterr().err
+
+
+def test_d17_other_tokens_point_to_the_command_that_records_given_ones(write, capsys):
+    theirs = recorded()
+    theirs["a"] = synthetic_trace(np.array([5, 6, 9, 5]), seed=0, num_layers=3)
+    message = refusal(capsys, write("a", recorded()), write("b", theirs))
+    assert "bound to different tokens from row 2 of 4 on" in message
+    assert "use `moe-replay record RECIPE --from ROLLOUT --output FOLDER`" in message
+
+
+def test_d17_a_folder_stands_for_the_traces_in_it(write, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(f"{name}/routes.traces", recorded())
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "flips, of (token, layer) pairs 0.00 %" in " ".join(capsys.readouterr().out.split())
+    write("b/more.traces", recorded())
+    assert "holds 2 trace files, name one of them: more.traces, routes.traces" in refusal(
+        capsys, str(tmp_path / "a"), str(tmp_path / "b")
+    )

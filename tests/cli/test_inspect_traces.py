@@ -149,3 +149,16 @@ def test_inspect_refuses_a_damaged_file(write, capsys, tmp_path):
 def test_inspect_refuses_what_is_no_trace_file(capsys, tmp_path):
     assert main(["inspect", str(tmp_path / "gone")]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_run_directory_and_a_text_file_are(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for path, what in (
+        (tmp_path, "is a run directory without trace files (*.traces)"),
+        (tmp_path / "metrics.jsonl", "holds text, and trace files are binary"),
+    ):
+        assert main(["inspect", str(path)]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert what in message
+        assert "`moe-replay rollout` and `moe-replay record` write trace files" in message
+        assert "from_text" not in message

@@ -77,7 +77,7 @@ def test_d19_an_unknown_option_is_answered_with_the_nearest_one(capsys, command,
 def test_d19_a_recipe_key_is_refused_where_there_is_no_recipe(capsys):
     code, text = ended(capsys, "inspect", "file", "--grpo.beta", "3")
     assert code == 2
-    assert "--grpo.beta: only train, rollout and doctor take recipe keys" in text
+    assert "--grpo.beta: only train, rollout, record and doctor take recipe keys" in text
 
 
 def test_overrides_are_taken_out_wherever_they_stand():
@@ -95,7 +95,7 @@ def test_d19_help_and_version_load_nothing_heavy():
         "    try: main(words)\n    except SystemExit: pass\n"
         "print(sorted(set(sys.argv[1].split(',')) & set(sys.modules)))\n"
     )
-    commands = ["doctor", "rollout", "compare", "inspect", "serve"]
+    commands = ["doctor", "rollout", "record", "compare", "inspect", "serve"]
     done = subprocess.run(
         [sys.executable, "-c", code, ",".join(HEAVY), *commands],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},

@@ -15,12 +15,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moe_replay.errors import CodecError, TraceError
+from moe_replay.cli.trace_files import open_traces
+from moe_replay.errors import CodecError, TokenMismatchError, TraceError
 from moe_replay.routing import RoutingTrace, TraceComparison, TraceFile, compare_traces
 
 _NUM_TOKENS_SHOWN = 5
 _NUM_STRETCHES = 8
 _BAR_WIDTH = 24
+_RECORD = (
+    "Engines that sample for themselves write different tokens; to see how another engine or number format routes the "
+    "tokens of a rollout, use `moe-replay record RECIPE --from ROLLOUT --output FOLDER`, and compare with what it writes"
+)
 
 
 def run_compare(first: str, second: str, *, as_json: bool) -> int:
@@ -29,7 +34,7 @@ def run_compare(first: str, second: str, *, as_json: bool) -> int:
     Raises:
         TraceError: when the files hold traces of other names, tokens or models, or cannot be read.
     """
-    files = TraceFile(first), TraceFile(second)
+    files = open_traces(first), open_traces(second)
     names = _shared_names(*files)
     reading: list[str] = []
     try:
@@ -37,7 +42,10 @@ def run_compare(first: str, second: str, *, as_json: bool) -> int:
     except CodecError:
         raise  # names its file and trace
     except TraceError as error:
-        raise type(error)(f"trace {reading[-1]!r} of {first} and {second}: {error}") from error
+        advice = f". {_RECORD}" if isinstance(error, TokenMismatchError) else ""
+        raise type(error)(
+            f"trace {reading[-1]!r} of {first} and {second}: {error}{advice}"
+        ) from error
     if as_json:
         print(json.dumps(comparison_report(found, names), indent=2))
     else:
@@ -73,7 +81,7 @@ def _shared_names(first: TraceFile, second: TraceFile) -> tuple[str, ...]:
         only = [sorted(ours - theirs)[:4], sorted(theirs - ours)[:4]]
         raise TraceError(
             f"{first.path} holds {len(ours)} traces and {second.path} {len(theirs)}; only in the first: {only[0]}, only in "
-            f"the second: {only[1]}; expected the same names in both, at least one: record both over the same samples"
+            f"the second: {only[1]}; expected the same names in both, at least one: record both over the same samples. {_RECORD}"
         )
     return first.names
 

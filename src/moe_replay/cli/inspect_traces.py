@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_replay.cli.trace_files import open_traces
 from moe_replay.routing import RoutingTrace, TraceFile
 from moe_replay.routing.slots import row_chunks
 
@@ -56,7 +57,7 @@ def run_inspect(path: str, *, as_json: bool) -> int:
     Raises:
         CodecError: when the file cannot be read, or any of its bytes was altered.
     """
-    file = TraceFile(path)
+    file = open_traces(path)
     traces, loads = _read(file)
     if as_json:
         print(json.dumps(_file_report(file, traces, loads), indent=2))

@@ -57,6 +57,13 @@ def _run_rollout(options: argparse.Namespace, overrides: Overrides) -> int:
     return run_rollout(options.recipe, overrides, options.output, num_prompts=options.num_prompts)
 
 
+def _run_record(options: argparse.Namespace, overrides: Overrides) -> int:
+    say(f"moe-replay {__version__}: reading {options.recipe} ...")
+    from moe_replay.cli.record import run_record
+
+    return run_record(options.recipe, overrides, options.source, options.output)
+
+
 def _run_doctor(options: argparse.Namespace, overrides: Overrides) -> int:
     from moe_replay.cli.doctor import run_doctor
 
@@ -79,6 +86,7 @@ _RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
     "train": _run_train,
     "doctor": _run_doctor,
     "rollout": _run_rollout,
+    "record": _run_record,
     "compare": _run_compare,
     "inspect": _run_inspect,
     "serve": _run_serve,

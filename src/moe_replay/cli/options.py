@@ -19,7 +19,7 @@ from moe_replay.cli import serve as serve_command
 WIDTH = 100
 """Characters of a line of help or of an error message."""
 
-_TAKE_KEYS = ("train", "rollout", "doctor")
+_TAKE_KEYS = ("train", "rollout", "record", "doctor")
 _Commands = argparse._SubParsersAction
 
 Overrides = Sequence[tuple[str, str | None]]
@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_train(commands),
         _add_doctor(commands),
         _add_rollout(commands),
+        _add_record(commands),
         _add_compare(commands),
         _add_inspect(commands),
         _add_serve(commands),
@@ -170,12 +171,33 @@ def _add_rollout(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     return rollout
 
 
+def _add_record(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    record = commands.add_parser(
+        "record",
+        help="record the routes that another engine or number format takes for the same tokens",
+        description="Run the tokens of a rollout through a recipe's engine and write the routes that it takes for them, so "
+        "that compare can tell how two engines, or two number formats, route the same tokens.",
+        usage="moe-replay record RECIPE --from ROLLOUT --output FOLDER [--section.key VALUE ...] [--traceback]",
+        allow_abbrev=False,
+    )
+    record.add_argument("recipe", metavar="RECIPE", help="TOML file")
+    record.add_argument(
+        "--from",
+        metavar="ROLLOUT",
+        required=True,
+        dest="source",
+        help="what moe-replay rollout wrote",
+    )
+    record.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    return record
+
+
 def _add_compare(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare two recordings of the same tokens",
-        description="Compare two trace files that were recorded over the same samples: how often the experts differ, in "
-        "which layers, positions, sequences and tokens.",
+        description="Compare two trace files that were recorded over the same tokens: how often the experts differ, in "
+        "which layers, positions, sequences and tokens. A folder stands for the trace file in it.",
         allow_abbrev=False,
     )
     compare.add_argument("first", metavar="A", help="trace file")

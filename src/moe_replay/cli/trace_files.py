@@ -1,0 +1,53 @@
+"""The trace file that a person means: a file, a rollout, or a folder that holds one.
+
+In: a path of a command line. Out: an open `TraceFile`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_replay.errors import CodecError
+from moe_replay.routing import TraceFile
+
+_WRITERS = "`moe-replay rollout` and `moe-replay record` write trace files"
+
+
+def open_traces(path: str) -> TraceFile:
+    """Open a trace file: the file itself, that of a rollout's manifest, or the only one in a folder.
+
+    Raises:
+        CodecError: when there is none, or more than one, or it is not an intact trace file.
+    """
+    return TraceFile(find_traces(Path(path)))
+
+
+def find_traces(path: Path) -> Path:
+    """Return the trace file that ``path`` leads to.
+
+    Raises:
+        CodecError: when there is none, or more than one.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("*.traces"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(each.name for each in found[:8])
+            raise CodecError(f"{path} holds {len(found)} trace files, name one of them: {names}")
+        what = "a run directory" if (path / "metrics.jsonl").exists() else "a folder"
+        raise CodecError(f"{path} is {what} without trace files (*.traces): {_WRITERS}")
+    if path.suffix in (".json", ".jsonl") and path.with_suffix(".traces").is_file():
+        return path.with_suffix(".traces")
+    if path.is_file() and _is_text(path):
+        raise CodecError(f"{path} holds text, and trace files are binary: {_WRITERS}")
+    return path
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError:
+        return False
+    return bool(start) and all(byte >= 32 or byte in b"\t\r\n" for byte in start)
