@@ -254,21 +254,28 @@ def _pad_uneven_collectives() -> None:
 
 
 def _order_two_stage_p2p() -> None:
-    """Pair sends with receives when the previous and the next pipeline stage are the same rank.
+    """Pair sends with receives where gloo, unlike nccl, matches strictly in order and sends only once it is received.
 
-    Both ranks post (previous, next), so with two stages the second rank's order has to be reversed; nccl
-    groups the batch and does not care, gloo matches strictly in order and would swap activations silently.
+    Both ranks post (previous, next), so with two stages the second rank's order has to be reversed: nccl groups the
+    batch and does not care, gloo would swap activations silently. And these are the shapes of what follows: a rank that
+    waits for its own to be received before it takes the tensor of the other one waits for ever where that one has no
+    more to send (interleaving, one microbatch a stage). Sends are therefore waited for at the next exchange, when the
+    tensor behind each of them has been received.
     """
     communication = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     post = torch.distributed.batch_isend_irecv
+    sent: list[Any] = []
 
     def batch_isend_irecv(ops: list[Any]) -> list[Any]:
+        while sent:
+            sent.pop().wait()
         group = ops[0].group or torch.distributed.group.WORLD
+        sends = [op for op in ops if op.op is torch.distributed.isend]
+        receives = [op for op in ops if op.op is torch.distributed.irecv]
         if len(ops) > 2 and group.size() == 2 and group.rank() == 1:
-            sends = [op for op in ops if op.op is torch.distributed.isend]
-            receives = [op for op in ops if op.op is torch.distributed.irecv]
-            ops = [*reversed(sends), *reversed(receives)]
-        return post(ops)
+            sends, receives = sends[::-1], receives[::-1]
+        sent.extend(post(sends) if sends else ())
+        return post(receives) if receives else []
 
     distributed = _Overlay(torch.distributed, batch_isend_irecv=batch_isend_irecv)
     communication.torch = _Overlay(torch, distributed=distributed)
