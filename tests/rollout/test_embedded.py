@@ -16,7 +16,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
     check_group,
 )
-from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
+from moe_replay.testing.tiny_models import FAMILIES, VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
 
 GREEDY = SamplingParams(max_completion_length=6, temperature=0.0)
@@ -174,11 +174,33 @@ def test_stop_tokens_come_from_the_generation_config(root):
 
 def test_a_model_without_a_stop_token_samples_to_the_limit(root):
     path = write_tiny_checkpoint(root / "no-eos", num_hidden_layers=2, eos_token_id=None)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
     groups = EmbeddedEngine(path, dtype="float32").generate(
         prompts(5, num_generations=8), SamplingParams(max_completion_length=30)
     )
     reasons = {completion.finish_reason for completion in groups[0].completions}
     assert reasons == {FinishReason.LENGTH}
+
+
+def test_e19_a_stop_token_that_only_the_tokenizer_names_ends_completions(root):
+    path = write_tiny_checkpoint(root / "their-eos", num_hidden_layers=2, eos_token_id=None)
+    engine = EmbeddedEngine(path, dtype="float32")
+    (group,) = engine.generate(
+        prompts(5, num_generations=32), SamplingParams(max_completion_length=60)
+    )
+    stopped = [c for c in group.completions if c.finish_reason is FinishReason.STOP]
+    assert stopped
+    assert all(c.token_ids[-1] == 1 and 1 not in c.token_ids[:-1] for c in stopped)
+
+
+def test_e18_ids_beyond_the_tokenizer_are_never_sampled(root):
+    path = write_tiny_checkpoint(root / "padded", num_hidden_layers=2, vocab_size=VOCAB_SIZE * 2)
+    engine = EmbeddedEngine(path, dtype="float32")
+    for sampling in (GREEDY, SamplingParams(max_completion_length=40)):
+        (group,) = engine.generate(prompts(5, num_generations=8), sampling)
+        assert max(c.token_ids.max() for c in group.completions) < VOCAB_SIZE
+        assert_exact(path, [group])
 
 
 def test_a_dense_model_gives_completions_without_traces(root):

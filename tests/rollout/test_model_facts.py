@@ -35,10 +35,18 @@ def test_tied_embeddings_are_seen(tmp_path):
     assert read_facts(path).tied_names == frozenset()
 
 
-def test_the_generation_config_goes_before_the_config(tmp_path):
+def test_e19_stop_tokens_are_those_of_both_configs(tmp_path):
     path = write_tiny_checkpoint(tmp_path, num_hidden_layers=1)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 1]}))
-    assert read_facts(path).eos_ids == (7, 1)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert read_facts(path).eos_ids == (7, 8, 1)
+
+
+def test_e18_facts_tell_which_ids_pad_the_vocabulary(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=1, vocab_size=VOCAB_SIZE + 5)
+    assert (read_facts(path).vocab_size, read_facts(path).num_known_ids) == (
+        VOCAB_SIZE + 5,
+        VOCAB_SIZE,
+    )
 
 
 def test_shards_are_read_as_one_checkpoint(tmp_path):

@@ -132,3 +132,23 @@ def test_a_setting_out_of_range_is_named(field, value):
 
 def test_settings_in_range_pass():
     check_sampling(SamplingParams(max_completion_length=1, temperature=0.0, top_p=1.0, top_k=0))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 3}, {"top_p": 0.95}, {"temperature": 0.0}], ids=str
+)
+def test_e18_ids_that_pad_the_vocabulary_are_never_drawn(settings):
+    """Tokens 0 and 1 are known; they are drawn in proportion, with their probabilities of the full vocabulary."""
+    ids, logprobs = draw([0.0, 0.5, 0.71, 0.72, 0.999], num_known_ids=2, **settings)
+    # 0.5 and 0.2 remain: 5/7 and 2/7.
+    expected = [0] * 5 if settings.get("temperature") == 0.0 else [0, 0, 0, 1, 1]
+    assert ids.tolist() == expected
+    assert logprobs.exp().tolist() == pytest.approx([(0.5, 0.2)[n] for n in expected])
+
+
+def test_e18_a_known_token_is_drawn_even_when_padding_has_all_the_probability():
+    logits = torch.tensor([[-2000.0, -2000.0, 0.0]])
+    ids, _ = sample_tokens(
+        logits, torch.tensor([0.9], dtype=torch.float64), temperature=1.0, num_known_ids=2
+    )
+    assert ids.tolist() == [1]

@@ -142,7 +142,7 @@ def test_answers_of_another_form_are_refused(told):
 
 
 def test_a_drawing_server_gets_the_noise_of_every_engine():
-    told = generate_message(REQUEST, 1, SAMPLING, eos_ids=(1,), draws=True)
+    told = generate_message(REQUEST, 1, SAMPLING, eos_ids=(1,), draws=True, num_known_ids=90)
     params = told["sampling_params"]
     assert told["token_ids"] == [5, 6, 7]
     assert params["temperature"] == 0.0 and params["logprobs"] == 0 and "seed" not in params
@@ -153,6 +153,7 @@ def test_a_drawing_server_gets_the_noise_of_every_engine():
         "temperature": 0.5,
         "top_p": 1.0,
         "top_k": 0,
+        "num_known_ids": 90,
     }
 
 

@@ -22,6 +22,7 @@ from moe_replay.cli.train import with_values
 from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.grpo.sampling_words import describe_drawing
 from moe_replay.routing import LiveReason, ReplayMode
 
 _PYTHON = ">=3.11"
@@ -104,6 +105,7 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
     return {
         "mode": replay.router_replay_mode.value,
         "engine": f"{recipe.rollout.engine}, {recipe.rollout.dtype}",
+        "sampling": describe_drawing(recipe),
         "trainer": recipe.model.dtype,
         "recompute": recompute,
         "dispatcher": megatron.moe_token_dispatcher_type,

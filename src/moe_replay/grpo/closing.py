@@ -32,6 +32,11 @@ def step_record(
         overlong_filter=run.recipe.grpo.overlong_filter,
     )
     tally = Tally.merge([gap_of(own, old.scored), endings])
+    # Our engines never draw them; those of others may.
+    unknown = sum(int((c.token_ids >= run.num_known_ids).sum()) for c in rollout.completions)
+    tally.add_sum("completions/unknown_tokens", unknown)
+    if run.recipe.rollout.stop:
+        tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
     for sample in own:
         entropies = old.scored[sample.sample_id].entropies
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))

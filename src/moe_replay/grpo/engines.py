@@ -72,6 +72,7 @@ def recipe_sampling(recipe: Recipe) -> SamplingParams:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        stop_token_ids=rollout.stop_token_ids,
         seed=recipe.run.seed,
     )
 

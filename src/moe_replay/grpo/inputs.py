@@ -138,6 +138,12 @@ def check_checkpoint_config(recipe: Recipe) -> None:
             f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}: a dense model has no routes to "
             "replay. Choose a mixture-of-experts checkpoint, or set replay.router_replay_mode = 'disabled'"
         )
+    size = config.get("vocab_size")
+    if beyond := [t for t in recipe.rollout.stop_token_ids if isinstance(size, int) and t >= size]:
+        raise RecipeError(
+            f"rollout.stop_token_ids holds {beyond}, expected ids below {size}, the vocab_size of {path}: such tokens are "
+            "never sampled"
+        )
     context = config.get("max_position_embeddings")
     if isinstance(context, int) and context < recipe.max_sequence_length:
         raise RecipeError(

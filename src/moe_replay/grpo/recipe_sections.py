@@ -171,6 +171,10 @@ class RolloutSection(Section):
     """Most likely tokens kept; 0 keeps all."""
     max_completion_length: int = Field(gt=0)
     """Most tokens sampled per completion, the end token included."""
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    """Tokens that end a completion, besides those that the checkpoint's configs, tokenizer and chat template name."""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    """Texts that end a completion, with the token that completes them: ``["</answer>"]``. What an engine sampled beyond is cut off."""
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt, compared with each other."""
     max_batch_size: int = Field(default=64, gt=0)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from moe_replay.grpo.inputs import Inputs, data_lines
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
+from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
 from moe_replay.rollout.completion_text import completion_text
+from moe_replay.rollout.stop_strings import StopStrings
+from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import gather_json
@@ -154,6 +158,16 @@ class Run:
         """Return how training completions are sampled."""
         return recipe_sampling(self.recipe)
 
+    @cached_property
+    def stop_strings(self) -> StopStrings:
+        """Texts that end a completion."""
+        return StopStrings(strings=self.recipe.rollout.stop, tokenizer=self.inputs.tokenizer)
+
+    @cached_property
+    def num_known_ids(self) -> int:
+        """Token ids from here on are unknown to the tokenizer."""
+        return num_known_ids(self.inputs.tokenizer)
+
     def decode(self, completion: Completion) -> str:
         """Return what the model wrote, special tokens such as ``<think>`` included."""
         return completion_text(self.inputs.tokenizer, completion)
@@ -245,7 +259,9 @@ class Run:
                     f"{run_layout(recipe).describe()}"
                 ],
                 "Engine": [
-                    f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}"
+                    f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}",
+                    describe_drawing(recipe),
+                    *describe_ends(recipe, self.inputs.tokenizer),
                 ],
                 "Data": data_lines(recipe, self.inputs),
                 "Replay": [

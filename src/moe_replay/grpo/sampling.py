@@ -48,6 +48,8 @@ class Rollout:
     """One for each of ``places``, without traces."""
     traces: dict[tuple[int, int], RoutingTrace]
     """(place, number of the completion) -> its trace; emptied as soon as the routes have been cut."""
+    num_cut: int
+    """Tokens that the engine sampled on this rank behind a stop string, and that were cut off."""
 
     @property
     def completions(self) -> list[Completion]:
@@ -81,7 +83,7 @@ def roll_out(run: Run) -> Rollout:
     run.next_prompt += recipe.prompts_per_step
     places = run.own_prompts()
     requests = [training_request(recipe, position + place, prompts[place]) for place in places]
-    groups = _answers(run, requests, run.sampling())
+    groups, num_cut = _answers(run, requests, run.sampling())
     traces: dict[tuple[int, int], RoutingTrace] = {}
     bare = []
     for place, group in zip(places, groups, strict=True):
@@ -91,11 +93,19 @@ def roll_out(run: Run) -> Rollout:
         bare.append(
             replace(group, completions=tuple(replace(c, trace=None) for c in group.completions))
         )
-    return Rollout(prompts=tuple(prompts), places=tuple(places), groups=tuple(bare), traces=traces)
+    return Rollout(
+        prompts=tuple(prompts),
+        places=tuple(places),
+        groups=tuple(bare),
+        traces=traces,
+        num_cut=num_cut,
+    )
 
 
-def _answers(run: Run, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-    """Return what the engine answers, after it was held to the contract of all engines."""
+def _answers(
+    run: Run, requests: Sequence[Request], sampling: SamplingParams
+) -> tuple[list[RolloutGroup], int]:
+    """Return what the engine answers, held to the contract of all engines and ended at stop strings; and tokens cut off."""
     groups = run.engine.generate(requests, sampling)
     stale = run.recipe.rollout.engine == "files" and run.recipe.rollout.allow_stale
     check_groups(
@@ -106,7 +116,8 @@ def _answers(run: Run, requests: Sequence[Request], sampling: SamplingParams) ->
         vocab_size=run.actor.vocab_size,
         policy_version=None if stale else run.policy_version,
     )
-    return groups
+    cut = [run.stop_strings.cut(group) for group in groups]
+    return [group for group, _ in cut], sum(count for _, count in cut)
 
 
 def score_rewards(run: Run, rollout: Rollout) -> Scored:
@@ -217,9 +228,10 @@ def evaluate(run: Run) -> None:
         sampling = SamplingParams(
             max_completion_length=run.recipe.rollout.max_completion_length,
             temperature=settings.temperature,
+            stop_token_ids=run.recipe.rollout.stop_token_ids,
             seed=run.recipe.run.seed,
         )
-        groups = _answers(run, requests, sampling)
+        groups, _ = _answers(run, requests, sampling)
         completions = [completion for group in groups for completion in group.completions]
         asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
         texts = [run.decode(completion) for completion in completions]

@@ -50,10 +50,11 @@ class Batch:
         recorder: RouteRecorder | None,
         device: torch.device,
         policy_version: int,
+        num_known_ids: int | None,
     ) -> None:
         num_jobs, limit = len(jobs), sampling.max_completion_length
         self._model, self._recorder, self._device = model, recorder, device
-        self._policy_version = policy_version
+        self._policy_version, self._num_known_ids = policy_version, num_known_ids
         self.token_ids = torch.zeros(num_jobs, limit, dtype=torch.int64, device=device)
         self.rollout_logprobs = torch.zeros(num_jobs, limit, dtype=torch.float32, device=device)
         self.lengths = np.zeros(num_jobs, dtype=np.int64)
@@ -94,6 +95,7 @@ class Batch:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            num_known_ids=self._num_known_ids,
         )
         self.token_ids[rows, position] = ids
         self.rollout_logprobs[rows, position] = logprobs

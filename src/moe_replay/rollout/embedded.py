@@ -18,7 +18,7 @@ from moe_replay.errors import CheckpointError, EngineError, RecipeError, Unsuppo
 from moe_replay.rollout.checkpoint_files import has_usual_names, refuse_non_finite, some
 from moe_replay.rollout.decoding import Batch, Job
 from moe_replay.rollout.divergence import finite_weights
-from moe_replay.rollout.model_facts import eos_ids, read_facts
+from moe_replay.rollout.model_facts import read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
     Completion,
@@ -66,12 +66,14 @@ class EmbeddedEngine:
             )
         if max_batch_size < 1:
             raise RecipeError(f"max_batch_size is {max_batch_size}, expected at least 1")
+        # Refuses what the trainer and every other engine refuse, before memory is taken.
+        facts = read_facts(model_dir)
         self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
         self._num_threads = num_threads
         self._views = CheckpointViews(self._model)
-        self._eos_ids = eos_ids(self._model.generation_config, self._model.config)
+        self._eos_ids, self._num_known_ids = facts.eos_ids, facts.num_known_ids
         self._policy_version = 0
         self._progress = RolloutProgress()
         self._state: Literal["ready", "broken", "closed"] = "ready"
@@ -195,6 +197,7 @@ class EmbeddedEngine:
                 recorder,
                 self._device,
                 self._policy_version,
+                self._num_known_ids,
             )
             stops = torch.tensor(
                 sorted({*self._eos_ids, *sampling.stop_token_ids}),
@@ -248,8 +251,6 @@ class EmbeddedEngine:
 def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    # Refuses what the trainer and every other engine refuse, before memory is taken.
-    read_facts(model_dir)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype=dtype,

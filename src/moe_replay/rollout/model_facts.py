@@ -16,6 +16,7 @@ from moe_replay.errors import RecipeError
 from moe_replay.rollout.checkpoint_config import load_config, load_generation_config, reason
 from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
 from moe_replay.rollout.checkpoint_fit import TIED, check_counts, check_fit
+from moe_replay.rollout.stop_tokens import find_tokenizer, num_known_ids, stop_tokens
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.record import find_routers
 
@@ -29,13 +30,15 @@ class ModelFacts:
     max_context_length: int
     """Most tokens that the model was made for, prompt and completion together."""
     eos_ids: tuple[int, ...]
-    """End-of-sequence tokens; empty when the model names none."""
+    """Tokens that end a completion, by the checkpoint's configs, tokenizer or chat template; empty when none names any."""
     routed: RoutedModel | None
     """Layers, experts and top-k of its routers; None for a dense model."""
     weight_shapes: Mapping[str, tuple[int, ...]]
     """Name of every tensor on disk -> its shape: what a full push holds."""
     tied_names: frozenset[str]
     """Names that share one tensor; a push holds at least one of them."""
+    num_known_ids: int | None = None
+    """Ids from here on are in the model's vocabulary and unknown to its tokenizer; None without a tokenizer."""
 
 
 def read_facts(model_dir: str | Path) -> ModelFacts:
@@ -57,11 +60,12 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     check_fit(shapes, config, model)
     sites = find_routers(model)
     text = config.get_text_config()
+    tokenizer = find_tokenizer(model_dir)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return ModelFacts(
         vocab_size=text.vocab_size,
         max_context_length=text.max_position_embeddings,
-        eos_ids=eos_ids(load_generation_config(model_dir), config),
+        eos_ids=tuple(stop_tokens(load_generation_config(model_dir), config, tokenizer)),
         routed=RoutedModel(
             moe_layers=tuple(site.layer for site in sites),
             num_decoder_layers=text.num_hidden_layers,
@@ -72,6 +76,7 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         else None,
         weight_shapes=shapes,
         tied_names=TIED if tied else frozenset(),
+        num_known_ids=num_known_ids(tokenizer) if tokenizer is not None else None,
     )
 
 
@@ -92,16 +97,6 @@ def _without_memory(config: Any, model_dir: Path) -> Any:
             f"transformers cannot build a model from {model_dir / 'config.json'}: {type(error).__name__}: "
             f"{reason(error)}; restore the config of the original checkpoint"
         ) from error
-
-
-def eos_ids(generation_config: Any, config: Any) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens of a transformers model; its generation config goes before its config."""
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = config.get_text_config().eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,7 +32,8 @@ from moe_replay.rollout.dataset_files import shortened
 Truncation = Literal["error", "delete", "left"]
 FinalAssistantMessage = Literal["continue", "drop", "error"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of which a tokenizer has at least one."""
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -48,7 +49,7 @@ def load_tokenizer(model_dir: Path) -> Any:
             "safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download ORG/NAME "
             "--local-dir NAME`"
         )
-    if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         found = shortened(sorted(file.name for file in model_dir.iterdir())) or "nothing"
         raise RecipeError(
             f"no tokenizer in {model_dir}: expected tokenizer.json (with tokenizer_config.json), found {found}. Copy "

@@ -87,11 +87,13 @@ def sample_tokens(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    num_known_ids: int | None = None,
 ) -> tuple[Int64[torch.Tensor, " rows"], Float32[torch.Tensor, " rows"]]:
     """Return one token a row, and its log-probability under ``softmax(logits / temperature)``.
 
-    ``top_k`` and ``top_p`` limit what can be drawn, but the log-probability is that of the full vocabulary, because
-    that is what a trainer recomputes. Temperature 0 takes the most likely token (the lowest id of equals), and its
+    ``top_k`` and ``top_p`` limit what can be drawn, and so does ``num_known_ids``: ids from there on, which pad a vocabulary
+    beyond its tokenizer, are never drawn. The log-probability is that of the full vocabulary, because that is what a trainer
+    recomputes. Temperature 0 takes the most likely token (the lowest id of equals), and its
     log-probability is the one at temperature 1. Logits that are NaN or infinite give token 0 with log-probability NaN.
 
     Example:
@@ -103,11 +105,15 @@ def sample_tokens(
         scaled = scaled / temperature
     logprobs = torch.log_softmax(scaled, dim=-1)
     if temperature == 0:
-        ids = logprobs.argmax(dim=-1)
+        ids = logprobs[:, :num_known_ids].argmax(dim=-1)
     else:
-        ids = _invert(_truncate(logprobs.double().exp(), top_k, top_p), noise)
+        weights = logprobs[:, :num_known_ids].double().exp()
+        ids = _invert(_truncate(weights, top_k, top_p), noise)
     # One logit that is no number makes the whole row so, and what was found there lies anywhere, also past the end.
     ids = ids.masked_fill(logprobs[:, 0].isnan(), 0)
+    # Nor may it when padding ids have all the probability, so that nothing else has a weight.
+    if num_known_ids is not None:
+        ids = ids.clamp_max(num_known_ids - 1)
     return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
 
 

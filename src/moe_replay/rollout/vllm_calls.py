@@ -193,7 +193,12 @@ class VllmCalls(PlainCalls):
     ) -> Completion:
         assert self._server is not None
         message = generate_message(
-            request, number, sampling, eos_ids=self._facts.eos_ids, draws=self._server.draws
+            request,
+            number,
+            sampling,
+            eos_ids=self._facts.eos_ids,
+            draws=self._server.draws,
+            num_known_ids=self._facts.num_known_ids,
         )
         answer = self.call_json("POST", "/inference/v1/generate", message)
         try:

@@ -246,6 +246,7 @@ class VllmEngine:
                 request_id=request.request_id,
                 completion=number,
                 stop_token_ids=tuple({*self._facts.eos_ids, *sampling.stop_token_ids}),
+                num_known_ids=self._facts.num_known_ids,
             )
             prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
             self._vllm.add_request(name, prompt, params)

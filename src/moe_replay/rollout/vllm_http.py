@@ -118,6 +118,7 @@ def generate_message(
     *,
     eos_ids: tuple[int, ...],
     draws: bool,
+    num_known_ids: int | None = None,
 ) -> dict[str, Any]:
     """Return the body of an ``/inference/v1/generate`` call for completion ``number``.
 
@@ -157,6 +158,7 @@ def generate_message(
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "num_known_ids": num_known_ids,
         }
         params["extra_args"] = {_DRAW: draw}
     return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params}

@@ -79,10 +79,17 @@ class Draw:
     """Nucleus; 1 keeps all."""
     top_k: int
     """Most likely tokens kept; 0 keeps all."""
+    num_known_ids: int | None
+    """Ids from here on are never drawn, because the tokenizer does not know them; None draws from all."""
 
 
 def draw_params(
-    sampling: SamplingParams, *, request_id: int, completion: int, stop_token_ids: tuple[int, ...]
+    sampling: SamplingParams,
+    *,
+    request_id: int,
+    completion: int,
+    stop_token_ids: tuple[int, ...],
+    num_known_ids: int | None = None,
 ) -> VllmSamplingParams:
     """Return vLLM's parameters for one completion; ``stop_token_ids`` hold the end-of-sequence tokens too."""
     draw = Draw(
@@ -92,6 +99,7 @@ def draw_params(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        num_known_ids=num_known_ids,
     )
     return VllmSamplingParams(
         # The best token of a row is the drawn one, so vLLM must not draw again.
@@ -149,11 +157,12 @@ class DrawTokens(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Draw one token for each row with a draw, and leave it as the row's only possible token."""
-        alike: dict[tuple[float, int, float], list[int]] = {}
+        alike: dict[tuple[float, int, float, int | None], list[int]] = {}
         for index, row in self._rows.items():
             draw = row.draw
-            alike.setdefault((draw.temperature, draw.top_k, draw.top_p), []).append(index)
-        for (temperature, top_k, top_p), indices in alike.items():
+            settings = (draw.temperature, draw.top_k, draw.top_p, draw.num_known_ids)
+            alike.setdefault(settings, []).append(index)
+        for (temperature, top_k, top_p, num_known_ids), indices in alike.items():
             noise = [
                 self._rows[index].noise[len(self._rows[index].output_ids)] for index in indices
             ]
@@ -164,6 +173,7 @@ class DrawTokens(LogitsProcessor):
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                num_known_ids=num_known_ids,
             )
             logits[where] = float("-inf")
             # The best token of its row, and no number that JSON could not hold.

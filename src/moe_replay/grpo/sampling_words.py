@@ -1,0 +1,40 @@
+"""What a run's sampling amounts to, in words: what is drawn from, what ends a completion, and what no metric can see.
+
+In: a recipe, its tokenizer. Out: lines for the start of a run and for doctor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_replay.grpo.config import Recipe
+from moe_replay.rollout.checkpoint_config import load_config, load_generation_config
+from moe_replay.rollout.stop_tokens import describe_stop_tokens, stop_tokens
+
+
+def describe_drawing(recipe: Recipe) -> str:
+    """Return what tokens are drawn from, and what follows when that is not the full vocabulary."""
+    rollout = recipe.rollout
+    limits = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1)
+    limits += [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
+    if not limits:
+        return f"temperature {rollout.temperature:g}, the full vocabulary"
+    return (
+        f"temperature {rollout.temperature:g}, truncated by {' and '.join(limits)}: importance ratios and "
+        "rollout_correction/* are those of the full vocabulary, and do not see that tokens were drawn from a part of it; "
+        "top_p = 1 and top_k = 0 train what is sampled"
+    )
+
+
+def describe_ends(recipe: Recipe, tokenizer: Any) -> list[str]:
+    """Return what ends a completion, and who says so."""
+    path = recipe.model.path
+    tokens = stop_tokens(load_generation_config(path), load_config(path), tokenizer)
+    for token in recipe.rollout.stop_token_ids:
+        tokens[token] = (*tokens.get(token, ()), "rollout.stop_token_ids")
+    lines = [describe_stop_tokens(tokens, tokenizer)]
+    if recipe.rollout.stop:
+        lines.append(
+            f"and behind {', '.join(map(repr, recipe.rollout.stop))}; what the engine samples beyond is cut off"
+        )
+    return lines
