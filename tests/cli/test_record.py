@@ -10,9 +10,10 @@ import pytest
 
 from moe_replay.cli.main import main
 from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.recording import GivenTokens, record_given
+from moe_replay.rollout.recording import GivenTokens, in_calls, record_given
 from moe_replay.rollout.rollout_files import RolloutFile
 from moe_replay.routing import TraceFile
+from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 KEYS = ("--rollout.max_completion_length", "20", "--batch.max_tokens_per_microbatch", "256")
@@ -56,6 +57,24 @@ def test_d17_given_tokens_are_recorded_in_another_number_format(recipe, tmp_path
     assert flips[same] < flips[fine] < 0.2
 
 
+@pytest.mark.ranks
+def test_d17_the_trainer_records_the_routes_of_given_tokens(recipe, tmp_path, capsys):
+    sampled, recorded = tmp_path / "sampled", tmp_path / "recorded"
+    in_float32 = ("--rollout.dtype", "float32", *KEYS)
+
+    def both() -> None:
+        assert main(["rollout", str(recipe), "--output", str(sampled), *in_float32]) == 0
+        given = ("--from", str(sampled), "--by", "trainer", *KEYS)
+        assert main(["record", str(recipe), *given, "--output", str(recorded)]) == 0
+
+    run_ranks(both, 1)
+    # Megatron and transformers in the same number format choose the same experts.
+    assert main(["compare", "--json", str(sampled), str(recorded)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flip_frac"] == 0
+    assert found["num_tokens"] > 50
+
+
 def test_d17_what_cannot_be_recorded_is_refused(recipe, tmp_path, capsys):
     output = ("--output", tmp_path / "out")
     missing = refusal(capsys, recipe, "--from", tmp_path / "none", *output)
@@ -84,7 +103,9 @@ def test_d17_routes_are_those_of_the_engine_and_calls_are_bounded():
         GivenTokens(name=str(n), token_ids=rng.integers(2, 32, length).astype(np.int32))
         for n, length in enumerate((5, 6, 40, 7, 3))
     ]
-    traces = dict(record_given(Bounded(vocab_size=32), samples, max_tokens=20))
+    bounded = Bounded(vocab_size=32)
+    calls = in_calls(iter(samples), max_tokens=20)
+    traces = dict(pair for call in calls for pair in record_given(bounded, call))
     assert sizes == [[4, 5], [39], [6, 2]]
     for sample in samples:
         trace = traces[sample.name]

@@ -61,7 +61,7 @@ def _run_record(options: argparse.Namespace, overrides: Overrides) -> int:
     say(f"moe-replay {__version__}: reading {options.recipe} ...")
     from moe_replay.cli.record import run_record
 
-    return run_record(options.recipe, overrides, options.source, options.output)
+    return run_record(options.recipe, overrides, options.source, options.output, by=options.by)
 
 
 def _run_doctor(options: argparse.Namespace, overrides: Overrides) -> int:

@@ -177,7 +177,7 @@ def _add_record(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argume
         help="record the routes that another engine or number format takes for the same tokens",
         description="Run the tokens of a rollout through a recipe's engine and write the routes that it takes for them, so "
         "that compare can tell how two engines, or two number formats, route the same tokens.",
-        usage="moe-replay record RECIPE --from ROLLOUT --output FOLDER [--section.key VALUE ...] [--traceback]",
+        usage="moe-replay record RECIPE --from ROLLOUT --output FOLDER [--by trainer] [--section.key VALUE ...] [--traceback]",
         allow_abbrev=False,
     )
     record.add_argument("recipe", metavar="RECIPE", help="TOML file")
@@ -189,6 +189,12 @@ def _add_record(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argume
         help="what moe-replay rollout wrote",
     )
     record.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    record.add_argument(
+        "--by",
+        choices=("engine", "trainer"),
+        default="engine",
+        help="whose routes: rollout.engine's",
+    )
     return record
 
 

@@ -41,29 +41,32 @@ def given_tokens(groups: Iterable[RolloutGroup]) -> Iterator[GivenTokens]:
             )
 
 
-def record_given(
-    engine: Engine, samples: Iterable[GivenTokens], *, max_tokens: int
-) -> Iterator[tuple[str, RoutingTrace]]:
-    """Yield (name, trace) of every sample, as ``engine`` routes its tokens under the weights that it holds.
+def in_calls(samples: Iterable[GivenTokens], *, max_tokens: int) -> Iterator[list[GivenTokens]]:
+    """Yield the samples in groups of at most ``max_tokens``, padding included; a longer sample goes alone.
 
-    As in every trace, the row of the last token is not valid: it is never fed. ``max_tokens`` bounds what one call of
-    the engine is given, padding included; a longer sample goes alone.
-
-    Raises:
-        EngineError: when the engine fails, or records no routes of prompts.
+    Tokens of 5, 6, 40 and 7 in groups of 20 give ``[5, 6], [40], [7]``.
     """
     waiting: list[GivenTokens] = []
     for sample in samples:
         longest = max(len(each.token_ids) for each in [*waiting, sample])
         if waiting and longest * (len(waiting) + 1) > max_tokens:
-            yield from _record(engine, waiting)
+            yield waiting
             waiting = []
         waiting.append(sample)
     if waiting:
-        yield from _record(engine, waiting)
+        yield waiting
 
 
-def _record(engine: Engine, samples: Sequence[GivenTokens]) -> Iterator[tuple[str, RoutingTrace]]:
+def record_given(
+    engine: Engine, samples: Sequence[GivenTokens]
+) -> Iterator[tuple[str, RoutingTrace]]:
+    """Yield (name, trace) of every sample, as ``engine`` routes its tokens under the weights that it holds.
+
+    As in every trace of an engine, the row of the last token is not valid: it is never fed.
+
+    Raises:
+        EngineError: when the engine fails, or records no routes of prompts.
+    """
     requests = [
         Request(request_id=number, prompt_ids=sample.token_ids[:-1], num_generations=1)
         for number, sample in enumerate(samples)
