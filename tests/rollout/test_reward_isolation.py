@@ -229,8 +229,17 @@ def test_prints_are_passed_on(
 
 
 def test_copy_of_the_process_does_not_answer(load: Callable[..., RewardSet]) -> None:
-    rewards = load("import os\ndef f(completions):\n    os.fork()\n    return [1.0]\n")
-    assert [score(rewards, ["a"]) for _ in range(3)] == [[1.0]] * 3
+    # An answer of the copy would be taken for that of the next call.
+    code = """
+import os
+calls = []
+def f(completions):
+    calls.append(1)
+    os.fork()
+    return [float(len(calls))]
+"""
+    rewards = load(code)
+    assert [score(rewards, ["a"]) for _ in range(3)] == [[1.0], [2.0], [3.0]]
 
 
 def test_stop_that_a_scheduler_sends_to_every_process_is_left_to_the_trainer(

@@ -191,7 +191,7 @@ def _score(
             prompts,
             # An answer that the prompt begins is one text to a reward.
             [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
-            [completion.token_ids.tolist() for completion in completions],
+            [completion.token_ids for completion in completions],
         )
     except RewardError as error:
         failure = error

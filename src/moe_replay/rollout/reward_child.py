@@ -93,7 +93,7 @@ class Child:
 
     def receive(self, deadline: float) -> dict[str, Any]:
         """Return the next event."""
-        while (event := take_frame(self._buffer)) is None:
+        while (event := self._take()) is None:
             try:
                 read = os.read(self._answers, _CHUNK)
             except BlockingIOError:
@@ -103,6 +103,12 @@ class Child:
                 raise ChildGone(self._how_it_ended())
             self._buffer += read
         return event
+
+    def _take(self) -> dict[str, Any] | None:
+        try:
+            return take_frame(self._buffer)
+        except ValueError:
+            raise ChildGone("wrote to a file of its process that it has not opened") from None
 
     def _wait(self, *, writes: bool, deadline: float) -> None:
         """Wait until the pipe is ready, but not for a process that has ended while a child of its own holds the pipe."""

@@ -211,7 +211,7 @@ def describe_error(error: BaseException) -> str:
     where = user_line(
         [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     )
-    text = f"{type(error).__name__}: {message[:2000]}"
+    text = f"{type(error).__name__}: {message[:2000]}" if message else type(error).__name__
     return f"{text} ({where})" if where else text
 
 

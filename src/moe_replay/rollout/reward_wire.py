@@ -63,16 +63,8 @@ def _parse(text: bytes) -> dict[str, Any]:
     return json.loads(text.decode("utf-8", "surrogatepass"))
 
 
-def pack_ids(completion_ids: Sequence[Sequence[int]]) -> bytes:
-    """Return token ids of all completions, one after the other, as 32-bit integers."""
-    packed = array("i")
-    for ids in completion_ids:
-        packed.extend(ids)
-    return packed.tobytes()
-
-
 def unpack_ids(blob: bytes, lengths: Sequence[int]) -> list[list[int]]:
-    """Cut what `pack_ids` returned into lists of the given lengths."""
+    """Cut 32-bit token ids of completions, one after the other, into lists of the given lengths."""
     packed = array("i")
     packed.frombytes(blob)
     lists, start = [], 0

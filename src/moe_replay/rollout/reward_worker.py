@@ -58,11 +58,9 @@ def main(requests: int, answers: int, life: int, stacks: int) -> None:
     worker = _Worker(answers)
     with os.fdopen(requests, "rb") as stream:
         while (frame := read_frame(stream)) is not None:
-            header, blob = frame
-            if header["op"] == "load":
-                worker.load(header)
-            else:
-                worker.score(header, blob)
+            worker.answer(*frame)
+            # Texts of a whole step, which would lie here during the next rollout.
+            del frame
 
 
 def _die_with_the_trainer(life: int) -> None:
@@ -122,7 +120,14 @@ class _Worker:
         self._functions: list[LoadedFunction | None] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def load(self, request: Mapping[str, Any]) -> None:
+    def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
+        """Do what a request asks for."""
+        if request["op"] == "load":
+            self._load(request)
+        else:
+            self._score(request, blob)
+
+    def _load(self, request: Mapping[str, Any]) -> None:
         """Import every function, and say what it takes or why it cannot be had."""
         for folder in reversed(request["folders"]):
             sys.path.insert(0, folder)
@@ -145,7 +150,7 @@ class _Worker:
             self._leave_if_forked()
         self._say(event="finished")
 
-    def score(self, request: Mapping[str, Any], blob: bytes) -> None:
+    def _score(self, request: Mapping[str, Any], blob: bytes) -> None:
         """Call functions on a batch: async ones are started first, and go on while the others run."""
         batch = _Batch(request, blob)
         functions = {number: self._functions[number] for number in request["functions"]}

@@ -30,7 +30,7 @@ from moe_replay.rollout.builtin_rewards import BUILTIN_REWARDS
 from moe_replay.rollout.prompts import Prompt, PromptSource
 from moe_replay.rollout.reward_functions import OWN_NAMES, Signature, load_function
 from moe_replay.rollout.reward_process import Failure, RewardProcess, Scores
-from moe_replay.rollout.reward_wire import encode_value, pack_ids
+from moe_replay.rollout.reward_wire import encode_value
 
 _SEARCH_S = 60.0
 """Longest search for the completion that a function fails on; it begins no call after that."""
@@ -159,7 +159,7 @@ class RewardSet:
         self,
         prompts: Sequence[Prompt],
         completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int] | np.ndarray],
     ) -> ScoredBatch:
         """Score completions; entry i of all three belongs together.
 
@@ -241,7 +241,7 @@ def _load_error(spec: RewardSpec, failure: Failure) -> RecipeError:
 class _Batch:
     prompts: Sequence[Prompt]
     completions: Sequence[str]
-    completion_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int] | np.ndarray]
 
     def part(self, start: int, stop: int) -> _Batch:
         return _Batch(
@@ -268,7 +268,7 @@ class _Batch:
             "completions": list(self.completions),
             "lengths": [len(each) for each in ids],
         }
-        return plain, pack_ids(ids)
+        return plain, b"".join(np.asarray(each, dtype="<i4").tobytes() for each in ids)
 
 
 def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
