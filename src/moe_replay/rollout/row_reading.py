@@ -113,7 +113,7 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
     if hidden:
         raise RecipeError(
             f"{table.location} has the column {shortened(hidden)}, but reward functions get something else by that name: "
-            f'rename it (data.columns gives a column a second name), and set data.drop_columns = ["{hidden[0]}"]'
+            f"rename it (data.columns gives a column a second name), and set data.drop_columns = {hidden}"
         )
     return RowReader(
         columns=columns,
