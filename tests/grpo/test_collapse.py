@@ -57,13 +57,20 @@ def collapsed_checkpoint(source: Path, folder: Path) -> Path:
 @pytest.mark.ranks
 @pytest.mark.parametrize("guard", ["true", "false"])
 def test_e13_a_run_whose_routers_collapsed_goes_on_and_counts_them(
-    recipe: Recipes, workspace: Path, tmp_path: Path, guard: str
+    recipe: Recipes,
+    workspace: Path,
+    tmp_path: Path,
+    guard: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = collapsed_checkpoint(workspace / "model", tmp_path / "model")
     steps = run(recipe(model__path=str(model), replay__guard=guard, **LONG))
     assert len(steps) == 2
     assert steps[0]["replay/collapsed_layers"] == 3
     assert steps[0]["replay/agreement"] > 0.99
+    told = capfd.readouterr().out
+    assert told.count("warning: layers [0, 1, 2] send every token to the same experts") == 1
+    assert "optimizer.lr = 0.001" in told.replace("\n", " ")
 
 
 def with_constant_layer(trace: RoutingTrace) -> RoutingTrace:

@@ -88,7 +88,9 @@ def _guarded_update(checkpoint: Path, misalignment: str) -> tuple[str, bool]:
         "random": lambda: planted.randomise_routes(samples, seed=SEED),
     }[misalignment]()
     before = _weights(actor)
-    watch = AgreementWatch(Guard(num_experts=16, topk=4), num_experts=16, where="step 1")
+    watch = AgreementWatch(
+        Guard(num_experts=16, topk=4), num_experts=16, where="step 1", on_collapse=print
+    )
     said = ""
     try:
         actor.update(

@@ -55,7 +55,10 @@ def step_record(
         totals=scored.totals.reshape(-1),
         advantages=scored.advantages,
     )
-    return StepRecord(step=run.step, metrics=metrics, seconds=run.take_seconds()), everyone
+    record = StepRecord(
+        step=run.step, metrics=metrics, seconds=run.take_seconds(), warnings=run.take_warnings()
+    )
+    return record, everyone
 
 
 def save_checkpoint(run: Run) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from moe_replay.grpo.config import Recipe
+
 # Share of the watched rows that must choose one and the same set, and how many rows and different tokens there must be:
 # routes of a few rows, or of one repeated token, are alike by right.
 _SHARE, _LEAST_ROWS, _LEAST_TOKENS = 0.99, 32, 8
@@ -69,6 +71,16 @@ class LiveSets:
             for layer, count in rows.items()
             if count >= _LEAST_ROWS and max(favourites[layer].values()) >= _SHARE * count
         )
+
+
+def collapse_warning(layers: Sequence[int], recipe: Recipe) -> str:
+    """Return what to tell a person of collapsed layers."""
+    balance = recipe.megatron.moe_aux_loss_coeff
+    return (
+        f"layers {list(layers)} send every token to the same experts: their routers have collapsed. The routes are right and "
+        f"the run goes on, but these layers are no mixture any more; optimizer.lr = {recipe.optimizer.lr:g} may be too large, "
+        f"and megatron.moe_aux_loss_coeff = {balance:g} {'too small' if balance else 'balances nothing'}"
+    )
 
 
 def _favourite(sets: Counter[bytes]) -> tuple[str, int]:

@@ -13,6 +13,7 @@ import torch
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.grpo.batching import MiniBatch, StepBatch, recorded_coverage, with_routes
+from moe_replay.grpo.collapse import collapse_warning
 from moe_replay.grpo.loss import (
     BatchSize,
     LossInputs,
@@ -221,6 +222,7 @@ def _watch(run: Run, guard: Guard | None, name: str) -> AgreementWatch:
         guard,
         num_experts=run.engine.description.num_experts,
         where=f"step {run.step}, rank {run.process.rank}, {name}",
+        on_collapse=lambda layers: run.warn(collapse_warning(layers, run.recipe)),
     )
 
 

@@ -63,6 +63,8 @@ class StepRecord:
     """Metric name (``reward``, ``rollout_correction/k3_kl``, ``replay/coverage``...) -> value; deterministic."""
     seconds: Mapping[str, float]
     """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``, ``checkpoint``...) -> wall seconds."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know of this step although the run goes on, such as a router that collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

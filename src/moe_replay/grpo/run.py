@@ -61,6 +61,7 @@ class Run:
     next_prompt: int = 0
     """Position of the next step's first prompt."""
     _seconds: dict[str, float] = field(default_factory=dict)
+    _warnings: list[str] = field(default_factory=list)
 
     @property
     def mode(self) -> ReplayMode:
@@ -129,6 +130,16 @@ class Run:
         finally:
             passed = time.perf_counter() - started
             self._seconds[name] = self._seconds.get(name, 0.0) + passed
+
+    def warn(self, text: str) -> None:
+        """Keep what a person should know of this step; said twice, it is shown once."""
+        if text not in self._warnings:
+            self._warnings.append(text)
+
+    def take_warnings(self) -> tuple[str, ...]:
+        """Return the warnings since the last call."""
+        warnings, self._warnings = tuple(self._warnings), []
+        return warnings
 
     def take_seconds(self) -> dict[str, float]:
         """Return the seconds of each station since the last call; what follows a record counts to the next one."""

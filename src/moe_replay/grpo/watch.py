@@ -5,7 +5,7 @@ In: watched rows of each microbatch. Out: Agreement, flips and collapsed layers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,16 +22,25 @@ from moe_replay.sync.messages import gather_json
 class AgreementWatch:
     """Receives the evidence of one pass, microbatch by microbatch; hand its `observe` to `RouteWatch`."""
 
-    def __init__(self, guard: Guard | None, *, num_experts: int, where: str) -> None:
-        """Measure the pass called ``where``, and let ``guard`` judge it if there is one."""
+    def __init__(
+        self,
+        guard: Guard | None,
+        *,
+        num_experts: int,
+        where: str,
+        on_collapse: Callable[[Sequence[int]], None],
+    ) -> None:
+        """Measure the pass called ``where``, and let ``guard`` judge it if there is one.
+
+        ``on_collapse`` is told of layers that send every token of all ranks to the same experts.
+        """
+        self._on_collapse = on_collapse
         self._guard = guard
         self._num_experts = num_experts
         self._where = where
         self._parts: list[Agreement] = []
         self._flips = Tally()
         self._live_sets = LiveSets()
-        self.collapsed_layers: list[int] = []
-        """Layers that send every token to the same experts, over all ranks; known once `metrics` has run."""
 
     def observe(
         self,
@@ -95,11 +104,13 @@ class AgreementWatch:
         )
         if not whole.num_rows.sum():
             return {}
-        self.collapsed_layers = LiveSets.collapsed([part["live_sets"] for part in gathered])
+        collapsed = LiveSets.collapsed([part["live_sets"] for part in gathered])
+        if collapsed:
+            self._on_collapse(collapsed)
         flips = Tally.merge([Tally.from_plain(part["flips"]) for part in gathered])
         return {
             "replay/agreement": whole.mean_slot_overlap,
             "replay/agreement_min_layer": float(whole.slot_overlap.min()),
-            "replay/collapsed_layers": float(len(self.collapsed_layers)),
+            "replay/collapsed_layers": float(len(collapsed)),
             **flips.finish(),
         }

@@ -56,6 +56,7 @@ class ConsoleReporter(BaseReporter):
         self._columns: list[Column] = []
         self._has_seconds = True
         self._steps: list[StepRecord] = []
+        self._last_warnings: tuple[str, ...] = ()
         self._evaluations: list[EvalRecord] = []
         self._first_step = self._max_steps = 1
         self._station: tuple[int, str, float] | None = None
@@ -135,6 +136,10 @@ class ConsoleReporter(BaseReporter):
             self._print(self._heading_line(), style="bold")
         self._lines += 1
         self._print(self._step_line(record))
+        for warning in record.warnings:
+            if warning not in self._last_warnings:
+                self._print(f"warning: {warning}", style="yellow")
+        self._last_warnings = record.warnings
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Print the line of an evaluation."""
