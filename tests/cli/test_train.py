@@ -207,14 +207,16 @@ def test_first_generated_prompt_that_is_too_long_is_refused(capsys, write_recipe
     assert "data.max_prompt_length is 16" in refusal(capsys, recipe)
 
 
-def test_interrupt_says_how_to_go_on(capsys, write_recipe, tmp_path):
+def test_r8_interrupt_promises_no_checkpoint_where_there_is_none(capsys, write_recipe, tmp_path):
     # The trainer is the parent of the process that imports it.
     (tmp_path / "reward.py").write_text(
         "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(1000)\n"
     )
     recipe = write_recipe(rewards=[{"function": "reward.py:f"}])
     assert main(["train", str(recipe)]) == 130
-    assert "the same command resumes the run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopped by SIGINT before the run began: the same command starts it again" in said
+    assert "checkpoint" not in said
 
 
 def generated(write_recipe, **data) -> Recipe:

@@ -89,7 +89,7 @@ def test_resolved_toml_loads_as_an_equal_recipe(tmp_path):
     path = tmp_path / "resolved.toml"
     path.write_text(loaded.resolved_toml())
     assert load_recipe(path) == loaded
-    assert load_recipe(path).fingerprint() == loaded.fingerprint()
+    assert load_recipe(path).fingerprint_items() == loaded.fingerprint_items()
 
 
 def test_resolved_toml_holds_defaults_but_no_key_without_effect():
@@ -114,7 +114,7 @@ def test_resolved_toml_holds_defaults_but_no_key_without_effect():
     ],
 )
 def test_fingerprint_is_unchanged_by_what_does_not_decide_results(sections):
-    assert recipe(**sections).fingerprint() == recipe().fingerprint()
+    assert recipe(**sections).fingerprint_items() == recipe().fingerprint_items()
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_fingerprint_is_unchanged_by_what_does_not_decide_results(sections):
     ],
 )
 def test_fingerprint_changes_with_what_decides_results(sections):
-    assert recipe(**sections).fingerprint() != recipe().fingerprint()
+    assert recipe(**sections).fingerprint_items() != recipe().fingerprint_items()
 
 
 def test_fingerprint_depends_on_max_steps_where_the_schedule_does():
     schedule = {"optimizer": {"lr_scheduler": "cosine"}}
     assert (
-        recipe(run={"max_steps": 20}, **schedule).fingerprint()
-        != recipe(run={"max_steps": 30}, **schedule).fingerprint()
+        recipe(run={"max_steps": 20}, **schedule).fingerprint_items()
+        != recipe(run={"max_steps": 30}, **schedule).fingerprint_items()
     )

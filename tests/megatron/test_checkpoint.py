@@ -54,7 +54,7 @@ def save_and_go_on(checkpoint: Path, where: ParallelLayout, folder: Path) -> Any
     update(actor)
     update(actor)
     scheduler = actor.scheduler.state_dict()
-    at = RunPosition(step=2, policy_version=2, next_prompt=0, fingerprint="x", scheduler=scheduler)
+    at = RunPosition(step=2, policy_version=2, next_prompt=0, identity={}, scheduler=scheduler)
     CheckpointFolder(folder, save_total_limit=1).save(actor, at)
     saved = weights_of(actor)
     norm = update(actor)

@@ -1,6 +1,7 @@
 """The `moe-replay` command: subcommands, overrides, and errors as a person wants to read them.
 
-In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 130 interrupted.
+In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run that was
+stopped and goes on when it is started again, 130 interrupted.
 Called by: the installed command, and `torchrun -m moe_replay.cli.main`.
 """
 
@@ -30,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_error_block(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command resumes the run from its last checkpoint",
-            file=sys.stderr,
-        )
+        print("\ninterrupted", file=sys.stderr)
         return 130
 
 
@@ -47,7 +45,13 @@ def _run_train(options: argparse.Namespace, overrides: Overrides) -> int:
     say(f"moe-replay {__version__}: reading {options.recipe} ...")
     from moe_replay.cli.train import run_train
 
-    return run_train(options.recipe, overrides, dry_run=options.dry_run, restart=options.restart)
+    return run_train(
+        options.recipe,
+        overrides,
+        dry_run=options.dry_run,
+        restart=options.restart,
+        allow_changed=options.allow_changed,
+    )
 
 
 def _run_rollout(options: argparse.Namespace, overrides: Overrides) -> int:
@@ -116,6 +120,7 @@ _KINDS = {
     "UnsupportedError": "the recipe asks for something that is not supported",
     "RewardError": "a reward function failed",
     "EngineError": "the inference engine failed",
+    "DivergedError": "training has diverged",
     "CheckpointError": "a checkpoint cannot be used",
     "CodecError": "a trace file cannot be used",
     "TokenMismatchError": "routes belong to other tokens",

@@ -123,7 +123,7 @@ def _add_train(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argumen
         "train",
         help="train by a recipe",
         description="Train by a recipe. A run whose output directory holds checkpoints is resumed.",
-        usage="moe-replay train RECIPE [--section.key VALUE ...] [--dry-run] [--restart] [--traceback]",
+        usage="moe-replay train RECIPE [--section.key VALUE ...] [--dry-run] [--restart] [--allow-changed KEY ...] [--traceback]",
         add_help=False,
         allow_abbrev=False,
     )
@@ -135,6 +135,13 @@ def _add_train(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argumen
         "--restart",
         action="store_true",
         help="discard what the output directory holds and start from the beginning",
+    )
+    train.add_argument(
+        "--allow-changed",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="resume although this key, or what it points to, is not what the run was trained with; may be repeated",
     )
     train.add_argument(
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"

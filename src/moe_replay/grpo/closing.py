@@ -5,18 +5,28 @@ In: what the stations before returned. Out: records, pushed weights, files.
 
 from __future__ import annotations
 
+import contextlib
+import json
+from dataclasses import asdict
+
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.learning import OldScores, Update, gap_of
 from moe_replay.grpo.metrics import Tally, completion_tally
-from moe_replay.grpo.records import CompletionRecord, StepRecord
+from moe_replay.grpo.records import END_FILE, CompletionRecord, RunEnd, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import Rollout, Scored
+from moe_replay.megatron.finite import check_optimizer, check_weights
 from moe_replay.rollout.types import CountsFaults
 from moe_replay.routing import Coverage, ReplayMode
 
 
 def push_weights(run: Run) -> None:
-    """Give the updated weights to the engine, as a new policy version."""
+    """Give the updated weights to the engine, as a new policy version.
+
+    Raises:
+        DivergedError: when one of them is not a finite number; the engine keeps the old ones.
+    """
+    check_weights(run.actor.modules, group=run.group, device=run.device)
     run.policy_version += 1
     run.engine.load_weights(run.export_weights(), policy_version=run.policy_version)
 
@@ -62,8 +72,39 @@ def step_record(
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write everything that a resumed run needs."""
+    """Write everything that a resumed run needs.
+
+    Raises:
+        DivergedError: when the optimizer holds what is not a finite number; nothing is written.
+        CheckpointError: when it cannot be written; earlier checkpoints stay.
+    """
+    check_optimizer(run.actor.optimizer, group=run.group, device=run.device)
     run.checkpoints.save(run.actor, run.position())
+    run.saved_step = run.step
+
+
+def stop_early(run: Run) -> RunEnd:
+    """Save the run as it stands after its last finished step, for a start that goes on with it."""
+    if run.saved_step != run.step:
+        with run.station("checkpoint"):
+            save_checkpoint(run)
+    return _end(run, stopped_by=run.stop.reason)
+
+
+def finish(run: Run) -> RunEnd:
+    """Write the trained model if the recipe asks for it, and say where everything is and what to do next."""
+    run.reporter.finish(export_model(run))
+    return _end(run, stopped_by=None)
+
+
+def _end(run: Run, *, stopped_by: str | None) -> RunEnd:
+    """Write down how the run ended, for programs that see a launcher's exit code instead of ours."""
+    end = RunEnd(step=run.step, max_steps=run.recipe.run.max_steps, stopped_by=stopped_by)
+    if run.process.rank == 0:
+        # A full disk must not turn a run that is saved into one that failed.
+        with contextlib.suppress(OSError):
+            (run.directory / END_FILE).write_text(json.dumps(asdict(end)) + "\n")
+    return end
 
 
 def export_model(run: Run) -> str:

@@ -6,8 +6,6 @@ Called by: cli, grpo, report.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -41,6 +39,7 @@ from moe_replay.routing import ReplayMode
 _NO_EFFECT_ON_RESULTS = (
     "run.output_dir",
     "run.max_steps",
+    "run.max_time",
     "data.cache_dir",
     "rollout.max_batch_size",
     "rollout.kv_cache_gib",
@@ -212,7 +211,7 @@ class Recipe(Section):
 
         Left out: the run directory, evaluation, checkpoints, logging, the watching of replay, and how a batch is
         split and laid out over processes. ``run.max_steps`` counts only where the learning rate depends on it. Of a
-        path only the last part counts, so that a run can be moved.
+        path only the last part counts; `run_identity` puts digests of the contents in its place.
         """
         items: dict[str, Any] = {}
         for name, section in self.resolved_table().items():
@@ -235,8 +234,3 @@ class Recipe(Section):
             path not in _NO_EFFECT_ON_RESULTS
             and path.partition(".")[0] not in _NO_EFFECT_ON_RESULTS
         )
-
-    def fingerprint(self) -> str:
-        """Hash of `fingerprint_items`, kept in checkpoints: a run resumes only under an equal one."""
-        text = json.dumps(self.fingerprint_items(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -5,18 +5,21 @@ In: a recipe. Out: a run directory with metrics, completions, checkpoints and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 
 import torch
 
 from moe_replay.grpo.batching import make_batch
-from moe_replay.grpo.closing import export_model, push_weights, save_checkpoint, step_record
+from moe_replay.grpo.closing import finish, push_weights, save_checkpoint, step_record, stop_early
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.learning import score_old, score_reference, update_policy
 from moe_replay.grpo.opening import open_run
-from moe_replay.grpo.records import Reporter
+from moe_replay.grpo.records import Reporter, RunEnd
+from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
+from moe_replay.grpo.stopping import StepDropped, StopRequest
 from moe_replay.rollout.types import Engine
 
 
@@ -26,42 +29,72 @@ def train(
     process: ProcessSpec,
     reporter: Reporter,
     restart: bool = False,
+    allow_changed: Collection[str] = (),
     make_engine: Callable[[Recipe, torch.device], Engine] = recipe_engine,
-) -> None:
+    stop: StopRequest | None = None,
+) -> RunEnd:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 
-    Every rank of the run calls this. ``restart`` discards what the output directory holds.
+    Every rank of the run calls this. ``restart`` discards what the output directory holds. A run whose inputs are not what
+    its checkpoint was trained with is refused, except for the keys ``allow_changed``, such as ``optimizer.lr``.
+    ``stop`` lets another thread, or a signal while `StopRequest.listening`, end the run early and saved.
     ``make_engine`` is called once with the recipe and the trainer's device; any `Engine` will do.
 
     Raises:
+        StopRequested: when it was asked to stop before it began.
         MoeReplayError: of the kind that names what went wrong; the newest checkpoint stays usable.
     """
-    with open_run(recipe, process, reporter, restart=restart, make_engine=make_engine) as run:
+    stop = StopRequest() if stop is None else stop
+    with ExitStack() as closing:
+        closing.callback(stop.close)
+        if recipe.run.max_time is not None:
+            stop.ask_after(recipe.run.max_seconds, f"run.max_time = {recipe.run.max_time}")
+        # Nothing is lost by leaving here.
+        with stop.breaking_off():
+            run = closing.enter_context(
+                open_run(
+                    recipe,
+                    process,
+                    reporter,
+                    restart=restart,
+                    allow_changed=allow_changed,
+                    make_engine=make_engine,
+                    stop=stop,
+                )
+            )
         reporter.start(run.summary())
-        if run.step == 0:
-            evaluate(run)
-        while run.step < recipe.run.max_steps:
-            run.begin_step()
-            with run.station("rollout"):
-                rollout = roll_out(run)
-            with run.station("reward"):
-                scored = score_rewards(run, rollout)
-            with run.station("batch"):
-                batch = make_batch(run, rollout, scored)
-            with run.station("old_logprobs"):
-                old = score_old(run, batch)
-            with run.station("ref_logprobs"):
-                reference = score_reference(run, old.batch)
-            with run.station("update"):
-                update = update_policy(run, old, reference)
-            with run.station("sync"):
-                push_weights(run)
-            record, completions = step_record(run, rollout, scored, old, update)
-            reporter.step(record, completions)
-            if run.evaluation_is_due:
+        try:
+            if run.evaluation_is_owed:
                 evaluate(run)
-            if run.checkpoint_is_due:
-                with run.station("checkpoint"):
-                    save_checkpoint(run)
-        where = export_model(run)
-        reporter.finish(where)
+            while run.goes_on():
+                _take_step(run)
+        except StepDropped:
+            run.drop_step()
+        if run.agrees_to_stop():
+            return stop_early(run)
+        return finish(run)
+
+
+def _take_step(run: Run) -> None:
+    run.begin_step()
+    with run.station("rollout"):
+        rollout = roll_out(run)
+    with run.station("reward"):
+        scored = score_rewards(run, rollout)
+    with run.station("batch"):
+        batch = make_batch(run, rollout, scored)
+    with run.station("old_logprobs"):
+        old = score_old(run, batch)
+    with run.station("ref_logprobs"):
+        reference = score_reference(run, old.batch)
+    with run.station("update"):
+        update = update_policy(run, old, reference)
+    with run.station("sync"):
+        push_weights(run)
+    record, completions = step_record(run, rollout, scored, old, update)
+    run.reporter.step(record, completions)
+    if run.evaluation_is_due:
+        evaluate(run)
+    if run.checkpoint_is_due:
+        with run.station("checkpoint"):
+            save_checkpoint(run)

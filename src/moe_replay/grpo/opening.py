@@ -5,12 +5,13 @@ In: a recipe, a process. Out: an open Run, at the step where its checkpoints lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from moe_replay.errors import CheckpointError
+from moe_replay.grpo.admission import Admission, admit
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.inputs import open_inputs
 from moe_replay.grpo.model_settings import (
@@ -21,7 +22,7 @@ from moe_replay.grpo.model_settings import (
 )
 from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run, message_device, world_group
-from moe_replay.grpo.run_lock import RunLock
+from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
@@ -29,7 +30,7 @@ from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.rollout.types import Engine, EngineDescription, ShowsProgress
 from moe_replay.routing import Guard
-from moe_replay.sync.messages import first_text
+from moe_replay.sync.messages import gather_json
 
 
 @contextmanager
@@ -39,19 +40,26 @@ def open_run(
     reporter: Reporter,
     *,
     restart: bool,
+    allow_changed: Collection[str],
+    stop: StopRequest,
     make_engine: Callable[[Recipe, torch.device], Engine],
 ) -> Iterator[Run]:
     """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
 
     Raises:
         RecipeError: when the recipe does not fit its files, the model or the number of ranks.
+        CheckpointError: when another process writes there, or the newest checkpoint is of a run that trains differently.
     """
     recipe.check_world(process.world_size)
-    layout = run_layout(recipe)
+    layout, checkpoints = run_layout(recipe), _checkpoints(recipe)
     with ExitStack() as closing:
-        # Before the minutes that loading takes, and given back after everything else is closed.
-        refusal, note = _lock(recipe, process, closing)
-        inputs = None if refusal else open_inputs(recipe)
+        # Before the minutes that loading takes; the lock is given back after everything else is closed.
+        admission = Admission()
+        if process.rank == 0:
+            admission = admit(
+                recipe, checkpoints, closing, restart=restart, allow_changed=allow_changed
+            )
+        inputs = None if admission.refusal else open_inputs(recipe)
         if inputs is not None:
             closing.callback(inputs.close)
         initialize(
@@ -61,12 +69,9 @@ def open_run(
             seed=recipe.run.seed,
         )
         closing.callback(shutdown)
-        refused = first_text(refusal, world_group(), device=message_device())
-        if refused is not None:
-            raise CheckpointError(refused[1])
+        step = _agreed_step(admission)
         assert inputs is not None
-        reporter.station(0, "loading the model into the trainer")
-        actor = _build_actor(recipe, layout)
+        actor = _build_actor(recipe, layout, reporter)
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
@@ -81,17 +86,37 @@ def open_run(
             replica=Replica.find(tuple(actor.routers), place=actor.place, device=actor.device),
             reference=_build_reference(recipe, layout),
             guard=_build_guard(recipe, engine.description),
-            checkpoints=CheckpointFolder(
-                recipe.run.output_dir / "checkpoints",
-                save_total_limit=recipe.checkpoint.save_total_limit,
-            ),
-            notes=() if note is None else (note,),
+            checkpoints=checkpoints,
+            identity=admission.identity,
+            stop=stop,
+            notes=admission.notes,
         )
-        run.resume_or_start(restart=restart)
+        run.resume_or_start(step, restart=restart)
         yield run
 
 
-def _build_actor(recipe: Recipe, layout: ParallelLayout) -> MegatronActor:
+def _checkpoints(recipe: Recipe) -> CheckpointFolder:
+    return CheckpointFolder(
+        recipe.run.output_dir / "checkpoints", save_total_limit=recipe.checkpoint.save_total_limit
+    )
+
+
+def _agreed_step(admission: Admission) -> int | None:
+    """Return the step that rank 0 resumes from, or raise its refusal, on every rank.
+
+    A folder that is shared over a network may look different from other machines for a while.
+    """
+    decided = gather_json(
+        [admission.refusal, admission.step], world_group(), device=message_device()
+    )
+    refusal, step = decided[0]
+    if refusal is not None:
+        raise CheckpointError(refusal)
+    return step
+
+
+def _build_actor(recipe: Recipe, layout: ParallelLayout, reporter: Reporter) -> MegatronActor:
+    reporter.station(0, "loading the model into the trainer")
     return build_policy(
         recipe.model.path,
         layout,
@@ -107,18 +132,6 @@ def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
     if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
         whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
         reporter.follow(lambda: engine.progress, whose=whose)
-
-
-def _lock(
-    recipe: Recipe, process: ProcessSpec, closing: ExitStack
-) -> tuple[str | None, str | None]:
-    """Take the run directory for this run; return why it is refused, and what is worth knowing about its lock."""
-    if process.rank != 0:
-        return None, None
-    try:
-        return None, closing.enter_context(RunLock(recipe.run.output_dir)).note
-    except CheckpointError as error:
-        return str(error), None
 
 
 def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:

@@ -5,14 +5,43 @@ In: tables. Out: one frozen model per section. Called by: grpo.config, grpo.reci
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from moe_replay.routing import ReplayMode
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+_DURATION = re.compile(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of a duration such as ``3h50m``.
+
+    Raises:
+        ValueError: when the text is no duration, or is none at all.
+    """
+    match = _DURATION.fullmatch(text)
+    seconds = (
+        sum(int(n) * unit for n, unit in zip(match.groups(), _UNITS.values(), strict=True) if n)
+        if match
+        else 0.0
+    )
+    if seconds <= 0:
+        raise ValueError(
+            "a duration above 0: a number of seconds, or days, hours, minutes and seconds as in '3h50m' or '1d12h'"
+        )
+    return seconds
+
+
+def _as_duration(text: str) -> str:
+    seconds_of(text)
+    return text
 
 
 class Section(BaseModel):
@@ -60,6 +89,16 @@ class RunSection(Section):
     """Seed of sampling, of shuffling and of the trainer."""
     max_steps: int = Field(gt=0)
     """Steps to run; a step is one rollout batch and its ``batch.steps_per_generation`` optimizer updates."""
+    max_time: (
+        Annotated[str, AfterValidator(_as_duration)] | Annotated[float, Field(gt=0)] | None
+    ) = None
+    """Time after which the run saves and ends, to be resumed: seconds, or as ``3h50m``; no limit when left out."""
+
+    @property
+    def max_seconds(self) -> float:
+        """``max_time`` in seconds, counted from the start of the process."""
+        assert self.max_time is not None
+        return seconds_of(self.max_time) if isinstance(self.max_time, str) else self.max_time
 
 
 class ModelSection(Section):

@@ -25,6 +25,22 @@ class RunSummary:
     """Last step."""
 
 
+END_FILE = "ended.json"
+"""File of the run directory that holds the `RunEnd` of a run that ended by itself; a run that is going on has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnd:
+    """How a call of `train` ended."""
+
+    step: int
+    """Finished steps; all of them are saved, and a run that goes on starts after them."""
+    max_steps: int
+    """Steps of the whole run."""
+    stopped_by: str | None
+    """What asked the run to stop before its end, such as ``SIGTERM``; None for a run that is done."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRecord:
     """One sampled completion and what it earned: a line of ``completions.jsonl`` or ``eval_completions.jsonl``."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
+from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.replica import Replica
@@ -35,7 +36,11 @@ from moe_replay.rollout.stop_strings import StopStrings
 from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.routing import Guard, ReplayMode
-from moe_replay.sync.messages import gather_json
+from moe_replay.sync.messages import first_text, gather_json
+
+T = TypeVar("T")
+NEW_EXPORT = "export.new"
+"""Folder of an export that is being written; what a killed writer left has this name too, or that with ``.partial``."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +57,10 @@ class Run:
     reference: MegatronScorer | None
     guard: Guard | None
     checkpoints: CheckpointFolder
+    identity: Mapping[str, Any]
+    """What decides the results, by content, see `run_identity`; on rank 0, which writes it down, only."""
+    stop: StopRequest
+    """Whether somebody wants the run to end before its last step."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the run was taken up."""
     step: int = 0
@@ -60,6 +69,11 @@ class Run:
     """Weight pushes that the engine has received."""
     next_prompt: int = 0
     """Position of the next step's first prompt."""
+    evaluation_is_owed: bool = True
+    """The present weights were to be evaluated and have not been."""
+    saved_step: int = 0
+    """Step of the newest checkpoint; 0 without one."""
+    _step_began_at: int | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _warnings: list[str] = field(default_factory=list)
 
@@ -116,9 +130,51 @@ class Run:
         every = self.recipe.replay.live_gap_every
         return every > 0 and (self.step - 1) % every == 0
 
+    def goes_on(self) -> bool:
+        """Tell whether there is another step to take: one is left, and no rank was asked to stop; collective."""
+        return self.step < self.recipe.run.max_steps and not self.agrees_to_stop()
+
+    def agrees_to_stop(self) -> bool:
+        """Tell whether any rank was asked to stop, and let all of them know why; collective."""
+        asked = first_text(self.stop.reason, self.group, device=self.device)
+        if asked is not None:
+            self.stop.ask(asked[1])
+        return asked is not None
+
+    def droppable(self, work: Callable[[], T]) -> T:
+        """Return the result of sampling or scoring, unless a rank is asked to stop meanwhile; collective at its end.
+
+        What ``work`` does must not be collective: a request breaks it off on the rank that receives it. Errors of a rank
+        that was asked to stop are not reported: the signal may have reached what it works with too.
+
+        Raises:
+            StepDropped: on every rank, when one of them was asked to stop.
+        """
+        result: T | None = None
+        try:
+            # The ranks of one vLLM take their steps together, so none of them may leave alone.
+            alone = self.recipe.rollout.tensor_parallel_size == 1
+            with self.stop.breaking_off() if alone else nullcontext():
+                result = work()
+        except StopRequested:
+            pass
+        except Exception:
+            if self.stop.reason is None:
+                raise
+        if self.agrees_to_stop():
+            raise StepDropped
+        return cast("T", result)
+
     def begin_step(self) -> None:
         """Move on to the next step."""
+        self._step_began_at = self.next_prompt
         self.step += 1
+
+    def drop_step(self) -> None:
+        """Go back to where the step in flight began; nothing that it has done so far outlives it."""
+        assert self._step_began_at is not None
+        self.step -= 1
+        self.next_prompt = self._step_began_at
 
     @contextmanager
     def station(self, name: str) -> Iterator[None]:
@@ -198,11 +254,31 @@ class Run:
         return export_hf_weights(self.actor.modules)
 
     def write_export(self) -> None:
-        """Write the policy as a Hugging Face checkpoint that transformers loads, replacing that of an earlier end."""
+        """Write the policy as a Hugging Face checkpoint that transformers loads; that of an earlier end goes only then.
+
+        Raises:
+            CheckpointError: when it cannot be written; the earlier export stays.
+        """
+        new = self.export_path.with_name(NEW_EXPORT)
+        self._remove_export(new)
+        try:
+            save_hf_checkpoint(self.actor.modules, self.recipe.model.path, new)
+        except CheckpointError as error:
+            self._remove_export(new)
+            raise CheckpointError(
+                f"{error}. The checkpoint of step {self.step} is whole: free some space and start the same command again, "
+                "which then only writes the export"
+            ) from error
         if self.process.rank == 0:
             shutil.rmtree(self.export_path, ignore_errors=True)
+            new.rename(self.export_path)
         dist.barrier()
-        save_hf_checkpoint(self.actor.modules, self.recipe.model.path, self.export_path)
+
+    def _remove_export(self, folder: Path) -> None:
+        if self.process.rank == 0:
+            for path in (folder, folder.with_name(f"{folder.name}.partial")):
+                shutil.rmtree(path, ignore_errors=True)
+        dist.barrier()
 
     def position(self) -> RunPosition:
         """Return where the run stands."""
@@ -210,32 +286,25 @@ class Run:
             step=self.step,
             policy_version=self.policy_version,
             next_prompt=self.next_prompt,
-            fingerprint=self.recipe.fingerprint(),
+            identity=self.identity,
             scheduler=self.actor.scheduler.state_dict(),
+            evaluation_is_owed=self.evaluation_is_owed,
         )
 
-    def resume_or_start(self, *, restart: bool) -> None:
-        """Continue after the newest checkpoint, or start at step 0 when there is none or ``restart`` discards it.
+    def resume_or_start(self, step: int | None, *, restart: bool) -> None:
+        """Continue after the checkpoint of ``step``, or start at step 0 when it is None; every rank calls this.
 
-        Raises:
-            CheckpointError: when the checkpoint was written by a recipe that trains differently.
+        ``restart`` discards all checkpoints.
         """
         if restart and self.process.rank == 0:
             self.checkpoints.remove_all()
-        dist.barrier()
-        steps = self.checkpoints.steps()
-        if not steps:
+        if step is None:
+            dist.barrier()
             return
-        position = self.checkpoints.position(steps[-1])
-        if position.fingerprint != self.recipe.fingerprint():
-            raise CheckpointError(
-                f"{self.checkpoints.path} holds step {position.step} of a recipe that trains differently from this one; to "
-                "continue that run, restore its recipe (recipe.toml in the run directory); to start anew, choose "
-                "another run.output_dir or pass --restart"
-            )
-        self.reporter.station(position.step, "loading the checkpoint")
-        self.checkpoints.load(self.actor, position.step)
+        self.reporter.station(step, "loading the checkpoint")
+        position = self.checkpoints.load(self.actor, step)
         self.step, self.next_prompt = position.step, position.next_prompt
+        self.saved_step, self.evaluation_is_owed = position.step, position.evaluation_is_owed
         self.policy_version = position.policy_version
         self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
 

@@ -19,6 +19,7 @@ from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run, message_device
+from moe_replay.grpo.stopping import StepDropped
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.rewards import ScoredBatch
 from moe_replay.rollout.types import (
@@ -105,8 +106,12 @@ def roll_out(run: Run) -> Rollout:
 def _answers(
     run: Run, requests: Sequence[Request], sampling: SamplingParams
 ) -> tuple[list[RolloutGroup], int]:
-    """Return what the engine answers, held to the contract of all engines and ended at stop strings; and tokens cut off."""
-    groups = run.engine.generate(requests, sampling)
+    """Return what the engine answers, held to the contract of all engines and ended at stop strings; and tokens cut off.
+
+    Raises:
+        StepDropped: on every rank, when one of them was asked to stop.
+    """
+    groups = run.droppable(lambda: run.engine.generate(requests, sampling))
     stale = run.recipe.rollout.engine == "files" and run.recipe.rollout.allow_stale
     check_groups(
         groups,
@@ -184,17 +189,22 @@ def _score(
 
     Raises:
         RewardError: on every rank, when one fails on any of them.
+        StepDropped: on every rank, when one of them was asked to stop.
     """
-    failure = batch = None
-    try:
-        batch = run.inputs.rewards.score(
-            prompts,
-            # An answer that the prompt begins is one text to a reward.
-            [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
-            [completion.token_ids for completion in completions],
-        )
-    except RewardError as error:
-        failure = error
+
+    def score() -> tuple[ScoredBatch | None, RewardError | None]:
+        try:
+            batch = run.inputs.rewards.score(
+                prompts,
+                # An answer that the prompt begins is one text to a reward.
+                [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
+                [completion.token_ids for completion in completions],
+            )
+        except RewardError as error:
+            return None, error
+        return batch, None
+
+    batch, failure = run.droppable(score)
     text = None if failure is None else str(failure)
     failed = first_text(text, run.group, device=message_device())
     if failure is not None:
@@ -207,7 +217,8 @@ def _score(
 
 
 def evaluate(run: Run) -> None:
-    """Report the reward of held-out prompts under the current weights."""
+    """Report the reward of held-out prompts under the current weights; owed when the run is asked to stop meanwhile."""
+    run.evaluation_is_owed = run.inputs.held_out is not None
     if run.inputs.held_out is None:
         return
     started = time.perf_counter()
@@ -231,11 +242,14 @@ def evaluate(run: Run) -> None:
             stop_token_ids=run.recipe.rollout.stop_token_ids,
             seed=run.recipe.run.seed,
         )
-        groups, _ = _answers(run, requests, sampling)
-        completions = [completion for group in groups for completion in group.completions]
-        asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
-        texts = [run.decode(completion) for completion in completions]
-        batch = _score(run, asked, completions, texts)
+        try:
+            groups, _ = _answers(run, requests, sampling)
+            completions = [completion for group in groups for completion in group.completions]
+            asked = [prompts[place] for place in mine for _ in range(settings.num_generations)]
+            texts = [run.decode(completion) for completion in completions]
+            batch = _score(run, asked, completions, texts)
+        except StepDropped:
+            return
         tally = _eval_tally(batch)
         tally.add_sum("eval/num_items", len(mine))
         metrics = run.merge(tally)
@@ -250,6 +264,7 @@ def evaluate(run: Run) -> None:
         )
     record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
     run.reporter.evaluation(record, kept)
+    run.evaluation_is_owed = False
 
 
 def _eval_tally(batch: ScoredBatch) -> Tally:

@@ -1,21 +1,21 @@
 """Checkpoints to resume from: Megatron's distributed format, made visible only when they are whole.
 
 A checkpoint is written into a folder whose name no reader looks for, flushed to the disk, and renamed; a process that
-is killed at any moment leaves either a whole checkpoint or an ignored folder behind.
+is killed at any moment leaves either a whole checkpoint or an ignored folder behind. A write that fails on one rank fails
+on all of them, and takes what it left unfinished with it.
 
 In: an actor and the loop's own position. Out: folders ``step-000040``. Called by: grpo.loop.
 """
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
 import queue
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,11 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -39,12 +42,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.optimizer_state import with_one_step
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
+_UNFINISHED = "unfinished-"
 _POSITION_FILE = "position.json"
+_FORMAT = CheckpointingConfig("torch_dist", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +63,12 @@ class RunPosition:
     """Weight pushes that the engine has received."""
     next_prompt: int
     """Position of the next prompt in the prompt source."""
-    fingerprint: str
-    """`Recipe.fingerprint()` of the run."""
+    identity: Mapping[str, Any]
+    """What decides the results of the run: dotted key -> value, or digest of what it points to."""
     scheduler: Mapping[str, Any]
     """State of the learning-rate schedule."""
+    evaluation_is_owed: bool = False
+    """The run was stopped before it had evaluated this step."""
 
 
 class CheckpointFolder:
@@ -86,33 +94,31 @@ class CheckpointFolder:
         Raises:
             CheckpointError: when the disk is full or cannot be written; the previous checkpoint stays whole.
         """
-        unfinished = self.path / f"unfinished-step-{position.step:06d}"
+        unfinished = self.path / f"{_UNFINISHED}step-{position.step:06d}"
         finished = self.path / f"step-{position.step:06d}"
-        with self._explained(finished):
+        write = SharedWrite(finished)
+        try:
+            with write.part():
+                if _is_first_rank():
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    unfinished.mkdir(parents=True)
+            write.finish()
+            self._write_state(actor, unfinished, write)
+            with write.part():
+                if _is_first_rank():
+                    save_config(_FORMAT, str(unfinished))
+                    (unfinished / _POSITION_FILE).write_text(json.dumps(asdict(position), indent=1))
+                    _flush_folder(unfinished)
+                    self._publish(unfinished, finished)
+            write.finish()
+        except CheckpointError as error:
             if _is_first_rank():
+                # What a full disk holds of a checkpoint that nobody can load would keep it full.
                 shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
-            dist.barrier()
-            strategy: Any = _SaveInThisProcess("torch_dist", 1, thread_count=1)
-            if _replica_group().size() > 1:
-                strategy = FullyParallelSaveStrategyWrapper(strategy, _replica_group())
-            with _results_in_this_process(), _nothing_to_collect():
-                dist_checkpointing.save(
-                    _sharded_state(actor, is_loading=False),
-                    str(unfinished),
-                    sharded_strategy=strategy,
-                    # Which rank writes what does not change during a run, and checking it takes a third of the time.
-                    validate_access_integrity=not self._layout_is_checked,
-                )
-            self._layout_is_checked = True
-            if _is_first_rank():
-                (unfinished / _POSITION_FILE).write_text(json.dumps(asdict(position), indent=1))
-                _flush_folder(unfinished)
-                shutil.rmtree(finished, ignore_errors=True)
-                unfinished.rename(finished)
-                _flush_folder(self.path)
-                self._forget_old()
-            dist.barrier()
+            raise CheckpointError(f"{error}; {self._advice()}") from error
+        if _is_first_rank():
+            self._forget_old()
+        dist.barrier()
 
     def position(self, step: int) -> RunPosition:
         """Read where the run stood at ``step``, without loading any weight."""
@@ -121,8 +127,8 @@ class CheckpointFolder:
             return RunPosition(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); the checkpoint was altered after it was written: remove its folder "
-                "to resume from the one before"
+                f"{path} cannot be read ({error}); the checkpoint was altered after it was written, or is of another release "
+                "of moe-replay: remove its folder to resume from the one before"
             ) from error
 
     @quiet_megatron()
@@ -152,9 +158,13 @@ class CheckpointFolder:
             ) from error
         for number, module in enumerate(actor.modules):
             unwrap(module).load_state_dict(state[f"model{number}"], strict=True)
-        actor.optimizer.load_state_dict(state["optimizer"])
-        actor.scheduler.load_state_dict(dict(position.scheduler))
+        _load_optimizer(actor, state["optimizer"], position.scheduler)
         return position
+
+    def remove_unfinished(self) -> None:
+        """Delete what killed writers left; only while no other process writes here."""
+        for folder in self.path.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove_all(self) -> None:
         """Delete every checkpoint, whole or unfinished."""
@@ -164,22 +174,66 @@ class CheckpointFolder:
         for step in self.steps()[: -self.save_total_limit]:
             shutil.rmtree(self.path / f"step-{step:06d}")
 
-    @contextmanager
-    def _explained(self, finished: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            free = shutil.disk_usage(self.path if self.path.is_dir() else self.path.parent).free
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            cause = (
-                f"the disk is full ({free / 2**20:.0f} MiB free)" if full else "the disk refused"
+    def _write_state(self, actor: MegatronActor, folder: Path, write: SharedWrite) -> None:
+        """Write weights and optimizer; every rank its shards, the first one also what all share."""
+        strategy: Any = _SaveInThisProcess("torch_dist", 1, thread_count=1)
+        strategy.shared_write = write
+        if _replica_group().size() > 1:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, _replica_group())
+        with _results_in_this_process(), _nothing_to_collect(), _common_part_in(write):
+            request = dist_checkpointing.save(
+                _sharded_state(actor, is_loading=False),
+                str(folder),
+                sharded_strategy=strategy,
+                # Which rank writes what does not change during a run, and checking it takes a third of the time.
+                validate_access_integrity=not self._layout_is_checked,
+                # Nothing runs at the side; the request is taken apart, so that ranks learn of a failure between its parts.
+                async_sharded_save=True,
             )
-            kept = self.steps()
-            raise CheckpointError(
-                f"writing {finished} failed: {error}; {cause}. "
-                f"{f'Step {kept[-1]} is the newest whole checkpoint' if kept else 'There is no checkpoint yet'}: free "
-                "some space, or lower checkpoint.save_total_limit, and start the same command again to resume"
-            ) from error
+            with write.part():
+                request.async_fn()
+            write.finish()
+            # The last one writes the format's name on the first rank alone; `save` does so where it may fail.
+            for finalize in request.finalize_fns[:-1]:
+                finalize()
+        self._layout_is_checked = True
+
+    def _publish(self, unfinished: Path, finished: Path) -> None:
+        """Give a whole checkpoint its name; one of the same step goes only when the new one is there."""
+        replaced = finished.with_name(f"{_UNFINISHED}{finished.name}-replaced")
+        if finished.exists():
+            finished.rename(replaced)
+        unfinished.rename(finished)
+        _flush_folder(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _advice(self) -> str:
+        kept = self.steps()
+        newest = (
+            f"step {kept[-1]} is the newest whole checkpoint"
+            if kept
+            else "there is no checkpoint yet"
+        )
+        return f"{newest}. Free some space, or lower checkpoint.save_total_limit, and start the same command again to resume"
+
+
+def _load_optimizer(
+    actor: MegatronActor, state: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> None:
+    """Take up moments and step counts; rates, decay and schedule are those of the recipe.
+
+    Without this the checkpoint's would be taken in silence, whatever the recipe says that is resumed with a change.
+    """
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in actor.optimizer.param_groups
+    ]
+    actor.optimizer.load_state_dict(state)
+    for group, values in zip(actor.optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    actor.scheduler.override_opt_param_scheduler = True
+    actor.scheduler.use_checkpoint_opt_param_scheduler = False
+    actor.scheduler.load_state_dict(dict(scheduler))
 
 
 def _is_first_rank() -> bool:
@@ -214,6 +268,8 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
     impossible in a daemon, and a killed trainer leaves the manager behind.
     """
 
+    shared_write: SharedWrite
+
     def _get_save_and_finalize_callbacks(
         self, writer: Any, save_state_dict_ret: Any, *_async_strategy: Any
     ) -> AsyncRequest:
@@ -235,6 +291,15 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
                     raise written[number]
             writer.results_queue.put(written)
 
+        finish: Callable[..., None] = writer.finish
+
+        def finish_in_part(*results: Any) -> None:
+            with self.shared_write.part():
+                finish(*results)
+
+        # Called on the first rank between two collectives.
+        writer.finish = finish_in_part
+
         def finalize() -> None:
             save_state_dict_async_finalize(*save_state_dict_ret)
 
@@ -250,6 +315,29 @@ def _results_in_this_process() -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+class _CommonInPart(TorchCommonSaveStrategy):
+    """Megatron's file of what all ranks share, whose failure on the first rank is kept for all to hear."""
+
+    def __init__(self, write: SharedWrite) -> None:
+        super().__init__("torch", 1)
+        self._write = write
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
+        with self._write.part():
+            super().save_common(common_state_dict, checkpoint_dir)
+
+
+@contextmanager
+def _common_part_in(write: SharedWrite) -> Iterator[None]:
+    """Let Megatron's save, which accepts no other strategy for the common part, find ours."""
+    before = serialization.get_default_save_common_strategy
+    serialization.get_default_save_common_strategy = lambda: _CommonInPart(write)
+    try:
+        yield
+    finally:
+        serialization.get_default_save_common_strategy = before
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.families import family_of
 from moe_replay.megatron.family import Kind, ModelShape, Rule
 from moe_replay.megatron.hf_files import write_checkpoint
@@ -157,9 +158,9 @@ def save_hf_checkpoint(
     layers) is copied from `source_dir`. The directory appears under its name only when it is complete.
 
     Raises:
-        CheckpointError: `output_dir` exists already.
+        CheckpointError: `output_dir` exists already, or cannot be written; raised on every rank.
     """
-    shape = _shape_of(chunks)
+    shape, write = _shape_of(chunks), SharedWrite(Path(output_dir))
     refusal = None
     if _rank() == 0 and Path(output_dir).exists():
         refusal = CheckpointError(
@@ -170,12 +171,11 @@ def save_hf_checkpoint(
     if _rank() == 0:
         if shape.num_mtp_layers:
             tensors = chain(tensors, _untrained(source_dir, shape))
-        write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
-    else:
-        for _ in tensors:
-            pass
-    if _world_size() > 1:
-        dist.barrier()
+        with write.part():
+            write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
+    for _ in tensors:  # After a failure too: gathering is collective.
+        pass
+    write.finish()
 
 
 def _rank() -> int:

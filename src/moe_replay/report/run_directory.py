@@ -6,6 +6,9 @@
     ├── recipe.toml         the recipe with every default filled in
     ├── versions.json       the software that ran it
     ├── run.lock            held by the process that writes here, see `RunLock`
+    ├── changes.jsonl       differences from the checkpoint that were accepted with --allow-changed
+    ├── digests.json        digests of large input files, so that they are read once
+    ├── ended.json          how the run ended last; none while it runs, or after it was killed
     ├── run_id              name under which logging services know the run; a run from the start gets a new one
     ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`

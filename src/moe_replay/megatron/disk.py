@@ -1,0 +1,95 @@
+"""Writes that fail: found on whichever rank they fail, explained once, and raised on all ranks together.
+
+In: what is written, by each rank. Out: `CheckpointError` on every rank, or nothing. Called by: megatron.checkpoint,
+megatron.weights.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from moe_replay.errors import CheckpointError
+from moe_replay.sync.messages import first_text
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class SharedWrite:
+    """One write in which every rank has a part.
+
+    A rank whose part fails goes on to `finish`, where all of them learn of it: a rank that raised alone would leave the
+    others waiting in their next collective.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._error: Exception | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part has failed."""
+        return self._error is not None
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Keep the first failure of what is inside, which must not be collective."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._error = self._error or error
+
+    def finish(self) -> None:
+        """Raise on every rank what failed on any; collective.
+
+        Raises:
+            CheckpointError: when a part failed.
+        """
+        text = None if self._error is None else explain(self._path, self._error)
+        world = dist.group.WORLD
+        if world is None:
+            failed = None if text is None else (0, text)
+        else:
+            device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+            failed = first_text(text, world, device=device)
+        if failed is not None:
+            rank, told = failed
+            where = f" on rank {rank}" if world is not None and world.size() > 1 else ""
+            raise CheckpointError(f"writing {self._path} failed{where}: {told}") from self._error
+
+
+def explain(path: Path, error: BaseException) -> str:
+    """Say in one line what kept ``path`` from being written, and what to do.
+
+    torch's zip writer raises a `RuntimeError` of its own over the system's error, and safetensors puts it into a text.
+    """
+    cause = _system_error(error)
+    if cause is None:
+        return f"{type(error).__name__}: {error}"
+    parent = next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))
+    if cause.errno in _FULL:
+        free = shutil.disk_usage(parent).free / 2**20
+        full = "the quota is used up" if cause.errno == errno.EDQUOT else "the disk is full"
+        return f"{cause.strerror}: {full} ({free:.0f} MiB free)"
+    return f"{cause.strerror}: the disk refused"
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the operating system's error behind an exception."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    for number in _FULL:
+        if f"(os error {number})" in str(error):
+            return OSError(number, os.strerror(number))
+    return None

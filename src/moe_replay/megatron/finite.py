@@ -1,0 +1,101 @@
+"""Weights and optimizer state that overflowed are found before they are saved or given to an engine.
+
+In: a model and its optimizer. Out: nothing, or `DivergedError` on every rank. Called by: grpo.closing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_replay.errors import DivergedError
+from moe_replay.megatron.model import unwrap
+from moe_replay.sync.messages import first_text
+
+_SHOWN = 3
+# The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a weight is lost as well.
+_LARGEST_WEIGHT = 1e18
+
+
+def check_weights(
+    modules: Iterable[torch.nn.Module], *, group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Raise unless every weight of the model, on all ranks, is a number to compute with; collective.
+
+    Each tensor is read once, and the answers of all are fetched together.
+
+    Raises:
+        DivergedError: when one is infinite, not a number, or so large that its square is infinite.
+    """
+    _check(_weights(modules), "weights", _LARGEST_WEIGHT, group, device)
+
+
+def check_optimizer(optimizer: Any, *, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise unless Adam's moments and main weights, on all ranks, are finite; collective.
+
+    A second moment that overflowed freezes its weight for ever, and the weight itself looks healthy.
+
+    Raises:
+        DivergedError: when a value is infinite or not a number.
+    """
+    _check(_moments(optimizer), "optimizer state", math.inf, group, device)
+
+
+def _check(
+    named: Iterable[tuple[str, torch.Tensor]],
+    what: str,
+    limit: float,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> None:
+    bad = _beyond(named, limit)
+    text = (
+        f"{', '.join(bad[:_SHOWN])}{f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''}"
+    )
+    found = first_text(text if bad else None, group, device=device)
+    if found is not None:
+        rank, names = found
+        raise DivergedError(
+            f"after this update the {what} of rank {rank} are not finite, or too large to compute with: {names}. Training has diverged: nothing "
+            "was saved or given to the engine, and the checkpoints from before are kept. Lower optimizer.lr or "
+            "optimizer.clip_grad, look at grad_norm of the last steps in metrics.jsonl, and resume"
+        )
+
+
+def _beyond(named: Iterable[tuple[str, torch.Tensor]], limit: float) -> list[str]:
+    """Return the names of tensors with a value that is not below ``limit``; NaN is below nothing."""
+    names: list[str] = []
+    ends: list[torch.Tensor] = []
+    with torch.no_grad():
+        for name, tensor in named:
+            if tensor.is_floating_point() and tensor.numel():
+                names.append(name)
+                ends.append(torch.stack(torch.aminmax(tensor.detach())).float())
+    if not ends:
+        return []
+    below = (torch.stack(ends).abs() < limit).all(dim=1).tolist()
+    return [name for name, is_below in zip(names, below, strict=True) if not is_below]
+
+
+def _weights(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for module in map(unwrap, modules):
+        yield from module.named_parameters()
+        # Of the buffers only a router's bias is trained and exported.
+        yield from (entry for entry in module.named_buffers() if "expert_bias" in entry[0])
+
+
+def _moments(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        held = [weight for group in inner.param_groups for weight in group["params"]]
+        for place, weight in enumerate(held):
+            yield f"main weight {place} of optimizer {number}", weight
+            for name, value in inner.state.get(weight, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{name} {place} of optimizer {number}", value
