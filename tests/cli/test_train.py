@@ -207,6 +207,15 @@ def test_first_generated_prompt_that_is_too_long_is_refused(capsys, write_recipe
     assert "data.max_prompt_length is 16" in refusal(capsys, recipe)
 
 
+def test_r1_exit_of_a_reward_file_ends_with_code_2(capsys, write_recipe, tmp_path):
+    (tmp_path / "reward.py").write_text("import sys\nsys.exit(0)\n")
+    recipe = write_recipe(rewards=[{"function": "reward.py:f"}])
+    assert main(["train", str(recipe)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot be imported: SystemExit: 0 (it asked the program to end)" in said
+    assert f"({tmp_path}/reward.py, line 2)" in said
+
+
 def test_r8_interrupt_promises_no_checkpoint_where_there_is_none(capsys, write_recipe, tmp_path):
     # The trainer is the parent of the process that imports it.
     (tmp_path / "reward.py").write_text(

@@ -228,6 +228,14 @@ def test_prints_are_passed_on(
     assert said.err == "x\n"
 
 
+def test_exit_handlers_of_a_function_run_when_the_set_is_closed(
+    load: Callable[..., RewardSet], capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import atexit\natexit.register(print, 'closed')\ndef f(completions): return [1.0]\n"
+    load(code).close()
+    assert capfd.readouterr().out == "closed\n"
+
+
 def test_copy_of_the_process_does_not_answer(load: Callable[..., RewardSet]) -> None:
     # An answer of the copy would be taken for that of the next call.
     code = """
