@@ -82,6 +82,9 @@ class RunDirectory:
         self.missing_steps: tuple[int, ...] = ()
         """Steps before the one that was resumed from of which ``metrics.jsonl`` holds no line; empty as a rule."""
 
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
     def open(self, *, recipe_toml: str, last_step: int) -> None:
         """Lay out the directory, or take it up again after ``last_step`` (0: from the start).
 
