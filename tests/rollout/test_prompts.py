@@ -326,6 +326,12 @@ def test_missing_model_directory_is_refused(tmp_path):
         load_tokenizer(tmp_path / "none")
 
 
+def test_d20_hub_name_as_model_is_answered_with_its_download(tmp_path):
+    line = r"hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B"
+    with pytest.raises(RecipeError, match=line):
+        load_tokenizer(tmp_path / "Qwen" / "Qwen3-30B-A3B")
+
+
 def test_missing_tokenizer_names_the_file_and_what_is_there(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"no tokenizer in .*tokenizer\.json.*found config\.json"):

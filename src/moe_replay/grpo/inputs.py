@@ -18,7 +18,7 @@ from moe_replay.rollout.builtin_rewards import BUILTIN_REWARDS
 from moe_replay.rollout.checkpoint_config import count_experts, read_config_json, refuse_nested
 from moe_replay.rollout.dataset_cache import Progress
 from moe_replay.rollout.file_prompts import FilePrompts
-from moe_replay.rollout.prompt_encoding import load_tokenizer
+from moe_replay.rollout.prompt_encoding import load_tokenizer, no_checkpoint
 from moe_replay.rollout.prompts import PromptSource
 from moe_replay.rollout.rewards import RewardSet, RewardSpec
 
@@ -124,11 +124,7 @@ def check_checkpoint_config(recipe: Recipe) -> None:
     Reads only that file; what the trainer supports of it is checked when the model is built.
     """
     if not recipe.model.path.is_dir():
-        raise RecipeError(
-            f"model.path {recipe.model.path} is not a directory: expected a local Hugging Face checkpoint with "
-            "config.json, safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download "
-            "ORG/NAME --local-dir NAME`"
-        )
+        raise RecipeError(no_checkpoint(recipe.model.path))
     path = recipe.model.path / "config.json"
     config = read_config_json(recipe.model.path)
     refuse_nested(config, path)

@@ -44,11 +44,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
-        raise RecipeError(
-            f"model.path {model_dir} is not a directory: expected a local Hugging Face checkpoint with config.json, "
-            "safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download ORG/NAME "
-            "--local-dir NAME`"
-        )
+        raise RecipeError(no_checkpoint(model_dir))
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         found = shortened(sorted(file.name for file in model_dir.iterdir())) or "nothing"
         raise RecipeError(
@@ -67,6 +63,24 @@ def load_tokenizer(model_dir: Path) -> Any:
             f"the tokenizer in {model_dir} cannot be loaded: {reason(error)}. Copy the tokenizer files of the original "
             "checkpoint again"
         ) from error
+
+
+def no_checkpoint(model_dir: Path) -> str:
+    """Return what to say where a checkpoint directory is missing; a name of the hub is given back as its download.
+
+    Example:
+        >>> no_checkpoint(Path("/recipes/Qwen/Qwen3-30B-A3B")).partition("with `")[2]
+        'hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`'
+    """
+    # A recipe's paths are absolute: that a name ORG/NAME was meant shows in a folder ORG that does not exist either.
+    is_name = not model_dir.parent.exists()
+    name = f"{model_dir.parent.name}/{model_dir.name}" if is_name else "ORG/NAME"
+    folder = name.partition("/")[2]
+    return (
+        f"model.path {model_dir} is not a directory: expected a local Hugging Face checkpoint with config.json, "
+        f"safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download {name} --local-dir "
+        f"{folder}`"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
