@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tomlkit
 
-from moe_replay.testing.tiny_models import character_tokenizer
+from moe_replay.rollout.checkpoint_files import has_usual_names
+from moe_replay.testing.tiny_models import character_tokenizer, write_zero_weights
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -40,12 +41,14 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a recipe, its dataset and a checkpoint without weights."""
+    """Return a function that writes a recipe, its dataset and a checkpoint whose weights are zeros."""
 
     def write(*, config: dict[str, Any] | None = None, **sections: Any) -> Path:
         model = tmp_path / "model"
         character_tokenizer().save_pretrained(model)
         (model / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+        if has_usual_names((config or CONFIG)["model_type"]):
+            write_zero_weights(model)
         rows = [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(8)]
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         table: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import moe_replay.megatron  # noqa: F401 - silences Megatron-Core's own imports
-from moe_replay.cli import doctor
 from moe_replay.cli.doctor_tables import ranges, size
 from moe_replay.cli.main import main
+from moe_replay.grpo import preflight
 
 from .conftest import CONFIG
 
@@ -212,27 +212,29 @@ def test_processes_that_hold_one_are_counted(examined):
 
 
 def test_a_release_outside_the_supported_range_is_refused(examined, monkeypatch):
-    installed = doctor._installed
+    installed = preflight.installed
     monkeypatch.setattr(
-        doctor,
-        "_installed",
+        preflight,
+        "installed",
         lambda name: "0.15.3" if name == "megatron-core" else installed(name),
     )
     assert "megatron-core 0.15.3, expected <0.20,>=0.16" in refusal(examined)
 
 
 def test_an_engine_that_is_not_installed_is_refused(examined, monkeypatch):
-    installed = doctor._installed
+    installed = preflight.installed
     monkeypatch.setattr(
-        doctor, "_installed", lambda name: None if name == "vllm" else installed(name)
+        preflight, "installed", lambda name: None if name == "vllm" else installed(name)
     )
     assert "vllm is missing, expected" in refusal(examined, rollout={"engine": "vllm"})
 
 
 def test_a_missing_optional_part_refuses_nothing(examined, monkeypatch):
-    installed = doctor._installed
+    installed = preflight.installed
     monkeypatch.setattr(
-        doctor, "_installed", lambda name: None if name == "transformer-engine" else installed(name)
+        preflight,
+        "installed",
+        lambda name: None if name == "transformer-engine" else installed(name),
     )
     code, report = examined()
     (row,) = [row for row in report["versions"] if row["name"] == "transformer-engine"]

@@ -71,10 +71,7 @@ def test_r3_gap_to_a_bfloat16_engine_is_below_the_live_gap_of_the_same_samples(
 
 
 def test_r2_changes_nothing_bit_for_bit_when_weights_are_equal(recipe: Recipes) -> None:
-    live = run(
-        recipe(replay__router_replay_mode="disabled", replay__live_gap_every=1), restart=True
-    )
-    assert live[0]["live_gap/k3_kl"] == live[0]["rollout_correction/k3_kl"]
+    live = run(recipe(replay__router_replay_mode="disabled"), restart=True)
     replayed = run(recipe(replay__router_replay_mode="R2"), restart=True)
     for a, b in zip(live, replayed, strict=True):
         shared = a.keys() & b.keys()

@@ -7,27 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.train import with_values
-from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.preflight import preflight
 from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.grpo.sampling_words import describe_drawing
 from moe_replay.routing import LiveReason, ReplayMode
-
-_PYTHON = ">=3.11"
-_ALWAYS = ("torch", "megatron-core", "transformers")
-_OPTIONAL = "optional"
 
 
 def run_doctor(
@@ -53,41 +44,26 @@ def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
 
     What could not be found out because of a problem is null, and the problem is in ``problems``.
     """
-    problems: list[str] = []
+    found = preflight(recipe, process, any_ranks=not process.launched_by_torchrun)
     report: dict[str, Any] = {
-        "can_run": False,
-        "problems": problems,
+        "can_run": not found.problems,
+        "problems": [str(problem) for problem in found.problems],
         "settings": settings_of(recipe),
         "passes": passes_of(recipe),
         "live_rows": live_rows_of(recipe.replay.router_replay_mode),
-        "versions": versions_for(recipe),
+        "versions": [asdict(version) | {"is_ok": version.is_ok} for version in found.versions],
         "model": None,
         "layout": None,
         "routes": None,
         "options": None,
     }
-    problems += [
-        f"{row['name']} {row['found'] or 'is missing'}, expected {row['supported']}; install one in range"
-        for row in report["versions"]
-        if not row["is_ok"]
-    ]
-    with _noting(problems):
-        # Loads Megatron-Core, which takes seconds and refuses a release that it was not verified on.
+    if found.shape is not None:
+        # Loads Megatron-Core, as the preflight that found a shape has.
         from moe_replay.cli.doctor_model import add_model
 
-        add_model(report, recipe, process, _noting)
-    report["can_run"] = not problems
+        add_model(report, found)
+    found.close()
     return report
-
-
-@contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Take down a refusal in place of ending with it."""
-    try:
-        yield
-    except MoeReplayError as refusal:
-        if str(refusal) not in problems:
-            problems.append(str(refusal))
 
 
 def settings_of(recipe: Recipe) -> dict[str, str]:
@@ -167,30 +143,3 @@ def live_rows_of(mode: ReplayMode) -> list[dict[str, str]]:
         ReplayMode.R3: list(_WHY_LIVE),
     }[mode]
     return [{"reason": reason.value, "why": _WHY_LIVE[reason]} for reason in reasons]
-
-
-def versions_for(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return what is installed of what a recipe needs, beside the range that moe-replay supports."""
-    rows = [_version_row("Python", platform.python_version(), _PYTHON)]
-    wanted = [*_ALWAYS, *(["vllm"] if recipe.rollout.engine == "vllm" else [])]
-    ranges = {
-        Requirement(text).name: str(Requirement(text).specifier)
-        for text in metadata.requires("moe-replay") or []
-    }
-    rows += [_version_row(name, _installed(name), ranges[name]) for name in wanted]
-    rows.append(_version_row("transformer-engine", _installed("transformer-engine"), _OPTIONAL))
-    return rows
-
-
-def _version_row(name: str, found: str | None, supported: str) -> dict[str, Any]:
-    is_ok = supported == _OPTIONAL or (
-        found is not None and SpecifierSet(supported).contains(found, prereleases=True)
-    )
-    return {"name": name, "found": found, "supported": supported, "is_ok": is_ok}
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

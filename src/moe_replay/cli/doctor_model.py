@@ -7,81 +7,35 @@ In: a recipe. Out: parts of the report. Called by: cli.doctor.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from moe_replay.errors import UnsupportedError
-from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.model_settings import TRAINER_DTYPES, override_fields, run_layout
+from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.preflight import Preflight, ranks_needed
 from moe_replay.megatron import compat
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.model import ModelShape, read_model_shape, transformer_config
-from moe_replay.megatron.refusals import Verdict, judge
-from moe_replay.megatron.stages import stage_layers
+from moe_replay.megatron.model import ModelShape
+from moe_replay.megatron.refusals import judge
 from moe_replay.routing import expert_dtype
 
-Noting = Callable[[list[str]], AbstractContextManager[None]]
 
-
-def add_model(report: dict[str, Any], recipe: Recipe, process: ProcessSpec, noting: Noting) -> None:
-    """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as no problem is in the way.
-
-    Raises:
-        RecipeError: there is no checkpoint, or of an architecture that is not supported.
-    """
-    problems = report["problems"]
-    shape = read_model_shape(recipe.model.path)
-    report["model"] = model_of(shape, recipe)
-    if recipe.replays and not shape.num_moe_layers:
-        problems.append(
-            f"{recipe.model.path} is dense, so there is nothing to replay; set replay.router_replay_mode = 'disabled'"
-        )
-    layout = run_layout(recipe)
-    with noting(problems):
-        recipe.check_world(ranks_needed(layout))
-    if process.launched_by_torchrun:
-        with noting(problems):
-            check_started(layout, recipe, process.world_size)
-    config = transformer_config(
-        shape,
-        layout,
-        dtype=TRAINER_DTYPES[recipe.model.dtype],
-        overrides=override_fields(recipe),
-    )
-    stages = stage_layers(config)
-    num_ranks = process.world_size if process.launched_by_torchrun else ranks_needed(layout)
-    report["layout"] = layout_of(layout, shape, stages, num_ranks)
+def add_model(report: dict[str, Any], found: Preflight) -> None:
+    """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as no problem was in the way."""
+    shape, layout = found.shape, found.layout
+    assert shape is not None
+    report["model"] = model_of(shape, found.recipe)
+    if layout is None or found.config is None:
+        return
+    num_ranks = found.process.world_size
+    report["layout"] = layout_of(layout, shape, found.stages, num_ranks)
     if shape.num_moe_layers:
-        report["routes"] = routes_of(recipe, layout, shape, stages, num_ranks)
+        report["routes"] = routes_of(found.recipe, layout, shape, found.stages, num_ranks)
     report["options"] = [
         {"option": refusal.option, "state": verdict.value, "why": refusal.why}
-        for refusal, verdict in judge(config)
+        for refusal, verdict in judge(found.config)
     ]
-    if recipe.replays:
-        problems += [
-            f"replay cannot be exact with {refusal.option}: {refusal.why}; set {refusal.remedy}"
-            for refusal, verdict in judge(config)
-            if verdict is Verdict.REFUSED
-        ]
-
-
-def ranks_needed(layout: ParallelLayout) -> int:
-    """Return the least number of ranks; every multiple of it works, if the batch divides by its replicas."""
-    return math.lcm(layout.model_parallel_size, layout.expert_parallel_size)
-
-
-def check_started(layout: ParallelLayout, recipe: Recipe, world_size: int) -> None:
-    """Raise `RecipeError` unless ``world_size`` ranks hold whole copies of the model and share the batch evenly."""
-    if world_size % ranks_needed(layout):
-        raise UnsupportedError(
-            f"{world_size} processes were started, [megatron] needs a multiple of {ranks_needed(layout)} "
-            f"({layout.describe()}); start another number or change the sizes"
-        )
-    recipe.check_world(world_size)
 
 
 def model_of(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:

@@ -8,21 +8,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.preflight import Preflight, preflight
 from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.grpo.records import RunEnd
 from moe_replay.grpo.stopping import StopRequest, StopRequested
 from moe_replay.rollout.bearer import exposure
 
 if TYPE_CHECKING:
-    from moe_replay.grpo.inputs import Inputs
     from moe_replay.report import RunDirectory
 
 RESUME = 75
@@ -46,15 +45,14 @@ def run_train(
     stop = StopRequest()
     launched = read_process(os.environ).launched_by_torchrun
     try:
-        with stop.listening(forwards=launched, say=say):
+        with stop.listening(forwards=launched, say=say), ExitStack() as stack:
             with stop.breaking_off():
-                recipe, process, inputs = _prepare(recipe_path, with_values(overrides))
+                checked = _prepare(recipe_path, with_values(overrides))
+            stack.callback(checked.close)
             if dry_run:
-                _show(recipe, process, inputs)
+                _show(checked)
                 return 0
-            _, end = _train(
-                recipe, process, restart=restart, allow_changed=allow_changed, stop=stop
-            )
+            _, end = _train(checked, restart=restart, allow_changed=allow_changed, stop=stop)
     except StopRequested:
         say(f"stopped by {stop.reason} before the run began: the same command starts it again")
         return _exit_code(stop.reason)
@@ -64,11 +62,12 @@ def run_train(
     return _exit_code(end.stopped_by)
 
 
-def _show(recipe: Recipe, process: ProcessSpec, inputs: Inputs) -> None:
+def _show(checked: Preflight) -> None:
     """Show what a dry run has found."""
-    if process.rank == 0:
-        print(recipe.resolved_toml(), flush=True)
-        (prompt,) = inputs.train.at(0, 1)
+    if checked.process.rank == 0:
+        assert checked.inputs is not None
+        print(checked.recipe.resolved_toml(), flush=True)
+        (prompt,) = checked.inputs.train.at(0, 1)
         say(f"first training prompt, {len(prompt.prompt_ids)} tokens:\n{prompt.text}")
         say("dry run: the recipe and everything that it points to are in order")
 
@@ -96,37 +95,32 @@ def train_recipe(
     Raises:
         MoeReplayError: of the kind that names what went wrong.
     """
-    loaded, process, _ = _prepare(recipe, overrides or {})
-    directory, _ = _train(
-        loaded,
-        process,
-        restart=restart,
-        allow_changed=allow_changed,
-        stop=StopRequest() if stop is None else stop,
-    )
+    with closing(_prepare(recipe, overrides or {})) as checked:
+        directory, _ = _train(
+            checked,
+            restart=restart,
+            allow_changed=allow_changed,
+            stop=StopRequest() if stop is None else stop,
+        )
     return directory
 
 
 def _prepare(
     source: Path | str | Mapping[str, Any], overrides: Sequence[tuple[str, str]] | Mapping[str, Any]
-) -> tuple[Recipe, ProcessSpec, Inputs]:
-    """Load a recipe and check everything but the weights, saying what begins and what is worth knowing."""
+) -> Preflight:
+    """Load a recipe and ask whether it can start, saying what begins and what is worth knowing.
+
+    Raises:
+        MoeReplayError: the first reason why it cannot.
+    """
     process = read_process(os.environ)
     set_defaults(os.environ)
     recipe = load_recipe(source, overrides)
-    recipe.check_world(process.world_size)
-    say("loading tokenizer, data and rewards ...")
-    from moe_replay.grpo.inputs import open_inputs
-
-    with closing(open_inputs(recipe, Progress())) as inputs:
-        say("loading torch and Megatron-Core ...")
-        # Takes seconds: after everything that fails sooner.
-        from moe_replay.megatron.model import read_model_shape
-
-        read_model_shape(recipe.model.path)
-        for note in _notes(recipe, inputs):
-            say(note)
-    return recipe, process, inputs
+    checked = preflight(recipe, process, announce=say, progress=Progress())
+    checked.refuse()
+    for note in _notes(checked):
+        say(note)
+    return checked
 
 
 def _exit_code(stopped_by: str | None) -> int:
@@ -169,16 +163,16 @@ def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, 
     return pairs
 
 
-def _notes(recipe: Recipe, inputs: Inputs) -> list[str]:
+def _notes(checked: Preflight) -> list[str]:
     """Return what is worth knowing about what a recipe points to."""
-    warning = exposure(recipe.rollout.token_file)
-    notes = [*inputs.notes] if warning is None else [*inputs.notes, warning]
-    return notes
+    assert checked.inputs is not None
+    notes = [*checked.inputs.notes]
+    warning = exposure(checked.recipe.rollout.token_file)
+    return notes if warning is None else [*notes, warning]
 
 
 def _train(
-    recipe: Recipe,
-    process: ProcessSpec,
+    checked: Preflight,
     *,
     restart: bool,
     allow_changed: Collection[str],
@@ -188,6 +182,7 @@ def _train(
     from moe_replay.report import RunDirectory, build_reporter
 
     quiet_transformers()
+    recipe, process = checked.recipe, checked.process
     directory = RunDirectory(recipe.run.output_dir)
     with build_reporter(recipe, rank=process.rank, run_directory=directory) as reporter:
         end = train(
@@ -197,5 +192,6 @@ def _train(
             restart=restart,
             allow_changed=allow_changed,
             stop=stop,
+            checked=checked,
         )
     return directory, end

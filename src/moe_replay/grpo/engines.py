@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,10 @@ from moe_replay.rollout.types import Engine, Request, SamplingParams
 from moe_replay.routing import ReplayMode
 from moe_replay.sync.messages import gather_json
 
+if TYPE_CHECKING:
+    from moe_replay.rollout.model_facts import ModelFacts
+    from moe_replay.rollout.server_engine import ServerEngine
+
 
 def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
     """Return the engine of ``[rollout]``, started.
@@ -26,8 +31,7 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
         UnsupportedError: when its release cannot keep the contract of an engine.
         EngineError: when it does not start, or cannot return what the recipe's mode needs.
     """
-    rollout = recipe.rollout
-    record_routes = recipe.replay.router_replay_mode is ReplayMode.R3
+    rollout, record_routes = recipe.rollout, _records(recipe)
     if rollout.engine == "vllm":
         from moe_replay.rollout.vllm_engine import VllmEngine
 
@@ -41,18 +45,11 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
             record_routes=record_routes,
         )
     if rollout.engine in ("vllm-server", "sglang-server"):
-        return _server_engine(recipe, device, record_routes)
+        return _server_engine(recipe, device)
     if rollout.engine == "files":
-        from moe_replay.rollout.files_engine import FilesEngine
         from moe_replay.rollout.model_facts import read_facts
 
-        assert rollout.path is not None
-        return FilesEngine(
-            rollout.path,
-            facts=read_facts(recipe.model.path),
-            record_routes=record_routes,
-            allow_stale=rollout.allow_stale,
-        )
+        return _files_engine(recipe, read_facts(recipe.model.path))
     from moe_replay.rollout.embedded import EmbeddedEngine
 
     return EmbeddedEngine(
@@ -86,17 +83,66 @@ def training_request(recipe: Recipe, position: int, prompt: Prompt) -> Request:
     )
 
 
-def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) -> Engine:
-    """Return the recipe's servers as one engine, holding the weights of the checkpoint."""
-    from moe_replay.rollout.bearer import read_token
-    from moe_replay.rollout.model_facts import read_facts
-    from moe_replay.rollout.server_engine import ServerEngine
+def check_engine(
+    recipe: Recipe, facts: ModelFacts, *, world_size: int, num_attention_heads: int
+) -> None:
+    """Ask what would keep the engine of ``[rollout]`` from starting, without starting it; servers and files are asked.
 
+    Raises:
+        RecipeError: when an option, a server or a file does not fit the model or the number of processes.
+        UnsupportedError: when the engine cannot load the checkpoint's layout.
+        EngineError: when a server does not answer.
+    """
     rollout = recipe.rollout
+    if rollout.engine == "vllm":
+        from moe_replay.rollout.vllm_ranks import check_ranks
+        from moe_replay.rollout.vllm_startup import check_loadable
+
+        check_ranks(rollout.tensor_parallel_size, world_size)
+        check_loadable(facts, rollout.tensor_parallel_size, num_attention_heads=num_attention_heads)
+    elif rollout.engine in ("vllm-server", "sglang-server"):
+        _connect(recipe, facts, run=secrets.token_hex(8), pushes=False).close()
+    elif rollout.engine == "files":
+        _files_engine(recipe, facts).close()
+
+
+def _files_engine(recipe: Recipe, facts: ModelFacts) -> Engine:
+    from moe_replay.rollout.files_engine import FilesEngine
+
+    assert recipe.rollout.path is not None
+    return FilesEngine(
+        recipe.rollout.path,
+        facts=facts,
+        record_routes=_records(recipe),
+        allow_stale=recipe.rollout.allow_stale,
+    )
+
+
+def _server_engine(recipe: Recipe, device: torch.device) -> Engine:
+    """Return the recipe's servers as one engine, after a push of the checkpoint to each of them.
+
+    So a push is tried before anything is sampled, and no server answers by weights that it happened to hold.
+    """
+    from moe_replay.rollout.model_facts import read_facts
+
     run, world = secrets.token_hex(8), dist.group.WORLD if dist.is_initialized() else None
     if world is not None:
         run = gather_json(run, world, device=device)[0]
     facts = read_facts(recipe.model.path)
+    engine = _connect(recipe, facts, run=run, pushes=world is None or world.rank() == 0)
+    try:
+        engine.restore(recipe.model.path)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _connect(recipe: Recipe, facts: ModelFacts, *, run: str, pushes: bool) -> ServerEngine:
+    from moe_replay.rollout.bearer import read_token
+    from moe_replay.rollout.server_engine import ServerEngine
+
+    rollout = recipe.rollout
     if rollout.engine == "sglang-server":
         from moe_replay.rollout.sglang_calls import SglangCalls
 
@@ -105,18 +151,20 @@ def _server_engine(recipe: Recipe, device: torch.device, record_routes: bool) ->
         from moe_replay.rollout.vllm_calls import connect_vllm
 
         connect = partial(connect_vllm, facts=facts)
-    engine = ServerEngine(
+    return ServerEngine(
         rollout.urls,
         facts=facts,
         connect=connect,
         weights_dir=rollout.weights_dir,
         run=run,
         dtype=rollout.dtype,
-        record_routes=record_routes,
-        pushes=world is None or world.rank() == 0,
+        record_routes=_records(recipe),
+        pushes=pushes,
         token=read_token(rollout.token_file),
         calls_per_server=max(1, rollout.max_batch_size // rollout.num_generations),
         timeout_s=rollout.timeout_s,
     )
-    engine.restore(recipe.model.path)
-    return engine
+
+
+def _records(recipe: Recipe) -> bool:
+    return recipe.replay.router_replay_mode is ReplayMode.R3

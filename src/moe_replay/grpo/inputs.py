@@ -66,6 +66,7 @@ def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
 def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None) -> Inputs:
     """Open tokenizer and datasets, and check that these have what the reward functions need."""
     tokenizer = load_tokenizer(recipe.model.path)
+    check_tokenizer(tokenizer, recipe.model.path)
     prompts = open_prompt_sources(recipe, tokenizer, progress)
     notes = list(prompts.notes)
     for key, source in (("data.train", prompts.train), ("data.eval", prompts.held_out)):
@@ -147,4 +148,16 @@ def check_checkpoint_config(recipe: Recipe) -> None:
             f"config.json, but data.max_prompt_length {recipe.data.max_prompt_length} + "
             f"rollout.max_completion_length {recipe.rollout.max_completion_length} = {recipe.max_sequence_length} "
             f"tokens. Lower one of them by {recipe.max_sequence_length - context} or more"
+        )
+
+
+def check_tokenizer(tokenizer: Any, model_dir: Path) -> None:
+    """Raise `RecipeError` if the tokenizer can make token ids that the model has no embedding for."""
+    num_rows = read_config_json(model_dir).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(num_rows, int) and largest >= num_rows:
+        raise RecipeError(
+            f"the tokenizer in {model_dir} has token ids up to {largest}, but vocab_size is {num_rows} in config.json, so "
+            "the model has no embedding for some of them; copy the tokenizer files of the original checkpoint, or resize "
+            "the embeddings"
         )

@@ -16,6 +16,7 @@ from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.learning import score_old, score_reference, update_policy
 from moe_replay.grpo.opening import open_run
+from moe_replay.grpo.preflight import Preflight
 from moe_replay.grpo.records import Reporter, RunEnd
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
@@ -32,6 +33,7 @@ def train(
     allow_changed: Collection[str] = (),
     make_engine: Callable[[Recipe, torch.device], Engine] = recipe_engine,
     stop: StopRequest | None = None,
+    checked: Preflight | None = None,
 ) -> RunEnd:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 
@@ -39,6 +41,7 @@ def train(
     its checkpoint was trained with is refused, except for the keys ``allow_changed``, such as ``optimizer.lr``.
     ``stop`` lets another thread, or a signal while `StopRequest.listening`, end the run early and saved.
     ``make_engine`` is called once with the recipe and the trainer's device; any `Engine` will do.
+    ``checked`` is the recipe's `preflight` in this process, for a caller who has asked already.
 
     Raises:
         StopRequested: when it was asked to stop before it began.
@@ -60,6 +63,7 @@ def train(
                     allow_changed=allow_changed,
                     make_engine=make_engine,
                     stop=stop,
+                    checked=checked,
                 )
             )
         reporter.start(run.summary())

@@ -13,13 +13,14 @@ import torch
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.admission import Admission, admit
 from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.inputs import open_inputs
+from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.model_settings import (
     TRAINER_DTYPES,
     optimizer_settings,
     override_fields,
     run_layout,
 )
+from moe_replay.grpo.preflight import Preflight, preflight
 from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run, message_device, world_group
 from moe_replay.grpo.stopping import StopRequest
@@ -43,25 +44,27 @@ def open_run(
     allow_changed: Collection[str],
     stop: StopRequest,
     make_engine: Callable[[Recipe, torch.device], Engine],
+    checked: Preflight | None = None,
 ) -> Iterator[Run]:
     """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
 
+    ``checked`` is what a caller found out before, so that nothing is opened twice.
+
     Raises:
-        RecipeError: when the recipe does not fit its files, the model or the number of ranks.
+        MoeReplayError: the first refusal of `preflight`, before anything is built.
         CheckpointError: when another process writes there, or the newest checkpoint is of a run that trains differently.
     """
-    recipe.check_world(process.world_size)
-    layout, checkpoints = run_layout(recipe), _checkpoints(recipe)
+    if checked is None:
+        checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
+    inputs, layout, checkpoints = checked.cleared(), run_layout(recipe), _checkpoints(recipe)
     with ExitStack() as closing:
+        closing.callback(inputs.close)
         # Before the minutes that loading takes; the lock is given back after everything else is closed.
         admission = Admission()
         if process.rank == 0:
             admission = admit(
                 recipe, checkpoints, closing, restart=restart, allow_changed=allow_changed
             )
-        inputs = None if admission.refusal else open_inputs(recipe)
-        if inputs is not None:
-            closing.callback(inputs.close)
         initialize(
             layout,
             from_environment=process.launched_by_torchrun,
@@ -70,7 +73,6 @@ def open_run(
         )
         closing.callback(shutdown)
         step = _agreed_step(admission)
-        assert inputs is not None
         actor = _build_actor(recipe, layout, reporter)
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)

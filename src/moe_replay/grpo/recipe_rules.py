@@ -222,6 +222,16 @@ def _reward_names_differ(have: Any) -> Iterator[Problem]:
             )
 
 
+def _live_gap_needs_replay(have: Any) -> Iterator[Problem]:
+    replay = have.replay
+    if replay.router_replay_mode is ReplayMode.DISABLED and replay.live_gap_every:
+        yield Problem(
+            path="replay.live_gap_every",
+            text=f"{replay.live_gap_every} with router_replay_mode = 'disabled', where every pass is live and "
+            "rollout_correction/* is the live gap already: set it to 0, or choose a mode that replays",
+        )
+
+
 def _eval_samples_differ(have: Any) -> Iterator[Problem]:
     if have.eval.temperature == 0 and have.eval.num_generations > 1:
         yield Problem(
@@ -235,7 +245,7 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     replay = have.replay
     if replay.router_replay_mode is ReplayMode.DISABLED:
         for key in type(replay).model_fields:
-            # The live gap of a run without replay is its gap; asking for it lets one recipe serve every mode.
+            # A rule of its own refuses a live gap; 0 is taken, so that one recipe serves every mode.
             if key not in ("router_replay_mode", "live_gap_every"):
                 yield f"replay.{key}", "replay.router_replay_mode is 'disabled'"
     elif not replay.guard:
@@ -327,6 +337,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("rollout", "data"), _files_answer_no_evaluation),
     (("rewards",), _reward_names_differ),
     (("eval",), _eval_samples_differ),
+    (("replay",), _live_gap_needs_replay),
 )
 _EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[tuple[str, str]]]], ...] = (
     (("rollout",), _engine_without_effect),

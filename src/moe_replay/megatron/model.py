@@ -261,6 +261,11 @@ def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, compat.TopKRouter
 
 def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
     tensor = layout.tensor_model_parallel_size
+    if tensor > 1 and family_of(shape.family).all_heads_qk_norm:
+        raise UnsupportedError(
+            f"{shape.family}: the query and key norms span all heads, which tensor parallelism {tensor} would split; use "
+            "tensor_model_parallel_size = 1"
+        )
     expert_tensor = layout.expert_tensor_parallel_size or tensor
     for name, size, axis, degree in (
         ("vocab_size", shape.vocab_size, "tensor", tensor),

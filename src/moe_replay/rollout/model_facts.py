@@ -39,6 +39,10 @@ class ModelFacts:
     """Names that share one tensor; a push holds at least one of them."""
     num_known_ids: int | None = None
     """Ids from here on are in the model's vocabulary and unknown to its tokenizer; None without a tokenizer."""
+    family: str = ""
+    """The `model_type` of its config."""
+    stacks_experts: bool = False
+    """Whether the experts of a layer are one tensor on disk; their names here are those of a push all the same."""
 
 
 def read_facts(model_dir: str | Path) -> ModelFacts:
@@ -55,6 +59,7 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     config = load_config(model_dir)
     with SafetensorsCheckpoint(model_dir) as checkpoint:
         shapes = dict(checkpoint.shapes)
+        stacks_experts = any(place.expert is not None for place in checkpoint.places.values())
     check_counts(shapes, config)
     model = _without_memory(config, model_dir)
     check_fit(shapes, config, model)
@@ -77,6 +82,8 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         weight_shapes=shapes,
         tied_names=TIED if tied else frozenset(),
         num_known_ids=num_known_ids(tokenizer) if tokenizer is not None else None,
+        family=config.model_type,
+        stacks_experts=stacks_experts,
     )
 
 

@@ -173,12 +173,22 @@ class ServerEngine:
         self._policy = policy
 
     def restore(self, model_dir: str | Path) -> None:
-        """Give servers that hold weights of an earlier run those of the checkpoint again, as policy version 0."""
-        behind = [server for server in self._servers if server.status().policy.run != CHECKPOINT]
-        if behind and self._pushes:
-            self._push(checkpoint_tensors(model_dir), self._policy, behind)
-        elif behind:
+        """Give every server the weights of the checkpoint, as policy version 0.
+
+        Whatever would keep a push from working is met here, and not after the first rollout.
+
+        Raises:
+            EngineError: when a server does not take them.
+        """
+        if not self._pushes:
             self._await(self._policy)
+            return
+        self._push(checkpoint_tensors(model_dir), self._policy)
+        if behind := [s.url for s in self._servers if s.status().policy != self._policy]:
+            raise EngineError(
+                f"{', '.join(behind)} did not take the weights of {model_dir} at the start, so no later push would work "
+                "either; start it again, and see that it reaches the trainer and rollout.weights_dir"
+            )
 
     def close(self) -> None:
         """Close the connections; the servers stay. Calling it twice is allowed."""

@@ -28,7 +28,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
 )
 from moe_replay.rollout.vllm_ranks import check_ranks, own_place, requests_of_ranks
-from moe_replay.rollout.vllm_startup import start_vllm, stop_vllm, vllm_version
+from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm, vllm_version
 from moe_replay.rollout.vllm_wire import payload_of_output, trace_from_vllm
 from moe_replay.rollout.weight_stream import checked_weights
 from moe_replay.routing import Origin, RoutingTrace
@@ -81,6 +81,7 @@ class VllmEngine:
                 f"expected one of {list(_DTYPES)}, at least 1, and above 0"
             )
         self._facts = read_facts(model_dir)
+        check_loadable(self._facts)
         routed = self._facts.routed
         self._description = EngineDescription(
             name="vllm",

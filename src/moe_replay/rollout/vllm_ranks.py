@@ -22,9 +22,10 @@ from moe_replay.rollout.types import Request
 _HEADER = 3  # request id, number of generations, length of the prompt
 
 
-def check_ranks(tensor_parallel_size: int) -> None:
-    """Raise `RecipeError` unless the ranks of this run can be cut into engines of that many."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+def check_ranks(tensor_parallel_size: int, world_size: int | None = None) -> None:
+    """Raise `RecipeError` unless the ranks of this run, ``world_size`` if it has not started, make engines of that many."""
+    if world_size is None:
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
     if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
         raise RecipeError(
             f"rollout.tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the {world_size} processes of "

