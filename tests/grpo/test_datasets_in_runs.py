@@ -12,6 +12,8 @@ import torch
 
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.digest_cache import DigestCache
+from moe_replay.grpo.identity import differences, run_identity
 from moe_replay.grpo.inputs import open_inputs
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.prompt_sources import recipe_dataset_files
@@ -116,13 +118,19 @@ def test_r11_row_without_a_column_that_an_own_reward_needs_is_pointed_out(
     assert inputs.notes[0].endswith("reward own is given None for these")
 
 
-def test_files_of_a_recipes_datasets_are_listed(recipe: Recipes, tmp_path: Path) -> None:
+def test_t24_only_the_files_of_the_split_count(recipe: Recipes, tmp_path: Path) -> None:
     folder = chats(tmp_path)
     mine = recipe(data__train=str(folder), data__eval="reasoning_gym:chain_sum")
-    assert recipe_dataset_files(mine) == {
-        "data.train": (folder / "train-00000-of-00001.jsonl",),
-        "data.eval": (),
-    }
+    train = folder / "train-00000-of-00001.jsonl"
+    assert recipe_dataset_files(mine, "data.train") == (train,)
+    assert recipe_dataset_files(mine, "data.eval") == ()
+    cache = DigestCache(tmp_path / "digests.json")
+    before = run_identity(mine, cache)
+    (folder / "README.md").write_text("about the data")
+    (folder / "test-00000-of-00001.jsonl").write_text('{"prompt": "other"}')
+    assert run_identity(mine, cache) == before
+    train.write_text(train.read_text().replace("rather", "very"))
+    assert [d.key for d in differences(before, run_identity(mine, cache))] == ["data.train"]
 
 
 def test_evaluation_on_files_that_are_trained_on_is_pointed_out(

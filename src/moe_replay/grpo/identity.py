@@ -25,7 +25,9 @@ from typing import Any
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.digest_cache import DigestCache
+from moe_replay.grpo.prompt_sources import recipe_dataset_files
 from moe_replay.grpo.recipe_rules import GENERATED
+from moe_replay.rollout.dataset_files import HUB
 
 LARGE = 64 << 20
 """Files above this many bytes are not read at every start: weights are sampled, and what was read is remembered."""
@@ -64,8 +66,8 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
             if location.startswith(GENERATED):
                 items[key] = location
                 items[f"{key} (reasoning-gym)"] = importlib.metadata.version("reasoning-gym")
-            elif Path(location).exists():
-                items[key] = _dataset_digest(Path(location), cache)
+            elif location.startswith(HUB) or Path(location).exists():
+                items[key] = _dataset_digest(recipe_dataset_files(recipe, key), cache)
         del items["model.path"]
         for path in _model_files(recipe.model.path):
             items[f"model.path/{path.name}"] = cache.digest(path, _weights_digest)
@@ -100,11 +102,10 @@ def _shown(value: Any) -> str:
     return "not there" if value is None else json.dumps(value)
 
 
-def _dataset_digest(path: Path, cache: DigestCache) -> str:
-    if path.is_file():
-        return cache.digest(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _digest_of(f"{file.relative_to(path)} {cache.digest(file)}" for file in files)
+def _dataset_digest(files: Sequence[Path], cache: DigestCache) -> str:
+    if len(files) == 1:
+        return cache.digest(files[0])
+    return _digest_of(f"{file.name} {cache.digest(file)}" for file in files)
 
 
 def _digest_of(lines: Iterable[str]) -> str:

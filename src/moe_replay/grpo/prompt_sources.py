@@ -66,28 +66,22 @@ def open_prompt_sources(
     return PromptSources(train=train, held_out=held_out, notes=tuple(dict.fromkeys(notes)))
 
 
-def recipe_dataset_files(recipe: Recipe) -> dict[str, tuple[Path, ...]]:
-    """Return the files of each dataset of a recipe, by its key: ``data.train`` and ``data.eval``; generated ones have none.
+def recipe_dataset_files(recipe: Recipe, key: str) -> tuple[Path, ...]:
+    """Return the files of ``data.train`` or ``data.eval``; a generated dataset has none.
 
     Raises:
         RecipeError: when they cannot be found.
     """
-    locations = {
-        "data.train": (recipe.data.train, recipe.data.train_split),
-        "data.eval": (recipe.data.eval, recipe.data.eval_split),
-    }
-    files: dict[str, tuple[Path, ...]] = {}
-    for key, (location, split) in locations.items():
-        if location is None:
-            continue
-        if location.startswith(GENERATED):
-            files[key] = ()
-        elif location.startswith(HUB):
-            name = location.removeprefix(HUB)
-            files[key] = read_hub_table(name, config=recipe.data.hub_config, split=split)[1]
-        else:
-            files[key] = dataset_files(location, split=split).paths
-    return files
+    data = recipe.data
+    location, split = {
+        "data.train": (data.train, data.train_split),
+        "data.eval": (data.eval, data.eval_split),
+    }[key]
+    if location is None or location.startswith(GENERATED):
+        return ()
+    if location.startswith(HUB):
+        return read_hub_table(location.removeprefix(HUB), config=data.hub_config, split=split)[1]
+    return dataset_files(location, split=split).paths
 
 
 def _notes(train: PromptSource, held_out: PromptSource | None) -> Iterator[str]:
