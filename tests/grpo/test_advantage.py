@@ -12,6 +12,7 @@ from moe_replay.errors import RecipeError, RewardError
 from moe_replay.grpo.advantage import (
     ADVANTAGE_ESTIMATORS,
     AdvantageEstimator,
+    constant_rewards,
     group_advantages,
     reward_metrics,
 )
@@ -131,6 +132,17 @@ def test_t15_groups_without_two_completions_that_count_teach_nothing() -> None:
         "frac_reward_zero_std": 1.0,
         "rewards/f/none_ratio": 0.0,
     }
+
+
+def test_d5_constant_rewards_are_those_of_one_score() -> None:
+    assert constant_rewards(
+        {
+            "same": np.array([[0.5, np.nan], [0.5, 0.5]]),
+            "differs": np.array([[0.0, 0.0], [0.0, 1.0]]),
+            "silent": np.full((2, 2), np.nan),
+            "once": np.array([[1.0, np.nan], [np.nan, np.nan]]),
+        }
+    ) == {"same": 0.5}
 
 
 def test_d2_scores_that_are_no_opinion_enter_no_mean_and_are_counted() -> None:

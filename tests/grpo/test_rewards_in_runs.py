@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from moe_replay.errors import RewardError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.loop import train
+from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.report import RunDirectory, build_reporter
+from moe_replay.report.base import BaseReporter
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -38,6 +40,17 @@ def run(recipe: Recipe, world_size: int = 1) -> list[str]:
         return ""
 
     return run_ranks(call, world_size, timeout_s=120)
+
+
+class Warnings(BaseReporter):
+    """Keeps the warnings of every step."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take a finished step."""
+        self.said += record.warnings
 
 
 def metrics_of(recipe: Recipe) -> list[dict[str, Any]]:
@@ -128,3 +141,16 @@ def test_d2_step_without_any_opinion_trains_nothing_and_the_run_goes_on(
     for record in metrics_of(mine):
         assert record["completions/unscored_ratio"] == 1.0
         assert "reward" not in record
+
+
+def test_d5_constant_reward_is_pointed_out_once(recipe: Recipes, tmp_path: Path) -> None:
+    code = "def f(completions): return [0.5] * len(completions)\n"
+    mine = recipe(rewards__0__function=reward_file(tmp_path, code), run__max_steps=3)
+
+    def call() -> list[str]:
+        reporter = Warnings()
+        train(mine, process=ProcessSpec(), reporter=reporter)
+        return [text for text in reporter.said if text.startswith("reward ")]
+
+    ((said,),) = run_ranks(call, 1)
+    assert said.startswith("reward f gave 0.5 to every completion of step 1")

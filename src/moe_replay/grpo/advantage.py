@@ -144,6 +144,18 @@ def reward_metrics(
     return metrics
 
 
+def constant_rewards(
+    rewards: Mapping[str, Float64[np.ndarray, "groups generations"]],
+) -> dict[str, float]:
+    """Return each reward function that gave one and the same score to everything it has an opinion on, with that score."""
+    given = {name: scores[~np.isnan(scores)] for name, scores in rewards.items()}
+    return {
+        name: float(scores[0])
+        for name, scores in given.items()
+        if len(scores) > 1 and scores.max() == scores.min()
+    }
+
+
 def _std(scores: np.ndarray) -> float:
     return 0.0 if scores.max() == scores.min() else float(scores.std(ddof=1))
 

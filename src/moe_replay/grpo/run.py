@@ -76,6 +76,7 @@ class Run:
     _step_began_at: int | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _warnings: list[str] = field(default_factory=list)
+    _kinds_said: set[str] = field(default_factory=set)
 
     @property
     def mode(self) -> ReplayMode:
@@ -191,6 +192,12 @@ class Run:
         """Keep what a person should know of this step; said twice, it is shown once."""
         if text not in self._warnings:
             self._warnings.append(text)
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Say ``text`` unless something of its kind has been said since this process started."""
+        if kind not in self._kinds_said:
+            self._kinds_said.add(kind)
+            self.warn(text)
 
     def take_warnings(self) -> tuple[str, ...]:
         """Return the warnings since the last call."""

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from moe_replay.errors import RewardError
-from moe_replay.grpo.advantage import group_advantages, reward_metrics
+from moe_replay.grpo.advantage import constant_rewards, group_advantages, reward_metrics
 from moe_replay.grpo.engines import training_request
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally
@@ -160,6 +160,13 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
         name: _by_place(shape, ((part["places"], part["rewards"][name]) for part in gathered))
         for name in rewards
     }
+    for name, score in constant_rewards(scores).items():
+        run.warn_once(
+            f"constant reward {name}",
+            f"reward {name} gave {score:g} to every completion of step {run.step}, and so teaches nothing in it. If that "
+            "goes on (rewards/<name>/std), look at completions.jsonl: are its answers, its tags and its regex those that "
+            "the model writes?",
+        )
     return Scored(
         texts=tuple(texts),
         rewards=rewards,
