@@ -14,6 +14,7 @@ from moe_replay.routing import (
     TraceFile,
     write_trace_file,
 )
+from moe_replay.testing.synthetic_routes import synthetic_trace
 
 # Layer 3 uses expert 0 in every row; layer 5 uses each of four experts equally; 6 and 7 are never used.
 IDS = np.array(
@@ -162,3 +163,14 @@ def test_inspect_says_what_a_run_directory_and_a_text_file_are(tmp_path, capsys)
         assert what in message
         assert "`moe-replay rollout` and `moe-replay record` write trace files" in message
         assert "from_text" not in message
+
+
+def test_d14_inspect_is_readable_from_40_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    tokens = np.array([5, 6, 7, 5])
+    write_trace_file(tmp_path / "a.traces", [("0/0", synthetic_trace(tokens, seed=0))])
+    assert main(["inspect", str(tmp_path / "a.traces")]) == 0
+    shown = capsys.readouterr().out
+    assert "0/0     4      3" in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 40

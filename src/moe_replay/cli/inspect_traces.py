@@ -6,7 +6,7 @@ In: a trace file. Out: tables for people, or JSON. Called by: cli.main.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _NUM_TRACES_SHOWN = 20
 _NUM_EXPERTS_SHOWN = 4
+_NARROW = 72
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,7 +162,7 @@ def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad])
         f"{file.num_bytes} bytes, {_per_token(report['bytes_per_token'])} a token; every checksum fits"
     )
     if traces:
-        console.print(_traces_table(traces))
+        console.print(_traces_table(traces, console.width))
     if len(traces) > _NUM_TRACES_SHOWN:
         console.print(f"and {len(traces) - _NUM_TRACES_SHOWN} more; --json lists all of them")
     engines = {_printable(f"{trace['engine']} {trace['engine_version']}") for trace in traces}
@@ -175,21 +176,22 @@ def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad])
         console.print(_load_table(load))
 
 
-def _traces_table(traces: list[dict[str, Any]]) -> Table:
-    table = Table("trace", "rows", "valid", "policy versions", "form", box=box.SIMPLE)
-    for heading in ("bytes a token", "token digest", "checksum"):
-        table.add_column(heading)
+def _traces_table(traces: list[dict[str, Any]], width: int) -> Table:
+    """Return a line for each of the first traces; a narrow screen shows the columns on the left alone."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "trace": lambda trace: _printable(trace["name"]),
+        "rows": lambda trace: str(trace["num_rows"]),
+        "valid": lambda trace: str(trace["num_valid"]),
+        "policy versions": lambda trace: _spans(trace["spans"]),
+        "form": lambda trace: trace["encoding"],
+        "bytes a token": lambda trace: _per_token(trace["bytes_per_token"]),
+        "token digest": lambda trace: (trace["token_digest"] or "-")[:8],
+        "checksum": lambda trace: trace["checksum"][:8],
+    }
+    shown = list(columns)[: 3 if width < _NARROW else None]
+    table = Table(*shown, box=box.SIMPLE)
     for trace in traces[:_NUM_TRACES_SHOWN]:
-        table.add_row(
-            _printable(trace["name"]),
-            str(trace["num_rows"]),
-            str(trace["num_valid"]),
-            _spans(trace["spans"]),
-            trace["encoding"],
-            _per_token(trace["bytes_per_token"]),
-            (trace["token_digest"] or "-")[:8],
-            trace["checksum"][:8],
-        )
+        table.add_row(*(columns[name](trace) for name in shown))
     return table
 
 
