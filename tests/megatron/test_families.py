@@ -50,6 +50,14 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,
 }
+RELEASED_V2 = {
+    "topk_method": "group_limited_greedy",
+    "n_routed_experts": 160,
+    "num_experts_per_tok": 6,
+    "n_group": 8,
+    "topk_group": 3,
+    "moe_intermediate_size": 8,
+}
 VARIANTS = {
     "yarn": ("deepseek_v3", {"rope_parameters": YARN}),
     "whole query": ("deepseek_v3", {"q_lora_rank": None}),
@@ -58,6 +66,8 @@ VARIANTS = {
         "deepseek_v2",
         {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 4},
     ),
+    "the router of the released DeepSeek-V2": ("deepseek_v2", RELEASED_V2),
+    "groups by their best two, one expert of each": ("deepseek_v3", {"topk_group": 4}),
     "without query and key norm": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
 }
 
@@ -86,7 +96,12 @@ def test_logits_change_with_the_expert_bias(tmp_path):
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("deepseek_v3", {"topk_group": 8}, "best 1 experts, the model does by its best 2"),
+        ("deepseek_v3", {"topk_group": 9}, "expected equal groups"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v2", {"topk_method": "greedy", "n_group": 8, "topk_group": 3}, "n_group = 8"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),

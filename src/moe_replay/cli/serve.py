@@ -96,8 +96,11 @@ def _engine(options: argparse.Namespace) -> Any:
         from moe_replay.rollout.embedded import EmbeddedEngine
 
         return EmbeddedEngine(options.model, **sizes)
+    from moe_replay.rollout.checkpoint_files import check_finite
     from moe_replay.rollout.vllm_engine import VllmEngine
 
+    # The embedded engine looks at what it has loaded; vLLM would answer every request with an error.
+    check_finite(options.model)
     return VllmEngine(
         options.model,
         max_context_length=options.max_context_length,

@@ -37,6 +37,18 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGroups:
+    """Groups of experts of which each token may use some only."""
+
+    num_groups: int
+    """Equal groups, of neighbouring experts."""
+    groups_per_token: int
+    """Groups that a token's experts come from."""
+    num_scored: int
+    """A group's score is the sum of its best so many experts'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """What a Hugging Face config says about the model, in one vocabulary for all families."""
 
@@ -74,6 +86,8 @@ class ModelShape:
     """Inner width of one expert."""
     moe_layers: tuple[int, ...]
     """Global decoder indices of the layers that the config says are MoE layers."""
+    expert_groups: ExpertGroups | None = None
+    """Groups that Megatron would score otherwise than the model; None where it needs none, or its own will do."""
     megatron_fields: Mapping[str, Any] = field(default_factory=dict)
     """TransformerConfig fields that only this family sets."""
 

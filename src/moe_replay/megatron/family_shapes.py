@@ -9,7 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron.family import ModelShape
+from moe_replay.megatron.family import ExpertGroups, ModelShape
+
+_ROPE_KEYS = frozenset(
+    {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    }
+)
 
 
 def _refuse(hf: Any, **accepted: tuple[Any, ...]) -> None:
@@ -24,7 +40,16 @@ def _refuse(hf: Any, **accepted: tuple[Any, ...]) -> None:
 
 def _common(hf: Any, *, rope_types: tuple[str, ...] = ("default",), **fields: Any) -> ModelShape:
     _refuse(hf, hidden_act=("silu",), attention_dropout=(0.0, 0), clip_qkv=())
+    if any(kind != "full_attention" for kind in getattr(hf, "layer_types", None) or ()):
+        raise UnsupportedError(
+            f"{hf.model_type} config has layer_types {sorted(set(hf.layer_types))}; supported: 'full_attention' in all layers"
+        )
     rope = hf.rope_parameters
+    if unknown := sorted(k for k, v in rope.items() if v is not None and k not in _ROPE_KEYS):
+        raise UnsupportedError(
+            f"{hf.model_type} config has {', '.join(unknown)} in rope_parameters, which would change the positions; "
+            f"supported: {', '.join(sorted(_ROPE_KEYS))}"
+        )
     if rope.get("rope_type", "default") not in rope_types or not rope.get("truncate", True):
         raise UnsupportedError(
             f"{hf.model_type} config has rope_parameters {dict(rope)}; supported: rope_type "
@@ -112,23 +137,21 @@ def olmoe(hf: Any) -> ModelShape:
 
 def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
     """Return what the families share that begin with dense layers and add shared experts to the routed ones."""
-    num_groups = hf.n_group or 1
-    # Megatron scores a group by the sum of its best topk // topk_group experts; the models by a fixed number.
-    scored = 2 if sigmoid else 1
-    if num_groups > 1 and hf.num_experts_per_tok // hf.topk_group != scored:
-        raise UnsupportedError(
-            f"{hf.model_type} config has topk_group = {hf.topk_group} and num_experts_per_tok = "
-            f"{hf.num_experts_per_tok}: Megatron would score each group by its best "
-            f"{hf.num_experts_per_tok // hf.topk_group} experts, the model does by its best {scored}"
-        )
+    groups = _groups(hf, num_scored=2 if sigmoid else 1)
+    _refuse(hf, moe_layer_freq=(1,), scoring_func=("sigmoid" if sigmoid else "softmax",))
     megatron_fields = {
         "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
         "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
     }
-    if num_groups > 1:
+    # Megatron scores a group by the sum of its best topk // group_topk experts; the models by a fixed number.
+    as_megatron = (
+        groups is not None
+        and hf.num_experts_per_tok // groups.groups_per_token == groups.num_scored
+    )
+    if groups is not None and as_megatron:
         megatron_fields |= {
-            "moe_router_num_groups": num_groups,
-            "moe_router_group_topk": hf.topk_group,
+            "moe_router_num_groups": groups.num_groups,
+            "moe_router_group_topk": groups.groups_per_token,
         }
     if sigmoid:
         _refuse(hf, norm_topk_prob=(True,))
@@ -144,8 +167,23 @@ def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
         "expert_ffn_size": hf.moe_intermediate_size,
         "moe_layers": tuple(range(hf.first_k_dense_replace, hf.num_hidden_layers)),
         "num_mtp_layers": getattr(hf, "num_nextn_predict_layers", None) or 0,
+        "expert_groups": None if as_megatron else groups,
         "megatron_fields": megatron_fields,
     }
+
+
+def _groups(hf: Any, *, num_scored: int) -> ExpertGroups | None:
+    """Return the groups of experts that a token's choice is limited to, or None where there is one group."""
+    num_groups, chosen, topk = hf.n_group or 1, hf.topk_group or 1, hf.num_experts_per_tok
+    if num_groups == 1:
+        return None
+    size, left = divmod(hf.n_routed_experts, num_groups)
+    if left or chosen > num_groups or topk > chosen * size or size < num_scored:
+        raise UnsupportedError(
+            f"{hf.model_type} config has {hf.n_routed_experts} experts in n_group = {num_groups}, topk_group = {chosen} and "
+            f"num_experts_per_tok = {topk}; expected equal groups, of which the chosen ones hold {topk} experts"
+        )
+    return ExpertGroups(num_groups=num_groups, groups_per_token=chosen, num_scored=num_scored)
 
 
 def _latent_attention(hf: Any) -> dict[str, Any]:
@@ -191,12 +229,17 @@ def _deepseek(hf: Any, *, sigmoid: bool) -> ModelShape:
 def deepseek_v2(hf: Any) -> ModelShape:
     """Read a DeepSeek-V2 config: latent attention, softmax router, dense layers first, shared experts."""
     _refuse(hf, norm_topk_prob=(False,), mlp_bias=(False,))
+    _refuse(hf, topk_method=("greedy", "group_limited_greedy"))
+    if hf.topk_method == "greedy":
+        # Some libraries go by the method, others by the number.
+        _refuse(hf, n_group=(1,))
     shape = _deepseek(hf, sigmoid=False)
     return replace(shape, megatron_fields={**shape.megatron_fields, "moe_router_pre_softmax": True})
 
 
 def deepseek_v3(hf: Any) -> ModelShape:
     """Read a DeepSeek-V3 config: as V2, with a sigmoid router, expert bias and groups."""
+    _refuse(hf, topk_method=("noaux_tc",))
     return _deepseek(hf, sigmoid=True)
 
 

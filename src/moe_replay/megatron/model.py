@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import (
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron import compat
 from moe_replay.megatron.balance import count_tokens_only
+from moe_replay.megatron.expert_groups import choose_within_groups
 from moe_replay.megatron.families import family_of
 from moe_replay.megatron.family import ModelShape
 from moe_replay.megatron.layout import ParallelLayout
@@ -225,6 +226,8 @@ def build_model(
         count_tokens_only(
             moe_layers([chunk]).values(), scaled_by_group=compat.AUX_LOSS_SCALED_BY_GROUP
         )
+        if shape.expert_groups is not None:
+            choose_within_groups(moe_layers([chunk]).values(), shape.expert_groups)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():

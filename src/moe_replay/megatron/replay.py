@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.megatron.expert_groups import GroupedChoice
 from moe_replay.megatron.refusals import refuse_bypasses
 from moe_replay.megatron.upload import DeviceRoutes
 from moe_replay.routing import RouteSlice, expert_dtype
@@ -68,6 +69,10 @@ class _RouterSeat:
         assert default_compute_topk is not None
 
         def live(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            if isinstance(self.displaced, GroupedChoice):
+                return self.displaced.get_replay_topk(
+                    scores if rows is None else scores[rows], topk
+                )
             if rows is None or num_groups:
                 # Megatron's group-limited choice counts on seeing every row of the microbatch.
                 values, ids = default_compute_topk(
