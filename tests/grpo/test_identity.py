@@ -95,7 +95,11 @@ def test_t24_files_of_a_dataset_folder_count(home: Path) -> None:
     recipe = load(home, data__train=folder)
     cache = DigestCache(home / "digests.json")
     before = run_identity(recipe, cache)
+    (folder / "notes.md").write_text("is not read")
+    assert changed(before, run_identity(recipe, cache)) == []
     (folder / "b.jsonl").write_text('{"prompt": "b"}\n')
+    assert changed(before, run_identity(recipe, cache)) == ["data.train"]
+    (folder / "a.jsonl").rename(folder / "c.jsonl")
     assert changed(before, run_identity(recipe, cache)) == ["data.train"]
 
 

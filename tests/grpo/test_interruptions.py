@@ -84,7 +84,7 @@ def test_full_disk_at_checkpoint_time_leaves_a_run_that_resumes(
     code, said = finish(workspace, output, limit_bytes=500_000, **without_export)
     assert code == 2, said
     assert "the disk is full" in said
-    assert "Step 1 is the newest whole checkpoint" in said
+    assert "step 1 is the newest whole checkpoint" in said
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000001"]
     code, said = finish(workspace, output, **{"run.max_steps": 2, **without_export})
     assert code == 0, said

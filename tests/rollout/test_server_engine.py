@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_replay.errors import EngineError, RecipeError
+from moe_replay.grpo.stopping import StopRequest, StopRequested
 from moe_replay.rollout.fake import FakeEngine
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.server_messages import (
@@ -300,3 +302,27 @@ def test_d9_the_requests_that_were_answered_are_counted():
         for n in range(3)
     ]
     assert after == RolloutProgress()
+
+
+def test_r8_a_request_to_stop_does_not_wait_for_a_server_that_is_silent():
+    stop, release = StopRequest(), threading.Event()
+
+    class Silent(FakeEngine):
+        def generate(self, wanted, sampling):
+            stop.ask("SIGTERM")
+            release.wait()
+            return super().generate(wanted, sampling)
+
+    with served(Silent(weight_shapes=SHAPES)) as url:
+        engine = client(url)
+        try:
+            # Would wait for `release`, which is set only after it, for ever.
+            with (
+                stop.listening(forwards=False, say=print),
+                pytest.raises(StopRequested),
+                stop.breaking_off(),
+            ):
+                engine.generate(requests(), SAMPLING)
+        finally:
+            release.set()
+            engine.close()

@@ -77,7 +77,8 @@ def admit(
             if changed:
                 _write_down(directory / CHANGES_FILE, position.step, changed)
             notes += [f"changed from step {position.step + 1} on: {change}" for change in changed]
-    except MoeReplayError as error:
+    except (MoeReplayError, OSError) as error:
+        # All ranks hear of it; one that raised alone would leave the others waiting.
         return Admission(refusal=str(error))
     return Admission(step=steps[-1] if steps else None, identity=identity, notes=tuple(notes))
 

@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 
 from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.rollout.http_calls import CallError, Fault
+from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName, Status
 from moe_replay.rollout.types import (
     Completion,
@@ -218,3 +219,30 @@ def _contents(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
             part, size = {}, 0
     if part:
         yield save_tensors(part)
+
+
+def check_server(
+    server: RolloutServer,
+    description: EngineDescription,
+    facts: ModelFacts,
+    dtype: str,
+    record_routes: bool,
+) -> None:
+    """Raise `RecipeError` unless a server serves the recipe's model as the recipe needs it."""
+    url = server.url
+    if record_routes and not description.records_routes:
+        raise RecipeError(
+            f"{url} records no routes, which router_replay_mode = 'R3' replays: {server.how_to_record}"
+        )
+    if description.dtype != dtype:
+        raise RecipeError(
+            f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, or start the server with "
+            f"--dtype {dtype}"
+        )
+    routed = facts.routed
+    theirs = (description.moe_layers, description.num_experts, description.topk)
+    ours = (routed.moe_layers, routed.num_experts, routed.topk) if routed else ((), 0, 0)
+    if theirs != ours:
+        raise RecipeError(
+            f"{url} serves a model with (MoE layers, experts, top-k) {theirs}, the recipe's has {ours}; serve model.path"
+        )

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts, checkpoint_tensors
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.server_calls import ServerCalls
-from moe_replay.rollout.server_contract import RolloutServer, weight_parts
+from moe_replay.rollout.server_contract import RolloutServer, check_server, weight_parts
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
 from moe_replay.rollout.types import (
     EngineDescription,
@@ -131,15 +131,21 @@ class ServerEngine:
         )
         work = _Round(requests, self._max_attempts, {server.url for server in self._servers})
         self._round = work
+        threads = ThreadPoolExecutor(len(self._servers) * self._calls_per_server)
         try:
-            with ThreadPoolExecutor(len(self._servers) * self._calls_per_server) as threads:
-                workers = [
-                    threads.submit(self._serve, server, work, sampling)
-                    for server in self._servers
-                    for _ in range(min(self._calls_per_server, len(requests)))
-                ]
+            workers = [
+                threads.submit(self._serve, server, work, sampling)
+                for server in self._servers
+                for _ in range(min(self._calls_per_server, len(requests)))
+            ]
+            wait(workers)
+        except BaseException as error:
+            # Ctrl-C and its like: a call that waits for a server is not waited for, and nothing new is asked.
+            work.abandon(error)
+            raise
         finally:
             self._round = None
+            threads.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.result()
         return work.results()
@@ -206,7 +212,7 @@ class ServerEngine:
         told = {}
         for server in self._servers:
             description = server.status().description
-            _check_server(server, description, self._facts, dtype, record_routes)
+            check_server(server, description, self._facts, dtype, record_routes)
             server.check()
             told[server.url] = description
         different = set(told.values())
@@ -342,6 +348,12 @@ class _Round:
             failures = min(self._failures_in_a_row[url], _MAX_FAILURES_IN_A_ROW)
             return 0.0 if is_stale else _BACKOFF_S * 2 ** (failures - 1)
 
+    def abandon(self, error: BaseException) -> None:
+        """End the round for a caller that no longer waits for it."""
+        with self._turn:
+            self._stopped = error
+            self._turn.notify_all()
+
     def stop(self, error: BaseException) -> None:
         """End the round with an error that no other server would mend."""
         with self._turn:
@@ -370,29 +382,3 @@ class _Round:
                 "start the servers again and resume the run"
             )
         return [self._groups[place] for place in range(len(self.requests))]
-
-
-def _check_server(
-    server: RolloutServer,
-    description: EngineDescription,
-    facts: ModelFacts,
-    dtype: str,
-    record_routes: bool,
-) -> None:
-    url = server.url
-    if record_routes and not description.records_routes:
-        raise RecipeError(
-            f"{url} records no routes, which router_replay_mode = 'R3' replays: {server.how_to_record}"
-        )
-    if description.dtype != dtype:
-        raise RecipeError(
-            f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, or start the server with "
-            f"--dtype {dtype}"
-        )
-    routed = facts.routed
-    theirs = (description.moe_layers, description.num_experts, description.topk)
-    ours = (routed.moe_layers, routed.num_experts, routed.topk) if routed else ((), 0, 0)
-    if theirs != ours:
-        raise RecipeError(
-            f"{url} serves a model with (MoE layers, experts, top-k) {theirs}, the recipe's has {ours}; serve model.path"
-        )
