@@ -46,6 +46,8 @@ def run_rollout(
     from moe_replay.grpo.inputs import open_inputs
 
     inputs = open_inputs(recipe, Progress())
+    for note in inputs.notes:
+        say(note)
     # Nothing is scored here.
     inputs.close()
     say(f"starting the {recipe.rollout.engine} engine ...")
