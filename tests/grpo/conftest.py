@@ -16,6 +16,9 @@ from moe_replay.testing.tiny_models import write_tiny_checkpoint
 REWARD = """
 def likes_digits(completions, **columns):
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+def likes_low_ids(completions, completion_ids, **columns):
+    return [-float(ids[0]) for ids in completion_ids]
 """
 
 RECIPE = """

@@ -175,6 +175,7 @@ def test_t10_completions_of_one_token_train_in_every_cut(
     axis: str,
     recipe: Callable[..., Recipe],
     checkpoint: Path,
+    workspace: Path,
     alone: dict[str, list[dict[str, Any]]],
 ) -> None:
     # The shortest there are: a rank may hold no row that predicts a sampled token.
@@ -184,10 +185,35 @@ def test_t10_completions_of_one_token_train_in_every_cut(
         "batch__global_batch_size": 8,
         "run__max_steps": 1,
         "batch__max_tokens_per_microbatch": 33,
+        "rewards": f"[{{function = '{workspace}/reward.py:likes_low_ids'}}]",
     }
     if "short" not in alone:
         alone["short"] = steps(in_layout(recipe, checkpoint, "R3", {}, "one", **short), 1)
     shared = steps(in_layout(recipe, checkpoint, "R3", layout, "two", **short), 2)
     assert shared[0]["completions/max_length"] == 1
+    assert shared[0]["grad_norm"] > 0
     for key in CLOSE:
         assert shared[0][key] == pytest.approx(alone["short"][0][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_t10_completions_that_all_fit_one_microbatch_train_in_a_pipeline(
+    chunks: int,
+    recipe: Callable[..., Recipe],
+    checkpoint: Path,
+    alone: dict[str, list[dict[str, Any]]],
+) -> None:
+    # A single round: over gloo the interleaved schedule waited there for ever.
+    roomy = {
+        "batch__global_batch_size": 8,
+        "batch__max_tokens_per_microbatch": 4000,
+        "run__max_steps": 1,
+    }
+    if "roomy" not in alone:
+        alone["roomy"] = steps(in_layout(recipe, checkpoint, "R3", {}, "one", **roomy), 1)
+    layout = {"pipeline_model_parallel_size": 2}
+    if chunks > 1:
+        layout["virtual_pipeline_model_parallel_size"] = chunks
+    shared = steps(in_layout(recipe, checkpoint, "R3", layout, "two", **roomy), 2)
+    for key in CLOSE:
+        assert shared[0][key] == pytest.approx(alone["roomy"][0][key], rel=1e-4), key
