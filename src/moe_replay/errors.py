@@ -11,12 +11,13 @@
     ├── ReplayScopeError (RuntimeError)  a router was run outside the scope's contract
     ├── CoverageError (RuntimeError)     fewer rows were replayed than the recipe demands
     ├── MisalignmentError (RuntimeError) replayed and live routes disagree too much
+    ├── UpdateError (RuntimeError)       an update that cannot learn: gradients are off, or 0 where they cannot be
     ├── EngineError (RuntimeError)       an inference engine failed or broke its contract
     ├── DivergedError (RuntimeError)     weights or gradients are no longer finite numbers
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
     └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
 
-In: nothing. Out: exception classes. Called by: every module.
+In: nothing. Out: exception classes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class CoverageError(MoeReplayError, RuntimeError):
 
 class MisalignmentError(MoeReplayError, RuntimeError):
     """Replayed and live routes agree so little that the routes cannot belong to these rows."""
+
+
+class UpdateError(MoeReplayError, RuntimeError):
+    """An update cannot learn: gradients are switched off, or exactly 0 where they cannot be; no weight has changed."""
 
 
 class EngineError(MoeReplayError, RuntimeError):

@@ -32,8 +32,13 @@ NAMES = (
 )
 
 
-def _gradients(checkpoint: Path, case: Case, coeff: float, masked: bool) -> dict[str, torch.Tensor]:
-    """Return the gradient of two microbatches of each half of the samples, whatever the number of replicas."""
+def _gradients(
+    checkpoint: Path, case: Case, coeff: float, masked: bool
+) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Return the gradient of two microbatches of each half of the samples, whatever the number of replicas.
+
+    And this rank's part of the auxiliary loss itself.
+    """
     actor = start_policy(checkpoint, case.layout, moe_aux_loss_coeff=coeff, **case.overrides)
     if not masked:
         actor._padding_mask = lambda *_: None
@@ -48,14 +53,13 @@ def _gradients(checkpoint: Path, case: Case, coeff: float, masked: bool) -> dict
         )
     ]
     microbatches = [replace(m, key=key) for key, m in enumerate(packed)]
-    actor.optimizer.step = lambda: (True, 0.0, 0)
-    actor.update(microbatches, mean_loss, temperature=0.9, routing=Routing.REPLAY)
-    return gradients(actor)
+    gradient = actor.backward(microbatches, mean_loss, temperature=0.9, routing=Routing.REPLAY)
+    return gradients(actor), gradient.balancing_loss
 
 
 @cache
-def alone(checkpoint: Path, coeff: float = COEFF) -> dict[str, torch.Tensor]:
-    """Return the gradient of a single process."""
+def alone(checkpoint: Path, coeff: float = COEFF) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Return the gradient and the auxiliary loss of a single process."""
     return run_ranks(_gradients, 1, checkpoint, Case(layout=layout(), ranks=1), coeff, True)[0]
 
 
@@ -71,16 +75,21 @@ def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def test_auxiliary_loss_beside_replay_equals_that_of_a_single_process(
     checkpoint: Path, name: str
 ) -> None:
-    case, expected = CASES[name], alone(checkpoint)
-    for found in run_ranks(_gradients, case.ranks, checkpoint, case, COEFF, True):
-        assert error(found, expected) < BOUND
+    case, (expected, balance) = CASES[name], alone(checkpoint)
+    found = run_ranks(_gradients, case.ranks, checkpoint, case, COEFF, True)
+    for gradient, _ in found:
+        assert error(gradient, expected) < BOUND
+    # T16: what the metric adds up over all ranks.
+    assert sum(part for _, part in found if part is not None) == pytest.approx(balance, rel=BOUND)
 
 
 def test_auxiliary_loss_makes_up_much_of_the_gradient_compared(checkpoint: Path) -> None:
-    assert error(alone(checkpoint, 0.0), alone(checkpoint)) > 0.5
+    without, nothing = alone(checkpoint, 0.0)
+    assert error(without, alone(checkpoint)[0]) > 0.5
+    assert nothing is None
 
 
 def test_without_the_mask_megatrons_auxiliary_loss_depends_on_the_layout(checkpoint: Path) -> None:
     case = CASES["tp2"]
-    for found in run_ranks(_gradients, case.ranks, checkpoint, case, COEFF, False):
-        assert error(found, alone(checkpoint)) > 0.1
+    for found, _ in run_ranks(_gradients, case.ranks, checkpoint, case, COEFF, False):
+        assert error(found, alone(checkpoint)[0]) > 0.1

@@ -1,6 +1,6 @@
 """The stations that learn: old and reference log-probabilities, and the update, under the routes of the replay mode.
 
-In: samples. Out: OldScores, Update, changed weights. Called by: grpo.loop.
+In: samples. Out: OldScores, Update, changed weights.
 """
 
 from __future__ import annotations
@@ -9,20 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from moe_replay.batch import Microbatch, Sample
+from moe_replay.batch import Sample
+from moe_replay.errors import DivergedError
 from moe_replay.grpo.batching import MiniBatch, StepBatch, recorded_coverage, with_routes
 from moe_replay.grpo.collapse import collapse_warning
-from moe_replay.grpo.loss import (
-    BatchSize,
-    LossInputs,
-    LossSettings,
-    LossStatistics,
-    policy_loss,
-    sample_weights,
-)
 from moe_replay.grpo.metrics import Tally, engine_gap, step_tally, update_tally
+from moe_replay.grpo.minibatch_loss import MinibatchLoss
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.watch import AgreementWatch
 from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
@@ -68,6 +61,7 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
         routing=routing,
         watch=_route_watch(run, watch),
     )
+    _require_finite(run, batch.samples, scores.samples, "old_logprobs")
     metrics = dict(watch.metrics(run.group, device=run.device)) if routing is Routing.REPLAY else {}
     if run.live_gap_is_due:
         live = scores
@@ -87,28 +81,30 @@ def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | 
     if run.reference is None:
         return None
     replays = run.recipe.replay.reference_routes == "replay" and run.mode is not ReplayMode.DISABLED
-    return run.reference.score(
+    scored = run.reference.score(
         batch.microbatches,
         temperature=run.temperature,
         routing=Routing.REPLAY if replays else Routing.LIVE,
     ).samples
+    _require_finite(run, batch.samples, scored, "ref_logprobs")
+    return scored
 
 
 def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample] | None) -> Update:
-    """Take the step's optimizer steps, one for each mini-batch."""
-    parts: list[Tally] = []
-    metrics: dict[str, float] = {}
+    """Take the step's optimizer steps, one for each mini-batch in which something trains.
+
+    Raises:
+        DivergedError: on every rank, before the optimizer moves, when a gradient is not finite.
+        UpdateError: likewise, when it is 0 where it cannot be, or gradients are switched off.
+    """
+    reports: list[_UpdateReport] = []
     for number, minibatch in enumerate(old.batch.minibatches):
-        part, result = _update_once(run, old, reference, minibatch, number)
-        parts.append(part)
-        # The agreement of the first mini-batch is that of the alignment.
-        metrics = (
-            result | metrics
-            if number == 0
-            else metrics
-            | {name: value for name, value in result.items() if not name.startswith("replay/")}
-        )
-    return Update(metrics=step_tally(parts).finish() | metrics)
+        is_first = all(report.grad_norm is None for report in reports)
+        reports.append(_update_once(run, old, reference, minibatch, number, is_first=is_first))
+    # The agreement of the first mini-batch that was learned from is that of the alignment.
+    replay = next((report.replay for report in reports if report.grad_norm is not None), {})
+    tally = step_tally([report.tally for report in reports])
+    return Update(metrics=tally.finish() | _update_metrics(reports) | dict(replay))
 
 
 def gap_of(
@@ -125,66 +121,18 @@ def gap_of(
     )
 
 
-class _MinibatchLoss:
-    """The loss of one mini-batch, microbatch by microbatch, and what it saw."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UpdateReport:
+    """What one mini-batch did."""
 
-    def __init__(
-        self,
-        run: Run,
-        old: OldScores,
-        reference: Mapping[int, ScoredSample] | None,
-        samples: Sequence[Sample],
-    ) -> None:
-        grpo = run.recipe.grpo
-        self.settings = LossSettings(
-            loss_type=grpo.loss_type,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
-            beta=grpo.beta,
-        )
-        self.old, self.reference = old.scored, reference
-        self.statistics: list[LossStatistics] = []
-        lengths = [sample.completion_length for sample in samples]
-        trains = [sample.trains for sample in samples]
-        counted = [length for length, counts in zip(lengths, trains, strict=True) if counts]
-        # Every rank of a replica knows the same samples; one of them counts.
-        speaks = int(run.replica.is_leader)
-        gathered = run.gather([speaks * len(counted), speaks * sum(counted)])
-        weights = sample_weights(
-            lengths,
-            trains,
-            loss_type=grpo.loss_type,
-            whole=BatchSize(
-                num_samples=sum(part[0] for part in gathered),
-                num_tokens=sum(part[1] for part in gathered),
-            ),
-            max_completion_length=run.recipe.rollout.max_completion_length,
-        )
-        ids = [sample.sample_id for sample in samples]
-        self.weights = dict(zip(ids, weights, strict=True))
-
-    def __call__(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
-        """Return the microbatch's part of the loss."""
-
-        def rows(values: Sequence[np.ndarray]) -> torch.Tensor:
-            placed = microbatch.place(values, fill=0.0)[microbatch.predicts_sampled]
-            return torch.from_numpy(placed).to(new_logprobs.device)
-
-        samples, reference = microbatch.samples, self.reference
-        inputs = LossInputs(
-            new_logprobs=new_logprobs,
-            old_logprobs=rows([self.old[s.sample_id].token_logprobs for s in samples]),
-            ref_logprobs=rows([reference[s.sample_id].token_logprobs for s in samples])
-            if reference is not None
-            else None,
-            advantages=rows([np.full(s.completion_length, s.advantage) for s in samples]),
-            weights=rows(
-                [np.full(s.completion_length, self.weights[s.sample_id]) for s in samples]
-            ),
-        )
-        loss, statistics = policy_loss(inputs, self.settings)
-        self.statistics.append(statistics)
-        return loss
+    tally: Tally
+    """Its loss over all ranks."""
+    grad_norm: float | None
+    """None when the optimizer did not step."""
+    learning_rate: float
+    """Of the step, or of the one that was skipped."""
+    replay: Mapping[str, float]
+    """``replay/*`` metrics of its pass; empty when it was skipped, or nothing is replayed."""
 
 
 def _update_once(
@@ -193,28 +141,86 @@ def _update_once(
     reference: Mapping[int, ScoredSample] | None,
     minibatch: MiniBatch,
     number: int,
-) -> tuple[Tally, dict[str, float]]:
-    """Take one optimizer step; return its loss tally over all ranks and its other metrics."""
+    *,
+    is_first: bool,
+) -> _UpdateReport:
+    """Take one optimizer step; a mini-batch in which nothing trains takes none, or momentum would move the weights."""
+    loss = MinibatchLoss(run, old.scored, reference, minibatch.samples)
+    learning_rate = run.actor.learning_rate
+    if loss.is_idle:
+        run.actor.skip()
+        tally = Tally()
+        tally.add_sum("loss", 0.0)
+        return _UpdateReport(tally=tally, grad_norm=None, learning_rate=learning_rate, replay={})
     replays = run.mode is not ReplayMode.DISABLED
-    loss = _MinibatchLoss(run, old, reference, minibatch.samples)
     # Later mini-batches drift away from their routes on purpose; only the first can show a misalignment.
-    guard = run.guard if number == 0 else None
-    count = run.recipe.batch.steps_per_generation
-    watch = _watch(run, guard, f"update {number + 1} of {count}")
-    result = run.actor.update(
+    guard = run.guard if is_first else None
+    name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
+    watch = _watch(run, guard, name)
+    gradient = run.actor.backward(
         minibatch.microbatches,
         loss,
         temperature=run.temperature,
         routing=Routing.REPLAY if replays else Routing.LIVE,
         watch=_route_watch(run, watch) if replays else None,
+        where=f"step {run.step}, {name}",
     )
+    loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
     part = update_tally(statistics, with_kl=reference is not None)
+    if gradient.balancing_loss is not None:
+        part.add_sum("load_balancing_loss", gradient.balancing_loss)
     tally = Tally.merge(Tally.from_plain(other) for other in run.gather(part.to_plain()))
-    metrics = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-    if replays:
-        metrics |= watch.metrics(run.group, device=run.device)
-    return tally, metrics
+    run.actor.step()
+    return _UpdateReport(
+        tally=tally,
+        grad_norm=gradient.norm,
+        learning_rate=learning_rate,
+        replay=watch.metrics(run.group, device=run.device) if replays else {},
+    )
+
+
+def _update_metrics(reports: Sequence[_UpdateReport]) -> dict[str, float]:
+    """Return gradient norms and learning rates of a step: together, and of each update where there are several."""
+    norms = [report.grad_norm for report in reports if report.grad_norm is not None]
+    metrics = {
+        # The gradient of a mini-batch in which nothing trains is 0.
+        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        "learning_rate": reports[-1].learning_rate,
+        "update/num_skipped": float(len(reports) - len(norms)),
+    }
+    if len(reports) > 1:
+        metrics["grad_norm/max"] = max(norms, default=0.0)
+        for number, report in enumerate(reports, start=1):
+            metrics[f"learning_rate/update_{number}"] = report.learning_rate
+            if report.grad_norm is not None:
+                metrics[f"grad_norm/update_{number}"] = report.grad_norm
+    return metrics
+
+
+def _require_finite(
+    run: Run, samples: Sequence[Sample], scored: Mapping[int, ScoredSample], what: str
+) -> None:
+    """Raise `DivergedError` on every rank when a forward pass found no finite number for some token; collective."""
+    broken = []
+    for sample in samples:
+        values = scored[sample.sample_id]
+        finite = np.isfinite(values.token_logprobs) & np.isfinite(values.entropies)
+        if sample.sampled_here and not finite.all():
+            first = int(np.flatnonzero(~finite)[0])
+            broken.append(
+                f"sample {sample.sample_id} of replica {run.replica.number}: {int((~finite).sum())} of {len(finite)} "
+                f"sampled tokens, the first at {first} (token id {sample.token_ids[sample.prompt_length + first]})"
+            )
+    gathered = [text for part in run.gather([broken[:3], len(broken)]) for text in part[0]]
+    if gathered:
+        places = "\n  ".join(gathered[:8])
+        raise DivergedError(
+            f"step {run.step}: {what} or entropies are not finite, expected a number for every sampled token; no weight was "
+            f"changed and nothing was pushed.\n  {places}\nLikely causes: weights that hold NaN or infinity (look at "
+            "grad_norm of the steps before), or a token that the engine sampled and the trainer's model rules out. Resume "
+            "from an earlier checkpoint with a lower optimizer.lr"
+        )
 
 
 def _watch(run: Run, guard: Guard | None, name: str) -> AgreementWatch:

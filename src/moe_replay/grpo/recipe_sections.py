@@ -293,7 +293,7 @@ class OptimizerSection(Section):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Updates of linear warm-up from 0."""
+    """Updates of linear warm-up: the n-th of w has n / (w + 1) of ``lr``, so that the first one learns too."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -1,18 +1,18 @@
 """MegatronActor: the policy that is trained: scoring, the update, and its weights for everybody else.
 
-In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights, gradient norms. Called by: grpo.loop.
+In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights, gradient norms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -20,19 +20,17 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from moe_replay.batch import Microbatch
+from moe_replay.errors import DivergedError, UpdateError
+from moe_replay.megatron.backward import BackwardWork, TokenLoss, accumulate, find_broken
+from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.logprobs import token_logprobs
-from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
-from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing, opened
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config, unwrap
+from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 from moe_replay.megatron.weights import load_hf_weights
-
-TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
-"""``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class OptimizerSettings:
     lr_scheduler: Literal["constant", "linear", "cosine"]
     """Shape of the decay."""
     warmup_steps: int
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up: step n of w, from 0, has (n + 1) / (w + 1) of ``lr``."""
     num_steps: int
     """Optimizer steps of the whole run, warm-up included."""
     weight_decay: float
@@ -59,6 +57,17 @@ class OptimizerSettings:
     """Adam's epsilon."""
     clip_grad: float
     """Largest norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """What a backward pass found, the same on every rank but for the balancing loss."""
+
+    norm: float
+    """Norm of the whole gradient before clipping; finite."""
+    balancing_loss: float | None
+    """This rank's part of the auxiliary load-balancing loss before its weight, a mean over MoE layers and microbatches
+    when summed over ranks; None when the recipe has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +117,8 @@ class MegatronActor(MegatronScorer):
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            init_lr=0.0,
+            # Megatron starts the warm-up from here; a start at 0 would throw a whole rollout away.
+            init_lr=settings.lr / (settings.warmup_steps + 1),
             max_lr=settings.lr,
             min_lr=settings.min_lr,
             lr_warmup_steps=settings.warmup_steps,
@@ -119,10 +129,12 @@ class MegatronActor(MegatronScorer):
             wd_incr_steps=settings.num_steps,
             wd_incr_style="constant",
         )
+        self._balance = BalancingLoss(
+            self.routers.values(), num_layers=len(unwrap(wrapped[0]).model_shape.moe_layers)
+        )
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
-    @quiet_megatron()
     def update(
         self,
         microbatches: Sequence[Microbatch],
@@ -132,58 +144,85 @@ class MegatronActor(MegatronScorer):
         routing: Routing,
         watch: RouteWatch | None = None,
     ) -> UpdateResult:
-        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks.
-
-        ``watch.observe`` sees the evidence before the step is taken, so raising there leaves the weights untouched.
-        """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        num_tokens = torch.tensor([sum(map(_num_tokens, microbatches))], device=self.device)
-        dist.all_reduce(
-            num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks: `backward`, then `step`."""
+        gradient = self.backward(
+            microbatches, loss, temperature=temperature, routing=routing, watch=watch
         )
-        total_tokens = int(num_tokens)
-        scope = self._scope(microbatches, routing, watch)
+        return UpdateResult(grad_norm=gradient.norm, learning_rate=self.step())
 
-        def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            microbatch = next(batches)
-            output = self._forward(chunk, microbatch, scope)
+    @quiet_megatron()
+    def backward(
+        self,
+        microbatches: Sequence[Microbatch],
+        loss: TokenLoss,
+        *,
+        temperature: float,
+        routing: Routing,
+        watch: RouteWatch | None = None,
+        where: str = "update",
+    ) -> Gradient:
+        """Compute the gradient of the sum of ``loss`` over the microbatches of all ranks, and change no weight.
 
-            def scaled_loss(
-                logits: torch.Tensor,
-            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                rows, next_ids = self._predicting(microbatch)
-                logprobs = token_logprobs(logits[0, rows], next_ids, temperature=temperature)
-                # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
-                # over tokens: its auxiliary loss is one, `loss` is an average already.
-                part = loss(microbatch, logprobs) * total_tokens
-                count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=self.device)
-                return part, count, {}
+        ``watch.observe`` sees the evidence before anything is learned from it. ``where`` names the update in errors.
 
-            return output, scaled_loss
-
-        with opened(scope):
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=self._iterators(microbatches),
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(microbatches),
-                seq_length=1,
-                micro_batch_size=1,
-                forward_only=False,
+        Raises:
+            DivergedError: on every rank, when the gradient is not finite anywhere; it names the microbatch, and the
+                sample where that can be found.
+            UpdateError: when gradients are switched off in this process.
+        """
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise UpdateError(
+                f"{where}: gradients are switched off in this process, expected them on; something that ran before (a "
+                "reward function, an engine, a module that was imported) called torch.set_grad_enabled(False) or entered "
+                "inference mode and never left it. Use `with torch.no_grad():` there"
             )
+        work = BackwardWork(
+            microbatches=microbatches, loss=loss, temperature=temperature, routing=routing
+        )
+        scope = self._scope(microbatches, routing, watch)
+        self._balance.clear()
+        accumulate(self, work, scope)
         self._observe(microbatches, scope, watch)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if self._on_any_rank(not math.isfinite(norm)):
+            raise self._broken_gradient(work, norm, where)
+        return Gradient(norm=norm, balancing_loss=self._balance.mean(len(microbatches)))
+
+    @quiet_megatron()
+    def step(self) -> float:
+        """Take the optimizer's step along the gradient of `backward`; return the learning rate that it used."""
+        learning_rate = self.learning_rate
+        self.optimizer.step()
+        self.skip()
+        return learning_rate
+
+    def skip(self) -> None:
+        """Let the schedule of the learning rate go on without a step, so that it depends on the step's number alone."""
         self.scheduler.step(increment=1)
-        return UpdateResult(grad_norm=float(grad_norm), learning_rate=learning_rate)
 
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
-def _num_tokens(microbatch: Microbatch) -> int:
-    """Return the rows of this rank that hold a token."""
-    return int(microbatch.index.is_token.sum())
+    def _on_any_rank(self, value: bool) -> bool:
+        flag = torch.tensor([float(value)], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _broken_gradient(self, work: BackwardWork, norm: float, where: str) -> DivergedError:
+        found = find_broken(self, work)
+        places = "\n  ".join(found[:8]) or (
+            "no microbatch alone: each is finite, their sum or the square of its norm overflows"
+        )
+        return DivergedError(
+            f"{where}: the norm of the gradient is {norm}, expected a finite number. No weight was changed by this update, "
+            f"nothing was pushed to the engine, and the checkpoints are as they were.\n  {places}\nLikely causes: a reward "
+            "or an advantage of extreme size, a learning rate that made the model diverge (look at grad_norm, "
+            "policy_ratio/* and rollout_correction/* of the steps before), or a fault in a layer. Resume from the last "
+            "checkpoint with a lower optimizer.lr or a bounded reward"
+        )
 
 
 def build_policy(

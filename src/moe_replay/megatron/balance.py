@@ -4,7 +4,7 @@ Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it count
 or leaves out experts where there are as many rows. With a mask, the token count by which it weighs the auxiliary loss
 is that of all ranks that share a sequence (its reduction works in place); 0.19 multiplies it by their number once more.
 
-In: routers. Out: the same routers, mended. Called by: megatron.model.
+In: routers. Out: the same routers, fixed, and what the auxiliary loss was.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 
 def count_tokens_only(routers: Iterable[TopKRouter], *, scaled_by_group: bool) -> None:
-    """Mend these routers, and no other of the process.
+    """Fix these routers, and no other of the process.
 
     ``scaled_by_group`` says that this Megatron-Core multiplies the token count by the ranks that share a sequence.
     """
     for router in routers:
-        mended: Any = router
-        mended._apply_expert_bias = partial(_count_loads, mended._apply_expert_bias)
+        fixed: Any = router
+        fixed._apply_expert_bias = partial(_count_loads, fixed._apply_expert_bias)
         if scaled_by_group:
-            mended.attach_and_log_load_balancing_loss = partial(
-                _attach_loss, mended.attach_and_log_load_balancing_loss, mended.tp_cp_group.size()
+            fixed.attach_and_log_load_balancing_loss = partial(
+                _attach_loss, fixed.attach_and_log_load_balancing_loss, fixed.tp_cp_group.size()
             )
 
 
@@ -47,3 +48,47 @@ def _attach_loss(
     **options: Any,
 ) -> torch.Tensor:
     return stock(*args, valid_token_count=valid_token_count / num_sharing, **options)
+
+
+class BalancingLoss:
+    """Sums the auxiliary loss of routers while they compute it, before its weight.
+
+    Megatron keeps such a sum in the process; this one belongs to its routers alone.
+    """
+
+    def __init__(self, routers: Iterable[TopKRouter], *, num_layers: int) -> None:
+        """Listen to the ``routers`` of this rank, of ``num_layers`` MoE layers in the whole model."""
+        self._num_layers = num_layers
+        self._total: torch.Tensor | None = None
+        for router in routers:
+            heard: Any = router
+            heard.attach_and_log_load_balancing_loss = partial(
+                self._hear, heard.attach_and_log_load_balancing_loss
+            )
+
+    def clear(self) -> None:
+        """Begin a new sum."""
+        self._total = None
+
+    def mean(self, num_microbatches: int) -> float | None:
+        """Return this rank's part of the mean over layers, microbatches and replicas; None when no router here had a loss.
+
+        A router sees the rows of its own rank: the parts of all ranks sum to the mean.
+        """
+        if self._total is None:
+            return None
+        replicas = parallel_state.get_data_parallel_world_size()
+        return float(self._total) / (self._num_layers * num_microbatches * replicas)
+
+    def _hear(
+        self,
+        stock: Callable[..., torch.Tensor],
+        activation: torch.Tensor,
+        weight: float,
+        loss: torch.Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        part = loss.detach() / weight
+        self._total = part if self._total is None else self._total + part
+        return stock(activation, weight, loss, *args, **options)

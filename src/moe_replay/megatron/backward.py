@@ -1,0 +1,182 @@
+"""Backward passes over microbatches, and the search for the one that breaks a gradient.
+
+In: an actor, microbatches, a loss. Out: gradients in the actor's buffers; the microbatches and samples at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from moe_replay.batch import Microbatch
+from moe_replay.megatron.logprobs import token_logprobs
+from moe_replay.megatron.replay import RecordScope, ReplayScope
+from moe_replay.megatron.scorer import Routing, opened
+from moe_replay.sync.messages import gather_json
+
+if TYPE_CHECKING:
+    from moe_replay.megatron.actor import MegatronActor
+
+TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
+"""``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardWork:
+    """What one gradient is made of."""
+
+    microbatches: Sequence[Microbatch]
+    """Of this rank; every rank has equally many."""
+    loss: TokenLoss
+    """Its part for each of them."""
+    temperature: float
+    """At which log-probabilities are computed."""
+    routing: Routing
+    """Whose choice of experts."""
+
+
+def accumulate(
+    actor: MegatronActor,
+    work: BackwardWork,
+    scope: ReplayScope | RecordScope | None,
+    *,
+    inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
+) -> None:
+    """Add the gradient of the loss to the zeroed buffers of ``actor``; every rank calls this together.
+
+    ``inspect`` sees each microbatch with its log-probabilities before the loss does.
+    """
+    for chunk in actor.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    actor.optimizer.zero_grad()
+    num_tokens = torch.tensor([sum(map(_num_tokens, work.microbatches))], device=actor.device)
+    dist.all_reduce(
+        num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    total_tokens = int(num_tokens)
+
+    def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        microbatch = next(batches)
+        output = actor._forward(chunk, microbatch, scope)
+
+        def scaled_loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            rows, next_ids = actor._predicting(microbatch)
+            logprobs = token_logprobs(logits[0, rows], next_ids, temperature=work.temperature)
+            if inspect is not None:
+                inspect(microbatch, logprobs)
+            # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
+            # over tokens: its auxiliary loss is one, `loss` is an average already.
+            part = work.loss(microbatch, logprobs) * total_tokens
+            count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=actor.device)
+            return part, count, {}
+
+        return output, scaled_loss
+
+    with opened(scope):
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=actor._iterators(work.microbatches),
+            model=actor.chunks if len(actor.chunks) > 1 else actor.chunks[0],
+            num_microbatches=len(work.microbatches),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+
+
+def _num_tokens(microbatch: Microbatch) -> int:
+    """Return the rows of this rank that hold a token."""
+    return int(microbatch.index.is_token.sum())
+
+
+def find_broken(actor: MegatronActor, work: BackwardWork) -> list[str]:
+    """Run the backward pass once more, microbatch by microbatch, and say which of them are not finite, and where.
+
+    Collective, and costs as much as the pass did: called when a run is about to stop. With an interleaved schedule
+    the unit is a round of microbatches, because Megatron-Core runs no fewer.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    size = stages if len(actor.chunks) > 1 else 1
+    finalize = actor.config.finalize_model_grads_func
+    found: list[str] = []
+    # What is not reduced over replicas still shows whose microbatch it came from.
+    actor.config.finalize_model_grads_func = lambda *_, **__: None
+    try:
+        for start in range(0, len(work.microbatches), size):
+            part = work.microbatches[start : start + size]
+            suspects = _Suspects()
+            alone = BackwardWork(
+                microbatches=part,
+                loss=work.loss,
+                temperature=work.temperature,
+                routing=work.routing,
+            )
+            scope = actor._scope(part, work.routing, None)
+            accumulate(actor, alone, scope, inspect=suspects.inspect)
+            found += suspects.sentences(part, _broken_parameter(actor))
+    finally:
+        actor.config.finalize_model_grads_func = finalize
+    world = dist.group.WORLD
+    assert world is not None
+    everyone = gather_json(found, world, device=actor.device)
+    return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
+
+
+class _Suspects:
+    """Samples whose log-probabilities, or the gradient that the loss gives them, are not finite."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, str] = {}
+
+    def inspect(self, microbatch: Microbatch, logprobs: torch.Tensor) -> None:
+        """Look at the log-probabilities of a microbatch now, and at their gradient when it comes."""
+        owners = microbatch.sample_ids[microbatch.predicts_sampled].tolist()
+
+        def look(values: torch.Tensor, what: str) -> None:
+            for sample_id, finite in zip(owners, torch.isfinite(values).tolist(), strict=True):
+                if not finite:
+                    self._samples.setdefault(sample_id, what)
+
+        look(logprobs.detach(), "new_logprobs")
+        if logprobs.requires_grad:
+            logprobs.register_hook(lambda gradient: look(gradient, "gradient of the loss"))
+
+    def sentences(self, part: Sequence[Microbatch], parameter: str | None) -> list[str]:
+        """Say what is broken, or nothing."""
+        if not self._samples and parameter is None:
+            return []
+        keys = ", ".join(str(microbatch.key) for microbatch in part)
+        held = sorted(sample.sample_id for microbatch in part for sample in microbatch.samples)
+        blamed = "; ".join(
+            f"sample {sample_id}: {what} not finite"
+            for sample_id, what in sorted(self._samples.items())
+        )
+        where = blamed or f"one of samples {', '.join(map(str, held))}"
+        gradient = f", first broken gradient: {parameter}" if parameter else ""
+        return [f"microbatch {keys}: {where}{gradient}"]
+
+
+def _broken_parameter(actor: MegatronActor) -> str | None:
+    """Return the first parameter of this rank whose gradient is not finite."""
+    for chunk in actor.chunks:
+        buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
+        # Minimum and maximum show NaN and infinity, and need no memory of the gradient's size.
+        if all(_is_finite(buffer.grad_data) for buffer in buffers):
+            continue
+        for name, parameter in chunk.named_parameters():
+            if not _is_finite(parameter.main_grad):
+                return name.removeprefix("module.")
+    return None
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if not values.numel():
+        return True
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
