@@ -12,6 +12,7 @@ from dataclasses import asdict
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.learning import OldScores, Update, gap_of
 from moe_replay.grpo.metrics import Tally, completion_tally
+from moe_replay.grpo.notices import step_notices
 from moe_replay.grpo.records import END_FILE, CompletionRecord, RunEnd, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling import Rollout, Scored
@@ -65,6 +66,7 @@ def step_record(
         totals=scored.totals.reshape(-1),
         advantages=scored.advantages,
     )
+    run.warn_of_changes(step_notices(run.recipe, metrics))
     record = StepRecord(
         step=run.step, metrics=metrics, seconds=run.take_seconds(), warnings=run.take_warnings()
     )

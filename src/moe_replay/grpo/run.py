@@ -77,6 +77,7 @@ class Run:
     _seconds: dict[str, float] = field(default_factory=dict)
     _warnings: list[str] = field(default_factory=list)
     _kinds_said: set[str] = field(default_factory=set)
+    _noticed: frozenset[str] = frozenset()
 
     @property
     def mode(self) -> ReplayMode:
@@ -198,6 +199,13 @@ class Run:
         if kind not in self._kinds_said:
             self._kinds_said.add(kind)
             self.warn(text)
+
+    def warn_of_changes(self, notices: Mapping[str, str]) -> None:
+        """Keep those of a step's ``notices`` (kind -> text) that the step before did not have."""
+        for kind, text in notices.items():
+            if kind not in self._noticed:
+                self.warn(text)
+        self._noticed = frozenset(notices)
 
     def take_warnings(self) -> tuple[str, ...]:
         """Return the warnings since the last call."""
