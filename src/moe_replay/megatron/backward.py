@@ -135,7 +135,7 @@ class _Suspects:
     def __init__(self) -> None:
         self._samples: dict[int, str] = {}
 
-    def inspect(self, microbatch: Microbatch, logprobs: torch.Tensor) -> None:
+    def inspect(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> None:
         """Look at the log-probabilities of a microbatch now, and at their gradient when it comes."""
         owners = microbatch.sample_ids[microbatch.predicts_sampled].tolist()
 
@@ -144,9 +144,9 @@ class _Suspects:
                 if not finite:
                     self._samples.setdefault(sample_id, what)
 
-        look(logprobs.detach(), "new_logprobs")
-        if logprobs.requires_grad:
-            logprobs.register_hook(lambda gradient: look(gradient, "gradient of the loss"))
+        look(new_logprobs.detach(), "new_logprobs")
+        if new_logprobs.requires_grad:
+            new_logprobs.register_hook(lambda gradient: look(gradient, "gradient of the loss"))
 
     def sentences(self, part: Sequence[Microbatch], parameter: str | None) -> list[str]:
         """Say what is broken, or nothing."""
