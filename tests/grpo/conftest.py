@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+# Imported once here, where every forked rank would import it again.
+import moe_replay.rollout.embedded  # noqa: F401
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.rollout.prompt_encoding import load_tokenizer
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 REWARD = """
@@ -48,6 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ``model/``, ``train.jsonl``, ``reward.py`` and ``recipe.toml``."""
     folder = tmp_path_factory.mktemp("workspace")
     write_tiny_checkpoint(folder / "model", num_hidden_layers=3)
+    load_tokenizer(folder / "model")
     prompts = [{"prompt": f"say {number} and {number * 7 % 10}:"} for number in range(40)]
     (folder / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     (folder / "reward.py").write_text(REWARD)
