@@ -16,7 +16,7 @@ def tokenizer():
     return made
 
 
-def text_of(tokenizer, text: str, reason: FinishReason) -> str:
+def text_of(tokenizer, text: str, reason: FinishReason, **options) -> str:
     ids = np.array(tokenizer.encode(text), dtype=np.int32)
     completion = Completion(
         token_ids=ids,
@@ -25,7 +25,7 @@ def text_of(tokenizer, text: str, reason: FinishReason) -> str:
         finish_reason=reason,
         policy_version=0,
     )
-    return completion_text(tokenizer, completion)
+    return completion_text(tokenizer, completion, **options)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,14 @@ def text_of(tokenizer, text: str, reason: FinishReason) -> str:
 )
 def test_d5_special_tokens_that_are_tags_stay(tokenizer, written, reason, seen):
     assert text_of(tokenizer, written, reason) == seen
+
+
+@pytest.mark.parametrize(
+    ("written", "seen"),
+    [("a</think>", "a</think>"), ("a<|turn|>", "a"), ("a</think><eos>", "a</think>")],
+)
+def test_e19_a_special_token_that_completes_a_stop_string_stays(tokenizer, written, seen):
+    assert text_of(tokenizer, written, FinishReason.STOP, stop=("</think>",)) == seen
 
 
 def test_d5_tags_are_special_tokens_here(tokenizer):

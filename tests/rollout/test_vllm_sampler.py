@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from moe_replay.rollout.types import SamplingParams
@@ -64,6 +66,32 @@ def test_e22_control_neutral_values_and_options_without_effect_are_accepted():
     }
     DrawTokens.validate_params(params(**neutral))
     assert DrawTokens.validate_params(params()) is None
+
+
+def test_e18_ids_that_pad_the_vocabulary_are_never_drawn_in_vllm():
+    """Requests that know fewer ids, and those that know all, share a batch."""
+    import torch
+
+    from moe_replay.rollout.vllm_sampler import LOGPROBS_MODE, DrawTokens, _new_row, draw_params
+
+    config = SimpleNamespace(model_config=SimpleNamespace(logprobs_mode=LOGPROBS_MODE))
+    processor = DrawTokens(config, torch.device("cpu"), False)
+    for place in range(64):
+        drawn = draw_params(
+            SAMPLING,
+            request_id=place,
+            completion=0,
+            stop_token_ids=(),
+            num_known_ids=3 if place < 32 else None,
+        )
+        processor._rows[place] = _new_row(drawn, [1], [])
+    logits = torch.tensor([0.0, 0.0, 0.0, 5.0, 5.0]).repeat(64, 1)
+    ids = processor.apply(logits.clone()).argmax(dim=1)
+    assert set(ids[:32].tolist()) == {0, 1, 2}
+    assert set(ids[32:].tolist()) >= {3, 4}
+    # Of the full vocabulary, as the trainer recomputes it.
+    expected = torch.log_softmax(logits, dim=1).gather(1, ids[:, None]).squeeze(1)
+    assert torch.allclose(processor.apply(logits.clone()).max(dim=1).values, expected)
 
 
 def test_e22_vllm_itself_drops_what_a_draw_has_of_its_own():

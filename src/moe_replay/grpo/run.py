@@ -252,7 +252,7 @@ class Run:
 
     def decode(self, completion: Completion) -> str:
         """Return what the model wrote, special tokens such as ``<think>`` included."""
-        return completion_text(self.inputs.tokenizer, completion)
+        return completion_text(self.inputs.tokenizer, completion, stop=self.recipe.rollout.stop)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the JSON-serialisable ``value`` of every rank, in rank order."""

@@ -5,20 +5,24 @@ In: a tokenizer, a completion. Out: its text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from moe_replay.rollout.types import Completion, FinishReason
 
 
-def completion_text(tokenizer: Any, completion: Completion) -> str:
+def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[str] = ()) -> str:
     """Return what the model wrote, without the tokens that only frame it: padding, begin, end, and the stop token.
 
     Other special tokens stay, for some tokenizers have their ``<think>``, ``<answer>`` or ``<tool_call>`` among them, and a
-    reward for the form of an answer has to see these.
+    reward for the form of an answer has to see these. So does a special token that completes one of the recipe's ``stop``
+    strings.
     """
     ids = completion.token_ids.tolist()
+    whole = tokenizer.decode(ids, skip_special_tokens=False) if stop else ""
     if (
         ids
+        and not any(string in whole for string in stop)
         and completion.finish_reason is FinishReason.STOP
         and ids[-1] in tokenizer.all_special_ids
     ):
