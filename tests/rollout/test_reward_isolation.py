@@ -256,8 +256,8 @@ def test_stop_that_a_scheduler_sends_to_every_process_is_left_to_the_trainer(
     code = """
 import os, signal, subprocess, sys
 def f(completions):
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.kill(os.getpid(), number)
+    for name in ('TERM', 'INT', 'HUP', 'USR1', 'USR2'):
+        os.kill(os.getpid(), getattr(signal, 'SIG' + name))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     child.terminate()
     return [child.wait()]

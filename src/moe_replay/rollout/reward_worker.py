@@ -39,7 +39,8 @@ from moe_replay.rollout.reward_functions import (
 from moe_replay.rollout.reward_wire import decode_value, pack_frame, read_frame, unpack_ids
 
 _MAX_TRACE = 20_000
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# SIGUSR1 is that of faulthandler.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def main(requests: int, answers: int, life: int, stacks: int) -> None:
