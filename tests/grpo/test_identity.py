@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from moe_replay.errors import CheckpointError
+from moe_replay.grpo.admission import check_admission
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.digest_cache import DigestCache
 from moe_replay.grpo.identity import LARGE, differences, is_allowed, run_identity
 from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.megatron.checkpoint import CheckpointFolder
 
 from .test_loop import metrics_of, run
 
@@ -186,6 +188,18 @@ def test_d11_keys_are_allowed_with_all_that_lies_below_them() -> None:
         assert not is_allowed(key, allowed)
 
 
+def refusal_of_dry_run(recipe: Recipe, allow_changed: list[str]) -> str | None:
+    folder = CheckpointFolder(recipe.run.output_dir / "checkpoints", save_total_limit=2)
+    before = sorted(recipe.run.output_dir.rglob("*"))
+    try:
+        check_admission(recipe, folder, restart=False, allow_changed=allow_changed)
+        return None
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        assert sorted(recipe.run.output_dir.rglob("*")) == before
+
+
 @pytest.mark.ranks
 def test_t24_d11_a_changed_run_is_refused_by_key_and_goes_on_when_told_to(home: Path) -> None:
     run(load(home, run__max_steps=1))
@@ -200,7 +214,10 @@ def test_t24_d11_a_changed_run_is_refused_by_key_and_goes_on_when_told_to(home: 
     assert "--allow-changed optimizer.lr --allow-changed rewards.0.function" in said
     with pytest.raises(CheckpointError, match=r"rewards\.0\.function: was"):
         run(changes, allow_changed=["optimizer.lr"])
+    assert refusal_of_dry_run(changes, []) == said
+    assert "optimizer.lr" not in str(refusal_of_dry_run(changes, ["optimizer.lr"]))
     accepted = ["optimizer.lr", "rewards.0.function"]
+    assert refusal_of_dry_run(changes, accepted) is None
     records = run(changes, allow_changed=accepted)
     assert [record["learning_rate"] for record in records] == [1e-3, 5e-4]
     written = (home / "out" / "changes.jsonl").read_text().splitlines()
@@ -214,13 +231,15 @@ def test_t24_d11_a_changed_run_is_refused_by_key_and_goes_on_when_told_to(home: 
 
 
 @pytest.mark.ranks
-def test_t24_a_changed_run_is_refused_on_every_rank_before_anything_is_loaded(
+def test_t24_a_changed_run_is_refused_on_every_rank(
     home: Path,
 ) -> None:
     run(load(home, run__max_steps=1), world_size=2)
     np.save(home / "model" / "unread.npy", np.zeros(1))
     assert len(run(load(home, run__max_steps=1), world_size=2)) == 1
     (home / "train.jsonl").write_text('{"prompt": "say 1:"}\n')
-    (home / "model" / "model.safetensors").write_bytes(b"would not load")
+    weights = bytearray((home / "model" / "model.safetensors").read_bytes())
+    weights[-4] ^= 1
+    (home / "model" / "model.safetensors").write_bytes(weights)
     with pytest.raises(CheckpointError, match=r"data\.train: was [^\n]*\n *model\.path/model"):
         run(load(home, run__max_steps=1), world_size=2)

@@ -50,6 +50,7 @@ def run_train(
                 checked = _prepare(recipe_path, with_values(overrides))
             stack.callback(checked.close)
             if dry_run:
+                _check_directory(checked, restart=restart, allow_changed=allow_changed)
                 _show(checked)
                 return 0
             _, end = _train(checked, restart=restart, allow_changed=allow_changed, stop=stop)
@@ -60,6 +61,20 @@ def run_train(
         say(_farewell(end))
         _end_within(_MAX_GOODBYE_S, _exit_code(end.stopped_by))
     return _exit_code(end.stopped_by)
+
+
+def _check_directory(checked: Preflight, *, restart: bool, allow_changed: Collection[str]) -> None:
+    """Raise `CheckpointError` if a start would be refused for what the run directory holds."""
+    if checked.process.rank == 0:
+        from moe_replay.grpo.admission import check_admission
+        from moe_replay.megatron.checkpoint import CheckpointFolder
+
+        recipe = checked.recipe
+        folder = CheckpointFolder(
+            recipe.run.output_dir / "checkpoints",
+            save_total_limit=recipe.checkpoint.save_total_limit,
+        )
+        check_admission(recipe, folder, restart=restart, allow_changed=allow_changed)
 
 
 def _show(checked: Preflight) -> None:

@@ -21,7 +21,7 @@ from moe_replay.grpo.digest_cache import DigestCache
 from moe_replay.grpo.identity import Difference, differences, is_allowed, run_identity
 from moe_replay.grpo.records import END_FILE
 from moe_replay.grpo.run import NEW_EXPORT
-from moe_replay.grpo.run_lock import RunLock
+from moe_replay.grpo.run_lock import LOCK_FILE, RunLock
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 
 CHANGES_FILE = "changes.jsonl"
@@ -70,10 +70,7 @@ def admit(
         steps = [] if restart else checkpoints.steps()
         if steps:
             position = checkpoints.position(steps[-1])
-            changed = differences(position.identity, identity)
-            _refuse(
-                directory, position, [c for c in changed if not is_allowed(c.key, allow_changed)]
-            )
+            changed = _accepted_changes(directory, position, identity, allow_changed)
             if changed:
                 _write_down(directory / CHANGES_FILE, position.step, changed)
             notes += [f"changed from step {position.step + 1} on: {change}" for change in changed]
@@ -81,6 +78,36 @@ def admit(
         # All ranks hear of it; one that raised alone would leave the others waiting.
         return Admission(refusal=str(error))
     return Admission(step=steps[-1] if steps else None, identity=identity, notes=tuple(notes))
+
+
+def check_admission(
+    recipe: Recipe, checkpoints: CheckpointFolder, *, restart: bool, allow_changed: Collection[str]
+) -> None:
+    """Raise what `admit` would refuse a start for, and keep nothing; for a dry run.
+
+    Raises:
+        CheckpointError: when another process holds the directory, or its newest checkpoint is of another run.
+        RecipeError: when a file that the recipe names cannot be read.
+    """
+    directory = recipe.run.output_dir
+    if (directory / LOCK_FILE).exists():
+        RunLock(directory).release()
+    steps = [] if restart else checkpoints.steps()
+    if steps:
+        identity = run_identity(recipe, DigestCache(directory / _DIGESTS_FILE))
+        _accepted_changes(directory, checkpoints.position(steps[-1]), identity, allow_changed)
+
+
+def _accepted_changes(
+    directory: Path,
+    position: RunPosition,
+    identity: Mapping[str, Any],
+    allow_changed: Collection[str],
+) -> list[Difference]:
+    """Return what differs from a checkpoint, if all of it may."""
+    changed = differences(position.identity, identity)
+    _refuse(directory, position, [c for c in changed if not is_allowed(c.key, allow_changed)])
+    return changed
 
 
 def _refuse(directory: Path, position: RunPosition, changed: list[Difference]) -> None:
