@@ -68,7 +68,7 @@ class EngineError(MoeReplayError, RuntimeError):
 
 
 class DivergedError(MoeReplayError, RuntimeError):
-    """Training left the finite numbers; what was learned before is kept."""
+    """Training left the numbers that a model can compute with; what was learned before is kept."""
 
 
 class RewardError(MoeReplayError, RuntimeError):

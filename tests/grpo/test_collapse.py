@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import MisalignmentError
+from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.collapse import LiveSets
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
@@ -71,6 +71,14 @@ def test_e13_a_run_whose_routers_collapsed_goes_on_and_counts_them(
     told = capfd.readouterr().out
     assert told.count("warning: layers [0, 1, 2] send every token to the same experts") == 1
     assert "optimizer.lr = 0.001" in told.replace("\n", " ")
+
+
+@pytest.mark.ranks
+def test_r7_a_policy_that_its_learning_rate_ruined_is_named_for_what_it_is(recipe: Recipes) -> None:
+    with pytest.raises(
+        DivergedError, match=r"Training has diverged. Lower optimizer.lr \(it is 1000"
+    ):
+        run(recipe(**LONG | {"run__max_steps": 3, "optimizer__lr": 1e3}))
 
 
 def with_constant_layer(trace: RoutingTrace) -> RoutingTrace:

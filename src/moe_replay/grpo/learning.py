@@ -9,17 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Int64, Integer
 
-from moe_replay.batch import Sample
-from moe_replay.errors import DivergedError
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.batching import MiniBatch, StepBatch, recorded_coverage, with_routes
 from moe_replay.grpo.collapse import collapse_warning
 from moe_replay.grpo.metrics import Tally, engine_gap, step_tally, update_tally
 from moe_replay.grpo.minibatch_loss import MinibatchLoss
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.watch import AgreementWatch
+from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
 from moe_replay.routing import Guard, ReplayMode
+
+# Root mean square of a typical weight matrix from which on nobody has trained this model: pretrained ones have 0.01 to 0.1.
+_RUINED_SCALE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,4 +238,24 @@ def _watch(run: Run, guard: Guard | None, name: str) -> AgreementWatch:
 
 
 def _route_watch(run: Run, watch: AgreementWatch) -> RouteWatch:
-    return RouteWatch(num_rows=run.recipe.replay.guard_rows, observe=watch.observe)
+    def observe(
+        microbatch: Microbatch,
+        rows: Int64[np.ndarray, " watched"],
+        live_ids: Integer[np.ndarray, "watched layers topk"],
+        layers: Sequence[int],
+    ) -> None:
+        try:
+            watch.observe(microbatch, rows, live_ids, layers)
+        except MisalignmentError as error:
+            scale = typical_scale(run.actor.modules)
+            if scale < _RUINED_SCALE:
+                raise
+            raise DivergedError(
+                f"{error}\nBut first look at the weights, because they no longer look like those of a model: their matrices typically have a root "
+                f"mean square of {scale:.3g}, pretrained ones have 0.01 to 0.1, and weights of this size amplify rounding until "
+                "engine and trainer have nothing in common. Training has diverged. Lower optimizer.lr (it is "
+                f"{run.recipe.optimizer.lr:g}), look at grad_norm in metrics.jsonl, and resume from a checkpoint before it, or "
+                "pass --restart"
+            ) from error
+
+    return RouteWatch(num_rows=run.recipe.replay.guard_rows, observe=observe)

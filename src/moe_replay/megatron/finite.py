@@ -1,6 +1,6 @@
 """Weights and optimizer state that overflowed are found before they are saved or given to an engine.
 
-In: a model and its optimizer. Out: nothing, or `DivergedError` on every rank. Called by: grpo.closing.
+In: a model and its optimizer. Out: nothing, or `DivergedError` on every rank.
 """
 
 from __future__ import annotations
@@ -32,6 +32,16 @@ def check_weights(
         DivergedError: when one is infinite, not a number, or so large that its square is infinite.
     """
     _check(_weights(modules), "weights", _LARGEST_WEIGHT, group, device)
+
+
+def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
+    """Return the median, over this rank's matrices, of the root mean square of their values; 0 without any."""
+    scales = [
+        weight.detach().float().square().mean().sqrt()
+        for _, weight in _weights(modules)
+        if weight.dim() >= 2 and weight.numel()
+    ]
+    return float(torch.stack(scales).median()) if scales else 0.0
 
 
 def check_optimizer(optimizer: Any, *, group: dist.ProcessGroup, device: torch.device) -> None:
