@@ -62,7 +62,7 @@ def journey(checkpoint: Path, folder: Path) -> dict[str, Biases]:
         step=1,
         policy_version=1,
         next_prompt=0,
-        fingerprint="x",
+        identity={},
         scheduler=actor.scheduler.state_dict(),
     )
     checkpoints = CheckpointFolder(folder / "checkpoints", save_total_limit=1)

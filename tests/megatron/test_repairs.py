@@ -80,7 +80,7 @@ def resumed_steps(checkpoint: Path, folder: Path, missing: tuple[str, ...]) -> s
         step=3,
         policy_version=3,
         next_prompt=0,
-        fingerprint="x",
+        identity={},
         scheduler=first.scheduler.state_dict(),
     )
     checkpoints = CheckpointFolder(folder, save_total_limit=1)

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -317,7 +316,12 @@ def _results_in_this_process() -> Iterator[None]:
         filesystem_async._results_queue = before
 
 
-class _CommonInPart(TorchCommonSaveStrategy):
+# 0.19 has no file of its own for what all ranks share: it is written with the rest, and heard of with it.
+_HAS_COMMON_FILE = hasattr(common, "TorchCommonSaveStrategy")
+_CommonFile: Any = getattr(common, "TorchCommonSaveStrategy", object)
+
+
+class _CommonInPart(_CommonFile):
     """Megatron's file of what all ranks share, whose failure on the first rank is kept for all to hear."""
 
     def __init__(self, write: SharedWrite) -> None:
@@ -332,6 +336,9 @@ class _CommonInPart(TorchCommonSaveStrategy):
 @contextmanager
 def _common_part_in(write: SharedWrite) -> Iterator[None]:
     """Let Megatron's save, which accepts no other strategy for the common part, find ours."""
+    if not _HAS_COMMON_FILE:
+        yield
+        return
     before = serialization.get_default_save_common_strategy
     serialization.get_default_save_common_strategy = lambda: _CommonInPart(write)
     try:

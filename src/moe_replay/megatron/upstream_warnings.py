@@ -38,6 +38,8 @@ _KNOWN = (
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
     # From 0.18 on the optimizer imports a model that nobody here builds.
     "MimoModelConfig is experimental",
+    # From 0.19 on a module that nobody here uses prefers another logger.
+    "absl.logging is not installed",
 )
 # Advice about a GPU.
 _KNOWN_WITHOUT_CUDA = ("CUDA_DEVICE_MAX_CONNECTIONS",)
