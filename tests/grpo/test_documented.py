@@ -39,7 +39,7 @@ def undocumented(metrics: set[str], page: str) -> set[str]:
     """Return the metrics that no row of a page names."""
     names = documented(page) | set(re.findall(r"`(eval/[^`]+)`", page))
     patterns = [re.escape(name).replace("<function>", "[^/]+") for name in names]
-    patterns = [re.sub(r"<[a-z]+>", "[a-z_]+", name) for name in patterns]
+    patterns = [re.sub(r"<[a-z]+>", "[a-z_0-9]+", name) for name in patterns]
     known = re.compile("|".join(f"(?:{name})" for name in patterns))
     same = {name.replace("live_gap/", "rollout_correction/") for name in metrics}
     return {name for name in same if not known.fullmatch(name)}
