@@ -10,6 +10,7 @@ In: an actor and the loop's own position. Out: folders ``step-000040``. Called b
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import queue
@@ -47,6 +48,12 @@ from moe_replay.megatron.optimizer_state import with_one_step
 from moe_replay.megatron.upstream_warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
+# 0.19 saves through a package of its own by default, which it does not require; we write in this process in any case.
+_SAVE_OPTIONS: dict[str, Any] = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 _UNFINISHED = "unfinished-"
 _POSITION_FILE = "position.json"
 _FORMAT = CheckpointingConfig("torch_dist", 1)
@@ -186,6 +193,7 @@ class CheckpointFolder:
                 sharded_strategy=strategy,
                 # Which rank writes what does not change during a run, and checking it takes a third of the time.
                 validate_access_integrity=not self._layout_is_checked,
+                **_SAVE_OPTIONS,
                 # Nothing runs at the side; the request is taken apart, so that ranks learn of a failure between its parts.
                 async_sharded_save=True,
             )
