@@ -55,3 +55,13 @@ def test_e19_a_special_token_that_completes_a_stop_string_stays(tokenizer, writt
 def test_d5_tags_are_special_tokens_here(tokenizer):
     ids = tokenizer.encode("<think>a")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
+def test_d5_spaces_that_the_model_wrote_stay():
+    made = character_tokenizer()
+    made.clean_up_tokenization_spaces = True
+    written = "I do n't , [1 , 2] ?"
+    # The control: what the tokenizer's own setting makes of it.
+    assert made.decode(made.encode(written)) == "I don't, [1, 2]?"
+    assert text_of(made, written, FinishReason.LENGTH) == written
+    assert text_of(made, written, FinishReason.STOP, stop=(" ?",)) == written

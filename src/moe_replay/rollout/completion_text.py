@@ -19,7 +19,7 @@ def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[st
     strings.
     """
     ids = completion.token_ids.tolist()
-    whole = tokenizer.decode(ids, skip_special_tokens=False) if stop else ""
+    whole = exact_text(tokenizer, ids) if stop else ""
     if (
         ids
         and not any(string in whole for string in stop)
@@ -28,4 +28,14 @@ def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[st
     ):
         ids = ids[:-1]
     frame = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    return tokenizer.decode([i for i in ids if i not in frame], skip_special_tokens=False)
+    return exact_text(tokenizer, [i for i in ids if i not in frame])
+
+
+def exact_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Return what token ids say, special tokens included and unaltered.
+
+    Tokenizers whose config has ``clean_up_tokenization_spaces`` would write ``[1, 2]`` for ``[1 , 2]``, which nobody wrote.
+    """
+    return tokenizer.decode(
+        token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )

@@ -27,6 +27,7 @@ from moe_replay.rollout.chat_messages import (
     writes_the_date,
 )
 from moe_replay.rollout.checkpoint_config import reason
+from moe_replay.rollout.completion_text import exact_text
 from moe_replay.rollout.dataset_files import shortened
 
 Truncation = Literal["error", "delete", "left"]
@@ -194,7 +195,7 @@ class PromptEncoder:
         text = rendered.text
         if num_cut:
             ids = ids[num_cut:]
-            text = self.tokenizer.decode(ids)
+            text = exact_text(self.tokenizer, ids)
         return EncodedPrompt(
             ids=np.array(ids, dtype=np.int32), text=text, prefill=rendered.prefill, num_cut=num_cut
         )

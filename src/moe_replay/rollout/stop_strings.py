@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from moe_replay.rollout.completion_text import exact_text
 from moe_replay.rollout.types import Completion, FinishReason, RolloutGroup
 from moe_replay.routing import RoutingTrace
 
@@ -56,9 +57,7 @@ class StopStrings:
         return low
 
     def _holds(self, token_ids: Int32[np.ndarray, " completion"]) -> bool:
-        text = self.tokenizer.decode(
-            token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = exact_text(self.tokenizer, token_ids.tolist())
         return any(string in text for string in self.strings)
 
 
