@@ -206,8 +206,12 @@ def test_d8_every_caller_asks_the_servers(write_recipe, capsys):
     recipe = write_recipe(
         rollout={"engine": "vllm-server", "urls": ["http://127.0.0.1:9"], "timeout_s": 1.0}
     )
-    for said in answers(recipe, capsys).values():
-        assert "127.0.0.1:9" in said
+    said = answers(recipe, capsys)
+    for text in said.values():
+        assert "127.0.0.1:9" in text
+        assert "start the server, or correct rollout.urls" in text
+    # Its class is a kind of EngineError, and is named as one.
+    assert "moe-replay: the inference engine failed" in said["dry run"]
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,8 @@ _RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
 
 def _error_block(error: MoeReplayError) -> str:
     """Return an error as one block: its kind, its message wrapped, and what caused it."""
-    lines = [f"moe-replay: {_KINDS.get(type(error).__name__, 'the run stopped')}"]
+    kinds = (_KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _KINDS)
+    lines = [f"moe-replay: {next(kinds, 'the run stopped')}"]
     for line in without_secrets(str(error)).splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         lines.append(

@@ -50,21 +50,27 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
     """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; None stands for no value.
 
+    A value that begins with ``--`` needs the second form.
+
     Example:
         >>> split_overrides(["train", "--grpo.beta", "-0.1", "r.toml"])
         (['train', 'r.toml'], [('grpo.beta', '-0.1')])
     """
     arguments: list[str] = []
     overrides: list[tuple[str, str | None]] = []
-    rest = iter(argv)
-    for argument in rest:
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
         name, equals, value = argument.partition("=")
         if not name.startswith("--") or "." not in name:
             arguments.append(argument)
         elif equals:
             overrides.append((name[2:], value))
+        elif not rest or rest[0].startswith("--"):
+            # An option that was taken for a value, such as --dry-run, would be lost without a word.
+            overrides.append((name[2:], None))
         else:
-            overrides.append((name[2:], next(rest, None)))
+            overrides.append((name[2:], rest.pop(0)))
     return arguments, overrides
 
 

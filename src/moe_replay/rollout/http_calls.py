@@ -130,6 +130,11 @@ class HttpCalls:
             raise CallError(
                 Fault.SLOW, f"{self.url}{path}: no answer in time ({type(error).__name__})"
             ) from error
+        except httpx2.ConnectError as error:
+            raise CallError(
+                Fault.UNREACHABLE,
+                f"{self.url}{path}: no connection ({error}); start the server, or correct rollout.urls",
+            ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise CallError(
                 Fault.UNREACHABLE, f"{self.url}{path}: {type(error).__name__}: {error}"
