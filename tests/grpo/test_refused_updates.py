@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import CompletionRecord, StepRecord
+from moe_replay.megatron.scorer import MegatronScorer, Scores
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.report.base import BaseReporter
 from moe_replay.rollout.types import Engine
@@ -219,3 +221,42 @@ def test_d15_completions_that_are_all_cut_are_counted_and_the_run_goes_on(planne
     assert "nothing was learned" in said
     # Said when it begins, not every step.
     assert not any("every completion was cut" in text for text in records[1].warnings)
+
+
+@pytest.mark.parametrize("what", ["old_logprobs", "ref_logprobs"])
+def test_t11_one_sample_that_is_scored_as_nan_on_one_rank_stops_all_before_anything_is_pushed(
+    what: str, planned: Recipes
+) -> None:
+    settings = {"batch__global_batch_size": 32, "run__max_steps": 1}
+    refused = planned(plan="usual", **settings, **({"grpo__beta": 0.1} if what[0] == "r" else {}))
+    score = MegatronScorer.score
+
+    def spoiled(scorer: MegatronScorer, *args: Any, **options: Any) -> Scores:
+        scores = score(scorer, *args, **options)
+        # The policy is a kind of scorer; the reference is no more than one.
+        is_asked = (type(scorer) is MegatronScorer) == (what == "ref_logprobs")
+        if torch.distributed.get_rank() == 1 and is_asked:
+            scores.samples[5].token_logprobs[1] = np.nan
+        return scores
+
+    def engine_never_pushed(recipe: Recipe, device: torch.device) -> Engine:
+        engine = recipe_engine(recipe, device)
+
+        def load_weights(*_: Any, policy_version: int) -> None:
+            raise AssertionError(f"policy version {policy_version} was pushed")
+
+        engine.load_weights = load_weights  # pyrefly: ignore
+        return engine
+
+    def call() -> str:
+        MegatronScorer.score = spoiled
+        process = ProcessSpec(rank=torch.distributed.get_rank(), world_size=2)
+        with pytest.raises(DivergedError) as caught:
+            train(refused, process=process, reporter=Keeping(), make_engine=engine_never_pushed)
+        return str(caught.value)
+
+    said = run_ranks(call, 2, timeout_s=120)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"step 1: {what} or entropies are not finite")
+    assert "sample 5 of replica 1: 1 of " in said[0]
+    assert said[0].count("sample ") == 1
