@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import EngineError
+from moe_replay.errors import DivergedError, EngineError, MoeReplayError
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
@@ -62,20 +64,21 @@ class OwnEngine:
         self.inner.load_weights(weights, policy_version=policy_version)
 
 
-def run(recipe: Recipe, change: Change) -> list[dict[str, Any]]:
-    """Train with `OwnEngine` in a process of its own and return the lines of metrics.jsonl."""
+def _train(recipe: Recipe, change: Change, world_size: int) -> None:
+    rank = torch.distributed.get_rank()
+    directory = RunDirectory(recipe.run.output_dir)
+    with build_reporter(recipe, rank=rank, run_directory=directory) as reporter:
+        train(
+            recipe,
+            process=ProcessSpec(rank=rank, world_size=world_size),
+            reporter=reporter,
+            make_engine=lambda r, device: OwnEngine(recipe_engine(r, device), change),
+        )
 
-    def call() -> None:
-        directory = RunDirectory(recipe.run.output_dir)
-        with build_reporter(recipe, rank=0, run_directory=directory) as reporter:
-            train(
-                recipe,
-                process=ProcessSpec(),
-                reporter=reporter,
-                make_engine=lambda r, device: OwnEngine(recipe_engine(r, device), change),
-            )
 
-    run_ranks(call, 1, timeout_s=120)
+def run(recipe: Recipe, change: Change, *, world_size: int = 1) -> list[dict[str, Any]]:
+    """Train with `OwnEngine` in processes of their own and return the lines of metrics.jsonl."""
+    run_ranks(lambda: _train(recipe, change, world_size), world_size, timeout_s=120)
     return records(recipe, "metrics.jsonl")
 
 
@@ -132,3 +135,61 @@ def test_t15_aborted_completions_are_counted_and_not_trained_on(recipe: Recipes)
         )
     finished = [line["reward"] for group in groups for line in group[1:]]
     assert record["reward"] == pytest.approx(np.mean(finished))
+
+
+def _breaks_the_contract(completion: Completion) -> Completion:
+    return replace(completion, policy_version=7)
+
+
+def _fails(completion: Completion) -> Completion:
+    raise EngineError("the server is gone")
+
+
+def _has_a_bug(completion: Completion) -> Completion:
+    raise KeyError("choices")
+
+
+def _diverges(completion: Completion) -> Completion:
+    broken = np.full_like(completion.rollout_logprobs, np.nan)
+    return replace(completion, rollout_logprobs=broken)
+
+
+@pytest.mark.parametrize(
+    ("what", "during", "kind", "told"),
+    [
+        (_breaks_the_contract, "rollout", EngineError, "policy version 7, the trainer is at 0"),
+        (_diverges, "eval", DivergedError, "rollout_logprobs are NaN"),
+        (_fails, "eval", EngineError, "the server is gone"),
+        (_has_a_bug, "rollout", MoeReplayError, "KeyError: 'choices'"),
+    ],
+)
+def test_t3_what_the_engine_of_one_rank_does_is_an_error_of_all(
+    what: Callable[[Completion], Completion],
+    kind: type[MoeReplayError],
+    told: str,
+    during: str,
+    recipe: Recipes,
+    workspace: Path,
+) -> None:
+    eval_keys = {"data__eval": workspace / "train.jsonl", "data__eval_size": 2}
+    failing = recipe(run__max_steps=1, **(eval_keys if during == "eval" else {}))
+
+    def on_rank_1(request: Request, number: int, completion: Completion) -> Completion:
+        return what(completion) if torch.distributed.get_rank() == 1 else completion
+
+    def call() -> BaseException:
+        try:
+            _train(failing, on_rank_1, 2)
+        except Exception as error:  # noqa: BLE001 - of whatever kind
+            lines = traceback.format_exception(error)
+            error.add_note("its own place" if what.__name__ in "".join(lines) else "")
+            return error
+        raise AssertionError("nothing was raised")
+
+    other, own = run_ranks(call, 2, timeout_s=60)
+    assert type(other) is kind
+    assert str(other).startswith("on rank 1: ") and told in str(other)
+    # The rank itself says it in full: the very error, and where it was raised.
+    assert "on rank 1" not in str(own)
+    assert isinstance(own, KeyError if what is _has_a_bug else kind)
+    assert own.__notes__ == ["" if what in (_breaks_the_contract, _diverges) else "its own place"]

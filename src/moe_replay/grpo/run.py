@@ -8,11 +8,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
-from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
+from moe_replay.grpo.stopping import StopRequest, droppable
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.replica import Replica
@@ -143,29 +143,18 @@ class Run:
             self.stop.ask(asked[1])
         return asked is not None
 
-    def droppable(self, work: Callable[[], T]) -> T:
-        """Return the result of sampling or scoring, unless a rank is asked to stop meanwhile; collective at its end.
+    def droppable(self, work: Callable[[], T], *, alone: bool = True) -> T:
+        """Return the result of sampling or scoring, unless a rank fails or is asked to stop meanwhile; collective at its end.
 
-        What ``work`` does must not be collective: a request breaks it off on the rank that receives it. Errors of a rank
-        that was asked to stop are not reported: the signal may have reached what it works with too.
+        ``alone`` says that ``work`` is not collective: a request breaks it off on the rank that receives it, and an error of
+        one rank is raised on all, after the others have done their part. Errors are not reported when some rank was asked
+        to stop: the signal may have reached what they work with too.
 
         Raises:
             StepDropped: on every rank, when one of them was asked to stop.
+            MoeReplayError: of the kind that another rank raised.
         """
-        result: T | None = None
-        try:
-            # The ranks of one vLLM take their steps together, so none of them may leave alone.
-            alone = self.recipe.rollout.tensor_parallel_size == 1
-            with self.stop.breaking_off() if alone else nullcontext():
-                result = work()
-        except StopRequested:
-            pass
-        except Exception:
-            if self.stop.reason is None:
-                raise
-        if self.agrees_to_stop():
-            raise StepDropped
-        return cast("T", result)
+        return droppable(work, self.stop, self.gather, alone=alone)
 
     def begin_step(self) -> None:
         """Move on to the next step."""

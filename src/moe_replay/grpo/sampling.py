@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from moe_replay.errors import RewardError
 from moe_replay.grpo.advantage import constant_rewards, group_advantages, reward_metrics
 from moe_replay.grpo.engines import training_request
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
-from moe_replay.grpo.run import Run, message_device
+from moe_replay.grpo.run import Run
 from moe_replay.grpo.stopping import StepDropped
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.rewards import ScoredBatch
@@ -31,7 +30,6 @@ from moe_replay.rollout.types import (
     check_groups,
 )
 from moe_replay.routing import ReplayMode, RoutingTrace
-from moe_replay.sync.messages import first_text
 
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
@@ -110,18 +108,28 @@ def _answers(
 
     Raises:
         StepDropped: on every rank, when one of them was asked to stop.
+        EngineError: on every rank, when the engine of one fails or breaks the contract; of ranks that share an engine which
+            fails while it samples, only on that one, for the others wait inside.
     """
-    groups = run.droppable(lambda: run.engine.generate(requests, sampling))
-    stale = run.recipe.rollout.engine == "files" and run.recipe.rollout.allow_stale
-    check_groups(
-        groups,
-        requests,
-        sampling,
-        run.engine.description,
-        vocab_size=run.actor.vocab_size,
-        policy_version=None if stale else run.policy_version,
+    rollout = run.recipe.rollout
+    # The ranks of one vLLM take their steps together, so none of them may leave alone.
+    groups = run.droppable(
+        lambda: run.engine.generate(requests, sampling), alone=rollout.tensor_parallel_size == 1
     )
-    cut = [run.stop_strings.cut(group) for group in groups]
+    stale = rollout.engine == "files" and rollout.allow_stale
+
+    def checked() -> list[tuple[RolloutGroup, int]]:
+        check_groups(
+            groups,
+            requests,
+            sampling,
+            run.engine.description,
+            vocab_size=run.actor.vocab_size,
+            policy_version=None if stale else run.policy_version,
+        )
+        return [run.stop_strings.cut(group) for group in groups]
+
+    cut = run.droppable(checked)
     return [group for group, _ in cut], sum(count for _, count in cut)
 
 
@@ -198,29 +206,14 @@ def _score(
         RewardError: on every rank, when one fails on any of them.
         StepDropped: on every rank, when one of them was asked to stop.
     """
-
-    def score() -> tuple[ScoredBatch | None, RewardError | None]:
-        try:
-            batch = run.inputs.rewards.score(
-                prompts,
-                # An answer that the prompt begins is one text to a reward.
-                [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
-                [completion.token_ids for completion in completions],
-            )
-        except RewardError as error:
-            return None, error
-        return batch, None
-
-    batch, failure = run.droppable(score)
-    text = None if failure is None else str(failure)
-    failed = first_text(text, run.group, device=message_device())
-    if failure is not None:
-        raise failure
-    if failed is not None:
-        rank, text = failed
-        raise RewardError(f"on rank {rank}: {text}")
-    assert batch is not None
-    return batch
+    return run.droppable(
+        lambda: run.inputs.rewards.score(
+            prompts,
+            # An answer that the prompt begins is one text to a reward.
+            [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
+            [completion.token_ids for completion in completions],
+        )
+    )
 
 
 def evaluate(run: Run) -> None:

@@ -16,7 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar, cast
+
+from moe_replay import errors
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to stop: schedulers send the first or the last, a lost terminal the second, Ctrl-C the third."""
@@ -149,6 +154,54 @@ class StopRequest:
                     end_at_once(
                         number, f"{name}: ended at once, unsaved; checkpoints from before are whole"
                     )
+
+
+def droppable(
+    work: Callable[[], T], stop: StopRequest, gather: Callable[[Any], list[Any]], *, alone: bool
+) -> T:
+    """Return the result of ``work`` unless a rank fails or is asked to stop meanwhile; see `Run.droppable`."""
+    result: T | None = None
+    try:
+        with stop.breaking_off() if alone else nullcontext():
+            result = work()
+    except StopRequested:
+        pass
+    except Exception as error:
+        # Ranks that wait for this one inside ``work`` would never come to hear of it.
+        if not alone and stop.reason is None:
+            raise
+        # In here, so that a connection that breaks now does not hide the error.
+        _agree(error, stop, gather)
+    else:
+        _agree(None, stop, gather)
+        return cast("T", result)
+    _agree(None, stop, gather)
+    raise StepDropped
+
+
+def _agree(
+    failure: Exception | None, stop: StopRequest, gather: Callable[[Any], list[Any]]
+) -> None:
+    """Leave on every rank when one of them was asked to stop, or has failed; collective."""
+    told = None if failure is None else [type(failure).__name__, str(failure)]
+    gathered = gather([stop.reason, told])
+    asked = next((reason for reason, _ in gathered if reason is not None), None)
+    if asked is not None:
+        stop.ask(asked)
+        raise StepDropped
+    if failure is not None:
+        raise failure
+    for rank, (_, failed) in enumerate(gathered):
+        if failed is not None:
+            raise _of_kind(*failed, rank=rank)
+
+
+def _of_kind(name: str, text: str, *, rank: int) -> errors.MoeReplayError:
+    """Return an error of another rank as one of ours; of a foreign kind, its name is told."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.MoeReplayError):
+        return kind(f"on rank {rank}: {text}")
+    return errors.MoeReplayError(f"on rank {rank}: {name}: {text}")
 
 
 def end_at_once(number: int, message: str) -> None:
