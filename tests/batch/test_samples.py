@@ -10,7 +10,7 @@ from moe_replay.testing.synthetic_routes import synthetic_trace
 
 
 def sample(
-    *, tokens=(1, 2, 3, 4, 5), prompt=2, num_logprobs=None, valid=None, trace=None
+    *, tokens=(1, 2, 3, 4, 5), prompt=2, num_logprobs=None, valid=None, trace=None, trains=True
 ) -> Sample:
     ids = np.array(tokens, dtype=np.int32)
     count = len(ids) - prompt if num_logprobs is None else num_logprobs
@@ -23,7 +23,7 @@ def sample(
         prompt_length=prompt,
         rollout_logprobs=np.zeros(count, dtype=np.float32),
         advantage=1.0,
-        trains=True,
+        trains=trains,
         trace=trace,
     )
 
@@ -62,3 +62,14 @@ def test_sample_refuses_the_trace_of_other_tokens():
     other = synthetic_trace(np.array([1, 2, 9, 4, 5]), seed=1)
     with pytest.raises(TokenMismatchError, match=r"sample 7: .* from row 2 of 5 on"):
         sample(trace=other)
+
+
+def test_e16_a_sample_without_a_sampled_token_predicts_nothing_and_cannot_train():
+    aborted = sample(prompt=5, valid=[True, True, False, False, False], trains=False)
+    assert not aborted.predicts_sampled.any()
+    found = aborted.coverage()
+    assert found.num_replayed == 2
+    assert found.num_live[LiveReason.PROMPT_OMITTED] == 2
+    assert found.num_live[LiveReason.LAST_TOKEN] == 1
+    with pytest.raises(TraceError, match="leave 0 sampled tokens"):
+        sample(prompt=5)

@@ -193,3 +193,65 @@ def test_t3_what_the_engine_of_one_rank_does_is_an_error_of_all(
     assert "on rank 1" not in str(own)
     assert isinstance(own, KeyError if what is _has_a_bug else kind)
     assert own.__notes__ == ["" if what in (_breaks_the_contract, _diverges) else "its own place"]
+
+
+def _ends_before_its_first_token(
+    request: Request, number: int, completion: Completion
+) -> Completion:
+    if number >= 2:
+        return completion
+    trace, length = completion.trace, len(request.prompt_ids)
+    if trace is not None:
+        # The engine may have fed the prompt by then, or nothing at all.
+        fed = length - 1 if number == 0 else 0
+        trace = replace(trace.crop(0, length), valid=np.arange(length) < fed)
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:0],
+        rollout_logprobs=completion.rollout_logprobs[:0],
+        trace=trace,
+        finish_reason=FinishReason.ABORTED,
+    )
+
+
+@pytest.mark.parametrize(("mode", "world_size"), [("disabled", 1), ("R2", 1), ("R3", 1), ("R3", 2)])
+def test_e16_completions_aborted_before_their_first_token_are_counted_and_dropped(
+    mode: str, world_size: int, recipe: Recipes, workspace: Path
+) -> None:
+    aborted = recipe(
+        run__max_steps=1,
+        replay__router_replay_mode=mode,
+        rollout__dtype="float32",
+        megatron__tensor_model_parallel_size=world_size,
+        # Some microbatches then hold no sampled token.
+        batch__max_tokens_per_microbatch=42,
+        data__eval=workspace / "train.jsonl",
+        data__eval_size=2,
+        # It looks at the first token, so it must never see such a completion.
+        rewards=f"[{{function = '{workspace}/reward.py:likes_low_ids'}}]",
+    )
+    (record,) = run(aborted, _ends_before_its_first_token, world_size=world_size)
+    assert record["completions/aborted_ratio"] == 0.5
+    assert record["completions/unscored_ratio"] == 0.5
+    assert record["completions/min_length"] == 0
+    assert record["grad_norm"] > 0
+    if mode == "R3":
+        assert record["replay/coverage"] < 0.95
+        assert record["replay/agreement"] == 1.0
+    lines = records(aborted, "completions.jsonl")
+    assert [line["num_tokens"] == 0 for line in lines[:4]] == [True, True, False, False]
+    assert (lines[0]["reward"], lines[0]["advantage"], lines[0]["completion"]) == (None, 0.0, "")
+    # A held-out prompt has one completion.
+    assert all(line["eval/unscored_ratio"] == 1.0 for line in records(aborted, "eval.jsonl"))
+
+
+def _all_end_before_their_first_token(
+    request: Request, number: int, completion: Completion
+) -> Completion:
+    return _ends_before_its_first_token(request, 1, completion)
+
+
+def test_e16_a_step_of_which_everything_was_aborted_at_once_goes_on(recipe: Recipes) -> None:
+    (record,) = run(recipe(run__max_steps=1), _all_end_before_their_first_token)
+    assert record["completions/aborted_ratio"] == record["update/num_skipped"] == 1
+    assert record["replay/coverage"] == 0.0

@@ -43,10 +43,20 @@ def test_check_group_counts_completions(engine, group):
         check_group(replace(group, completions=group.completions[:1]), engine.description)
 
 
+EMPTY = {"token_ids": np.zeros(0, np.int32), "rollout_logprobs": np.zeros(0, np.float32)}
+
+
 def test_check_group_refuses_a_completion_without_tokens(engine, group):
-    empty = {"token_ids": np.zeros(0, np.int32), "rollout_logprobs": np.zeros(0, np.float32)}
     with pytest.raises(EngineError, match="0 tokens"):
-        check_group(with_first(group, **empty), engine.description)
+        check_group(with_first(group, **EMPTY), engine.description)
+
+
+@pytest.mark.parametrize("num_fed", [0, 1, 2])
+def test_e16_a_completion_aborted_before_its_first_token_is_taken(engine, group, num_fed):
+    trace = group.completions[0].trace.crop(0, 3)
+    fed = replace(trace, valid=np.arange(3) < num_fed)
+    aborted = with_first(group, **EMPTY, trace=fed, finish_reason=FinishReason.ABORTED)
+    check(engine, aborted, group.request)
 
 
 @pytest.mark.parametrize("value", [-np.inf, 0.5])

@@ -235,3 +235,12 @@ def test_traces_of_all_forms_are_equal():
     traces = [read(payload(form, dtype), version) for version, form, dtype in FORMS]
     for ours, theirs in itertools.pairwise(traces):
         assert (ours.expert_ids == theirs.expert_ids).all() and (ours.valid == theirs.valid).all()
+
+
+def test_e16_a_request_aborted_before_its_first_token_may_come_without_routes():
+    options = {"token_ids": TOKENS[:NUM_PROMPT], "was_cut": True}
+    trace = read(RoutePayload(completion_rows=None), "0.30.0", **options)
+    assert len(trace) == NUM_PROMPT
+    assert not trace.valid.any()
+    with pytest.raises(EngineError, match="returned no routes"):
+        read(RoutePayload(completion_rows=None), "0.30.0", **{**options, "was_cut": False})

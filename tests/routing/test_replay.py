@@ -81,7 +81,7 @@ def test_of_rows_leaves_the_flags_as_they_are():
     assert valid.tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("prompt", "flags"), [(3, 3), (4, 3), (1, 2)])
+@pytest.mark.parametrize(("prompt", "flags"), [(-1, 3), (4, 3), (1, 2)])
 def test_of_rows_refuses_counts_that_do_not_fit(prompt, flags):
     with pytest.raises(TraceError, match=f"prompt of {prompt} tokens in 3 rows"):
         Coverage.of_rows(

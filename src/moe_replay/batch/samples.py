@@ -16,7 +16,7 @@ from moe_replay.routing import Coverage, RoutingTrace
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """P prompt tokens followed by T sampled ones.
+    """P prompt tokens followed by T sampled ones; T is 0 for one that was aborted before its first, and does not train.
 
     Row ``t`` predicts token ``t + 1``; rows ``P-1 .. P+T-2`` therefore carry the log-probabilities of the T sampled
     tokens, and the last row predicts nothing.
@@ -41,7 +41,12 @@ class Sample:
 
     def __post_init__(self) -> None:
         completion = len(self.token_ids) - self.prompt_length
-        if self.prompt_length < 1 or completion < 1 or len(self.rollout_logprobs) != completion:
+        fewest = 1 if self.trains else 0
+        if (
+            self.prompt_length < 1
+            or completion < fewest
+            or len(self.rollout_logprobs) != completion
+        ):
             raise TraceError(
                 f"sample {self.sample_id}: {len(self.token_ids)} tokens with a prompt of {self.prompt_length} leave "
                 f"{completion} sampled tokens, and there are {len(self.rollout_logprobs)} rollout_logprobs"

@@ -72,7 +72,7 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     The traces of the rollout are let go: what a rank needs of them is in its microbatches.
 
     Raises:
-        CoverageError: when too few rows can be replayed; nothing has been learned then.
+        CoverageError: when too few rows of what trains can be replayed; nothing has been learned then.
         TokenMismatchError: when a trace is bound to other tokens than its sample has.
     """
     samples, traces = _make_samples(run, rollout, scored)
@@ -83,7 +83,13 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     if run.mode is not ReplayMode.R3:
         return StepBatch(minibatches=minibatches, coverage=Coverage())
     batch = StepBatch(minibatches=minibatches, coverage=_coverage(run, minibatches, traces))
-    batch.coverage.require(run.min_coverage)
+    # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
+    learned = {
+        sample.sample_id: traces[sample.sample_id]
+        for sample in samples
+        if sample.trains and sample.sample_id in traces
+    }
+    _coverage(run, minibatches, learned).require(run.min_coverage)
     shared = share_routes(run.replica, batch.microbatches, traces)
     return with_routes(batch, {m.key: m.routes for m in shared if m.routes is not None})
 

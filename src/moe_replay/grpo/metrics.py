@@ -131,7 +131,7 @@ def engine_gap(
       mean((product of r)^2) - 1.
 
     Log ratios above `MAX_LOG_RATIO` count as that in exponentials; ``ratio_bounded_frac`` (tokens) and
-    ``seq_ratio_bounded_frac`` (samples) say how often.
+    ``seq_ratio_bounded_frac`` (samples) say how often. A sample without a token, aborted before its first, has no gap.
 
     Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other names and their
     averaging, verl, ``compute_offpolicy_metrics``.
@@ -141,9 +141,9 @@ def engine_gap(
     """
     tally = Tally()
     for number, (old, rollout) in enumerate(zip(old_logprobs, rollout_logprobs, strict=True)):
-        assert len(old) == len(rollout) > 0, (
-            f"sample {number}: {len(old)} and {len(rollout)} values"
-        )
+        assert len(old) == len(rollout), f"sample {number}: {len(old)} and {len(rollout)} values"
+        if len(old) == 0:
+            continue
         for name, values in (("old_logprobs", old), ("rollout_logprobs", rollout)):
             if not np.isfinite(values).all():
                 raise MoeReplayError(

@@ -230,7 +230,7 @@ class ReplaySection(Section):
     router_replay_mode: Annotated[ReplayMode, Field(strict=False)] = ReplayMode.R3
     """``disabled``, ``R2`` (routes of the trainer's old-logprob pass) or ``R3`` (routes of the engine)."""
     min_coverage: float = Field(default=0.95, ge=0, le=1)
-    """Least fraction of replayable rows that must be replayed; the run stops below it."""
+    """Least fraction of replayable rows, of completions that train, that must be replayed; the run stops below it."""
     guard: bool = True
     """Compare replayed with live routes each step and stop when they disagree too much."""
     guard_rows: int = Field(default=256, gt=0)

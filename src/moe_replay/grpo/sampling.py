@@ -200,19 +200,30 @@ def _score(
     completions: Sequence[Completion],
     texts: Sequence[str],
 ) -> ScoredBatch:
-    """Call the reward functions on completions of this rank.
+    """Call the reward functions on completions of this rank; one without a token has no reward, and none sees it.
 
     Raises:
         RewardError: on every rank, when one fails on any of them.
         StepDropped: on every rank, when one of them was asked to stop.
     """
-    return run.droppable(
+    written = [number for number, c in enumerate(completions) if len(c.token_ids)]
+    batch = run.droppable(
         lambda: run.inputs.rewards.score(
-            prompts,
+            [prompts[number] for number in written],
             # An answer that the prompt begins is one text to a reward.
-            [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)],
-            [completion.token_ids for completion in completions],
+            [prompts[number].prefill + texts[number] for number in written],
+            [completions[number].token_ids for number in written],
         )
+    )
+
+    def everyone(scores: Float64[np.ndarray, " written"]) -> Float64[np.ndarray, " n"]:
+        whole = np.full(len(completions), np.nan)
+        whole[written] = scores
+        return whole
+
+    return ScoredBatch(
+        scores={name: everyone(scores) for name, scores in batch.scores.items()},
+        total=everyone(batch.total),
     )
 
 

@@ -28,7 +28,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """``max_completion_length`` tokens were sampled."""
     ABORTED = "aborted"
-    """The request was cut off by the engine; the tokens so far are kept, counted, and never trained on."""
+    """The request was cut off by the engine; the tokens so far, maybe none, are kept, counted, and never trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled continuation of a prompt of P tokens, T tokens long."""
+    """One sampled continuation of a prompt of P tokens, T tokens long; T is 0 only where it was aborted before its first."""
 
     token_ids: Int32[np.ndarray, " completion"]
     """``[T]`` sampled ids, the stop token included."""
@@ -237,8 +237,9 @@ def _check_asked(
     policy_version: int | None,
 ) -> None:
     tokens = completion.token_ids
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+    foreign = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(foreign):
+        wrong = int(foreign[0])
         raise EngineError(
             f"{where}: token {wrong} is {tokens[wrong]}, expected ids from 0 to {vocab_size - 1}, the vocabulary of the "
             "model that is trained; the engine runs another model, or reads ids in another number format"
@@ -274,9 +275,11 @@ def check_group(group: RolloutGroup, description: EngineDescription) -> None:
         tokens, logprobs = completion.token_ids, completion.rollout_logprobs
         _check_format(tokens, np.int32, f"{where}: token_ids")
         _check_format(logprobs, np.float32, f"{where}: rollout_logprobs")
-        if len(tokens) == 0 or len(tokens) != len(logprobs):
+        is_aborted = completion.finish_reason is FinishReason.ABORTED
+        if len(tokens) != len(logprobs) or (len(tokens) == 0 and not is_aborted):
             raise EngineError(
-                f"{where}: {len(tokens)} tokens and {len(logprobs)} rollout_logprobs, expected one each and at least one"
+                f"{where}: {len(tokens)} tokens and {len(logprobs)} rollout_logprobs, expected one each, and at least one "
+                "unless FinishReason.ABORTED says that the request was cut off before its first token"
             )
         if np.isnan(logprobs).any():
             raise DivergedError(

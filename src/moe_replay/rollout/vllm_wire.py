@@ -90,8 +90,8 @@ def trace_from_vllm(
 ) -> RoutingTrace:
     """Return the trace of one completion, whichever form this release of vLLM uses.
 
-    ``was_cut`` tells that the completion was aborted or ended by a stop string: older releases then return nothing, and
-    all its rows are ``valid=False``. Prompt rows that 0.21 served from its prefix cache are ``valid=False`` too.
+    ``was_cut`` tells that the completion was aborted or ended by a stop string: older releases then return nothing, as
+    all do for one that was aborted before its first token, and all its rows are ``valid=False``. Prompt rows that 0.21 served from its prefix cache are ``valid=False`` too.
 
     Raises:
         UnsupportedError: when the release returns no routes at all.
@@ -101,7 +101,7 @@ def trace_from_vllm(
     release = check_version(version)
     rows, prompt = payload.completion_rows, payload.prompt_rows
     if rows is None:
-        if was_cut and release < _SPLIT:
+        if was_cut and (release < _SPLIT or len(token_ids) == num_prompt_tokens):
             return unrouted_trace(token_ids, model=model, origin=origin)
         raise EngineError(
             f"{where}: vLLM {version} returned no routes; it was started without {FLAG} "

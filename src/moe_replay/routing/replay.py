@@ -90,15 +90,15 @@ class Coverage:
         for ``prompt_omitted``, ``engine_gave_none`` and ``last_token``.
 
         Raises:
-            TraceError: when the prompt leaves no row, or ``is_sampled`` has another number of rows.
+            TraceError: when there are fewer rows than prompt tokens, or none, or ``is_sampled`` has another number of rows.
         """
-        if not 0 <= prompt_length < len(valid) or len(valid) != len(
+        if not 0 <= prompt_length <= len(valid) > 0 or len(valid) != len(
             valid if is_sampled is None else is_sampled
         ):
             flags = "" if is_sampled is None else f" and {len(is_sampled)} is_sampled flags"
             raise TraceError(
-                f"a prompt of {prompt_length} tokens in {len(valid)} rows{flags}; expected a prompt shorter than the rows, "
-                "and one flag a row"
+                f"a prompt of {prompt_length} tokens in {len(valid)} rows{flags}; expected no more than the rows, of which "
+                "there is one at least, and one flag a row"
             )
         missing = ~valid
         last = int(missing[-1])
