@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.packages import installed
 from moe_replay.rollout.dataset_cache import Progress
 
 if TYPE_CHECKING:
@@ -186,14 +187,6 @@ def _declared_ranges() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         declared = []
     return {Requirement(text).name: str(Requirement(text).specifier) for text in declared}
-
-
-def installed(name: str) -> str | None:
-    """Return the installed version of a package, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def ranks_needed(layout: ParallelLayout) -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import CheckpointError, MoeReplayError
+from moe_replay.grpo.packages import installed
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord
 
 PACKAGES = (
@@ -169,12 +169,7 @@ def software_versions() -> dict[str, str | None]:
         "platform": platform.platform(),
         "executable": sys.executable,
     }
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return versions | {package: installed(package) for package in PACKAGES}
 
 
 def _sorted(metrics: Mapping[str, float]) -> dict[str, float]:
