@@ -1,4 +1,7 @@
-"""Which packages are installed, under whatever name their builds are published."""
+"""Which packages are installed, under whatever name their builds are published.
+
+In: a package's name. Out: its version, or None.
+"""
 
 from __future__ import annotations
 
