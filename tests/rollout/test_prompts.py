@@ -7,11 +7,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.rollout.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.rollout.generated_items import GeneratedTask
-from moe_replay.rollout.prompt_encoding import PromptEncoder, load_tokenizer
+from moe_replay.rollout.prompt_encoding import PromptEncoder, PromptInput, load_tokenizer
 from moe_replay.rollout.prompts import GeneratedPrompts, draw_held_out
 from moe_replay.testing.tiny_models import character_tokenizer
 
@@ -343,3 +344,16 @@ def test_damaged_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(RecipeError, match=r"cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_e19_a_tokenizer_that_ends_every_prompt_is_pointed_out():
+    ending = encoder()
+    assert ending.notes() == ()
+    ending.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    assert ending.encode(PromptInput(where="row 1", prompt="a")).ids[-1] == 1
+    assert "puts <eos> behind every prompt" in ending.notes()[0]
+    # A chat template writes the special tokens itself.
+    ending.tokenizer.chat_template = TEMPLATE
+    assert ending.notes() == ()

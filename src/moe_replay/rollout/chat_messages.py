@@ -202,3 +202,14 @@ def _check_content(message: dict[str, Any], where: str) -> None:
         raise RecipeError(
             f'{where} holds the part {excerpt(part)}, expected {{"type": "text", "text": ...}}'
         )
+
+
+def ends_every_text(tokenizer: Any) -> tuple[str, ...]:
+    """Return what to say of a tokenizer that puts its end token behind a text that is tokenized as it is; else nothing."""
+    ids = tokenizer("a").input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ()
+    return (
+        f"the tokenizer puts {tokenizer.eos_token} behind every prompt, so that the model continues a text that has ended: set "
+        "add_eos_token to false in its tokenizer_config.json, or take the token out of post_processor in its tokenizer.json",
+    )

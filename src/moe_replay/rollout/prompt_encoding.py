@@ -20,6 +20,7 @@ from jaxtyping import Int32
 from moe_replay.errors import RecipeError
 from moe_replay.rollout.chat_messages import (
     checked_messages,
+    ends_every_text,
     excerpt,
     message_text,
     renders_parts,
@@ -172,13 +173,13 @@ class PromptEncoder:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a person should know about the chat template."""
+        """Return what a person should know about how prompts become tokens."""
         if self.has_template and writes_the_date(self._template(None), self.chat_template_kwargs):
             return (
                 "the chat template writes the day of its use into prompts, so that a run that goes on tomorrow sees other "
                 "prompts: set data.chat_template_kwargs.date_string, or what the template names it",
             )
-        return ()
+        return () if self.has_template else ends_every_text(self.tokenizer)
 
     def encode(self, given: PromptInput) -> EncodedPrompt | None:
         """Return ids and text, or None for a prompt that is to be deleted.
