@@ -105,6 +105,18 @@ def test_t24_files_of_a_dataset_folder_count(home: Path) -> None:
     assert changed(before, run_identity(recipe, cache)) == ["data.train"]
 
 
+def test_t24_evaluation_may_change_where_no_training_item_depends_on_it(home: Path) -> None:
+    before = identity(home)
+    shutil.copy(home / "train.jsonl", home / "held.jsonl")
+    held = {"data__eval": home / "held.jsonl", "data__eval_size": 4}
+    assert changed(before, identity(home, **held)) == []
+    # Generated training items are drawn around the held-out ones.
+    task = {"data__train": "reasoning_gym:chain_sum", "rewards__0__function": "reasoning_gym"}
+    before = identity(home, **task)
+    drawn = {"data__eval": "reasoning_gym:chain_sum", "data__eval_size": 4}
+    assert {"data.eval", "data.eval_size"} <= set(changed(before, identity(home, **task, **drawn)))
+
+
 def test_t24_generated_items_count_by_the_version_of_their_generator(home: Path) -> None:
     task = {"data__train": "reasoning_gym:chain_sum", "rewards__0__function": "reasoning_gym"}
     found = identity(home, **task)

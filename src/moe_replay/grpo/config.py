@@ -16,7 +16,7 @@ import tomlkit
 from pydantic import Field, model_validator
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.recipe_rules import effect_free_keys, rule_problems
+from moe_replay.grpo.recipe_rules import GENERATED, effect_free_keys, rule_problems
 from moe_replay.grpo.recipe_sections import (
     BatchSection,
     CheckpointSection,
@@ -64,6 +64,8 @@ _NO_EFFECT_ON_RESULTS = (
 )
 _EFFECT_ON_RESULTS = ("megatron.moe_aux_loss_coeff",)
 """Keys that decide results although their section does not."""
+_OF_EVALUATION = ("data.eval", "data.eval_size", "data.eval_seed", "data.eval_split", "data.task")
+"""Keys that decide results only where training items are drawn that must not be among those held out."""
 _PATH_KEYS = ("model.path", "data.train", "data.eval", "rewards.function")
 
 
@@ -230,6 +232,8 @@ class Recipe(Section):
             return self.optimizer.lr_scheduler != "constant"
         if path in _EFFECT_ON_RESULTS:
             return True
+        if path in _OF_EVALUATION:
+            return self.data.train.startswith(GENERATED)
         return (
             path not in _NO_EFFECT_ON_RESULTS
             and path.partition(".")[0] not in _NO_EFFECT_ON_RESULTS

@@ -61,7 +61,8 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
     items = dict(recipe.fingerprint_items())
     try:
         for key, location in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-            if location is None:
+            # Held-out prompts of files decide nothing that is trained.
+            if location is None or key not in items:
                 continue
             if location.startswith(GENERATED):
                 items[key] = location
