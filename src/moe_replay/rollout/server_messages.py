@@ -1,11 +1,12 @@
 """What a rollout server and its clients say to each other: JSON that is checked, arrays as safetensors, routes by the codec.
 
-In: requests, groups, weights. Out: bytes; and back. Called by: rollout.server, rollout.server_calls.
+In: requests, groups, weights. Out: bytes; and back.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from moe_replay.rollout.types import (
 )
 from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages; a client refuses a server of another one."""
 CONTENT_TYPE = "application/x-moe-replay"
 """Content type of every body; no web page may send it to another origin unasked."""
@@ -34,6 +35,7 @@ CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
 
 _MESSAGE, _TRACES = "message", "traces"
+_SUM_BYTES = 4
 
 
 class _Message(BaseModel):
@@ -137,7 +139,11 @@ def read_status(body: bytes) -> Status:
 
 
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
-    """Return the body of an answer: tokens and log-probabilities as arrays, all traces as one payload of the codec."""
+    """Return the body of an answer: tokens and log-probabilities as arrays, all traces as one payload of the codec.
+
+    A CRC-32 of all that follows comes first. Of what the arrays hold, only tokens and traces vouch for each other: a changed
+    log-probability would be trained on.
+    """
     message = {
         "policy": policy.model_dump(),
         "groups": [
@@ -159,7 +165,8 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
         ),
         _TRACES: np.frombuffer(encode_traces(traces), dtype=np.uint8),
     }
-    return save_arrays(arrays)
+    content = save_arrays(arrays)
+    return b"".join([zlib.crc32(content).to_bytes(_SUM_BYTES, "little"), content])
 
 
 def read_groups(
@@ -171,8 +178,11 @@ def read_groups(
         CodecError: when the body is damaged, or answers something else.
         TraceError: when a trace cannot be one.
     """
+    content = memoryview(body)[_SUM_BYTES:]
+    if zlib.crc32(content) != int.from_bytes(body[:_SUM_BYTES], "little"):
+        raise CodecError(f"the answer of {len(body)} bytes is damaged: its checksum is another one")
     try:
-        arrays = load_arrays(body)
+        arrays = load_arrays(bytes(content))
         message = json.loads(arrays[_MESSAGE].tobytes())
         policy = PolicyName.model_validate(message["policy"])
         traces = decode_traces(arrays[_TRACES].tobytes(), max_bytes=max_bytes)
