@@ -154,3 +154,18 @@ def test_d5_constant_reward_is_pointed_out_once(recipe: Recipes, tmp_path: Path)
 
     ((said,),) = run_ranks(call, 1)
     assert said.startswith("reward f gave 0.5 to every completion of step 1")
+
+
+def test_t17_a_run_compares_as_its_recipe_says(recipe: Recipes, tmp_path: Path) -> None:
+    code = "def f(completions): return [float(n % 4 == 0) for n in range(len(completions))]\n"
+    mine = recipe(
+        rewards__0__function=reward_file(tmp_path, code),
+        run__max_steps=1,
+        grpo__advantage_estimator="rloo",
+        grpo__scale_rewards="none",
+    )
+    assert run(mine) == [""]
+    lines = (mine.run.output_dir / "completions.jsonl").read_text().splitlines()
+    advantages = [json.loads(line)["advantage"] for line in lines[:4]]
+    # With the mean of the others: 0 for the first, 1/3 for each of the rest.
+    np.testing.assert_allclose(advantages, [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-12)
