@@ -243,6 +243,22 @@ def test_t24_d11_a_changed_run_is_refused_by_key_and_goes_on_when_told_to(home: 
 
 
 @pytest.mark.ranks
+def test_d12_a_run_directory_that_is_a_file_is_refused_by_dry_run_and_start(home: Path) -> None:
+    (home / "taken").write_text("")
+    for path in ("taken", "taken/below"):
+        recipe = load(home, run__output_dir=home / path, run__max_steps=1)
+        said = refusal_of_dry_run(recipe, [])
+        assert said is not None and "taken is a file" in said
+        with pytest.raises(CheckpointError) as caught:
+            run(recipe)
+        assert str(caught.value) == said
+    # A folder that is not there yet is made by the start, and not by the dry run.
+    fresh = load(home, run__output_dir=home / "not" / "yet", run__max_steps=1)
+    assert refusal_of_dry_run(fresh, []) is None
+    assert not (home / "not").exists()
+
+
+@pytest.mark.ranks
 def test_t24_a_changed_run_is_refused_on_every_rank(
     home: Path,
 ) -> None:

@@ -58,6 +58,7 @@ def admit(
     """
     directory = recipe.run.output_dir
     try:
+        _check_can_be_written(directory)
         lock = closing.enter_context(RunLock(directory))
         notes = [] if lock.note is None else [lock.note]
         checkpoints.remove_unfinished()
@@ -86,16 +87,32 @@ def check_admission(
     """Raise what `admit` would refuse a start for, and keep nothing; for a dry run.
 
     Raises:
-        CheckpointError: when another process holds the directory, or its newest checkpoint is of another run.
+        CheckpointError: when the directory cannot be one, another process holds it, or its newest checkpoint is of another
+            run.
         RecipeError: when a file that the recipe names cannot be read.
     """
     directory = recipe.run.output_dir
+    _check_can_be_written(directory)
     if (directory / LOCK_FILE).exists():
         RunLock(directory).release()
     steps = [] if restart else checkpoints.steps()
     if steps:
         identity = run_identity(recipe, DigestCache(directory / _DIGESTS_FILE))
         _accepted_changes(directory, checkpoints.position(steps[-1]), identity, allow_changed)
+
+
+def _check_can_be_written(directory: Path) -> None:
+    """Raise `CheckpointError` where no folder can be made or written; nothing is made."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise CheckpointError(
+            f"run.output_dir {directory} cannot be a folder: {nearest} is a file; choose another run.output_dir"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"run.output_dir {directory} cannot be written: {nearest} is not writable for this user; choose another "
+            "run.output_dir, or change its permissions"
+        )
 
 
 def _accepted_changes(
