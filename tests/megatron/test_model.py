@@ -298,5 +298,5 @@ def test_read_model_shape_names_an_empty_directory(tmp_path):
 
 def test_all_heads_norm_refuses_tensor_parallelism(tmp_path):
     path = write_tiny_checkpoint(tmp_path, "olmoe")
-    with pytest.raises(UnsupportedError, match="spans all heads"):
+    with pytest.raises(UnsupportedError, match="norms span all heads"):
         run_ranks(router_layers, 2, path, TP2)
