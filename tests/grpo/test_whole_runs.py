@@ -63,6 +63,11 @@ RUNS = [
     ),
     *(("qwen3_moe", name, "R3") for name in FOUR_RANKS),
 ]
+OTHERS = [
+    (name, MODES[-1 - number % len(MODES)])
+    for number, name in enumerate(name for name in CASES if name not in LAYOUTS)
+]
+"""Every further layout that single steps are tested in, on eight layers, each in one of the modes in turn."""
 # What must be equal on every rank's own count of rows, and what a sum in another order may move.
 EXACT = ("reward", "completions/mean_length", "policy_version", "step")
 CLOSE = ("grad_norm", "entropy/mean")
@@ -77,6 +82,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         family: write_tiny_checkpoint(folder / family, family, **dense.get(family, {}))
         for family in FAMILIES
     }
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of eight layers, the first one dense."""
+    folder = tmp_path_factory.mktemp("deep")
+    return write_tiny_checkpoint(folder, num_hidden_layers=8, mlp_only_layers=[0])
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +176,22 @@ def test_whole_runs_of_every_layout_mode_and_family_are_those_of_one_process(
     assert_same_run(found, alone[family, mode], source, mode)
 
 
+@pytest.mark.parametrize(("name", "mode"), OTHERS)
+def test_whole_runs_of_every_other_layout_are_those_of_one_process(
+    name: str, mode: str, recipe: Recipes, deep: Path, alone: dict[tuple[str, str], Any]
+) -> None:
+    # Four prompts: a layout of four replicas takes one each.
+    pairs = {"rollout__num_generations": 2}
+    if ("deep", mode) not in alone:
+        alone["deep", mode] = whole_run(recipe, deep, ALONE, mode, "alone", **pairs)
+    found = whole_run(recipe, deep, CASES[name], mode, "together", **pairs)
+    assert_same_run(found, alone["deep", mode], deep, mode)
+
+
 def test_whole_runs_leave_out_no_layout_in_any_mode_and_no_family_in_any_mode() -> None:
     assert {(name, mode) for _, name, mode in RUNS} >= {(n, m) for n in LAYOUTS for m in MODES}
+    assert {name for name, _ in OTHERS} | LAYOUTS.keys() == CASES.keys() | {WITHOUT_ROUTERS}
+    assert {mode for _, mode in OTHERS} == set(MODES)
     assert {(family, mode) for family, _, mode in RUNS} == {(f, m) for f in FAMILIES for m in MODES}
 
 
