@@ -37,7 +37,7 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     try:
         options, unknown = parser.parse_known_args(arguments)
     except BrokenPipeError:
-        # Whoever read the help has seen enough; without this the interpreter complains once more at its end.
+        # The reader of the help has closed the pipe; without this the interpreter complains again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     if overrides and options.command not in _TAKE_KEYS:

@@ -23,7 +23,7 @@ from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
 from moe_replay.routing import Guard, ReplayMode
 
-# Root mean square of a typical weight matrix from which on nobody has trained this model: pretrained ones have 0.01 to 0.1.
+# Typical root mean square of a matrix above which the weights are not those of a working model: pretrained ones have 0.01 to 0.1.
 _RUINED_SCALE = 0.5
 
 

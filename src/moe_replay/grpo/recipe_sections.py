@@ -24,7 +24,7 @@ def seconds_of(text: str) -> float:
     """Return the seconds of a duration such as ``3h50m``.
 
     Raises:
-        ValueError: when the text is no duration, or is none at all.
+        ValueError: when the text is not a duration, or is empty.
     """
     match = _DURATION.fullmatch(text)
     seconds = (
@@ -146,7 +146,7 @@ class DataSection(Section):
     truncation: Literal["error", "delete", "left"] = "error"
     """What is done with a longer prompt: stop, leave it out (counted), or drop tokens at its start."""
     shuffle: bool = True
-    """Shuffle a file dataset anew each epoch, by ``run.seed``."""
+    """Shuffle a file dataset again each epoch, by ``run.seed``."""
     train_seed: int = Field(default=1, ge=0)
     """Seed of the generated training items."""
     eval_seed: int = Field(default=2, ge=0)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, whoever asks: a scheduler's signal, Ctrl-C, its time limit, or a program that uses it.
+"""A run that is asked to stop: by a scheduler's signal, Ctrl-C, its time limit, or the program that calls it.
 
 Signals are received at once, also while the main thread is inside a long call of torch. What they do waits for a safe
 point: between two steps, or at once while nothing but sampling and rewards is under way, which is then dropped.

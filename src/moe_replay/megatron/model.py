@@ -252,7 +252,7 @@ def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, compat.TopKRouter
     """Return the router of each MoE layer that this rank holds, by global decoder layer.
 
     The layer comes from the built decoder layer, in every pipeline layout. Routers of multi-token-prediction layers
-    are not in it: they are no decoder layers and keep routing live.
+    are not in it: they are not decoder layers and keep routing live.
     """
     routers = {}
     for chunk in chunks:

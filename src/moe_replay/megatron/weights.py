@@ -119,7 +119,7 @@ def export_hf_weights(
         transfers = _plan_transfers({key: (rules[key.rule], local_part(key)) for key in held})
     for key, transfer in sorted(transfers.items()):
         rule = rules[key.rule]
-        # Entered anew for every key: a generator must not change the grad mode of its consumer.
+        # Entered again for every key: a generator must not change the grad mode of its consumer.
         with torch.no_grad():
             merged = _gather_cut(rule, local_part(key)) if key in held else None
             if transfer.num_holders < _world_size():

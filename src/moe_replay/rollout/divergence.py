@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 NOT_A_LOGPROB = 9999.0
-"""Stands for the log-probability of a token whose logits are no numbers where NaN cannot travel: vLLM's JSON has none."""
+"""Stands for the log-probability of a token whose logits are NaN where NaN cannot travel: vLLM's JSON has none."""
 
 
 def finite_weights(
@@ -44,14 +44,14 @@ def finite_weights(
 def refuse_no_numbers(
     rollout_logprobs: Float32[np.ndarray, " completion"], *, where: str, policy_version: int
 ) -> None:
-    """Raise `DivergedError` when a token was drawn from logits that are no numbers (NaN, or `NOT_A_LOGPROB`)."""
+    """Raise `DivergedError` when a token was drawn from logits that are not numbers (NaN, or `NOT_A_LOGPROB`)."""
     bad = np.isnan(rollout_logprobs) | (rollout_logprobs >= NOT_A_LOGPROB)
     if bad.any():
         raise no_numbers(where, int(bad.argmax()), policy_version)
 
 
 def no_numbers(where: str, position: int, policy_version: int) -> DivergedError:
-    """Return the error for a token whose logits are no numbers; ``position`` counts sampled tokens."""
+    """Return the error for a token whose logits are not numbers; ``position`` counts sampled tokens."""
     cause = (
         "training has diverged: lower optimizer.lr, and resume from a checkpoint before it"
         if policy_version

@@ -109,7 +109,7 @@ def sample_tokens(
     else:
         weights = logprobs[:, :num_known_ids].double().exp()
         ids = _invert(_truncate(weights, top_k, top_p), noise)
-    # One logit that is no number makes the whole row so, and what was found there lies anywhere, also past the end.
+    # One NaN logit makes the whole row NaN, and the index found there may lie anywhere, even past the end.
     ids = ids.masked_fill(logprobs[:, 0].isnan(), 0)
     # Nor may it when padding ids have all the probability, so that nothing else has a weight.
     if num_known_ids is not None:
