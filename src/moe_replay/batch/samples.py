@@ -36,6 +36,8 @@ class Sample:
     """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
     trace: RoutingTrace | None
     """P + T rows bound to ``token_ids``; None when nothing is replayed, or the routes are held elsewhere."""
+    server: str = ""
+    """Address of the server that sampled it; empty for an engine in a trainer's process."""
     sampled_here: bool = True
     """Whether this rank sampled it: of all ranks that train on a sample, one speaks for it in the metrics."""
 

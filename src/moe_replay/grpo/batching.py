@@ -116,6 +116,7 @@ def _make_samples(
             token_ids=completion.token_ids,
             rollout_logprobs=completion.rollout_logprobs,
             finish_reason=completion.finish_reason,
+            server=completion.server,
         )
         for place, group in zip(rollout.places, rollout.groups, strict=True)
         for number, completion in enumerate(group.completions)
@@ -136,6 +137,7 @@ def _make_samples(
             rollout_logprobs=completion.rollout_logprobs,
             advantage=float(scored.advantages[key]),
             trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
+            server=completion.server,
             sampled_here=key in here,
             trace=None,
         )

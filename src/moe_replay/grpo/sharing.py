@@ -34,6 +34,8 @@ class SharedCompletion:
     """``[T]``, in nats."""
     finish_reason: FinishReason
     """Why it ended."""
+    server: str
+    """Address of the server that sampled it; empty for an engine in a trainer's process."""
 
 
 def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list[SharedCompletion]:
@@ -41,7 +43,7 @@ def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list
     # Raw bytes are read back as these two; `check_groups` has refused everything else at the border.
     assert all(c.token_ids.dtype == np.int32 for c in own)
     assert all(c.rollout_logprobs.dtype == np.float32 for c in own)
-    header = [[c.place, c.number, len(c.token_ids), str(c.finish_reason)] for c in own]
+    header = [[c.place, c.number, len(c.token_ids), str(c.finish_reason), c.server] for c in own]
     text = json.dumps(header).encode()
     arrays = [c.token_ids.tobytes() for c in own] + [c.rollout_logprobs.tobytes() for c in own]
     payload = b"".join([len(text).to_bytes(8, "little"), text, *arrays])
@@ -52,10 +54,10 @@ def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list
 def _unpack_completions(payload: bytes) -> list[SharedCompletion]:
     start = 8 + int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8:start])
-    total = sum(length for _, _, length, _ in header)
+    total = sum(length for _, _, length, *_ in header)
     tokens = np.frombuffer(payload, dtype=np.int32, count=total, offset=start)
     logprobs = np.frombuffer(payload, dtype=np.float32, count=total, offset=start + tokens.nbytes)
-    ends = np.cumsum([length for _, _, length, _ in header])
+    ends = np.cumsum([length for _, _, length, *_ in header])
     return [
         SharedCompletion(
             place=place,
@@ -63,8 +65,9 @@ def _unpack_completions(payload: bytes) -> list[SharedCompletion]:
             token_ids=tokens[end - length : end],
             rollout_logprobs=logprobs[end - length : end],
             finish_reason=FinishReason(reason),
+            server=server,
         )
-        for (place, number, length, reason), end in zip(header, ends, strict=True)
+        for (place, number, length, reason, server), end in zip(header, ends, strict=True)
     ]
 
 

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -240,7 +241,8 @@ class ServerEngine:
                 work.stop(error)
                 raise
             else:
-                work.finish(place, server.url, group)
+                named = tuple(replace(c, server=server.url) for c in group.completions)
+                work.finish(place, server.url, replace(group, completions=named))
 
     def _push(
         self,

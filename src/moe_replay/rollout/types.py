@@ -79,6 +79,8 @@ class Completion:
     """Why sampling ended."""
     policy_version: int
     """Weight pushes that the engine had received when the completion ended."""
+    server: str = ""
+    """Address of the server that sampled it, credentials masked; empty for an engine in this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
