@@ -1,12 +1,12 @@
 """HTTP calls to one server, each with a time limit, and what each kind of failure means.
 
-In: a URL, bodies. Out: answers; `CallError` for whatever another server, or a later call, may mend.
-Called by: rollout.server_calls, rollout.sglang_calls, rollout.vllm_calls.
+In: a URL, bodies. Out: answers; `CallError` for whatever another server, or a later call, may fix.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +18,8 @@ from moe_replay.rollout.bearer import without_secrets
 _CONNECT_S = 5.0
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _NOT_FOUND, _STALE = 200, 400, 401, 404, 409
 _UNPROCESSABLE = 422
+# Characters of a server's own words in a message.
+_SHOWN = 2000
 
 
 class Fault(StrEnum):
@@ -26,7 +28,7 @@ class Fault(StrEnum):
     UNREACHABLE = "unreachable"
     """No connection, or it broke: the server died, or never lived."""
     SLOW = "slow"
-    """No answer within the time limit."""
+    """Nothing came within the limit on silence."""
     FAILED = "failed"
     """The server says that its engine failed."""
     STALE = "stale"
@@ -78,26 +80,41 @@ class HttpCalls:
         """Close the connections."""
         self._client.close()
 
-    def call(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """Return the body of an answer.
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        on_piece: Callable[[bytes], None] | None = None,
+    ) -> bytes:
+        """Return the body of an answer; ``on_piece`` gets each piece of a good one as it arrives.
 
         Raises:
             RecipeError: when the server refuses the token.
             EngineError: when it refuses the call itself.
             CallError: for every other failure.
         """
-        code, answer = self.exchange(method, path, body)
+        code, answer = self.exchange(method, path, body, on_piece=on_piece)
         if code == _OK:
             return answer
-        text = answer[:2000].decode(errors="replace")
+        raise self.refusal(code, answer.decode(errors="replace"), path)
+
+    def refusal(self, code: int, text: str, path: str) -> RecipeError | EngineError:
+        """Return the error of an answer with a status code other than 200, which may also come inside of a stream.
+
+        Example:
+            >>> raise calls.refusal(409, "holds the weights of policy version 1", "/generate")
+        """
+        text = text[:_SHOWN]
         if code == _UNAUTHORIZED:
-            raise RecipeError(
+            return RecipeError(
                 f"{self.url} refuses the bearer token; give the trainer the file with which the server was started"
             )
         if code in (_BAD_REQUEST, _UNPROCESSABLE):
-            raise EngineError(f"{self.url}{path} refuses the call: {text}")
+            return EngineError(f"{self.url}{path} refuses the call: {text}")
         fault = Fault.STALE if code == _STALE else Fault.FAILED
-        raise CallError(fault, f"{self.url}{path} answers {code}: {text}")
+        return CallError(fault, f"{self.url}{path} answers {code}: {text}")
 
     def call_json(self, method: str, path: str, message: Any = None) -> Any:
         """Return the JSON of an answer.
@@ -117,15 +134,25 @@ class HttpCalls:
         """Tell whether the server knows a path that GET may ask for."""
         return self.exchange("GET", path)[0] != _NOT_FOUND
 
-    def exchange(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Return status code and body of an answer, whatever they are.
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        on_piece: Callable[[bytes], None] | None = None,
+    ) -> tuple[int, bytes]:
+        """Return status code and body of an answer, whatever they are; ``on_piece`` gets each piece of one of status 200.
+
+        An answer may take any time: ``timeout_s`` limits the silence before its first piece and between two of them.
 
         Raises:
-            CallError: when there is no answer, or it exceeds the limit.
+            CallError: when the server is silent for too long or its answer exceeds the limit.
         """
         try:
             with self._client.stream(method, path, content=body) as response:
-                return response.status_code, self._read(response)
+                is_good = response.status_code == _OK
+                return response.status_code, self._read(response, on_piece if is_good else None)
         except httpx2.TimeoutException as error:
             raise CallError(
                 Fault.SLOW, f"{self.url}{path}: no answer in time ({type(error).__name__})"
@@ -140,9 +167,13 @@ class HttpCalls:
                 Fault.UNREACHABLE, f"{self.url}{path}: {type(error).__name__}: {error}"
             ) from error
 
-    def _read(self, response: httpx2.Response) -> bytes:
+    def _read(
+        self, response: httpx2.Response, on_piece: Callable[[bytes], None] | None = None
+    ) -> bytes:
         answer = bytearray()
         for piece in response.iter_raw():
+            if on_piece is not None:
+                on_piece(piece)
             answer += piece
             if len(answer) > self._max_answer_bytes:
                 raise CallError(
