@@ -45,9 +45,11 @@ def test_e2_pieces_of_an_answer_are_told_as_they_arrive():
 
 def test_pieces_of_a_refusal_are_not_progress():
     told: list[bytes] = []
-    with calls_to(answering(500, b"out of memory")) as calls:
-        with pytest.raises(CallError, match="answers 500: out of memory"):
-            calls.call("GET", "/", on_piece=told.append)
+    with (
+        calls_to(answering(500, b"out of memory")) as calls,
+        pytest.raises(CallError, match="answers 500: out of memory"),
+    ):
+        calls.call("GET", "/", on_piece=told.append)
     assert told == []
 
 
