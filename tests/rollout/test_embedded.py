@@ -297,3 +297,21 @@ def test_d9_the_engine_says_how_far_it_is(checkpoint):
     second = next(progress for progress in seen if progress.num_finished == 2)
     assert second.num_tokens == sum(lengths[:2])
     assert engine.progress == RolloutProgress()
+
+
+def test_e3_a_cancelled_call_ends_before_its_next_token_and_the_engine_goes_on(checkpoint):
+    engine = EmbeddedEngine(checkpoint, dtype="float32")
+    asked: list[int] = []
+
+    def cancelled_after(tokens):
+        asked.clear()
+        return lambda: len(asked) == tokens or asked.append(0)
+
+    with pytest.raises(EngineError, match="cancelled by its caller before sampled token 3 of 2"):
+        engine.generate(prompts(3, 9), GREEDY, cancelled=cancelled_after(3))
+    assert len(asked) == 3
+    assert engine.progress == RolloutProgress()
+    # The control: a caller that stays gets every token, those of the cancelled call too.
+    stayed = engine.generate(prompts(3, 9), GREEDY, cancelled=cancelled_after(100))
+    assert [len(c.token_ids) for group in stayed for c in group.completions] == [6, 6]
+    assert_exact(checkpoint, stayed)

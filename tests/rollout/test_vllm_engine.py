@@ -160,7 +160,7 @@ def test_a_start_that_fails_raises_our_error(tmp_path):
     "options", [{"kv_cache_gib": 0.0}, {"max_batch_size": 0}, {"max_context_length": 100_000}]
 )
 def test_an_option_out_of_range_raises(checkpoints, options):
-    with pytest.raises(RecipeError, match=r"kv_cache_gib|max_context_length"):
+    with pytest.raises(RecipeError, match=r"kv_cache_gib|max_batch_size|max_context_length"):
         start(checkpoints["a"], **options)
 
 

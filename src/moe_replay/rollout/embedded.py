@@ -5,7 +5,7 @@ In: a checkpoint directory, requests, weights. Out: completions with routes. Cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -106,12 +106,21 @@ class EmbeddedEngine:
         """How far the running call of `generate` is."""
         return self._progress
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
+
+        ``cancelled`` is asked before each token whether the caller still wants them; another thread may change its answer.
 
         Raises:
             RecipeError: when a sampling setting is out of range.
-            EngineError: when a request is malformed or leaves no room in the context, or the engine is closed.
+            EngineError: when a request is malformed or leaves no room in the context, the engine is closed, or the call
+                was cancelled.
             DivergedError: when the model's logits are not finite.
         """
         self._check_ready()
@@ -130,7 +139,8 @@ class EmbeddedEngine:
             with _threads(self._num_threads), torch.inference_mode():
                 for start in range(0, len(jobs), self._max_batch_size):
                     batch = jobs[start : start + self._max_batch_size]
-                    done.update(zip(batch, self._complete(batch, requests, sampling), strict=True))
+                    completions = self._complete(batch, requests, sampling, cancelled)
+                    done.update(zip(batch, completions, strict=True))
         finally:
             self._progress = RolloutProgress()
         return [
@@ -180,7 +190,11 @@ class EmbeddedEngine:
             )
 
     def _complete(
-        self, jobs: Sequence[Job], requests: Sequence[Request], sampling: SamplingParams
+        self,
+        jobs: Sequence[Job],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        cancelled: Callable[[], bool],
     ) -> list[Completion]:
         with ExitStack() as scope:
             recorder = (
@@ -205,6 +219,10 @@ class EmbeddedEngine:
                 device=self._device,
             )
             for position in range(sampling.max_completion_length):
+                if cancelled():
+                    raise EngineError(
+                        f"the call was cancelled by its caller before sampled token {position} of {len(jobs)} completions"
+                    )
                 batch.sample(position, sampling, stops)
                 self._progress = replace(
                     before,

@@ -70,15 +70,16 @@ class VllmEngine:
         max_batch_size: int = 128,
         max_context_length: int | None = None,
         max_tokens_per_forward: int | None = None,
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
         record_routes: bool = True,
     ) -> None:
         check_ranks(tensor_parallel_size)
-        if dtype not in _DTYPES or max_batch_size < 1 or kv_cache_gib <= 0:
+        if dtype not in _DTYPES or max_batch_size < 1:
             raise RecipeError(
-                f"the vLLM engine has dtype {dtype}, max_batch_size {max_batch_size} and kv_cache_gib {kv_cache_gib}; "
-                f"expected one of {list(_DTYPES)}, at least 1, and above 0"
+                f"the vLLM engine has dtype {dtype} and max_batch_size {max_batch_size}, expected one of {list(_DTYPES)}, "
+                "and at least 1"
             )
         self._facts = read_facts(model_dir)
         check_loadable(self._facts)
@@ -104,14 +105,15 @@ class VllmEngine:
         self._is_asleep = False
         self._is_sharded = tensor_parallel_size > 1
         self._vllm = start_vllm(
-            Path(model_dir),
-            dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
+            max_num_batched_tokens=max_tokens_per_forward,
+            model_dir=model_dir,
+            dtype=dtype,
             max_num_seqs=max_batch_size,
             max_model_len=self._description.max_context_length,
-            max_num_batched_tokens=max_tokens_per_forward,
-            kv_cache_memory_bytes=int(kv_cache_gib * (1 << 30)),
-            enable_return_routed_experts=self._description.records_routes,
+            record_routes=self._description.records_routes,
+            kv_cache_gib=kv_cache_gib,
+            gpu_memory_utilization=gpu_memory_utilization,
         )
 
     @property

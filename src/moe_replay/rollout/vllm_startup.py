@@ -22,6 +22,8 @@ from moe_replay.rollout.vllm_plugin import TRIED_ON, is_tried
 
 # Tokens of one cache block on the CPU: the smallest that its attention kernels take, so that short prompts are cached.
 _CPU_BLOCK_SIZE = 32
+CPU_KV_CACHE_GIB = 1.0
+"""Memory of vLLM's key-value cache on a CPU, whose memory vLLM cannot know to be free, in GiB."""
 # Families whose checkpoints vLLM also loads with the experts of a layer stacked in one tensor.
 _LOADS_STACKED = ("qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
 # Attribute of vLLM's module that holds a `_Groups`: the state lives where the groups do.
@@ -67,14 +69,95 @@ def check_loadable(
         )
 
 
+def engine_options(
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    record_routes: bool,
+    kv_cache_gib: float | None = None,
+    gpu_memory_utilization: float | None = None,
+) -> dict[str, Any]:
+    """Return the fields of vLLM's ``EngineArgs`` that replay needs, whichever executor runs the model.
+
+    All can be sent to other processes. Raises `RecipeError` when the memory of the cache is given in two ways, or in one
+    that this platform does not have.
+    """
+    from vllm.platforms import current_platform
+
+    from moe_replay.rollout.vllm_sampler import LOGPROBS_MODE
+
+    is_cpu = current_platform.is_cpu()
+    return {
+        "model": str(model_dir),
+        "trust_remote_code": False,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "enable_return_routed_experts": record_routes,
+        **cache_memory(
+            is_cpu=is_cpu, kv_cache_gib=kv_cache_gib, gpu_memory_utilization=gpu_memory_utilization
+        ),
+        # Compiled for the CPU, vLLM returns zeros for routes, without an error.
+        "enforce_eager": is_cpu,
+        "block_size": _CPU_BLOCK_SIZE if is_cpu else None,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        # Noise is indexed by the tokens so far, which an asynchronous schedule does not know yet.
+        "async_scheduling": False,
+        "skip_tokenizer_init": True,
+        # Sampling defaults of the checkpoint's author are no part of a recipe.
+        "generation_config": "vllm",
+        "logits_processors": ["moe_replay.rollout.vllm_sampler:DrawTokens"],
+        "logprobs_mode": LOGPROBS_MODE,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def cache_memory(
+    *, is_cpu: bool, kv_cache_gib: float | None, gpu_memory_utilization: float | None
+) -> dict[str, Any]:
+    """Return the fields of ``EngineArgs`` that size the key-value cache.
+
+    Neither given, a GPU gets what vLLM itself takes (nearly all of the memory that weights and activations do not need),
+    and a CPU `CPU_KV_CACHE_GIB`.
+
+    Raises:
+        RecipeError: when both are given, one is out of range, or a share of a GPU's memory is asked of a CPU.
+    """
+    if kv_cache_gib is not None and kv_cache_gib <= 0:
+        raise RecipeError(f"kv_cache_gib is {kv_cache_gib}, expected GiB above 0")
+    if gpu_memory_utilization is None:
+        gib = CPU_KV_CACHE_GIB if kv_cache_gib is None and is_cpu else kv_cache_gib
+        return {} if gib is None else {"kv_cache_memory_bytes": int(gib * (1 << 30))}
+    if kv_cache_gib is not None:
+        raise RecipeError(
+            f"kv_cache_gib = {kv_cache_gib} and gpu_memory_utilization = {gpu_memory_utilization} both size vLLM's key-value "
+            "cache, and vLLM would ignore the second; give one of them"
+        )
+    if is_cpu or not 0 < gpu_memory_utilization <= 1:
+        raise RecipeError(
+            f"gpu_memory_utilization is {gpu_memory_utilization}"
+            + (
+                ", but vLLM runs on a CPU here: size its key-value cache by kv_cache_gib"
+                if is_cpu
+                else ", expected a share of the GPU's memory above 0, and at most 1"
+            )
+        )
+    return {"gpu_memory_utilization": gpu_memory_utilization}
+
+
 def start_vllm(
-    model_dir: Path, *, max_model_len: int, tensor_parallel_size: int, **options: Any
+    *, tensor_parallel_size: int, max_num_batched_tokens: int | None, **options: Any
 ) -> Any:
-    """Return an ``LLMEngine`` of this process, without a tokenizer; ``options`` are further fields of ``EngineArgs``.
+    """Return an ``LLMEngine`` of this process, without a tokenizer; ``options`` are those of `engine_options`.
 
     With ``tensor_parallel_size`` above 1 it holds one shard, and every rank of the trainer must call this together.
 
     Raises:
+        RecipeError: when an option is out of range.
         EngineError: when vLLM does not start.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -82,35 +165,18 @@ def start_vllm(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from moe_replay.rollout.vllm_plugin import check_mended, register
-    from moe_replay.rollout.vllm_sampler import LOGPROBS_MODE, DrawTokens
 
     # vLLM has called it unless its plugins are restricted; calling it twice is allowed.
     register()
     check_mended()
-    is_cpu = current_platform.is_cpu()
+    fields = engine_options(**options)
     arguments = EngineArgs(
-        model=str(model_dir),
-        trust_remote_code=False,
-        max_model_len=max_model_len,
+        **fields,
+        max_num_batched_tokens=max_num_batched_tokens,
         tensor_parallel_size=tensor_parallel_size,
         # The trainer launches the ranks, not vLLM.
         distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
-        # Compiled for the CPU, vLLM returns zeros for routes, without an error.
-        enforce_eager=is_cpu,
-        block_size=_CPU_BLOCK_SIZE if is_cpu else None,
-        enable_sleep_mode=not is_cpu,
-        enable_prefix_caching=True,
-        enable_chunked_prefill=True,
-        # Noise is indexed by the tokens so far, which an asynchronous schedule does not know yet.
-        async_scheduling=False,
-        skip_tokenizer_init=True,
-        # Sampling defaults of the checkpoint's author are no part of a recipe.
-        generation_config="vllm",
-        logits_processors=[DrawTokens],
-        logprobs_mode=LOGPROBS_MODE,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **options,
+        enable_sleep_mode=not current_platform.is_cpu(),
     )
     with _process_kept_as_it_is(), _groups_counted():
         try:
@@ -123,7 +189,7 @@ def start_vllm(
             )
         except Exception as error:
             raise EngineError(
-                f"vLLM did not start on {model_dir}: {type(error).__name__}: {error}"
+                f"vLLM did not start on {fields['model']}: {type(error).__name__}: {error}"
             ) from error
 
 
