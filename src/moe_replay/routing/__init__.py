@@ -10,12 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_replay.routing.agreement import (
-        Agreement,
-        GuardEvidence,
-        agreement_floor,
-        measure_agreement,
-    )
     from moe_replay.routing.codec import (
         decode_trace,
         decode_traces,
@@ -25,11 +19,17 @@ if TYPE_CHECKING:
         to_text,
     )
     from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
-    from moe_replay.routing.diagnosis import Diagnosis, diagnose
     from moe_replay.routing.frame import Encoding, TraceHeader
     from moe_replay.routing.group import PromptDifference, TraceGroup
-    from moe_replay.routing.guard import Guard
-    from moe_replay.routing.hypotheses import Cause
+    from moe_replay.routing.guard.agreement import (
+        Agreement,
+        GuardEvidence,
+        agreement_floor,
+        measure_agreement,
+    )
+    from moe_replay.routing.guard.diagnosis import Diagnosis, diagnose
+    from moe_replay.routing.guard.hypotheses import Cause
+    from moe_replay.routing.guard.spread_rows import Guard
     from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
     from moe_replay.routing.payload import (
         RoutedModel,
@@ -99,14 +99,14 @@ __all__ = [
 ]
 
 _NAMES_IN = {
-    "agreement": "Agreement GuardEvidence agreement_floor measure_agreement",
+    "guard.agreement": "Agreement GuardEvidence agreement_floor measure_agreement",
     "codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
     "compare": "TraceComparison compare_traces flipped",
-    "diagnosis": "Diagnosis diagnose",
+    "guard.diagnosis": "Diagnosis diagnose",
     "frame": "Encoding TraceHeader",
     "group": "PromptDifference TraceGroup",
-    "guard": "Guard",
-    "hypotheses": "Cause",
+    "guard.spread_rows": "Guard",
+    "guard.hypotheses": "Cause",
     "margins": "MarginComparison compare_margins topk_margins",
     "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
     "replay": "Coverage LiveReason ReplayMode",

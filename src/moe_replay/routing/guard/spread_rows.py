@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import MisalignmentError, RecipeError
-from moe_replay.routing.agreement import (
+from moe_replay.routing.guard.agreement import (
     Agreement,
     GuardEvidence,
     Overlaps,
@@ -39,8 +39,8 @@ from moe_replay.routing.agreement import (
     mean_error,
     row_gain,
 )
-from moe_replay.routing.diagnosis import SIGMAS, diagnose
-from moe_replay.routing.hypotheses import MIN_GAIN, Cause, alternatives
+from moe_replay.routing.guard.diagnosis import SIGMAS, diagnose
+from moe_replay.routing.guard.hypotheses import MIN_GAIN, Cause, alternatives
 
 if TYPE_CHECKING:
     from jaxtyping import Float64

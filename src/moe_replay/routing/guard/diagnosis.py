@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import TraceError
-from moe_replay.routing.agreement import (
+from moe_replay.routing.guard.agreement import (
     HEALTHY_OVERLAP,
     GuardEvidence,
     Overlaps,
@@ -21,7 +21,7 @@ from moe_replay.routing.agreement import (
     mean_error,
     row_gain,
 )
-from moe_replay.routing.hypotheses import MIN_GAIN, Cause, alternatives, rarities
+from moe_replay.routing.guard.hypotheses import MIN_GAIN, Cause, alternatives, rarities
 
 if TYPE_CHECKING:
     from jaxtyping import Float64

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_replay.routing.agreement import Overlaps
+from moe_replay.routing.guard.agreement import Overlaps
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
