@@ -11,34 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from moe_replay.errors import DivergedError, EngineError, RecipeError
-from moe_replay.rollout.divergence import refuse_no_numbers
+from moe_replay.errors import DivergedError, EngineError
 from moe_replay.rollout.model_facts import read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
-    FinishReason,
     Request,
     RolloutGroup,
     RolloutProgress,
     SamplingParams,
 )
+from moe_replay.rollout.vllm_outputs import completion_of, describe
 from moe_replay.rollout.vllm_ranks import check_ranks, own_place, requests_of_ranks
-from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm, vllm_version
-from moe_replay.rollout.vllm_wire import payload_of_output, trace_from_vllm
+from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm
 from moe_replay.rollout.weight_stream import checked_weights
-from moe_replay.routing import Origin, RoutingTrace
-
-_DTYPES = ("float32", "bfloat16")
-_FINISH_REASONS = {
-    "stop": FinishReason.STOP,
-    "length": FinishReason.LENGTH,
-    "abort": FinishReason.ABORTED,
-}
 
 
 class VllmEngine:
@@ -76,23 +65,14 @@ class VllmEngine:
         record_routes: bool = True,
     ) -> None:
         check_ranks(tensor_parallel_size)
-        if dtype not in _DTYPES or max_batch_size < 1:
-            raise RecipeError(
-                f"the vLLM engine has dtype {dtype} and max_batch_size {max_batch_size}, expected one of {list(_DTYPES)}, "
-                "and at least 1"
-            )
         self._facts = read_facts(model_dir)
         check_loadable(self._facts)
-        routed = self._facts.routed
-        self._description = EngineDescription(
-            name="vllm",
-            version=vllm_version(),
+        self._description = describe(
+            self._facts,
             dtype=dtype,
-            records_routes=record_routes and routed is not None,
-            moe_layers=routed.moe_layers if routed else (),
-            num_experts=routed.num_experts if routed else 0,
-            topk=routed.topk if routed else 0,
-            max_context_length=self._context_length(max_context_length),
+            max_batch_size=max_batch_size,
+            max_context_length=max_context_length,
+            record_routes=record_routes,
         )
         self._state: Literal["ready", "broken", "closed"] = "ready"
         self._policy_version = 0
@@ -218,14 +198,6 @@ class VllmEngine:
                 stop_vllm(self._vllm)
                 del self._vllm
 
-    def _context_length(self, wanted: int | None) -> int:
-        most = self._facts.max_context_length
-        if wanted is not None and not 2 <= wanted <= most:
-            raise RecipeError(
-                f"max_context_length is {wanted}, expected 2 to {most}, the positions of the model"
-            )
-        return most if wanted is None else wanted
-
     def _check_ready(self) -> None:
         if self._state == "closed":
             raise EngineError("the vLLM engine is closed; make a new one")
@@ -302,54 +274,18 @@ class VllmEngine:
         self, request: Request, number: int, output: Any, policy_version: int
     ) -> Completion:
         (sampled,) = output.outputs
-        where = f"vllm: request {request.request_id}, completion {number}"
-        token_ids = np.array(sampled.token_ids, dtype=np.int32)
-        rollout_logprobs = [
-            place[token].logprob
-            for place, token in zip(sampled.logprobs, sampled.token_ids, strict=True)
-        ]
-        finish_reason = _FINISH_REASONS.get(sampled.finish_reason)
-        if finish_reason is None:
-            raise EngineError(
-                f"{where} ended with finish_reason {sampled.finish_reason!r}, expected one of {list(_FINISH_REASONS)}"
-            )
-        logprobs = np.array(rollout_logprobs, dtype=np.float32)
-        refuse_no_numbers(logprobs, where=where, policy_version=policy_version)
-        return Completion(
-            token_ids=token_ids,
-            rollout_logprobs=logprobs,
-            trace=self._trace(request, token_ids, output, finish_reason, policy_version, where),
-            finish_reason=finish_reason,
-            policy_version=policy_version,
-        )
-
-    def _trace(
-        self,
-        request: Request,
-        token_ids: np.ndarray,
-        output: Any,
-        finish_reason: FinishReason,
-        policy_version: int,
-        where: str,
-    ) -> RoutingTrace | None:
-        if not self._description.records_routes:
-            return None
-        assert self._facts.routed is not None
-        every = np.concatenate([request.prompt_ids, token_ids])
-        return trace_from_vllm(
-            payload_of_output(output, output.outputs[0]),
+        return completion_of(
+            output,
+            token_ids=sampled.token_ids,
+            rollout_logprobs=[
+                place[token].logprob
+                for place, token in zip(sampled.logprobs, sampled.token_ids, strict=True)
+            ],
+            request=request,
+            number=number,
+            model=self._facts.routed if self._description.records_routes else None,
             version=self._description.version,
-            token_ids=every,
-            num_prompt_tokens=len(request.prompt_ids),
-            model=self._facts.routed,
-            origin=Origin.single(
-                engine="vllm",
-                engine_version=self._description.version,
-                policy_version=policy_version,
-                num_rows=len(every),
-            ),
-            was_cut=finish_reason is FinishReason.ABORTED,
-            where=where,
+            policy_version=policy_version,
         )
 
     def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -29,9 +29,20 @@ def checked_weights(
         EngineError: when a name is unknown, given twice or missing, a shape differs, or tied tensors do.
         DivergedError: when a tensor holds NaN or infinity.
     """
+    yield from fitting_weights(finite_weights(weights), facts)
+
+
+def fitting_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], facts: ModelFacts
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Do what `checked_weights` does without a look at the values, but for those of tied tensors.
+
+    Raises:
+        EngineError: as `checked_weights`.
+    """
     seen: set[str] = set()
     tied: tuple[str, torch.Tensor] | None = None
-    for name, tensor in finite_weights(weights):
+    for name, tensor in weights:
         _check_weight(name, tensor, facts, seen)
         seen.add(name)
         if name in facts.tied_names:
