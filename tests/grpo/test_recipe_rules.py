@@ -55,6 +55,11 @@ from .smallest_recipe import problems_of, recipe, table
             "rollout.engine is 'embedded', not 'vllm'",
         ),
         (
+            {"rollout": {"gpu_memory_utilization": 0.5}},
+            "rollout.gpu_memory_utilization",
+            "rollout.engine is 'embedded', not 'vllm'",
+        ),
+        (
             {"rollout": {"engine": "vllm", "urls": ["http://127.0.0.1:8000"]}},
             "rollout.urls",
             "not a server",
@@ -145,6 +150,11 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
             {"data": {"eval": "/e.jsonl"}, "eval": {"num_generations": 2}},
             "eval.num_generations",
             "all equal",
+        ),
+        (
+            {"rollout": {"engine": "vllm", "kv_cache_gib": 1, "gpu_memory_utilization": 0.5}},
+            "rollout.gpu_memory_utilization",
+            "give one of the two",
         ),
     ],
 )

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.grpo.loop import train
+from moe_replay.grpo.records import RunSummary, StepRecord
+from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.served import served
 
 from .test_loop import run
@@ -37,6 +42,40 @@ def test_r3_with_vllm_and_equal_numerics_has_no_engine_gap(
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
         assert abs(record["rollout_correction/ratio_mean"] - 1) < 1e-5
+
+
+@pytest.mark.parametrize(("gib", "is_short"), [(0.01, False), (0.002, True)])
+def test_e15_a_run_says_how_many_sequences_fit_and_warns_when_too_few_do(
+    gib: float, is_short: bool, recipe: Recipes
+) -> None:
+    made = recipe(rollout__engine="vllm", rollout__kv_cache_gib=gib, run__max_steps=1)
+    said: list[str] = []
+
+    def call() -> tuple[list[str], tuple[str, ...]]:
+        with build_reporter(
+            made, rank=0, run_directory=RunDirectory(made.run.output_dir)
+        ) as reporter:
+            warned: list[str] = []
+            start, step = reporter.start, reporter.step
+
+            def started(summary: RunSummary) -> None:
+                said.extend(summary.sections["Engine"])
+                start(summary)
+
+            def stepped(record: StepRecord, completions: Any) -> None:
+                warned.extend(record.warnings)
+                step(record, completions)
+
+            reporter.start, reporter.step = started, stepped
+            train(made, process=ProcessSpec(rank=0, world_size=1), reporter=reporter, restart=True)
+        return said, tuple(warned)
+
+    ((lines, warnings),) = run_ranks(call, 1)
+    length, batch = made.max_sequence_length, made.rollout.max_batch_size
+    (line,) = (line for line in lines if "fit in vLLM's key-value cache" in line)
+    assert f"sequences of {length} tokens" in line and f"{batch} are sampled at once" in line
+    assert (int(line.split()[0]) < batch) == is_short
+    assert any("fewer than the" in warning for warning in warnings) == is_short
 
 
 def test_r3_over_servers_with_equal_numerics_has_no_engine_gap(

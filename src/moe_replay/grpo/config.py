@@ -43,6 +43,7 @@ _NO_EFFECT_ON_RESULTS = (
     "data.cache_dir",
     "rollout.max_batch_size",
     "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization",
     "rollout.tensor_parallel_size",
     "rollout.urls",
     "rollout.token_file",

@@ -41,6 +41,7 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
             max_batch_size=rollout.max_batch_size,
             max_context_length=recipe.max_sequence_length,
             kv_cache_gib=rollout.kv_cache_gib,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
             tensor_parallel_size=rollout.tensor_parallel_size,
             record_routes=record_routes,
         )

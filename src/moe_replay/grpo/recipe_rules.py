@@ -232,6 +232,15 @@ def _live_gap_needs_replay(have: Any) -> Iterator[Problem]:
         )
 
 
+def _one_size_of_vllms_cache(have: Any) -> Iterator[Problem]:
+    gib, share = have.rollout.kv_cache_gib, have.rollout.gpu_memory_utilization
+    if gib is not None and share is not None:
+        yield Problem(
+            path="rollout.gpu_memory_utilization",
+            text=f"{share} beside kv_cache_gib = {gib}, and vLLM would ignore the share: give one of the two",
+        )
+
+
 def _eval_samples_differ(have: Any) -> Iterator[Problem]:
     if have.eval.temperature == 0 and have.eval.num_generations > 1:
         yield Problem(
@@ -255,7 +264,7 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
 
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     if have.rollout.engine != "vllm":
-        for key in ("kv_cache_gib", "tensor_parallel_size"):
+        for key in ("kv_cache_gib", "gpu_memory_utilization", "tensor_parallel_size"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
     if have.rollout.engine not in _SERVERS:
         for key in ("urls", "token_file", "weights_dir", "timeout_s"):
@@ -335,6 +344,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], Iterator[Problem]]], ...] =
     (("rollout",), _secrets_are_filled_in),
     (("rollout",), _files_are_named),
     (("rollout", "data"), _files_answer_no_evaluation),
+    (("rollout",), _one_size_of_vllms_cache),
     (("rewards",), _reward_names_differ),
     (("eval",), _eval_samples_differ),
     (("replay",), _live_gap_needs_replay),

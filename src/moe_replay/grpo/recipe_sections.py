@@ -218,8 +218,10 @@ class RolloutSection(Section):
     """Completions per prompt, compared with each other."""
     max_batch_size: int = Field(default=64, gt=0)
     """Sequences sampled at once, by each server if there are several."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Memory of vLLM's key-value cache on each rank, in GiB."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory of vLLM's key-value cache on each rank, in GiB; left out, vLLM's own choice on a GPU, and 1 on a CPU."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes while it samples, weights included; left out, vLLM's own 0.92."""
     tensor_parallel_size: int = Field(default=1, gt=0)
     """Consecutive ranks of the trainer that hold one vLLM together, each a shard of its weights."""
 

@@ -35,6 +35,7 @@ from moe_replay.rollout.completion_text import completion_text
 from moe_replay.rollout.stop_strings import StopStrings
 from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
+from moe_replay.rollout.vllm_capacity import HasCache
 from moe_replay.routing import Guard, ReplayMode
 from moe_replay.sync.messages import first_text, gather_json
 
@@ -346,6 +347,11 @@ class Run:
                     f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}",
                     describe_drawing(recipe),
                     *describe_ends(recipe, self.inputs.tokenizer),
+                    *(
+                        [self.engine.capacity.describe()]
+                        if isinstance(self.engine, HasCache)
+                        else []
+                    ),
                 ],
                 "Data": data_lines(recipe, self.inputs),
                 "Replay": [

@@ -24,6 +24,7 @@ from moe_replay.rollout.types import (
     RolloutProgress,
     SamplingParams,
 )
+from moe_replay.rollout.vllm_capacity import CacheCapacity, capacity_of
 from moe_replay.rollout.vllm_outputs import completion_of, describe
 from moe_replay.rollout.vllm_ranks import check_ranks, own_place, requests_of_ranks
 from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm
@@ -95,6 +96,7 @@ class VllmEngine:
             kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
         )
+        self._capacity = capacity_of(self._vllm.vllm_config)
 
     @property
     def description(self) -> EngineDescription:
@@ -105,6 +107,11 @@ class VllmEngine:
     def policy_version(self) -> int:
         """Weight pushes received so far."""
         return self._policy_version
+
+    @property
+    def capacity(self) -> CacheCapacity:
+        """How many sequences the key-value cache holds at once."""
+        return self._capacity
 
     @property
     def progress(self) -> RolloutProgress:
