@@ -313,6 +313,14 @@ class Run:
         self.policy_version = position.policy_version
         self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
 
+    def _what_fits(self) -> list[str]:
+        """Say how many sequences the engine's cache holds; a warning of the first step when they are too few."""
+        if not isinstance(self.engine, HasCache):
+            return []
+        if shortage := self.engine.capacity.shortage():
+            self.warn(shortage)
+        return [self.engine.capacity.describe()]
+
     def _what_is_kept(self) -> list[str]:
         """Say how many completions are written down, where that is not all of them."""
         kept, sampled = self.recipe.logging.completions, self.recipe.samples_per_step
@@ -347,11 +355,7 @@ class Run:
                     f"{engine.name} {engine.version}, {engine.dtype}, context {engine.max_context_length}",
                     describe_drawing(recipe),
                     *describe_ends(recipe, self.inputs.tokenizer),
-                    *(
-                        [self.engine.capacity.describe()]
-                        if isinstance(self.engine, HasCache)
-                        else []
-                    ),
+                    *self._what_fits(),
                 ],
                 "Data": data_lines(recipe, self.inputs),
                 "Replay": [
