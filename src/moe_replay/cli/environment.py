@@ -22,8 +22,12 @@ _EVERYWHERE = {
     # vLLM in this process says what it does line by line, and tells its makers that it was started.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # A server has threads, and a fork copies the locks that they hold.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _ON_CPU = {
+    # vLLM would bind each of its workers to a NUMA node, or to cores, of its own: replicas to the same ones.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs start-up time.
     "TORCHDYNAMO_DISABLE": "1",
     # Experts see ever new numbers of tokens, and each shape is one entry of oneDNN's caches: 1024 entries thrash.

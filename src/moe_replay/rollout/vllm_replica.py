@@ -1,0 +1,259 @@
+"""One vLLM engine in processes of its own: its core, and one worker a rank, driven from an event loop.
+
+vLLM's `AsyncLLM` batches all requests that run at once. It is made in a thread, because it waits until the model is
+loaded; from then on one event loop calls everything here.
+
+In: vLLM's options, prompts, calls of the workers. Out: sampled tokens, what the workers answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+import psutil
+
+from moe_replay.errors import DivergedError, EngineError
+from moe_replay.rollout.types import Request
+from moe_replay.rollout.vllm_workers import Answer, TornReloadError
+
+# Longest wait for processes that were told to end, in seconds; what is left then is killed.
+_END_S = 20.0
+# Of the classes that a worker answers, those that callers tell apart; all others are failures of the engine.
+_KINDS: dict[str, type[Exception]] = {
+    "DivergedError": DivergedError,
+    "TornReloadError": TornReloadError,
+}
+
+
+class VllmReplica:
+    """An `AsyncLLM` that has loaded its model; `launch` makes one."""
+
+    def __init__(self, llm: Any, *, number: int) -> None:
+        self._llm = llm
+        self.number = number
+        """Its place among the replicas of its server, from 0."""
+        self._next_id = 0
+        self._processes: list[psutil.Process] = []
+        self.num_running = 0
+        """Completions that are being sampled."""
+
+    @classmethod
+    def launch(cls, config: Any, *, number: int) -> VllmReplica:
+        """Return replica ``number`` of a vLLM configuration, once its workers have loaded the model. Blocks.
+
+        Raises:
+            EngineError: when vLLM does not start.
+        """
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except Exception as error:
+            raise EngineError(
+                f"vLLM did not start replica {number} on {config.model_config.model}: {type(error).__name__}: {error}; its "
+                f"processes say why above{_binding_hint()}"
+            ) from error
+        return cls(llm, number=number)
+
+    async def begin(self) -> None:
+        """Have every worker end with this process, and note which processes there are.
+
+        Raises:
+            EngineError: when a worker fails.
+        """
+        cores = self._llm.engine_core.resources.engine_manager.processes
+        self._processes = [psutil.Process(core.pid) for core in cores]
+        for pid in await self.workers("replay_begin", os.getpid()):
+            self._processes.append(psutil.Process(pid))
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that fit in the key-value cache."""
+        cache = self._llm.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+    @property
+    def num_workers(self) -> int:
+        """Ranks that hold the model together."""
+        return self._llm.vllm_config.parallel_config.world_size
+
+    async def sample(
+        self, request: Request, params: Any, progress: Callable[[int], None]
+    ) -> tuple[Any, list[int], list[float]]:
+        """Return vLLM's last output for one completion, its tokens and their log-probabilities.
+
+        Raises:
+            EngineError: when vLLM fails.
+        """
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        # The last output has everything. Pieces (DELTA) that a slow reader lets pile up are joined without their routes.
+        params.output_kind = RequestOutputKind.CUMULATIVE
+        self._next_id += 1
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
+        output = None
+        self.num_running += 1
+        try:
+            async with aclosing(self._llm.generate(prompt, params, str(self._next_id))) as outputs:
+                async for output in outputs:
+                    progress(len(output.outputs[0].token_ids))
+        except Exception as error:
+            raise self._failure("sampling", error) from error
+        finally:
+            self.num_running -= 1
+        if output is None or not output.finished:
+            raise EngineError(
+                f"replica {self.number} of vLLM ended a completion without a last output"
+            )
+        (sampled,) = output.outputs
+        token_ids = list(sampled.token_ids)
+        places = zip(sampled.logprobs or (), token_ids, strict=True)
+        return output, token_ids, [place[token].logprob for place, token in places]
+
+    async def workers(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `PushWorker` in every worker, and return what each returned.
+
+        Raises:
+            TornReloadError: when a worker can take no weights any more.
+            DivergedError: when a worker found values that are not finite.
+            EngineError: when a worker failed, or its process is gone.
+        """
+        try:
+            answers: list[Answer] = await self._llm.collective_rpc(method, args=arguments)
+        except Exception as error:
+            raise self._failure(method, error) from error
+        if len(answers) != self.num_workers:
+            raise EngineError(
+                f"{len(answers)} workers of replica {self.number} answered {method}, expected {self.num_workers}: whether "
+                "the others did what they were asked for is unknown"
+            )
+        failed = [answer for answer in answers if not answer["ok"]]
+        if failed:
+            # What nothing can repair goes first.
+            kinds = {answer["kind"] for answer in failed}
+            kind = next((_KINDS[name] for name in reversed(_KINDS) if name in kinds), EngineError)
+            errors = "; ".join(answer["error"] for answer in failed)
+            raise kind(f"replica {self.number} of vLLM, {method}: {errors}")
+        return [answer["value"] for answer in answers]
+
+    async def pause(self) -> None:
+        """Let running completions end, and start no others.
+
+        Raises:
+            EngineError: when vLLM fails.
+        """
+        try:
+            await self._llm.pause_generation(mode="wait", clear_cache=True)
+        except Exception as error:
+            raise self._failure("pausing", error) from error
+
+    async def load(self, folder: str | None) -> None:
+        """Have every worker load a staged push, or (None) the checkpoint of the start, and forget all cached prompts.
+
+        Raises:
+            TornReloadError: when a worker can take no weights any more.
+            EngineError: when a worker failed, or vLLM did not empty its cache.
+        """
+        await self.workers("replay_apply", folder)
+        try:
+            is_empty = await self._llm.reset_prefix_cache()
+        except Exception as error:
+            raise self._failure("emptying the prefix cache", error) from error
+        if not is_empty:
+            raise EngineError(
+                f"replica {self.number} of vLLM did not empty its prefix cache after a push, so prompts would be answered "
+                "from the last policy: requests run in it that nobody waits for"
+            )
+
+    async def resume(self) -> None:
+        """Undo `pause`.
+
+        Raises:
+            EngineError: when vLLM fails.
+        """
+        try:
+            await self._llm.resume_generation()
+        except Exception as error:
+            raise self._failure("resuming", error) from error
+
+    def _failure(self, what: str, error: Exception) -> EngineError:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if isinstance(error, EngineDeadError):
+            return EngineError(
+                f"{what}: the processes of replica {self.number} of vLLM have ended, and say why above (or nothing, when "
+                "they were killed for memory); start the server again"
+            )
+        cause = error.__cause__ or error
+        return EngineError(
+            f"{what}: replica {self.number} of vLLM failed: {type(cause).__name__}: {cause}"
+        )
+
+    async def close(self) -> None:
+        """End the core and the workers, and wait until they are gone; completions that run fail."""
+        self._llm.output_processor.propagate_error(EngineError("the vLLM engine was closed"))
+        await asyncio.to_thread(self._end)
+        # vLLM has cancelled its tasks; a loop that ends first would complain about them.
+        client = self._llm.engine_core
+        tasks = [self._llm.output_handler, client.resources.output_queue_task]
+        if waiting := [task for task in tasks if task is not None]:
+            await asyncio.wait(waiting)
+        # Its sockets are closed now, and a context that is left to the garbage collector warns.
+        client.resources.ctx.term()
+
+    def _end(self) -> None:
+        self._llm.shutdown()
+        _, alive = psutil.wait_procs(self._processes, timeout=_END_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=_END_S)
+
+
+async def launch_all(configs: Sequence[Any]) -> list[VllmReplica]:
+    """Launch one replica a configuration, all at the same time: each loads the model for minutes.
+
+    When one fails, or the task is cancelled, none stays.
+
+    Raises:
+        EngineError: when vLLM does not start.
+    """
+    others = set(multiprocessing.active_children())
+    launches = [
+        asyncio.ensure_future(asyncio.to_thread(VllmReplica.launch, config, number=number))
+        for number, config in enumerate(configs)
+    ]
+    replicas: list[VllmReplica] = []
+    try:
+        for launch in asyncio.as_completed(launches):
+            replicas.append(await launch)
+        await asyncio.gather(*(replica.begin() for replica in replicas))
+    except BaseException:
+        # A thread cannot be cancelled, but it gives up when the process is gone whose start it waits for.
+        for core in set(multiprocessing.active_children()) - others:
+            if core.name.startswith("EngineCore"):
+                core.kill()
+        await asyncio.wait(launches)
+        started = [launch.result() for launch in launches if launch.exception() is None]
+        await asyncio.gather(*(replica.close() for replica in started))
+        raise
+    return sorted(replicas, key=lambda replica: replica.number)
+
+
+def _binding_hint() -> str:
+    """Return what to change where vLLM would bind the workers of a CPU to cores that it does not have."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or envs.VLLM_CPU_OMP_THREADS_BIND != "auto":
+        return ""
+    return (
+        "; on a CPU set VLLM_CPU_OMP_THREADS_BIND=nobind in the environment, as moe-replay serve does, unless each worker "
+        "has a NUMA node of its own"
+    )
