@@ -43,3 +43,11 @@ def test_gpu_replay_runs_on_a_cpu_and_claims_nothing() -> None:
     lines = printed("gpu_replay.py", "--quick", "--layers", "2")
     assert "say nothing about a GPU" in lines[0]
     assert not any("gpu." in line for line in lines[1:])
+
+
+def test_e7_opening_a_rollout_takes_next_to_no_memory() -> None:
+    lines = printed("rollout_files.py", "--quick", "--length", "256")
+    figures = {row["metric"]: row["value"] for row in map(json.loads, lines[1:])}
+    # The first format took 105 bytes a token; the control is that a step's groups do take memory when they are read.
+    assert figures["rollout_files.open_anonymous_bytes_per_token"] < 8
+    assert figures["rollout_files.step_anonymous_bytes_per_token"] > 20

@@ -14,7 +14,8 @@ from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
 from moe_replay.rollout.fake import FakeEngine
 from moe_replay.rollout.files_engine import FilesEngine
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.rollout_files import RolloutFile, write_rollout
+from moe_replay.rollout.rollout_files import Manifest, RolloutFile, begin_rollout
+from moe_replay.rollout.rollout_writer import RolloutWriter
 from moe_replay.rollout.types import Request, RolloutGroup, SamplingParams
 from moe_replay.routing import RoutedModel
 
@@ -33,24 +34,34 @@ def requests(count: int = 3, *, first: int = 0) -> list[Request]:
     return [
         Request(
             request_id=first + number,
-            prompt_ids=np.array([4, 5 + number, 6], dtype=np.int32),
+            prompt_ids=np.array([4, 5 + number % 20, 6], dtype=np.int32),
             num_generations=2,
         )
         for number in range(count)
     ]
 
 
+def manifest_of(sampler: FakeEngine, *, num_requests: int = 3, **changed: Any) -> Manifest:
+    told = {
+        "engine": sampler.description,
+        "policy_version": sampler.policy_version,
+        "sampling": SAMPLING,
+        "first_request": 0,
+        "num_requests": num_requests,
+    }
+    return Manifest(**{**told, **changed})
+
+
 def write(
     folder: Path, groups: list[RolloutGroup] | None = None, *, engine: FakeEngine | None = None
 ) -> Path:
     engine = engine or FakeEngine()
-    return write_rollout(
-        folder,
-        engine.generate(requests(), SAMPLING) if groups is None else groups,
-        description=engine.description,
-        policy_version=engine.policy_version,
-        sampling=SAMPLING,
-    )
+    path = begin_rollout(folder, manifest_of(engine))
+    with RolloutWriter(path) as writer:
+        for group in engine.generate(requests(), SAMPLING) if groups is None else groups:
+            writer.write(group)
+        writer.finish()
+    return path
 
 
 def files(path: Path, **options: Any) -> FilesEngine:
@@ -85,38 +96,68 @@ def test_what_was_sampled_comes_back_as_it_was(tmp_path):
     assert engine.description.name == "files" and engine.description.version == "fake 1"
 
 
-def test_rollouts_of_two_policies_are_kept_apart(tmp_path):
-    later = FakeEngine()
-    later.load_weights([], policy_version=3)
-    first, second = write(tmp_path), write(tmp_path, engine=later)
+def at_version(version: int) -> FakeEngine:
+    engine = FakeEngine()
+    engine.load_weights([], policy_version=version)
+    return engine
+
+
+def test_e7_each_policy_version_of_a_folder_answers_for_itself(tmp_path):
+    first, second = write(tmp_path), write(tmp_path, engine=at_version(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("fake-float32-policy-0.json", "fake-float32-policy-0.jsonl"),
-        *("fake-float32-policy-0.traces", "fake-float32-policy-3.json"),
-        *("fake-float32-policy-3.jsonl", "fake-float32-policy-3.traces"),
+        *("fake-float32-policy-0.json", "fake-float32-policy-0.shard-0.groups"),
+        *("fake-float32-policy-0.shard-0.traces", "fake-float32-policy-3.json"),
+        *("fake-float32-policy-3.shard-0.groups", "fake-float32-policy-3.shard-0.traces"),
     ]
+    engine = files(tmp_path)
+    for version in (0, 3):
+        engine.load_weights([], policy_version=version)
+        expected = at_version(version).generate(requests(), SAMPLING)
+        assert plain(engine.generate(requests(), SAMPLING)) == plain(expected)
+    # The manifest of one of them names that one alone.
+    engine = files(first)
+    engine.load_weights([], policy_version=3)
+    with pytest.raises(EngineError, match=r"policy version \[0\], the trainer is at 3"):
+        engine.generate(requests(), SAMPLING)
     with pytest.raises(RecipeError, match=r"2 rollouts.*name the manifest"):
-        files(tmp_path)
-    for path, version in ((first, 0), (second, 3)):
-        (group, *_) = files(path, allow_stale=True).generate(requests(), SAMPLING)
-        assert {c.policy_version for c in group.completions} == {version}
+        RolloutFile(tmp_path)
+    assert RolloutFile(second).manifest.policy_version == 3
 
 
-def test_a_rollout_is_not_overwritten(tmp_path):
+def test_e7_a_version_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    write(tmp_path), write(tmp_path, engine=at_version(3)), write(tmp_path, engine=at_version(7))
+    strict, lenient = files(tmp_path), files(tmp_path, allow_stale=True)
+    for version, served in ((1, 0), (2, 0), (3, 3), (5, 3), (9, 7)):
+        for engine in (strict, lenient):
+            engine.load_weights([], policy_version=version)
+        assert {row[5] for row in plain(lenient.generate(requests(), SAMPLING))} == {served}
+        if version == 5:
+            with pytest.raises(EngineError, match=r"\[0, 3, 7\], the trainer is at 5.*allow_stale"):
+                strict.generate(requests(), SAMPLING)
+
+
+@pytest.mark.parametrize("odd", ["version", "engine"])
+def test_rollouts_that_do_not_belong_together_are_refused(tmp_path, odd):
     write(tmp_path)
-    with pytest.raises(RecipeError, match="exists"):
-        write(tmp_path)
-
-
-def test_a_writer_that_dies_leaves_no_rollout(tmp_path):
-    def dying() -> Any:
-        yield from FakeEngine().generate(requests(1), SAMPLING)
-        raise EngineError("the engine died")
-
-    with pytest.raises(EngineError, match="the engine died"):
-        write(tmp_path, dying())
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RecipeError, match=r"0 rollouts.*moe-replay rollout"):
+    other = write(tmp_path / "other", engine=at_version(2))
+    told = json.loads(other.read_text())
+    if odd == "version":
+        told["policy_version"] = 0
+    else:
+        told["engine"]["version"] = "2"
+    for file in other.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / other.name).write_text(json.dumps(told))
+    with pytest.raises(RecipeError, match="name the manifest of one of them"):
         files(tmp_path)
+
+
+def test_an_empty_folder_and_no_folder_hold_no_rollout(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(RecipeError, match=r"0 rollouts.*moe-replay rollout"):
+            RolloutFile(path)
+        with pytest.raises(RecipeError, match=r"0 rollouts.*moe-replay rollout"):
+            files(path)
 
 
 def test_groups_that_break_the_contract_are_not_written(tmp_path):
@@ -124,13 +165,15 @@ def test_groups_that_break_the_contract_are_not_written(tmp_path):
     swapped = replace(first, completions=second.completions)
     with pytest.raises(TraceError):
         write(tmp_path, [swapped])
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CodecError, match="0 of 3 prompts are there"):
+        files(tmp_path)
 
 
 def test_files_run_out(tmp_path):
     write(tmp_path)
     with pytest.raises(
-        EngineError, match=r"request 3 was not sampled.*3 requests, 0 to 2.*run out"
+        EngineError,
+        match=r"request 3 was not sampled.*3 requests, 0 to 2, of policy version 0.*run out",
     ):
         files(tmp_path).generate(requests(4), SAMPLING)
 
@@ -182,20 +225,20 @@ def test_files_without_routes_are_refused_where_routes_are_replayed(tmp_path):
         replace(g, completions=tuple(replace(c, trace=None) for c in g.completions))
         for g in engine.generate(requests(), SAMPLING)
     ]
-    path = write_rollout(
-        tmp_path,
-        groups,
-        description=replace(engine.description, records_routes=False),
-        policy_version=0,
-        sampling=SAMPLING,
-    )
+    bare = replace(engine.description, records_routes=False)
+    path = begin_rollout(tmp_path, manifest_of(engine, engine=bare))
+    with RolloutWriter(path) as writer:
+        for group in groups:
+            writer.write(group)
+        writer.finish()
+    assert not list(tmp_path.glob("*.traces"))
     with pytest.raises(RecipeError, match="holds no routes"):
         files(path)
-    bare = files(path, record_routes=False).generate(requests(), SAMPLING)
-    assert {c.trace for g in bare for c in g.completions} == {None}
+    without = files(path, record_routes=False).generate(requests(), SAMPLING)
+    assert {c.trace for g in without for c in g.completions} == {None}
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".traces"])
+@pytest.mark.parametrize("suffix", [".json", ".shard-0.groups", ".shard-0.traces"])
 def test_every_file_of_a_rollout_is_needed(tmp_path, suffix):
     path = write(tmp_path)
     path.with_suffix(suffix).unlink()
@@ -203,32 +246,74 @@ def test_every_file_of_a_rollout_is_needed(tmp_path, suffix):
         files(tmp_path)
 
 
-def test_an_altered_log_probability_is_refused(tmp_path):
-    path = write(tmp_path).with_suffix(".jsonl")
-    lines = path.read_text().splitlines()
-    told = json.loads(lines[0])
-    told["completions"][0]["rollout_logprobs"][0] -= 0.125
-    path.write_text("\n".join([json.dumps(told), *lines[1:]]) + "\n")
-    with pytest.raises(CodecError, match="checksum"):
-        files(tmp_path)
+def test_e7_opening_reads_headers_and_reading_a_group_reads_every_byte(tmp_path):
+    path = write(tmp_path).with_suffix(".shard-0.groups")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(7)
+    start = whole.index(b"GRUP", whole.index(b"GRUP") + 4)
+    stop = whole.index(b"GRUP", start + 4)
+    # Past the header of the middle record, whatever bit is flipped.
+    for at in rng.integers(start + 32, stop, 40):
+        altered = bytearray(whole)
+        altered[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(altered)
+        engine = files(tmp_path)
+        with pytest.raises(CodecError, match=r"request 1: the checksum does not fit"):
+            engine.generate(requests(2)[1:], SAMPLING)
+        # The control: the other groups are whole.
+        assert len(engine.generate([requests()[0], requests()[2]], SAMPLING)) == 2
+
+
+def test_e7_an_altered_header_is_refused(tmp_path):
+    path = write(tmp_path).with_suffix(".shard-0.groups")
+    whole = path.read_bytes()
+    start = whole.index(b"GRUP", whole.index(b"GRUP") + 4)
+    for at in range(start, start + 32):
+        altered = bytearray(whole)
+        altered[at] ^= 64
+        path.write_bytes(altered)
+        with pytest.raises(CodecError):
+            files(tmp_path).generate(requests(), SAMPLING)
+
+
+def test_e7_what_a_reader_gets_does_not_change_with_the_file(tmp_path):
+    path = write(tmp_path)
+    before = files(tmp_path).generate(requests(), SAMPLING)
+    kept = plain(before)
+    for suffix in (".shard-0.groups", ".shard-0.traces"):
+        file = path.with_suffix(suffix)
+        with file.open("r+b") as opened:
+            opened.write(bytes(file.stat().st_size))
+    assert plain(before) == kept
 
 
 def test_traces_of_another_rollout_are_refused(tmp_path):
-    ours = write(tmp_path / "ours")
+    ours = write(tmp_path / "ours").with_suffix(".shard-0.traces")
     theirs = write(
         tmp_path / "theirs", FakeEngine(seed=1).generate(requests(), replace(SAMPLING, seed=9))
     )
-    ours.with_suffix(".traces").write_bytes(theirs.with_suffix(".traces").read_bytes())
+    ours.write_bytes(theirs.with_suffix(".shard-0.traces").read_bytes())
     with pytest.raises(TraceError):
-        files(ours).generate(requests(), SAMPLING)
+        files(tmp_path / "ours").generate(requests(), SAMPLING)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"num_requests": 4}, {"extra": 1}])
+@pytest.mark.parametrize("change", [{"format": 3}, {"num_requests": 4}, {"extra": 1}])
 def test_another_manifest_is_refused(tmp_path, change):
     path = write(tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CodecError):
         RolloutFile(path)
+
+
+def test_e7_the_old_format_is_refused_with_how_to_sample_it_again(tmp_path):
+    path = write(tmp_path)
+    old = {"format": 1, "engine": {}, "policy_version": 0, "num_requests": 3, "sha256": "0"}
+    path.write_text(json.dumps(old))
+    for open_it in (RolloutFile, files):
+        with pytest.raises(
+            CodecError, match=r"format 1, this release reads format 2.*rollout RECIPE"
+        ):
+            open_it(path)
 
 
 def test_a_closed_engine_answers_nothing(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from moe_replay.errors import CodecError
 from moe_replay.routing import Encoding, TraceFile, encode_traces, write_trace_file
+from moe_replay.routing.trace_file import TraceWriter
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 from .any_trace import facts, sets
@@ -112,3 +113,57 @@ def test_a_repeated_name_is_refused(tmp_path, step):
     with pytest.raises(CodecError, match="'sample 0' is taken"):
         write_trace_file(tmp_path / "step.traces", [pair, pair])
     assert os.listdir(tmp_path) == []
+
+
+def test_e7_a_writer_makes_the_same_file_trace_by_trace(tmp_path, step):
+    write_trace_file(tmp_path / "whole.traces", step.items())
+    writer = TraceWriter(tmp_path / "step.traces")
+    for name, trace in step.items():
+        writer.append(name, trace)
+    with pytest.raises(CodecError, match="'sample 1' is taken"):
+        writer.append("sample 1", step["sample 1"])
+    writer.finish()
+    assert (tmp_path / "step.traces").read_bytes() == (tmp_path / "whole.traces").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_e7_another_writer_goes_on_behind_the_traces_that_it_keeps(tmp_path, step, kept):
+    path = tmp_path / "step.traces"
+    write_trace_file(path, step.items())
+    whole = path.read_bytes()
+    places = [TraceFile(path).place(name) for name in step][:kept]
+    writer = TraceWriter(path, places=places)
+    end = places[-1].stop if places else 16
+    assert writer.num_cut_bytes == (0 if kept == 3 else len(whole) - end)
+    for name in list(step)[kept:]:
+        writer.append(name, step[name])
+    writer.finish()
+    assert path.read_bytes() == whole
+
+
+def test_e7_a_writer_refuses_to_go_on_behind_other_bytes(tmp_path, step):
+    path = tmp_path / "step.traces"
+    write_trace_file(path, step.items())
+    places = [TraceFile(path).place(name) for name in step]
+    stored = bytearray(path.read_bytes())
+    stored[places[1].stop - 1] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(CodecError, match=r"'sample 1': bytes .* do not end with its checksum"):
+        TraceWriter(path, places=places)
+    path.write_bytes(stored[: places[2].stop - 1])
+    with pytest.raises(CodecError, match="was cut off or exchanged"):
+        TraceWriter(path, places=places)
+
+
+def test_e7_several_files_read_as_one(tmp_path, step):
+    names = list(step)
+    parts = [names[:2], names[2:]]
+    paths = [tmp_path / f"{number}.traces" for number in range(2)]
+    for path, part in zip(paths, parts, strict=True):
+        write_trace_file(path, ((name, step[name]) for name in part))
+    file = TraceFile(*paths)
+    assert file.names == tuple(names)
+    assert facts(file.read("sample 2")) == facts(step["sample 2"])
+    assert file.num_bytes == sum(path.stat().st_size for path in paths)
+    with pytest.raises(CodecError, match=r"1.traces holds a trace 'sample 2', and so does"):
+        TraceFile(*paths, paths[1])

@@ -58,7 +58,14 @@ def _run_rollout(options: argparse.Namespace, overrides: Overrides) -> int:
     say(f"moe-replay {__version__}: reading {options.recipe} ...")
     from moe_replay.cli.rollout import run_rollout
 
-    return run_rollout(options.recipe, overrides, options.output, num_prompts=options.num_prompts)
+    return run_rollout(
+        options.recipe,
+        overrides,
+        options.output,
+        num_prompts=options.num_prompts,
+        first_prompt=options.first_prompt,
+        policy_version=options.policy_version,
+    )
 
 
 def _run_record(options: argparse.Namespace, overrides: Overrides) -> int:

@@ -173,14 +173,30 @@ def _add_rollout(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     rollout = commands.add_parser(
         "rollout",
         help="sample by a recipe and keep the completions with their routes",
-        description="Sample completions of a recipe's first training prompts by its engine, and write them with their traces. "
-        "A recipe with rollout.engine = 'files' trains from them.",
-        usage="moe-replay rollout RECIPE --output FOLDER [--num-prompts N] [--section.key VALUE ...] [--traceback]",
+        description="Sample completions of a recipe's training prompts by its engine, and write them with their traces. "
+        "A recipe with rollout.engine = 'files' trains from them. Started again, it goes on with what a kill has left; under "
+        "torchrun every rank samples its share.",
+        usage="moe-replay rollout RECIPE --output FOLDER [--num-prompts N] [--first-prompt N] [--policy-version N] "
+        "[--section.key VALUE ...] [--traceback]",
         allow_abbrev=False,
     )
     rollout.add_argument("recipe", metavar="RECIPE", help="TOML file")
     rollout.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
     rollout.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
+    rollout.add_argument(
+        "--first-prompt",
+        metavar="N",
+        type=int,
+        default=0,
+        help="position of the first of them among the training prompts",
+    )
+    rollout.add_argument(
+        "--policy-version",
+        metavar="N",
+        type=int,
+        default=0,
+        help="weight pushes after which model.path was written, such as the export of a run after N steps",
+    )
     return rollout
 
 

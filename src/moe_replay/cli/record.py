@@ -99,9 +99,9 @@ def _recorder(recipe: Recipe, rollout: RolloutFile, *, by: str) -> Iterator[Reco
 
 
 def _manifest_of(path: Path) -> Path:
-    """Return what a rollout is opened by; its trace file and its lines lead to it as well."""
-    beside = path.with_suffix(".json")
-    return beside if path.suffix in (".traces", ".jsonl") and beside.is_file() else path
+    """Return what a rollout is opened by; each of its shards leads to it as well."""
+    beside = path.with_name(path.name.rpartition(".shard-")[0] + ".json")
+    return beside if path.suffix in (".traces", ".groups") and beside.is_file() else path
 
 
 def _check_fit(recipe: Recipe, rollout: RolloutFile, engine: Engine) -> None:

@@ -6,21 +6,39 @@ In: a recipe path, overrides, a folder. Out: an exit code.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_replay.cli.environment import set_defaults
+import numpy as np
+
+from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.cli.train import with_values
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.recipe_file import load_recipe
-from moe_replay.rollout.types import Engine, RolloutGroup
+from moe_replay.rollout.types import Engine, RolloutGroup, check_groups
 
 if TYPE_CHECKING:
+    from moe_replay.cli.rollout_ranks import Ranks
     from moe_replay.grpo.inputs import Inputs
+    from moe_replay.rollout.rollout_files import Manifest
+    from moe_replay.rollout.rollout_writer import RolloutWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which prompts are to be sampled, and by which weights."""
+
+    first: int
+    """Position of the first among the training prompts."""
+    count: int
+    """How many."""
+    policy_version: int
+    """Weight pushes that made the weights of ``model.path``."""
 
 
 def run_rollout(
@@ -29,19 +47,22 @@ def run_rollout(
     output: str,
     *,
     num_prompts: int | None,
+    first_prompt: int = 0,
+    policy_version: int = 0,
 ) -> int:
-    """Sample the first ``num_prompts`` training prompts, those of a step by default, exactly as the trainer would.
+    """Sample training prompts, those of a step by default, as the trainer would, and keep each as soon as it is there.
+
+    Started again after a kill it samples what is missing. Under torchrun every rank samples its share.
 
     Raises:
-        MoeReplayError: of the kind that names what went wrong; nothing is left in the folder then.
+        MoeReplayError: of the kind that names what went wrong; whole groups stay.
     """
+    process = read_process(os.environ)
     set_defaults(os.environ)
     recipe = load_recipe(recipe_path, with_values(overrides))
     count = recipe.prompts_per_step if num_prompts is None else num_prompts
-    if recipe.rollout.engine == "files":
-        raise RecipeError("rollout.engine is 'files', which samples nothing; choose another engine")
-    if count < 1:
-        raise RecipeError(f"--num-prompts is {count}, expected at least 1")
+    _check_options(recipe, count=count, first=first_prompt, policy_version=policy_version)
+    wanted = Wanted(first=first_prompt, count=count, policy_version=policy_version)
     say("loading tokenizer, data and rewards ...")
     from moe_replay.grpo.inputs import open_inputs
 
@@ -51,46 +72,146 @@ def run_rollout(
     # Nothing is scored here.
     inputs.close()
     say(f"starting the {recipe.rollout.engine} engine ...")
-    import torch
-    from rich.console import Console
-
-    from moe_replay.grpo.engines import recipe_engine, recipe_sampling
-    from moe_replay.report.progress import showing_progress
-    from moe_replay.rollout.rollout_files import write_rollout
+    from moe_replay.cli.rollout_ranks import joined_ranks
+    from moe_replay.grpo.engines import recipe_engine
 
     quiet_transformers()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = recipe_engine(recipe, device)
-    completions = count * recipe.rollout.num_generations
-    done = _Done()
-    try:
-        with showing_progress(
-            Console(stderr=True, highlight=False),
-            engine,
-            num_total=completions,
-            done=lambda: (done.num_completions, done.num_tokens),
-        ):
-            manifest = write_rollout(
-                Path(output),
-                done.counted(_groups(recipe, inputs, engine, count)),
-                description=engine.description,
-                policy_version=engine.policy_version,
-                sampling=recipe_sampling(recipe),
-            )
-    finally:
-        engine.close()
-    print(f"wrote {completions} completions of {count} prompts: {manifest}", file=sys.stderr)
+    with ExitStack() as closing:
+        ranks = closing.enter_context(joined_ranks(process))
+        engine = recipe_engine(recipe, ranks.device)
+        closing.callback(engine.close)
+        _push(recipe, engine, policy_version)
+        text = _sample(recipe, inputs, engine, wanted, Path(output), ranks)
+    say(text)
     return 0
 
 
-def _groups(recipe: Recipe, inputs: Inputs, engine: Engine, count: int) -> Iterator[RolloutGroup]:
-    """Yield the groups of ``count`` prompts, sampled a step's worth at a time."""
-    from moe_replay.grpo.engines import recipe_sampling, training_request
+def _check_options(recipe: Recipe, *, count: int, first: int, policy_version: int) -> None:
+    if recipe.rollout.engine == "files":
+        raise RecipeError("rollout.engine is 'files', which samples nothing; choose another engine")
+    for option, value, least in (
+        ("--num-prompts", count, 1),
+        ("--first-prompt", first, 0),
+        ("--policy-version", policy_version, 0),
+    ):
+        if value < least:
+            raise RecipeError(f"{option} is {value}, expected at least {least}")
 
-    for start in range(0, count, recipe.prompts_per_step):
-        prompts = inputs.train.at(start, min(recipe.prompts_per_step, count - start))
-        requests = [training_request(recipe, start + n, p) for n, p in enumerate(prompts)]
-        yield from engine.generate(requests, recipe_sampling(recipe))
+
+def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
+    """Let the engine know which version its weights are; it has loaded them as version 0."""
+    if policy_version:
+        from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
+
+        with SafetensorsCheckpoint(recipe.model.path) as weights:
+            engine.load_weights(weights.items(), policy_version=policy_version)
+
+
+def _sample(
+    recipe: Recipe, inputs: Inputs, engine: Engine, wanted: Wanted, folder: Path, ranks: Ranks
+) -> str:
+    """Sample what is missing, and return what was done in a sentence; collective."""
+    from rich.console import Console
+
+    from moe_replay.report.progress import showing_progress
+    from moe_replay.rollout.rollout_files import begin_rollout, rollout_name
+    from moe_replay.rollout.rollout_writer import RolloutWriter, union_of
+
+    path = folder / f"{rollout_name(engine.description, wanted.policy_version)}.json"
+    if ranks.rank == 0:
+        begin_rollout(folder, _manifest(recipe, engine, wanted))
+    ranks.wait()
+    with RolloutWriter(path, rank=ranks.rank, num_ranks=ranks.count) as writer:
+        _check_kept(recipe, inputs, writer, where=str(path))
+        present = union_of(ranks.gather(list(writer.kept)), str(path))
+        cut = sum(ranks.gather(writer.num_cut_bytes))
+        if present or cut:
+            say(
+                f"going on: {len(present)} of {wanted.count} prompts are there, {cut} bytes of an unfinished one were cut off"
+            )
+        calls = list(_calls(wanted, present, recipe.prompts_per_step, ranks))
+        done = _Done()
+        with showing_progress(
+            Console(stderr=True, highlight=False, quiet=ranks.rank > 0),
+            engine,
+            num_total=sum(map(len, calls)) * recipe.rollout.num_generations,
+            done=lambda: (done.num_completions, done.num_tokens),
+        ):
+            for group in _groups(recipe, inputs, engine, calls):
+                writer.write(group)
+                done.count(group)
+        writer.finish()
+        sampled = sum(ranks.gather(done.num_completions))
+    return f"wrote {sampled} completions of {wanted.count - len(present)} prompts: {path}"
+
+
+def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
+    from moe_replay.grpo.digest_cache import DigestCache
+    from moe_replay.grpo.engines import recipe_sampling
+    from moe_replay.grpo.identity import model_digests
+    from moe_replay.rollout.rollout_files import Manifest
+
+    return Manifest(
+        engine=engine.description,
+        policy_version=wanted.policy_version,
+        sampling=recipe_sampling(recipe),
+        first_request=wanted.first,
+        num_requests=wanted.count,
+        weights=model_digests(recipe.model.path, DigestCache(Path(os.devnull))),
+    )
+
+
+def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where: str) -> None:
+    """Raise `RecipeError` unless the groups that are there were sampled for today's prompts."""
+    for kept in writer.kept_requests():
+        (prompt,) = inputs.train.at(kept.request_id, 1)
+        asked = prompt.prompt_ids, recipe.rollout.num_generations
+        if not np.array_equal(kept.prompt_ids, asked[0]) or kept.num_generations != asked[1]:
+            raise RecipeError(
+                f"{where}: request {kept.request_id} was sampled {kept.num_generations} times for the prompt "
+                f"{kept.prompt_ids[:8].tolist()}..., this recipe asks {asked[1]} times for {asked[0][:8].tolist()}...: the "
+                "dataset, its order (run.seed), the tokenizer or rollout.num_generations changed; choose another folder"
+            )
+
+
+def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterator[list[int]]:
+    """Yield the requests of each call of this rank's engine: its share of what is missing of a step.
+
+    Every rank gets as many calls, maybe empty ones, for ranks that share an engine must make them together. Of two steps of 3
+    prompts 2 ranks get ``[0, 2], [4]`` and ``[1], [3, 5]``: the odd ones go round.
+    """
+    stop = wanted.first + wanted.count
+    for turn, start in enumerate(range(wanted.first, stop, step)):
+        numbers = range(start, min(start + step, stop))
+        missing = [number for number in numbers if number not in present]
+        if missing:
+            yield missing[(ranks.rank - turn * step) % ranks.count :: ranks.count]
+
+
+def _groups(
+    recipe: Recipe, inputs: Inputs, engine: Engine, calls: Sequence[Sequence[int]]
+) -> Iterator[RolloutGroup]:
+    from moe_replay.grpo.engines import recipe_sampling, training_request
+    from moe_replay.rollout.model_facts import read_facts
+
+    vocab_size, sampling = read_facts(recipe.model.path).vocab_size, recipe_sampling(recipe)
+    shares_engine = recipe.rollout.tensor_parallel_size > 1
+    for numbers in calls:
+        if not numbers and not shares_engine:
+            continue
+        requests = [
+            training_request(recipe, number, inputs.train.at(number, 1)[0]) for number in numbers
+        ]
+        groups = engine.generate(requests, sampling)
+        check_groups(
+            groups,
+            requests,
+            sampling,
+            engine.description,
+            vocab_size=vocab_size,
+            policy_version=engine.policy_version,
+        )
+        yield from groups
 
 
 class _Done:
@@ -99,8 +220,6 @@ class _Done:
     def __init__(self) -> None:
         self.num_completions = self.num_tokens = 0
 
-    def counted(self, groups: Iterator[RolloutGroup]) -> Iterator[RolloutGroup]:
-        for group in groups:
-            self.num_completions += len(group.completions)
-            self.num_tokens += sum(len(c.token_ids) for c in group.completions)
-            yield group
+    def count(self, group: RolloutGroup) -> None:
+        self.num_completions += len(group.completions)
+        self.num_tokens += sum(len(c.token_ids) for c in group.completions)

@@ -1,4 +1,4 @@
-"""The trace file that a person means: a file, a rollout, or a folder that holds one.
+"""The trace files that a person means: a file, a rollout, or a folder that holds one.
 
 In: a path of a command line. Out: an open `TraceFile`.
 """
@@ -8,40 +8,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_replay.errors import CodecError
+from moe_replay.rollout.rollout_files import shard_files
 from moe_replay.routing import TraceFile
 
 _WRITERS = "`moe-replay rollout` and `moe-replay record` write trace files"
 
 
 def open_traces(path: str) -> TraceFile:
-    """Open a trace file: the file itself, that of a rollout's manifest, or the only one in a folder.
+    """Open a trace file: the file itself, those of a rollout, or those in a folder that holds no others.
 
     Raises:
         CodecError: when there is none, or more than one, or it is not an intact trace file.
     """
-    return TraceFile(find_traces(Path(path)))
+    return TraceFile(*find_traces(Path(path)))
 
 
-def find_traces(path: Path) -> Path:
-    """Return the trace file that ``path`` leads to.
+def find_traces(path: Path) -> list[Path]:
+    """Return the trace file that ``path`` leads to; of a rollout all its shards.
 
     Raises:
         CodecError: when there is none, or more than one.
     """
     if path.is_dir():
         found = sorted(path.glob("*.traces"))
-        if len(found) == 1:
-            return found[0]
+        if len({_owner(each) for each in found}) == 1:
+            return sorted(found, key=lambda each: (len(each.name), each.name))
         if found:
             names = ", ".join(each.name for each in found[:8])
             raise CodecError(f"{path} holds {len(found)} trace files, name one of them: {names}")
         what = "a run directory" if (path / "metrics.jsonl").exists() else "a folder"
         raise CodecError(f"{path} is {what} without trace files (*.traces): {_WRITERS}")
-    if path.suffix in (".json", ".jsonl") and path.with_suffix(".traces").is_file():
-        return path.with_suffix(".traces")
+    if path.suffix == ".json" and (shards := shard_files(path, ".traces")):
+        return shards
+    if path.suffix == ".groups" and path.with_suffix(".traces").is_file():
+        return [path.with_suffix(".traces")]
     if path.is_file() and _is_text(path):
         raise CodecError(f"{path} holds text, and trace files are binary: {_WRITERS}")
-    return path
+    return [path]
+
+
+def _owner(path: Path) -> str:
+    """Return the rollout that a trace file is a shard of; its own name where it is none."""
+    return path.name.rpartition(".shard-")[0] or path.name
 
 
 def _is_text(path: Path) -> bool:

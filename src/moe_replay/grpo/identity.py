@@ -70,8 +70,8 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
             elif location.startswith(HUB) or Path(location).exists():
                 items[key] = _dataset_digest(recipe_dataset_files(recipe, key), cache)
         del items["model.path"]
-        for path in _model_files(recipe.model.path):
-            items[f"model.path/{path.name}"] = cache.digest(path, _weights_digest)
+        for name, digest in model_digests(recipe.model.path, cache).items():
+            items[f"model.path/{name}"] = digest
         for number, reward in enumerate(recipe.rewards):
             items |= _reward_items(f"rewards.{number}.function", reward.function, cache)
     except OSError as error:
@@ -79,6 +79,11 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
             f"{error.filename} cannot be read to find out whether it has changed: {error.strerror}"
         ) from error
     return items
+
+
+def model_digests(folder: Path, cache: DigestCache) -> dict[str, str]:
+    """Return file -> digest of what a run reads of a checkpoint: config, weights, tokenizer, chat template."""
+    return {path.name: cache.digest(path, _weights_digest) for path in _model_files(folder)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

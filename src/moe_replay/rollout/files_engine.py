@@ -1,6 +1,6 @@
-"""The engine that samples nothing: it answers from a rollout on disk, so that a step can be trained again exactly.
+"""The engine that samples nothing: it answers from rollouts on disk, so that a step can be trained again exactly.
 
-In: a rollout on disk, requests. Out: completions with routes. Called by: grpo.
+In: rollouts on disk, one for each policy version; requests. Out: completions with routes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.rollout_files import RolloutFile
+from moe_replay.rollout.rollout_files import RolloutFile, find_manifests
 from moe_replay.rollout.sampling import check_sampling
 from moe_replay.rollout.types import EngineDescription, Request, RolloutGroup, SamplingParams
 
@@ -23,15 +23,16 @@ class FilesEngine:
     """Answers each request with what was sampled for it, or refuses.
 
     A request is bound to its answer by its id, its prompt and the number of completions, and a trace to its tokens by their
-    digest. ``allow_stale`` takes completions of another policy version than that of the weights pushed last; they keep
-    their own.
+    digest. A folder may hold rollouts of several policy versions: that of the weights pushed last answers. ``allow_stale``
+    lets the newest older one that holds the request answer where that one does not, and failing that the oldest newer
+    one; completions keep their own version.
 
     Example:
         >>> engine = FilesEngine(Path("rollouts"), facts=facts, record_routes=True)
 
     Raises:
-        RecipeError: when the rollout does not fit the model, or holds no routes although they are asked for.
-        CodecError: when it is damaged.
+        RecipeError: when the rollouts do not fit the model or one another, or hold no routes although they are asked for.
+        CodecError: when one is damaged, or not whole.
     """
 
     def __init__(
@@ -40,12 +41,12 @@ class FilesEngine:
         self._facts, self._allow_stale = facts, allow_stale
         self._policy_version = 0
         self._is_closed = False
-        self._file = RolloutFile(path)
-        recorded = self._file.manifest.engine
-        self._description = replace(
-            recorded, name="files", version=f"{recorded.name} {recorded.version}"
-        )
-        self._check_fit(record_routes)
+        self._path = path
+        self._rollouts = _open_versions(path)
+        first = next(iter(self._rollouts.values())).manifest.engine
+        self._description = replace(first, name="files", version=f"{first.name} {first.version}")
+        for rollout in self._rollouts.values():
+            self._check_fit(rollout, record_routes)
 
     @property
     def description(self) -> EngineDescription:
@@ -68,13 +69,7 @@ class FilesEngine:
         """
         self._check_open()
         check_sampling(sampling)
-        sampled = self._file.manifest.sampling
-        if replace(sampling, seed=0) != replace(sampled, seed=0):
-            raise RecipeError(
-                f"{self._file.path} was sampled with {sampled}, asked for is {sampling}: log-probabilities and lengths would "
-                "be those of another setting; use the recipe that the files were written by"
-            )
-        return [self._answer(request) for request in requests]
+        return [self._answer(request, sampling) for request in requests]
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
@@ -101,31 +96,31 @@ class FilesEngine:
         if self._is_closed:
             raise EngineError("the files engine is closed; make a new one")
 
-    def _check_fit(self, record_routes: bool) -> None:
-        recorded, routed = self._file.manifest.engine, self._facts.routed
+    def _check_fit(self, rollout: RolloutFile, record_routes: bool) -> None:
+        recorded, routed = rollout.manifest.engine, self._facts.routed
         ours = (routed.moe_layers, routed.num_experts, routed.topk) if routed else ((), 0, 0)
         theirs = (recorded.moe_layers, recorded.num_experts, recorded.topk)
         if theirs != ours:
             raise RecipeError(
-                f"{self._file.path} was sampled from a model with (MoE layers, experts, top-k) {theirs}, the recipe's has "
+                f"{rollout.path} was sampled from a model with (MoE layers, experts, top-k) {theirs}, the recipe's has "
                 f"{ours}; use the model that it was sampled from"
             )
         if record_routes and not recorded.records_routes:
             raise RecipeError(
-                f"{self._file.path} holds no routes, which router_replay_mode = 'R3' replays; write it again by a recipe with "
+                f"{rollout.path} holds no routes, which router_replay_mode = 'R3' replays; write it again by a recipe with "
                 "that mode"
             )
 
-    def _answer(self, request: Request) -> RolloutGroup:
-        where = f"{self._file.path}: request {request.request_id}"
-        try:
-            group = self._file.group(request.request_id)
-        except KeyError:
-            known = self._file.request_ids
-            raise EngineError(
-                f"{where} was not sampled; the files hold {len(known)} requests, {min(known)} to {max(known)}: they have run "
-                "out, or were sampled for other prompts; write more with --num-prompts, or lower run.max_steps"
-            ) from None
+    def _answer(self, request: Request, sampling: SamplingParams) -> RolloutGroup:
+        rollout = self._choose(request.request_id)
+        where = f"{rollout.path}: request {request.request_id}"
+        sampled = rollout.manifest.sampling
+        if replace(sampling, seed=0) != replace(sampled, seed=0):
+            raise RecipeError(
+                f"{rollout.path} was sampled with {sampled}, asked for is {sampling}: log-probabilities and lengths would "
+                "be those of another setting; use the recipe that the files were written by"
+            )
+        group = rollout.group(request.request_id)
         if not np.array_equal(group.request.prompt_ids, request.prompt_ids):
             raise EngineError(
                 f"{where} was sampled for another prompt, {group.request.prompt_ids[:8].tolist()}..., asked for is "
@@ -139,7 +134,66 @@ class FilesEngine:
         versions = {completion.policy_version for completion in group.completions}
         if versions != {self._policy_version} and not self._allow_stale:
             raise EngineError(
-                f"{where} was sampled by policy version {sorted(versions)}, the trainer is at {self._policy_version}: a step "
-                "is trained again from files of its own version; set rollout.allow_stale = true to train off-policy"
+                f"{where} was sampled by policy version {sorted(versions)}, the trainer is at {self._policy_version}: {_STALE}"
             )
         return group
+
+    def _choose(self, request_id: int) -> RolloutFile:
+        """Return the rollout that answers a request.
+
+        With versions 0, 2 and 5, all holding the request, and weights of version 3, that is 2 where stale ones are allowed.
+        """
+        holding = {v: rollout for v, rollout in self._rollouts.items() if request_id in rollout}
+        if self._policy_version in holding:
+            return holding[self._policy_version]
+        if self._allow_stale and holding:
+            older = [version for version in holding if version < self._policy_version]
+            return holding[max(older) if older else min(holding)]
+        there = "; ".join(
+            f"{len(ids)} requests, {min(ids)} to {max(ids)}, of policy version {version}"
+            for version, rollout in sorted(self._rollouts.items())
+            for ids in [rollout.request_ids]
+        )
+        if holding:
+            raise EngineError(
+                f"{self._path}: request {request_id} was sampled by policy version {sorted(holding)}, the trainer is at "
+                f"{self._policy_version}: {_STALE}. There are {there}"
+            )
+        raise EngineError(
+            f"{self._path}: request {request_id} was not sampled; there are {there}: they have run out, or were sampled for other "
+            "prompts; write more with --num-prompts, or lower run.max_steps"
+        )
+
+
+_STALE = (
+    "a step is trained again from files of its own version; sample them with --policy-version, or set rollout.allow_stale = "
+    "true to train off-policy"
+)
+
+
+def _open_versions(path: Path) -> dict[int, RolloutFile]:
+    """Return the rollouts of a manifest or folder by policy version.
+
+    Raises:
+        RecipeError: when there is none, two are of one version, or they were sampled by engines of different kinds.
+    """
+    rollouts: dict[int, RolloutFile] = {}
+    for manifest in find_manifests(path) or [path]:
+        rollout = RolloutFile(manifest)
+        version = rollout.manifest.policy_version
+        other = rollouts.setdefault(version, rollout)
+        first = next(iter(rollouts.values()))
+        if other is not rollout or _kind(first) != _kind(rollout):
+            clash = other if other is not rollout else first
+            raise RecipeError(
+                f"{path} holds {clash.path.name} and {rollout.path.name}, of policy versions {clash.manifest.policy_version} and "
+                f"{version}, sampled by {_kind(clash)} and {_kind(rollout)}; expected one engine, and each version once: "
+                "name the manifest of one of them"
+            )
+    return rollouts
+
+
+def _kind(rollout: RolloutFile) -> str:
+    engine = rollout.manifest.engine
+    routes = "routes" if engine.records_routes else "no routes"
+    return f"{engine.name} {engine.version} in {engine.dtype} with {routes}"

@@ -31,7 +31,7 @@ class GivenTokens:
 
 def given_tokens(groups: Iterable[RolloutGroup]) -> Iterator[GivenTokens]:
     """Yield the tokens of every completion, prompt included, under the names that rollouts on disk use."""
-    from moe_replay.rollout.rollout_files import trace_name
+    from moe_replay.rollout.group_log import trace_name
 
     for group in groups:
         for number, completion in enumerate(group.completions):

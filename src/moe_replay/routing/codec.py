@@ -13,7 +13,7 @@ import binascii
 import hashlib
 import io
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_replay.errors import CodecError
@@ -37,6 +37,9 @@ _ENTRY = struct.Struct(f"<QQ{CHECKSUM_BYTES}sH")
 _FOOTER = struct.Struct(f"<QI4s{CHECKSUM_BYTES}s")
 _FOOTER_MAGIC = b"TEND"
 _CHECKED = _FOOTER.size - CHECKSUM_BYTES
+
+PREAMBLE = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, 0, 0)
+"""First bytes of every payload; the first frame follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,23 +144,48 @@ def write_payload(
     Raises:
         CodecError: when a name is empty, repeated or too long, or a number does not fit the format.
     """
-    preamble = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, 0, 0)
-    write(preamble)
+    write(PREAMBLE)
     places: list[FramePlace] = []
-    entries: list[bytes] = []
     names: set[str] = set()
-    at = len(preamble)
+    at = len(PREAMBLE)
     for name, trace in traces:
-        encoded = _encoded_name(name, names)
-        size, checksum = write_frame(trace, encoding, write)
-        places.append(FramePlace(name=name, start=at, stop=at + size, checksum=checksum))
-        entries.append(_ENTRY.pack(at, size, checksum, len(encoded)) + encoded)
-        names.add(name)
-        at += size
+        places.append(write_named(name, trace, encoding, write, at=at, taken=names))
+        at = places[-1].stop
+    write(pack_index(places))
+    return places
+
+
+def write_named(
+    name: str,
+    trace: RoutingTrace,
+    encoding: Encoding,
+    write: Callable[[bytes | memoryview], object],
+    *,
+    at: int,
+    taken: set[str],
+) -> FramePlace:
+    """Write one frame of a payload, which begins at byte ``at`` of it, and add its name to those ``taken``.
+
+    Raises:
+        CodecError: when the name is empty, repeated or too long, or a number does not fit the format.
+    """
+    _encoded_name(name, taken)
+    size, checksum = write_frame(trace, encoding, write)
+    taken.add(name)
+    return FramePlace(name=name, start=at, stop=at + size, checksum=checksum)
+
+
+def pack_index(places: Sequence[FramePlace]) -> bytes:
+    """Return what ends a payload of these frames, which follow one another from its preamble on: index and footer."""
+    entries = [
+        _ENTRY.pack(place.start, place.stop - place.start, place.checksum, len(place.name.encode()))
+        + place.name.encode()
+        for place in places
+    ]
+    at = places[-1].stop if places else len(PREAMBLE)
     index = b"".join(entries)
     footer = _FOOTER.pack(at, len(entries), _FOOTER_MAGIC, bytes(CHECKSUM_BYTES))[:_CHECKED]
-    write(index + footer + _checksum(preamble + index + footer))
-    return places
+    return index + footer + _checksum(PREAMBLE + index + footer)
 
 
 def read_index(stored: memoryview, where: str) -> list[FramePlace]:
