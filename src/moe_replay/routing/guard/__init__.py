@@ -3,6 +3,30 @@
 In: live and replayed expert ids, as counts of shared slots. Out: a verdict for each sample, server, rank and layer.
 """
 
+from moe_replay.routing.guard.baseline import Baseline, StepRecord
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts, count_overlaps
+from moe_replay.routing.guard.decision import Guard
+from moe_replay.routing.guard.evidence import SampleEvidence, join_evidence, judge
+from moe_replay.routing.guard.table import StepPart, StepTable, summarise
+from moe_replay.routing.guard.verdict import Fault, Finding, Owner, SecondLook, Status, Verdict
 
-__all__ = ["PLACES", "OverlapCounts", "count_overlaps"]
+__all__ = [
+    "PLACES",
+    "Baseline",
+    "Fault",
+    "Finding",
+    "Guard",
+    "OverlapCounts",
+    "Owner",
+    "SampleEvidence",
+    "SecondLook",
+    "Status",
+    "StepPart",
+    "StepRecord",
+    "StepTable",
+    "Verdict",
+    "count_overlaps",
+    "join_evidence",
+    "judge",
+    "summarise",
+]

@@ -1,0 +1,203 @@
+"""What a usual sample looks like: medians, lower deciles and spreads of this step's samples and of the last steps'.
+
+Nothing is compared with an absolute number. How much of the information a sample keeps, how far samples differ, how many
+slots act as one: all of it is measured on the samples of the same policy version, in the same layers. Medians and deciles
+do not move for a few wrong samples.
+
+In: StepTable, the policy version of each sample, records of the last steps. Out: `Baseline`; `StepRecord`, plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_replay.routing.guard.statistics import MIN_WINDOW
+from moe_replay.routing.guard.table import BIN_RANGE, NUM_BINS, StepTable
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64, Int64
+
+TOLERANCE = (0.2, 0.4)
+"""Least and greatest share of the median sample's information that drift leaves in any sample."""
+MAX_STRICT = 0.95
+"""Greatest such share for the stricter test, which only asks for a second look."""
+_OUTLIER = 5.0  # times what the sample at the lower decile loses is more than drift takes
+_POOL_SAMPLES = 32  # of this step and the last ones, that medians are taken over at least
+_VERSION_SAMPLES = 16  # of a policy version, to be compared among themselves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What later steps remember of a step that was accepted; plain numbers, so that a checkpoint can hold them."""
+
+    num_samples: int
+    """Samples that the medians were taken over."""
+    information: float
+    """Share of the information that the median sample kept, over all layers."""
+    kappa: dict[str, float]
+    """The same by layer; keys are global decoder indices as text, as JSON has them."""
+    kept: float
+    """Information of the sample at the lower decile, over that of the median one."""
+    window_kept: float
+    """The same of windows of 8 rows."""
+    effects: tuple[tuple[float, float], ...]
+    """Slots that act as one: of ``own`` and of each place, for all layers together and for a single layer."""
+    repeats: tuple[int, int, int]
+    """Rows, rows that repeat the row before, and those of them after which the next one repeats."""
+    stray: tuple[int, int, float, float]
+    """Stray rows and rows of the clean samples; mean and variance of stray rows over samples."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the record as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> StepRecord:
+        """Return the record that `to_plain` gave, read back from JSON."""
+        return cls(
+            num_samples=int(plain["num_samples"]),
+            information=float(plain["information"]),
+            kappa={str(layer): float(value) for layer, value in plain["kappa"].items()},
+            kept=float(plain["kept"]),
+            window_kept=float(plain["window_kept"]),
+            effects=tuple((float(a), float(b)) for a, b in plain["effects"]),
+            repeats=_three(plain["repeats"]),
+            stray=_stray(plain["stray"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Baseline:
+    """What each sample of a step is compared with."""
+
+    table: StepTable
+    """The step that is judged."""
+    version_entry: Int64[np.ndarray, " samples"]
+    """``[samples]``, entry of ``kappa`` for each sample of the table."""
+    kappa: Float64[np.ndarray, "versions layers"]
+    """``[versions, layers]``, share of the information that the median sample of a policy version keeps, from 0 to 1."""
+    tolerance: float
+    """Share of the median's information below which a sample has lost its routes."""
+    strict: float
+    """Share below which it deserves a second look."""
+    effects: tuple[tuple[float, float], ...]
+    """Slots that act as one, in one part: of ``own`` and of each place, for all its layers together and for one layer."""
+    num_stages: float
+    """Parts with other layers that the rows of a sample are spread over."""
+    repeat: float
+    """Chance that the row after a repeated row repeats as well."""
+    num_sets: int
+    """Layers and windows that are tested within a sample."""
+    record: StepRecord
+    """This step in plain numbers, stray rows not counted yet."""
+
+    @classmethod
+    def measure(
+        cls,
+        table: StepTable,
+        *,
+        versions: Mapping[int, int] | None = None,
+        history: Sequence[StepRecord] = (),
+    ) -> Baseline:
+        """Measure what is usual. ``versions``: sample -> policy version, if they differ; ``history``: oldest first."""
+        record = _record(table)
+        past, weights = _newest(record, history)
+        entry = _version_entries(table, versions)
+        kappa = np.stack([_kappa(table, entry == v) for v in range(int(entry.max()) + 1)])
+        if len(past) > 1 and len(kappa) == 1:
+            for place, layer in enumerate(table.layers):
+                values = [step.kappa.get(str(layer), kappa[0, place]) for step in past]
+                kappa[0, place] = np.average(values, weights=weights)
+        kept, window_kept = np.average(
+            [(step.kept, step.window_kept) for step in past], axis=0, weights=weights
+        )
+        effects = np.average([step.effects for step in past], axis=0, weights=weights)
+        rows, equal, again = np.sum([step.repeats for step in [*history, record]], axis=0)
+        return cls(
+            table=table,
+            version_entry=entry,
+            kappa=np.clip(kappa, 0.0, 1.0),
+            tolerance=float(np.clip(1 - _OUTLIER * (1 - kept), *TOLERANCE)),
+            strict=float(np.clip(1 - _OUTLIER * (1 - window_kept), TOLERANCE[0], MAX_STRICT)),
+            effects=tuple((max(1.0, float(a)), max(1.0, float(b))) for a, b in effects),
+            num_stages=len(table.layers) / float(np.mean([len(p.layers) for p in table.parts])),
+            # A stretch that is all alike lasts longer than the average one: half as much again.
+            repeat=min(0.9, max(1.5 * (again + 3) / (equal + 30), 2 * equal / rows)),
+            num_sets=len(table.layers) + 2 * (int(table.num_rows.max()) // (MIN_WINDOW // 2)),
+            record=record,
+        )
+
+
+def _record(table: StepTable) -> StepRecord:
+    information = table.information()
+    middle = max(float(np.median(information)), 1e-6)
+    bins = np.sum([part.window_information for part in table.parts], axis=0)
+    effects = np.concatenate([part.effects for part in table.parts], axis=2)
+    known = np.asarray(np.isfinite(effects).any(axis=2))
+    medians = np.nanmedian(np.where(np.expand_dims(known, 2), effects, 1.0), axis=2)
+    kappa = _kappa(table, np.ones(len(information), bool))
+    return StepRecord(
+        num_samples=len(information),
+        information=middle,
+        kappa={str(layer): float(k) for layer, k in zip(table.layers, kappa, strict=True)},
+        kept=float(np.quantile(information, 0.1)) / middle,
+        window_kept=_decile(bins) / middle if bins.sum() else 1.0,
+        effects=tuple((float(a), float(b)) for a, b in medians),
+        repeats=_three(np.sum([part.repeats for part in table.parts], axis=0)),
+        stray=(0, 0, 0.0, 0.0),
+    )
+
+
+def _kappa(table: StepTable, chosen: np.ndarray) -> Float64[np.ndarray, " layers"]:
+    """Return the median over samples; 0 (no information, so nothing can be lost) where no layer has room above chance."""
+    information = table.layer_information()[chosen]
+    known = np.isfinite(information).any(axis=0)
+    return np.where(known, np.nanmedian(np.where(known, information, 0.0), axis=0), 0.0)
+
+
+def _decile(bins: Int64[np.ndarray, " bins"]) -> float:
+    low, high = BIN_RANGE
+    place = int(np.searchsorted(np.cumsum(bins), 0.1 * bins.sum()))
+    return low + (place + 0.5) * (high - low) / NUM_BINS
+
+
+def _newest(
+    record: StepRecord, history: Sequence[StepRecord]
+) -> tuple[list[StepRecord], list[int]]:
+    """Return this step and as many of the last ones as give `_POOL_SAMPLES`, with their weights."""
+    past, weights = [record], [record.num_samples]
+    for step in reversed(history):
+        missing = _POOL_SAMPLES - sum(weights)
+        if missing <= 0:
+            break
+        past.append(step)
+        weights.append(min(missing, step.num_samples))
+    return past, weights
+
+
+def _version_entries(
+    table: StepTable, versions: Mapping[int, int] | None
+) -> Int64[np.ndarray, " samples"]:
+    """Number the policy versions that have enough samples; the samples of rare ones join the next older common one."""
+    if versions is None:
+        return np.zeros(len(table.sample_ids), np.int64)
+    of = np.array([versions[int(number)] for number in table.sample_ids])
+    values, counts = np.unique(of, return_counts=True)
+    common = values[counts >= _VERSION_SAMPLES]
+    if not len(common):
+        return np.zeros(len(of), np.int64)
+    return np.maximum(np.searchsorted(common, of, side="right") - 1, 0).astype(np.int64)
+
+
+def _three(values: Any) -> tuple[int, int, int]:
+    rows, equal, again = (int(value) for value in values)
+    return rows, equal, again
+
+
+def _stray(values: Any) -> tuple[int, int, float, float]:
+    count, rows, mean, variance = values
+    return int(count), int(rows), float(mean), float(variance)

@@ -1,0 +1,208 @@
+"""The signs that a rank finds within its samples: in single layers, in windows of rows, in rows that repeat.
+
+Two tests matter. *Paired*: the live routes fit another place better than their own. However far a router drifts, it is
+never systematically nearer to another row's route than to the row's own, so this needs no threshold on agreement at all.
+*Lost*: they fit their own place hardly better than the routes of any other row of the sample, while those of the median
+sample do.
+
+In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few numbers for each sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_replay.routing.guard.baseline import Baseline
+from moe_replay.routing.guard.counts import PLACES, OverlapCounts
+from moe_replay.routing.guard.statistics import shortfall_nats, window_rows, window_sums
+from moe_replay.routing.guard.table import row_chance
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64, Int8, Int16, Int32, Int64
+
+TESTS = (
+    "paired layer",
+    "paired window",
+    "lost layer",
+    "lost window",
+    "strict layer",
+    "strict window",
+    "equal rows",
+)
+"""What is tested within a sample, by the rank that holds its rows."""
+STRAY_KEEPS = 0.25
+"""Share of the median's information below which a single row is stray."""
+_STRAY_NATS = 3.0  # by which it must be below
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleEvidence:
+    """The strongest sign of each test in each sample of one rank."""
+
+    layers: tuple[int, ...]
+    """Global decoder indices that this rank counted."""
+    sample_ids: Int64[np.ndarray, " samples"]
+    """``[samples]``, in any order."""
+    nats: Float32[np.ndarray, "tests samples"]
+    """``[tests, samples]``, of the strongest sign of each of `TESTS`."""
+    place: Int8[np.ndarray, "tests samples"]
+    """``[tests, samples]``, entry of `PLACES` that fits better; -1 where the test knows none."""
+    layer: Int16[np.ndarray, "tests samples"]
+    """``[tests, samples]``, global layer that the sign was found in; -1 for all layers of the rank."""
+    first: Int32[np.ndarray, "tests samples"]
+    """``[tests, samples]``, position of its first row."""
+    last: Int32[np.ndarray, "tests samples"]
+    """``[tests, samples]``, position of its last row."""
+    stray: Int32[np.ndarray, " samples"]
+    """``[samples]``, rows that clearly keep under a quarter of the median's information."""
+
+
+def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
+    """Return the strongest sign of each test in each sample of ``counts``; ``baseline`` knows all of these samples."""
+    found = _Found(counts)
+    at = np.searchsorted(baseline.table.sample_ids, counts.sample_ids)
+    columns = np.searchsorted(baseline.table.layers, counts.layers)
+    kappa = baseline.kappa[baseline.version_entry[at]][:, columns]
+    rows = counts.num_rows[:, None]
+    slots = (rows * counts.topk).astype(np.float64)
+    chance = counts.layer_others / np.maximum(rows - 1, 1)
+    room = slots - chance
+    # One number for all layers, because rows are not kept by layer: each layer counts as much as its room.
+    mean_kappa = (kappa * room).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
+    row_slots = np.full(len(counts.own), float(counts.topk * len(counts.layers)))
+    by_chance = row_chance(counts)
+    row_room = np.repeat(mean_kappa, counts.num_rows) * (row_slots - by_chance)
+    own = counts.own.astype(np.float64)
+    together, single = baseline.effects[0]
+    for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
+        expected = (chance + share * kappa * room) / slots
+        found.by_layer(
+            f"{name} layer",
+            shortfall_nats(counts.layer_own.astype(np.float64), slots, expected, single),
+        )
+        found.by_window(f"{name} window", own, row_slots, by_chance + share * row_room, together)
+    for place in range(len(PLACES)):
+        together, single = baseline.effects[1 + place]
+        nearer, farther = counts.layer_nearer[place], counts.layer_farther[place]
+        contested = (nearer + farther).astype(np.float64)
+        half = np.full(contested.shape, 0.5)
+        nats = shortfall_nats(farther.astype(np.float64), contested, half, single)
+        found.by_layer("paired layer", nats, place)
+        lost = counts.farther[place].astype(np.float64)
+        either = lost + counts.nearer[place]
+        found.by_window("paired window", lost, either, either / 2, together, place)
+    found.equal_rows(-math.log(baseline.repeat))
+    keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
+    clear = shortfall_nats(own, row_slots, keeps, baseline.effects[0][0]) > _STRAY_NATS
+    stray = np.add.reduceat(clear.astype(np.int32), counts.starts) if len(clear) else np.zeros(0)
+    return found.evidence(stray.astype(np.int32))
+
+
+class _Found:
+    """The strongest sign of each test so far."""
+
+    def __init__(self, counts: OverlapCounts) -> None:
+        self._counts = counts
+        shape = len(TESTS), len(counts.sample_ids)
+        self._nats = np.zeros(shape, np.float32)
+        self._place = np.full(shape, -1, np.int8)
+        self._layer = np.full(shape, -1, np.int16)
+        self._first, self._last = np.zeros((2, *shape), np.int32)
+        self._windows = window_rows(counts.num_rows)
+        self._starts, self._ends = counts.starts, counts.starts + counts.num_rows
+
+    def by_layer(
+        self, test: str, nats: Float64[np.ndarray, "samples layers"], place: int = -1
+    ) -> None:
+        if not nats.size:
+            return
+        best = nats.argmax(axis=1)
+        layer = np.array(self._counts.layers, np.int16)[best]
+        self._keep(test, nats.max(axis=1), place, layer, self._starts, self._ends)
+
+    def by_window(
+        self,
+        test: str,
+        hits: Float64[np.ndarray, " rows"],
+        slots: Float64[np.ndarray, " rows"],
+        expected: Float64[np.ndarray, " rows"],
+        effect: float,
+        place: int = -1,
+    ) -> None:
+        first, end, entry = self._windows
+        if not len(first):
+            return
+        hit, slot, due = (window_sums(v, first, end) for v in (hits, slots, expected))
+        nats = shortfall_nats(hit, slot, due / np.maximum(slot, 1e-9), effect)
+        # Sorted by sample, then nats: the last window of each sample is its strongest.
+        order = np.lexsort((nats, entry))
+        best = order[np.flatnonzero(np.diff(entry[order], append=-1))]
+        top = np.zeros(len(self._starts))
+        begin, stop = self._starts.copy(), self._ends.copy()
+        top[entry[best]], begin[entry[best]], stop[entry[best]] = nats[best], first[best], end[best]
+        self._keep(test, top, place, np.full(len(top), -1, np.int16), begin, stop)
+
+    def equal_rows(self, nats_a_row: float) -> None:
+        """Find the longest run of repeated rows of each sample."""
+        repeats = self._counts.repeats.copy()
+        if not len(repeats):
+            return
+        index = np.arange(len(repeats))
+        last_other = np.maximum.accumulate(np.where(repeats, -1, index))
+        run = np.where(repeats, index - np.maximum(last_other, 0), 0)
+        longest = np.maximum.reduceat(run, self._starts)
+        end = np.zeros(len(self._starts), np.int64)
+        for entry in np.flatnonzero(longest):
+            part = run[self._starts[entry] : self._ends[entry]]
+            end[entry] = self._starts[entry] + int(part.argmax())
+        begin = np.where(longest > 0, end - longest, self._starts)
+        stop = np.where(longest > 0, end + 1, self._ends)
+        whole = np.full(len(longest), -1, np.int16)
+        self._keep("equal rows", longest * nats_a_row, -1, whole, begin, stop)
+
+    def _keep(
+        self,
+        test: str,
+        nats: np.ndarray,
+        place: int,
+        layer: np.ndarray,
+        first: np.ndarray,
+        end: np.ndarray,
+    ) -> None:
+        row = TESTS.index(test)
+        better = nats > self._nats[row]
+        position = self._counts.position
+        self._nats[row, better] = nats[better]
+        self._place[row, better] = place
+        self._layer[row, better] = layer[better]
+        self._first[row, better] = position[first[better]]
+        self._last[row, better] = position[end[better] - 1]
+
+    def evidence(self, stray: Int32[np.ndarray, " samples"]) -> SampleEvidence:
+        return SampleEvidence(
+            layers=self._counts.layers,
+            sample_ids=self._counts.sample_ids,
+            nats=self._nats,
+            place=self._place,
+            layer=self._layer,
+            first=self._first,
+            last=self._last,
+            stray=stray,
+        )
+
+
+def join_evidence(parts: Sequence[SampleEvidence]) -> SampleEvidence | None:
+    """Return the evidence of all microbatches of a rank as one; None without any."""
+    if not parts:
+        return None
+    joined = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=-1)
+        for field in fields(SampleEvidence)
+        if field.name != "layers"
+    }
+    return SampleEvidence(layers=parts[0].layers, **joined)

@@ -1,0 +1,176 @@
+"""Faults of a whole step, a layer, a rank or a server: the same two tests, on the sums of many samples.
+
+Samples that all have the same fault move the median that each is compared with, so the median itself is tested: by the
+paired test, which compares with nothing, and against a floor far below what drift leaves.
+
+In: Baseline, owners. Out: `Fault` for each group that does not look right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_replay.routing.guard.baseline import Baseline
+from moe_replay.routing.guard.counts import PLACES
+from moe_replay.routing.guard.statistics import shortfall_nats
+from moe_replay.routing.guard.verdict import Fault, Owner
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+
+FLOOR = 0.2
+"""Share of the information that the median sample keeps at least, whatever the drift."""
+MIN_ROOM = 0.1
+"""Share of the slots above chance, below which nothing is said about information."""
+_KINDS = len(PLACES) + 2
+_MIN_SAMPLES = 3  # of a group, for a statement about information
+_MIN_SLOTS = 200  # of a median that is compared with the floor
+_NOWHERE = "the routes fit their rows hardly better than those of any other row"
+
+
+def group_faults(
+    baseline: Baseline, owners: Mapping[int, Owner], *, alpha: float
+) -> tuple[Fault, ...]:
+    """Return what is wrong with the step, a layer, a rank or a server."""
+    return (
+        *_step_faults(baseline, alpha),
+        *_layer_faults(baseline, alpha),
+        *_rank_faults(baseline, alpha),
+        *_server_faults(baseline, owners, alpha),
+    )
+
+
+def _step_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+    table = baseline.table
+    threshold = math.log(2 * _KINDS / alpha)
+    yield from _paired("step", "", table.nearer.sum(1), table.farther.sum(1), baseline, threshold)
+    room = 1 - table.chance.sum(axis=1) / np.maximum(table.slots.sum(axis=1), 1)
+    if np.median(room) > MIN_ROOM and table.slots.sum() >= _MIN_SLOTS:
+        kept = float(np.median(table.information()))
+        nats = _floor_nats(baseline, table.own, table.chance, table.slots, single=False)
+        if kept < FLOOR and nats > threshold:
+            cause = f"no sample's routes carry information: {_NOWHERE}, and the median sample keeps {max(kept, 0):.0%} of it"
+            yield Fault(kind="step", name="", cause=cause, nats=nats, threshold=threshold)
+
+
+def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+    table = baseline.table
+    threshold = math.log(2 * _KINDS * len(table.layers) / alpha)
+    information = table.layer_information()
+    if np.median(table.information()) < FLOOR:
+        return  # the step's fault, not a layer's
+    for entry, layer in enumerate(table.layers):
+        name = str(layer)
+        nearer, farther = table.layer_nearer[:, entry], table.layer_farther[:, entry]
+        yield from _paired("layer", name, nearer, farther, baseline, threshold, single=True)
+        known = np.isfinite(information[:, entry])
+        slots, chance = table.slots[:, [entry]], table.chance[:, [entry]]
+        if not known.any() or 1 - chance.sum() / max(slots.sum(), 1) <= MIN_ROOM:
+            continue
+        kept = float(np.median(information[known, entry]))
+        nats = _floor_nats(baseline, table.own[:, [entry]], chance, slots, single=True)
+        if kept < FLOOR and slots.sum() >= _MIN_SLOTS and nats > threshold:
+            cause = (
+                f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information: the engine "
+                "did not capture this layer, or captured another"
+            )
+            yield Fault(kind="layer", name=name, cause=cause, nats=nats, threshold=threshold)
+
+
+def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+    table = baseline.table
+    if len(table.parts) < 2:
+        return
+    threshold = math.log(2 * _KINDS * len(table.parts) / alpha)
+    for rank, part in zip(table.ranks, table.parts, strict=True):
+        nearer, farther = part.nearer.sum(axis=1), part.farther.sum(axis=1)
+        yield from _paired("rank", str(rank), nearer, farther, baseline, threshold)
+        at = np.searchsorted(table.sample_ids, part.sample_ids)
+        kappa = baseline.kappa[baseline.version_entry[at]]
+        kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
+        slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
+        yield from _lost(
+            "rank", str(rank), part.own, part.chance, slots, kappa, baseline, threshold
+        )
+
+
+def _server_faults(
+    baseline: Baseline, owners: Mapping[int, Owner], alpha: float
+) -> Iterator[Fault]:
+    table = baseline.table
+    of = [owners.get(int(number), Owner()).server for number in table.sample_ids]
+    servers = sorted({server for server in of if server is not None})
+    if len(servers) < 2:
+        return
+    threshold = math.log(2 * _KINDS * len(servers) / alpha)
+    for server in servers:
+        at = np.array([name == server for name in of])
+        nearer, farther = table.nearer[:, at].sum(axis=1), table.farther[:, at].sum(axis=1)
+        yield from _paired("server", server, nearer, farther, baseline, threshold)
+        kappa = baseline.kappa[baseline.version_entry[at]]
+        own, chance, slots = table.own[at], table.chance[at], table.slots[at]
+        yield from _lost("server", server, own, chance, slots, kappa, baseline, threshold)
+
+
+def _paired(
+    kind: str,
+    name: str,
+    nearer: np.ndarray,
+    farther: np.ndarray,
+    baseline: Baseline,
+    threshold: float,
+    *,
+    single: bool = False,
+) -> Iterator[Fault]:
+    """Yield a fault when routes at another place fit the group's rows better than their own."""
+    either = (nearer + farther).astype(np.float64)
+    effect = np.array([effects[int(single)] for effects in baseline.effects[1:]])
+    nats = shortfall_nats(farther.astype(np.float64), either, np.full(len(PLACES), 0.5), effect)
+    best = int(nats.argmax())
+    if nats[best] > threshold:
+        cause = f"the routes at '{PLACES[best]}' fit better than those that were replayed"
+        yield Fault(kind=kind, name=name, cause=cause, nats=float(nats[best]), threshold=threshold)
+
+
+def _lost(
+    kind: str,
+    name: str,
+    own: np.ndarray,
+    chance: np.ndarray,
+    slots: np.ndarray,
+    kappa: Float64[np.ndarray, "samples layers"],
+    baseline: Baseline,
+    threshold: float,
+) -> Iterator[Fault]:
+    """Yield a fault when most samples of the group keep far less than the usual sample does.
+
+    Most, because single samples may lose their routes to drift; they are judged one by one.
+    """
+    room = slots - chance
+    due = (chance + baseline.tolerance * kappa * room).sum(axis=1)
+    below = own.sum(axis=1) < due
+    if len(own) < _MIN_SAMPLES or below.mean() <= 0.5:
+        return
+    nats = _shortfall(own, due, slots, baseline, single=False)
+    if nats > threshold:
+        cause = f"{_NOWHERE} of the sample, in {int(below.sum())} of its {len(own)} samples, unlike those of the others"
+        yield Fault(kind=kind, name=name, cause=cause, nats=nats, threshold=threshold)
+
+
+def _floor_nats(
+    baseline: Baseline, own: np.ndarray, chance: np.ndarray, slots: np.ndarray, *, single: bool
+) -> float:
+    """Return nats of so little overlap if the samples kept `FLOOR` of the information."""
+    return _shortfall(own, chance + FLOOR * (slots - chance), slots, baseline, single=single)
+
+
+def _shortfall(
+    own: np.ndarray, due: np.ndarray, slots: np.ndarray, baseline: Baseline, *, single: bool
+) -> float:
+    hits, expected, total = (np.array([float(values.sum())]) for values in (own, due, slots))
+    share = expected / np.maximum(total, 1.0)
+    return float(shortfall_nats(hits, total, share, baseline.effects[0][int(single)])[0])

@@ -1,0 +1,205 @@
+"""Every test of every sample side by side, with the threshold at which each suffices.
+
+Two kinds of test: *certain* ones, which drift cannot pass however strong it is (another place fits better, rows repeat,
+siblings disagree), and *strong* ones, which are measured against the usual sample (information lost, stray rows). The
+engine gap adds up with either, because the two are independent in healthy samples; it never suffices alone.
+
+In: Baseline, SampleEvidence of all ranks, gaps. Out: `SampleTests`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_replay.routing.guard.baseline import Baseline, StepRecord
+from moe_replay.routing.guard.counts import PLACES
+from moe_replay.routing.guard.evidence import TESTS, SampleEvidence
+from moe_replay.routing.guard.statistics import excess_nats, gap_nats, shortfall_nats
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float64, Int64
+
+CERTAIN = ("paired sample", "paired layer", "paired window", "equal rows", "siblings")
+"""Tests that name a misalignment by themselves."""
+STRONG = ("lost sample", "lost layer", "lost window", "stray rows")
+"""Tests that name one unless a second look clears the sample."""
+STRICT = ("strict sample", "strict layer", "strict window")
+"""Tests that only ask for a second look."""
+SUSPECT_NATS = 7.0
+"""Nats of a strict test from which a sample is looked at again."""
+ALL_TESTS = (*CERTAIN, *STRONG, *STRICT)
+"""Rows of the arrays of `SampleTests`."""
+_KINDS = len(PLACES) + 5  # of test: places, lost, stray, equal, siblings, gap
+_MIN_SIGN = 3.0  # nats of each of two signs that may add up
+_BOTH_NATS = 9.0  # of a strict test and the gap together, for a second look
+_RARE_NATS = 4.0  # beyond what the largest gap of a step has by chance: one step in 50
+_MIN_GAPS = 8  # of samples, to know what is usual
+_CLEAN_SHARE = 0.95  # of the samples, those with the fewest stray rows
+
+
+class SampleTests:
+    """Nats, threshold and place of every test of every sample of a step."""
+
+    def __init__(
+        self,
+        baseline: Baseline,
+        evidence: Sequence[SampleEvidence | None],
+        *,
+        gaps: Mapping[int, float] | None,
+        siblings: Mapping[int, float] | None,
+        history: Sequence[StepRecord],
+        alpha: float,
+    ) -> None:
+        self._baseline = baseline
+        samples = baseline.table.sample_ids
+        shape = len(ALL_TESTS), len(samples)
+        self.nats = np.zeros(shape)
+        """``[tests, samples]``"""
+        self.place = np.full(shape, -1)
+        """``[tests, samples]``, entry of `PLACES`, -1 without."""
+        self.layer = np.full(shape, -1)
+        """``[tests, samples]``, global layer, -1 for all."""
+        self.first = np.zeros(shape, np.int64)
+        """``[tests, samples]``, first position."""
+        self.last = np.repeat(baseline.table.num_rows[None] - 1, shape[0], axis=0)
+        """``[tests, samples]``, last position."""
+        once = math.log(2 * _KINDS * len(samples) / alpha)
+        within = once + math.log(baseline.num_sets)
+        self.thresholds = np.array([within if _is_within(test) else once for test in ALL_TESTS])
+        """``[tests]``, nats at which each suffices."""
+        held = [part for part in evidence if part is not None]
+        self._whole_samples()
+        for part in held:
+            self._take(part)
+        self.stray = self._stray_counts(held)
+        """``[samples]``, rows that clearly fit nowhere."""
+        self.record_stray = _clean_stray(self.stray, baseline.table.num_rows)
+        """What later steps remember of the stray rows."""
+        self._set("stray rows", self._stray_nats(history))
+        if siblings:
+            self._set("siblings", np.array([siblings.get(int(number), 0.0) for number in samples]))
+        self.gap = self._gap_nats(gaps)
+        """``[samples]``, nats of the engine gap; 0 where it is usual or not known."""
+
+    @property
+    def with_gap(self) -> Float64[np.ndarray, "tests samples"]:
+        """``[tests, samples]``, nats and gap together, less what adding two signs up makes likely."""
+        both = (self.nats > _MIN_SIGN) & (self.gap > _MIN_SIGN)
+        price = np.log1p(self.thresholds)[:, None]
+        return np.where(both, np.maximum(self.nats, self.nats + self.gap - price), self.nats)
+
+    @property
+    def margins(self) -> Float64[np.ndarray, "tests samples"]:
+        """``[tests, samples]``, nats above the threshold; of strict tests above `SUSPECT_NATS`."""
+        limit = np.where(_rows(STRICT), SUSPECT_NATS, self.thresholds)[:, None]
+        return np.where(_rows(STRICT)[:, None], self.nats, self.with_gap) - limit
+
+    def best(self, tests: Sequence[str]) -> tuple[Float64[np.ndarray, " samples"], np.ndarray]:
+        """Return the largest margin of each sample over ``tests``, and the test that has it."""
+        chosen = np.flatnonzero(_rows(tests))
+        part = self.margins[chosen]
+        return part.max(axis=0), chosen[part.argmax(axis=0)]
+
+    def is_telling(self) -> Bool[np.ndarray, " samples"]:
+        """Tell which samples show a sign that is rare in healthy ones, for adding up over steps."""
+        many = math.log(self._baseline.num_sets)
+        price = np.array([many if _is_within(test) else 0.0 for test in ALL_TESTS])
+        telling = (self.nats - price[:, None])[~_rows(STRICT)] > SUSPECT_NATS
+        return np.asarray(telling.any(axis=0))
+
+    def asks_for_a_look(self) -> Bool[np.ndarray, " samples"]:
+        """Tell which samples deserve a second look: for a strict test, for their gap, or for a little of both.
+
+        One sample a step has a gap of ln(samples) nats by chance alone, so a gap by itself must be larger than that.
+        """
+        strict = self.nats[_rows(STRICT)].max(axis=0)
+        both = (strict > _MIN_SIGN) & (self.gap > _MIN_SIGN) & (strict + self.gap > _BOTH_NATS)
+        alone = self.gap > math.log(len(self.gap)) + _RARE_NATS
+        return (strict > SUSPECT_NATS) | both | alone
+
+    def _set(self, test: str, nats: np.ndarray, place: np.ndarray | None = None) -> None:
+        self.nats[ALL_TESTS.index(test)] = nats
+        if place is not None:
+            self.place[ALL_TESTS.index(test)] = place
+
+    def _whole_samples(self) -> None:
+        baseline, table = self._baseline, self._baseline.table
+        kappa = baseline.kappa[baseline.version_entry]
+        slots = table.slots.sum(axis=1)
+        for test, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
+            due = (table.chance + share * kappa * (table.slots - table.chance)).sum(axis=1)
+            own = table.own.sum(axis=1)
+            nats = shortfall_nats(own, slots, due / np.maximum(slots, 1e-9), self._effect(0))
+            self._set(f"{test} sample", nats)
+        either = table.nearer + table.farther
+        half = np.full(either.shape[1], 0.5)
+        nats = np.stack(
+            [
+                shortfall_nats(table.farther[place], either[place], half, self._effect(1 + place))
+                for place in range(len(PLACES))
+            ]
+        )
+        self._set("paired sample", nats.max(axis=0), nats.argmax(axis=0))
+
+    def _effect(self, entry: int) -> float:
+        """Return the slots that act as one over all stages; layers of different stages are taken to go together."""
+        return 1 + (self._baseline.effects[entry][0] - 1) * self._baseline.num_stages
+
+    def _take(self, part: SampleEvidence) -> None:
+        at = np.searchsorted(self._baseline.table.sample_ids, part.sample_ids)
+        for source, test in enumerate(TESTS):
+            row = ALL_TESTS.index(test)
+            better = part.nats[source] > self.nats[row, at]
+            for name in ("nats", "place", "layer", "first", "last"):
+                getattr(self, name)[row, at[better]] = getattr(part, name)[source][better]
+
+    def _stray_counts(self, held: Sequence[SampleEvidence]) -> Int64[np.ndarray, " samples"]:
+        """Add up ranks with other rows; of ranks with other layers of the same rows, take the one with most."""
+        by_layers: dict[tuple[int, ...], np.ndarray] = {}
+        samples = self._baseline.table.sample_ids
+        for part in held:
+            total = by_layers.setdefault(part.layers, np.zeros(len(samples), np.int64))
+            total[np.searchsorted(samples, part.sample_ids)] += part.stray
+        return np.max([np.zeros(len(samples), np.int64), *by_layers.values()], axis=0)
+
+    def _stray_nats(self, history: Sequence[StepRecord]) -> Float64[np.ndarray, " samples"]:
+        steps = [*(step.stray for step in history), self.record_stray]
+        count, rows = sum(step[0] for step in steps), sum(step[1] for step in steps)
+        mean, variance = np.mean([step[2:] for step in steps], axis=0)
+        shape = mean**2 / (variance - mean) if variance > mean else 0.5
+        due = self._baseline.table.num_rows * (count + 1) / max(rows, 1)
+        return excess_nats(self.stray.astype(np.float64), due, float(np.clip(shape, 0.1, 0.5)))
+
+    def _gap_nats(self, gaps: Mapping[int, float] | None) -> Float64[np.ndarray, " samples"]:
+        samples = self._baseline.table.sample_ids
+        found = np.zeros(len(samples))
+        known = np.array([int(number) in (gaps or {}) for number in samples], bool)
+        if gaps is None or known.sum() < _MIN_GAPS:
+            return found
+        values = np.array([gaps.get(int(number), 0.0) for number in samples], np.float64)
+        for version in np.unique(self._baseline.version_entry):
+            own = known & (self._baseline.version_entry == version)
+            usual = values[own if own.sum() >= _MIN_GAPS else known]
+            found[own] = gap_nats(values[own], usual)
+        return found
+
+
+def _clean_stray(
+    stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"]
+) -> tuple[int, int, float, float]:
+    order = np.argsort(stray / np.maximum(num_rows, 1), kind="stable")
+    clean = order[: max(1, int(len(order) * _CLEAN_SHARE))]
+    count = stray[clean]
+    return int(count.sum()), int(num_rows[clean].sum()), float(count.mean()), float(count.var())
+
+
+def _is_within(test: str) -> bool:
+    return test.endswith(("layer", "window"))
+
+
+def _rows(tests: Sequence[str]) -> Bool[np.ndarray, " tests"]:
+    return np.array([test in tests for test in ALL_TESTS])

@@ -1,0 +1,261 @@
+"""What the ranks tell each other before judging: sums by (sample, layer), and what a usual sample looks like.
+
+A part is what one rank counted in a step: its layers and its rows of some samples. Parts are small (two numbers for each
+sample and layer, two dozen for each sample) and are gathered by all ranks; per-row counts stay where they are.
+Example: 8,192 samples x 48 layers are 3.1 MB in all, and 1.2 MB for the rest.
+
+In: OverlapCounts of a rank's microbatches. Out: `StepPart`; `StepTable`, all parts put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_replay.routing.guard.counts import PLACES, OverlapCounts
+from moe_replay.routing.guard.statistics import MIN_WINDOW, window_rows, window_sums
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64, Int32, Int64
+
+NUM_BINS = 300
+"""Bins of the histogram of the windows' information, over `BIN_RANGE`."""
+BIN_RANGE = (-0.5, 1.0)
+_MIN_EFFECT_ROWS = 8  # of a sample, below which its variance says nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPart:
+    """What one rank counted in one step: its layers, its rows."""
+
+    layers: tuple[int, ...]
+    """Global decoder indices."""
+    topk: int
+    """Experts a token."""
+    num_experts: int
+    """Experts a layer."""
+    sample_ids: Int64[np.ndarray, " samples"]
+    """``[samples]``, increasing."""
+    num_rows: Int32[np.ndarray, " samples"]
+    """``[samples]``, rows compared here."""
+    own: Float32[np.ndarray, "samples layers"]
+    """``[samples, layers]``, slots that live and replayed routes share."""
+    chance: Float32[np.ndarray, "samples layers"]
+    """``[samples, layers]``, slots that they would share if each row had the route of another row of the sample here."""
+    flips: Float32[np.ndarray, " layers"]
+    """``[layers]``, rows whose expert sets differ."""
+    rows_with_flip: int
+    """Rows whose expert sets differ in any layer of this rank."""
+    nearer: Int64[np.ndarray, "places samples"]
+    """``[places, samples]``, slots by which routes at another place fit better, over layers."""
+    farther: Int64[np.ndarray, "places samples"]
+    """``[places, samples]``, slots by which they fit worse, over layers."""
+    layer_nearer: Int64[np.ndarray, "places layers"]
+    """``[places, layers]``, the same over samples."""
+    layer_farther: Int64[np.ndarray, "places layers"]
+    """``[places, layers]``, the same over samples."""
+    effects: Float32[np.ndarray, "signs 2 samples"]
+    """``[1 + places, 2, samples]``, slots that act as one: of ``own`` and of each place, for all layers together and for a
+    single layer; nan for samples of fewer than 8 rows here."""
+    window_information: Int64[np.ndarray, " bins"]
+    """``[bins]``, histogram of the information that windows of 8 rows keep."""
+    repeats: tuple[int, int, int]
+    """Rows, rows that repeat the row before, and those of them after which the next row repeats as well."""
+
+
+def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
+    """Sum up what this rank counted; None without a counted row. All counts are of the same layers."""
+    held = [part for part in counts if len(part.own)]
+    if not held:
+        return None
+    first = held[0]
+    assert all(part.layers == first.layers for part in held), "one rank counts the same layers"
+    sample_ids = np.concatenate([part.sample_ids for part in held])
+    order = np.argsort(sample_ids, kind="stable")
+    assert (np.diff(sample_ids[order]) > 0).all(), (
+        "a rank holds the rows of a sample in one microbatch"
+    )
+
+    def joined(values: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(values, axis=-1)[..., order]
+
+    return StepPart(
+        layers=first.layers,
+        topk=first.topk,
+        num_experts=first.num_experts,
+        sample_ids=sample_ids[order],
+        num_rows=joined([part.num_rows for part in held]).astype(np.int32),
+        own=joined([part.layer_own.T for part in held]).T.astype(np.float32),
+        chance=joined([_chance_by_layer(part).T for part in held]).T.astype(np.float32),
+        flips=np.sum([part.layer_flips.sum(axis=0) for part in held], axis=0).astype(np.float32),
+        rows_with_flip=sum(int((part.flips > 0).sum()) for part in held),
+        nearer=joined([part.layer_nearer.sum(axis=2) for part in held]),
+        farther=joined([part.layer_farther.sum(axis=2) for part in held]),
+        layer_nearer=np.sum([part.layer_nearer.sum(axis=1) for part in held], axis=0),
+        layer_farther=np.sum([part.layer_farther.sum(axis=1) for part in held], axis=0),
+        effects=joined([_effects(part) for part in held]).astype(np.float32),
+        window_information=np.sum([_window_information(part) for part in held], axis=0),
+        repeats=_count_repeats(held),
+    )
+
+
+def row_chance(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
+    """Return the slots that each row shares with the average other row of its sample, over layers; 0 for a single row."""
+    others = np.maximum(counts.num_rows - 1, 1)
+    return counts.others / np.repeat(others, counts.num_rows)
+
+
+def _chance_by_layer(counts: OverlapCounts) -> Float64[np.ndarray, "samples layers"]:
+    return counts.layer_others / np.maximum(counts.num_rows - 1, 1)[:, None]
+
+
+def _effects(counts: OverlapCounts) -> Float64[np.ndarray, "signs 2 samples"]:
+    """Return the variance of a row within its sample over what independent slots would have.
+
+    Example: rows that share 8, 8, 0, 0 of 8 slots have a variance of 21.3, where independent slots at 1/2 have 2: about 11
+    slots act as one.
+    """
+    rows = np.maximum(counts.num_rows, 2)
+    p = counts.layer_own / rows[:, None] / counts.topk
+    independent = (p * (1 - p)).sum(axis=1) * counts.topk
+    found = np.empty((1 + len(PLACES), 2, len(rows)))
+    found[0] = _over(counts, counts.own, counts.layer_own, counts.layer_own_squares, independent)
+    for place in range(len(PLACES)):
+        nearer, farther = counts.layer_nearer[place], counts.layer_farther[place]
+        found[1 + place] = _over(
+            counts,
+            counts.nearer[place].astype(np.int64) - counts.farther[place],
+            nearer - farther,
+            counts.layer_gain_squares[place],
+            (nearer + farther).sum(axis=1) / rows,
+        )
+    return np.where(counts.num_rows >= _MIN_EFFECT_ROWS, found, np.nan)
+
+
+def _over(
+    counts: OverlapCounts,
+    values: np.ndarray,
+    layer_sums: Int64[np.ndarray, "samples layers"],
+    layer_squares: Int64[np.ndarray, "samples layers"],
+    independent: Float64[np.ndarray, " samples"],
+) -> Float64[np.ndarray, "2 samples"]:
+    rows = np.maximum(counts.num_rows, 2).astype(np.float64)
+    values = values.astype(np.float64)
+    sums = np.add.reduceat(values, counts.starts)
+    together = np.add.reduceat(values**2, counts.starts) - sums**2 / rows
+    single = (layer_squares - layer_sums.astype(np.float64) ** 2 / rows[:, None]).sum(axis=1)
+    return np.stack([together, single]) / (rows - 1) / np.maximum(independent, 1e-9)
+
+
+def _window_information(counts: OverlapCounts) -> Int64[np.ndarray, " bins"]:
+    first, end, _ = window_rows(counts.num_rows)
+    short = end - first == MIN_WINDOW
+    first, end = first[short], end[short]
+    chance = window_sums(row_chance(counts), first, end)
+    own = window_sums(counts.own.astype(np.float64), first, end)
+    room = MIN_WINDOW * counts.topk * len(counts.layers) - chance
+    kept = (own - chance) / np.maximum(room, 1e-9)
+    return np.histogram(np.clip(kept, *BIN_RANGE), bins=NUM_BINS, range=BIN_RANGE)[0]
+
+
+def _count_repeats(held: Sequence[OverlapCounts]) -> tuple[int, int, int]:
+    rows = sum(len(part.own) for part in held)
+    equal = sum(int(part.repeats.sum()) for part in held)
+    again = sum(int((part.repeats[1:] & part.repeats[:-1]).sum()) for part in held)
+    return rows, equal, again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepTable:
+    """All parts of a step: one row for each sample, one column for each layer."""
+
+    layers: tuple[int, ...]
+    """Global decoder indices, increasing."""
+    topk: int
+    """Experts a token."""
+    num_experts: int
+    """Experts a layer."""
+    sample_ids: Int64[np.ndarray, " samples"]
+    """``[samples]``, increasing."""
+    slots: Float64[np.ndarray, "samples layers"]
+    """``[samples, layers]``, slots compared: rows times topk."""
+    own: Float64[np.ndarray, "samples layers"]
+    """``[samples, layers]``, slots that live and replayed routes share."""
+    chance: Float64[np.ndarray, "samples layers"]
+    """``[samples, layers]``, slots that they would share by chance."""
+    nearer: Float64[np.ndarray, "places samples"]
+    """``[places, samples]``, over layers."""
+    farther: Float64[np.ndarray, "places samples"]
+    """``[places, samples]``, over layers."""
+    layer_nearer: Float64[np.ndarray, "places layers"]
+    """``[places, layers]``, over samples."""
+    layer_farther: Float64[np.ndarray, "places layers"]
+    """``[places, layers]``, over samples."""
+    parts: tuple[StepPart, ...]
+    """The parts of the ranks that compared rows, in their order."""
+    ranks: tuple[int, ...]
+    """The rank of each part: its place among the parts that were given."""
+
+    @property
+    def agreement(self) -> Float64[np.ndarray, " samples"]:
+        """``[samples]``, share of the slots on which live and replayed routes agree."""
+        return self.own.sum(axis=1) / np.maximum(self.slots.sum(axis=1), 1)
+
+    @property
+    def layer_agreement(self) -> Float64[np.ndarray, " layers"]:
+        """``[layers]``, the same by layer."""
+        return self.own.sum(axis=0) / np.maximum(self.slots.sum(axis=0), 1)
+
+    @property
+    def num_rows(self) -> Int64[np.ndarray, " samples"]:
+        """``[samples]``, rows compared."""
+        return (self.slots.max(axis=1, initial=0) // self.topk).astype(np.int64)
+
+    @classmethod
+    def of(cls, parts: Sequence[StepPart | None]) -> StepTable:
+        """Put the parts of all ranks together; ranks without rows gave None. At least one has rows."""
+        held = [part for part in parts if part is not None]
+        assert held, "a step in which some rank compared a row"
+        layers = sorted({layer for part in held for layer in part.layers})
+        sample_ids = np.unique(np.concatenate([part.sample_ids for part in held]))
+        size = (len(sample_ids), len(layers))
+        slots, own, chance = np.zeros((3, *size))
+        by_sample = np.zeros((2, len(PLACES), len(sample_ids)))
+        by_layer = np.zeros((2, len(PLACES), len(layers)))
+        for part in held:
+            at = np.searchsorted(sample_ids, part.sample_ids)
+            place = np.searchsorted(layers, part.layers)
+            cells = np.ix_(at, place)
+            slots[cells] += part.num_rows[:, None] * part.topk
+            own[cells] += part.own
+            chance[cells] += part.chance
+            by_sample[:, :, at] += [part.nearer, part.farther]
+            by_layer[:, :, place] += [part.layer_nearer, part.layer_farther]
+        return cls(
+            layers=tuple(layers),
+            topk=held[0].topk,
+            num_experts=held[0].num_experts,
+            sample_ids=sample_ids,
+            slots=slots,
+            own=own,
+            chance=chance,
+            nearer=by_sample[0],
+            farther=by_sample[1],
+            layer_nearer=by_layer[0],
+            layer_farther=by_layer[1],
+            parts=tuple(held),
+            ranks=tuple(rank for rank, part in enumerate(parts) if part is not None),
+        )
+
+    def information(self) -> Float64[np.ndarray, " samples"]:
+        """Return the share of the way from chance to full agreement that each sample keeps, over all layers."""
+        room = (self.slots - self.chance).sum(axis=1)
+        return (self.own - self.chance).sum(axis=1) / np.maximum(room, 1e-9)
+
+    def layer_information(self) -> Float64[np.ndarray, "samples layers"]:
+        """Return the same for each layer; nan where nothing was compared, or chance leaves no room."""
+        room = self.slots - self.chance
+        return np.where(room > 1e-6, (self.own - self.chance) / np.maximum(room, 1e-6), np.nan)
