@@ -13,6 +13,7 @@
     ├── MisalignmentError (RuntimeError) replayed and live routes disagree too much
     ├── UpdateError (RuntimeError)       an update that cannot learn: gradients are off, or 0 where they cannot be
     ├── EngineError (RuntimeError)       an inference engine failed or broke its contract
+    ├── RankError (RuntimeError)         another rank of the job ended, or was silent for too long
     ├── DivergedError (RuntimeError)     weights or gradients are no longer finite numbers
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
     └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
@@ -65,6 +66,10 @@ class UpdateError(MoeReplayError, RuntimeError):
 
 class EngineError(MoeReplayError, RuntimeError):
     """An inference engine failed or broke its contract."""
+
+
+class RankError(MoeReplayError, RuntimeError):
+    """Another rank of this job has ended, or was silent for longer than anybody waits."""
 
 
 class DivergedError(MoeReplayError, RuntimeError):

@@ -192,7 +192,7 @@ def shared(
     microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
 ) -> list[Microbatch]:
     """Bring the routes to their ranks the way a training step does: the whole model's, from where they were sampled."""
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     mine = samples[replica.own :: replica.size]
     traces = {s.sample_id: s.trace for s in mine if s.trace is not None}
     return share_routes(replica, [replace(m, routes=None) for m in microbatches], traces)

@@ -121,7 +121,7 @@ def _resident(checkpoint: Path, name: str) -> tuple[int, int, int, int]:
     where, _ = WHERE[name]
     actor = start_policy(checkpoint, where)
     samples = coded_samples(LAYERS)
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     traces = {s.sample_id: s.trace for s in samples[replica.own :: replica.size] if s.trace}
     bare = [replace(m, routes=None) for m in pack(samples, scorer=actor, count=2)]
     microbatches = share_routes(replica, bare, traces)

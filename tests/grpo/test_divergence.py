@@ -12,6 +12,7 @@ from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.megatron.finite import check_optimizer, check_weights
 from moe_replay.rollout.types import Engine
+from moe_replay.sync.messages import all_ranks
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.policies import start_policy
 from moe_replay.testing.ranks import run_ranks
@@ -60,11 +61,9 @@ def test_r6_weights_that_overflow_are_neither_pushed_nor_saved(
 def test_r6_one_bad_number_on_one_rank_is_named_on_all(workspace) -> None:
     def check(spoil: str) -> str:
         actor = start_policy(workspace / "model", layout())
-        world = torch.distributed.group.WORLD
-        assert world is not None
-        here = {"group": world, "device": torch.device("cpu")}
-        check_weights(actor.modules, **here)
-        check_optimizer(actor.optimizer, **here)
+        ranks = all_ranks()
+        check_weights(actor.modules, ranks)
+        check_optimizer(actor.optimizer, ranks)
         with torch.no_grad():
             if torch.distributed.get_rank() == 1 and spoil == "weight":
                 dict(actor.modules[0].named_parameters())["output_layer.weight"][3, 5] = float(
@@ -77,8 +76,8 @@ def test_r6_one_bad_number_on_one_rank_is_named_on_all(workspace) -> None:
                         state[0] = float("inf")
                     part.optimizer.state[weight]["exp_avg_sq"] = state
         with pytest.raises(DivergedError) as caught:
-            check_weights(actor.modules, **here)
-            check_optimizer(actor.optimizer, **here)
+            check_weights(actor.modules, ranks)
+            check_optimizer(actor.optimizer, ranks)
         return str(caught.value)
 
     for said in run_ranks(check, 2, "weight"):

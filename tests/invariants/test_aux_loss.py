@@ -42,7 +42,7 @@ def _gradients(
     actor = start_policy(checkpoint, case.layout, moe_aux_loss_coeff=coeff, **case.overrides)
     if not masked:
         actor._padding_mask = lambda *_: None
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(LAYERS), replica)
     half = 4
     packed = [

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[ParallelLayout, int]] = {
 
 def update(actor: MegatronActor) -> float:
     """Take one replayed step."""
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     layers = unwrap(actor.modules[0]).model_shape.moe_layers
     samples = replica_share(coded_samples(layers), replica)
     batches = pack(samples, scorer=actor, count=4)
@@ -132,7 +132,7 @@ def test_t6_a_run_with_a_stage_of_dense_layers_is_saved_and_goes_on(
 def record_and_replay(checkpoint: Path, where: ParallelLayout) -> tuple[float, int, int]:
     """Take an R2 step: record, replay what was recorded, return the norm and the shape of this rank's routes."""
     actor = start_policy(checkpoint, where)
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = [replace(s, trace=None) for s in replica_share(coded_samples((2, 3)), replica)]
     batches = pack(samples, scorer=actor, count=4)
     routes = actor.score(batches, temperature=1.0, routing=Routing.RECORD).routes

@@ -4,16 +4,16 @@ They are cut where they are: the rank that sampled a sequence cuts, for every ra
 and rows that this rank owns. Sender and receiver walk the same `RowIndex` in the same order, so the bytes need no
 labels.
 
-In: traces, row indices. Out: bytes of one rank's rows, and the slices they fill. Called by: grpo.sharing.
+In: traces, row indices. Out: bytes of one rank's rows, and the slices they fill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt8
 
 from moe_replay.errors import TraceError
 from moe_replay.routing import RouteSlice, RoutingTrace, RowIndex, expert_dtype, slice_routes
@@ -29,6 +29,11 @@ class RouteForm:
     """Routed experts a layer."""
     topk: int
     """Experts per token."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's ids, over all ``layers``."""
+        return len(self.layers) * self.topk * expert_dtype(self.num_experts).itemsize
 
     @classmethod
     def of(cls, traces: Sequence[RoutingTrace]) -> RouteForm:
@@ -106,55 +111,42 @@ def narrowed(form: RouteForm, layers: Sequence[int] | None) -> RouteForm:
 
 
 def pack_rows(
-    index: RowIndex,
-    lengths: Sequence[int],
-    traces: Mapping[int, RoutingTrace],
-    layers: Sequence[int],
-) -> bytes:
-    """Return what the rank of ``index`` and ``layers`` owns of some sequences (number -> trace), for `unpack_rows`.
+    rows: SampleRows, traces: Mapping[int, RoutingTrace], layers: Sequence[int]
+) -> list[UInt8[np.ndarray, " _"]]:
+    """Return what the rank of ``rows`` and ``layers`` owns of some sequences (number -> trace), for `unpack_rows`.
 
     For each sequence in order: its valid flags, one byte a row, then its ids, layer by layer.
     """
-    rows = SampleRows(index, lengths)
     parts = []
     for number in sorted(traces):
         _, position = rows.of(number)
-        parts.append(traces[number].valid[position].tobytes())
-        parts.append(_rows_of(traces[number], position, tuple(layers)).tobytes())
-    return b"".join(parts)
+        parts.append(traces[number].valid[position].view(np.uint8))
+        parts.append(_rows_of(traces[number], position, tuple(layers)).reshape(-1).view(np.uint8))
+    return parts
+
+
+def num_packed_bytes(rows: SampleRows, numbers: Iterable[int], form: RouteForm) -> int:
+    """Return how much `pack_rows` makes of the sequences ``numbers``, for a rank of ``rows`` and the layers of ``form``."""
+    return sum(len(rows.of(number)[0]) * (1 + form.row_bytes) for number in numbers)
 
 
 def unpack_rows(
     into: RouteSlice,
-    index: RowIndex,
-    lengths: Sequence[int],
-    numbers: Sequence[int],
-    payload: memoryview,
+    rows: SampleRows,
+    numbers: Iterable[int],
+    payload: UInt8[np.ndarray, " _"],
 ) -> int:
-    """Place what `pack_rows` sent for the sequences ``numbers``; return the bytes read.
-
-    Raises:
-        TraceError: when the payload is too short for them.
-    """
-    rows = SampleRows(index, lengths)
+    """Put what `pack_rows` sent for the sequences ``numbers`` into their rows; return the bytes read."""
     num_layers, _, topk = into.expert_ids.shape
-    row_bytes = num_layers * topk * into.expert_ids.itemsize
     at = 0
     for number in sorted(numbers):
         local, _ = rows.of(number)
-        needed = len(local) * (1 + row_bytes)
-        if len(payload) - at < needed:
-            raise TraceError(
-                f"routes of sequence {number} were cut short: {len(payload) - at} of {needed} bytes; sender and "
-                "receiver packed different microbatches"
-            )
-        into.valid[local] = np.frombuffer(payload, dtype=bool, count=len(local), offset=at)
+        count = num_layers * len(local) * topk
+        into.valid[local] = payload[at : at + len(local)].view(bool)
         at += len(local)
-        ids = np.frombuffer(
-            payload, dtype=into.expert_ids.dtype, count=num_layers * len(local) * topk, offset=at
-        )
+        ids = np.frombuffer(payload, dtype=into.expert_ids.dtype, count=count, offset=at)
         into.expert_ids[:, local] = ids.reshape(num_layers, len(local), topk)
-        at += len(local) * row_bytes
+        at += ids.nbytes
     return at
 
 

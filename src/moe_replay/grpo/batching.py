@@ -84,12 +84,10 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
         return StepBatch(minibatches=minibatches, coverage=Coverage())
     batch = StepBatch(minibatches=minibatches, coverage=_coverage(run, minibatches, traces))
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
-    learned = {
-        sample.sample_id: traces[sample.sample_id]
-        for sample in samples
-        if sample.trains and sample.sample_id in traces
-    }
-    _coverage(run, minibatches, learned).require(run.min_coverage)
+    learned = {sample.sample_id for sample in samples if sample.trains}
+    _coverage(
+        run, minibatches, {number: trace for number, trace in traces.items() if number in learned}
+    ).require(run.min_coverage)
     shared = share_routes(run.replica, batch.microbatches, traces)
     return with_routes(batch, {m.key: m.routes for m in shared if m.routes is not None})
 

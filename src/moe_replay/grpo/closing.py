@@ -27,7 +27,7 @@ def push_weights(run: Run) -> None:
     Raises:
         DivergedError: when one of them is not a finite number; the engine keeps the old ones.
     """
-    check_weights(run.actor.modules, group=run.group, device=run.device)
+    check_weights(run.actor.modules, run.ranks)
     run.policy_version += 1
     run.engine.load_weights(run.export_weights(), policy_version=run.policy_version)
 
@@ -80,7 +80,7 @@ def save_checkpoint(run: Run) -> None:
         DivergedError: when the optimizer holds what is not a finite number; nothing is written.
         CheckpointError: when it cannot be written; earlier checkpoints stay.
     """
-    check_optimizer(run.actor.optimizer, group=run.group, device=run.device)
+    check_optimizer(run.actor.optimizer, run.ranks)
     run.checkpoints.save(run.actor, run.position())
     run.saved_step = run.step
 

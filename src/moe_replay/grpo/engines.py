@@ -10,13 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from moe_replay.grpo.config import Recipe
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.types import Engine, Request, SamplingParams
 from moe_replay.routing import ReplayMode
-from moe_replay.sync.messages import gather_json
+from moe_replay.sync.messages import all_ranks
 
 if TYPE_CHECKING:
     from moe_replay.rollout.model_facts import ModelFacts
@@ -126,11 +125,10 @@ def _server_engine(recipe: Recipe, device: torch.device) -> Engine:
     """
     from moe_replay.rollout.model_facts import read_facts
 
-    run, world = secrets.token_hex(8), dist.group.WORLD if dist.is_initialized() else None
-    if world is not None:
-        run = gather_json(run, world, device=device)[0]
+    ranks = all_ranks()
+    run = ranks.gather(secrets.token_hex(8))[0]
     facts = read_facts(recipe.model.path)
-    engine = _connect(recipe, facts, run=run, pushes=world is None or world.rank() == 0)
+    engine = _connect(recipe, facts, run=run, pushes=ranks.rank == 0)
     try:
         engine.restore(recipe.model.path)
     except BaseException:

@@ -1,13 +1,12 @@
 """The completions whose texts a run keeps: the first of each step and evaluation, beside what their rewards read.
 
-In: completions and their scores, of this rank. Out: records of all ranks.
+In: completions and their scores, of this rank. Out: records of all ranks, on rank 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from moe_replay.grpo.records import CompletionRecord
 from moe_replay.grpo.run import Run
 from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.types import RolloutGroup
+
+_RECORD_BYTES = 1024  # of a record beside its texts and columns, generously
 
 
 def kept_completions(
@@ -30,7 +31,7 @@ def kept_completions(
     totals: Float64[np.ndarray, " completions"],
     advantages: Float64[np.ndarray, "prompts generations"] | None = None,
 ) -> list[CompletionRecord]:
-    """Return the first ``logging.completions`` of all ranks, prompt after prompt; every rank calls this.
+    """Return the first ``logging.completions`` of all ranks, prompt after prompt, on rank 0; nothing on the others; collective.
 
     ``groups[i]`` answers ``prompts[places[i]]``; ``texts``, ``rewards`` and ``totals`` follow their completions.
     """
@@ -54,9 +55,16 @@ def kept_completions(
                 )
                 records.append((place, number, record))
             row += 1
-    gathered = run.gather([[place, number, asdict(record)] for place, number, record in records])
+    gathered = run.ranks.gather_items_to_first(records, _num_bytes)
     everyone = sorted((entry for part in gathered for entry in part), key=lambda entry: entry[:2])
-    return [CompletionRecord(**record) for _, _, record in everyone]
+    return [record for _, _, record in everyone]
+
+
+def _num_bytes(entry: tuple[int, int, CompletionRecord]) -> int:
+    """Return about how long a record is on its way; columns are of any form, and their text shows their size."""
+    record = entry[2]
+    texts = (record.prompt, record.completion, str(record.columns))
+    return sum(4 * len(text) for text in texts) + _RECORD_BYTES
 
 
 def _columns_read(run: Run, prompt: Prompt) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
         watch=_route_watch(run, watch),
     )
     _require_finite(run, batch.samples, scores.samples, "old_logprobs")
-    metrics = dict(watch.metrics(run.group, device=run.device)) if routing is Routing.REPLAY else {}
+    metrics = dict(watch.metrics(run.ranks)) if routing is Routing.REPLAY else {}
     if run.live_gap_is_due:
         live = scores
         if routing is Routing.REPLAY:
@@ -181,7 +181,7 @@ def _update_once(
         tally=tally,
         grad_norm=gradient.norm,
         learning_rate=learning_rate,
-        replay=watch.metrics(run.group, device=run.device) if replays else {},
+        replay=watch.metrics(run.ranks) if replays else {},
     )
 
 

@@ -22,7 +22,7 @@ from moe_replay.grpo.model_settings import (
 )
 from moe_replay.grpo.preflight import Preflight, preflight
 from moe_replay.grpo.records import FollowsRollouts, Reporter
-from moe_replay.grpo.run import Run, message_device, world_group
+from moe_replay.grpo.run import Run
 from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
@@ -31,7 +31,7 @@ from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.rollout.types import Engine, EngineDescription, ShowsProgress
 from moe_replay.routing import Guard
-from moe_replay.sync.messages import gather_json
+from moe_replay.sync.messages import all_ranks
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def open_run(
             inputs=inputs,
             engine=engine,
             actor=actor,
-            replica=Replica.find(tuple(actor.routers), place=actor.place, device=actor.device),
+            replica=Replica.find(tuple(actor.routers), place=actor.place),
             reference=_build_reference(recipe, layout),
             guard=_build_guard(recipe, engine.description),
             checkpoints=checkpoints,
@@ -108,10 +108,7 @@ def _agreed_step(admission: Admission) -> int | None:
 
     A folder that is shared over a network may look different from other machines for a while.
     """
-    decided = gather_json(
-        [admission.refusal, admission.step], world_group(), device=message_device()
-    )
-    refusal, step = decided[0]
+    refusal, step = all_ranks().gather((admission.refusal, admission.step))[0]
     if refusal is not None:
         raise CheckpointError(refusal)
     return step

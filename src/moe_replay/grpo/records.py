@@ -1,7 +1,6 @@
 """What the loop says about itself: the records of a run, and the seam through which they are shown and stored.
 
 In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary and the Reporter protocol.
-Called by: grpo.loop (writes), report and cli (read).
 """
 
 from __future__ import annotations
@@ -108,11 +107,11 @@ class Reporter(Protocol):
         ...
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step, and the completions that are kept of it."""
+        """Take a finished step and, on rank 0, the completions that are kept of it; other ranks are given none."""
         ...
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take an evaluation, and the completions that are kept of it."""
+        """Take an evaluation and, on rank 0, the completions that are kept of it; other ranks are given none."""
         ...
 
     def finish(self, message: str) -> None:

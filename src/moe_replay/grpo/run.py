@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.config import ProcessSpec, Recipe
@@ -37,7 +36,7 @@ from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.rollout.vllm_capacity import HasCache
 from moe_replay.routing import Guard, ReplayMode
-from moe_replay.sync.messages import first_text, gather_json
+from moe_replay.sync.messages import HostGroup, all_ranks
 
 T = TypeVar("T")
 NEW_EXPORT = "export.new"
@@ -101,9 +100,9 @@ class Run:
         return self.actor.device
 
     @property
-    def group(self) -> dist.ProcessGroup:
+    def ranks(self) -> HostGroup:
         """All ranks."""
-        return world_group()
+        return all_ranks()
 
     @property
     def directory(self) -> Path:
@@ -139,7 +138,7 @@ class Run:
 
     def agrees_to_stop(self) -> bool:
         """Tell whether any rank was asked to stop, and let all of them know why; collective."""
-        asked = first_text(self.stop.reason, self.group, device=self.device)
+        asked = self.ranks.first(self.stop.reason)
         if asked is not None:
             self.stop.ask(asked[1])
         return asked is not None
@@ -245,8 +244,8 @@ class Run:
         return completion_text(self.inputs.tokenizer, completion, stop=self.recipe.rollout.stop)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the JSON-serialisable ``value`` of every rank, in rank order."""
-        return gather_json(value, self.group, device=self.device)
+        """Return the ``value`` of every rank, any plain object, in rank order; collective."""
+        return self.ranks.gather(value)
 
     def merge(self, tally: Tally) -> dict[str, float]:
         """Return the metrics of ``tally`` over all ranks."""
@@ -277,13 +276,13 @@ class Run:
         if self.process.rank == 0:
             shutil.rmtree(self.export_path, ignore_errors=True)
             new.rename(self.export_path)
-        dist.barrier()
+        self.ranks.barrier()
 
     def _remove_export(self, folder: Path) -> None:
         if self.process.rank == 0:
             for path in (folder, folder.with_name(f"{folder.name}.partial")):
                 shutil.rmtree(path, ignore_errors=True)
-        dist.barrier()
+        self.ranks.barrier()
 
     def position(self) -> RunPosition:
         """Return where the run stands."""
@@ -304,7 +303,7 @@ class Run:
         if restart and self.process.rank == 0:
             self.checkpoints.remove_all()
         if step is None:
-            dist.barrier()
+            self.ranks.barrier()
             return
         self.reporter.station(step, "loading the checkpoint")
         position = self.checkpoints.load(self.actor, step)
@@ -376,15 +375,3 @@ class Run:
             first_step=self.step + 1,
             max_steps=recipe.run.max_steps,
         )
-
-
-def world_group() -> dist.ProcessGroup:
-    """Return all ranks."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world
-
-
-def message_device() -> torch.device:
-    """Return where the world's messages travel, before there is a model to ask."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -5,19 +5,31 @@ In: completions and traces of this rank. Out: samples of the whole replica; micr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 
 from moe_replay.batch import Microbatch, RouteForm
-from moe_replay.batch.routes import cut_routes, empty_slice, narrowed, pack_rows, unpack_rows
+from moe_replay.batch.routes import (
+    SampleRows,
+    cut_routes,
+    empty_slice,
+    narrowed,
+    num_packed_bytes,
+    pack_rows,
+    unpack_rows,
+)
 from moe_replay.errors import TraceError
 from moe_replay.megatron.replica import Replica
 from moe_replay.rollout.types import FinishReason
 from moe_replay.routing import RoutingTrace
+from moe_replay.sync.messages import PIECE_BYTES
+
+_COMPLETION_BYTES = 512  # of a completion beside its two arrays, generously
+_NOTHING = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,105 +52,137 @@ class SharedCompletion:
 
 def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list[SharedCompletion]:
     """Return the completions of all ranks of the replica, ordered by prompt and number; collective over it."""
-    # Raw bytes are read back as these two; `check_groups` has refused everything else at the border.
-    assert all(c.token_ids.dtype == np.int32 for c in own)
-    assert all(c.rollout_logprobs.dtype == np.float32 for c in own)
-    header = [[c.place, c.number, len(c.token_ids), str(c.finish_reason), c.server] for c in own]
-    text = json.dumps(header).encode()
-    arrays = [c.token_ids.tobytes() for c in own] + [c.rollout_logprobs.tobytes() for c in own]
-    payload = b"".join([len(text).to_bytes(8, "little"), text, *arrays])
-    everyone = [c for part in replica.gather(payload) for c in _unpack_completions(part)]
-    return sorted(everyone, key=lambda c: (c.place, c.number))
-
-
-def _unpack_completions(payload: bytes) -> list[SharedCompletion]:
-    start = 8 + int.from_bytes(payload[:8], "little")
-    header = json.loads(payload[8:start])
-    total = sum(length for _, _, length, *_ in header)
-    tokens = np.frombuffer(payload, dtype=np.int32, count=total, offset=start)
-    logprobs = np.frombuffer(payload, dtype=np.float32, count=total, offset=start + tokens.nbytes)
-    ends = np.cumsum([length for _, _, length, *_ in header])
-    return [
-        SharedCompletion(
-            place=place,
-            number=number,
-            token_ids=tokens[end - length : end],
-            rollout_logprobs=logprobs[end - length : end],
-            finish_reason=FinishReason(reason),
-            server=server,
-        )
-        for (place, number, length, reason, server), end in zip(header, ends, strict=True)
-    ]
+    gathered = replica.ranks.gather_items(
+        own, lambda c: c.token_ids.nbytes + c.rollout_logprobs.nbytes + _COMPLETION_BYTES
+    )
+    return sorted((c for part in gathered for c in part), key=lambda c: (c.place, c.number))
 
 
 def share_routes(
     replica: Replica,
     microbatches: Sequence[Microbatch],
-    traces: Mapping[int, RoutingTrace],
+    traces: MutableMapping[int, RoutingTrace],
 ) -> list[Microbatch]:
     """Return the microbatches with the routes of this rank's layers and rows; collective over the replica.
 
     ``traces`` (sample id -> trace) are those of the samples that this rank sampled. Each rank cuts, for every other,
-    the layers and rows which that rank owns, so nobody ever holds the routes of the whole batch.
+    the layers and rows which that rank owns, so nobody ever holds the routes of the whole batch. Microbatches go one
+    after another, as many at once as fill `PIECE_BYTES`, and ``traces`` is emptied as they go: what a rank gives away
+    makes room for what it receives.
+
+    Worked example: 8,192 samples of 32,768 tokens, 48 layers, top-8 of 128 experts, on 64 ranks in 8 replicas of 8.
+    A token takes 48 x 8 = 384 bytes, a sample 12.6 MB, the step 103 GB. Each rank sampled 128 samples (1.6 GB of
+    traces) and replays an eighth of the rows and layers of its replica's 1,024 samples (1.6 GB). A piece is five
+    samples, 63 MB: at most that leaves a rank, in two copies, and an eighth comes in. So a rank holds 1.6 GB and less
+    than 150 MB beside them, where one exchange of everything would take 1.6 GB for each of traces, parts, what leaves,
+    what comes in and slices: 8 GB. There are 205 exchanges.
 
     Raises:
         TraceError: when the traces differ in form, or some sample has a trace on no rank or on several.
     """
     form = _common_form(replica, traces)
-    numbers = [
-        {number: s.sample_id for number, s in enumerate(m.samples) if s.sample_id in traces}
-        for m in microbatches
-    ]
-    if replica.size == 1:
-        return [
-            replace(
-                m,
-                routes=cut_routes(
-                    [traces[s.sample_id] for s in m.samples], m.router_index, replica.layers
-                ),
-            )
-            for m in microbatches
-        ]
-    outgoing = []
-    for peer in replica.peers:
-        kept = narrowed(form, peer.layers)
-        parts = []
-        for microbatch, mine in zip(microbatches, numbers, strict=True):
-            index = peer.place.router_index(
-                microbatch.lengths, row_multiple=microbatch.row_multiple
-            )
-            held = {number: traces[sample_id] for number, sample_id in mine.items()}
-            parts.append(pack_rows(index, microbatch.lengths, held, kept.layers))
-        outgoing.append(b"".join(parts))
-    senders = [
-        set(json.loads(part)) for part in replica.gather(json.dumps(sorted(traces)).encode())
-    ]
-    _check_senders(microbatches, senders)
-    incoming = [memoryview(part) for part in replica.exchange(outgoing)]
-    read = [0] * replica.size
-    out = []
+    holders = _holders(replica, microbatches, traces)
+    shared = []
+    for piece in _pieces(microbatches, form.row_bytes):
+        if replica.size == 1:
+            shared += [
+                replace(
+                    m,
+                    routes=cut_routes(
+                        [traces[s.sample_id] for s in m.samples], m.router_index, replica.layers
+                    ),
+                )
+                for m in piece
+            ]
+        else:
+            outgoing = _outgoing(replica, piece, traces, form)
+            shared += _exchange(replica, piece, outgoing, holders, form)
+        for microbatch in piece:
+            for sample in microbatch.samples:
+                traces.pop(sample.sample_id, None)
+    return shared
+
+
+def _pieces(microbatches: Sequence[Microbatch], row_bytes: int) -> Iterator[list[Microbatch]]:
+    """Yield consecutive microbatches whose routes, of all ranks together, fill `PIECE_BYTES`; at least one at a time.
+
+    Every rank of a replica has microbatches of the same samples, so all cut alike.
+    """
+    piece: list[Microbatch] = []
+    held = 0
     for microbatch in microbatches:
-        index = microbatch.router_index
-        routes = empty_slice(narrowed(form, replica.layers), len(index.rows))
-        ids = [sample.sample_id for sample in microbatch.samples]
-        for sender, payload in enumerate(incoming):
-            given = [number for number, sample_id in enumerate(ids) if sample_id in senders[sender]]
-            read[sender] += unpack_rows(
-                routes, index, microbatch.lengths, given, payload[read[sender] :]
+        size = sum(microbatch.lengths) * (1 + row_bytes)
+        if piece and held + size > PIECE_BYTES:
+            yield piece
+            piece, held = [], 0
+        piece.append(microbatch)
+        held += size
+    if piece:
+        yield piece
+
+
+def _outgoing(
+    replica: Replica,
+    piece: Sequence[Microbatch],
+    traces: MutableMapping[int, RoutingTrace],
+    form: RouteForm,
+) -> list[UInt8[np.ndarray, " _"]]:
+    """Return what this rank sends to every rank of the replica, itself included."""
+    parts: list[list[UInt8[np.ndarray, " _"]]] = [[] for _ in replica.peers]
+    for microbatch in piece:
+        held = {
+            number: traces[sample.sample_id]
+            for number, sample in enumerate(microbatch.samples)
+            if sample.sample_id in traces
+        }
+        if not held:
+            continue
+        # Pipeline stages hold the same rows of different layers.
+        rows = {
+            place: SampleRows(
+                place.router_index(microbatch.lengths, row_multiple=microbatch.row_multiple),
+                microbatch.lengths,
             )
-        out.append(replace(microbatch, routes=routes))
-    return out
+            for place in {peer.place for peer in replica.peers}
+        }
+        for peer, part in zip(replica.peers, parts, strict=True):
+            part += pack_rows(rows[peer.place], held, narrowed(form, peer.layers).layers)
+    return [np.concatenate([_NOTHING, *part]) for part in parts]
+
+
+def _exchange(
+    replica: Replica,
+    piece: Sequence[Microbatch],
+    outgoing: Sequence[UInt8[np.ndarray, " _"]],
+    holders: Sequence[Set[int]],
+    form: RouteForm,
+) -> list[Microbatch]:
+    """Return the microbatches with what the ranks of the replica send to this one."""
+    kept = narrowed(form, replica.layers)
+    rows = [SampleRows(m.router_index, m.lengths) for m in piece]
+    numbers = [
+        [[n for n, s in enumerate(m.samples) if s.sample_id in held] for m in piece]
+        for held in holders
+    ]
+    incoming = replica.ranks.exchange(
+        outgoing,
+        [
+            sum(num_packed_bytes(r, n, kept) for r, n in zip(rows, of, strict=True))
+            for of in numbers
+        ],
+    )
+    routes = [empty_slice(kept, len(m.router_index.rows)) for m in piece]
+    for payload, of_sender in zip(incoming, numbers, strict=True):
+        at = 0
+        for into, r, n in zip(routes, rows, of_sender, strict=True):
+            at += unpack_rows(into, r, n, payload[at:])
+    return [replace(m, routes=r) for m, r in zip(piece, routes, strict=True)]
 
 
 def _common_form(replica: Replica, traces: Mapping[int, RoutingTrace]) -> RouteForm:
     """Agree on the form of all traces; a rank that sampled nothing learns it from the others."""
-    form = RouteForm.of(list(traces.values())) if traces else None
-    message = json.dumps([list(form.layers), form.num_experts, form.topk] if form else None)
-    forms = {
-        RouteForm(layers=tuple(given[0]), num_experts=given[1], topk=given[2])
-        for part in replica.gather(message.encode())
-        if (given := json.loads(part)) is not None
-    }
+    own = RouteForm.of(list(traces.values())) if traces else None
+    forms = {form for form in replica.ranks.gather(own) if form is not None}
     if len(forms) != 1:
         raise TraceError(
             f"the ranks of replica {replica.number} hold traces of {len(forms)} forms {sorted(map(str, forms))}, "
@@ -147,13 +191,24 @@ def _common_form(replica: Replica, traces: Mapping[int, RoutingTrace]) -> RouteF
     return forms.pop()
 
 
-def _check_senders(microbatches: Sequence[Microbatch], senders: Sequence[set[int]]) -> None:
-    offered = [sample_id for ids in senders for sample_id in ids]
-    wanted = [sample.sample_id for microbatch in microbatches for sample in microbatch.samples]
-    if sorted(offered) != sorted(wanted):
-        missing = sorted(set(wanted) - set(offered))
-        twice = sorted({sample_id for sample_id in offered if offered.count(sample_id) > 1})
+def _holders(
+    replica: Replica, microbatches: Sequence[Microbatch], traces: Mapping[int, RoutingTrace]
+) -> list[frozenset[int]]:
+    """Return which samples each rank of the replica has a trace of, once all agree on what they train on."""
+    packed = [([s.sample_id for s in m.samples], m.lengths, m.row_multiple) for m in microbatches]
+    gathered = replica.ranks.gather((frozenset(traces), packed))
+    # Sizes of messages are computed from these, by both sides.
+    assert all(theirs == packed for _, theirs in gathered), "ranks packed different microbatches"
+    holders = [held for held, _ in gathered]
+    times = Counter(sample_id for held in holders for sample_id in held)
+    wanted = {sample_id for ids, _, _ in packed for sample_id in ids}
+    if times.keys() != wanted or set(times.values()) > {1}:
+        missing = sorted(wanted - times.keys())
+        twice = sorted(sample_id for sample_id, count in times.items() if count > 1)
+        foreign = sorted(times.keys() - wanted)
         raise TraceError(
-            f"samples {missing} have a trace on no rank and samples {twice} on several; the ranks of this replica do "
-            "not train on the same samples"
+            f"of the samples of replica {replica.number}, {missing} have a trace on no rank and {twice} on several, and "
+            f"there are traces of samples {foreign} that nobody trains on; every sample needs the one trace of the rank "
+            "that sampled it: the engine recorded none, or the ranks do not train on the same samples"
         )
+    return holders

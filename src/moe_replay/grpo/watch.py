@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from jaxtyping import Int64, Integer
 
 from moe_replay.batch import Microbatch
 from moe_replay.grpo.collapse import LiveSets
 from moe_replay.grpo.metrics import Tally
 from moe_replay.routing import Agreement, Guard, GuardEvidence, measure_agreement
-from moe_replay.sync.messages import gather_json
+from moe_replay.sync.messages import HostGroup
 
 
 class AgreementWatch:
@@ -79,8 +77,8 @@ class AgreementWatch:
         self._flips.add_mean("replay/flip_frac", total=int(flipped.sum()), count=int(flipped.size))
         self._live_sets.add(live_ids, microbatch.token_ids[microbatch.router_rows][rows], layers)
 
-    def metrics(self, group: dist.ProcessGroup, *, device: torch.device) -> dict[str, float]:
-        """Return the ``replay/*`` metrics of the pass over all ranks of ``group``; empty when nothing was watched."""
+    def metrics(self, ranks: HostGroup) -> dict[str, float]:
+        """Return the ``replay/*`` metrics of the pass over all ``ranks``; empty when nothing was watched."""
         own = Agreement.total(self._parts)
         message = {
             "layers": list(own.layers),
@@ -91,7 +89,7 @@ class AgreementWatch:
             "flips": self._flips.to_plain(),
             "live_sets": self._live_sets.to_plain(),
         }
-        gathered = gather_json(message, group, device=device)
+        gathered = ranks.gather(message)
         whole = Agreement.total(
             Agreement(
                 layers=tuple(part["layers"]),

@@ -18,7 +18,7 @@ from moe_replay.batch import Microbatch
 from moe_replay.megatron.logprobs import token_logprobs
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import Routing, opened
-from moe_replay.sync.messages import gather_json
+from moe_replay.sync.messages import all_ranks
 
 if TYPE_CHECKING:
     from moe_replay.megatron.actor import MegatronActor
@@ -123,9 +123,7 @@ def find_broken(actor: MegatronActor, work: BackwardWork) -> list[str]:
             found += suspects.sentences(part, _broken_parameter(actor))
     finally:
         actor.config.finalize_model_grads_func = finalize
-    world = dist.group.WORLD
-    assert world is not None
-    everyone = gather_json(found, world, device=actor.device)
+    everyone = all_ranks().gather(found)
     return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
 
 

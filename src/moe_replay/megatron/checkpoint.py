@@ -46,6 +46,7 @@ from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.optimizer_state import with_one_step
 from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.sync.messages import all_ranks
 
 _WHOLE = re.compile(r"step-(\d{6,})")
 # 0.19 saves through a package of its own by default, which it does not require; we write in this process in any case.
@@ -124,7 +125,7 @@ class CheckpointFolder:
             raise CheckpointError(f"{error}; {self._advice()}") from error
         if _is_first_rank():
             self._forget_old()
-        dist.barrier()
+        all_ranks().barrier()
 
     def position(self, step: int) -> RunPosition:
         """Read where the run stood at ``step``, without loading any weight."""

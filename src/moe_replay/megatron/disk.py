@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from moe_replay.errors import CheckpointError
-from moe_replay.sync.messages import first_text
+from moe_replay.sync.messages import all_ranks
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -54,15 +52,11 @@ class SharedWrite:
             CheckpointError: when a part failed.
         """
         text = None if self._error is None else explain(self._path, self._error)
-        world = dist.group.WORLD
-        if world is None:
-            failed = None if text is None else (0, text)
-        else:
-            device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-            failed = first_text(text, world, device=device)
+        ranks = all_ranks()
+        failed = ranks.first(text)
         if failed is not None:
             rank, told = failed
-            where = f" on rank {rank}" if world is not None and world.size() > 1 else ""
+            where = f" on rank {rank}" if ranks.size > 1 else ""
             raise CheckpointError(f"writing {self._path} failed{where}: {told}") from self._error
 
 

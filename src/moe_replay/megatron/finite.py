@@ -10,20 +10,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_replay.errors import DivergedError
 from moe_replay.megatron.model import unwrap
-from moe_replay.sync.messages import first_text
+from moe_replay.sync.messages import HostGroup
 
 _SHOWN = 3
 # The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a weight is lost as well.
 _LARGEST_WEIGHT = 1e18
 
 
-def check_weights(
-    modules: Iterable[torch.nn.Module], *, group: dist.ProcessGroup, device: torch.device
-) -> None:
+def check_weights(modules: Iterable[torch.nn.Module], ranks: HostGroup) -> None:
     """Raise unless every weight of the model, on all ranks, is a number to compute with; collective.
 
     Each tensor is read once, and the answers of all are fetched together.
@@ -31,7 +28,7 @@ def check_weights(
     Raises:
         DivergedError: when one is infinite, not a number, or so large that its square is infinite.
     """
-    _check(_weights(modules), "weights", _LARGEST_WEIGHT, group, device)
+    _check(_weights(modules), "weights", _LARGEST_WEIGHT, ranks)
 
 
 def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
@@ -44,7 +41,7 @@ def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
     return float(torch.stack(scales).median()) if scales else 0.0
 
 
-def check_optimizer(optimizer: Any, *, group: dist.ProcessGroup, device: torch.device) -> None:
+def check_optimizer(optimizer: Any, ranks: HostGroup) -> None:
     """Raise unless Adam's moments and main weights, on all ranks, are finite; collective.
 
     A second moment that overflowed freezes its weight for ever, and the weight itself looks healthy.
@@ -52,21 +49,20 @@ def check_optimizer(optimizer: Any, *, group: dist.ProcessGroup, device: torch.d
     Raises:
         DivergedError: when a value is infinite or not a number.
     """
-    _check(_moments(optimizer), "optimizer state", math.inf, group, device)
+    _check(_moments(optimizer), "optimizer state", math.inf, ranks)
 
 
 def _check(
     named: Iterable[tuple[str, torch.Tensor]],
     what: str,
     limit: float,
-    group: dist.ProcessGroup,
-    device: torch.device,
+    ranks: HostGroup,
 ) -> None:
     bad = _beyond(named, limit)
     text = (
         f"{', '.join(bad[:_SHOWN])}{f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''}"
     )
-    found = first_text(text if bad else None, group, device=device)
+    found = ranks.first(text if bad else None)
     if found is not None:
         rank, names = found
         raise DivergedError(

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.upstream_warnings import ignore_upstream_warnings
+from moe_replay.sync.messages import WAIT_LIMIT, all_ranks, forget_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +111,15 @@ def initialize(
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = backend or ("nccl" if cuda else "gloo")
+        # A gloo world carries the messages between ranks too; a device's world keeps its own limit.
+        timeout = WAIT_LIMIT if backend == "gloo" else None
         if from_environment:
-            dist.init_process_group(backend, init_method="env://")
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    all_ranks()
     world = dist.get_world_size()
     for size, what in (
         (layout.model_parallel_size, "tensor x pipeline x context"),
@@ -138,5 +144,6 @@ def initialize(
 def shutdown() -> None:
     """Undo `initialize`: drop Megatron's groups and the default process group."""
     parallel_state.destroy_model_parallel()
+    forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

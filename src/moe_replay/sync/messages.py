@@ -1,85 +1,210 @@
-"""Small structured messages between ranks, as JSON or plain bytes in byte tensors: nothing is unpickled.
+"""How the ranks of one job talk: plain objects and bytes, from host to host, beside the devices' own collectives.
 
-In: JSON-serialisable values, bytes. Out: those of the other ranks. Called by: grpo.loop, megatron.replica.
+Objects travel through torch's object collectives over gloo, which pickles: ranks of one job run the same program and
+trust each other. What comes from outside the job never takes this way.
+
+In: values of this rank. Out: those of the other ranks.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import UInt8
+
+from moe_replay.errors import RankError
+
+T = TypeVar("T")
+WAIT_LIMIT = timedelta(hours=24)
+"""How long a rank waits in a message for the others: one of them may sample for hours when this one has finished.
+
+A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one that hangs.
+"""
+PIECE_BYTES = 64 * 2**20
+"""What a rank receives at most in one piece of a long message, unless a single item is larger."""
 
 
-def gather_json(value: Any, group: dist.ProcessGroup, *, device: torch.device) -> list[Any]:
-    """Return every rank's ``value``, in rank order, on every rank.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostGroup:
+    """Some ranks of the job. Every method is collective over them."""
 
-    Floats survive exactly: JSON writes the shortest decimal that reads back as the same number.
+    group: dist.ProcessGroup | None
+    """A gloo group; None where this rank is alone."""
+    name: str
+    """What they are, such as ``replica 3``; for messages."""
+
+    @classmethod
+    def own_part(cls, parts: Sequence[Sequence[int]], *, name: str) -> HostGroup:
+        """Make a group of each of ``parts``, which share out the world's ranks; return that of this rank.
+
+        Every rank of the world calls this with the same parts. ``name`` stands before the number of the part.
+        """
+        if len(parts) == 1:
+            return replace(all_ranks(), name=f"{name} 0")
+        own = next(number for number, ranks in enumerate(parts) if dist.get_rank() in ranks)
+        # torch numbers groups as they are made, and ranks of a group must know it by one number.
+        groups = [
+            dist.new_group(list(ranks), timeout=WAIT_LIMIT, backend="gloo") for ranks in parts
+        ]
+        group = groups[own] if len(parts[own]) > 1 else None
+        assert group is None or isinstance(group, dist.ProcessGroup)
+        return cls(group=group, name=f"{name} {own}")
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """Place of this rank among them."""
+        return 0 if self.group is None else self.group.rank()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here; the barrier of a device's world gives up after ten minutes."""
+        if self.size > 1:
+            with self._waiting():
+                dist.barrier(group=self.group)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's ``value``, in rank order, on every rank.
+
+        The value is any plain object: numbers, texts, bytes, numpy arrays, and lists, dicts and dataclasses of them.
+        """
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        with self._waiting():
+            dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def gather_items(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
+        """Return every rank's ``items``, on every rank, sent in pieces of bounded size.
+
+        torch pads what each rank sends to the longest, so one long message takes ranks x longest on each of them: 64
+        ranks with 16 MB each take 1 GB at once in one piece, and 64 MiB here.
+        """
+        pieces = self._pieces(items, num_bytes)
+        everyone: list[list[T]] = [[] for _ in range(self.size)]
+        for number in range(max(self.gather(len(pieces)))):
+            piece = pieces[number] if number < len(pieces) else []
+            for held, part in zip(everyone, self.gather(piece), strict=True):
+                held += part
+        return everyone
+
+    def gather_items_to_first(
+        self, items: Sequence[T], num_bytes: Callable[[T], int]
+    ) -> list[list[T]]:
+        """Return every rank's ``items`` on the first rank, and nothing on the others; as `gather_items` otherwise."""
+        if self.size == 1:
+            return [list(items)]
+        pieces = self._pieces(items, num_bytes)
+        everyone: list[list[T]] = [[] for _ in range(self.size)] if self.rank == 0 else []
+        for number in range(max(self.gather(len(pieces)))):
+            received: list[Any] | None = [None] * self.size if self.rank == 0 else None
+            with self._waiting():
+                dist.gather_object(
+                    pieces[number] if number < len(pieces) else [],
+                    received,
+                    group=self.group,
+                    group_dst=0,
+                )
+            for held, part in zip(everyone, received or [], strict=True):
+                held += part
+        return everyone
+
+    def exchange(
+        self, outgoing: Sequence[UInt8[np.ndarray, " _"]], incoming: Sequence[int]
+    ) -> list[UInt8[np.ndarray, " _"]]:
+        """Send ``outgoing[i]`` to rank i, and return the ``incoming[i]`` bytes that rank i sends here, in rank order."""
+        assert len(outgoing) == len(incoming) == self.size
+        if self.group is None:
+            return list(outgoing)
+        received = np.empty(sum(incoming), dtype=np.uint8)
+        with self._waiting():
+            dist.all_to_all_single(
+                torch.from_numpy(received),
+                torch.from_numpy(np.concatenate(outgoing)),
+                list(incoming),
+                [len(part) for part in outgoing],
+                group=self.group,
+            )
+        return np.split(received, np.cumsum(incoming)[:-1])
+
+    def first(self, text: str | None) -> tuple[int, str] | None:
+        """Return the lowest rank whose ``text`` is not None and its text, on every rank; None where all are None.
+
+        Ranks that tell one another what went wrong before they go on stop together, instead of waiting for the one that
+        failed.
+        """
+        for rank, given in enumerate(self.gather(text)):
+            if given is not None:
+                return rank, given
+        return None
+
+    def _pieces(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
+        """Cut ``items`` so that one piece of every rank together stays below `PIECE_BYTES`, where items allow it."""
+        limit = PIECE_BYTES // self.size
+        pieces: list[list[T]] = []
+        held = limit
+        for item in items:
+            size = num_bytes(item)
+            if held + size > limit:
+                pieces.append([])
+                held = 0
+            pieces[-1].append(item)
+            held += size
+        return pieces
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say in our words what torch says when a rank is gone or silent."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_silent = "timed out" in str(error).lower()
+            happened = (
+                f"one of them was silent for {WAIT_LIMIT}; it hangs, or this job needs a longer wait"
+                if is_silent
+                else "one of them has ended; its own output says why"
+            )
+            raise RankError(
+                f"rank {self.rank} of {self.size} ({self.name}) lost the others: {happened}. Start the same command again "
+                f"to go on after the last checkpoint. (torch: {str(error).splitlines()[0]})"
+            ) from error
+
+
+def all_ranks() -> HostGroup:
+    """Return all ranks of the job; this rank alone where torch.distributed is not in use.
+
+    The first call is collective, and `moe_replay.megatron.layout.initialize` makes it.
     """
-    payload = json.dumps(value).encode()
-    return [json.loads(part) for part in gather_bytes(payload, group, device=device)]
+    world = dist.group.WORLD
+    return HostGroup(group=None if world is None else _host_group(world), name="all ranks")
 
 
-def gather_bytes(payload: bytes, group: dist.ProcessGroup, *, device: torch.device) -> list[bytes]:
-    """Return every rank's ``payload``, in rank order, on every rank; they may differ in length."""
-    if group.size() == 1:
-        return [payload]
-    sizes = _gather_sizes([len(payload)], group, device)
-    longest = max(int(size) for (size,) in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(payload)] = _tensor(payload, device)
-    parts = [torch.zeros_like(padded) for _ in range(group.size())]
-    dist.all_gather(parts, padded, group=group)
-    return [_bytes(part[:size]) for part, (size,) in zip(parts, sizes, strict=True)]
+def forget_groups() -> None:
+    """Let go of a group of all ranks, before torch.distributed is shut down."""
+    _beside.cache_clear()
 
 
-def exchange_bytes(
-    payloads: Sequence[bytes], group: dist.ProcessGroup, *, device: torch.device
-) -> list[bytes]:
-    """Send ``payloads[i]`` to rank i of ``group``; return what each rank sent to this one, in rank order."""
-    assert len(payloads) == group.size(), f"{len(payloads)} payloads for {group.size()} ranks"
-    if group.size() == 1:
-        return list(payloads)
-    outgoing = [len(payload) for payload in payloads]
-    table = _gather_sizes(outgoing, group, device)
-    incoming = [sizes[group.rank()] for sizes in table]
-    received = torch.zeros(sum(incoming), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(
-        received, _tensor(b"".join(payloads), device), incoming, outgoing, group=group
-    )
-    return [_bytes(part) for part in received.split(incoming)]
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks: the world itself where it is one."""
+    return world if dist.get_backend(world) == "gloo" else _beside(world)
 
 
-def first_text(
-    text: str | None, group: dist.ProcessGroup, *, device: torch.device
-) -> tuple[int, str] | None:
-    """Return the lowest rank whose ``text`` is not None and its text, on every rank; None where all are None.
-
-    Ranks that tell one another what went wrong before they go on stop together, instead of waiting for the one that
-    failed.
-    """
-    for rank, given in enumerate(gather_json(text, group, device=device)):
-        if given is not None:
-            return rank, given
-    return None
-
-
-def _gather_sizes(
-    sizes: Sequence[int], group: dist.ProcessGroup, device: torch.device
-) -> list[list[int]]:
-    mine = torch.tensor(sizes, dtype=torch.int64, device=device)
-    everyone = [torch.zeros_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
-    return [part.tolist() for part in everyone]
-
-
-def _tensor(payload: bytes, device: torch.device) -> torch.Tensor:
-    if not payload:
-        return torch.zeros(0, dtype=torch.uint8, device=device)
-    return torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().numpy().tobytes()
+@lru_cache(maxsize=1)
+def _beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make a gloo group beside the device's, whose limit of ten minutes is too short for a rollout."""
+    assert world is dist.group.WORLD
+    group = dist.new_group(timeout=WAIT_LIMIT, backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group

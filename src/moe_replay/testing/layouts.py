@@ -192,7 +192,7 @@ def replayed_step(
 ) -> Step:
     """Score and update under coded routes, through the trainer's own path."""
     actor = start_policy(checkpoint, case.layout, **case.overrides)
-    replica = Replica.find(tuple(actor.routers), place=actor.place, device=actor.device)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(layers), replica)
     # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the dispatcher wants it.
     microbatches = pack(
