@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moe_replay.grpo.config import ProcessSpec
-from moe_replay.sync.messages import gather_json
-
-# The first rank to finish waits for the last one, however long its completions are.
-_WAIT = timedelta(days=365)
+from moe_replay.sync.messages import WAIT_LIMIT, HostGroup, all_ranks, forget_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +27,16 @@ class Ranks:
     """How many there are."""
     device: torch.device
     """Where the engine of this process runs."""
-    _group: dist.ProcessGroup | None
+    host: HostGroup
+    """How they talk."""
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's ``value``, which JSON can hold, in their order; collective."""
-        if self._group is None:
-            return [value]
-        return gather_json(value, self._group, device=torch.device("cpu"))
+        """Return every rank's ``value`` in their order; collective."""
+        return self.host.gather(value)
 
     def wait(self) -> None:
         """Return when all ranks are here; collective."""
-        self.gather(None)
+        self.host.barrier()
 
 
 @contextmanager
@@ -56,16 +51,15 @@ def joined_ranks(process: ProcessSpec) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     owned = process.launched_by_torchrun and not dist.is_initialized()
     if owned:
-        dist.init_process_group("nccl" if cuda else "gloo", init_method="env://")
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method="env://",
+            timeout=None if cuda else WAIT_LIMIT,
+        )
+    host = all_ranks()
     try:
-        if dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=_WAIT)
-            assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
-            yield Ranks(
-                rank=dist.get_rank(), count=dist.get_world_size(), device=device, _group=group
-            )
-        else:
-            yield Ranks(rank=0, count=1, device=device, _group=None)
+        yield Ranks(rank=host.rank, count=host.size, device=device, host=host)
     finally:
         if owned:
+            forget_groups()
             dist.destroy_process_group()
