@@ -50,7 +50,7 @@ def misaligned(verdict: Verdict) -> list[int]:
     [
         ("one row late", "token shift +1"),
         ("one row early", "token shift -1"),
-        ("two rows late", "token shift +1"),
+        ("two rows late", "even a neighbour's routes fit better"),
         ("another prompt", "hardly better than"),
         ("second half random", "hardly better than"),
         ("last quarter one row late", "token shift +1"),

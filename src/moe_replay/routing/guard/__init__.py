@@ -4,9 +4,12 @@ In: live and replayed expert ids, as counts of shared slots. Out: a verdict for 
 """
 
 from moe_replay.routing.guard.baseline import Baseline, StepRecord
+from moe_replay.routing.guard.check import RouteReport, check_routes
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import SampleEvidence, join_evidence, judge
+from moe_replay.routing.guard.places import RouteRows, look_closer, with_rho
+from moe_replay.routing.guard.siblings import Sibling, sibling_evidence
 from moe_replay.routing.guard.table import StepPart, StepTable, summarise
 from moe_replay.routing.guard.verdict import Fault, Finding, Owner, SecondLook, Status, Verdict
 
@@ -18,15 +21,22 @@ __all__ = [
     "Guard",
     "OverlapCounts",
     "Owner",
+    "RouteReport",
+    "RouteRows",
     "SampleEvidence",
     "SecondLook",
+    "Sibling",
     "Status",
     "StepPart",
     "StepRecord",
     "StepTable",
     "Verdict",
+    "check_routes",
     "count_overlaps",
     "join_evidence",
     "judge",
+    "look_closer",
+    "sibling_evidence",
     "summarise",
+    "with_rho",
 ]

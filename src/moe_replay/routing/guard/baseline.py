@@ -125,8 +125,8 @@ class Baseline:
             strict=float(np.clip(1 - _OUTLIER * (1 - window_kept), TOLERANCE[0], MAX_STRICT)),
             effects=tuple((max(1.0, float(a)), max(1.0, float(b))) for a, b in effects),
             num_stages=len(table.layers) / float(np.mean([len(p.layers) for p in table.parts])),
-            # A stretch that is all alike lasts longer than the average one: half as much again.
-            repeat=min(0.9, max(1.5 * (again + 3) / (equal + 30), 2 * equal / rows)),
+            # Samples that repeat themselves do so more often than the average one: twice as often.
+            repeat=min(0.9, 2 * max((again + 3) / (equal + 30), equal / rows)),
             num_sets=len(table.layers) + 2 * (int(table.num_rows.max()) // (MIN_WINDOW // 2)),
             record=record,
         )

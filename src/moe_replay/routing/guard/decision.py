@@ -41,6 +41,8 @@ MIN_RHO = 2.0
 """ln(k3 under replay / k3 with live routing) from which a suspect is misaligned; healthy samples stayed below 1.9."""
 MAX_LOOKS = 8
 """Suspects a step that are looked at for a weak sign; those with a strong one always are."""
+MIN_EXPLAINED = 0.5
+"""Share of the usual information that routes at another place must have to be called the right ones."""
 _HISTORY_STEPS = 20
 
 PLACE_CAUSES = (
@@ -51,6 +53,8 @@ PLACE_CAUSES = (
     "expert-id wrap: ids above 255 were stored in 8 bits",
 )
 """What it means that a place of `PLACES` fits better."""
+BETTER = "even a neighbour's routes fit better than those that were replayed: they lie further off, are random, or of another sample"
+"""The same, where the routes at that place are not the right ones either."""
 
 
 class Guard:
@@ -198,9 +202,12 @@ def _finding(
 ) -> Finding:
     place = int(tests.place[row, entry])
     layer = int(tests.layer[row, entry])
-    cause = PLACE_CAUSES[place] if place >= 0 else _cause(ALL_TESTS[row], tests, row, entry)
-    if look is not None and look.place is not None:
-        cause = look.place
+    cause, is_found = _cause(ALL_TESTS[row], tests, row, entry), False
+    if place >= 0:
+        is_found = bool(tests.explained[row, entry] >= MIN_EXPLAINED)
+        cause = PLACE_CAUSES[place] if is_found else BETTER
+    if look is not None and (look.place or (look.cause and not is_found)):
+        cause = look.place or look.cause or cause
     return Finding(
         sample=number,
         status=status,

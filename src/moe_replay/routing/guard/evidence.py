@@ -54,6 +54,9 @@ class SampleEvidence:
     """``[tests, samples]``, entry of `PLACES` that fits better; -1 where the test knows none."""
     layer: Int16[np.ndarray, "tests samples"]
     """``[tests, samples]``, global layer that the sign was found in; -1 for all layers of the rank."""
+    explained: Float32[np.ndarray, "tests samples"]
+    """``[tests, samples]``, share of the usual information that the routes at ``place`` have there; 0 without a place. Near 1:
+    the right routes lie there. Well below: they fit better than the wrong ones, and are not the right ones either."""
     first: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its first row."""
     last: Int32[np.ndarray, "tests samples"]
@@ -88,14 +91,17 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         found.by_window(f"{name} window", own, row_slots, by_chance + share * row_room, together)
     for place in range(len(PLACES)):
         together, single = baseline.effects[1 + place]
-        nearer, farther = counts.layer_nearer[place], counts.layer_farther[place]
-        contested = (nearer + farther).astype(np.float64)
-        half = np.full(contested.shape, 0.5)
-        nats = shortfall_nats(farther.astype(np.float64), contested, half, single)
-        found.by_layer("paired layer", nats, place)
-        lost = counts.farther[place].astype(np.float64)
-        either = lost + counts.nearer[place]
-        found.by_window("paired window", lost, either, either / 2, together, place)
+        nearer, farther = (
+            v[place].astype(np.float64) for v in (counts.layer_nearer, counts.layer_farther)
+        )
+        nats = shortfall_nats(farther, nearer + farther, np.full(farther.shape, 0.5), single)
+        there = counts.layer_own + nearer - farther
+        explained = (there - chance) / np.maximum(kappa * room, 1e-9)
+        found.by_layer("paired layer", nats, place, explained)
+        nearer, farther = (v[place].astype(np.float64) for v in (counts.nearer, counts.farther))
+        either = nearer + farther
+        extra = own + nearer - farther - by_chance, row_room
+        found.by_window("paired window", farther, either, either / 2, together, place, extra)
     found.equal_rows(-math.log(baseline.repeat))
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
     clear = shortfall_nats(own, row_slots, keeps, baseline.effects[0][0]) > _STRAY_NATS
@@ -112,18 +118,25 @@ class _Found:
         self._nats = np.zeros(shape, np.float32)
         self._place = np.full(shape, -1, np.int8)
         self._layer = np.full(shape, -1, np.int16)
+        self._explained = np.zeros(shape, np.float32)
         self._first, self._last = np.zeros((2, *shape), np.int32)
         self._windows = window_rows(counts.num_rows)
         self._starts, self._ends = counts.starts, counts.starts + counts.num_rows
 
     def by_layer(
-        self, test: str, nats: Float64[np.ndarray, "samples layers"], place: int = -1
+        self,
+        test: str,
+        nats: Float64[np.ndarray, "samples layers"],
+        place: int = -1,
+        explained: Float64[np.ndarray, "samples layers"] | None = None,
     ) -> None:
         if not nats.size:
             return
         best = nats.argmax(axis=1)
         layer = np.array(self._counts.layers, np.int16)[best]
-        self._keep(test, nats.max(axis=1), place, layer, self._starts, self._ends)
+        rows = np.arange(len(best))
+        there = np.zeros(len(best)) if explained is None else explained[rows, best]
+        self._keep(test, nats.max(axis=1), place, layer, self._starts, self._ends, there)
 
     def by_window(
         self,
@@ -133,7 +146,9 @@ class _Found:
         expected: Float64[np.ndarray, " rows"],
         effect: float,
         place: int = -1,
+        extra: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        """Test all windows. ``extra``: information and usual information of the routes at ``place``, by row."""
         first, end, entry = self._windows
         if not len(first):
             return
@@ -145,7 +160,11 @@ class _Found:
         top = np.zeros(len(self._starts))
         begin, stop = self._starts.copy(), self._ends.copy()
         top[entry[best]], begin[entry[best]], stop[entry[best]] = nats[best], first[best], end[best]
-        self._keep(test, top, place, np.full(len(top), -1, np.int16), begin, stop)
+        there = np.zeros(len(top))
+        if extra is not None:
+            information, usual = (window_sums(values, begin, stop) for values in extra)
+            there = information / np.maximum(usual, 1e-9)
+        self._keep(test, top, place, np.full(len(top), -1, np.int16), begin, stop, there)
 
     def equal_rows(self, nats_a_row: float) -> None:
         """Find the longest run of repeated rows of each sample."""
@@ -163,7 +182,8 @@ class _Found:
         begin = np.where(longest > 0, end - longest, self._starts)
         stop = np.where(longest > 0, end + 1, self._ends)
         whole = np.full(len(longest), -1, np.int16)
-        self._keep("equal rows", longest * nats_a_row, -1, whole, begin, stop)
+        nowhere = np.zeros(len(longest))
+        self._keep("equal rows", longest * nats_a_row, -1, whole, begin, stop, nowhere)
 
     def _keep(
         self,
@@ -173,6 +193,7 @@ class _Found:
         layer: np.ndarray,
         first: np.ndarray,
         end: np.ndarray,
+        explained: np.ndarray,
     ) -> None:
         row = TESTS.index(test)
         better = nats > self._nats[row]
@@ -180,6 +201,7 @@ class _Found:
         self._nats[row, better] = nats[better]
         self._place[row, better] = place
         self._layer[row, better] = layer[better]
+        self._explained[row, better] = np.clip(explained[better], -10, 10)
         self._first[row, better] = position[first[better]]
         self._last[row, better] = position[end[better] - 1]
 
@@ -190,6 +212,7 @@ class _Found:
             nats=self._nats,
             place=self._place,
             layer=self._layer,
+            explained=self._explained,
             first=self._first,
             last=self._last,
             stray=stray,

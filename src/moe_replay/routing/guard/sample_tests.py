@@ -63,6 +63,8 @@ class SampleTests:
         """``[tests, samples]``, entry of `PLACES`, -1 without."""
         self.layer = np.full(shape, -1)
         """``[tests, samples]``, global layer, -1 for all."""
+        self.explained = np.zeros(shape)
+        """``[tests, samples]``, share of the usual information that the routes at ``place`` have."""
         self.first = np.zeros(shape, np.int64)
         """``[tests, samples]``, first position."""
         self.last = np.repeat(baseline.table.num_rows[None] - 1, shape[0], axis=0)
@@ -143,7 +145,12 @@ class SampleTests:
                 for place in range(len(PLACES))
             ]
         )
-        self._set("paired sample", nats.max(axis=0), nats.argmax(axis=0))
+        best = nats.argmax(axis=0)
+        self._set("paired sample", nats.max(axis=0), best)
+        gain = (table.nearer - table.farther)[best, np.arange(len(best))]
+        usual = (kappa * (table.slots - table.chance)).sum(axis=1)
+        there = table.own.sum(axis=1) + gain - table.chance.sum(axis=1)
+        self.explained[ALL_TESTS.index("paired sample")] = there / np.maximum(usual, 1e-9)
 
     def _effect(self, entry: int) -> float:
         """Return the slots that act as one over all stages; layers of different stages are taken to go together."""
@@ -154,7 +161,7 @@ class SampleTests:
         for source, test in enumerate(TESTS):
             row = ALL_TESTS.index(test)
             better = part.nats[source] > self.nats[row, at]
-            for name in ("nats", "place", "layer", "first", "last"):
+            for name in ("nats", "place", "layer", "explained", "first", "last"):
                 getattr(self, name)[row, at[better]] = getattr(part, name)[source][better]
 
     def _stray_counts(self, held: Sequence[SampleEvidence]) -> Int64[np.ndarray, " samples"]:

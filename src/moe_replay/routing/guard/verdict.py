@@ -48,6 +48,8 @@ class SecondLook:
 
     place: str | None = None
     """Where its right routes lie, in words; None when no place was found."""
+    cause: str | None = None
+    """What is wrong, in words, where no place was found; None when nothing is to be said."""
     nats: float = 0.0
     """How surely they lie there, less what the number of places that were tried makes likely."""
     rho: float | None = None

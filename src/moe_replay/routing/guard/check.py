@@ -1,0 +1,269 @@
+"""The guard as one call on plain arrays, for any trainer: do these routes belong to these rows?
+
+In: replayed ids, live ids, sample numbers. Out: `RouteReport`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_replay.errors import MisalignmentError, TraceError
+from moe_replay.routing.arrays import as_array, check_holds_ids
+from moe_replay.routing.guard.counts import OverlapCounts, count_overlaps
+from moe_replay.routing.guard.decision import Guard
+from moe_replay.routing.guard.evidence import judge
+from moe_replay.routing.guard.places import RouteRows, look_closer
+from moe_replay.routing.guard.table import summarise
+from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+
+_LOOKED_AT = 16  # findings whose cause is searched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RouteReport:
+    """What `check_routes` found."""
+
+    misaligned: tuple[Finding, ...]
+    """The samples whose routes do not belong to their rows, the surest first."""
+    faults: tuple[Fault, ...]
+    """Whole groups that look wrong: the step, a layer, a server."""
+    agreement: dict[int, float]
+    """Sample -> share of its slots on which live and replayed routes agree."""
+    verdict: Verdict | None
+    """The guard's full answer; None when no row could be compared."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing is misaligned."""
+        return not self.misaligned and not self.faults
+
+    def summary(self) -> str:
+        """Return the findings in words, or how far the nearest sample is from one."""
+        broken = [finding for finding in self.misaligned if finding.test == "structure"]
+        lines = [f"misaligned: {finding}" for finding in broken[:_LOOKED_AT]]
+        if self.verdict is not None and (not broken or not self.verdict.is_clean):
+            lines.append(self.verdict.summary())
+        return "\n".join(lines) or "no row holds a replayed route, so there is nothing to compare"
+
+    def raise_if_misaligned(self, where: str = "check_routes") -> None:
+        """Raise `MisalignmentError` with the findings unless `is_clean`. ``where`` names the step in the message."""
+        if not self.is_clean:
+            raise MisalignmentError(
+                f"{where}: replayed routes do not belong to their rows ({len(self.misaligned)} of {len(self.agreement)} samples), "
+                f"expected routes that fit their own rows best.\n{self.summary()}\nFix where the routes are captured, "
+                "transported or laid out in the batch; training through them would train the wrong experts"
+            )
+
+
+def check_routes(
+    expert_ids: Any,
+    live_ids: Any,
+    sample: Any,
+    *,
+    num_experts: int,
+    position: Any = None,
+    valid: Any = None,
+    layers: Sequence[int] | None = None,
+    gaps: Mapping[int, float] | None = None,
+    owners: Mapping[int, Owner] | None = None,
+    guard: Guard | None = None,
+) -> RouteReport:
+    """Check that replayed routes belong to the rows that they are replayed on; one call for one training step.
+
+    Every row of every sample is evidence: pass all of them, of as many samples as there are (32 or more), so that the usual
+    sample is known. Numpy arrays, tensors of torch on any device, and nested lists are taken.
+
+    Args:
+        expert_ids: ``[rows, layers, topk]``, the routes that are replayed (recorded by the engine).
+        live_ids: ``[rows, layers, topk]``, the trainer's own top-k for the same rows, computed in the pass that replays.
+        sample: ``[rows]``, number of the sample that each row belongs to; negative at padding.
+        num_experts: experts a layer.
+        position: ``[rows]``, position of each row in its sample. Default: rows of a sample follow each other.
+        valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all rows that are not padding.
+        layers: number of each entry of the layer dim, for messages. Default: 0, 1, 2, ...
+        gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: more evidence, if it is at hand.
+        owners: sample -> `Owner`: servers are then judged as well, and messages name them.
+        guard: remembers what is usual from step to step; keep one for a run. Default: this call stands alone.
+
+    Raises:
+        TraceError: when the arrays do not fit each other, or live ids are not a top-k.
+
+    Example:
+        >>> report = check_routes(recorded, live, sample, num_experts=128)
+        >>> report.raise_if_misaligned(f"step {step}")
+    """
+    rows = _route_rows(expert_ids, live_ids, sample, position, valid, layers, num_experts)
+    return _report(rows, guard, gaps, owners or {})
+
+
+def _route_rows(
+    expert_ids: Any,
+    live_ids: Any,
+    sample: Any,
+    position: Any,
+    valid: Any,
+    layers: Sequence[int] | None,
+    num_experts: int,
+) -> RouteRows:
+    replayed, live, numbers = as_array(expert_ids), as_array(live_ids), as_array(sample)
+    held = numbers >= 0 if valid is None else as_array(valid).astype(bool) & (numbers >= 0)
+    if layers is None:
+        layers = range(replayed.shape[1] if replayed.ndim == 3 else 0)
+    _check_arrays(replayed, live, numbers, held, layers, num_experts)
+    return RouteRows(
+        expert_ids=replayed,
+        live_ids=live,
+        valid=held,
+        sample=numbers,
+        position=_positions(numbers) if position is None else as_array(position).astype(np.int64),
+        layers=tuple(layers),
+        num_experts=num_experts,
+    )
+
+
+def _report(
+    rows: RouteRows,
+    guard: Guard | None,
+    gaps: Mapping[int, float] | None,
+    owners: Mapping[int, Owner],
+) -> RouteReport:
+    broken = tuple(_broken(rows, owners))
+    agreement = {finding.sample: 0.0 for finding in broken}
+    whole = rows.valid & ~np.isin(rows.sample, list(agreement))
+    if not whole.any():
+        return RouteReport(misaligned=broken, faults=(), agreement=agreement, verdict=None)
+    verdict = _judge(replace(rows, valid=whole), guard or Guard(), gaps, owners)
+    agreement |= {
+        int(number): float(share)
+        for number, share in zip(verdict.sample_ids, verdict.agreement, strict=True)
+    }
+    if guard is not None and verdict.is_clean and not broken:
+        guard.accept(verdict)
+    return RouteReport(
+        misaligned=(*broken, *verdict.misaligned),
+        faults=verdict.faults,
+        agreement=agreement,
+        verdict=verdict,
+    )
+
+
+def _judge(
+    rows: RouteRows,
+    guard: Guard,
+    gaps: Mapping[int, float] | None,
+    owners: Mapping[int, Owner],
+) -> Verdict:
+    counts: OverlapCounts = count_overlaps(
+        rows.expert_ids,
+        rows.live_ids,
+        valid=rows.valid,
+        sample=rows.sample,
+        position=rows.position,
+        layers=rows.layers,
+        num_experts=rows.num_experts,
+    )
+    baseline = guard.baseline([summarise([counts])], versions=_versions(owners, counts.sample_ids))
+    evidence = [judge(counts, baseline)]
+    first = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
+    looks = look_closer(
+        rows, first.findings[:_LOOKED_AT], usual_information=baseline.record.information
+    )
+    return guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
+
+
+def _versions(
+    owners: Mapping[int, Owner], sample_ids: Int64[np.ndarray, " samples"]
+) -> dict[int, int] | None:
+    known = {
+        int(number): owner.policy_version
+        for number in sample_ids
+        if (owner := owners.get(int(number))) and owner.policy_version is not None
+    }
+    return known if len(known) == len(sample_ids) else None
+
+
+def _positions(sample: np.ndarray) -> Int64[np.ndarray, " rows"]:
+    """Return how many rows of the same sample lie before each row."""
+    order = np.argsort(sample, kind="stable")
+    ordered = sample[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if len(ordered) else order
+    count = np.diff(np.append(starts, len(ordered)))
+    found = np.empty(len(sample), np.int64)
+    found[order] = np.arange(len(ordered)) - np.repeat(starts, count)
+    return found
+
+
+def _check_arrays(
+    replayed: np.ndarray,
+    live: np.ndarray,
+    sample: np.ndarray,
+    valid: np.ndarray,
+    layers: Sequence[int],
+    num_experts: int,
+) -> None:
+    shapes = f"expert_ids {replayed.shape}, live_ids {live.shape}, sample {sample.shape}, valid {valid.shape}"
+    if (
+        replayed.ndim != 3
+        or live.shape != replayed.shape
+        or sample.shape != replayed.shape[:1]
+        or valid.shape != replayed.shape[:1]
+        or len(layers) != replayed.shape[1]
+    ):
+        raise TraceError(
+            f"check_routes: got {shapes} and {len(layers)} layers, expected [rows, layers, topk] twice and [rows] for the "
+            "others: pass the rows of one step, replayed and live ones in the same order"
+        )
+    for name, ids in (("expert_ids", replayed), ("live_ids", live)):
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TraceError(
+                f"check_routes: {name} is {ids.dtype}, expected whole numbers: expert ids"
+            )
+        check_holds_ids(ids, num_experts, where=f"check_routes: {name}")
+    own = live[valid]
+    ordered = np.sort(own, axis=2)
+    if own.size and (
+        own.min() < 0 or own.max() >= num_experts or (ordered[..., 1:] == ordered[..., :-1]).any()
+    ):
+        raise TraceError(
+            f"check_routes: live_ids hold ids outside 0..{num_experts - 1}, or one id twice in a row, expected the top-k of the "
+            "trainer's router: these are the routes to compare with, so take them where the router computes its scores"
+        )
+
+
+def _broken(rows: RouteRows, owners: Mapping[int, Owner]) -> Iterator[Finding]:
+    """Yield the samples with rows that no router can have chosen: ids out of range, or one twice."""
+    replayed, sample, num_experts = rows.expert_ids, rows.sample, rows.num_experts
+    ordered = np.sort(replayed.astype(np.int64), axis=2)
+    outside = (ordered[..., 0] < 0) | (ordered[..., -1] >= num_experts)
+    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2)
+    wrong = outside | twice
+    bad = rows.valid & wrong.any(axis=1)
+    for number in np.unique(sample[bad]):
+        at = np.flatnonzero(bad & (sample == number))
+        held = replayed[at[0]][wrong[at[0]].argmax()].tolist()
+        cause = f"{len(at)} rows hold 0 in every slot: nobody wrote them"
+        if replayed[at].any():
+            cause = (
+                f"{len(at)} rows hold {held} and the like, which no router chooses: ids outside 0..{num_experts - 1}, or one "
+                "twice"
+            )
+        yield Finding(
+            sample=int(number),
+            status=Status.MISALIGNED,
+            test="structure",
+            nats=float("inf"),
+            threshold=0.0,
+            cause=cause,
+            layer=None,
+            first=int(rows.position[at].min()),
+            last=int(rows.position[at].max()),
+            agreement=0.0,
+            owner=owners.get(int(number), Owner()),
+        )
