@@ -65,10 +65,15 @@ def step_record(
         rewards={name: scores.reshape(-1) for name, scores in scored.rewards.items()},
         totals=scored.totals.reshape(-1),
         advantages=scored.advantages,
+        dropped=old.judged.dropped,
     )
     run.warn_of_changes(step_notices(run.recipe, metrics))
     record = StepRecord(
-        step=run.step, metrics=metrics, seconds=run.take_seconds(), warnings=run.take_warnings()
+        step=run.step,
+        metrics=metrics,
+        seconds=run.take_seconds(),
+        details={**update.details, **old.judged.details},
+        warnings=run.take_warnings(),
     )
     return record, everyone
 
