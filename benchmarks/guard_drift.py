@@ -57,8 +57,9 @@ def main() -> int:
                 f"lr {lr:g}, seed {seed}: {len(records)} of {steps} steps in {time.perf_counter() - started:.0f} s, agreement "
                 f"{min(r['replay/agreement'] for r in records):.3f} to {max(r['replay/agreement'] for r in records):.3f}, "
                 f"nearest to a threshold {max(r['replay/guard_margin_nats'] for r in records):.1f} nats, suspects "
-                f"{sum(r['replay/suspects'] for r in records):.0f}, kept out {lost:.0f} of {64 * len(records)} samples, last "
-                f"policy ratio {records[-1]['policy_ratio/mean']:.3f}{f'; STOPPED: {stopped}' if stopped else ''}",
+                f"{sum(r['replay/suspects'] for r in records):.0f}, kept out {lost:.0f} of {64 * len(records)} samples, mean "
+                f"reward of the last steps {sum(r['reward'] for r in records[-5:]) / len(records[-5:]):.2f}"
+                f"{f'; STOPPED: {stopped}' if stopped else ''}",
                 flush=True,
             )
     for metric, value, unit in (

@@ -173,7 +173,7 @@ def test_e1_contiguous_routes_under_zigzag_context_parallelism_stop_the_run(
     parallel = {"megatron__context_parallel_size": 2, **LONG}
     (clean,) = run(recipe(**parallel), world_size=2, restart=True)
     assert clean["replay/suspects"] == 0.0
-    with pytest.raises(MisalignmentError, match=r"of 32 samples|no sample's routes"):
+    with pytest.raises(MisalignmentError, match=r"rank 1: .*its routes were cut for other rows"):
         run(
             recipe(**parallel),
             world_size=2,
@@ -182,9 +182,7 @@ def test_e1_contiguous_routes_under_zigzag_context_parallelism_stop_the_run(
         )
 
 
-def late_in_one_microbatch(
-    batch: StepBatch, routes: Mapping[int, RouteSlice]
-) -> StepBatch:
+def late_in_one_microbatch(batch: StepBatch, routes: Mapping[int, RouteSlice]) -> StepBatch:
     """Pack recorded routes as the trainer does, but those of microbatch 1 one row late."""
     held = dict(routes)
     held[1] = replace(held[1], expert_ids=np.roll(held[1].expert_ids, 1, axis=1))

@@ -15,8 +15,8 @@ from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron import overlap
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.overlap import OverlapCounter, RowOwners
-from moe_replay.megatron.replay import ReplayScope, WatchedRoutes
+from moe_replay.megatron.overlap import OverlapCounter, RowOwners, WatchedRoutes
+from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.routing import Origin, RouteSlice, RoutingTrace
 from moe_replay.routing.guard import OverlapCounts, count_overlaps
@@ -26,7 +26,12 @@ from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples, shift_tokens
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
-SHAPES = {"8/2 x 3": (8, 2, 3), "16/4 x 1": (16, 4, 1), "256/3 x 2": (256, 3, 2), "300/6 x 4": (300, 6, 4)}
+SHAPES = {
+    "8/2 x 3": (8, 2, 3),
+    "16/4 x 1": (16, 4, 1),
+    "256/3 x 2": (256, 3, 2),
+    "300/6 x 4": (300, 6, 4),
+}
 PLACES = {
     "one rank": RankPlace(),
     "the second of two context-parallel ranks": RankPlace(cp_size=2, cp_rank=1),
@@ -135,10 +140,10 @@ def test_device_counts_are_those_of_the_reference(
 
 
 def test_rows_that_repeat_the_row_before_are_seen_through_any_order_of_ids() -> None:
-    ids = np.array([[[1, 2], [2, 1], [3, 4], [4, 3]], [[5, 6], [6, 5], [0, 1], [1, 0]]], dtype=np.uint8)
-    routes = RouteSlice(
-        expert_ids=ids, valid=np.ones(4, dtype=bool), layers=(0, 3), num_experts=8
+    ids = np.array(
+        [[[1, 2], [2, 1], [3, 4], [4, 3]], [[5, 6], [6, 5], [0, 1], [1, 0]]], dtype=np.uint8
     )
+    routes = RouteSlice(expert_ids=ids, valid=np.ones(4, dtype=bool), layers=(0, 3), num_experts=8)
     owners = RowOwners(sample=np.zeros(4, dtype=np.int64), position=np.arange(4))
     live = ids.astype(np.int64).copy()
     live[1, 1] = [0, 7]
@@ -169,7 +174,9 @@ def test_a_layer_that_did_not_run_is_not_taken_for_counted() -> None:
         counter.finish()
 
 
-def expected_of(microbatch: Microbatch, live_ids: np.ndarray, layers: Sequence[int]) -> OverlapCounts:
+def expected_of(
+    microbatch: Microbatch, live_ids: np.ndarray, layers: Sequence[int]
+) -> OverlapCounts:
     routes, rows = microbatch.routes, microbatch.router_rows
     assert routes is not None
     held = [routes.layers.index(layer) for layer in layers]
@@ -191,9 +198,10 @@ def _passes(checkpoint: Path, where: ParallelLayout, overrides: dict[str, Any]) 
     # Two samples of 20 tokens a microbatch: four of them, as the interleaved schedule wants an even number.
     own = with_own_routes(actor, make_samples(8, seed=seed, min_length=20, max_length=20))
     agreement = []
+    seen: list[tuple[Microbatch, WatchedRoutes]] = []
+    watch = RouteWatch(observe=lambda *given: seen.append(given), keeps_live=True)
     for samples in (own, shift_tokens(own, 1)):
-        seen: list[tuple[Microbatch, WatchedRoutes]] = []
-        watch = RouteWatch(observe=lambda *given: seen.append(given), keeps_live=True)
+        seen.clear()
         microbatches = pack(samples, scorer=actor)
         options: dict[str, Any] = {"temperature": 1.0, "routing": Routing.REPLAY, "watch": watch}
         actor.score(microbatches, **options)

@@ -164,9 +164,7 @@ def _measured(run: Run, seen: Seen, origins: Origins) -> Judged:
     if seen.collapsed:
         run.warn(collapse_warning(seen.collapsed, run.recipe))
     least = _words(run, origins[seen.least_sample])
-    return Judged(
-        metrics=seen.metrics(origins), details={"replay/agreement_min_sample": least}
-    )
+    return Judged(metrics=seen.metrics(origins), details={"replay/agreement_min_sample": least})
 
 
 def _all_origins(run: Run, batch: StepBatch) -> Origins:
@@ -229,14 +227,16 @@ def _stopped(run: Run, verdict: Verdict, where: str) -> MisalignmentError | Dive
     return MisalignmentError(said)
 
 
-def _say_dropped(
-    run: Run, verdict: Verdict, origins: Origins, dropped: Mapping[int, str]
-) -> None:
+def _say_dropped(run: Run, verdict: Verdict, origins: Origins, dropped: Mapping[int, str]) -> None:
     """Warn of samples that are kept out of training, and of servers whose faults have added up."""
     for why in sorted(set(dropped.values())):
         of = Counter(origins[number].server for number, said in dropped.items() if said == why)
         servers = ", ".join(f"{count} of {name}" for name, count in sorted(of.items()) if name)
-        text = "have routes that are not their own" if why == MISALIGNED else "lost their routes to drift"
+        text = (
+            "have routes that are not their own"
+            if why == MISALIGNED
+            else "lost their routes to drift"
+        )
         run.warn(
             f"{sum(of.values())} of {len(verdict.sample_ids)} samples {text} and are not trained on"
             f"{f' ({servers})' if servers else ''}:\n{verdict.summary()}"

@@ -15,7 +15,7 @@ from moe_replay.batch import Microbatch
 from moe_replay.grpo.batching import SampleOrigin
 from moe_replay.grpo.collapse import LiveSets
 from moe_replay.grpo.run import Run
-from moe_replay.megatron.replay import WatchedRoutes
+from moe_replay.megatron.overlap import WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
 
@@ -83,9 +83,7 @@ class PassWatch:
         self._live_sets.add(watched.use, tokens)
         counts = watched.counts
         # Numbers in the step grow with sample ids, so the order of rows and samples stays.
-        self.counts[microbatch.key] = replace(
-            counts, sample_ids=self._numbers[counts.sample_ids]
-        )
+        self.counts[microbatch.key] = replace(counts, sample_ids=self._numbers[counts.sample_ids])
 
     def forget(self, numbers: Collection[int]) -> None:
         """Let go of the counts of some samples, by number in the step."""

@@ -54,6 +54,18 @@ class RouteUse:
     """Rows that choose exactly these."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WatchedRoutes:
+    """Live next to replayed routes of one microbatch, in the rows and layers of this rank."""
+
+    counts: OverlapCounts
+    """What the guard judges."""
+    use: RouteUse
+    """Flips and favourites, for the metrics."""
+    live_ids: Integer[np.ndarray, "rows layers topk"] | None
+    """Live ids of all router rows, in the order of `RouterScope.layers`; None unless they were kept."""
+
+
 class OverlapCounter:
     """Counts one microbatch on one rank as `count_overlaps` does; `add` takes its layers in any order, each once.
 
@@ -113,9 +125,7 @@ class OverlapCounter:
         width = self._num_experts + 8 * self._topk * len(looked_up)
         size, num_rows = max(1, _MAX_BYTES // width), len(live)
         times = torch.zeros((), dtype=torch.int64, device=live.device)
-        values = torch.zeros(
-            (4 + 3 * _NUM_PLACES, num_rows), dtype=torch.int64, device=live.device
-        )
+        values = torch.zeros((4 + 3 * _NUM_PLACES, num_rows), dtype=torch.int64, device=live.device)
         for start in range(0, num_rows, size):
             here = slice(start, min(start + size, num_rows))
             chosen = torch.zeros(

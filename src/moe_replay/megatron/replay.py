@@ -24,13 +24,12 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.errors import ReplayScopeError, UnsupportedError
 from moe_replay.megatron.expert_groups import GroupedChoice
-from moe_replay.megatron.overlap import OverlapCounter, RouteUse, RowOwners
-from moe_replay.megatron.refusals import refuse_bypasses
+from moe_replay.megatron.overlap import OverlapCounter, RowOwners, WatchedRoutes
+from moe_replay.megatron.refusals import refuse_bypasses, refuse_foreign_routes
 from moe_replay.megatron.upload import DeviceRoutes
-from moe_replay.routing import RouteSlice, expert_dtype
-from moe_replay.routing.guard import OverlapCounts
+from moe_replay.routing import RouteSlice
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -235,18 +234,6 @@ class _KeyedFunction:
             scope._key, scope._recomputing, scope._inside_checkpoint = before
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WatchedRoutes:
-    """Live next to replayed routes of one microbatch, in the rows and layers of this rank."""
-
-    counts: OverlapCounts
-    """What the guard judges."""
-    use: RouteUse
-    """Flips and favourites, for the metrics."""
-    live_ids: Integer[np.ndarray, "rows layers topk"] | None
-    """Live ids of all router rows, in the order of `RouterScope.layers`; None unless they were kept."""
-
-
 class ReplayScope(RouterScope):
     """Forces the experts of every valid row; other rows are routed by the current weights.
 
@@ -281,7 +268,7 @@ class ReplayScope(RouterScope):
         self._uploaded: dict[bool, tuple[int, DeviceRoutes]] = {}
         for key, held in self._routes.items():
             if routers:
-                _check_routes(key, held, routers)
+                refuse_foreign_routes(key, held, routers)
             self._place[key] = {layer: i for i, layer in enumerate(held.layers)}
 
     def _keys(self) -> Sequence[int]:
@@ -332,9 +319,7 @@ class ReplayScope(RouterScope):
             ids.index_copy_(0, uploaded.live_rows, choice.live_ids(uploaded.live_rows))
         return scores.gather(1, ids), ids
 
-    def _count(
-        self, key: int, layer: int, live: torch.Tensor, expert_ids: torch.Tensor
-    ) -> None:
+    def _count(self, key: int, layer: int, live: torch.Tensor, expert_ids: torch.Tensor) -> None:
         routes = self._routes[key]
         if not routes.valid.any():
             return
@@ -397,33 +382,3 @@ class RecordScope(RouterScope):
 def _narrow(num_experts: int) -> torch.dtype:
     """Return the dtype of stored ids, as `expert_dtype` does for arrays."""
     return torch.uint8 if num_experts <= 256 else torch.uint16
-
-
-def _check_routes(
-    key: int,
-    routes: RouteSlice,
-    routers: Mapping[int, TopKRouter],
-) -> None:
-    missing = sorted(routers.keys() - set(routes.layers))
-    if missing:
-        raise TraceError(
-            f"microbatch {key}: the routes hold layers {list(routes.layers)}, the model also routes in {missing}; the "
-            "engine's model and this one differ, or the engine numbers MoE layers only"
-        )
-    config = next(iter(routers.values())).config
-    _, rows, topk = routes.expert_ids.shape
-    if topk != config.moe_router_topk:
-        raise TraceError(
-            f"microbatch {key}: routes name {topk} experts per token, the model uses {config.moe_router_topk}"
-        )
-    if routes.expert_ids.dtype != expert_dtype(config.num_moe_experts) or len(routes.valid) != rows:
-        raise TraceError(
-            f"microbatch {key}: routes are {routes.expert_ids.dtype} with {rows} rows and {len(routes.valid)} valid "
-            f"flags, expected {expert_dtype(config.num_moe_experts)} and one flag a row for a model of "
-            f"{config.num_moe_experts} experts"
-        )
-    if routes.num_experts != config.num_moe_experts:
-        raise TraceError(
-            f"microbatch {key}: the routes come from a model of {routes.num_experts} experts, this one has "
-            f"{config.num_moe_experts}; the engine runs another checkpoint than the trainer"
-        )

@@ -26,8 +26,8 @@ from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers, unwrap
-from moe_replay.megatron.overlap import RowOwners
-from moe_replay.megatron.replay import RecordScope, ReplayScope, WatchedRoutes
+from moe_replay.megatron.overlap import RowOwners, WatchedRoutes
+from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.routing import RouteSlice
 
 

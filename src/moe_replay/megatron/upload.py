@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from moe_replay.routing import RouteSlice
 
 

@@ -60,9 +60,7 @@ class MisroutingEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Sample as the inner engine does, and change the routes of the chosen completions."""
         groups = self._inner.generate(requests, sampling)
         return [
