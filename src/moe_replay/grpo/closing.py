@@ -36,7 +36,9 @@ def step_record(
     run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
-    own = [sample for sample in old.samples if sample.sampled_here]
+    # What a dropped sample's log-probabilities are under wrong routes says nothing about the engine.
+    dropped = old.judged.dropped_here(old.batch)
+    own = [s for s in old.samples if s.sampled_here and s.sample_id not in dropped]
     endings = completion_tally(
         [len(completion.token_ids) for completion in rollout.completions],
         [completion.finish_reason for completion in rollout.completions],
