@@ -1,6 +1,6 @@
 """The layouts under test, and one replayed training step in any of them.
 
-In: a checkpoint and a case. Out: what the step computed. Called by: tests, benchmarks.
+In: a checkpoint and a case. Out: what the step computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_replay.batch import Microbatch, Sample
+from moe_replay.grpo.sharing import share_routes
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.recorded import gather_traces
@@ -190,17 +191,21 @@ Plant = Callable[[list[Microbatch], list[Sample], MegatronActor], list[Microbatc
 def replayed_step(
     checkpoint: Path, case: Case, layers: tuple[int, ...], plant: Plant | None = None
 ) -> Step:
-    """Score and update under coded routes, through the trainer's own path."""
+    """Share coded routes, score and update under them, through the trainer's own path."""
     actor = start_policy(checkpoint, case.layout, **case.overrides)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(layers), replica)
     # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the dispatcher wants it.
-    microbatches = pack(
-        samples,
+    bare = pack(
+        [replace(sample, trace=None) for sample in samples],
         scorer=actor,
         count=min(4, len(samples)),
         row_multiple=64 if case.overrides == ALLGATHER else 1,
     )
+    # As in a training run, each rank has the traces of some samples, and gives the others what they replay.
+    sampled = samples[replica.own :: replica.size]
+    traces = {s.sample_id: s.trace for s in sampled if s.trace is not None}
+    microbatches = share_routes(replica, bare, traces)
     if plant is not None:
         microbatches = plant(microbatches, samples, actor)
     with _watching(actor) as seen:
