@@ -1,4 +1,4 @@
-"""Measure the routing core: the codec beside other forms of routes, cutting for ranks beside a plain copy.
+"""Measure the routing core: the codec beside other forms of routes, cutting and sharing for ranks beside a plain copy.
 
 Example:
     $ python benchmarks/routing.py --quick
@@ -142,9 +142,87 @@ def _cut_for_all_ranks(traces: list[RoutingTrace], lengths: list[int]) -> list[R
     return slices
 
 
+def measure_sharing(arguments: argparse.Namespace) -> Iterable[Figure]:
+    """Yield what it takes four ranks of one replica (context 2, pipeline 2) to share the routes of a step.
+
+    The peak is of resident memory beside the traces that a rank holds before, over the bytes of these; what it then
+    keeps is as large as they were.
+    """
+    from moe_replay.testing.ranks import run_ranks
+
+    ranks = run_ranks(_share, 4, arguments.shared_samples)
+    yield Figure(metric="sharing.extra_peak_ratio", value=max(r[0] for r in ranks), unit="ratio")
+    yield Figure(metric="sharing.rank_MBps", value=min(r[1] for r in ranks), unit="MB/s")
+
+
+def _share(num_samples: int) -> tuple[float, float]:
+    """Share samples of 8,192 tokens, two a microbatch; return this rank's peak and MB of its routes a second."""
+    import torch.distributed as dist
+
+    from moe_replay.batch import RankPlace, Sample, build_microbatch
+    from moe_replay.grpo.sharing import share_routes
+    from moe_replay.megatron.replica import Peer, Replica
+    from moe_replay.sync.messages import all_ranks
+
+    own, half = dist.get_rank(), NUM_LAYERS // 2
+    peers = tuple(
+        Peer(
+            place=RankPlace(cp_size=2, cp_rank=rank % 2),
+            layers=tuple(range(rank // 2 * half, (rank // 2 + 1) * half)),
+        )
+        for rank in range(4)
+    )
+    replica = Replica(
+        number=0,
+        num_replicas=1,
+        peers=peers,
+        own=own,
+        computes_loss=True,
+        is_last_stage=own >= 2,
+        ranks=all_ranks(),
+    )
+    rng = np.random.default_rng(own)
+    ids = _even_routes(rng, 8192)
+    traces = {
+        number: _trace(rng, np.roll(ids, number, axis=0)) for number in range(own, num_samples, 4)
+    }
+    samples = [
+        Sample(
+            sample_id=number,
+            token_ids=np.zeros(len(ids), dtype=np.int32),
+            prompt_length=1,
+            rollout_logprobs=np.zeros(len(ids) - 1, dtype=np.float32),
+            advantage=1.0,
+            trains=True,
+            trace=None,
+        )
+        for number in range(num_samples)
+    ]
+    microbatches = [
+        build_microbatch(start // 2, samples[start : start + 2], place=peers[own].place)
+        for start in range(0, num_samples, 2)
+    ]
+    held_bytes = sum(trace.expert_ids.nbytes for trace in traces.values())
+    all_ranks().barrier()
+    # Linux counts the peak of resident memory from here on.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = _resident_bytes("VmRSS"), time.perf_counter()
+    shared = share_routes(replica, microbatches, traces)
+    seconds = time.perf_counter() - start
+    peak = _resident_bytes("VmHWM") - before
+    assert sum(m.routes.valid.sum() for m in shared if m.routes is not None)
+    return peak / held_bytes, held_bytes / seconds / 1e6
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 BENCHMARKS: tuple[Callable[[argparse.Namespace], Iterable[Figure]], ...] = (
     measure_codec,
     measure_rows,
+    measure_sharing,
 )
 """Every benchmark of this file; each yields its figures."""
 
@@ -154,6 +232,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--rows", type=int, default=65_536, help="tokens of the measured trace")
     parser.add_argument("--batch-rows", type=int, default=1_000_000, help="tokens of the cut batch")
+    parser.add_argument(
+        "--shared-samples", type=int, default=256, help="samples of 8,192 tokens that ranks share"
+    )
     arguments = parser.parse_args()
     arguments.rounds = 8 if arguments.quick else 40
     return arguments
