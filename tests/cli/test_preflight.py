@@ -256,3 +256,42 @@ def test_d8_a_push_is_tried_at_the_start_and_a_server_that_takes_none_is_named(
         monkeypatch.setattr(engine, "load_weights", refuse)
         with pytest.raises(EngineError, match=r"no room|did not take the weights"):
             recipe_engine(recipe, torch.device("cpu"))
+
+
+def test_d8_doctor_and_a_dry_run_try_a_push_unless_another_run_may_be_at_work(
+    write_recipe, engines, capsys
+):
+    """One of two servers takes no push."""
+    refused = []
+
+    def refuse(*_: object, **__: object) -> None:
+        refused.append(True)
+        raise EngineError("no room")
+
+    takes, refuses = engines["same"], Refusing(engines["same"], refuse)
+    with served(takes) as first, served(refuses) as second:
+        recipe = write_recipe(rollout={"engine": "vllm-server", "urls": [first, second]})
+        for number, command in enumerate((["doctor"], ["train", "--dry-run"]), start=1):
+            assert main([*command, str(recipe)]) == 2
+            printed = " ".join("".join(capsys.readouterr()).split())
+            assert "only 1 of 2 servers took policy version 0 at the start" in printed
+            assert "no room" in printed and len(refused) == number
+    with served(takes) as url:
+        recipe = write_recipe(rollout={"engine": "vllm-server", "urls": [url]})
+        loaded = load_recipe(recipe, [])
+        recipe_engine(loaded, torch.device("cpu")).close()
+        version = takes.policy_version
+        assert main(["train", "--dry-run", str(recipe)]) == 0
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert "holds weights of run" in printed and "no push was tried" in printed
+        assert takes.policy_version == version
+
+
+class Refusing:
+    """An engine that refuses every push, by `load_weights`."""
+
+    def __init__(self, engine: EmbeddedEngine, load_weights: Any) -> None:
+        self._engine, self.load_weights = engine, load_weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)

@@ -66,7 +66,8 @@ def test_d8_an_sglang_server_without_the_capture_flag_is_refused_before_the_firs
 def test_f3_a_retracted_completion_is_kept_without_its_recomputed_routes():
     # Two trial completions come before the first step.
     ours, theirs = sampled(retracted=frozenset({2 + 3})), sampled()
-    assert [c.trace.valid.any() for c in ours] == [True, True, True, False, True, True]
-    assert [c.trace.valid.any() for c in theirs] == [True] * 6
-    assert ours[3].token_ids.tolist() == theirs[3].token_ids.tolist()
-    assert ours[3].rollout_logprobs.tolist() == theirs[3].rollout_logprobs.tolist()
+    # Which of the six it is depends on which call arrives fourth.
+    (hit,) = [number for number, c in enumerate(ours) if not c.trace.valid.any()]
+    assert [bool(c.trace.valid.any()) for c in theirs] == [True] * 6
+    assert ours[hit].token_ids.tolist() == theirs[hit].token_ids.tolist()
+    assert ours[hit].rollout_logprobs.tolist() == theirs[hit].rollout_logprobs.tolist()

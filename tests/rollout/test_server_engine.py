@@ -51,11 +51,16 @@ def test_completions_are_those_of_the_engine_behind_the_server():
 
 
 def test_work_is_spread_over_all_servers():
+    both = threading.Barrier(2)
+
     class Counting(FakeEngine):
         num_requests = 0
 
         def generate(self, wanted, sampling):
             self.num_requests += len(wanted)
+            if self.num_requests <= 5:
+                # Comes back when the other server has been asked as often.
+                both.wait()
             return super().generate(wanted, sampling)
 
     engines = [Counting(weight_shapes=SHAPES) for _ in range(2)]
@@ -66,6 +71,35 @@ def test_work_is_spread_over_all_servers():
     assert tokens(groups) == tokens(fake().generate(requests(40), SAMPLING))
     assert sum(e.num_requests for e in engines) == 40
     assert min(e.num_requests for e in engines) >= 5
+
+
+def test_e3_the_error_of_one_call_gives_up_the_others():
+    """One of two servers refuses a request for good; nobody waits for what the other one holds."""
+    held, release = threading.Event(), threading.Event()
+
+    class Holding(FakeEngine):
+        def generate(self, wanted, sampling):
+            held.set()
+            release.wait()
+            return super().generate(wanted, sampling)
+
+    class Refusing(FakeEngine):
+        def generate(self, wanted, sampling):
+            held.wait()
+            raise RecipeError("no such thing")
+
+    try:
+        with (
+            served(Holding(weight_shapes=SHAPES)) as first,
+            served(Refusing(weight_shapes=SHAPES)) as second,
+        ):
+            engine = client(first, second, calls_per_server=1)
+            with pytest.raises(EngineError, match="no such thing"):
+                engine.generate(requests(), SAMPLING)
+            release.set()
+            engine.close()
+    finally:
+        release.set()
 
 
 def test_a_push_reaches_all_servers_and_names_its_version():
@@ -177,7 +211,9 @@ def test_the_last_server_is_tried_until_a_request_has_failed_too_often():
     with ExitStack() as gone:
         engine = client(*(gone.enter_context(served(fake())) for _ in range(2)), max_attempts=5)
         gone.close()
-        with pytest.raises(EngineError, match=r"failed 5 times, last.*Connect.*can be resumed"):
+        with pytest.raises(
+            EngineError, match=r"failed 5 times, last.*no connection.*can be resumed"
+        ):
             engine.generate(requests(), SAMPLING)
         with pytest.raises(EngineError, match="no server took policy version 1"):
             engine.load_weights(weights(), policy_version=1)
@@ -265,19 +301,6 @@ def test_an_answer_above_the_limit_is_refused():
         with pytest.raises(EngineError, match="exceeds 100 bytes"):
             engine.generate(requests(1), SAMPLING)
         engine.close()
-
-
-def test_an_engine_that_does_not_push_waits_for_the_one_that_does():
-    with served(fake()) as url:
-        pushing, waiting = client(url), client(url, pushes=False, timeout_s=3.0)
-        with pytest.raises(EngineError, match="rank that pushes has failed"):
-            waiting.load_weights(weights(), policy_version=1)
-        pushing.load_weights(weights(), policy_version=1)
-        waiting.load_weights(weights(), policy_version=1)
-        assert tokens(waiting.generate(requests(), SAMPLING)) == tokens(
-            pushing.generate(requests(), SAMPLING)
-        )
-        pushing.close(), waiting.close()
 
 
 def test_urls_must_be_different():

@@ -100,8 +100,9 @@ def test_a_push_that_the_server_refuses_stops_the_run_and_leaves_no_file(tmp_pat
         engine = sglang(url, folder=tmp_path)
         with pytest.raises(EngineError, match="Cannot find any model weights"):
             engine.load_weights(weights(), policy_version=1)
-        assert engine.policy_version == 0 and list(tmp_path.iterdir()) == []
+        assert engine.policy_version == 0 and list(tmp_path.rglob("*.safetensors")) == []
         engine.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_push_needs_a_folder_that_exists(tmp_path):

@@ -96,9 +96,12 @@ def test_a_completion_is_read_with_its_routes():
 
 
 def test_a_request_names_every_option_and_asks_for_all_rows():
-    request = replace(REQUEST, num_generations=2)
-    told = generate_message([request], SAMPLING, eos_ids=(1,), record_routes=True)
-    first, second = told["sampling_params"]
+    each = [
+        generate_message(REQUEST, number, SAMPLING, eos_ids=(1,), record_routes=True, rid="a")
+        for number in range(2)
+    ]
+    told = each[0]
+    first, second = (message["sampling_params"] for message in each)
     seeds = first.pop("sampling_seed"), second.pop("sampling_seed")
     assert len(set(seeds)) == 2 and all(0 <= seed < 1 << 63 for seed in seeds)
     assert first == second
@@ -112,6 +115,7 @@ def test_a_request_names_every_option_and_asks_for_all_rows():
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
+        "logit_bias": None,
         "stop": [],
         "stop_token_ids": [1],
         "ignore_eos": False,
@@ -120,7 +124,8 @@ def test_a_request_names_every_option_and_asks_for_all_rows():
     }
     del told["sampling_params"]
     assert json.loads(json.dumps(told)) == {
-        "input_ids": [[4, 5, 6], [4, 5, 6]],
+        "rid": "a",
+        "input_ids": [4, 5, 6],
         "return_logprob": True,
         "return_text_in_logprobs": False,
         "return_routed_experts": True,

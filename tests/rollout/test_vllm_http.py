@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,16 @@ import numpy as np
 import pytest
 
 from moe_replay.errors import EngineError, RecipeError, TraceError, UnsupportedError
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.types import Completion, FinishReason, Request, SamplingParams
-from moe_replay.rollout.vllm_http import PROCESSOR, generate_message, read_completion, read_server
+from moe_replay.rollout.vllm_http import (
+    PROCESSOR,
+    generate_message,
+    read_answer,
+    read_completion,
+    read_server,
+)
 from moe_replay.routing import RoutedModel
 
 FACTS = ModelFacts(
@@ -122,7 +130,8 @@ def test_routes_of_a_dense_layer_in_place_of_a_routed_one_are_refused():
     [
         ({"routed_experts": None}, "--enable-return-routed-experts"),
         ({"finish_reason": "abort"}, "aborted"),
-        ({"token_ids": [54]}, "1 tokens, expected 2"),
+        ({"token_ids": [54]}, "do not belong together"),
+        ({"token_ids": [41, 54]}, "do not belong together"),
         ({"token_ids": []}, "aborted"),
         ({"token_ids": [[54, 41]]}, "aborted"),
         ({"token_ids": [1 << 40, 41]}, "damaged"),
@@ -133,6 +142,65 @@ def test_routes_of_a_dense_layer_in_place_of_a_routed_one_are_refused():
 def test_answers_that_are_no_sample_are_refused(choice, message):
     with pytest.raises(EngineError, match=message):
         read(answer(**choice))
+
+
+def test_a_completion_without_its_whole_length_was_cut():
+    (choice,) = answer()["choices"]
+    short = {"token_ids": [54], "logprobs": {"content": choice["logprobs"]["content"][:1]}}
+    with pytest.raises(CallError, match="1 tokens, expected 2") as raised:
+        read(answer(**short, routed_experts=npy(ROUTES[:-1])))
+    assert raised.value.fault is Fault.CUT
+
+
+def pieces(*choices: dict[str, Any], end: str = "data: [DONE]\n\n") -> bytes:
+    """Return an answer in pieces, as vLLM 0.30 sends it."""
+    events = [json.dumps({"request_id": "a", "choices": [c], "usage": None}) for c in choices]
+    return ("".join(f"data: {event}\n\n" for event in events) + end).encode()
+
+
+def piece(*tokens: tuple[int, float], **last: Any) -> dict[str, Any]:
+    content = [{"token": f"token_id:{n}", "logprob": p, "bytes": None} for n, p in tokens]
+    return {
+        "index": 0,
+        "logprobs": {"content": content},
+        "finish_reason": None,
+        "token_ids": [n for n, _ in tokens],
+        "routed_experts": None,
+        **last,
+    }
+
+
+def test_e2_an_answer_in_pieces_is_that_which_comes_at_once():
+    last = {"finish_reason": "length", "routed_experts": npy(ROUTES)}
+    in_two = pieces(piece((54, -0.25)), piece((41, -1.5), **last))
+    at_once = json.dumps(answer()).encode()
+    for body in (in_two, at_once):
+        completion = read(read_answer(body, where="request 7"))
+        assert completion.token_ids.tolist() == [54, 41]
+        assert completion.rollout_logprobs.tolist() == [-0.25, -1.5]
+        assert (completion.trace.expert_ids == read(answer()).trace.expert_ids).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (pieces(piece((54, -0.25)), end=""), "cut after 1 pieces"),
+        (b"data: ", "cut"),
+        (b'data: {"error": {"message": "out of memory"}}\n\ndata: [DONE]\n\n', "out of memory"),
+        (pieces({"index": 0}), "damaged"),
+        (b"data: {\n\ndata: [DONE]\n\n", "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_an_answer_in_pieces_that_is_not_whole_is_refused(body, message):
+    with pytest.raises(EngineError, match=message):
+        read_answer(body, where="request 7")
+
+
+def test_an_answer_of_which_the_last_piece_is_missing_is_no_completion():
+    """The server says that it is done, but one of two pieces has gone."""
+    with pytest.raises(EngineError, match="aborted"):
+        read(read_answer(pieces(piece((54, -0.25))), where="request 7"))
 
 
 @pytest.mark.parametrize("told", [None, [], {}, {"choices": []}, {"choices": [{}, {}]}])

@@ -9,7 +9,7 @@ import torch
 
 from moe_replay.errors import EngineError
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.rollout.weight_stream import checked_weights, lowered_weights
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 UNTIED = ModelFacts(
@@ -79,3 +79,26 @@ def test_an_unknown_or_repeated_name_raises():
         list(checked_weights([("model.layers.7.mlp.gate.weight", torch.ones(2))], UNTIED))
     with pytest.raises(EngineError, match="pushed twice"):
         list(checked_weights([(NORM, torch.ones(2))] * 2, UNTIED))
+
+
+def test_e4_a_push_has_the_number_format_of_the_rollout():
+    facts = replace(UNTIED, float32_names=frozenset({NORM}))
+    push = [
+        (HEAD, torch.tensor([1.0 + 2**-20])),
+        (NORM, torch.tensor([1.0 + 2**-20])),
+        (EMBEDDING, torch.tensor([0.5], dtype=torch.bfloat16)),
+        ("ids", torch.tensor([1 << 40])),
+    ]
+    lowered = dict(lowered_weights(push, torch.bfloat16, facts))
+    assert lowered[HEAD].dtype == torch.bfloat16 and lowered[HEAD].item() == 1.0
+    # What engines hold in float32 travels bit for bit.
+    assert lowered[NORM].dtype == torch.float32 and torch.equal(lowered[NORM], push[1][1])
+    assert lowered[EMBEDDING] is push[2][1] and lowered["ids"] is push[3][1]
+
+
+def test_e4_a_push_in_float32_passes_as_it_is():
+    push = [(HEAD, torch.tensor([1.0 + 2**-20])), (NORM, torch.ones(1, dtype=torch.bfloat16))]
+    for (_, given), (_, passed) in zip(
+        push, lowered_weights(push, torch.float32, UNTIED), strict=True
+    ):
+        assert passed is given

@@ -44,10 +44,11 @@ def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
 
     What could not be found out because of a problem is null, and the problem is in ``problems``.
     """
-    found = preflight(recipe, process, any_ranks=not process.launched_by_torchrun)
+    found = preflight(recipe, process, any_ranks=not process.launched_by_torchrun, tries_push=True)
     report: dict[str, Any] = {
         "can_run": not found.problems,
         "problems": [str(problem) for problem in found.problems],
+        "notes": found.notes,
         "settings": settings_of(recipe),
         "passes": passes_of(recipe),
         "live_rows": live_rows_of(recipe.replay.router_replay_mode),
@@ -76,9 +77,8 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         recompute += f" ({megatron.recompute_method}, {megatron.recompute_num_layers} layers)"
     guard = "off"
     if recipe.replays and replay.guard:
-        guard = "every row of every sample, misaligned: stop"
-        if replay.on_misaligned == "drop":
-            guard = guard.replace("stop", f"drop, at most {replay.max_dropped_frac:.3g} of a step")
+        floor = "chosen by experts and top-k" if replay.guard_floor is None else replay.guard_floor
+        guard = f"{replay.guard_rows} rows a step, floor {floor}"
     return {
         "mode": replay.router_replay_mode.value,
         "engine": f"{recipe.rollout.engine}, {recipe.rollout.dtype}",

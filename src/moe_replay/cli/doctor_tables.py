@@ -33,6 +33,8 @@ def show(report: Mapping[str, Any]) -> None:
     console.print(_versions(report["versions"]))
     if report["options"]:
         console.print(_options(report["options"]))
+    for note in report["notes"]:
+        console.print(escape(note))
     if report["can_run"]:
         console.print("[green]this recipe can run here[/]")
         return

@@ -47,7 +47,7 @@ def run_train(
     try:
         with stop.listening(forwards=launched, say=say), ExitStack() as stack:
             with stop.breaking_off():
-                checked = _prepare(recipe_path, with_values(overrides))
+                checked = _prepare(recipe_path, with_values(overrides), tries_push=dry_run)
             stack.callback(checked.close)
             if dry_run:
                 _check_directory(checked, restart=restart, allow_changed=allow_changed)
@@ -121,7 +121,10 @@ def train_recipe(
 
 
 def _prepare(
-    source: Path | str | Mapping[str, Any], overrides: Sequence[tuple[str, str]] | Mapping[str, Any]
+    source: Path | str | Mapping[str, Any],
+    overrides: Sequence[tuple[str, str]] | Mapping[str, Any],
+    *,
+    tries_push: bool = False,
 ) -> Preflight:
     """Load a recipe and ask whether it can start, saying what begins and what is worth knowing.
 
@@ -131,7 +134,7 @@ def _prepare(
     process = read_process(os.environ)
     set_defaults(os.environ)
     recipe = load_recipe(source, overrides)
-    checked = preflight(recipe, process, announce=say, progress=Progress())
+    checked = preflight(recipe, process, tries_push=tries_push, announce=say, progress=Progress())
     checked.refuse()
     for note in _notes(checked):
         say(note)
@@ -181,7 +184,7 @@ def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, 
 def _notes(checked: Preflight) -> list[str]:
     """Return what is worth knowing about what a recipe points to."""
     assert checked.inputs is not None
-    notes = [*checked.inputs.notes]
+    notes = [*checked.inputs.notes, *checked.notes]
     warning = exposure(checked.recipe.rollout.token_file)
     return notes if warning is None else [*notes, warning]
 

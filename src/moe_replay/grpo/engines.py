@@ -1,13 +1,14 @@
 """The engine that a recipe asks for; only its own module is imported.
 
-In: a recipe, the trainer's device. Out: an Engine, and what is asked of it. Called by: grpo.loop, grpo.sampling, cli.rollout.
+In: a recipe, the trainer's device. Out: an Engine, and what is asked of it.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,9 @@ from moe_replay.rollout.prompts import Prompt
 from moe_replay.rollout.types import Engine, Request, SamplingParams
 from moe_replay.routing import ReplayMode
 from moe_replay.sync.messages import all_ranks
+
+TRIAL = "trial"
+"""In place of a run's name while a push is tried."""
 
 if TYPE_CHECKING:
     from moe_replay.rollout.model_facts import ModelFacts
@@ -84,9 +88,17 @@ def training_request(recipe: Recipe, position: int, prompt: Prompt) -> Request:
 
 
 def check_engine(
-    recipe: Recipe, facts: ModelFacts, *, world_size: int, num_attention_heads: int
-) -> None:
-    """Ask what would keep the engine of ``[rollout]`` from starting, without starting it; servers and files are asked.
+    recipe: Recipe,
+    facts: ModelFacts,
+    *,
+    world_size: int,
+    num_attention_heads: int,
+    tries_push: bool = False,
+) -> list[str]:
+    """Ask what would keep the engine of ``[rollout]`` from starting, without starting it; return what is worth knowing.
+
+    Servers and files are asked. With ``tries_push`` servers are also given the checkpoint and sample by it, unless another
+    run may be at work on them.
 
     Raises:
         RecipeError: when an option, a server or a file does not fit the model or the number of processes.
@@ -101,9 +113,26 @@ def check_engine(
         check_ranks(rollout.tensor_parallel_size, world_size)
         check_loadable(facts, rollout.tensor_parallel_size, num_attention_heads=num_attention_heads)
     elif rollout.engine in ("vllm-server", "sglang-server"):
-        _connect(recipe, facts, run=secrets.token_hex(8), pushes=False).close()
+        return _try_servers(recipe, facts, tries_push=tries_push)
     elif rollout.engine == "files":
         _files_engine(recipe, facts).close()
+    return []
+
+
+def _try_servers(recipe: Recipe, facts: ModelFacts, *, tries_push: bool) -> list[str]:
+    engine = _connect(recipe, facts, run=TRIAL)
+    try:
+        busy = engine.busy
+        if tries_push and not busy:
+            engine.restore(recipe.model.path)
+    finally:
+        engine.close()
+    if not tries_push or not busy:
+        return []
+    return [
+        f"{', '.join(f'{url} holds weights of run {run}' for url, run in busy.items())}: no push was tried, because that run "
+        "would stop if it is at work there; a start will push"
+    ]
 
 
 def _files_engine(recipe: Recipe, facts: ModelFacts) -> Engine:
@@ -128,7 +157,14 @@ def _server_engine(recipe: Recipe, device: torch.device) -> Engine:
     ranks = all_ranks()
     run = ranks.gather(secrets.token_hex(8))[0]
     facts = read_facts(recipe.model.path)
-    engine = _connect(recipe, facts, run=run, pushes=ranks.rank == 0)
+    engine = _connect(
+        recipe,
+        facts,
+        run=run,
+        num_ranks=ranks.size,
+        pushes=ranks.rank == 0,
+        share=ranks.gather,
+    )
     try:
         engine.restore(recipe.model.path)
     except BaseException:
@@ -137,7 +173,15 @@ def _server_engine(recipe: Recipe, device: torch.device) -> Engine:
     return engine
 
 
-def _connect(recipe: Recipe, facts: ModelFacts, *, run: str, pushes: bool) -> ServerEngine:
+def _connect(
+    recipe: Recipe,
+    facts: ModelFacts,
+    *,
+    run: str,
+    num_ranks: int = 1,
+    pushes: bool = True,
+    share: Callable[[Any], list[Any]] | None = None,
+) -> ServerEngine:
     from moe_replay.rollout.bearer import read_token
     from moe_replay.rollout.server_engine import ServerEngine
 
@@ -159,8 +203,10 @@ def _connect(recipe: Recipe, facts: ModelFacts, *, run: str, pushes: bool) -> Se
         dtype=rollout.dtype,
         record_routes=_records(recipe),
         pushes=pushes,
+        share=share,
         token=read_token(rollout.token_file),
-        calls_per_server=max(1, rollout.max_batch_size // rollout.num_generations),
+        # Every rank asks every server: of 128 sequences at once on each server, 8 ranks with groups of 4 ask for 4 groups.
+        calls_per_server=max(1, rollout.max_batch_size // (rollout.num_generations * num_ranks)),
         timeout_s=rollout.timeout_s,
     )
 

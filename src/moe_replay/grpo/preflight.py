@@ -59,6 +59,8 @@ class Preflight:
         """What the engines need to know of the checkpoint, whose tensors were then found to be those of its config."""
         self.inputs: Inputs | None = None
         """Tokenizer, prompts and rewards, opened."""
+        self.notes: list[str] = []
+        """What is worth knowing of the engine and keeps no run from starting."""
 
     def ask(self, check: Callable[[], Answer]) -> Answer | None:
         """Return what a check found; take down its refusal and return None in its place."""
@@ -115,13 +117,15 @@ def preflight(
     *,
     own_engine: bool = False,
     any_ranks: bool = False,
+    tries_push: bool = False,
     announce: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Preflight:
     """Ask everything that would refuse a start of ``recipe`` in ``process``; cheap questions come first.
 
     ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for one who will start
-    the lowest number of ranks that the layout allows. ``announce`` is told what begins where that takes seconds,
+    the lowest number of ranks that the layout allows, ``tries_push`` for one who will not start at all: servers are then
+    given the checkpoint, as a start gives it to them. ``announce`` is told what begins where that takes seconds,
     ``progress`` how far the work on large datasets has come. Close the answer, or give it to `train`, which does.
     """
     found = Preflight(recipe, process)
@@ -136,7 +140,7 @@ def preflight(
     if found.shape is not None:
         _ask_layout(found, found.shape)
         if found.facts is not None and not own_engine:
-            found.ask(lambda: _check_engine(found))
+            found.ask(lambda: _check_engine(found, tries_push=tries_push))
         announce("loading tokenizer, data and rewards ...")
         found.inputs = found.ask(lambda: _open_inputs(recipe, progress))
     return found
@@ -281,15 +285,16 @@ def _refusals(config: Any, shape: ModelShape, recipe: Recipe) -> Iterator[MoeRep
             )
 
 
-def _check_engine(found: Preflight) -> None:
+def _check_engine(found: Preflight, *, tries_push: bool) -> None:
     from moe_replay.grpo.engines import check_engine
 
     assert found.facts is not None and found.shape is not None
-    check_engine(
+    found.notes += check_engine(
         found.recipe,
         found.facts,
         world_size=found.process.world_size,
         num_attention_heads=found.shape.num_attention_heads,
+        tries_push=tries_push and found.process.rank == 0,
     )
 
 

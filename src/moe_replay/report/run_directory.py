@@ -114,8 +114,6 @@ class RunDirectory:
         """
         _append(self.completions, [asdict(completion) for completion in completions])
         line = {"step": record.step, **_sorted(record.metrics), "seconds": dict(record.seconds)}
-        if record.details:
-            line["details"] = dict(record.details)
         _append(self.metrics, [line])
 
     def write_evaluation(
@@ -136,12 +134,7 @@ class RunDirectory:
     def read_steps(self) -> list[StepRecord]:
         """Return the recorded steps, in order."""
         return [
-            StepRecord(
-                step=line.pop("step"),
-                seconds=line.pop("seconds"),
-                details=line.pop("details", {}),
-                metrics=line,
-            )
+            StepRecord(step=line.pop("step"), seconds=line.pop("seconds"), metrics=line)
             for _, line in _lines(self.metrics)
         ]
 
@@ -180,7 +173,7 @@ def software_versions() -> dict[str, str | None]:
 
 
 def _sorted(metrics: Mapping[str, float]) -> dict[str, float]:
-    clash = {"step", "seconds", "details"} & metrics.keys()
+    clash = {"step", "seconds"} & metrics.keys()
     assert not clash, f"metrics must not be called {clash}"
     for name, value in metrics.items():
         if not math.isfinite(value):

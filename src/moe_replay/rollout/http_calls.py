@@ -5,10 +5,13 @@ In: a URL, bodies. Out: answers; `CallError` for whatever another server, or a l
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -22,6 +25,9 @@ _UNPROCESSABLE = 422
 _SHOWN = 2000
 
 
+Answer = TypeVar("Answer")
+
+
 class Fault(StrEnum):
     """Why a call to a server failed."""
 
@@ -31,6 +37,8 @@ class Fault(StrEnum):
     """Nothing came within the limit on silence."""
     FAILED = "failed"
     """The server says that its engine failed."""
+    CUT = "cut"
+    """The server ended a completion before its length, for lack of room."""
     STALE = "stale"
     """The server holds other weights than it was given: it was restarted, or another trainer pushes to it."""
     CORRUPT = "corrupt"
@@ -40,17 +48,26 @@ class Fault(StrEnum):
 class CallError(EngineError):
     """A call that may succeed on another server, or later."""
 
-    def __init__(self, fault: Fault, message: str) -> None:
+    def __init__(self, fault: Fault, message: str, incident: int | None = None) -> None:
         super().__init__(message)
         self.fault = fault
+        self.incident = incident
+        """Number of the silence of its server that ended this call and others; None for a failure of its own."""
 
-    def __reduce__(self) -> tuple[type[CallError], tuple[Fault, str]]:
+    def __reduce__(self) -> tuple[type[CallError], tuple[Fault, str, int | None]]:
         """Let it pass from one process to another."""
-        return type(self), (self.fault, str(self))
+        return type(self), (self.fault, str(self), self.incident)
+
+
+class GivenUpError(EngineError):
+    """A call that this side has given up; its connection is closed, so that the server stops working on it."""
 
 
 class HttpCalls:
-    """Calls to one server. Threads may make them at the same time."""
+    """Calls to one server. Threads may make them at the same time, and any thread may give all of them up.
+
+    All calls run in one thread of their own, as tasks: 128 completions at a time are 128 sockets and no thread more.
+    """
 
     def __init__(
         self,
@@ -63,22 +80,43 @@ class HttpCalls:
     ) -> None:
         self.url = without_secrets(url)
         """Address of the server as messages show it, credentials masked."""
-        self._max_answer_bytes = max_answer_bytes
+        self._timeout_s, self._max_answer_bytes = timeout_s, max_answer_bytes
         headers = {"content-type": content_type, "accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
-        self._client = httpx2.Client(
+        self._client = httpx2.AsyncClient(
             base_url=url,
             headers=headers,
-            timeout=httpx2.Timeout(timeout_s, connect=_CONNECT_S),
             limits=httpx2.Limits(max_connections=None),
             # A proxy of the environment is for the world outside, not for one's own servers.
             trust_env=False,
         )
+        self._loop = asyncio.new_event_loop()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="calls", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Give up the calls that are under way and close the connections. Calling it twice is allowed."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def give_up(self) -> None:
+        """Make every call that is under way raise `GivenUpError` and close its connection."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self._running:
+            task.cancel()
+
+    async def _end(self) -> None:
+        self._cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._client.aclose()
 
     def call(
         self,
@@ -88,7 +126,7 @@ class HttpCalls:
         *,
         on_piece: Callable[[bytes], None] | None = None,
     ) -> bytes:
-        """Return the body of an answer; ``on_piece`` gets each piece of a good one as it arrives.
+        """Return the body of an answer; ``on_piece`` gets each piece of a good one as it arrives, in another thread.
 
         Raises:
             RecipeError: when the server refuses the token.
@@ -96,9 +134,12 @@ class HttpCalls:
             CallError: for every other failure.
         """
         code, answer = self.exchange(method, path, body, on_piece=on_piece)
+        return self._good(code, answer, path)
+
+    def _good(self, code: int, answer: bytes, path: str) -> bytes:
         if code == _OK:
             return answer
-        raise self.refusal(code, answer.decode(errors="replace"), path)
+        raise self.refusal(code, answer[: 4 * _SHOWN].decode(errors="replace"), path)
 
     def refusal(self, code: int, text: str, path: str) -> RecipeError | EngineError:
         """Return the error of an answer with a status code other than 200, which may also come inside of a stream.
@@ -116,19 +157,29 @@ class HttpCalls:
         fault = Fault.STALE if code == _STALE else Fault.FAILED
         return CallError(fault, f"{self.url}{path} answers {code}: {text}")
 
-    def call_json(self, method: str, path: str, message: Any = None) -> Any:
+    def call_json(
+        self, method: str, path: str, message: Any = None, *, silence_s: float | None = None
+    ) -> Any:
         """Return the JSON of an answer.
 
         Raises:
-            CallError: as `call`, and when the answer is no JSON.
+            CallError: as `call`, and when the answer is not JSON.
         """
         body = b"" if message is None else json.dumps(message, allow_nan=False).encode()
-        answer = self.call(method, path, body)
+        code, answer = self.exchange(method, path, body, silence_s=silence_s)
+        return self.parsed(self._good(code, answer, path), path)
+
+    def parsed(self, answer: bytes, path: str) -> Any:
+        """Return the JSON in the body of an answer.
+
+        Raises:
+            CallError: when it is not JSON.
+        """
         try:
             return json.loads(answer)
-        # Brackets nested deeper than the interpreter goes are no ValueError.
+        # Brackets nested deeper than the interpreter goes raise no ValueError.
         except (ValueError, RecursionError) as error:
-            raise CallError(Fault.CORRUPT, f"{self.url}{path}: no JSON: {error}") from error
+            raise CallError(Fault.CORRUPT, f"{self.url}{path}: not JSON: {error}") from error
 
     def has(self, path: str) -> bool:
         """Tell whether the server knows a path that GET may ask for."""
@@ -141,18 +192,61 @@ class HttpCalls:
         body: bytes = b"",
         *,
         on_piece: Callable[[bytes], None] | None = None,
+        silence_s: float | None = None,
     ) -> tuple[int, bytes]:
         """Return status code and body of an answer, whatever they are; ``on_piece`` gets each piece of one of status 200.
 
-        An answer may take any time: ``timeout_s`` limits the silence before its first piece and between two of them.
+        An answer may take any time: ``silence_s`` (default: ``timeout_s``) limits the silence before its first piece and
+        between two of them.
 
         Raises:
             CallError: when the server is silent for too long or its answer exceeds the limit.
+            GivenUpError: when it was given up.
         """
+        silence_s = self._timeout_s if silence_s is None else silence_s
+        answer = self._answer(method, path, body, on_piece=on_piece, silence_s=silence_s)
+        return self.result(self.begin(answer))
+
+    def begin(self, answer: Coroutine[Any, Any, Answer]) -> Future[Answer]:
+        """Let a call run beside the thread that asks for it; `result` waits for it."""
+
+        async def run() -> Answer:
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.add(task)
+            try:
+                return await answer
+            finally:
+                self._running.discard(task)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def result(self, call: Future[Answer]) -> Answer:
+        """Return the answer of a call that was begun; one that is no longer waited for is given up."""
         try:
-            with self._client.stream(method, path, content=body) as response:
+            return call.result()
+        except CancelledError as error:
+            raise GivenUpError(f"{self.url}: the call was given up") from error
+        except BaseException:
+            # Also Ctrl-C, which ends the wait and not the call.
+            call.cancel()
+            raise
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        on_piece: Callable[[bytes], None] | None = None,
+        silence_s: float | None,
+    ) -> tuple[int, bytes]:
+        timeout = httpx2.Timeout(silence_s, connect=_CONNECT_S)
+        try:
+            async with self._client.stream(method, path, content=body, timeout=timeout) as response:
                 is_good = response.status_code == _OK
-                return response.status_code, self._read(response, on_piece if is_good else None)
+                answer = await self._read(response, on_piece if is_good else None)
+                return response.status_code, answer
         except httpx2.TimeoutException as error:
             raise CallError(
                 Fault.SLOW, f"{self.url}{path}: no answer in time ({type(error).__name__})"
@@ -167,11 +261,11 @@ class HttpCalls:
                 Fault.UNREACHABLE, f"{self.url}{path}: {type(error).__name__}: {error}"
             ) from error
 
-    def _read(
-        self, response: httpx2.Response, on_piece: Callable[[bytes], None] | None = None
+    async def _read(
+        self, response: httpx2.Response, on_piece: Callable[[bytes], None] | None
     ) -> bytes:
         answer = bytearray()
-        for piece in response.iter_raw():
+        async for piece in response.aiter_raw():
             if on_piece is not None:
                 on_piece(piece)
             answer += piece

@@ -20,6 +20,9 @@ from moe_replay.rollout.stop_tokens import find_tokenizer, num_known_ids, stop_t
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.record import find_routers
 
+# The end of its name in the checkpoints of every family that has one.
+_EXPERT_BIAS = "e_score_correction_bias"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
@@ -37,6 +40,8 @@ class ModelFacts:
     """Name of every tensor on disk -> its shape: what a full push holds."""
     tied_names: frozenset[str]
     """Names that share one tensor; a push holds at least one of them."""
+    float32_names: frozenset[str] = frozenset()
+    """Names that engines hold in float32 whatever their number format: those that a checkpoint of a lower format keeps so."""
     num_known_ids: int | None = None
     """Ids from here on are in the model's vocabulary and unknown to its tokenizer; None without a tokenizer."""
     family: str = ""
@@ -60,6 +65,7 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     with SafetensorsCheckpoint(model_dir) as checkpoint:
         shapes = dict(checkpoint.shapes)
         stacks_experts = any(place.expert is not None for place in checkpoint.places.values())
+        formats = {name: place.dtype for name, place in checkpoint.places.items()}
     check_counts(shapes, config)
     model = _without_memory(config, model_dir)
     check_fit(shapes, config, model)
@@ -81,9 +87,23 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         else None,
         weight_shapes=shapes,
         tied_names=TIED if tied else frozenset(),
+        float32_names=_float32_names(formats),
         num_known_ids=num_known_ids(tokenizer) if tokenizer is not None else None,
         family=config.model_type,
         stacks_experts=stacks_experts,
+    )
+
+
+def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
+    """Return the names that stay in float32, out of name -> number format on disk.
+
+    A checkpoint whose every tensor is float32 does not say which of them engines keep so; expert biases they do.
+    """
+    is_lower = any(dtype in ("BF16", "F16") for dtype in formats.values())
+    return frozenset(
+        name
+        for name, dtype in formats.items()
+        if dtype == "F32" and (is_lower or name.endswith(_EXPERT_BIAS))
     )
 
 

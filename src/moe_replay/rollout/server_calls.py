@@ -32,6 +32,7 @@ class ServerCalls(HttpCalls):
     """One server. Threads may call it at the same time."""
 
     how_to_record: str = "it was started with --no-record-routes, or its model has no routers; start it without that flag"
+    draws_by_seed: bool = True
 
     def __init__(
         self, url: str, *, token: str | None, timeout_s: float, max_answer_bytes: int

@@ -1,23 +1,21 @@
 """What the server engine asks of each of its servers, whichever protocol they speak, and the parts of a weight push.
 
-In: weights, completions. Out: `RolloutServer`, `WeightPart`, checked groups. Called by: rollout.server_engine, rollout.server_calls,
-rollout.sglang_calls, rollout.vllm_calls.
+In: weights, completions. Out: `RolloutServer`, `WeightPart`, checked groups.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save as save_tensors
 
-from moe_replay.errors import EngineError, RecipeError, TraceError
+from moe_replay.errors import RecipeError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName, Status
@@ -29,6 +27,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
     check_group,
 )
+from moe_replay.rollout.weights_folder import WeightsFolder
 
 _PART_BYTES = 256 << 20
 
@@ -36,12 +35,14 @@ _PART_BYTES = 256 << 20
 class WeightPart:
     """A part of a push: a safetensors file, held as bytes and written for servers that read files, once for all of them."""
 
-    def __init__(self, number: int, content: bytes, folder: _Folder) -> None:
+    def __init__(self, number: int, content: bytes, folder: WeightsFolder, push: str) -> None:
         self.number = number
         """Place in the push, from 0."""
         self.content = content
         """The file."""
-        self._folder = folder
+        self._folder, self._push = folder, push
+        self._path: Path | None = None
+        self._turn = threading.Lock()
 
     @property
     def path(self) -> Path:
@@ -51,7 +52,11 @@ class WeightPart:
             RecipeError: when no folder was named for it.
             EngineError: when it cannot be written.
         """
-        return self._folder.save(f"model-{self.number:05d}.safetensors", self.content)
+        with self._turn:
+            if self._path is None:
+                name = f"model-{self.number:05d}.safetensors"
+                self._path = self._folder.save(self._push, name, self.content)
+            return self._path
 
 
 @runtime_checkable
@@ -62,6 +67,11 @@ class RolloutServer(Protocol):
     """Its address."""
     how_to_record: str
     """Why it may record no routes and what to do about it, for a message."""
+
+    @property
+    def draws_by_seed(self) -> bool:
+        """Whether a completion that is sampled again, with the same seed, comes out the same."""
+        ...
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -114,8 +124,39 @@ class RolloutServer(Protocol):
         """
         ...
 
+    def give_up(self) -> None:
+        """Close the connections of all calls under way, which makes the server cancel them; they raise `GivenUpError`."""
+        ...
+
     def close(self) -> None:
         """Close the connections."""
+        ...
+
+
+@runtime_checkable
+class PlainServer(Protocol):
+    """What a server can do that is asked for completions one by one, so that one that fails costs no other."""
+
+    def complete(
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        keep: Callable[[int, Completion], None],
+    ) -> None:
+        """Sample the completions ``numbers`` of a request, and give each to ``keep`` once nothing speaks against it.
+
+        Raises:
+            EngineError: when the server refuses the request itself.
+            CallError: when some could not be sampled; the others were kept.
+        """
+        ...
+
+    def is_up(self) -> bool:
+        """Tell whether the server and its engine live, after a call has failed."""
         ...
 
 
@@ -133,79 +174,55 @@ def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:
         )
 
 
-def join_groups(
-    requests: Sequence[Request],
-    completions: Sequence[Completion],
-    *,
-    description: EngineDescription,
-    url: str,
-) -> list[RolloutGroup]:
-    """Return completions as the groups of their requests.
+def check_completion(
+    request: Request, completion: Completion, *, description: EngineDescription
+) -> None:
+    """Raise unless one completion of a request keeps the contract of every engine."""
+    alone = replace(request, num_generations=1)
+    check_group(RolloutGroup(request=alone, completions=(completion,)), description)
 
-    Raises:
-        CallError: when a group does not keep the contract of every engine.
-    """
-    groups, start = [], 0
+
+def generate_by_one(
+    server: PlainServer,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    *,
+    policy: PolicyName,
+    description: EngineDescription,
+) -> list[RolloutGroup]:
+    """Return whole groups of a server that is asked for completions one by one."""
+    groups = []
     for request in requests:
-        stop = start + request.num_generations
-        groups.append(RolloutGroup(request=request, completions=tuple(completions[start:stop])))
-        start = stop
-    try:
-        for group in groups:
-            check_group(group, description)
-    except (TraceError, EngineError) as error:
-        raise CallError(Fault.CORRUPT, f"{url}: {error}") from error
+        kept: dict[int, Completion] = {}
+        numbers = range(request.num_generations)
+        server.complete(
+            request,
+            numbers,
+            sampling,
+            policy=policy,
+            description=description,
+            keep=kept.__setitem__,
+        )
+        completions = tuple(kept[number] for number in numbers)
+        groups.append(RolloutGroup(request=request, completions=completions))
     return groups
 
 
 @contextmanager
 def weight_parts(
-    weights: Iterable[tuple[str, torch.Tensor]], *, folder: Path | None
+    weights: Iterable[tuple[str, torch.Tensor]], *, folder: WeightsFolder, push: str
 ) -> Iterator[Iterator[WeightPart]]:
-    """Yield the parts of a push, of about 256 MiB each; their files are gone when the scope is left.
+    """Yield the parts of a push, each of whole tensors and about 256 MiB; their files are gone when the scope is left.
 
-    ``folder`` is where the files lie, in a folder of their own; memory-backed storage makes them cheap.
+    One part is in memory at a time. Their files, if a server reads any, lie in the folder ``push`` of ``folder``.
     """
-    own = _Folder(folder)
     try:
-        yield (WeightPart(number, part, own) for number, part in enumerate(_contents(weights)))
+        yield (
+            WeightPart(number, content, folder, push)
+            for number, content in enumerate(_contents(weights))
+        )
     finally:
-        own.remove()
-
-
-class _Folder:
-    """A folder that exists from its first file on."""
-
-    def __init__(self, parent: Path | None) -> None:
-        self._parent = parent
-        self._path: Path | None = None
-        self._saved: set[str] = set()
-        self._lock = threading.Lock()
-
-    def save(self, name: str, content: bytes) -> Path:
-        """Write a file unless that was done before, and return its path."""
-        if self._parent is None:
-            raise RecipeError(
-                "servers that read weights from files need a folder for them; name one that they can read"
-            )
-        with self._lock:
-            try:
-                if self._path is None:
-                    self._path = Path(tempfile.mkdtemp(prefix="moe-replay-", dir=self._parent))
-                if name not in self._saved:
-                    (self._path / name).write_bytes(content)
-                    self._saved.add(name)
-            except OSError as error:
-                raise EngineError(
-                    f"weights cannot be written for the servers below {self._parent}: {error}; make room, or set "
-                    "rollout.weights_dir to a folder that trainer and servers share"
-                ) from error
-            return self._path / name
-
-    def remove(self) -> None:
-        """Remove the folder and its files."""
-        if self._path is not None:
-            shutil.rmtree(self._path, ignore_errors=True)
+        folder.remove(push)
 
 
 def _contents(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
@@ -214,11 +231,19 @@ def _contents(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
     for name, tensor in weights:
         part[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
+        # No reference may stay behind while a part is on its way.
+        del tensor
         if size >= _PART_BYTES:
-            yield save_tensors(part)
-            part, size = {}, 0
+            yield _taken(part)
+            size = 0
     if part:
-        yield save_tensors(part)
+        yield _taken(part)
+
+
+def _taken(part: dict[str, torch.Tensor]) -> bytes:
+    content = save_tensors(part)
+    part.clear()
+    return content
 
 
 def check_server(

@@ -3,30 +3,31 @@
 A completion depends on its seed, request and number, not on the server that samples it, so a request that is sampled
 again elsewhere gives what it would have given.
 
-In: URLs, requests, weights. Out: completions with routes. Called by: grpo.
+In: URLs, requests, weights. Out: completions with routes.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from moe_replay.errors import EngineError, RecipeError
-from moe_replay.rollout.http_calls import CallError, Fault
+from moe_replay.errors import EngineError, MoeReplayError, RecipeError
+from moe_replay.rollout.http_calls import CallError, Fault, GivenUpError
 from moe_replay.rollout.model_facts import ModelFacts, checkpoint_tensors
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.server_calls import ServerCalls
-from moe_replay.rollout.server_contract import RolloutServer, check_server, weight_parts
+from moe_replay.rollout.server_contract import PlainServer, RolloutServer, check_server
 from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName
+from moe_replay.rollout.server_push import push, push_bytes
+from moe_replay.rollout.server_round import Redraws, Round, Task
 from moe_replay.rollout.types import (
     EngineDescription,
     Request,
@@ -34,22 +35,27 @@ from moe_replay.rollout.types import (
     RolloutProgress,
     SamplingParams,
 )
-from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.rollout.weight_stream import checked_weights, lowered_weights
+from moe_replay.rollout.weights_folder import WeightsFolder
 
-# A server that fails this often in a row is left alone until the next round, unless it is the last.
-_MAX_FAILURES_IN_A_ROW = 4
-# First wait after a failure; each further one in a row doubles it.
-_BACKOFF_S = 0.25
 _ANSWER_BYTES = 4 << 30
+# Between two looks at whether calls that were given up have ended, and the longest wait for them.
+_GIVE_UP_S, _LEAVE_S = 0.05, 30.0
+# Faults of a server that holds other weights, or was never reached: nothing was sampled.
+_BEFORE_SAMPLING = (Fault.STALE,)
+_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ServerEngine:
     """Rollout servers as one engine.
 
     Every request is sent to the server that is free first. A call that fails is tried again, elsewhere if it can be, at
-    most ``max_attempts`` times; what other calls returned is kept. `faults` counts what went wrong, by kind.
+    most ``max_attempts`` times; what other calls returned is kept. `faults` counts what went wrong, by kind. An answer may
+    take any time: ``timeout_s`` limits the silence of its server.
     ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`; servers that read pushed weights
-    from files find them below ``weights_dir``.
+    from files find them below ``weights_dir``. Weights travel in the number format ``dtype``.
+
+    Of several ranks one pushes; ``share`` gives what each of them passes to all, in rank order, the pushing one first.
 
     Example:
         >>> engine = ServerEngine(["http://127.0.0.1:8000"], facts=facts, run="7f3a", dtype="bfloat16", record_routes=True)
@@ -71,6 +77,7 @@ class ServerEngine:
         connect: Callable[..., RolloutServer] = ServerCalls,
         weights_dir: Path | None = None,
         pushes: bool = True,
+        share: Callable[[Any], list[Any]] | None = None,
         token: str | None = None,
         calls_per_server: int = 8,
         timeout_s: float = 600.0,
@@ -78,14 +85,21 @@ class ServerEngine:
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
+        if not pushes and share is None:
+            raise RecipeError(
+                "an engine that does not push needs `share`, to hear of the pushes of the one that does"
+            )
         self._servers: list[RolloutServer] = []
-        self._facts, self._pushes, self._timeout_s = facts, pushes, timeout_s
-        self._weights_dir = weights_dir
+        self._facts, self._dtype, self._pushes, self._share = facts, _FORMATS[dtype], pushes, share
+        self._folder = WeightsFolder(weights_dir)
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
         self._policy = PolicyName(run=run, policy_version=0)
+        self._holders: frozenset[str] | None = None
         self._faults: Counter[Fault] = Counter()
+        self._redraws = Redraws()
+        self._num_sampled = 0
         self._lock = threading.Lock()
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._is_closed = False
         try:
             for url in urls:
@@ -109,14 +123,24 @@ class ServerEngine:
 
     @property
     def faults(self) -> Mapping[str, int]:
-        """Kind of fault -> calls that failed in this way so far; every one of them was made up for or has raised."""
-        return {kind.value: self._faults[kind] for kind in Fault}
+        """Kind of fault -> calls that failed in this way so far; every one of them was made up for or has raised.
+
+        ``redrawn`` counts completions that were drawn again by other noise, see `Redraws`.
+        """
+        return {kind.value: self._faults[kind] for kind in Fault} | {"redrawn": self._redraws.count}
 
     @property
     def progress(self) -> RolloutProgress:
         """How far the running call of `generate` is; tokens are those of the requests that were answered."""
         work = self._round
         return RolloutProgress() if work is None else work.progress()
+
+    @property
+    def busy(self) -> dict[str, str]:
+        """URL -> run, of the servers that hold weights of another run, which may be at work there."""
+        free = (CHECKPOINT, self._policy.run)
+        held = {server.url: server.status().policy.run for server in self._servers}
+        return {url: run for url, run in held.items() if run not in free}
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
@@ -130,34 +154,39 @@ class ServerEngine:
         check_requests(
             requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
-        work = _Round(requests, self._max_attempts, {server.url for server in self._servers})
+        holders = {server.url for server in self._servers}
+        if self._holders is not None:
+            holders &= self._holders
+        work = Round(requests, self._max_attempts, holders)
         self._round = work
         threads = ThreadPoolExecutor(len(self._servers) * self._calls_per_server)
+        workers: list[Future[None]] = []
         try:
-            workers = [
+            workers += [
                 threads.submit(self._serve, server, work, sampling)
                 for server in self._servers
                 for _ in range(min(self._calls_per_server, len(requests)))
             ]
-            wait(workers)
+            self._wait(workers, work)
         except BaseException as error:
-            # Ctrl-C and its like: a call that waits for a server is not waited for, and nothing new is asked.
-            work.abandon(error)
+            # Ctrl-C and its like: nothing new is asked, and what is under way is given up.
+            work.stop(error)
+            self._wait(workers, work)
             raise
         finally:
             self._round = None
             threads.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.result()
-        return work.results()
+        groups = work.results()
+        self._num_sampled += sum(len(group.completions) for group in groups)
+        return groups
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
         """Push ``weights`` (Hugging Face checkpoint names) to every server, as ``policy_version``.
 
-        A server that cannot be reached is left out: it answers the next round as stale, until a later push reaches it.
-        An engine made with ``pushes=False`` runs through ``weights`` and waits until the pushing one is done.
+        A server that cannot be reached is left out until a later push reaches it. An engine made with ``pushes=False`` runs
+        through ``weights`` and is told by the pushing one which servers took them.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, the version goes backwards, or no server
@@ -170,32 +199,33 @@ class ServerEngine:
                 "a stale trainer is pushing"
             )
         policy = PolicyName(run=self._policy.run, policy_version=policy_version)
-        stream = checked_weights(weights, self._facts)
-        if self._pushes:
-            self._push(stream, policy)
-        else:
-            for _ in stream:
-                continue
-            self._await(policy)
+        lowered = lowered_weights(weights, self._dtype, self._facts)
+        self._deliver(checked_weights(lowered, self._facts), policy)
         self._policy = policy
 
     def restore(self, model_dir: str | Path) -> None:
-        """Give every server the weights of the checkpoint, as policy version 0.
+        """Give every server the weights of the checkpoint, as policy version 0, and let each sample once by them.
 
-        Whatever would keep a push from working is met here, and not after the first rollout.
+        Whatever would keep a push from working is met here, and not after the first rollout; and no server answers by
+        other weights of the same shape, with which it happened to be started.
 
         Raises:
+            RecipeError: when what a server samples does not fit the model.
             EngineError: when a server does not take them.
         """
-        if not self._pushes:
-            self._await(self._policy)
-            return
-        self._push(checkpoint_tensors(model_dir), self._policy)
-        if behind := [s.url for s in self._servers if s.status().policy != self._policy]:
-            raise EngineError(
-                f"{', '.join(behind)} did not take the weights of {model_dir} at the start, so no later push would work "
-                "either; start it again, and see that it reaches the trainer and rollout.weights_dir"
-            )
+        tensors = checkpoint_tensors(model_dir) if self._pushes else iter(())
+        weights = lowered_weights(tensors, self._dtype, self._facts)
+        self._deliver(weights, self._policy, must_reach_all=True, then=self._check_servers)
+
+    def _check_servers(self) -> None:
+        for server in self._servers:
+            held = server.status().policy
+            if held != self._policy:
+                raise EngineError(
+                    f"{server.url} holds {held} after the weights of the checkpoint were pushed to it; another trainer "
+                    "pushes to it: give each run servers of its own"
+                )
+            server.check()
 
     def close(self) -> None:
         """Close the connections; the servers stay. Calling it twice is allowed."""
@@ -203,6 +233,7 @@ class ServerEngine:
             self._is_closed = True
             for server in self._servers:
                 server.close()
+            self._folder.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -214,7 +245,9 @@ class ServerEngine:
         for server in self._servers:
             description = server.status().description
             check_server(server, description, self._facts, dtype, record_routes)
-            server.check()
+            if self._pushes:
+                # One rank is enough for a trial: 64 of them would sample for each other.
+                server.check()
             told[server.url] = description
         different = set(told.values())
         if len(different) > 1:
@@ -223,164 +256,111 @@ class ServerEngine:
             )
         return different.pop()
 
-    def _serve(self, server: RolloutServer, work: _Round, sampling: SamplingParams) -> None:
+    def _wait(self, workers: Iterable[Future[None]], work: Round) -> None:
+        """Wait until all workers are done; once the round is stopped, the calls under way are given up.
+
+        A worker may have begun its call after the others were given up, so this is done until none is left.
+        """
+        pending, until = set(workers), None
+        while pending and (until is None or time.monotonic() < until):
+            if work.is_stopped:
+                until = until or time.monotonic() + _LEAVE_S
+                for server in self._servers:
+                    server.give_up()
+            pause_s = _GIVE_UP_S if work.is_stopped else None
+            _, pending = wait(pending, timeout=pause_s, return_when=FIRST_COMPLETED)
+
+    def _serve(self, server: RolloutServer, work: Round, sampling: SamplingParams) -> None:
         """Let one server work on a round until nothing is left to do, or it fails too often in a row."""
-        while (place := work.take(server.url)) is not None:
+        while (task := work.take(server.url)) is not None:
             try:
-                (group,) = server.generate(
-                    [work.requests[place]],
-                    sampling,
-                    policy=self._policy,
-                    description=self._description,
-                )
+                self._sample(server, task, work, sampling)
+            except GivenUpError as error:
+                work.stop(error)
+                work.put_down()
             except CallError as error:
                 with self._lock:
                     self._faults[error.fault] += 1
-                time.sleep(work.give_back(place, server.url, error))
+                if (stop := self._bias(server, task, work, error)) is not None:
+                    work.stop(stop)
+                work.give_back(task, server.url, error)
             except BaseException as error:
                 work.stop(error)
+                work.put_down()
                 raise
             else:
-                named = tuple(replace(c, server=server.url) for c in group.completions)
-                work.finish(place, server.url, replace(group, completions=named))
+                work.finish(task, server.url)
 
-    def _push(
+    def _sample(
+        self, server: RolloutServer, task: Task, work: Round, sampling: SamplingParams
+    ) -> None:
+        keep = partial(work.keep, task, server.url)
+        if isinstance(server, PlainServer):
+            server.complete(
+                task.request,
+                task.numbers,
+                sampling,
+                policy=self._policy,
+                description=self._description,
+                keep=keep,
+            )
+            return
+        (group,) = server.generate(
+            [task.request], sampling, policy=self._policy, description=self._description
+        )
+        for number, completion in enumerate(group.completions):
+            keep(number, completion)
+
+    def _bias(
+        self, server: RolloutServer, task: Task, work: Round, error: CallError
+    ) -> EngineError | None:
+        """Return what ends the run if drawing a task again on this server, or another, went too far from its policy."""
+        if server.draws_by_seed or error.fault in _BEFORE_SAMPLING:
+            return None
+        is_silence = error.incident is not None
+        if not is_silence and isinstance(server, PlainServer) and not server.is_up():
+            return None
+        return self._redraws.add(
+            error,
+            num_missing=work.num_missing(task),
+            num_sampled=self._num_sampled + work.progress().num_finished,
+            url=server.url,
+        )
+
+    def _deliver(
         self,
-        weights: Iterable[tuple[str, torch.Tensor]],
+        weights: Iterator[tuple[str, torch.Tensor]],
         policy: PolicyName,
-        servers: Sequence[RolloutServer] | None = None,
+        *,
+        must_reach_all: bool = False,
+        then: Callable[[], None] = lambda: None,
     ) -> None:
-        left = list(self._servers if servers is None else servers)
-        errors: list[CallError] = []
-        with (
-            weight_parts(weights, folder=self._weights_dir) as parts,
-            ThreadPoolExecutor(len(left)) as threads,
-        ):
-
-            def at_all(call: str, *args: object) -> None:
-                calls = [(s, threads.submit(getattr(s, call), *args)) for s in list(left)]
-                for server, result in calls:
-                    try:
-                        result.result()
-                    except CallError as error:
-                        self._faults[error.fault] += 1
-                        errors.append(error)
-                        left.remove(server)
-
-            for part in parts:
-                at_all("put_weights", part)
-            at_all("commit_weights", policy)
-        if not left:
-            raise EngineError(
-                f"no server took policy version {policy.policy_version}: {'; '.join(map(str, errors))}; start them again "
-                "and resume the run"
-            )
-
-    def _await(self, policy: PolicyName) -> None:
-        """Wait until a server holds the weights that another rank pushes."""
-        deadline = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline:
-            for server in self._servers:
-                try:
-                    if server.status().policy == policy:
-                        return
-                except CallError as error:
-                    self._faults[error.fault] += 1
-            time.sleep(_BACKOFF_S)
-        raise EngineError(
-            f"no server held policy version {policy.policy_version} within {self._timeout_s:.0f} s; the rank that pushes "
-            "has failed"
-        )
-
-
-class _Round:
-    """The requests of one call: which wait, which are out, what came back."""
-
-    def __init__(
-        self, requests: Sequence[Request], max_attempts: int, urls: AbstractSet[str]
-    ) -> None:
-        self.requests = requests
-        self._max_attempts = max_attempts
-        self._left = set(urls)
-        self._waiting = deque(range(len(requests)))
-        self._num_out = 0
-        self._groups: dict[int, RolloutGroup] = {}
-        self._errors: dict[int, list[CallError]] = {}
-        self._failures_in_a_row: Counter[str] = Counter()
-        self._stopped: BaseException | None = None
-        self._turn = threading.Condition()
-
-    def take(self, url: str) -> int | None:
-        """Return the place of a request for the server at ``url``; None when there is nothing more for it to do."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._waiting or not self._num_out or self._stopped)
-            if self._stopped or not self._waiting or url not in self._left:
-                return None
-            self._num_out += 1
-            return self._waiting.popleft()
-
-    def finish(self, place: int, url: str, group: RolloutGroup) -> None:
-        """Keep what came back."""
-        with self._turn:
-            self._groups[place] = group
-            self._failures_in_a_row[url] = 0
-            self._num_out -= 1
-            self._turn.notify_all()
-
-    def give_back(self, place: int, url: str, error: CallError) -> float:
-        """Let another call try a request that failed, unless it failed too often; return the seconds to wait."""
-        with self._turn:
-            self._num_out -= 1
-            self._failures_in_a_row[url] += 1
-            # Weights do not come back by asking again.
-            is_stale = error.fault is Fault.STALE
-            too_often = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
-            if is_stale or (too_often and self._left != {url}):
-                self._left.discard(url)
-            errors = self._errors.setdefault(place, [])
-            errors.append(error)
-            if len(errors) >= self._max_attempts:
-                self._stopped = EngineError(
-                    f"request {self.requests[place].request_id} failed {len(errors)} times, last: {error}; the run can be "
-                    "resumed when the servers work"
+        """Push, or run through the weights; every rank then knows which servers took them, or why none did."""
+        told: dict[str, Any] = {"holders": [], "error": None}
+        mine: MoeReplayError | None = None
+        try:
+            if self._pushes:
+                told["holders"] = push(
+                    weights,
+                    policy,
+                    self._servers,
+                    folder=self._folder,
+                    num_bytes=push_bytes(self._facts, self._dtype),
+                    must_reach_all=must_reach_all,
+                    faults=self._faults,
                 )
+                then()
             else:
-                self._waiting.append(place)
-            self._turn.notify_all()
-            failures = min(self._failures_in_a_row[url], _MAX_FAILURES_IN_A_ROW)
-            return 0.0 if is_stale else _BACKOFF_S * 2 ** (failures - 1)
-
-    def abandon(self, error: BaseException) -> None:
-        """End the round for a caller that no longer waits for it."""
-        with self._turn:
-            self._stopped = error
-            self._turn.notify_all()
-
-    def stop(self, error: BaseException) -> None:
-        """End the round with an error that no other server would mend."""
-        with self._turn:
-            self._num_out -= 1
-            self._stopped = error
-            self._turn.notify_all()
-
-    def progress(self) -> RolloutProgress:
-        """Return how far this round is."""
-        with self._turn:
-            finished = [c for group in self._groups.values() for c in group.completions]
-        return RolloutProgress(
-            num_finished=len(finished),
-            num_total=sum(request.num_generations for request in self.requests),
-            num_tokens=sum(len(completion.token_ids) for completion in finished),
-        )
-
-    def results(self) -> list[RolloutGroup]:
-        """Return all groups in order, or raise what kept one of them away."""
-        if self._stopped is not None:
-            raise self._stopped
-        if self._waiting:
-            last = {str(errors[-1]) for errors in self._errors.values()}
+                for _ in weights:
+                    continue
+        except MoeReplayError as error:
+            mine, told["error"] = error, str(error)
+        if self._share is not None:
+            told = self._share(told)[0]
+        if mine is not None:
+            raise mine
+        if told["error"] is not None:
             raise EngineError(
-                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: {'; '.join(sorted(last))}; "
-                "start the servers again and resume the run"
+                f"the rank that pushes policy version {policy.policy_version} failed: {told['error']}"
             )
-        return [self._groups[place] for place in range(len(self.requests))]
+        self._holders = frozenset(told["holders"])

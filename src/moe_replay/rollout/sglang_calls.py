@@ -1,21 +1,26 @@
 """Calls to one SGLang server, over SGLang's own HTTP API; weights are pushed as files that the server reads.
 
-In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong. Called by: rollout.server_engine.
+In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatever goes wrong.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.plain_calls import PlainCalls
-from moe_replay.rollout.server_contract import check_policy, join_groups
+from moe_replay.rollout.server_contract import check_completion, check_policy, generate_by_one
 from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Status
 from moe_replay.rollout.sglang_wire import (
     FLAG,
     generate_message,
+    is_deterministic,
     read_completion,
     read_description,
 )
@@ -30,6 +35,8 @@ from moe_replay.rollout.weight_names import read_policy, weight_version
 
 # A temperature at which the most likely token loses its lead over chance, and the least lead, in nats, that shows this.
 _FLAT, _LEAST_LEAD = 100.0, 0.1
+# Longest wait for a server to hear that a request was given up; it also notices the closed connection.
+_ABORT_S = 2.0
 
 
 class SglangCalls(PlainCalls):
@@ -43,6 +50,18 @@ class SglangCalls(PlainCalls):
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
 
+    _is_deterministic: bool = False
+
+    @property
+    def draws_by_seed(self) -> bool:
+        """Whether it was started so that equal seeds give equal completions."""
+        return self._is_deterministic
+
+    async def _shows_life(self) -> bool:
+        # Answered when any output has come from the server's scheduler since the question, also that of other requests.
+        code, _ = await self._answer("GET", "/health_generate", silence_s=self._timeout_s)
+        return code == 200
+
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
 
@@ -55,7 +74,9 @@ class SglangCalls(PlainCalls):
                 f"{self.url} answers, but knows no /server_info and /model_info; start an SGLang server there: "
                 f"`python -m sglang.launch_server --model-path MODEL {FLAG}`"
             )
-        description = read_description(self.call_json("GET", "/server_info"), self._facts, self.url)
+        told = self.call_json("GET", "/server_info")
+        description = read_description(told, self._facts, self.url)
+        self._is_deterministic = is_deterministic(told)
         return Status(protocol=PROTOCOL, description=description, policy=self._policy())
 
     def check(self) -> None:
@@ -71,8 +92,17 @@ class SglangCalls(PlainCalls):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
 
             def sample(request: Request, sampling: SamplingParams = sampling) -> Completion:
-                (completion,), _ = self._complete([request], sampling, description)
-                return completion
+                sampled: list[Completion] = []
+                failure = self._complete(
+                    request,
+                    (0,),
+                    sampling,
+                    description,
+                    lambda _, answer, __: sampled.append(answer),
+                )
+                if failure is not None:
+                    raise failure
+                return sampled[0]
 
             best.append(float(self.try_out(sample).rollout_logprobs[0]))
         lead = best[0] + math.log(self._facts.vocab_size)
@@ -83,6 +113,31 @@ class SglangCalls(PlainCalls):
                 "trainer's do not; start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
 
+    def complete(
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        keep: Callable[[int, Completion], None],
+    ) -> None:
+        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
+
+        Raises:
+            EngineError: when the server refuses the request itself.
+            CallError: when some could not be sampled.
+        """
+
+        def keep_if_current(number: int, completion: Completion, answered: PolicyName) -> None:
+            check_policy(answered, policy, self.url)
+            keep(number, completion)
+
+        failure = self._complete(request, numbers, sampling, description, keep_if_current)
+        if failure is not None:
+            raise failure
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -91,25 +146,15 @@ class SglangCalls(PlainCalls):
         policy: PolicyName,
         description: EngineDescription,
     ) -> list[RolloutGroup]:
-        """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
-
-        Raises:
-            EngineError: when the server refuses the requests themselves.
-            CallError: for every other failure.
-        """
-        completions, answered = self._complete(requests, sampling, description)
-        groups = join_groups(requests, completions, description=description, url=self.url)
-        for name in answered:
-            check_policy(name, policy, self.url)
-        return groups
+        """Return the completions of all requests, as `complete` samples them."""
+        return generate_by_one(self, requests, sampling, policy=policy, description=description)
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.
 
         Raises:
-            EngineError: when it cannot read them, they are not those of its model, or it keeps cached prompts of the last
-                policy.
-            CallError: when it does not answer.
+            CallError: when it does not answer, cannot read them, they are not those of its model, or it keeps cached prompts
+                of the last policy.
         """
         assert self._pushed is not None
         message = {
@@ -118,12 +163,15 @@ class SglangCalls(PlainCalls):
             "weight_version": weight_version(policy),
             "flush_cache": True,
         }
-        told = self.call_json("POST", "/update_weights_from_disk", message)
-        if not isinstance(told, dict) or told.get("success") is not True:
-            raise EngineError(
-                f"{self.url} did not take policy version {policy.policy_version}: {told}"
+        try:
+            told = self.call_json(
+                "POST", "/update_weights_from_disk", message, silence_s=self._load_s
             )
-        self.call("POST", "/flush_cache")
+            if not isinstance(told, dict) or told.get("success") is not True:
+                raise EngineError(str(told))
+            self.call("POST", "/flush_cache")
+        except EngineError as error:
+            raise self._not_loaded(policy, error) from error
         held = self._policy()
         if held != policy:
             raise CallError(
@@ -140,35 +188,52 @@ class SglangCalls(PlainCalls):
         return read_policy(told["weight_version"])
 
     def _complete(
-        self, requests: Sequence[Request], sampling: SamplingParams, description: EngineDescription
-    ) -> tuple[tuple[Completion, ...], list[PolicyName]]:
-        """Return the completions of all requests, and the weights that each was sampled with."""
-        message = generate_message(
-            requests,
-            sampling,
-            eos_ids=self._facts.eos_ids,
-            record_routes=description.records_routes,
-        )
-        answers = self.call_json("POST", "/generate", message)
-        asked = [(r, number) for r in requests for number in range(r.num_generations)]
-        if not isinstance(answers, list) or len(answers) != len(asked):
-            raise CallError(
-                Fault.CORRUPT,
-                f"{self.url}: {len(answers) if isinstance(answers, list) else type(answers).__name__} completions, asked for "
-                f"{len(asked)}",
-            )
-        try:
-            read = [
-                read_completion(
-                    answer,
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        description: EngineDescription,
+        keep: Callable[[int, Completion, PolicyName], None],
+    ) -> CallError | None:
+        """Give ``keep`` each completion with the weights that it was sampled by; return the first failure."""
+
+        def read(number: int, answer: bytes) -> None:
+            where = f"{self.url}: request {request.request_id}, completion {number}"
+            try:
+                completion, policy = read_completion(
+                    self.parsed(answer, "/generate"),
                     request,
                     sampling,
                     facts=self._facts,
                     description=description,
-                    where=f"{self.url}: request {request.request_id}, completion {number}",
+                    where=where,
                 )
-                for answer, (request, number) in zip(answers, asked, strict=True)
-            ]
-        except (TraceError, EngineError) as error:
-            raise CallError(Fault.CORRUPT, str(error)) from error
-        return tuple(completion for completion, _ in read), [policy for _, policy in read]
+                check_completion(request, completion, description=description)
+            except CallError:
+                raise
+            except (TraceError, EngineError) as error:
+                raise CallError(Fault.CORRUPT, str(error)) from error
+            keep(number, completion, policy)
+
+        calls = {}
+        for number in numbers:
+            message = generate_message(
+                request,
+                number,
+                sampling,
+                eos_ids=self._facts.eos_ids,
+                record_routes=description.records_routes,
+                rid=secrets.token_hex(16),
+            )
+            calls[number] = self._sampled(message)
+        return self._gather(calls, read)
+
+    async def _sampled(self, message: dict[str, object]) -> bytes:
+        """Return an answer; one that is no longer waited for is aborted in the server."""
+        try:
+            return await self._waited("/generate", json.dumps(message, allow_nan=False).encode())
+        except asyncio.CancelledError:
+            abort = json.dumps({"rid": message["rid"]}).encode()
+            with suppress(EngineError):
+                await self._answer("POST", "/abort_request", abort, silence_s=_ABORT_S)
+            raise

@@ -13,7 +13,7 @@ They are asked for from the first token on, because 0.5.9 to 0.5.11 ignored any 
 ``output_token_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary, before top-k and top-p
 (SGLang 0.5.23, ``Sampler.forward``), unless the server runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB``.
 
-In: JSON of a server. Out: descriptions, completions. Called by: rollout.sglang_calls, testing.sglang_like.
+In: JSON of a server. Out: descriptions, completions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from jaxtyping import Int32
 from packaging.version import InvalidVersion, Version
 
 from moe_replay.errors import CodecError, EngineError, RecipeError, UnsupportedError
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.server_messages import PolicyName
 from moe_replay.rollout.types import (
@@ -124,40 +125,46 @@ def read_description(told: Any, facts: ModelFacts, url: str) -> EngineDescriptio
     )
 
 
+def is_deterministic(told: Mapping[str, Any]) -> bool:
+    """Tell by its ``/server_info`` whether a server draws by the seeds that requests name."""
+    return told.get("enable_deterministic_inference") is True
+
+
 def generate_message(
-    requests: Sequence[Request],
+    request: Request,
+    number: int,
     sampling: SamplingParams,
     *,
     eos_ids: tuple[int, ...],
     record_routes: bool,
+    rid: str,
 ) -> dict[str, Any]:
-    """Return the body of a ``/generate`` call, one entry for each completion.
+    """Return the body of a ``/generate`` call for completion ``number``, under a name by which it can be aborted.
 
-    Every option is named, so that defaults of the server or of the checkpoint's author change nothing.
+    One call a completion: all 16 of a prompt at 32k tokens would be 1 GB of JSON. Every option is named, so that defaults
+    of the server or of the checkpoint's author change nothing.
     """
-    each = [(request, number) for request in requests for number in range(request.num_generations)]
     return {
-        "input_ids": [request.prompt_ids.tolist() for request, _ in each],
-        "sampling_params": [
-            {
-                "max_new_tokens": sampling.max_completion_length,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
-                "min_p": 0.0,
-                "frequency_penalty": 0.0,
-                "presence_penalty": 0.0,
-                "repetition_penalty": 1.0,
-                "min_new_tokens": 0,
-                "stop": [],
-                "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
-                "ignore_eos": False,
-                "no_stop_trim": True,
-                "skip_special_tokens": False,
-                "sampling_seed": _sampling_seed(sampling.seed, request.request_id, number),
-            }
-            for request, number in each
-        ],
+        "rid": rid,
+        "input_ids": request.prompt_ids.tolist(),
+        "sampling_params": {
+            "max_new_tokens": sampling.max_completion_length,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "min_new_tokens": 0,
+            "logit_bias": None,
+            "stop": [],
+            "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
+            "ignore_eos": False,
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+            "sampling_seed": _sampling_seed(sampling.seed, request.request_id, number),
+        },
         "return_logprob": True,
         "return_text_in_logprobs": False,
         "return_routed_experts": record_routes,
@@ -251,9 +258,10 @@ def _finish_reason(
             "stops on a string, or met a token that is none"
         )
     if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
-        raise EngineError(
+        raise CallError(
+            Fault.CUT,
             f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
-            "server's context or cache has no room for more: raise --context-length or --mem-fraction-static"
+            "server's context or cache has no room for more: raise --context-length or --mem-fraction-static",
         )
     return finish_reason
 

@@ -2,13 +2,15 @@
 
 A server is told apart from one of `moe-replay serve` by what it answers to.
 
-In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong. Called by: grpo.engines.
+In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatever goes wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlencode
 
 from moe_replay.errors import EngineError, RecipeError, TraceError
@@ -18,8 +20,9 @@ from moe_replay.rollout.plain_calls import PlainCalls
 from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_contract import (
     RolloutServer,
+    check_completion,
     check_policy,
-    join_groups,
+    generate_by_one,
 )
 from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Status
 from moe_replay.rollout.types import (
@@ -32,13 +35,18 @@ from moe_replay.rollout.types import (
 from moe_replay.rollout.vllm_http import (
     NativeServer,
     generate_message,
+    read_answer,
     read_completion,
     read_server,
 )
 from moe_replay.rollout.vllm_wire import FLAG
 from moe_replay.rollout.weight_names import read_policy, weight_version
 
-_LOADING = "moe-replay is loading"
+# Names of the weights of a server that loads a push, and of one in which a push has failed.
+_LOADING, _BROKEN = "moe-replay is loading", "moe-replay failed to load"
+_GENERATE = "/inference/v1/generate"
+# Counters of a server that works, in whose reading it shows.
+_WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total")
 _ROUTE_BYTES = 1 << 30
 # Paths that a plain server has -> how it must be started to have them.
 _PATHS = {
@@ -46,7 +54,7 @@ _PATHS = {
     "/server_info": "start it with VLLM_SERVER_DEV_MODE=1 in its environment, on an address that only trainers reach: weights "
     "are pushed that way",
     "/weight_info": "install vLLM 0.30",
-    "/inference/v1/generate": "start it with --enable-scale-out",
+    _GENERATE: "start it with --enable-scale-out",
 }
 
 
@@ -80,6 +88,23 @@ class VllmCalls(PlainCalls):
     )
 
     _server: NativeServer | None = None
+    _work: tuple[bytes, ...] = ()
+
+    @property
+    def draws_by_seed(self) -> bool:
+        """Whether it has this project's logits processor, which draws by the seed of the run."""
+        return self._server is not None and self._server.draws
+
+    async def _shows_life(self) -> bool:
+        code, text = await self._answer("GET", "/metrics", silence_s=self._timeout_s)
+        if code != 200:
+            # Without --disable-log-stats there are counters; without counters only pieces of answers show life.
+            return False
+        before, self._work = (
+            self._work,
+            tuple(line for line in text.splitlines() if line.startswith(_WORK)),
+        )
+        return self._work != before
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -109,16 +134,60 @@ class VllmCalls(PlainCalls):
         description = self.status().description
 
         def sample(request: Request) -> Completion:
-            completion = self._complete(
-                request, 0, SamplingParams(max_completion_length=2), 0, description
+            kept: list[Completion] = []
+            sampling = SamplingParams(max_completion_length=2)
+            failure = self._complete(
+                request,
+                (0,),
+                sampling,
+                0,
+                description,
+                lambda _, completion: kept.append(completion),
             )
-            join_groups([request], [completion], description=description, url=self.url)
-            return completion
+            if failure is not None:
+                raise failure
+            return kept[0]
 
         self.try_out(
             sample,
             hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with --enforce-eager)",
         )
+
+    def complete(
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        keep: Callable[[int, Completion], None],
+    ) -> None:
+        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
+
+        Answers do not name their weights, so the server is asked before and after, and nothing is kept between.
+
+        Raises:
+            RecipeError: when this server cannot sample so that log-probabilities are the policy's.
+            EngineError: when the server refuses the request itself.
+            CallError: when some could not be sampled.
+        """
+        check_policy(self._policy(), policy, self.url)
+        sampled: list[tuple[int, Completion]] = []
+        failure = self._complete(
+            request,
+            numbers,
+            sampling,
+            policy.policy_version,
+            description,
+            lambda number, completion: sampled.append((number, completion)),
+        )
+        if sampled:
+            check_policy(self._policy(), policy, self.url)
+            for number, completion in sampled:
+                keep(number, completion)
+        if failure is not None:
+            raise failure
 
     def generate(
         self,
@@ -128,89 +197,115 @@ class VllmCalls(PlainCalls):
         policy: PolicyName,
         description: EngineDescription,
     ) -> list[RolloutGroup]:
-        """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
-
-        Answers do not name their weights, so the server is asked before and after.
-
-        Raises:
-            RecipeError: when this server cannot sample so that log-probabilities are the policy's.
-            EngineError: when the server refuses the requests themselves.
-            CallError: for every other failure.
-        """
-        check_policy(self._policy(), policy, self.url)
-        each = [(r, number) for r in requests for number in range(r.num_generations)]
-        with ThreadPoolExecutor(len(each)) as threads:
-            calls = [
-                threads.submit(
-                    self._complete, request, number, sampling, policy.policy_version, description
-                )
-                for request, number in each
-            ]
-        completions = [call.result() for call in calls]
-        groups = join_groups(requests, completions, description=description, url=self.url)
-        check_policy(self._policy(), policy, self.url)
-        return groups
+        """Return the completions of all requests, as `complete` samples them."""
+        return generate_by_one(self, requests, sampling, policy=policy, description=description)
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.
 
-        Until everything has worked the server holds no policy by name, so that a push that failed half-way is no policy.
+        Until everything has worked the server holds no policy by name, so that a push that failed half-way is no policy. A
+        server of which one failed takes no other until it is started again: a worker that raises leaves the later answers
+        of vLLM's workers one call behind, so that the next push could seem to have worked.
 
         Raises:
-            EngineError: when the server keeps cached prompts of the last policy.
-            CallError: when it does not answer, or fails to load.
+            CallError: when it does not answer, fails to load, or has failed before.
         """
         assert self._pushed is not None
+        name = self._weight_version()
+        if name in (_LOADING, _BROKEN):
+            what = "is loading" if name == _LOADING else "has failed to load"
+            raise CallError(
+                Fault.FAILED,
+                f"{self.url} {what} another push, or was left while it did; vLLM's workers are out of step after that: start "
+                "the server again, and give each run servers of its own",
+            )
         self.call("POST", "/pause?" + urlencode({"mode": "abort"}))
         self._name_weights(_LOADING)
-        message = {"method": "reload_weights", "kwargs": {"weights_path": str(self._pushed)}}
-        self.call_json("POST", "/collective_rpc", message)
+        try:
+            self._load(self._pushed)
+        except EngineError as error:
+            with suppress(EngineError):
+                self._name_weights(_BROKEN)
+            raise self._not_loaded(
+                policy,
+                error,
+                then=". Start the server again before the next push: its workers are out of step now",
+            ) from error
+        self._name_weights(weight_version(policy))
+        self.call("POST", "/resume")
+        held = self._policy()
+        if held != policy:
+            raise CallError(
+                Fault.STALE,
+                f"{self.url} holds {held} after it was pushed {policy}; another trainer pushes to it: give each run servers "
+                "of its own",
+            )
+
+    def _load(self, folder: Path) -> None:
+        message = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.call_json("POST", "/collective_rpc", message, silence_s=self._load_s)
         told = self.call_json("POST", "/reset_prefix_cache")
         if told != {"success": True}:
             raise EngineError(
-                f"{self.url} did not empty its prefix cache after a weight push ({told}), so prompts would be answered from "
-                "the last policy; start it again and resume the run"
+                f"it did not empty its prefix cache ({told}), so prompts would be answered from the last policy"
             )
-        self._name_weights(weight_version(policy))
-        self.call("POST", "/resume")
 
     def _name_weights(self, name: str) -> None:
         self.call_json("POST", "/update_weight_version", {"new_version": name})
 
     def _policy(self) -> PolicyName:
+        return read_policy(self._weight_version())
+
+    def _weight_version(self) -> str:
         told = self.call_json("GET", "/weight_info")
         if not isinstance(told, dict) or "weight_version" not in told:
             raise CallError(Fault.CORRUPT, f"{self.url}/weight_info answers {told}")
-        return read_policy(told["weight_version"])
+        return str(told["weight_version"])
 
     def _complete(
         self,
         request: Request,
-        number: int,
+        numbers: Sequence[int],
         sampling: SamplingParams,
         policy_version: int,
         description: EngineDescription,
-    ) -> Completion:
+        keep: Callable[[int, Completion], None],
+    ) -> CallError | None:
         assert self._server is not None
-        message = generate_message(
-            request,
-            number,
-            sampling,
-            eos_ids=self._facts.eos_ids,
-            draws=self._server.draws,
-            num_known_ids=self._facts.num_known_ids,
-        )
-        answer = self.call_json("POST", "/inference/v1/generate", message)
-        try:
-            return read_completion(
-                answer,
+        draws = self._server.draws
+
+        def read(number: int, answer: bytes) -> None:
+            where = f"{self.url}: request {request.request_id}, completion {number}"
+            try:
+                completion = read_completion(
+                    read_answer(answer, where=where),
+                    request,
+                    sampling,
+                    facts=self._facts,
+                    description=description,
+                    policy_version=policy_version,
+                    max_bytes=_ROUTE_BYTES,
+                    where=where,
+                )
+                check_completion(request, completion, description=description)
+            except CallError:
+                raise
+            except (TraceError, EngineError) as error:
+                raise CallError(Fault.CORRUPT, str(error)) from error
+            keep(number, completion)
+
+        def message(number: int) -> bytes:
+            fields = generate_message(
                 request,
+                number,
                 sampling,
-                facts=self._facts,
-                description=description,
-                policy_version=policy_version,
-                max_bytes=_ROUTE_BYTES,
-                where=f"{self.url}: request {request.request_id}, completion {number}",
+                eos_ids=self._facts.eos_ids,
+                draws=draws,
+                num_known_ids=self._facts.num_known_ids,
             )
-        except (TraceError, EngineError) as error:
-            raise CallError(Fault.CORRUPT, str(error)) from error
+            return json.dumps(fields, allow_nan=False).encode()
+
+        bodies = {number: message(number) for number in numbers}
+        return self._gather(
+            {number: self._waited(_GENERATE, body) for number, body in bodies.items()}, read
+        )

@@ -4,20 +4,23 @@ Two ways to sample are known. A server started with this project's logits proces
 and equal seeds give equal completions. Any other server draws by its own noise, and reports log-probabilities that
 include the temperature but also top-p and top-k, so these are refused there.
 
-In: JSON of a server. Out: descriptions, completions. Called by: rollout.vllm_calls.
+In: JSON of a server. Out: descriptions, completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 from packaging.version import Version
 
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.rollout.divergence import refuse_no_numbers
+from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.types import (
     Completion,
@@ -36,6 +39,10 @@ PROCESSOR = "moe_replay.rollout.vllm_sampler:DrawTokens"
 _OLDEST = Version("0.28")
 # As in rollout.vllm_sampler, which only an installed vLLM can import.
 _DRAW = "moe_replay"
+# What begins each piece of an answer, and what only the last piece has.
+_EVENT, _LAST = b"data:", ("finish_reason", "routed_experts")
+# How vLLM names a token beside its log-probability when it does not detokenize.
+_TOKEN = "token_id:"
 _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 # Place in the server's configuration -> the value with which it returns what replay needs, and what any other one does.
@@ -161,7 +168,38 @@ def generate_message(
             "num_known_ids": num_known_ids,
         }
         params["extra_args"] = {_DRAW: draw}
-    return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params}
+    # Pieces show that a long completion grows; the last one has the routes of all rows.
+    return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params, "stream": True}
+
+
+def read_answer(answer: bytes, *, where: str) -> dict[str, Any]:
+    """Return an answer that came in pieces as the one that came at once would be.
+
+    Example:
+        Events with the tokens [5], [7, 2], of which the last one has ``finish_reason`` and routes, are one choice with
+        the tokens [5, 7, 2], three log-probabilities, and these.
+
+    Raises:
+        EngineError: when the answer is damaged, was cut, or tells of an error.
+    """
+    try:
+        if not answer.startswith(_EVENT):
+            return json.loads(answer)
+        events = [part.removeprefix(_EVENT).strip() for part in answer.split(b"\n\n") if part]
+        if events[-1] != b"[DONE]":
+            raise EngineError(f"{where}: the answer was cut after {len(events)} pieces")
+        whole: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}}
+        for event in map(json.loads, events[:-1]):
+            if "error" in event:
+                raise EngineError(f"{where}: the server failed: {str(event['error'])[:2000]}")
+            (choice,) = event["choices"]
+            whole["token_ids"] += choice["token_ids"]
+            whole["logprobs"]["content"] += choice["logprobs"]["content"]
+            whole |= {key: choice[key] for key in _LAST if choice.get(key) is not None}
+    # Brackets nested deeper than the interpreter goes raise no ValueError.
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
+    return {"choices": [whole]}
 
 
 def read_completion(
@@ -186,20 +224,11 @@ def read_completion(
         (choice,) = answer["choices"]
         token_ids = np.array(choice["token_ids"], dtype=np.int32)
         content = choice["logprobs"]["content"]
+        named = [str(entry["token"]) for entry in content]
         rollout_logprobs = np.array([float(entry["logprob"]) for entry in content], np.float32)
-        finish_reason = _FINISH_REASONS.get(choice["finish_reason"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
-    if finish_reason is None or token_ids.ndim != 1 or len(token_ids) == 0:
-        raise EngineError(
-            f"{where} ended with {choice['finish_reason']!r} after {token_ids.size} tokens, expected one of "
-            f"{list(_FINISH_REASONS)} after at least one; the server aborted it"
-        )
-    if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
-        raise EngineError(
-            f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
-            "server's context has no room for more: raise --max-model-len"
-        )
+    finish_reason = _finish_reason(choice.get("finish_reason"), token_ids, named, sampling, where)
     refuse_no_numbers(rollout_logprobs, where=where, policy_version=policy_version)
     trace = None
     if description.records_routes:
@@ -222,6 +251,34 @@ def read_completion(
         finish_reason=finish_reason,
         policy_version=policy_version,
     )
+
+
+def _finish_reason(
+    told: Any,
+    token_ids: Int32[np.ndarray, "..."],
+    named: Sequence[str],
+    sampling: SamplingParams,
+    where: str,
+) -> FinishReason:
+    """Return why a completion ended, if it did in a way that may be trained on."""
+    finish_reason = _FINISH_REASONS.get(told)
+    if finish_reason is None or token_ids.ndim != 1 or len(token_ids) == 0:
+        raise EngineError(
+            f"{where} ended with {told!r} after {token_ids.size} tokens, expected one of "
+            f"{list(_FINISH_REASONS)} after at least one; the server aborted it"
+        )
+    if named != [f"{_TOKEN}{token}" for token in token_ids.tolist()]:
+        raise EngineError(
+            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are {str(token_ids.tolist())[:80]}: "
+            "they do not belong together"
+        )
+    if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
+        raise CallError(
+            Fault.CUT,
+            f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
+            "server's context has no room for more: raise --max-model-len",
+        )
+    return finish_reason
 
 
 def _origin(description: EngineDescription, policy_version: int, num_rows: int) -> Origin:

@@ -1,7 +1,6 @@
-"""Checks a push of weights while it streams by, for engines that take what they are given.
+"""Checks a push of weights while it streams by, for engines that take what they are given, and gives it their number format.
 
-In: named tensors, the facts of the model that takes them. Out: the same tensors.
-Called by: rollout.vllm_engine, rollout.server_engine.
+In: named tensors, the facts of the model that takes them. Out: the same tensors, one at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +15,22 @@ from moe_replay.rollout.model_facts import ModelFacts
 
 # Names listed in a message; a wrong family makes thousands of them.
 _MAX_NAMES = 8
+
+
+def lowered_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, facts: ModelFacts
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each tensor in the number format ``dtype``, unless its own is lower or engines hold it in float32.
+
+    Engines round what they load to their own format, so rounding it here changes no output and halves what travels:
+    60 GB instead of 120 for 30B parameters that are trained in float32 and sampled in bfloat16. The tensors of
+    `ModelFacts.float32_names` pass as they are: 16 different expert biases near 0.1 would become 2 in bfloat16.
+    """
+    for name, tensor in weights:
+        lowers = tensor.is_floating_point() and tensor.element_size() > dtype.itemsize
+        if lowers and name not in facts.float32_names:
+            tensor = tensor.detach().to(dtype)
+        yield name, tensor
 
 
 def checked_weights(

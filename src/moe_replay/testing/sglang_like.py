@@ -1,10 +1,11 @@
 """A server that speaks SGLang's HTTP API as recorded from SGLang 0.5.23, over any engine: SGLang itself needs a GPU.
 
-It answers ``/server_info``, ``/model_info``, ``/generate``, ``/update_weights_from_disk``, ``/flush_cache`` with the
-fields, types and status codes of the real one, refuses fields that the real one does not know, and does what surprises
-there: completions are cut short where the context ends, and a failed update leaves the weight version alone.
+It answers ``/server_info``, ``/model_info``, ``/health``, ``/health_generate``, ``/generate``, ``/abort_request``,
+``/update_weights_from_disk``, ``/flush_cache`` with the fields, types and status codes of the real one, refuses fields
+that the real one does not know, and does what surprises there: completions are cut short where the context ends, and a
+failed update leaves the weight version alone.
 
-In: an engine. Out: an ASGI application. Called by: tests, ours and users'.
+In: an engine. Out: an ASGI application.
 """
 
 from __future__ import annotations
@@ -43,17 +44,22 @@ _SAMPLING_FIELDS = frozenset(
     (
         *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "min_new_tokens"),
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "sampling_seed"),
+        "logit_bias",
         *("stop", "stop_token_ids", "ignore_eos", "no_stop_trim", "skip_special_tokens"),
     )
 )
 # SGLang's own default, used for all requests without a seed under deterministic inference.
 _SEED = 42
+_DETERMINISTIC = "enable_deterministic_inference"
 # What SGLang keeps free at the end of the context, and below that for what is sampled.
 _TAIL, _LEAST_SAMPLED = 1, 5
 
 
 class SglangLike:
     """The server. ``options`` are entries of ``/server_info`` to answer otherwise.
+
+    It draws by the seeds of requests, unless ``enable_deterministic_inference`` is False among the options: then each
+    completion has noise of its own, whatever was asked before.
 
     ``original_logprobs`` imitates ``SGLANG_RETURN_ORIGINAL_LOGPROB`` for greedy requests. Completions whose number, counted
     over all calls, is in ``retracted`` are said to have been retracted once, and their routes come back otherwise.
@@ -74,7 +80,9 @@ class SglangLike:
     ) -> None:
         self._engine, self._num_layers, self._token = engine, num_decoder_layers, token
         self._original_logprobs, self._retracted = original_logprobs, retracted
-        self._options = dict(options or {})
+        self._options = {_DETERMINISTIC: True, **(options or {})}
+        self.aborted: list[str] = []
+        """Names of the requests that clients asked to abort."""
         self._weight_version = "default"
         self._num_completions = 0
         self._turn = threading.Lock()
@@ -89,6 +97,9 @@ class SglangLike:
             routes=[
                 Route("/server_info", self._server_info, methods=["GET"]),
                 Route("/model_info", self._model_info, methods=["GET"]),
+                Route("/health", self._health, methods=["GET"]),
+                Route("/health_generate", self._health, methods=["GET"]),
+                Route("/abort_request", self._abort, methods=["POST"]),
                 Route("/generate", self._generate, methods=["POST", "PUT"]),
                 Route("/update_weights_from_disk", self._update_weights, methods=["POST"]),
                 Route("/flush_cache", self._flush_cache, methods=["GET", "POST"]),
@@ -122,6 +133,15 @@ class SglangLike:
         told = {"is_generation": True, "weight_version": self._weight_version}
         return self._refusal(request) or JSONResponse(told)
 
+    async def _health(self, request: HttpRequest) -> Response:
+        return Response()
+
+    async def _abort(self, request: HttpRequest) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        self.aborted.append(json.loads(await request.body())["rid"])
+        return Response()
+
     async def _generate(self, request: HttpRequest) -> Response:
         if refusal := self._refusal(request):
             return refusal
@@ -150,29 +170,24 @@ class SglangLike:
         return JSONResponse(told, 200 if success else 400)
 
     def _answer(self, call: dict[str, Any]) -> Response:
-        unknown = set(call) - _REQUEST_FIELDS
-        for params in call["sampling_params"]:
-            unknown |= set(params) - _SAMPLING_FIELDS
+        params = call["sampling_params"]
+        unknown = (set(call) - _REQUEST_FIELDS) | (set(params) - _SAMPLING_FIELDS)
         if unknown:
             return JSONResponse({"error": {"message": f"unknown fields {sorted(unknown)}"}}, 400)
         try:
             with self._turn:
-                answers = [
-                    self._complete(prompt, params, call)
-                    for prompt, params in zip(
-                        call["input_ids"], call["sampling_params"], strict=True
-                    )
-                ]
+                return JSONResponse(self._complete(call["input_ids"], params, call))
         except MoeReplayError as error:
             return JSONResponse({"error": {"message": str(error)}}, 400)
-        return JSONResponse(answers)
 
     def _complete(
         self, prompt: list[int], params: dict[str, Any], call: dict[str, Any]
     ) -> dict[str, Any]:
+        number, self._num_completions = self._num_completions, self._num_completions + 1
+        seed = params.get("sampling_seed", _SEED) if self._options[_DETERMINISTIC] else number
         request = Request(
             # The seed alone decides the noise, as under SGLang's deterministic inference.
-            request_id=params.get("sampling_seed", _SEED),
+            request_id=seed,
             prompt_ids=np.array(prompt, dtype=np.int32),
             num_generations=1,
         )
@@ -188,7 +203,6 @@ class SglangLike:
         )
         (group,) = self._engine.generate([request], sampling)
         (completion,) = group.completions
-        number, self._num_completions = self._num_completions, self._num_completions + 1
         return self._told(completion, len(prompt), number in self._retracted, call)
 
     def _told(
