@@ -80,15 +80,16 @@ class DrawnSteps:
         live: Int64[np.ndarray, "samples rows layers topk"],
         *,
         first_sample: int = 0,
+        positions: Int64[np.ndarray, " rows"] | None = None,
     ) -> OverlapCounts:
-        """Return the counts of a step, as one rank would that holds all of its rows."""
+        """Return the counts of a step, as one rank would that holds these rows; ``positions`` of those of each sample."""
         samples, rows = replayed.shape[:2]
         return count_overlaps(
             replayed.reshape(samples * rows, *replayed.shape[2:]),
             live.reshape(samples * rows, *live.shape[2:]),
             valid=np.ones(samples * rows, bool),
             sample=np.repeat(np.arange(first_sample, first_sample + samples), rows),
-            position=np.tile(np.arange(rows), samples),
+            position=np.tile(np.arange(rows) if positions is None else positions, samples),
             layers=tuple(range(replayed.shape[2])),
             num_experts=self.num_experts,
         )

@@ -112,7 +112,10 @@ class Guard:
         nearest = int(margins.argmax())
         return Verdict(
             findings=findings,
-            faults=(*group_faults(baseline, owners, alpha=self._alpha), *sums.faults(self._alpha)),
+            faults=(
+                *group_faults(baseline, tests.stray, owners, alpha=self._alpha),
+                *sums.faults(self._alpha),
+            ),
             sample_ids=baseline.table.sample_ids,
             agreement=baseline.table.agreement,
             margin_nats=float(margins[nearest]),

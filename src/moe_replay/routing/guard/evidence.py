@@ -38,6 +38,7 @@ TESTS = (
 STRAY_KEEPS = 0.25
 """Share of the median's information below which a single row is stray."""
 _STRAY_NATS = 3.0  # by which it must be below
+_ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,7 +105,9 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         found.by_window("paired window", farther, either, either / 2, together, place, extra)
     found.equal_rows(-math.log(baseline.repeat))
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
-    clear = shortfall_nats(own, row_slots, keeps, baseline.effects[0][0]) > _STRAY_NATS
+    # Where many rows are stray, they are what makes the measured effect large; within a row it is not above 2.
+    effect = min(baseline.effects[0][0], _ROW_EFFECT)
+    clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
     stray = np.add.reduceat(clear.astype(np.int32), counts.starts) if len(clear) else np.zeros(0)
     return found.evidence(stray.astype(np.int32))
 

@@ -20,33 +20,45 @@ from moe_replay.routing.guard.statistics import shortfall_nats
 from moe_replay.routing.guard.verdict import Fault, Owner
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64
+    from jaxtyping import Float64, Int64
 
 FLOOR = 0.2
 """Share of the information that the median sample keeps at least, whatever the drift."""
 MIN_ROOM = 0.1
 """Share of the slots above chance, below which nothing is said about information."""
-_KINDS = len(PLACES) + 2
+MAX_STRAY = 0.03
+"""Share of the rows that fit nowhere, above which a whole group is wrong; drift, however strong, left 0.2 % of them."""
+_KINDS = len(PLACES) + 3
+_ROWS_AS_ONE = 3.0  # rows of a burst of drift
 _MIN_SAMPLES = 3  # of a group, for a statement about information
 _MIN_SLOTS = 200  # of a median that is compared with the floor
 _NOWHERE = "the routes fit their rows hardly better than those of any other row"
 
 
 def group_faults(
-    baseline: Baseline, owners: Mapping[int, Owner], *, alpha: float
+    baseline: Baseline,
+    stray: Int64[np.ndarray, " samples"],
+    owners: Mapping[int, Owner],
+    *,
+    alpha: float,
 ) -> tuple[Fault, ...]:
-    """Return what is wrong with the step, a layer, a rank or a server."""
+    """Return what is wrong with the step, a layer, a rank or a server. ``stray``: rows of each sample that fit nowhere."""
     return (
-        *_step_faults(baseline, alpha),
+        *_step_faults(baseline, stray, alpha),
         *_layer_faults(baseline, alpha),
         *_rank_faults(baseline, alpha),
-        *_server_faults(baseline, owners, alpha),
+        *_server_faults(baseline, stray, owners, alpha),
     )
 
 
-def _step_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+def _step_faults(
+    baseline: Baseline, stray: Int64[np.ndarray, " samples"], alpha: float
+) -> Iterator[Fault]:
     table = baseline.table
     threshold = math.log(2 * _KINDS / alpha)
+    yield from _strewn("step", "", stray, table.num_rows, threshold)
+    stretches = np.sum([part.stretches for part in table.parts], axis=0)
+    yield from _stretch_faults("step", "", stretches, baseline, threshold)
     yield from _paired("step", "", table.nearer.sum(1), table.farther.sum(1), baseline, threshold)
     room = 1 - table.chance.sum(axis=1) / np.maximum(table.slots.sum(axis=1), 1)
     if np.median(room) > MIN_ROOM and table.slots.sum() >= _MIN_SLOTS:
@@ -55,6 +67,47 @@ def _step_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
         if kept < FLOOR and nats > threshold:
             cause = f"no sample's routes carry information: {_NOWHERE}, and the median sample keeps {max(kept, 0):.0%} of it"
             yield Fault(kind="step", name="", cause=cause, nats=nats, threshold=threshold)
+
+
+def _stretch_faults(
+    kind: str,
+    name: str,
+    stretches: Float64[np.ndarray, "quantities stretches"],
+    baseline: Baseline,
+    threshold: float,
+) -> Iterator[Fault]:
+    """Yield a fault for the stretch of all samples that is most clearly wrong: their end, or what one part of a rank holds."""
+    num = stretches.shape[1]
+    total = np.concatenate([np.zeros((len(stretches), 1)), np.cumsum(stretches, axis=1)], axis=1)
+    # 1, 2, 4 and 8 stretches in a row, each half overlapping the last.
+    first, end = np.array(
+        [
+            (at, at + width)
+            for width in (1, 2, 4, 8)
+            for at in range(0, num - width + 1, -(-width // 2))
+        ]
+    ).T
+    sums = total[:, end] - total[:, first]
+    slots, own, chance = sums[:3]
+    nearer, farther = sums[3:].reshape(2, len(PLACES), -1)
+    effect = np.array([effects[0] for effects in baseline.effects])
+    half = np.full(nearer.shape, 0.5)
+    paired = shortfall_nats(farther, nearer + farther, half, effect[1:, None])
+    room = slots - chance
+    due = (chance + FLOOR * room) / np.maximum(slots, 1.0)
+    kept = shortfall_nats(own, slots, due, effect[0])
+    kept[(room <= MIN_ROOM * slots) | (slots < _MIN_SLOTS)] = 0.0
+    best = np.maximum(paired.max(axis=0), kept)
+    at = int(best.argmax())
+    threshold += math.log(len(first))
+    if best[at] <= threshold:
+        return
+    fits = f"the routes at '{PLACES[int(paired[:, at].argmax())]}' fit better than those that were replayed"
+    cause = (
+        f"from {first[at] / num:.0%} to {end[at] / num:.0%} of the rows of each sample, "
+        f"{fits if paired[:, at].max() > threshold else _NOWHERE}"
+    )
+    yield Fault(kind=kind, name=name, cause=cause, nats=float(best[at]), threshold=threshold)
 
 
 def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
@@ -88,6 +141,7 @@ def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
     threshold = math.log(2 * _KINDS * len(table.parts) / alpha)
     for rank, part in zip(table.ranks, table.parts, strict=True):
         nearer, farther = part.nearer.sum(axis=1), part.farther.sum(axis=1)
+        yield from _stretch_faults("rank", str(rank), part.stretches, baseline, threshold)
         yield from _paired("rank", str(rank), nearer, farther, baseline, threshold)
         at = np.searchsorted(table.sample_ids, part.sample_ids)
         kappa = baseline.kappa[baseline.version_entry[at]]
@@ -99,7 +153,10 @@ def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
 
 
 def _server_faults(
-    baseline: Baseline, owners: Mapping[int, Owner], alpha: float
+    baseline: Baseline,
+    stray: Int64[np.ndarray, " samples"],
+    owners: Mapping[int, Owner],
+    alpha: float,
 ) -> Iterator[Fault]:
     table = baseline.table
     of = [owners.get(int(number), Owner()).server for number in table.sample_ids]
@@ -111,9 +168,27 @@ def _server_faults(
         at = np.array([name == server for name in of])
         nearer, farther = table.nearer[:, at].sum(axis=1), table.farther[:, at].sum(axis=1)
         yield from _paired("server", server, nearer, farther, baseline, threshold)
+        yield from _strewn("server", server, stray[at], table.num_rows[at], threshold)
         kappa = baseline.kappa[baseline.version_entry[at]]
         own, chance, slots = table.own[at], table.chance[at], table.slots[at]
         yield from _lost("server", server, own, chance, slots, kappa, baseline, threshold)
+
+
+def _strewn(
+    kind: str,
+    name: str,
+    stray: Int64[np.ndarray, " samples"],
+    num_rows: Int64[np.ndarray, " samples"],
+    threshold: float,
+) -> Iterator[Fault]:
+    """Yield a fault when more rows fit nowhere than any drift leaves behind."""
+    rows, count = float(num_rows.sum()), float(stray.sum())
+    kept = shortfall_nats(
+        np.array([rows - count]), np.array([rows]), np.array([1 - MAX_STRAY]), _ROWS_AS_ONE
+    )
+    if kept[0] > threshold:
+        cause = f"{count / max(rows, 1):.0%} of the rows, strewn over the samples, have routes of other tokens"
+        yield Fault(kind=kind, name=name, cause=cause, nats=float(kept[0]), threshold=threshold)
 
 
 def _paired(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NUM_BINS = 300
 """Bins of the histogram of the windows' information, over `BIN_RANGE`."""
 BIN_RANGE = (-0.5, 1.0)
+NUM_STRETCHES = 16
+"""Parts that the rows of each sample are divided into."""
 _MIN_EFFECT_ROWS = 8  # of a sample, below which its variance says nothing
 
 
@@ -57,6 +59,9 @@ class StepPart:
     """``[places, layers]``, the same over samples."""
     layer_farther: Int64[np.ndarray, "places layers"]
     """``[places, layers]``, the same over samples."""
+    stretches: Float64[np.ndarray, "quantities stretches"]
+    """``[3 + 2 * places, stretches]``, slots, own, chance, then nearer and farther of each place, summed over all samples'
+    rows in each sixteenth of a sample: what is wrong with the end of every sample shows here."""
     effects: Float32[np.ndarray, "signs 2 samples"]
     """``[1 + places, 2, samples]``, slots that act as one: of ``own`` and of each place, for all layers together and for a
     single layer; nan for samples of fewer than 8 rows here."""
@@ -96,6 +101,7 @@ def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
         farther=joined([part.layer_farther.sum(axis=2) for part in held]),
         layer_nearer=np.sum([part.layer_nearer.sum(axis=1) for part in held], axis=0),
         layer_farther=np.sum([part.layer_farther.sum(axis=1) for part in held], axis=0),
+        stretches=np.sum([_stretches(part) for part in held], axis=0),
         effects=joined([_effects(part) for part in held]).astype(np.float32),
         window_information=np.sum([_window_information(part) for part in held], axis=0),
         repeats=_count_repeats(held),
@@ -148,6 +154,15 @@ def _over(
     together = np.add.reduceat(values**2, counts.starts) - sums**2 / rows
     single = (layer_squares - layer_sums.astype(np.float64) ** 2 / rows[:, None]).sum(axis=1)
     return np.stack([together, single]) / (rows - 1) / np.maximum(independent, 1e-9)
+
+
+def _stretches(counts: OverlapCounts) -> Float64[np.ndarray, "quantities stretches"]:
+    """Sum up by sixteenths of each sample's rows. Example: of 40 rows, row 30 lies in sixteenth 30 * 16 // 40 = 12."""
+    index = np.arange(len(counts.own)) - np.repeat(counts.starts, counts.num_rows)
+    stretch = index * NUM_STRETCHES // np.repeat(counts.num_rows, counts.num_rows)
+    slots = np.full(len(index), counts.topk * len(counts.layers))
+    values = [slots, counts.own, row_chance(counts), *counts.nearer, *counts.farther]
+    return np.stack([np.bincount(stretch, value, NUM_STRETCHES) for value in values])
 
 
 def _window_information(counts: OverlapCounts) -> Int64[np.ndarray, " bins"]:

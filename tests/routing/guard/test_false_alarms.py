@@ -1,0 +1,61 @@
+"""Healthy steps are clean, however the router drifts, and the guard is as near to that with a history as without."""
+
+import numpy as np
+import pytest
+
+from moe_replay.routing.guard import Guard, judge, summarise
+from moe_replay.testing.drawn_steps import DrawnSteps
+
+HABITS = {
+    "plain": {},
+    "long tail": {"spread": 0.35},
+    "noise of single samples": {"spread": 0.6},
+    "alike neighbours": {"memory": (0.9, 0.9), "agreement": 0.85, "spread": 0.35},
+    "strong topics": {"topic": 2.1},
+    "few popular experts": {"popularity": 3.0, "spread": 0.35},
+    "collapsed router": {"popularity": 8.0},
+    "hard drift": {"agreement": 0.65, "spread": 0.35},
+}
+SHAPES = [(8, 2, 4, 16, 10), (8, 2, 4, 40, 8), (16, 8, 4, 24, 5), (64, 6, 6, 24, 3)]
+
+
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_healthy_steps_are_clean(shape, habit):
+    experts, topk, layers, rows, steps = shape
+    seed = [20, experts, rows]
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    source = DrawnSteps(
+        num_experts=experts, topk=topk, num_layers=layers, num_rows=rows, **HABITS[habit]
+    )
+    heat, guard, looks = source.heat(rng), Guard(), 0
+    for _ in range(steps):
+        counts = source.count(*source.draw(rng, heat))
+        gaps = source.gaps(rng)
+        for judged_by in (Guard(), guard):
+            baseline = judged_by.baseline([summarise([counts])])
+            evidence = [judge(counts, baseline)]
+            verdict = judged_by.decide(baseline, evidence, gaps=gaps, looks={})
+            assert verdict.is_clean, verdict.summary()
+            assert verdict.margin_nats < 0
+        looks += len(judged_by.decide(baseline, evidence, gaps=gaps).suspects)
+        guard.accept(verdict)
+    # A second look costs a pass of a microbatch, so it must be rare.
+    assert looks <= 0.2 * steps + 2
+
+
+def test_samples_of_stale_versions_are_compared_among_themselves():
+    print("seed 21")
+    rng = np.random.default_rng(21)
+    fresh = DrawnSteps(num_experts=64, topk=6, num_layers=4, num_rows=24, agreement=0.97)
+    stale = DrawnSteps(num_experts=64, topk=6, num_layers=4, num_rows=24, agreement=0.5)
+    parts = [source.draw(rng, source.heat(rng)) for source in (fresh, stale)]
+    replayed, live = (np.concatenate(pair) for pair in zip(*parts, strict=True))
+    counts = fresh.count(replayed, live)
+    guard = Guard()
+    versions = {sample: 7 if sample < 32 else 5 for sample in range(64)}
+    baseline = guard.baseline([summarise([counts])], versions=versions)
+    assert baseline.kappa.shape[0] == 2
+    assert baseline.kappa[1].mean() > baseline.kappa[0].mean() + 0.2
+    assert guard.decide(baseline, [judge(counts, baseline)], looks={}).is_clean
