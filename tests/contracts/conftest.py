@@ -180,7 +180,7 @@ def case(
         facts = FAKE_FACTS if name == "fake" else read_facts(checkpoints[seed])
         engine = case.make_at(seed)
         if request.param.startswith("served-"):
-            return Served(engine, facts, partial(served, concurrent=name == "vllm"))
+            return Served(engine, facts, served)
         return Served(
             engine,
             facts,

@@ -3,97 +3,114 @@
 from __future__ import annotations
 
 import json
-import random
+import threading
 
-import httpx2
 import pytest
-from safetensors.torch import save as save_tensors
 
 from moe_replay.errors import CodecError, RecipeError
+from moe_replay.rollout.server import EngineServer
+from moe_replay.rollout.server_access import Access, RefusedError
+from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_messages import (
     PolicyName,
+    Progress,
     call_bytes,
-    groups_bytes,
     read_call,
-    read_groups,
 )
-from moe_replay.testing.served import served
+from moe_replay.testing.served import listening, served
 
 from .server_case import (
-    HEADERS,
+    FACTS,
+    LIMIT_S,
     POLICY,
     SAMPLING,
+    HeldEngine,
+    call,
     client,
+    error_of,
     fake,
     requests,
-    weights,
 )
 
 pytestmark = pytest.mark.vllm
+PUSH = "0" * 32
 
 
-@pytest.mark.parametrize("given", [None, "wrong"])
+def generate(url: str, change: dict[str, object]) -> tuple[int, str]:
+    """Make a generate call of which something was changed, and return the status and text of its error."""
+    body = json.loads(call_bytes(requests(2), SAMPLING, POLICY))
+    for path, value in change.items():
+        *folders, last = path.split(".")
+        place = body
+        for folder in folders:
+            place = place[int(folder) if folder.isdigit() else folder]
+        place[last] = value
+    return error_of(call("POST", f"{url}/generate", json.dumps(body).encode()))
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic secret", "secret", "Bearer"])
 @pytest.mark.parametrize(
     ("method", "path"),
     [
         ("GET", "/status"),
         ("POST", "/generate"),
-        ("PUT", "/weights/0"),
-        ("POST", "/weights/commit"),
+        ("POST", "/pushes"),
+        ("PUT", f"/pushes/{PUSH}/0?offset=0&crc32=0"),
+        ("POST", f"/pushes/{PUSH}/commit"),
     ],
 )
 def test_nothing_is_answered_without_the_token(given, method, path):
-    headers = HEADERS | ({"authorization": f"Bearer {given}"} if given else {})
-    with served(fake(), token="secret") as url:
-        response = httpx2.request(method, url + path, headers=headers, timeout=300)
-        with pytest.raises(RecipeError, match="bearer token"):
-            client(url, token=given)
-    assert response.status_code == 401
+    headers = {"authorization": given} if given else {}
+    with served(fake(), facts=FACTS, token="secret") as url:
+        assert call(method, url + path, headers=headers).status_code == 401
 
 
 def test_the_token_opens_the_server():
-    with served(fake(), token="secret") as url:
+    with served(fake(), facts=FACTS, token="secret") as url:
+        with pytest.raises(RecipeError, match="bearer token"):
+            client(url, token="wrong")
         engine = client(url, token="secret")
         assert engine.generate(requests(), SAMPLING)
         engine.close()
+        for scheme in ("bearer", "BEARER"):
+            headers = {"authorization": f"{scheme} secret"}
+            assert call("GET", f"{url}/status", headers=headers).status_code == 200
 
 
 def test_a_web_page_cannot_call_the_server():
     body = call_bytes(requests(), SAMPLING, POLICY)
-    with served(fake()) as url:
+    with served(fake(), facts=FACTS) as url:
         for kind in ("text/plain", "application/json", "application/x-www-form-urlencoded"):
-            assert (
-                httpx2.post(
-                    url + "/generate", content=body, headers={"content-type": kind}, timeout=300
-                ).status_code
-                == 415
-            )
-        assert (
-            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=300).status_code
-            == 200
-        )
+            answer = call("POST", f"{url}/generate", body, headers={"content-type": kind})
+            assert answer.status_code == 415
+        assert call("POST", f"{url}/generate", body).status_code == 200
+
+
+def test_a_name_that_points_to_this_machine_is_not_enough():
+    with served(fake(), facts=FACTS, allowed_hosts=["rollouts.example"]) as url:
+        for host in ("attacker.example:8000", "attacker.example", "127.0.0.1.attacker.example", ""):
+            answer = call("GET", f"{url}/status", headers={"host": host})
+            assert answer.status_code == 400, host
+            assert "--allowed-host" in answer.text
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "Rollouts.Example:443"):
+            assert call("GET", f"{url}/status", headers={"host": host}).status_code == 200, host
+
+
+@pytest.mark.parametrize("host", ["10.0.0.7:8000", "[fe80::1]:8000", "localhost", "[::1]"])
+def test_an_address_is_a_host_of_this_server(host):
+    Access(token=None).check("GET", {"host": host})
+
+
+@pytest.mark.parametrize("host", ["node7:8000", "[node7]:8000", "10.0.0.7.example", "@[::1]"])
+def test_another_name_is_not_a_host_of_this_server(host):
+    with pytest.raises(RefusedError, match="is not called"):
+        Access(token=None).check("GET", {"host": host})
 
 
 def test_bodies_above_the_limit_are_refused():
-    with served(fake(), max_call_bytes=100, max_part_bytes=100) as url:
-        assert (
-            httpx2.post(
-                url + "/generate", content=b"x" * 101, headers=HEADERS, timeout=300
-            ).status_code
-            == 413
-        )
-        assert (
-            httpx2.put(
-                url + "/weights/0", content=b"x" * 101, headers=HEADERS, timeout=300
-            ).status_code
-            == 413
-        )
-        assert (
-            httpx2.put(
-                url + "/weights/0", content=b"x" * 100, headers=HEADERS, timeout=300
-            ).status_code
-            == 200
-        )
+    with served(fake(), facts=FACTS, max_call_bytes=100) as url:
+        assert call("POST", f"{url}/generate", b"x" * 101).status_code == 413
+        assert call("POST", f"{url}/generate", b"x" * 100).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -103,75 +120,110 @@ def test_bodies_above_the_limit_are_refused():
         b"{}",
         b"[1]",
         b"\x80\x04pickle",
+        b"[" * 4000,
         json.dumps({"policy": None, "requests": [], "sampling": {}}).encode(),
     ],
 )
-def test_hostile_calls_are_refused(body):
-    with served(fake()) as url:
-        assert (
-            httpx2.post(url + "/generate", content=body, headers=HEADERS, timeout=300).status_code
-            == 400
-        )
+@pytest.mark.parametrize("path", ["/generate", "/pushes"])
+def test_hostile_calls_are_refused(path, body):
+    with served(fake(), facts=FACTS) as url:
+        assert call("POST", url + path, body).status_code == 400
     with pytest.raises(CodecError):
         read_call(body)
 
 
 def test_every_key_of_a_call_is_needed_and_none_may_be_added():
-    call = json.loads(call_bytes(requests(1), SAMPLING, POLICY))
-    read_call(json.dumps(call).encode())
-    for key in call:
+    body = json.loads(call_bytes(requests(1), SAMPLING, POLICY))
+    read_call(json.dumps(body).encode())
+    for key in body:
         with pytest.raises(CodecError):
-            read_call(json.dumps({k: v for k, v in call.items() if k != key}).encode())
+            read_call(json.dumps({k: v for k, v in body.items() if k != key}).encode())
     with pytest.raises(CodecError):
-        read_call(json.dumps({**call, "code": "import os"}).encode())
-    call["requests"][0]["prompt_ids"] = [1 << 40]
+        read_call(json.dumps({**body, "code": "import os"}).encode())
+    body["requests"][0]["prompt_ids"] = [1 << 40]
     with pytest.raises(CodecError):
-        read_call(json.dumps(call).encode())
+        read_call(json.dumps(body).encode())
 
 
-def test_every_flipped_bit_of_an_answer_is_refused():
-    wanted = requests(2)
-    body = groups_bytes(fake().generate(wanted, SAMPLING), POLICY)
-    read_groups(body, wanted, max_bytes=1 << 20)
-    chance = random.Random(4)
-    print("seed 4")
-    logprobs = body.index(
-        fake().generate(wanted, SAMPLING)[0].completions[0].rollout_logprobs.tobytes()
-    )
-    # The low bits of a log-probability too: nothing else in the answer would show them.
-    places = [*(chance.randrange(len(body)) for _ in range(400)), 0, 3, logprobs, logprobs + 1]
-    for place in places:
-        damaged = bytearray(body)
-        damaged[place] ^= 1 << chance.randrange(8)
-        with pytest.raises(CodecError, match="damaged"):
-            read_groups(bytes(damaged), wanted, max_bytes=1 << 20)
-    for length in (0, 3, 4, len(body) - 1):
-        with pytest.raises(CodecError, match="damaged"):
-            read_groups(body[:length], wanted, max_bytes=1 << 20)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"requests.1.prompt_ids": [5, 32]}, "expected 0 to 31"),
+        ({"requests.1.prompt_ids": [-1]}, "expected 0 to 31"),
+        ({"requests.1.prompt_ids": []}, "0 prompt tokens"),
+        ({"requests.1.prompt_ids": [5] * 4095}, "exceed the context of 4096"),
+        ({"requests.1.request_id": 0}, "each once in a call"),
+        ({"requests.1.request_id": -1}, "ids from 0"),
+        ({"requests": []}, "asks for 0 completions"),
+        ({"requests.0.num_generations": 65536}, "expected 1 to 65536"),
+        ({"sampling.temperature": -0.5}, "sampling.temperature is -0.5"),
+        ({"sampling.temperature": "hot"}, "sampling.temperature"),
+        ({"sampling.max_completion_length": 0}, "at least 1"),
+        ({"sampling.top_p": 0.0}, "sampling.top_p"),
+        ({"sampling.top_k": -1}, "sampling.top_k"),
+        ({"sampling.top_k": 1 << 40}, "sampling.top_k"),
+        ({"sampling.seed": 1 << 64}, "sampling.seed"),
+        ({"sampling.stop_token_ids": [32]}, "ids from 0 to 31"),
+        ({"sampling.stop_token_ids": [10**30]}, "ids from 0 to 31"),
+    ],
+)
+def test_r10_a_mistake_of_the_caller_is_refused_at_once_and_not_a_failure(change, message):
+    with served(fake(), facts=FACTS) as url:
+        assert generate(url, {}) == (200, "")
+        status, text = generate(url, change)
+    assert status == 400
+    assert message in text
 
 
-def test_parts_of_a_push_out_of_order_are_refused():
-    part = save_tensors(dict(weights()))
-    with served(fake()) as url:
-        assert (
-            httpx2.put(url + "/weights/1", content=part, headers=HEADERS, timeout=300).status_code
-            == 400
+def test_a_call_for_other_weights_is_refused_at_once():
+    with served(fake(), facts=FACTS) as url:
+        body = call_bytes(requests(), SAMPLING, PolicyName(run="test", policy_version=3))
+        answer = call("POST", f"{url}/generate", body)
+    assert answer.status_code == 409
+    assert "the call asks for 3 of test" in answer.text
+
+
+def test_e2_progress_is_told_while_a_call_runs_and_while_nothing_grows():
+    engine, seen, told = HeldEngine(), [], threading.Event()
+
+    def look(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 5:
+            told.set()
+
+    with served(engine, facts=FACTS, progress_s=0.02) as url:
+        calls = ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 30)
+        release = threading.Thread(target=lambda: told.wait(LIMIT_S) and engine.release())
+        release.start()
+        groups = calls.generate(
+            requests(1),
+            SAMPLING,
+            policy=POLICY,
+            description=fake().description,
+            on_progress=look,
         )
-        assert (
-            httpx2.put(url + "/weights/0", content=part, headers=HEADERS, timeout=300).status_code
-            == 200
-        )
+        release.join()
+        calls.close()
+    assert len(groups[0].completions) == 2
+    # Each of the two completions says three tokens, and then waits.
+    assert Progress(doing="sampling", num_tokens=6, num_finished=0) in seen[:5]
 
 
-def test_a_damaged_push_is_refused_and_the_next_one_mends_it():
-    with served(fake()) as url:
-        httpx2.put(url + "/weights/0", content=b"no tensors", headers=HEADERS, timeout=300)
-        commit = PolicyName(run="test", policy_version=1).model_dump_json()
-        response = httpx2.post(
-            url + "/weights/commit", content=commit, headers=HEADERS, timeout=300
-        )
-        assert response.status_code == 400
-        engine = client(url)
-        engine.load_weights(weights(), policy_version=1)
-        assert engine.generate(requests(), SAMPLING)
-        engine.close()
+def test_a_server_that_loads_says_so(tmp_path):
+    server = EngineServer(HeldEngine(), facts=FACTS, push_folder=tmp_path)
+    with listening(server.application()) as url:
+        answer = call("GET", f"{url}/status")
+        assert answer.status_code == 503
+        assert "being loaded" in answer.text
+        server.ready()
+        assert call("GET", f"{url}/status").status_code == 200
+
+
+def test_an_error_of_ours_is_a_failure_with_a_traceback(caplog):
+    class Buggy(HeldEngine):
+        async def complete(self, request, number, sampling, *, policy_version, progress):
+            raise KeyError("layers")
+
+    with served(Buggy(), facts=FACTS) as url:
+        assert generate(url, {}) == (500, "KeyError: 'layers'")
+    assert [record.exc_info[0] for record in caplog.records] == [KeyError]

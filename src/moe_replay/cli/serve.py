@@ -1,18 +1,25 @@
 """`moe-replay serve`: a rollout server, on this machine's loopback unless told otherwise.
 
-In: options. Out: an exit code. Called by: cli.main.
+In: options. Out: an exit code.
 """
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
-import sys
+import shutil
+import socket
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.errors import RecipeError
+
+if TYPE_CHECKING:
+    from moe_replay.rollout.model_facts import ModelFacts
+    from moe_replay.rollout.served_engine import ServedEngine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,57 +27,184 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of a Hugging Face checkpoint")
     parser.add_argument("--engine", choices=("vllm", "embedded"), default="vllm")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
-        "--token-file",
-        type=Path,
-        help="file with the bearer token that callers must send; required off loopback",
+        "--no-record-routes", action="store_true", help="record no routes; R3 is impossible then"
     )
     parser.add_argument("--max-batch-size", type=int, default=128, help="sequences sampled at once")
     parser.add_argument(
-        "--max-context-length", type=int, help="most tokens, prompt and completion; the model's own"
+        "--max-model-len",
+        "--max-context-length",
+        dest="max_context_length",
+        metavar="N",
+        type=int,
+        help="most tokens, prompt and completion; default: the model's own",
     )
     parser.add_argument(
-        "--kv-cache-gib", type=float, default=1.0, help="memory of vLLM's key-value cache"
+        "--tensor-parallel-size", metavar="N", type=int, default=1, help="GPUs that share the model"
     )
     parser.add_argument(
-        "--no-record-routes", action="store_true", help="record no routes; R3 is impossible then"
+        "--data-parallel-size", metavar="N", type=int, default=1, help="copies of the model"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        metavar="SHARE",
+        type=float,
+        help="share of a GPU's memory that vLLM takes; default: vLLM's own",
+    )
+    parser.add_argument(
+        "--kv-cache-gib",
+        metavar="GIB",
+        type=float,
+        help="memory of the key-value cache; default: what --gpu-memory-utilization leaves",
+    )
+    parser.add_argument(
+        "--weights-dir",
+        metavar="DIR",
+        type=Path,
+        help="where pushed weights lie, two copies at most; default: /dev/shm, which is memory",
+    )
+    _add_access_options(parser.add_argument_group("who may call"))
+
+
+def _add_access_options(listen: argparse._ArgumentGroup) -> None:
+    listen.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    listen.add_argument("--port", type=int, default=8000)
+    listen.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help="file with the bearer token that callers must send; required off loopback",
+    )
+    listen.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further name that callers may use for this machine; addresses need none",
+    )
+    listen.add_argument("--ssl-certfile", metavar="FILE", type=Path, help="certificate: serve TLS")
+    listen.add_argument("--ssl-keyfile", metavar="FILE", type=Path, help="its key")
+    listen.add_argument(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        type=Path,
+        help="authorities that callers' certificates must come from",
     )
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve until interrupted.
+    """Serve until a signal comes.
 
     Raises:
         MoeReplayError: of the kind that names what went wrong.
     """
     from moe_replay.cli.environment import set_defaults
+    from moe_replay.cli.stages import say
     from moe_replay.rollout.bearer import exposure, read_token
+    from moe_replay.rollout.server_socket import bind
 
     token = read_token(options.token_file)
     if warning := exposure(options.token_file):
-        print(warning, file=sys.stderr)
+        say(warning)
     check_exposure(options.host, token)
-    set_defaults(os.environ)
-    engine = _engine(options)
-    try:
-        import uvicorn
-
-        from moe_replay.rollout.server import EngineServer
-
-        server = EngineServer(engine, concurrent=options.engine == "vllm", token=token)
-        print(f"serving {options.model} on http://{options.host}:{options.port}", file=sys.stderr)
-        uvicorn.run(
-            server.application(),
-            host=options.host,
-            port=options.port,
-            log_level="warning",
-            ws="none",
-        )
-    finally:
-        engine.close()
+    check_options(options)
+    with bind(options.host, options.port) as listening:
+        say(f"reading {options.model} for {options.host}:{options.port} ...")
+        set_defaults(os.environ)
+        _serve(options, token, listening)
     return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `RecipeError` when an option is out of range, or does not fit the engine."""
+    ranges = (
+        ("--max-batch-size", options.max_batch_size >= 1, "at least 1"),
+        ("--tensor-parallel-size", options.tensor_parallel_size >= 1, "at least 1"),
+        ("--data-parallel-size", options.data_parallel_size >= 1, "at least 1"),
+        (
+            "--gpu-memory-utilization",
+            0 < (options.gpu_memory_utilization or 1) <= 1,
+            "above 0, at most 1",
+        ),
+        ("--kv-cache-gib", (options.kv_cache_gib or 1) > 0, "above 0"),
+        ("--port", 0 <= options.port < 1 << 16, "0 to 65535"),
+    )
+    for name, holds, expected in ranges:
+        if not holds:
+            value = getattr(options, name[2:].replace("-", "_"))
+            raise RecipeError(f"{name} is {value}, expected {expected}")
+    if options.engine == "embedded":
+        given = [
+            name
+            for name, is_default in (
+                ("--tensor-parallel-size", options.tensor_parallel_size == 1),
+                ("--data-parallel-size", options.data_parallel_size == 1),
+                ("--gpu-memory-utilization", options.gpu_memory_utilization is None),
+                ("--kv-cache-gib", options.kv_cache_gib is None),
+                ("--max-model-len", options.max_context_length is None),
+            )
+            if not is_default
+        ]
+        if given:
+            raise RecipeError(f"{', '.join(given)}: not options of --engine embedded, but of vllm")
+
+
+def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> None:
+    from moe_replay.cli.stages import say
+    from moe_replay.rollout.checkpoint_files import check_finite
+    from moe_replay.rollout.model_facts import read_facts
+    from moe_replay.rollout.own_folder import OwnFolder
+    from moe_replay.rollout.server import EngineServer
+    from moe_replay.rollout.server_run import log_to, run_until_signal, tls_options, web_server
+
+    tls = tls_options(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
+    facts = read_facts(options.model)
+    # vLLM would answer every request with an error.
+    check_finite(options.model)
+    weights_dir = options.weights_dir or _memory_folder()
+    if warning := room_for_pushes(weights_dir, facts, options.dtype):
+        say(warning)
+    log_to(say)
+    with OwnFolder(weights_dir, "moe-replay-serve-") as folder:
+        engine = _engine(options, facts)
+        server = EngineServer(
+            engine,
+            facts=facts,
+            push_folder=folder.path,
+            token=token,
+            allowed_hosts=[options.host, *options.allowed_host],
+        )
+        port = listening.getsockname()[1]
+        scheme = "https" if tls else "http"
+        run_until_signal(
+            server,
+            engine,
+            web_server(server.application(), **tls),
+            listening,
+            say=say,
+            what=f"{options.model} on {scheme}://{options.host}:{port}",
+        )
+
+
+def room_for_pushes(weights_dir: Path, facts: ModelFacts, dtype: str) -> str | None:
+    """Return a warning when pushes of a model do not fit into a folder; None when they do, or it does not exist."""
+    if not weights_dir.is_dir():
+        return None
+    values = sum(math.prod(shape) for shape in facts.weight_shapes.values())
+    # The weights that are held, to go back to, and those that come.
+    needed = 2 * values * (2 if dtype == "bfloat16" else 4)
+    free = shutil.disk_usage(weights_dir).free
+    if free >= needed:
+        return None
+    return (
+        f"warning: {weights_dir} has {free / 1e9:.1f} GB free, pushes of this model need {needed / 1e9:.1f} GB (two copies): "
+        "make room, or name another folder with --weights-dir (containers: a larger --shm-size)"
+    )
+
+
+def _memory_folder() -> Path:
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def check_exposure(host: str, token: str | None) -> None:
@@ -86,24 +220,29 @@ def check_exposure(host: str, token: str | None) -> None:
         )
 
 
-def _engine(options: argparse.Namespace) -> Any:
-    sizes = {
+def _engine(options: argparse.Namespace, facts: ModelFacts) -> ServedEngine:
+    from moe_replay.rollout.served_engine import ThreadedEngine
+
+    sizes: dict[str, Any] = {
         "dtype": options.dtype,
         "max_batch_size": options.max_batch_size,
         "record_routes": not options.no_record_routes,
     }
+    model = Path(options.model)
     if options.engine == "embedded":
         from moe_replay.rollout.embedded import EmbeddedEngine
 
-        return EmbeddedEngine(options.model, **sizes)
-    from moe_replay.rollout.checkpoint_files import check_finite
-    from moe_replay.rollout.vllm_engine import VllmEngine
+        return ThreadedEngine(
+            lambda: EmbeddedEngine(model, **sizes), facts=facts, checkpoint=model, cancellable=True
+        )
+    from moe_replay.rollout.vllm_async import VllmServing
 
-    # The embedded engine looks at what it has loaded; vLLM would answer every request with an error.
-    check_finite(options.model)
-    return VllmEngine(
-        options.model,
+    return VllmServing(
+        model,
+        tensor_parallel_size=options.tensor_parallel_size,
+        replicas=options.data_parallel_size,
         max_context_length=options.max_context_length,
+        gpu_memory_utilization=options.gpu_memory_utilization,
         kv_cache_gib=options.kv_cache_gib,
         **sizes,
     )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
 )
 from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.routing import Origin
 
 _Result = TypeVar("_Result")
 
@@ -100,28 +102,41 @@ class ServedEngine(Protocol):
 class _Running:
     """One call of a whole request, which the tasks of its completions wait for."""
 
-    def __init__(self, call: asyncio.Task[RolloutGroup]) -> None:
-        self.call = call
+    call: asyncio.Task[RolloutGroup]
+
+    def __init__(self) -> None:
         self.num_waiting = 0
         self.taken: set[int] = set()
+
+    def is_abandoned(self) -> bool:
+        """Tell whether no task waits for it any more."""
+        return self.num_waiting == 0
 
 
 class ThreadedEngine:
     """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
 
-    A call that has started cannot be cancelled: one whose client left is finished and forgotten. ``facts`` are what
-    pushes are checked against before they touch the engine, and ``checkpoint`` is what a failed first push goes back to;
-    without them the engine's own checks must do.
+    ``make`` loads it. ``facts`` are what pushes are checked against before they touch the engine, and ``checkpoint`` is what
+    a failed first push goes back to; without them the engine's own checks must do. A call whose client left is finished
+    and forgotten, unless the engine is ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
 
     Example:
-        >>> engine = ThreadedEngine(FakeEngine())
+        >>> engine = ThreadedEngine(FakeEngine)
+        >>> await engine.start()
         >>> await engine.complete(request, 0, sampling, policy_version=0, progress=print)
     """
 
     def __init__(
-        self, engine: Engine, *, facts: ModelFacts | None = None, checkpoint: Path | None = None
+        self,
+        make: Callable[[], Engine],
+        *,
+        facts: ModelFacts | None = None,
+        checkpoint: Path | None = None,
+        cancellable: bool = False,
     ) -> None:
-        self._engine, self._facts, self._checkpoint = engine, facts, checkpoint
+        self._make, self._facts, self._checkpoint = make, facts, checkpoint
+        self._is_cancellable = cancellable
+        self._made: Engine | None = None
         self._turn = asyncio.Lock()
         # By identity of the request: two calls may ask for one id at the same time.
         self._running: dict[int, _Running] = {}
@@ -129,15 +144,20 @@ class ThreadedEngine:
 
     @property
     def description(self) -> EngineDescription:
-        """What this engine is and can return."""
+        """What this engine is and can return; there once it has started."""
         return self._engine.description
 
     async def start(self) -> None:
-        """Do nothing: the engine was made by its caller."""
+        """Load the engine.
+
+        Raises:
+            MoeReplayError: as its class does.
+        """
+        self._made = await in_thread(self._make)
 
     def capacity(self) -> str:
         """Return how much runs at once."""
-        return "one request at a time"
+        return "one request is sampled at a time"
 
     async def complete(
         self,
@@ -150,14 +170,16 @@ class ThreadedEngine:
     ) -> Completion:
         """Return completion ``number`` of ``request``; all its completions are sampled in one call.
 
+        ``progress`` is called once, at the end.
+
         Raises:
             EngineError: when the engine fails.
             DivergedError: when the model's logits are not numbers.
         """
         running = self._running.get(id(request))
         if running is None:
-            call = asyncio.create_task(self._group(request, sampling))
-            running = self._running[id(request)] = _Running(call)
+            running = self._running[id(request)] = _Running()
+            running.call = asyncio.create_task(self._group(request, sampling, running))
         running.num_waiting += 1
         try:
             group = await asyncio.shield(running.call)
@@ -165,13 +187,11 @@ class ThreadedEngine:
             running.num_waiting -= 1
             running.taken.add(number)
             if not running.num_waiting:
-                # Before its turn has come nothing is sampled for nobody.
                 running.call.cancel()
             if not running.num_waiting or len(running.taken) == request.num_generations:
                 self._running.pop(id(request), None)
-        completion = group.completions[number]
-        progress(len(completion.token_ids))
-        return completion
+        progress(len(group.completions[number].token_ids))
+        return _under(group.completions[number], policy_version)
 
     async def stage(self, folder: Path) -> None:
         """Check a push against the facts of the model.
@@ -187,7 +207,7 @@ class ThreadedEngine:
             for _ in finite_weights(stream) if facts is None else checked_weights(stream, facts):
                 continue
 
-        await _in_thread(check)
+        await in_thread(check)
 
     async def apply(self, folder: Path) -> None:
         """Load a staged push, or go back to the weights before it.
@@ -198,7 +218,7 @@ class ThreadedEngine:
         """
         async with self._turn:
             try:
-                await _in_thread(lambda: self._load(folder_tensors(folder)))
+                await in_thread(lambda: self._load(folder_tensors(folder)))
             except (EngineError, DivergedError) as error:
                 await self._go_back(error)
                 raise PushRefused(f"{error}; the weights before this push stay") from error
@@ -207,13 +227,26 @@ class ThreadedEngine:
         self._last_good = folder
 
     async def close(self) -> None:
-        """Close the engine, once the call that runs has ended."""
-        async with self._turn:
-            await _in_thread(self._engine.close)
+        """Close the engine, once the call that runs has ended. Calling it twice is allowed."""
+        if self._made is not None:
+            async with self._turn:
+                await in_thread(self._made.close)
 
-    async def _group(self, request: Request, sampling: SamplingParams) -> RolloutGroup:
+    @property
+    def _engine(self) -> Engine:
+        if self._made is None:
+            raise EngineError("the engine is still being loaded")
+        return self._made
+
+    async def _group(
+        self, request: Request, sampling: SamplingParams, running: _Running
+    ) -> RolloutGroup:
+        # A call that was cancelled while it waited for its turn ends there: nothing is sampled for nobody.
         async with self._turn:
-            (group,) = await _in_thread(lambda: self._engine.generate([request], sampling))
+            options = {"cancelled": running.is_abandoned} if self._is_cancellable else {}
+            (group,) = await in_thread(
+                lambda: self._engine.generate([request], sampling, **options)
+            )
             return group
 
     def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -229,12 +262,26 @@ class ThreadedEngine:
         else:
             return
         try:
-            await _in_thread(lambda: self._load(weights))
+            await in_thread(lambda: self._load(weights))
         except (EngineError, DivergedError) as second:
             raise EngineError(
                 f"a push failed ({error}), and so did going back to the weights before it ({second}): the engine holds "
                 "neither; start the server again"
             ) from error
+
+
+def _under(completion: Completion, policy_version: int) -> Completion:
+    """Return the completion with the version that the run counts, in place of the engine's."""
+    trace = completion.trace
+    if trace is not None:
+        origin = Origin.single(
+            engine=trace.origin.engine,
+            engine_version=trace.origin.engine_version,
+            policy_version=policy_version,
+            num_rows=len(trace),
+        )
+        trace = replace(trace, origin=origin)
+    return replace(completion, trace=trace, policy_version=policy_version)
 
 
 def folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -254,18 +301,24 @@ def folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             ) from error
 
 
-async def _in_thread(work: Callable[[], _Result]) -> _Result:
-    """Run ``work`` in a thread, to its end even when the task that waits for it is cancelled.
+async def in_thread(work: Callable[[], _Result]) -> _Result:
+    """Run ``work`` in a thread, to its end; see `to_its_end`."""
+    return await to_its_end(asyncio.to_thread(work))
 
-    The caller may hold a lock that says that the engine is busy; it is, for as long as the thread runs.
+
+async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Await ``work`` to its end even when the task that waits for it is cancelled; it is cancelled after that.
+
+    Its caller may hold a lock that says that the engine is busy, and it is for as long as the work runs.
     """
-    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    task = asyncio.ensure_future(work)
     try:
-        return await asyncio.shield(thread)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not thread.done():
+        while not task.done():
             with suppress(asyncio.CancelledError):
-                await asyncio.wait([thread])
+                await asyncio.wait([task])
         # Looked at, or the loop would log an error that nobody waits for.
-        thread.exception()
+        if not task.cancelled():
+            task.exception()
         raise

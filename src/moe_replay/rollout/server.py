@@ -1,77 +1,110 @@
 """The rollout server: an engine behind HTTP, which tells what it can return and by which weights it answers.
 
-``GET /status`` says what it is. ``POST /generate`` samples. ``PUT /weights/{number}`` takes a part of a push and
-``POST /weights/commit`` applies all parts. Nothing is answered without the bearer token where one is set, bodies are
-limited, and nothing is unpickled.
+``GET /status`` says what it is. ``POST /generate`` samples. ``POST /pushes`` begins a push of weights, ``PUT
+/pushes/{id}/{part}`` takes its parts in chunks, and ``POST /pushes/{id}/commit`` checks and loads them. Sampling and loading
+are answered by frames, which report progress. Nothing is answered without the bearer token where one is set, whatever a
+caller may send or hold is limited, and nothing is unpickled.
 
-In: an engine. Out: an ASGI application. Called by: cli.serve, tests.
+In: an engine. Out: an ASGI application.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hmac
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
-import anyio
-import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from moe_replay.errors import CodecError, DivergedError, EngineError, MoeReplayError, RecipeError
+from moe_replay.errors import CodecError, EngineError, MoeReplayError
+from moe_replay.rollout.model_facts import ModelFacts
+from moe_replay.rollout.sampling import check_requests, check_sampling
+from moe_replay.rollout.served_engine import PushRefused, ServedEngine, in_thread, to_its_end
+from moe_replay.rollout.server_access import (
+    BAD_REQUEST,
+    FAILED,
+    STALE,
+    UNAVAILABLE,
+    Access,
+    RefusedError,
+    status_of,
+    text_of,
+)
+from moe_replay.rollout.server_limits import Bodies
 from moe_replay.rollout.server_messages import (
     CHECKPOINT,
-    CONTENT_TYPE,
+    MAX_CHUNK_BYTES,
     PROTOCOL,
+    GenerateCall,
     PolicyName,
+    Progress,
+    PushCommit,
+    PushStart,
     Status,
     groups_bytes,
     read_call,
 )
-from moe_replay.rollout.types import Engine, RolloutGroup, SamplingParams
+from moe_replay.rollout.server_pushes import (
+    Push,
+    Pushes,
+    check_tensors,
+    largest_push,
+    superseded,
+)
+from moe_replay.rollout.server_streams import LOG, FrameAnswer
+from moe_replay.rollout.server_turns import Tally, Turns
+from moe_replay.rollout.types import Completion, RolloutGroup
 from moe_replay.rollout.types import Request as RolloutRequest
-from moe_replay.routing import Origin
 
-# Calls that run at the same time, each in a thread; further ones wait.
-_MAX_CALLS = 256
-# Longest wait of a push for running completions to end.
-_DRAIN_S = 600.0
-_BAD_REQUEST, _UNAUTHORIZED, _STALE, _TOO_LARGE = 400, 401, 409, 413
-_WRONG_TYPE, _UNPROCESSABLE, _FAILED = 415, 422, 500
+_Endpoint = Callable[[HttpRequest], Awaitable[Any]]
+_Message = TypeVar("_Message", bound=BaseModel)
+
+# Completions that one call may ask for: each is a task.
+_MAX_COMPLETIONS = 1 << 16
+_MAX_COMMIT_BYTES = 16 << 20
+# What a push may hold where the model's own size is not known.
+_MAX_PUSH_BYTES = 1 << 40
+_INT32_MAX = (1 << 31) - 1
 
 
 class EngineServer:
-    """What a server holds: its engine, the name of its weights, and the parts of a push.
+    """What a server holds: its engine, the name of its weights, and the push that comes in.
 
-    ``concurrent`` tells that threads may call the engine's `generate` at the same time.
+    ``facts`` are what requests and pushes are held to before the engine sees them; None leaves that to the engine, whose
+    refusals count as failures then. Pushes lie in ``push_folder``. A push waits at most ``drain_s`` for running
+    completions to end; those of callers that left are cancelled already. Call `ready` once the engine has started.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServedEngine,
         *,
-        concurrent: bool,
+        facts: ModelFacts | None,
+        push_folder: Path,
         token: str | None = None,
+        allowed_hosts: Collection[str] = (),
+        bodies: Bodies | None = None,
         max_call_bytes: int = 64 << 20,
-        max_part_bytes: int = 1 << 30,
+        drain_s: float = 3600.0,
+        progress_s: float = 1.0,
     ) -> None:
-        self._engine = engine
-        self._token = token
-        self._max_call_bytes, self._max_part_bytes = max_call_bytes, max_part_bytes
+        self._engine, self._facts = engine, facts
+        self._access = Access(token=token, allowed_hosts=allowed_hosts)
+        self._bodies = bodies or Bodies()
+        self._max_call_bytes, self._progress_s = max_call_bytes, progress_s
         self._policy = PolicyName(run=CHECKPOINT, policy_version=0)
-        self._parts: dict[int, bytes] = {}
-        self._turn = threading.Condition()
-        self._num_running = 0
-        self._is_pushing = False
-        self._one_at_a_time = contextlib.nullcontext() if concurrent else threading.Lock()
+        max_bytes = _MAX_PUSH_BYTES if facts is None else largest_push(facts)
+        self._pushes = Pushes(push_folder, max_bytes=max_bytes)
+        self._turns = Turns(drain_s)
+        self._jobs: set[asyncio.Task[Any]] = set()
+        self._closed_because: str | None = "the model is being loaded; ask again later"
 
     def application(self) -> Starlette:
         """Return the ASGI application."""
@@ -79,42 +112,39 @@ class EngineServer:
             routes=[
                 Route("/status", self._guarded(self._status), methods=["GET"]),
                 Route("/generate", self._guarded(self._generate), methods=["POST"]),
-                Route("/weights/commit", self._guarded(self._commit), methods=["POST"]),
-                Route("/weights/{number:int}", self._guarded(self._take_part), methods=["PUT"]),
-            ],
-            lifespan=self._lifespan,
+                Route("/pushes", self._guarded(self._begin), methods=["POST"]),
+                Route("/pushes/{push}/commit", self._guarded(self._commit), methods=["POST"]),
+                Route("/pushes/{push}/{part:int}", self._guarded(self._take), methods=["PUT"]),
+            ]
         )
 
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = _MAX_CALLS
-        yield
+    def ready(self) -> None:
+        """Answer calls from now on."""
+        self._closed_because = None
 
-    def _guarded(
-        self, endpoint: Callable[[HttpRequest], Awaitable[Response]]
-    ) -> Callable[[HttpRequest], Awaitable[Response]]:
-        """Ask for the token and the content type, and turn errors into answers."""
+    def stop(self) -> None:
+        """Refuse calls from now on, and end those that run: their callers are told that the server is stopping."""
+        self._closed_because = "the server is stopping"
+        self._bodies.stop()
+        for job in self._jobs:
+            job.cancel()
 
-        async def answer(request: HttpRequest) -> Response:
-            if self._token is not None:
-                given = request.headers.get("authorization", "").encode()
-                if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
-                    return PlainTextResponse("a bearer token is required", _UNAUTHORIZED)
-            if request.method != "GET" and request.headers.get("content-type") != CONTENT_TYPE:
-                return PlainTextResponse(f"content-type must be {CONTENT_TYPE}", _WRONG_TYPE)
+    def _guarded(self, endpoint: _Endpoint) -> _Endpoint:
+        """Check who calls, and turn errors into answers."""
+
+        async def answer(request: HttpRequest) -> Any:
             try:
+                # Whether it answers at all is no secret, and whoever waits for it may have no token.
+                if self._closed_because is not None:
+                    raise RefusedError(UNAVAILABLE, self._closed_because)
+                self._access.check(request.method, request.headers)
                 return await endpoint(request)
-            except (CodecError, RecipeError) as error:
-                return PlainTextResponse(str(error), _BAD_REQUEST)
-            except DivergedError as error:
-                # No retry would change it.
-                return PlainTextResponse(str(error), _UNPROCESSABLE)
-            except _TooLargeError as error:
-                return PlainTextResponse(str(error), _TOO_LARGE)
-            except _StaleError as error:
-                return PlainTextResponse(str(error), _STALE)
+            except ClientDisconnect:
+                client = request.client
+                LOG.warning("%s left while it sent %s", client and client.host, request.url.path)
+                return Response(status_code=BAD_REQUEST)
             except MoeReplayError as error:
-                return PlainTextResponse(f"{type(error).__name__}: {error}", _FAILED)
+                return PlainTextResponse(text_of(error), status_of(error))
 
         return answer
 
@@ -124,113 +154,169 @@ class EngineServer:
         )
         return Response(status.model_dump_json(), media_type="application/json")
 
-    async def _generate(self, request: HttpRequest) -> Response:
-        call = read_call(await _body(request, self._max_call_bytes))
-        body = await anyio.to_thread.run_sync(
-            self._sample, call.engine_requests(), call.sampling, call.policy
-        )
-        return Response(body, media_type=CONTENT_TYPE)
+    async def _generate(self, request: HttpRequest) -> FrameAnswer:
+        call = read_call(await self._bodies.whole(request, self._max_call_bytes))
+        requests = call.engine_requests()
+        self._check_call(call, requests)
+        if not self._turns.is_closed:
+            self._policy_for(call.policy)
+        tally = Tally()
+        work = partial(self._sample, call, requests, tally)
+        return self._streamed(work, tally.progress)
 
-    async def _take_part(self, request: HttpRequest) -> Response:
-        number = request.path_params["number"]
-        body = await _body(request, self._max_part_bytes)
-        if number == 0:
-            self._parts.clear()
-        if number != len(self._parts):
-            raise CodecError(
-                f"part {number} of a push came after {len(self._parts)} parts, expected them in order from 0; "
-                "two trainers are pushing"
-            )
-        self._parts[number] = body
+    async def _begin(self, request: HttpRequest) -> Response:
+        start = _message(PushStart, await self._bodies.whole(request, 1 << 12))
+        await self._pushes.begin(start.push)
+        return PlainTextResponse("begun")
+
+    async def _take(self, request: HttpRequest) -> Response:
+        numbers = {}
+        for name in ("offset", "crc32"):
+            text = request.query_params.get(name, "")
+            if not (text.isascii() and text.isdecimal() and len(text) < 20):
+                raise RefusedError(BAD_REQUEST, f"{name} is {text!r}, expected a number")
+            numbers[name] = int(text)
+        pieces = self._bodies.pieces(request, MAX_CHUNK_BYTES)
+        path = request.path_params
+        await self._pushes.take(path["push"], path["part"], **numbers, pieces=pieces)
         return PlainTextResponse("kept")
 
-    async def _commit(self, request: HttpRequest) -> Response:
-        try:
-            policy = PolicyName.model_validate_json(await _body(request, 1 << 12))
-        except ValidationError as error:
-            raise CodecError(f"the body is no name of a policy: {error}") from error
-        await anyio.to_thread.run_sync(self._load, policy)
-        return PlainTextResponse("loaded")
-
-    def _sample(
-        self, requests: list[RolloutRequest], sampling: SamplingParams, wanted: PolicyName
-    ) -> bytes:
-        with self._turn:
-            self._turn.wait_for(lambda: not self._is_pushing, timeout=_DRAIN_S)
-            policy = self._policy
-            at_start = policy.run == CHECKPOINT and wanted.policy_version == 0
-            if wanted != policy and not at_start:
-                raise _StaleError(
-                    f"this server holds the weights of policy version {policy.policy_version} of {policy.run}, the call asks "
-                    f"for {wanted.policy_version} of {wanted.run}; push them"
-                )
-            self._num_running += 1
-        try:
-            with self._one_at_a_time:
-                groups = self._engine.generate(requests, sampling)
-        finally:
-            with self._turn:
-                self._num_running -= 1
-                self._turn.notify_all()
-        return groups_bytes([_under(group, policy) for group in groups], policy)
-
-    def _load(self, policy: PolicyName) -> None:
-        with self._turn:
-            self._is_pushing = True
-            try:
-                if not self._turn.wait_for(lambda: self._num_running == 0, timeout=_DRAIN_S):
-                    raise EngineError(
-                        f"{self._num_running} completions were still running {_DRAIN_S:.0f} s after a push came"
-                    )
-                # The engine counts every push that it ever got; runs count their own.
-                self._engine.load_weights(
-                    self._tensors(), policy_version=self._engine.policy_version + 1
-                )
-                self._policy = policy
-            finally:
-                self._is_pushing = False
-                self._parts.clear()
-                self._turn.notify_all()
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for number in sorted(self._parts):
-            try:
-                yield from load_tensors(self._parts[number]).items()
-            except SafetensorError as error:
-                raise CodecError(f"part {number} of a push is damaged: {error}") from error
-            self._parts[number] = b""
-
-
-class _TooLargeError(MoeReplayError):
-    """A body exceeds its limit."""
-
-
-class _StaleError(MoeReplayError):
-    """A call names other weights than the server holds."""
-
-
-async def _body(request: HttpRequest, limit: int) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise _TooLargeError(f"the body exceeds {limit} bytes")
-    return bytes(body)
-
-
-def _under(group: RolloutGroup, policy: PolicyName) -> RolloutGroup:
-    """Return the group with the version that the run counts, in place of the engine's."""
-
-    def renamed(completion: Any) -> Any:
-        trace = completion.trace
-        if trace is not None:
-            origin = Origin.single(
-                engine=trace.origin.engine,
-                engine_version=trace.origin.engine_version,
-                policy_version=policy.policy_version,
-                num_rows=len(trace),
+    async def _commit(self, request: HttpRequest) -> FrameAnswer:
+        commit = _message(PushCommit, await self._bodies.whole(request, _MAX_COMMIT_BYTES))
+        if commit.policy.run == CHECKPOINT:
+            raise RefusedError(
+                BAD_REQUEST,
+                f"a run is called {CHECKPOINT!r}, which is what a server calls the weights that it started with; name it "
+                "otherwise",
             )
-            trace = replace(trace, origin=origin)
-        return replace(completion, trace=trace, policy_version=policy.policy_version)
+        push = self._pushes.current(request.path_params["push"])
+        if push.loading is not None:
+            raise RefusedError(STALE, f"push {push.push_id} is being committed already")
+        push.check_whole(commit)
+        tally = Tally(doing="checking")
+        return self._streamed(partial(self._load, push, commit.policy, tally), tally.progress)
 
-    return replace(group, completions=tuple(renamed(c) for c in group.completions))
+    def _streamed(
+        self, work: Callable[[], Awaitable[bytes]], progress: Callable[[], Progress]
+    ) -> FrameAnswer:
+        async def job() -> bytes:
+            task = asyncio.current_task()
+            assert task is not None
+            self._jobs.add(task)
+            try:
+                return await work()
+            finally:
+                self._jobs.discard(task)
+
+        return FrameAnswer(job, progress=progress, pause_s=self._progress_s)
+
+    def _check_call(self, call: GenerateCall, requests: list[RolloutRequest]) -> None:
+        """Raise `RefusedError` for what no server of this model could answer."""
+        sampling = call.sampling
+        if (count := sum(r.num_generations for r in requests)) > _MAX_COMPLETIONS or not count:
+            raise RefusedError(
+                BAD_REQUEST,
+                f"the call asks for {count} completions, expected 1 to {_MAX_COMPLETIONS}",
+            )
+        check_sampling(sampling)
+        vocab_size = _INT32_MAX if self._facts is None else self._facts.vocab_size
+        if sampling.top_k > _INT32_MAX or any(
+            not 0 <= token < vocab_size for token in sampling.stop_token_ids
+        ):
+            raise RefusedError(
+                BAD_REQUEST,
+                f"sampling.top_k is {sampling.top_k} and stop_token_ids {sampling.stop_token_ids[:8]}, expected at most "
+                f"{_INT32_MAX}, and ids from 0 to {vocab_size - 1}",
+            )
+        try:
+            check_requests(
+                requests, sampling, description=self._engine.description, vocab_size=vocab_size
+            )
+        except EngineError as error:
+            raise RefusedError(BAD_REQUEST, str(error)) from error
+
+    def _policy_for(self, wanted: PolicyName) -> PolicyName:
+        """Return the name of the weights that are held, when a caller that wants ``wanted`` may have answers by them."""
+        held = self._policy
+        at_start = held.run == CHECKPOINT and wanted.policy_version == 0
+        if wanted != held and not at_start:
+            raise RefusedError(
+                STALE,
+                f"this server holds the weights of policy version {held.policy_version} of {held.run}, the call asks "
+                f"for {wanted.policy_version} of {wanted.run}; push them",
+            )
+        return held
+
+    async def _sample(
+        self, call: GenerateCall, requests: list[RolloutRequest], tally: Tally
+    ) -> bytes:
+        """Sample all completions of a call at once, one task each, and return the result."""
+        tally.doing = "waiting"
+        async with self._turns.sampling():
+            tally.doing = "sampling"
+            policy = self._policy_for(call.policy)
+
+            async def complete(request: RolloutRequest, number: int) -> Completion:
+                completion = await self._engine.complete(
+                    request,
+                    number,
+                    call.sampling,
+                    policy_version=policy.policy_version,
+                    progress=partial(tally.grow, (request.request_id, number)),
+                )
+                tally.num_finished += 1
+                return completion
+
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    running = [
+                        [tasks.create_task(complete(r, n)) for n in range(r.num_generations)]
+                        for r in requests
+                    ]
+            except BaseExceptionGroup as group:
+                # The others were cancelled because of it.
+                raise group.exceptions[0] from None
+        groups = [
+            RolloutGroup(request=request, completions=tuple(task.result() for task in every))
+            for request, every in zip(requests, running, strict=True)
+        ]
+        return await in_thread(lambda: groups_bytes(groups, policy))
+
+    async def _load(self, push: Push, policy: PolicyName, tally: Tally) -> bytes:
+        """Check a push, wait for running completions, and load it everywhere or nowhere."""
+        push.loading = asyncio.current_task()
+        try:
+            await in_thread(partial(check_tensors, push.folder, self._facts))
+            await self._engine.stage(push.folder)
+            tally.doing = "waiting"
+            async with self._turns.alone():
+                push.check_current()
+                tally.doing = "loading"
+                self._pushes.release(push)
+                await to_its_end(self._apply(push, policy))
+        except asyncio.CancelledError:
+            if push.is_superseded:
+                raise superseded(push.push_id) from None
+            raise
+        finally:
+            if not push.is_loaded:
+                await self._pushes.drop(push)
+        return policy.model_dump_json().encode()
+
+    async def _apply(self, push: Push, policy: PolicyName) -> None:
+        try:
+            await self._engine.apply(push.folder)
+        except PushRefused:
+            raise
+        except EngineError as error:
+            # Neither the old weights nor the new ones: no call may name what is there, until another push has worked.
+            self._policy = PolicyName(run="a push that failed", policy_version=0)
+            raise RefusedError(FAILED, f"the engine is broken: {error}") from error
+        self._policy, push.is_loaded = policy, True
+
+
+def _message(kind: type[_Message], body: bytes) -> _Message:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise CodecError(f"the body is not a {kind.__name__}: {error}") from error

@@ -1,23 +1,35 @@
 """Calls to one server of `moe-replay serve`: its own messages, routes by the codec, weights over HTTP.
 
-In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong. Called by: rollout.server_engine.
+In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from pydantic import ValidationError
 
 from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
 from moe_replay.rollout.http_calls import CallError, Fault, HttpCalls
 from moe_replay.rollout.server_contract import WeightPart, check_policy
+from moe_replay.rollout.server_frames import RESULT, ProgressWatch, last_frame, read_error
 from moe_replay.rollout.server_messages import (
     CONTENT_TYPE,
+    MAX_CHUNK_BYTES,
     PROTOCOL,
     PolicyName,
+    Progress,
+    PushCommit,
+    PushPart,
+    PushStart,
     Status,
     call_bytes,
     read_groups,
     read_status,
+    sum_of_sums,
 )
 from moe_replay.rollout.types import (
     EngineDescription,
@@ -27,9 +39,12 @@ from moe_replay.rollout.types import (
     check_group,
 )
 
+# Times that a chunk of a push is sent before its server is given up.
+_MAX_SENDS = 3
+
 
 class ServerCalls(HttpCalls):
-    """One server. Threads may call it at the same time."""
+    """One server. Threads may sample by it at the same time, while one of them pushes."""
 
     how_to_record: str = "it was started with --no-record-routes, or its model has no routers; start it without that flag"
     draws_by_seed: bool = True
@@ -44,6 +59,8 @@ class ServerCalls(HttpCalls):
             max_answer_bytes=max_answer_bytes,
             content_type=CONTENT_TYPE,
         )
+        self._push = ""
+        self._parts: list[PushPart] = []
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -73,16 +90,20 @@ class ServerCalls(HttpCalls):
         *,
         policy: PolicyName,
         description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> list[RolloutGroup]:
         """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
+
+        ``on_progress`` is called about once a second, in any thread. Only silence ends a call that takes long.
 
         Raises:
             EngineError: when the server refuses the requests themselves.
             CallError: for every other failure.
         """
-        body = self.call("POST", "/generate", call_bytes(requests, sampling, policy))
+        call = call_bytes(requests, sampling, policy)
+        result = self._result("/generate", call, on_progress)
         try:
-            groups, answered = read_groups(body, requests, max_bytes=self._max_answer_bytes)
+            groups, answered = read_groups(result, requests, max_bytes=self._max_answer_bytes)
             for group in groups:
                 check_group(group, description)
         except (TraceError, EngineError) as error:
@@ -94,18 +115,62 @@ class ServerCalls(HttpCalls):
         """Do nothing: these servers speak this engine's own protocol, and `status` says all there is."""
 
     def put_weights(self, part: WeightPart) -> None:
-        """Give the server a part of a push.
+        """Give the server a part of a push in chunks; part 0 begins the push, and ends any other that the server takes.
 
         Raises:
             CallError: when it does not take it.
         """
-        self.call("PUT", f"/weights/{part.number}", part.content)
+        if part.number == 0:
+            self._push, self._parts = uuid.uuid4().hex, []
+            self.call("POST", "/pushes", PushStart(push=self._push).model_dump_json().encode())
+        content, sums = memoryview(part.content), []
+        for offset in range(0, len(content), MAX_CHUNK_BYTES):
+            chunk = bytes(content[offset : offset + MAX_CHUNK_BYTES])
+            sums.append(zlib.crc32(chunk))
+            query = f"offset={offset}&crc32={sums[-1]}"
+            self._send(f"/pushes/{self._push}/{part.number}?{query}", chunk)
+        self._parts.append(PushPart(num_bytes=len(content), sum=sum_of_sums(sums)))
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the parts that it was given, as ``policy``.
 
         Raises:
             EngineError: when the weights are not those of the server's model.
-            CallError: when it does not answer.
+            CallError: when it does not answer, or goes back to the weights before.
         """
-        self.call("POST", "/weights/commit", policy.model_dump_json().encode())
+        commit = PushCommit(policy=policy, parts=self._parts).model_dump_json().encode()
+        self._result(f"/pushes/{self._push}/commit", commit)
+
+    def _send(self, path: str, chunk: bytes) -> None:
+        """Send a chunk, again where it was damaged or the connection broke: the server takes the same chunk twice."""
+        for attempt in range(_MAX_SENDS):
+            try:
+                self.call("PUT", path, chunk)
+                return
+            except CallError as error:
+                is_last = attempt + 1 == _MAX_SENDS
+                if is_last or error.fault not in (Fault.UNREACHABLE, Fault.FAILED):
+                    raise
+
+    def _result(
+        self,
+        path: str,
+        body: bytes,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> bytes:
+        """Return the result of a call that is answered by frames."""
+
+        def show(payload: bytes) -> None:
+            # Damage is named once the answer is whole.
+            with suppress(ValidationError):
+                on_progress(Progress.model_validate_json(payload))
+
+        answer = self.call("POST", path, body, on_piece=ProgressWatch(show).feed)
+        try:
+            kind, payload = last_frame(answer)
+            if kind == RESULT:
+                return payload
+            status, text = read_error(payload)
+        except CodecError as error:
+            raise CallError(Fault.CORRUPT, f"{self.url}{path}: {error}") from error
+        raise self.refusal(status, text, path)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,7 +27,7 @@ from moe_replay.rollout.types import (
 )
 from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these messages; a client refuses a server of another one."""
 CONTENT_TYPE = "application/x-moe-replay"
 """Content type of every body; no web page may send it to another origin unasked."""
@@ -35,7 +35,6 @@ CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
 
 _MESSAGE, _TRACES = "message", "traces"
-_SUM_BYTES = 4
 
 
 class _Message(BaseModel):
@@ -51,6 +50,19 @@ class PolicyName(_Message):
     """Weight pushes of that run."""
 
 
+PushId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""Name of a push: 32 hexadecimal digits, drawn by its sender."""
+MAX_PARTS = 100_000
+"""Parts that a push may have at most, for the five digits of their files' names."""
+MAX_CHUNK_BYTES = 64 << 20
+"""Longest piece of a part in one call; a part may be of any length."""
+
+
+def sum_of_sums(sums: Iterable[int]) -> int:
+    """Return the CRC-32 of checksums, so that a part is read once to check its chunks and their order."""
+    return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in sums))
+
+
 class Status(_Message):
     """What a server is, and which weights it holds."""
 
@@ -60,6 +72,42 @@ class Status(_Message):
     """What its engine is and can return."""
     policy: PolicyName
     """The weights that it holds."""
+
+
+class Progress(_Message):
+    """What a server is doing for a call, told at least once a second."""
+
+    doing: Literal["waiting", "sampling", "checking", "loading"]
+    """Waiting for a push or for running completions, sampling, checking a push, or loading it."""
+    num_tokens: int = 0
+    """Tokens sampled so far."""
+    num_finished: int = 0
+    """Completions that have ended."""
+
+
+class PushStart(_Message):
+    """Begins a push, and with it ends every other that was not committed."""
+
+    push: PushId
+    """Name of the push."""
+
+
+class PushPart(_Message):
+    """One file of a push as its sender knows it."""
+
+    num_bytes: int = Field(ge=1)
+    """Length of the file."""
+    sum: int = Field(ge=0, lt=1 << 32)
+    """`sum_of_sums` of the CRC-32 of its chunks, in their order."""
+
+
+class PushCommit(_Message):
+    """Asks to load the weights of a push, now that all its parts were sent."""
+
+    policy: PolicyName
+    """What the weights are called from then on."""
+    parts: Annotated[list[PushPart], Field(min_length=1, max_length=MAX_PARTS)]
+    """Every part, in the order of their numbers."""
 
 
 class WireRequest(_Message):
@@ -139,10 +187,10 @@ def read_status(body: bytes) -> Status:
 
 
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
-    """Return the body of an answer: tokens and log-probabilities as arrays, all traces as one payload of the codec.
+    """Return the result of a call: tokens and log-probabilities as arrays, all traces as one payload of the codec.
 
-    A CRC-32 of all that follows comes first. Of what the arrays hold, only tokens and traces vouch for each other: a changed
-    log-probability would be trained on.
+    Of what the arrays hold, only tokens and traces vouch for each other, and a changed log-probability would be trained on:
+    the frame that the result travels in has a checksum.
     """
     message = {
         "policy": policy.model_dump(),
@@ -165,24 +213,20 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
         ),
         _TRACES: np.frombuffer(encode_traces(traces), dtype=np.uint8),
     }
-    content = save_arrays(arrays)
-    return b"".join([zlib.crc32(content).to_bytes(_SUM_BYTES, "little"), content])
+    return save_arrays(arrays)
 
 
 def read_groups(
     body: bytes, requests: Sequence[Request], *, max_bytes: int
 ) -> tuple[list[RolloutGroup], PolicyName]:
-    """Return the groups of an answer to ``requests``, and the weights that it was sampled with.
+    """Return the groups of a result for ``requests``, and the weights that they were sampled with.
 
     Raises:
         CodecError: when the body is damaged, or answers something else.
         TraceError: when a trace cannot be one.
     """
-    content = memoryview(body)[_SUM_BYTES:]
-    if zlib.crc32(content) != int.from_bytes(body[:_SUM_BYTES], "little"):
-        raise CodecError(f"the answer of {len(body)} bytes is damaged: its checksum is another one")
     try:
-        arrays = load_arrays(bytes(content))
+        arrays = load_arrays(body)
         message = json.loads(arrays[_MESSAGE].tobytes())
         policy = PolicyName.model_validate(message["policy"])
         traces = decode_traces(arrays[_TRACES].tobytes(), max_bytes=max_bytes)

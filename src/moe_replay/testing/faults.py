@@ -1,6 +1,6 @@
 """Servers that fail on purpose, for tests of whatever must survive that.
 
-In: an ASGI application, or the URL of a server. Out: one that dies, stalls, fails, and damages its answers. Called by: tests, ours and users'.
+In: an ASGI application, or the URL of a server. Out: one that dies, stalls, fails, and damages its answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 
 FAULTS = ("die", "stall", "fail", "flip", "cut")
-"""Ways to fail: break the connection, answer too late, answer 500, flip one bit of the answer, cut it."""
+"""Ways to fail: break the connection, say nothing at all, answer 500, flip one bit of a piece of the answer, cut it."""
 
 Send = Callable[[Any], Awaitable[None]]
 
@@ -37,25 +37,49 @@ class Relay:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client:
-            answer = await client.request(
-                scope["method"],
-                f"{self._url}{scope['path']}?{scope['query_string'].decode()}",
-                content=body,
-                headers=[(name, value) for name, value in scope["headers"] if name != b"host"],
-            )
-        headers = [(b"content-type", answer.headers.get("content-type", "").encode())]
-        await send(
-            {"type": "http.response.start", "status": answer.status_code, "headers": headers}
+        answer = asyncio.create_task(self._pass_on(scope, body, send))
+        left = asyncio.create_task(_departure(receive))
+        try:
+            await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            # A caller that leaves takes its call to the server behind with it.
+            for task in (answer, left):
+                task.cancel()
+            await asyncio.gather(answer, left, return_exceptions=True)
+
+    async def _pass_on(self, scope: Any, body: bytes, send: Send) -> None:
+        """Make the call, and send its answer piece by piece as it comes."""
+        query = scope["query_string"].decode()
+        call = httpx2.Request(
+            scope["method"],
+            f"{self._url}{scope['path']}" + (f"?{query}" if query else ""),
+            content=body,
+            headers=[(name, value) for name, value in scope["headers"] if name != b"host"],
         )
-        await send({"type": "http.response.body", "body": answer.content})
+        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client:
+            answer = await client.send(call, stream=True)
+            headers = [(b"content-type", answer.headers.get("content-type", "").encode())]
+            await send(
+                {"type": "http.response.start", "status": answer.status_code, "headers": headers}
+            )
+            async for piece in answer.aiter_raw():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _departure(receive: Any) -> None:
+    """Return when the caller has left."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
 class Faulty:
     """An ASGI application that answers some generate calls wrongly, by a seeded choice.
 
-    ``share`` of the calls fail, each in one of ``kinds``; `made` counts them. A stalled call waits ``stall_s`` and then
-    gives no answer.
+    ``share`` of the calls fail, each in one of ``kinds``; `made` counts them. A stalled call is silent for ``stall_s`` and
+    then gives no answer. Answers that come in pieces are damaged in each of them.
 
     Example:
         >>> with served(engine, around=lambda application: Faulty(application, FAULTS, share=0.3)) as url: ...

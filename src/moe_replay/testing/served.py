@@ -5,20 +5,28 @@ In: an engine, any ASGI application, or a checkpoint. Out: the URL of a server.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx2
 
 from moe_replay.errors import EngineError
 from moe_replay.rollout.types import Engine
+
+if TYPE_CHECKING:
+    from moe_replay.rollout.model_facts import ModelFacts
+    from moe_replay.rollout.served_engine import ServedEngine
 
 # Limits on a machine that does a dozen other things: only what hangs meets them.
 _START_S = 300.0
@@ -28,46 +36,67 @@ _SERVE = (sys.executable, "-m", "moe_replay.cli.main", "serve")
 
 @contextmanager
 def served(
-    engine: Engine,
+    engine: Engine | ServedEngine,
     *,
-    concurrent: bool = False,
+    facts: ModelFacts | None = None,
     token: str | None = None,
     around: Callable[[Any], Any] = lambda application: application,
-    **limits: int,
+    web: Mapping[str, Any] | None = None,
+    **limits: Any,
 ) -> Iterator[str]:
     """Serve ``engine`` on a free port of this machine while the scope is open, and yield the URL.
 
-    ``around`` wraps the ASGI application, for instance in one that injects faults.
+    ``around`` wraps the ASGI application, for instance in one that injects faults. ``limits`` are those of `EngineServer`,
+    ``web`` those of `web_server`. An `Engine` samples one request at a time, and stays open.
     """
+    from moe_replay.rollout.own_folder import OwnFolder
+    from moe_replay.rollout.served_engine import ServedEngine, ThreadedEngine
     from moe_replay.rollout.server import EngineServer
 
-    application = EngineServer(engine, concurrent=concurrent, token=token, **limits).application()
-    with listening(around(application)) as url:
-        yield url
+    with OwnFolder(Path(tempfile.gettempdir()), "moe-replay-served-") as folder:
+        limits.setdefault("push_folder", folder.path)
+        if not isinstance(engine, ServedEngine):
+            made = engine
+            engine = ThreadedEngine(lambda: made, facts=facts)
+            asyncio.run(engine.start())
+        server = EngineServer(engine, facts=facts, token=token, **limits)
+        server.ready()
+        with listening(around(server.application()), at_end=server.stop, **(web or {})) as url:
+            yield url
 
 
 @contextmanager
-def listening(application: Any) -> Iterator[str]:
-    """Serve an ASGI application on a free port of this machine while the scope is open, and yield the URL."""
-    import uvicorn
+def listening(
+    application: Any, *, at_end: Callable[[], None] = lambda: None, **web: Any
+) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine while the scope is open, and yield the URL.
 
-    config = uvicorn.Config(application, host="127.0.0.1", port=0, log_level="critical", ws="none")
-    is_listening = threading.Event()
+    ``at_end`` is called in the server's event loop when the scope is left, before the server ends.
+    """
+    from moe_replay.rollout.server_run import web_server
+    from moe_replay.rollout.server_socket import bind
 
-    class Announcing(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets=sockets)
-            is_listening.set()
+    socket_ = bind("127.0.0.1", 0)
+    port = socket_.getsockname()[1]
+    server = web_server(application, log_level="critical", **web)
+    loop = asyncio.new_event_loop()
 
-    server = Announcing(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    async def end() -> None:
+        at_end()
+        # One turn, in which calls that were ended answer; whatever hangs on purpose is not waited for.
+        await asyncio.sleep(0)
+        server.should_exit = server.force_exit = True
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(server.serve(sockets=[socket_]))
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        if not is_listening.wait(_START_S):
-            raise EngineError(f"no server was listening after {_START_S:.0f} s")
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = server.force_exit = True
+        asyncio.run_coroutine_threadsafe(end(), loop).result(_START_S)
         thread.join()
 
 
@@ -119,14 +148,21 @@ class ServerProcess:
         """
         deadline = time.monotonic() + _PROCESS_START_S
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
+            if self._answers():
+                return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(
                     f"{self._command} does not answer after {_PROCESS_START_S:.0f} s; exit code {self._process.poll()}"
                 )
             _pause(self._process)
+
+    def _answers(self) -> bool:
+        """Tell whether it answers calls: `moe-replay serve` says "still loading" before it does."""
+        try:
+            answer = httpx2.get(f"{self.url}/status", timeout=_PROCESS_START_S, trust_env=False)
+        except httpx2.TransportError:
+            return False
+        return answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE
 
     def restart(self) -> None:
         """Kill it and start it again, with the weights of its checkpoint; returns before it answers."""
