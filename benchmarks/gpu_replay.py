@@ -123,7 +123,7 @@ def contest(
     actor: MegatronActor, batches: list[Microbatch], pairs: int, *, update: bool
 ) -> Contest:
     """Compare live with replayed steps, or plain with recording passes."""
-    watch = RouteWatch(num_rows=64, observe=lambda *_: None)
+    watch = RouteWatch(observe=lambda *_: None)
 
     def step(routing: Routing) -> None:
         watching = watch if routing is Routing.REPLAY else None

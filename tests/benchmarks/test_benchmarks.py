@@ -51,3 +51,14 @@ def test_e7_opening_a_rollout_takes_next_to_no_memory() -> None:
     # The first format took 105 bytes a token; the control is that a step's groups do take memory when they are read.
     assert figures["rollout_files.open_anonymous_bytes_per_token"] < 8
     assert figures["rollout_files.step_anonymous_bytes_per_token"] > 20
+
+
+def test_guard_prints_its_three_figures() -> None:
+    lines = printed("guard.py", "--quick", "--tiny", "--pairs", "2", "--clean-steps", "1")
+    figures = [json.loads(line) for line in lines[-3:]]
+    assert [figure["metric"] for figure in figures] == [
+        "guard.step_ratio",
+        "guard.miss_rate",
+        "guard.false_alarms",
+    ]
+    assert figures[1]["value"] == figures[2]["value"] == 0

@@ -18,6 +18,7 @@ from moe_replay.grpo.collapse import LiveSets
 from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
+from moe_replay.megatron.overlap import RouteUse
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.routing import RoutingTrace
 from moe_replay.testing.ranks import run_ranks
@@ -114,7 +115,7 @@ def test_e13_control_a_layer_that_the_engine_did_not_capture_is_refused_before_i
 ) -> None:
     with pytest.raises(
         MisalignmentError,
-        match=r"step 1, rank 0, old_logprobs.*constant fill: layers \[1\].*did not capture",
+        match=r"(?s)step 1, old_logprobs: .*layer 1: .*did not capture this layer",
     ):
         run(recipe(**LONG), make_engine=UnwrittenLayer)
 
@@ -127,11 +128,14 @@ def test_e13_without_the_guard_nothing_is_compared(recipe: Recipes) -> None:
 
 
 def live_sets(num_rows: int, tokens: int, *, stray: int = 0) -> dict[str, Any]:
-    ids = np.tile(np.array([5, 2, 9]), (num_rows, 2, 1))
-    ids[:, 1] = np.random.default_rng(0).random((num_rows, 16)).argsort(axis=1)[:, :3]
-    ids[:stray, 0, 0] = 7
+    use = RouteUse(
+        layers=(3, 8),
+        num_rows=num_rows,
+        favourite=np.array([[2, 5, 9], [1, 4, 11]]),
+        favourite_times=np.array([num_rows - stray, 2]),
+    )
     sets = LiveSets()
-    sets.add(ids, np.arange(num_rows) % tokens, (3, 8))
+    sets.add(use, np.arange(num_rows) % tokens)
     return sets.to_plain()
 
 

@@ -109,7 +109,7 @@ def test_resolved_toml_holds_defaults_but_no_key_without_effect():
         {"data": {"train": "/moved/train.jsonl"}},
         {"checkpoint": {"save_steps": 7}},
         {"logging": {"sinks": ["wandb"]}},
-        {"replay": {"guard_rows": 7}},
+        {"replay": {"on_misaligned": "drop"}},
         {"batch": {"max_tokens_per_microbatch": 8192}},
     ],
 )

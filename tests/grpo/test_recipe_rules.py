@@ -18,9 +18,19 @@ from .smallest_recipe import problems_of, recipe, table
             "replay.router_replay_mode is 'disabled'",
         ),
         (
-            {"replay": {"guard": False, "guard_rows": 8}},
-            "replay.guard_rows",
+            {"replay": {"guard": False, "on_misaligned": "drop"}},
+            "replay.on_misaligned",
             "replay.guard is false",
+        ),
+        (
+            {"replay": {"router_replay_mode": "R2", "on_misaligned": "drop"}},
+            "replay.on_misaligned",
+            "a fault of the trainer, which always stops",
+        ),
+        (
+            {"replay": {"max_dropped_frac": 0.1}},
+            "replay.max_dropped_frac",
+            "replay.on_misaligned is 'stop'",
         ),
         ({"replay": {"reference_routes": "live"}}, "replay.reference_routes", "grpo.beta is 0"),
         ({"optimizer": {"min_lr": 1e-8}}, "optimizer.min_lr", "lr_scheduler is 'constant'"),
@@ -106,7 +116,7 @@ def test_key_without_effect_is_refused_even_at_its_default():
 
 def test_same_keys_are_accepted_where_they_have_an_effect():
     loaded = recipe(
-        replay={"reference_routes": "live", "guard_rows": 8, "min_coverage": 0.5},
+        replay={"reference_routes": "live", "on_misaligned": "drop", "min_coverage": 0.5},
         grpo={"beta": 0.1},
         optimizer={"lr_scheduler": "cosine", "min_lr": 1e-8},
         data={"eval": "reasoning_gym:chain_sum", "task": {"max_terms": 3}, "eval_size": 5},

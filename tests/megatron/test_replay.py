@@ -250,32 +250,27 @@ def _refused_routes(checkpoint: Path) -> list[str]:
     batch = pack(randomly_routed(actor), max_tokens=1000)[0]
     whole = _whole(batch)
     ids = whole.expert_ids
-    bad: list[tuple[RouteSlice, dict[str, Any]]] = [
-        (_whole(batch, expert_ids=ids[:, :, :3]), {}),
-        (_whole(batch, expert_ids=ids.astype(np.int64)), {}),
-        (_whole(batch, expert_ids=ids[:3], layers=whole.layers[:3]), {}),
-        (_whole(batch, num_experts=32), {}),
-        (
-            _whole(batch, valid=np.zeros_like(whole.valid)),
-            {"watched_rows": {0: np.array([1], dtype=np.int64)}},
-        ),
+    bad = [
+        _whole(batch, expert_ids=ids[:, :, :3]),
+        _whole(batch, expert_ids=ids.astype(np.int64)),
+        _whole(batch, expert_ids=ids[:3], layers=whole.layers[:3]),
+        _whole(batch, num_experts=32),
     ]
     messages = []
-    for routes, options in bad:
+    for routes in bad:
         with pytest.raises(TraceError) as caught:
-            ReplayScope(actor.routers, {0: routes}, **options)
+            ReplayScope(actor.routers, {0: routes})
         messages.append(str(caught.value))
     return messages
 
 
 @pytest.mark.ranks
 def test_scope_refuses_routes_of_another_model(checkpoint: Path) -> None:
-    topk, dtype, layers, experts, watched = in_one_rank(_refused_routes, checkpoint)
+    topk, dtype, layers, experts = in_one_rank(_refused_routes, checkpoint)
     assert "3 experts per token, the model uses 4" in topk
     assert "int64" in dtype
     assert "also routes in [3]" in layers
     assert "32 experts, this one has 16" in experts
-    assert "watched rows must be valid rows" in watched
 
 
 def _refused_configs(checkpoint: Path) -> list[str]:

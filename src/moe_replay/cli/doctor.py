@@ -77,8 +77,9 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         recompute += f" ({megatron.recompute_method}, {megatron.recompute_num_layers} layers)"
     guard = "off"
     if recipe.replays and replay.guard:
-        floor = "chosen by experts and top-k" if replay.guard_floor is None else replay.guard_floor
-        guard = f"{replay.guard_rows} rows a step, floor {floor}"
+        guard = "every row of every sample, misaligned: stop"
+        if replay.on_misaligned == "drop":
+            guard = guard.replace("stop", f"drop, at most {replay.max_dropped_frac:.3g} of a step")
     return {
         "mode": replay.router_replay_mode.value,
         "engine": f"{recipe.rollout.engine}, {recipe.rollout.dtype}",

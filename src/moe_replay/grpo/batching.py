@@ -5,7 +5,7 @@ In: a rollout with rewards. Out: StepBatch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,12 +41,28 @@ class MiniBatch:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOrigin:
+    """Where a sample comes from, in words that hold on every rank."""
+
+    number: int
+    """Of the sample among those of the step: prompt after prompt, completion after completion."""
+    item: int
+    """Dataset item of its prompt."""
+    completion: int
+    """Its number among the completions of the prompt."""
+    server: str
+    """Address of the server that sampled it; empty for an engine in a trainer's process."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepBatch:
     """What a step learns from, on this rank."""
 
     minibatches: tuple[MiniBatch, ...]
     """One for each optimizer step."""
+    origins: tuple[SampleOrigin, ...]
+    """By ``sample_id``."""
     coverage: Coverage
     """Rows of the tokens sampled here, and of this rank's padding: those with a route, and the others by reason."""
 
@@ -75,14 +91,15 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
         CoverageError: when too few rows of what trains can be replayed; nothing has been learned then.
         TokenMismatchError: when a trace is bound to other tokens than its sample has.
     """
-    samples, traces = _make_samples(run, rollout, scored)
+    samples, traces, origins = _make_samples(run, rollout, scored)
     rollout.traces.clear()
     size = len(samples) // run.recipe.batch.steps_per_generation
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     minibatches = _pack(run, parts)
     if run.mode is not ReplayMode.R3:
-        return StepBatch(minibatches=minibatches, coverage=Coverage())
-    batch = StepBatch(minibatches=minibatches, coverage=_coverage(run, minibatches, traces))
+        return StepBatch(minibatches=minibatches, origins=origins, coverage=Coverage())
+    coverage = _coverage(run, minibatches, traces)
+    batch = StepBatch(minibatches=minibatches, origins=origins, coverage=coverage)
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
     learned = {sample.sample_id for sample in samples if sample.trains}
     _coverage(
@@ -97,6 +114,34 @@ def with_routes(batch: StepBatch, routes: Mapping[int, RouteSlice]) -> StepBatch
     return replace(batch, minibatches=tuple(part.with_routes(routes) for part in batch.minibatches))
 
 
+def without(batch: StepBatch, dropped: Collection[int]) -> StepBatch:
+    """Return the batch in which the samples ``dropped`` (sample ids) do not train.
+
+    They stay in their microbatches, and count in the denominators of the loss as other untrained samples do: not at all.
+    """
+    if not dropped:
+        return batch
+
+    def change(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        return tuple(
+            replace(sample, trains=False) if sample.sample_id in dropped else sample
+            for sample in samples
+        )
+
+    return replace(
+        batch,
+        minibatches=tuple(
+            MiniBatch(
+                samples=change(part.samples),
+                microbatches=tuple(
+                    replace(m, samples=change(m.samples)) for m in part.microbatches
+                ),
+            )
+            for part in batch.minibatches
+        ),
+    )
+
+
 def recorded_coverage(run: Run, batch: StepBatch) -> Coverage:
     """Count what a recording pass covers: every row of a token."""
     own = sum(len(sample.token_ids) for sample in batch.samples if sample.sampled_here)
@@ -105,8 +150,8 @@ def recorded_coverage(run: Run, batch: StepBatch) -> Coverage:
 
 def _make_samples(
     run: Run, rollout: Rollout, scored: Scored
-) -> tuple[list[Sample], dict[int, RoutingTrace]]:
-    """Return the samples of this replica in the order of the prompts, and the traces of those sampled here."""
+) -> tuple[list[Sample], dict[int, RoutingTrace], tuple[SampleOrigin, ...]]:
+    """Return the samples of this replica in the order of the prompts, the traces of those sampled here, and all origins."""
     own = [
         SharedCompletion(
             place=place,
@@ -124,6 +169,7 @@ def _make_samples(
     if run.recipe.grpo.overlong_filter:
         untrained.add(FinishReason.LENGTH)
     samples: list[Sample] = []
+    origins: list[SampleOrigin] = []
     traces: dict[int, RoutingTrace] = {}
     for completion in share_completions(run.replica, own):
         prompt = rollout.prompts[completion.place]
@@ -140,11 +186,19 @@ def _make_samples(
             trace=None,
         )
         samples.append(sample)
+        origins.append(
+            SampleOrigin(
+                number=completion.place * run.recipe.rollout.num_generations + completion.number,
+                item=prompt.index,
+                completion=completion.number,
+                server=completion.server,
+            )
+        )
         trace = rollout.traces.get(key)
         if trace is not None:
             trace.check_tokens(sample.token_ids, where=f"sample {sample.sample_id}")
             traces[sample.sample_id] = trace
-    return samples, traces
+    return samples, traces, tuple(origins)
 
 
 def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[MiniBatch, ...]:

@@ -36,7 +36,9 @@ def step_record(
     run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
-    own = [sample for sample in old.samples if sample.sampled_here]
+    # What a dropped sample's log-probabilities are under wrong routes says nothing about the engine.
+    dropped = old.judged.dropped_here(old.batch)
+    own = [s for s in old.samples if s.sampled_here and s.sample_id not in dropped]
     endings = completion_tally(
         [len(completion.token_ids) for completion in rollout.completions],
         [completion.finish_reason for completion in rollout.completions],
@@ -65,10 +67,15 @@ def step_record(
         rewards={name: scores.reshape(-1) for name, scores in scored.rewards.items()},
         totals=scored.totals.reshape(-1),
         advantages=scored.advantages,
+        dropped=old.judged.dropped,
     )
     run.warn_of_changes(step_notices(run.recipe, metrics))
     record = StepRecord(
-        step=run.step, metrics=metrics, seconds=run.take_seconds(), warnings=run.take_warnings()
+        step=run.step,
+        metrics=metrics,
+        seconds=run.take_seconds(),
+        details={**update.details, **old.judged.details},
+        warnings=run.take_warnings(),
     )
     return record, everyone
 

@@ -3,7 +3,7 @@
 Reinforcement learning does this to small models, and too large a learning rate to any. Such a run goes on: its routes are
 right. It is counted, because the layer has stopped being a mixture.
 
-In: live routes of watched rows. Out: the collapsed layers, over all ranks.
+In: favourite expert sets of replayed rows. Out: the collapsed layers, over all ranks.
 """
 
 from __future__ import annotations
@@ -13,42 +13,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from moe_replay.grpo.config import Recipe
+from moe_replay.megatron.overlap import RouteUse
 
-# Share of the watched rows that must choose one and the same set, and how many rows and different tokens there must be:
+# Share of the replayed rows that must choose one and the same set, and how many rows and different tokens there must be:
 # routes of a few rows, or of one repeated token, are alike by right.
 _SHARE, _LEAST_ROWS, _LEAST_TOKENS = 0.99, 32, 8
 
 
 class LiveSets:
-    """Counts the expert sets that watched rows choose, layer by layer."""
+    """Counts how many rows choose the favourite expert set of their microbatch, layer by layer."""
 
     def __init__(self) -> None:
-        self._sets: dict[int, Counter[bytes]] = defaultdict(Counter)
+        self._rows: Counter[int] = Counter()
+        self._sets: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
         self._tokens: set[int] = set()
 
-    def add(
-        self,
-        live_ids: Integer[np.ndarray, "watched layers topk"],
-        token_ids: Int64[np.ndarray, " watched"],
-        layers: Sequence[int],
-    ) -> None:
-        """Take the live routes of some rows."""
-        self._tokens.update(token_ids.tolist())
-        ordered = np.sort(live_ids, axis=2).astype(np.uint16)
-        for place, layer in enumerate(layers):
-            sets, counts = np.unique(ordered[:, place], axis=0, return_counts=True)
-            for chosen, count in zip(sets, counts, strict=True):
-                self._sets[layer][chosen.tobytes()] += int(count)
+    def add(self, use: RouteUse, token_ids: Int64[np.ndarray, " rows"]) -> None:
+        """Take the favourites of a microbatch, whose counted rows hold ``token_ids``."""
+        self._tokens.update(np.unique(token_ids).tolist())
+        for layer, chosen, times in zip(
+            use.layers, use.favourite, use.favourite_times, strict=True
+        ):
+            self._rows[layer] += use.num_rows
+            self._sets[layer][tuple(chosen.tolist())] += int(times)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what other ranks must know: each layer's rows and its favourite set, and the number of tokens."""
         return {
             "tokens": len(self._tokens),
             "layers": [
-                [layer, sum(sets.values()), *_favourite(sets)] for layer, sets in self._sets.items()
+                [layer, self._rows[layer], *sets.most_common(1)[0]]
+                for layer, sets in self._sets.items()
             ],
         }
 
@@ -56,10 +54,10 @@ class LiveSets:
     def collapsed(parts: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the collapsed layers of all ranks' counts.
 
-        A set that nearly all rows choose is the favourite of nearly every rank, so that favourites suffice.
+        A set that nearly all rows choose is the favourite of nearly every microbatch and rank, so that favourites suffice.
         """
         rows: Counter[int] = Counter()
-        favourites: dict[int, Counter[str]] = defaultdict(Counter)
+        favourites: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
         for part in parts:
             for layer, count, chosen, times in part["layers"]:
                 rows[layer] += count
@@ -81,8 +79,3 @@ def collapse_warning(layers: Sequence[int], recipe: Recipe) -> str:
         f"the run goes on, but these layers are no mixture any more; optimizer.lr = {recipe.optimizer.lr:g} may be too large, "
         f"and megatron.moe_aux_loss_coeff = {balance:g} {'too small' if balance else 'balances nothing'}"
     )
-
-
-def _favourite(sets: Counter[bytes]) -> tuple[str, int]:
-    chosen, count = sets.most_common(1)[0]
-    return chosen.hex(), count

@@ -30,16 +30,19 @@ def kept_completions(
     rewards: Mapping[str, Float64[np.ndarray, " completions"]],
     totals: Float64[np.ndarray, " completions"],
     advantages: Float64[np.ndarray, "prompts generations"] | None = None,
+    dropped: Mapping[int, str] | None = None,
 ) -> list[CompletionRecord]:
     """Return the first ``logging.completions`` of all ranks, prompt after prompt, on rank 0; nothing on the others; collective.
 
-    ``groups[i]`` answers ``prompts[places[i]]``; ``texts``, ``rewards`` and ``totals`` follow their completions.
+    ``groups[i]`` answers ``prompts[places[i]]``; ``texts``, ``rewards`` and ``totals`` follow their completions. ``dropped``
+    (number of the completion in the step -> why) are those that the guard kept out of training.
     """
     records: list[tuple[int, int, CompletionRecord]] = []
     row = 0
     for place, group in zip(places, groups, strict=True):
         for number, completion in enumerate(group.completions):
-            if place * len(group.completions) + number < run.recipe.logging.completions:
+            of_step = place * len(group.completions) + number
+            if of_step < run.recipe.logging.completions:
                 record = CompletionRecord(
                     step=run.step,
                     item=prompts[place].index,
@@ -52,6 +55,8 @@ def kept_completions(
                     num_tokens=len(completion.token_ids),
                     finish_reason=str(completion.finish_reason),
                     policy_version=completion.policy_version,
+                    server=completion.server,
+                    dropped=(dropped or {}).get(of_step),
                 )
                 records.append((place, number, record))
             row += 1

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Integer
 
-from moe_replay.batch import Microbatch, Sample
-from moe_replay.errors import DivergedError, MisalignmentError
-from moe_replay.grpo.batching import MiniBatch, StepBatch, recorded_coverage, with_routes
-from moe_replay.grpo.collapse import collapse_warning
+from moe_replay.batch import Sample
+from moe_replay.errors import DivergedError
+from moe_replay.grpo.batching import (
+    MiniBatch,
+    StepBatch,
+    recorded_coverage,
+    with_routes,
+    without,
+)
+from moe_replay.grpo.judging import Judged, judge_engine_routes, judge_own_packing
 from moe_replay.grpo.metrics import Tally, engine_gap, step_tally, update_tally
 from moe_replay.grpo.minibatch_loss import MinibatchLoss
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.watch import AgreementWatch
-from moe_replay.megatron.finite import typical_scale
-from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
-from moe_replay.routing import Guard, ReplayMode
-
-# Typical root mean square of a matrix above which the weights are not those of a working model: pretrained ones have 0.01 to 0.1.
-_RUINED_SCALE = 0.5
+from moe_replay.grpo.watch import PassWatch
+from moe_replay.megatron.scorer import Routing, ScoredSample
+from moe_replay.routing import ReplayMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class OldScores:
     """Sample id -> old log-probabilities and entropies."""
     metrics: Mapping[str, float]
     """Agreement of the replayed pass (R3), and the live gap when it was measured."""
+    judged: Judged
+    """What the guard found in the engine's routes (R3)."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -50,24 +54,36 @@ class Update:
 
     metrics: Mapping[str, float]
     """``loss``, ``clip_ratio/*``, ``grad_norm``... over all ranks."""
+    details: Mapping[str, Any]
+    """What belongs to a metric and is not a number."""
 
 
 def score_old(run: Run, batch: StepBatch) -> OldScores:
-    """Score the samples with the weights that will learn from them, recording (R2) or replaying (R3) routes."""
+    """Score the samples with the weights that will learn from them, recording (R2) or replaying (R3) routes.
+
+    What the guard finds in replayed routes keeps its sample out of training, or stops the run.
+
+    Raises:
+        MisalignmentError: on every rank, when routes are not those of their tokens.
+    """
     routing = {
         ReplayMode.DISABLED: Routing.LIVE,
         ReplayMode.R2: Routing.RECORD,
         ReplayMode.R3: Routing.REPLAY,
     }[run.mode]
-    watch = _watch(run, run.guard, "old_logprobs")
+    watch = PassWatch(batch.origins) if routing is Routing.REPLAY else None
     scores = run.actor.score(
         batch.microbatches,
         temperature=run.temperature,
         routing=routing,
-        watch=_route_watch(run, watch),
+        watch=watch.route_watch if watch is not None else None,
     )
     _require_finite(run, batch.samples, scores.samples, "old_logprobs")
-    metrics = dict(watch.metrics(run.ranks)) if routing is Routing.REPLAY else {}
+    judged = Judged()
+    if watch is not None:
+        judged = judge_engine_routes(run, batch, watch, scores.samples)
+        batch = without(batch, judged.dropped_here(batch))
+    metrics = dict(judged.metrics)
     if run.live_gap_is_due:
         live = scores
         if routing is Routing.REPLAY:
@@ -78,7 +94,7 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
         metrics |= run.merge(gap_of(own, live.samples, prefix="live_gap"))
     if routing is Routing.RECORD:
         batch = replace(with_routes(batch, scores.routes), coverage=recorded_coverage(run, batch))
-    return OldScores(batch=batch, scored=scores.samples, metrics=metrics)
+    return OldScores(batch=batch, scored=scores.samples, metrics=metrics, judged=judged)
 
 
 def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | None:
@@ -106,10 +122,10 @@ def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample
     for number, minibatch in enumerate(old.batch.minibatches):
         is_first = all(report.grad_norm is None for report in reports)
         reports.append(_update_once(run, old, reference, minibatch, number, is_first=is_first))
-    # The agreement of the first mini-batch that was learned from is that of the alignment.
-    replay = next((report.replay for report in reports if report.grad_norm is not None), {})
+    judged = next((report.judged for report in reports if report.grad_norm is not None), Judged())
     tally = step_tally([report.tally for report in reports])
-    return Update(metrics=tally.finish() | _update_metrics(reports) | dict(replay))
+    metrics = tally.finish() | _update_metrics(reports) | dict(judged.metrics)
+    return Update(metrics=metrics, details=judged.details)
 
 
 def gap_of(
@@ -136,8 +152,8 @@ class _UpdateReport:
     """None when the optimizer did not step."""
     learning_rate: float
     """Of the step, or of the one that was skipped."""
-    replay: Mapping[str, float]
-    """``replay/*`` metrics of its pass; empty when it was skipped, or nothing is replayed."""
+    judged: Judged
+    """What was found in the routes of its pass; nothing when it was not the first, or nothing is replayed."""
 
 
 def _update_once(
@@ -156,20 +172,26 @@ def _update_once(
         run.actor.skip()
         tally = Tally()
         tally.add_sum("loss", 0.0)
-        return _UpdateReport(tally=tally, grad_norm=None, learning_rate=learning_rate, replay={})
+        return _UpdateReport(
+            tally=tally, grad_norm=None, learning_rate=learning_rate, judged=Judged()
+        )
     replays = run.mode is not ReplayMode.DISABLED
-    # Later mini-batches drift away from their routes on purpose; only the first can show a misalignment.
-    guard = run.guard if is_first else None
+    # Later mini-batches drift away from their routes on purpose; the first shows whether the update packs them right. Without
+    # a guard it is the only pass that tells the agreement of R2; that of R3 is known by now.
+    watches = replays and is_first and (run.guard is not None or run.mode is ReplayMode.R2)
+    watch = PassWatch(old.batch.origins) if watches else None
     name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
-    watch = _watch(run, guard, name)
     gradient = run.actor.backward(
         minibatch.microbatches,
         loss,
         temperature=run.temperature,
         routing=Routing.REPLAY if replays else Routing.LIVE,
-        watch=_route_watch(run, watch) if replays else None,
+        watch=watch.route_watch if watch is not None else None,
         where=f"step {run.step}, {name}",
     )
+    judged = Judged()
+    if watch is not None:
+        judged = judge_own_packing(run, old.batch, watch, name, dropped=old.judged.dropped)
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
     part = update_tally(statistics, with_kl=reference is not None)
@@ -181,7 +203,7 @@ def _update_once(
         tally=tally,
         grad_norm=gradient.norm,
         learning_rate=learning_rate,
-        replay=watch.metrics(run.ranks) if replays else {},
+        judged=judged,
     )
 
 
@@ -226,36 +248,3 @@ def _require_finite(
             "grad_norm of the steps before), or a token that the engine sampled and the trainer's model rules out. Resume "
             "from an earlier checkpoint with a lower optimizer.lr"
         )
-
-
-def _watch(run: Run, guard: Guard | None, name: str) -> AgreementWatch:
-    return AgreementWatch(
-        guard,
-        num_experts=run.engine.description.num_experts,
-        where=f"step {run.step}, rank {run.process.rank}, {name}",
-        on_collapse=lambda layers: run.warn(collapse_warning(layers, run.recipe)),
-    )
-
-
-def _route_watch(run: Run, watch: AgreementWatch) -> RouteWatch:
-    def observe(
-        microbatch: Microbatch,
-        rows: Int64[np.ndarray, " watched"],
-        live_ids: Integer[np.ndarray, "watched layers topk"],
-        layers: Sequence[int],
-    ) -> None:
-        try:
-            watch.observe(microbatch, rows, live_ids, layers)
-        except MisalignmentError as error:
-            scale = typical_scale(run.actor.modules)
-            if scale < _RUINED_SCALE:
-                raise
-            raise DivergedError(
-                f"{error}\nBut first look at the weights, because they no longer look like those of a model: their matrices typically have a root "
-                f"mean square of {scale:.3g}, pretrained ones have 0.01 to 0.1, and weights of this size amplify rounding until "
-                "engine and trainer have nothing in common. Training has diverged. Lower optimizer.lr (it is "
-                f"{run.recipe.optimizer.lr:g}), look at grad_norm in metrics.jsonl, and resume from a checkpoint before it, or "
-                "pass --restart"
-            ) from error
-
-    return RouteWatch(num_rows=run.recipe.replay.guard_rows, observe=observe)

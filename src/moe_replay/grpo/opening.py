@@ -29,8 +29,8 @@ from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
-from moe_replay.rollout.types import Engine, EngineDescription, ShowsProgress
-from moe_replay.routing import Guard
+from moe_replay.rollout.types import Engine, ShowsProgress
+from moe_replay.routing.guard import Guard
 from moe_replay.sync.messages import all_ranks
 
 
@@ -87,7 +87,7 @@ def open_run(
             actor=actor,
             replica=Replica.find(tuple(actor.routers), place=actor.place),
             reference=_build_reference(recipe, layout),
-            guard=_build_guard(recipe, engine.description),
+            guard=Guard() if recipe.replays and recipe.replay.guard else None,
             checkpoints=checkpoints,
             identity=admission.identity,
             stop=stop,
@@ -141,14 +141,4 @@ def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer |
         layout,
         dtype=TRAINER_DTYPES[recipe.model.dtype],
         grouped_experts=recipe.model.grouped_experts,
-    )
-
-
-def _build_guard(recipe: Recipe, description: EngineDescription) -> Guard | None:
-    if not (recipe.replays and recipe.replay.guard):
-        return None
-    return Guard(
-        num_experts=description.num_experts,
-        topk=description.topk,
-        floor=recipe.replay.guard_floor,
     )

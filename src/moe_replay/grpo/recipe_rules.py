@@ -258,8 +258,17 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
             if key not in ("router_replay_mode", "live_gap_every"):
                 yield f"replay.{key}", "replay.router_replay_mode is 'disabled'"
     elif not replay.guard:
-        for key in ("guard_rows", "guard_floor"):
+        for key in ("on_misaligned", "max_dropped_frac"):
             yield f"replay.{key}", "replay.guard is false"
+    elif replay.router_replay_mode is ReplayMode.R2:
+        for key in ("on_misaligned", "max_dropped_frac"):
+            yield (
+                f"replay.{key}",
+                "replay.router_replay_mode is 'R2', whose routes are the trainer's own: one that is misaligned is a fault "
+                "of the trainer, which always stops",
+            )
+    elif replay.on_misaligned == "stop":
+        yield "replay.max_dropped_frac", "replay.on_misaligned is 'stop'"
 
 
 def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:

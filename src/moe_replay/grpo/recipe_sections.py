@@ -234,11 +234,11 @@ class ReplaySection(Section):
     min_coverage: float = Field(default=0.95, ge=0, le=1)
     """Least fraction of replayable rows, of completions that train, that must be replayed; the run stops below it."""
     guard: bool = True
-    """Compare replayed with live routes each step and stop when they disagree too much."""
-    guard_rows: int = Field(default=256, gt=0)
-    """Rows compared per step."""
-    guard_floor: float | None = Field(default=None, gt=0, lt=1)
-    """Least agreement; chosen from the model's experts and top-k when left out."""
+    """Compare replayed with live routes of every row in each step, and act when those of a sample are not its own."""
+    on_misaligned: Literal["stop", "drop"] = "stop"
+    """What to do with a sample whose engine routes are not its own (R3): stop the run, or train without it and count it."""
+    max_dropped_frac: float = Field(default=0.05, ge=0, lt=1)
+    """With ``on_misaligned = "drop"``: a step that would drop a larger fraction of its samples stops the run."""
     reference_routes: Literal["live", "replay"] = "replay"
     """Routing of the reference model: the policy's replayed routes, or its own live ones."""
     live_gap_every: int = Field(default=0, ge=0)

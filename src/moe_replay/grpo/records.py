@@ -6,7 +6,7 @@ In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary and the R
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from moe_replay.rollout.types import RolloutProgress
@@ -66,6 +66,11 @@ class CompletionRecord:
     """Value of `FinishReason`."""
     policy_version: int
     """Weight pushes that the engine had received."""
+    server: str = ""
+    """Address of the server that sampled it; empty for an engine in a trainer's process."""
+    dropped: str | None = None
+    """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or ``lost`` (drift has left too
+    little of them); None as a rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,9 @@ class StepRecord:
     """Metric name (``reward``, ``rollout_correction/k3_kl``, ``replay/coverage``...) -> value; deterministic."""
     seconds: Mapping[str, float]
     """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``, ``checkpoint``...) -> wall seconds."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to a metric and is not a number, such as the sample behind ``replay/agreement_min_sample``, under the
+    name of the metric; plain values, in ``metrics.jsonl`` only."""
     warnings: tuple[str, ...] = ()
     """What a person should know of this step although the run goes on, such as a router that collapsed."""
 

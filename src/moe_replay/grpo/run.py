@@ -35,7 +35,8 @@ from moe_replay.rollout.stop_strings import StopStrings
 from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.rollout.vllm_capacity import HasCache
-from moe_replay.routing import Guard, ReplayMode
+from moe_replay.routing import ReplayMode
+from moe_replay.routing.guard import Guard
 from moe_replay.sync.messages import HostGroup, all_ranks
 
 T = TypeVar("T")
@@ -293,6 +294,7 @@ class Run:
             identity=self.identity,
             scheduler=self.actor.scheduler.state_dict(),
             evaluation_is_owed=self.evaluation_is_owed,
+            guard=self.guard.to_plain() if self.guard is not None else {},
         )
 
     def resume_or_start(self, step: int | None, *, restart: bool) -> None:
@@ -310,6 +312,8 @@ class Run:
         self.step, self.next_prompt = position.step, position.next_prompt
         self.saved_step, self.evaluation_is_owed = position.step, position.evaluation_is_owed
         self.policy_version = position.policy_version
+        if self.guard is not None and position.guard:
+            self.guard.restore(position.guard)
         self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
 
     def _what_fits(self) -> list[str]:

@@ -1,114 +1,130 @@
-"""Agreement of live and replayed routes over one pass: what the guard checks, and what the metrics report.
+"""What one replaying pass saw of live next to replayed routes: counts for the guard, agreement for the metrics.
 
-In: watched rows of each microbatch. Out: Agreement, flips and collapsed layers of the pass, or MisalignmentError.
+In: counts of each microbatch on each rank. Out: PassWatch; StepTable and metrics over all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from moe_replay.batch import Microbatch
+from moe_replay.grpo.batching import SampleOrigin
 from moe_replay.grpo.collapse import LiveSets
-from moe_replay.grpo.metrics import Tally
-from moe_replay.routing import Agreement, Guard, GuardEvidence, measure_agreement
-from moe_replay.sync.messages import HostGroup
+from moe_replay.grpo.run import Run
+from moe_replay.megatron.overlap import WatchedRoutes
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
 
 
-class AgreementWatch:
-    """Receives the evidence of one pass, microbatch by microbatch; hand its `observe` to `RouteWatch`."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """What all ranks saw of a pass together; the same on every rank."""
 
-    def __init__(
-        self,
-        guard: Guard | None,
-        *,
-        num_experts: int,
-        where: str,
-        on_collapse: Callable[[Sequence[int]], None],
-    ) -> None:
-        """Measure the pass called ``where``, and let ``guard`` judge it if there is one.
+    parts: Sequence[StepPart | None]
+    """What each rank counted, in rank order; None of a rank that replays nothing."""
+    table: StepTable
+    """The same by (number of the sample in the step, layer)."""
+    collapsed: Sequence[int]
+    """Layers that send every token to the same experts."""
 
-        ``on_collapse`` is told of layers that send every token of all ranks to the same experts.
-        """
-        self._on_collapse = on_collapse
-        self._guard = guard
-        self._num_experts = num_experts
-        self._where = where
-        self._parts: list[Agreement] = []
-        self._flips = Tally()
+    def metrics(self, origins: Mapping[int, SampleOrigin]) -> dict[str, float]:
+        """Return ``replay/agreement`` and its kin; ``origins`` are those of all ranks, by number in the step."""
+        table = self.table
+        own, slots = table.own.sum(axis=1), table.slots.sum(axis=1)
+        # A row counts once on each pipeline stage, so these are shares of what the stages saw.
+        rows = sum(int(part.num_rows.sum()) for part in table.parts)
+        pairs = sum(int(part.num_rows.sum()) * len(part.layers) for part in table.parts)
+        metrics = {
+            "replay/agreement": float(own.sum() / slots.sum()),
+            "replay/agreement_min_sample": float(table.agreement.min()),
+            "replay/agreement_min_layer": float(table.layer_agreement.min()),
+            "replay/flip_frac": float(sum(part.flips.sum() for part in table.parts) / pairs),
+            "replay/tokens_with_flip_frac": sum(p.rows_with_flip for p in table.parts) / rows,
+            "replay/collapsed_layers": float(len(self.collapsed)),
+        }
+        servers = np.array([origins[number].server for number in table.sample_ids.tolist()])
+        names = sorted(set(servers.tolist()))
+        if len(names) > 1:
+            for name in names:
+                mine = servers == name
+                shared = float(own[mine].sum() / slots[mine].sum())
+                metrics[f"replay/agreement_server/{name.split('://')[-1]}"] = shared
+        return metrics
+
+    @property
+    def least_sample(self) -> int:
+        """Number in the step of the sample that agrees least."""
+        return int(self.table.sample_ids[self.table.agreement.argmin()])
+
+
+class PassWatch:
+    """Receives the counts of one pass on this rank, microbatch by microbatch."""
+
+    def __init__(self, origins: Sequence[SampleOrigin]) -> None:
+        """Watch a pass over the samples of ``origins``, by sample id."""
+        self.counts: dict[int, OverlapCounts] = {}
+        """Microbatch key -> its counts, in which samples have their numbers in the step."""
+        self._numbers = np.array([origin.number for origin in origins], dtype=np.int64)
         self._live_sets = LiveSets()
 
-    def observe(
-        self,
-        microbatch: Microbatch,
-        rows: Int64[np.ndarray, " watched"],
-        live_ids: Integer[np.ndarray, "watched layers topk"],
-        layers: Sequence[int],
-    ) -> None:
-        """Take the live experts of ``rows``.
+    @property
+    def route_watch(self) -> RouteWatch:
+        """What a pass is given."""
+        return RouteWatch(observe=self.observe)
 
-        Raises:
-            MisalignmentError: when the guard finds that the routes cannot belong to these rows.
-        """
-        routes = microbatch.routes
-        assert routes is not None
-        place = [routes.layers.index(layer) for layer in layers]
-        evidence = GuardEvidence(
-            live_ids=live_ids,
-            rows=rows,
-            expert_ids=routes.expert_ids[place].transpose(1, 0, 2),
-            valid=routes.valid,
-            sample=microbatch.sample_ids[microbatch.router_rows],
-            position=microbatch.positions[microbatch.router_rows],
-            layers=tuple(layers),
-        )
-        where = f"{self._where}, microbatch {microbatch.key}"
-        if self._guard is not None:
-            self._parts.append(self._guard.check(evidence, where=where))
-        else:
-            self._parts.append(measure_agreement(evidence, num_experts=self._num_experts))
-        replayed = evidence.expert_ids[rows]
-        flipped = (np.sort(replayed, axis=2) != np.sort(live_ids, axis=2)).any(axis=2)
-        self._flips.add_mean(
-            "replay/tokens_with_flip_frac", total=int(flipped.any(axis=1).sum()), count=len(rows)
-        )
-        self._flips.add_mean("replay/flip_frac", total=int(flipped.sum()), count=int(flipped.size))
-        self._live_sets.add(live_ids, microbatch.token_ids[microbatch.router_rows][rows], layers)
+    def observe(self, microbatch: Microbatch, watched: WatchedRoutes) -> None:
+        """Take the counts of a microbatch."""
+        assert microbatch.routes is not None
+        tokens = microbatch.token_ids[microbatch.router_rows][microbatch.routes.valid]
+        self._live_sets.add(watched.use, tokens)
+        counts = watched.counts
+        # Numbers in the step grow with sample ids, so the order of rows and samples stays.
+        self.counts[microbatch.key] = replace(counts, sample_ids=self._numbers[counts.sample_ids])
 
-    def metrics(self, ranks: HostGroup) -> dict[str, float]:
-        """Return the ``replay/*`` metrics of the pass over all ``ranks``; empty when nothing was watched."""
-        own = Agreement.total(self._parts)
-        message = {
-            "layers": list(own.layers),
-            "num_rows": own.num_rows.tolist(),
-            "slot_overlap": own.slot_overlap.tolist(),
-            "equal_sets": own.equal_sets.tolist(),
-            "chance": own.chance.tolist(),
-            "flips": self._flips.to_plain(),
-            "live_sets": self._live_sets.to_plain(),
-        }
-        gathered = ranks.gather(message)
-        whole = Agreement.total(
-            Agreement(
-                layers=tuple(part["layers"]),
-                num_rows=np.array(part["num_rows"], dtype=np.int64),
-                slot_overlap=np.array(part["slot_overlap"], dtype=np.float64),
-                equal_sets=np.array(part["equal_sets"], dtype=np.float64),
-                chance=np.array(part["chance"], dtype=np.float64),
-            )
-            for part in gathered
+    def forget(self, numbers: Collection[int]) -> None:
+        """Let go of the counts of some samples, by number in the step."""
+        if numbers:
+            given = np.array(sorted(numbers), dtype=np.int64)
+            self.counts = {key: _without(counts, given) for key, counts in self.counts.items()}
+
+    def together(self, run: Run) -> Seen | None:
+        """Return what all ranks saw, None when nothing was replayed; collective."""
+        part = summarise(list(self.counts.values()))
+        gathered = run.gather((part, self._live_sets.to_plain()))
+        parts = [part for part, _ in gathered]
+        if not any(part is not None for part in parts):
+            return None
+        return Seen(
+            parts=parts,
+            table=StepTable.of(parts),
+            collapsed=LiveSets.collapsed([sets for _, sets in gathered]),
         )
-        if not whole.num_rows.sum():
-            return {}
-        collapsed = LiveSets.collapsed([part["live_sets"] for part in gathered])
-        if collapsed:
-            self._on_collapse(collapsed)
-        flips = Tally.merge([Tally.from_plain(part["flips"]) for part in gathered])
-        return {
-            "replay/agreement": whole.mean_slot_overlap,
-            "replay/agreement_min_layer": float(whole.slot_overlap.min()),
-            "replay/collapsed_layers": float(len(collapsed)),
-            **flips.finish(),
-        }
+
+
+def _without(counts: OverlapCounts, numbers: Int64[np.ndarray, " gone"]) -> OverlapCounts:
+    """Return the counts of the samples that are not in ``numbers``."""
+    kept = ~np.isin(counts.sample_ids, numbers)
+    rows = np.repeat(kept, counts.num_rows)
+    return replace(
+        counts,
+        position=counts.position[rows],
+        own=counts.own[rows],
+        others=counts.others[rows],
+        flips=counts.flips[rows],
+        nearer=counts.nearer[:, rows],
+        farther=counts.farther[:, rows],
+        repeats=counts.repeats[rows],
+        sample_ids=counts.sample_ids[kept],
+        num_rows=counts.num_rows[kept],
+        layer_own=counts.layer_own[kept],
+        layer_others=counts.layer_others[kept],
+        layer_flips=counts.layer_flips[kept],
+        layer_own_squares=counts.layer_own_squares[kept],
+        layer_nearer=counts.layer_nearer[:, kept],
+        layer_farther=counts.layer_farther[:, kept],
+        layer_gain_squares=counts.layer_gain_squares[:, kept],
+    )

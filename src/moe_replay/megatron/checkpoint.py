@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class RunPosition:
     """State of the learning-rate schedule."""
     evaluation_is_owed: bool = False
     """The run was stopped before it had evaluated this step."""
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """What the guard remembers of the last steps; empty without one."""
 
 
 class CheckpointFolder:

@@ -1,18 +1,19 @@
-"""What a model may be configured to do that no replay can be exact with: one table, for the scope and for the doctor.
+"""What a model may be configured to do that no replay can be exact with, and routes of another model.
 
-In: TransformerConfigs. Out: verdicts, UnsupportedError with the reason. Called by: megatron.replay, cli (doctor).
+In: TransformerConfigs; routes. Out: verdicts, UnsupportedError or TraceError with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_replay.errors import UnsupportedError
+from moe_replay.errors import TraceError, UnsupportedError
+from moe_replay.routing import RouteSlice, expert_dtype
 
 
 class Verdict(StrEnum):
@@ -178,3 +179,34 @@ def refuse_bypasses(layer: int, router: TopKRouter) -> None:
                 f"layer {layer}: replay cannot be exact with {refusal.option}: {refusal.why}; set {refusal.remedy}, or "
                 "replay.router_replay_mode = 'disabled'"
             )
+
+
+def refuse_foreign_routes(
+    key: int,
+    routes: RouteSlice,
+    routers: Mapping[int, TopKRouter],
+) -> None:
+    """Raise `TraceError` when the routes of a microbatch are not those of a model with these routers."""
+    missing = sorted(routers.keys() - set(routes.layers))
+    if missing:
+        raise TraceError(
+            f"microbatch {key}: the routes hold layers {list(routes.layers)}, the model also routes in {missing}; the "
+            "engine's model and this one differ, or the engine numbers MoE layers only"
+        )
+    config = next(iter(routers.values())).config
+    _, rows, topk = routes.expert_ids.shape
+    if topk != config.moe_router_topk:
+        raise TraceError(
+            f"microbatch {key}: routes name {topk} experts per token, the model uses {config.moe_router_topk}"
+        )
+    if routes.expert_ids.dtype != expert_dtype(config.num_moe_experts) or len(routes.valid) != rows:
+        raise TraceError(
+            f"microbatch {key}: routes are {routes.expert_ids.dtype} with {rows} rows and {len(routes.valid)} valid "
+            f"flags, expected {expert_dtype(config.num_moe_experts)} and one flag a row for a model of "
+            f"{config.num_moe_experts} experts"
+        )
+    if routes.num_experts != config.num_moe_experts:
+        raise TraceError(
+            f"microbatch {key}: the routes come from a model of {routes.num_experts} experts, this one has "
+            f"{config.num_moe_experts}; the engine runs another checkpoint than the trainer"
+        )

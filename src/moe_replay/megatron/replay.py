@@ -24,11 +24,12 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.errors import ReplayScopeError, UnsupportedError
 from moe_replay.megatron.expert_groups import GroupedChoice
-from moe_replay.megatron.refusals import refuse_bypasses
+from moe_replay.megatron.overlap import OverlapCounter, RowOwners, WatchedRoutes
+from moe_replay.megatron.refusals import refuse_bypasses, refuse_foreign_routes
 from moe_replay.megatron.upload import DeviceRoutes
-from moe_replay.routing import RouteSlice, expert_dtype
+from moe_replay.routing import RouteSlice
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -244,40 +245,55 @@ class ReplayScope(RouterScope):
         routers: Mapping[int, TopKRouter],
         routes: Mapping[int, RouteSlice],
         *,
-        watched_rows: Mapping[int, Int64[np.ndarray, " watched"]] | None = None,
+        owners: Mapping[int, RowOwners] | None = None,
+        keeps_live: bool = False,
         may_be_empty: bool = False,
     ) -> None:
         """Prepare to replay ``routes`` (microbatch key -> its routes in the rows of this rank's routers).
 
-        ``watched_rows`` (key -> valid rows) names rows whose live experts are kept beside the replayed ones, for the
-        guard.
+        With ``owners`` (key -> whose token each of these rows holds) live and replayed routes are counted for `watched`;
+        ``keeps_live`` keeps the live ids of every row too, [rows, layers, topk] for each microbatch on the device.
 
         Raises:
             TraceError: when routes lack a layer of the model, or have another number of experts per token.
         """
         super().__init__(routers, may_be_empty=may_be_empty)
-        nothing = np.zeros(0, dtype=np.int64)
         self._routes = dict(routes)
-        self._watched_rows = {key: (watched_rows or {}).get(key, nothing) for key in routes}
+        self._owners = dict(owners or {})
+        self._keeps_live = keeps_live
         self._place: dict[int, dict[int, int]] = {}
-        self._watched: dict[tuple[int, int], torch.Tensor] = {}
+        self._counters: dict[int, OverlapCounter] = {}
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
         # Of the microbatch that is running and, while a recomputation interrupts it, of the recomputed one.
         self._uploaded: dict[bool, tuple[int, DeviceRoutes]] = {}
         for key, held in self._routes.items():
             if routers:
-                _check_routes(key, held, self._watched_rows[key], routers)
+                refuse_foreign_routes(key, held, routers)
             self._place[key] = {layer: i for i, layer in enumerate(held.layers)}
 
     def _keys(self) -> Sequence[int]:
         return tuple(self._routes)
 
-    def watched_rows(self, key: int) -> Int64[np.ndarray, " watched"]:
-        """Return the watched rows of microbatch ``key``."""
-        return self._watched_rows[key]
+    def watched(self, key: int) -> WatchedRoutes | None:
+        """Return what was counted of microbatch ``key``, once; None when this rank replays none of its rows.
 
-    def live_ids(self, key: int) -> Int64[np.ndarray, "watched layers topk"]:
-        """Return the live experts of the watched rows of microbatch ``key``, in the order of `layers`."""
-        return np.stack([self._watched[layer, key].cpu().numpy() for layer in self.layers], axis=1)
+        Raises:
+            ReplayScopeError: when it was not counted, did not run, or was taken before.
+        """
+        if not self.layers or not self._routes[key].valid.any():
+            return None
+        counter = self._counters.pop(key, None)
+        if counter is None:
+            raise ReplayScopeError(
+                f"nothing was counted of microbatch {key}; give the scope its owners, run its forward pass inside, and take "
+                "its counts once"
+            )
+        kept = None
+        if self._keeps_live:
+            per_layer = [self._kept.pop((layer, key)) for layer in self.layers]
+            kept = torch.stack(per_layer, dim=1).cpu().numpy()
+        counts, use = counter.finish()
+        return WatchedRoutes(counts=counts, use=use, live_ids=kept)
 
     def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
         routes = self._routes.get(key)
@@ -293,19 +309,32 @@ class ReplayScope(RouterScope):
             )
         uploaded = self._upload_once(key, routes, scores.device)
         ids = uploaded.expert_ids[self._place[key][layer]].long()
-        if uploaded.asked_rows is not None:
-            asked = choice.live_ids(uploaded.asked_rows)
+        if key in self._owners and not self._recomputing:
+            # One top-k of all rows serves the rows without a route and the guard.
+            live = choice.live_ids(None)
+            self._count(key, layer, live, uploaded.expert_ids)
             if uploaded.live_rows is not None:
-                ids.index_copy_(0, uploaded.live_rows, asked[: uploaded.num_live])
-            if uploaded.watched_rows is not None and not self._recomputing:
-                self._watched[layer, key] = asked[uploaded.num_live :]
+                ids.index_copy_(0, uploaded.live_rows, live.index_select(0, uploaded.live_rows))
+        elif uploaded.live_rows is not None:
+            ids.index_copy_(0, uploaded.live_rows, choice.live_ids(uploaded.live_rows))
         return scores.gather(1, ids), ids
+
+    def _count(self, key: int, layer: int, live: torch.Tensor, expert_ids: torch.Tensor) -> None:
+        routes = self._routes[key]
+        if not routes.valid.any():
+            return
+        if key not in self._counters:
+            self._counters[key] = OverlapCounter(
+                routes, expert_ids, self._owners[key], layers=self.layers
+            )
+        self._counters[key].add(layer, live)
+        if self._keeps_live:
+            self._kept[layer, key] = live.to(_narrow(routes.num_experts))
 
     def _upload_once(self, key: int, routes: RouteSlice, device: torch.device) -> DeviceRoutes:
         held = self._uploaded.get(self._recomputing)
         if held is None or held[0] != key:
-            watched = self._watched_rows[key]
-            held = key, DeviceRoutes(routes, watched[:0] if self._recomputing else watched, device)
+            held = key, DeviceRoutes(routes, device)
             self._uploaded[self._recomputing] = held
         return held[1]
 
@@ -346,40 +375,10 @@ class RecordScope(RouterScope):
     def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
         values, ids = choice.live(None)
         if not self._recomputing:
-            num_experts = choice.scores.shape[1]
-            dtype = torch.uint8 if num_experts <= 256 else torch.uint16
-            self._recorded[choice.layer, key] = ids.detach().to(dtype)
+            self._recorded[choice.layer, key] = ids.detach().to(_narrow(choice.scores.shape[1]))
         return values, ids
 
 
-def _check_routes(
-    key: int,
-    routes: RouteSlice,
-    watched_rows: Int64[np.ndarray, " watched"],
-    routers: Mapping[int, TopKRouter],
-) -> None:
-    missing = sorted(routers.keys() - set(routes.layers))
-    if missing:
-        raise TraceError(
-            f"microbatch {key}: the routes hold layers {list(routes.layers)}, the model also routes in {missing}; the "
-            "engine's model and this one differ, or the engine numbers MoE layers only"
-        )
-    config = next(iter(routers.values())).config
-    _, rows, topk = routes.expert_ids.shape
-    if topk != config.moe_router_topk:
-        raise TraceError(
-            f"microbatch {key}: routes name {topk} experts per token, the model uses {config.moe_router_topk}"
-        )
-    if routes.expert_ids.dtype != expert_dtype(config.num_moe_experts) or len(routes.valid) != rows:
-        raise TraceError(
-            f"microbatch {key}: routes are {routes.expert_ids.dtype} with {rows} rows and {len(routes.valid)} valid "
-            f"flags, expected {expert_dtype(config.num_moe_experts)} and one flag a row for a model of "
-            f"{config.num_moe_experts} experts"
-        )
-    if routes.num_experts != config.num_moe_experts:
-        raise TraceError(
-            f"microbatch {key}: the routes come from a model of {routes.num_experts} experts, this one has "
-            f"{config.num_moe_experts}; the engine runs another checkpoint than the trainer"
-        )
-    if not routes.valid[watched_rows].all():
-        raise TraceError(f"microbatch {key}: watched rows must be valid rows")
+def _narrow(num_experts: int) -> torch.dtype:
+    """Return the dtype of stored ids, as `expert_dtype` does for arrays."""
+    return torch.uint8 if num_experts <= 256 else torch.uint16

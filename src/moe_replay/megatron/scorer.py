@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,6 +26,7 @@ from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers, unwrap
+from moe_replay.megatron.overlap import RowOwners, WatchedRoutes
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.routing import RouteSlice
 
@@ -43,14 +44,12 @@ class Routing(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteWatch:
-    """Looks at live next to replayed experts of some rows, after a pass and before anything is learned from it."""
+    """Looks at live next to replayed experts of every row, after a pass and before anything is learned from it."""
 
-    num_rows: int
-    """Rows to watch in one pass, spread evenly over its microbatches; 0 watches none."""
-    observe: Callable[
-        [Microbatch, Int64[np.ndarray, " watched"], np.ndarray, tuple[int, ...]], None
-    ]
-    """Called for each microbatch with (microbatch, watched rows, their live ids ``[watched layers topk]``, layers)."""
+    observe: Callable[[Microbatch, WatchedRoutes], None]
+    """Called for each microbatch of which this rank replays a row."""
+    keeps_live: bool = False
+    """Bring the live ids of all rows to the host too: for the few microbatches of a second look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,12 +234,12 @@ class MegatronScorer:
         if routing is Routing.RECORD:
             keys = [microbatch.key for microbatch in microbatches]
             return RecordScope(self.routers, keys, may_be_empty=may_be_empty)
-        share = -(-watch.num_rows // len(microbatches)) if watch is not None else 0
         routes = {m.key: _routes_of(m) for m in microbatches}
         return ReplayScope(
             self.routers,
             routes,
-            watched_rows={key: _evenly_spaced(held.valid, share) for key, held in routes.items()},
+            owners={m.key: _owners_of(m) for m in microbatches} if watch is not None else None,
+            keeps_live=watch is not None and watch.keeps_live,
             may_be_empty=may_be_empty,
         )
 
@@ -250,12 +249,12 @@ class MegatronScorer:
         scope: ReplayScope | RecordScope | None,
         watch: RouteWatch | None,
     ) -> None:
-        if watch is None or watch.num_rows == 0 or not isinstance(scope, ReplayScope):
+        if watch is None or not isinstance(scope, ReplayScope):
             return
         for microbatch in microbatches:
-            rows = scope.watched_rows(microbatch.key)
-            if len(rows) and scope.layers:
-                watch.observe(microbatch, rows, scope.live_ids(microbatch.key), scope.layers)
+            watched = scope.watched(microbatch.key)
+            if watched is not None:
+                watch.observe(microbatch, watched)
 
     def _assemble(
         self, microbatch: Microbatch, local: tuple[torch.Tensor, torch.Tensor] | None
@@ -307,10 +306,6 @@ def _routes_of(microbatch: Microbatch) -> RouteSlice:
     return microbatch.routes
 
 
-def _evenly_spaced(
-    valid: Bool[np.ndarray, " rows"], num_watched: int
-) -> Int64[np.ndarray, " watched"]:
-    """Return up to ``num_watched`` of the valid rows."""
-    candidates = np.flatnonzero(valid)
-    spacing = max(1, len(candidates) // num_watched) if num_watched else 1
-    return candidates[::spacing][:num_watched]
+def _owners_of(microbatch: Microbatch) -> RowOwners:
+    rows = microbatch.router_rows
+    return RowOwners(sample=microbatch.sample_ids[rows], position=microbatch.positions[rows])

@@ -1,13 +1,12 @@
-"""Routes from the host to the device: once for each microbatch, in their own narrow dtype.
+"""Routes from the host to the device, once for each microbatch and in their own narrow dtype; counts from there to the host.
 
-In: RouteSlice. Out: tensors on the device. Called by: megatron.replay.
+In: RouteSlice. Out: tensors on the device, arrays on the host.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 
 from moe_replay.routing import RouteSlice
 
@@ -15,18 +14,11 @@ from moe_replay.routing import RouteSlice
 class DeviceRoutes:
     """The routes of one microbatch where its routers run, uploaded once for all layers."""
 
-    def __init__(
-        self, routes: RouteSlice, watched: Int64[np.ndarray, " watched"], device: torch.device
-    ) -> None:
-        """Start the upload; ``watched`` are valid rows whose live experts are wanted too."""
+    def __init__(self, routes: RouteSlice, device: torch.device) -> None:
+        """Start the upload."""
         self.expert_ids = upload(routes.expert_ids, device)
         live = np.flatnonzero(~routes.valid)
         self.live_rows = upload(live, device) if len(live) else None
-        self.watched_rows = upload(watched, device) if len(watched) else None
-        self.asked_rows = None
-        if len(live) + len(watched):
-            self.asked_rows = upload(np.concatenate([live, watched]), device)
-        self.num_live = len(live)
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -35,3 +27,22 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """A tensor on its way to the host: the copy starts at once, and `array` waits for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def array(self) -> np.ndarray:
+        """Return the values, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.numpy()

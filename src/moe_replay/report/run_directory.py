@@ -114,6 +114,8 @@ class RunDirectory:
         """
         _append(self.completions, [asdict(completion) for completion in completions])
         line = {"step": record.step, **_sorted(record.metrics), "seconds": dict(record.seconds)}
+        if record.details:
+            line["details"] = dict(record.details)
         _append(self.metrics, [line])
 
     def write_evaluation(
@@ -134,7 +136,12 @@ class RunDirectory:
     def read_steps(self) -> list[StepRecord]:
         """Return the recorded steps, in order."""
         return [
-            StepRecord(step=line.pop("step"), seconds=line.pop("seconds"), metrics=line)
+            StepRecord(
+                step=line.pop("step"),
+                seconds=line.pop("seconds"),
+                details=line.pop("details", {}),
+                metrics=line,
+            )
             for _, line in _lines(self.metrics)
         ]
 
@@ -173,7 +180,7 @@ def software_versions() -> dict[str, str | None]:
 
 
 def _sorted(metrics: Mapping[str, float]) -> dict[str, float]:
-    clash = {"step", "seconds"} & metrics.keys()
+    clash = {"step", "seconds", "details"} & metrics.keys()
     assert not clash, f"metrics must not be called {clash}"
     for name, value in metrics.items():
         if not math.isfinite(value):

@@ -20,6 +20,7 @@ from moe_replay.rollout.model_facts import ModelFacts, read_facts
 from moe_replay.rollout.sampling import check_requests, check_sampling
 from moe_replay.rollout.served_engine import PushRefused, folder_tensors
 from moe_replay.rollout.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.rollout.vllm_capacity import CacheCapacity, capacity_of
 from moe_replay.rollout.vllm_outputs import completion_of, describe
 from moe_replay.rollout.vllm_replica import VllmReplica, launch_all
 from moe_replay.rollout.vllm_startup import check_loadable, engine_options
@@ -77,7 +78,6 @@ class VllmServing:
             record_routes=record_routes,
         )
         self._tensor_parallel_size, self._num_replicas = tensor_parallel_size, replicas
-        self._max_batch_size = max_batch_size
         self._options = engine_options(
             model_dir,
             dtype=dtype,
@@ -114,11 +114,14 @@ class VllmServing:
         self._state = "ready"
 
     def capacity(self) -> str:
-        """Return how many sequences fit, such as "43 sequences of 1,536 tokens fit in the key-value cache"."""
-        length = self._description.max_context_length
-        fit = sum(replica.num_cached_tokens // length for replica in self._replicas)
-        most = self._max_batch_size * self._num_replicas
-        return f"{fit:,} sequences of {length:,} tokens fit in the key-value cache, and at most {most:,} are sampled at once"
+        """Return how many sequences fit, such as "43 sequences of 1,536 tokens fit in vLLM's key-value cache, ..."."""
+        of_each = [capacity_of(replica.vllm_config) for replica in self._replicas]
+        capacity = CacheCapacity(
+            num_sequences=sum(one.num_sequences for one in of_each),
+            sequence_length=self._description.max_context_length,
+            max_batch_size=sum(one.max_batch_size for one in of_each),
+        )
+        return capacity.shortage() or capacity.describe()
 
     async def complete(
         self,

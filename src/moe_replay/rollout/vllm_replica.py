@@ -23,6 +23,8 @@ from moe_replay.rollout.vllm_workers import Answer, TornReloadError
 
 # Longest wait for processes that were told to end, in seconds; what is left then is killed.
 _END_S = 20.0
+# Time between two looks for processes that a launch has started since it was given up, in seconds.
+_LOOK_S = 0.5
 # Of the classes that a worker answers, those that callers tell apart; all others are failures of the engine.
 _KINDS: dict[str, type[Exception]] = {
     "DivergedError": DivergedError,
@@ -38,7 +40,7 @@ class VllmReplica:
         self.number = number
         """Its place among the replicas of its server, from 0."""
         self._next_id = 0
-        self._processes: list[psutil.Process] = []
+        self._workers: list[psutil.Process] = []
         self.num_running = 0
         """Completions that are being sampled."""
 
@@ -61,26 +63,20 @@ class VllmReplica:
         return cls(llm, number=number)
 
     async def begin(self) -> None:
-        """Have every worker end with this process, and note which processes there are.
+        """Have every worker end with this process, and note which processes they are.
 
         Raises:
             EngineError: when a worker fails.
         """
-        cores = self._llm.engine_core.resources.engine_manager.processes
-        self._processes = [psutil.Process(core.pid) for core in cores]
-        for pid in await self.workers("replay_begin", os.getpid()):
-            self._processes.append(psutil.Process(pid))
+        cores = {core.pid for core in self._llm.engine_core.resources.engine_manager.processes}
+        pids = await self.workers("replay_begin", os.getpid())
+        # One rank on a GPU runs in the core, a child of this process, whose exit status is vLLM's to collect.
+        self._workers = [psutil.Process(pid) for pid in pids if pid not in cores]
 
     @property
-    def num_cached_tokens(self) -> int:
-        """Tokens that fit in the key-value cache."""
-        cache = self._llm.vllm_config.cache_config
-        return cache.num_gpu_blocks * cache.block_size
-
-    @property
-    def num_workers(self) -> int:
-        """Ranks that hold the model together."""
-        return self._llm.vllm_config.parallel_config.world_size
+    def vllm_config(self) -> Any:
+        """What vLLM runs with, as its processes have completed it."""
+        return self._llm.vllm_config
 
     async def sample(
         self, request: Request, params: Any, progress: Callable[[int], None]
@@ -128,10 +124,11 @@ class VllmReplica:
             answers: list[Answer] = await self._llm.collective_rpc(method, args=arguments)
         except Exception as error:
             raise self._failure(method, error) from error
-        if len(answers) != self.num_workers:
+        num_workers = self.vllm_config.parallel_config.world_size
+        if len(answers) != num_workers:
             raise EngineError(
-                f"{len(answers)} workers of replica {self.number} answered {method}, expected {self.num_workers}: whether "
-                "the others did what they were asked for is unknown"
+                f"{len(answers)} workers of replica {self.number} answered {method}, expected {num_workers}: whether the "
+                "others did what they were asked for is unknown"
             )
         failed = [answer for answer in answers if not answer["ok"]]
         if failed:
@@ -208,8 +205,9 @@ class VllmReplica:
         client.resources.ctx.term()
 
     def _end(self) -> None:
+        # Ends the core, which ends its workers.
         self._llm.shutdown()
-        _, alive = psutil.wait_procs(self._processes, timeout=_END_S)
+        _, alive = psutil.wait_procs(self._workers, timeout=_END_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -226,7 +224,7 @@ async def launch_all(configs: Sequence[Any]) -> list[VllmReplica]:
     """
     others = set(multiprocessing.active_children())
     launches = [
-        asyncio.ensure_future(asyncio.to_thread(VllmReplica.launch, config, number=number))
+        asyncio.create_task(asyncio.to_thread(VllmReplica.launch, config, number=number))
         for number, config in enumerate(configs)
     ]
     replicas: list[VllmReplica] = []
@@ -235,15 +233,23 @@ async def launch_all(configs: Sequence[Any]) -> list[VllmReplica]:
             replicas.append(await launch)
         await asyncio.gather(*(replica.begin() for replica in replicas))
     except BaseException:
-        # A thread cannot be cancelled, but it gives up when the process is gone whose start it waits for.
+        await _give_up(launches, others)
+        raise
+    return sorted(replicas, key=lambda replica: replica.number)
+
+
+async def _give_up(launches: list[asyncio.Task[VllmReplica]], others: set[Any]) -> None:
+    """End the launches; ``others`` are this process's children from before.
+
+    A thread cannot be cancelled, but it gives up when the process is gone whose start it waits for.
+    """
+    while not all(launch.done() for launch in launches):
         for core in set(multiprocessing.active_children()) - others:
             if core.name.startswith("EngineCore"):
                 core.kill()
-        await asyncio.wait(launches)
-        started = [launch.result() for launch in launches if launch.exception() is None]
-        await asyncio.gather(*(replica.close() for replica in started))
-        raise
-    return sorted(replicas, key=lambda replica: replica.number)
+        await asyncio.wait(launches, timeout=_LOOK_S)
+    started = [launch.result() for launch in launches if launch.exception() is None]
+    await asyncio.gather(*(replica.close() for replica in started))
 
 
 def _binding_hint() -> str:

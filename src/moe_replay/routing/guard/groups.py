@@ -22,6 +22,8 @@ from moe_replay.routing.guard.verdict import Fault, Owner
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
+    from moe_replay.routing.guard.table import StepPart
+
 FLOOR = 0.2
 """Share of the information that the median sample keeps at least, whatever the drift."""
 MIN_ROOM = 0.1
@@ -147,9 +149,34 @@ def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
         kappa = baseline.kappa[baseline.version_entry[at]]
         kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
         slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
-        yield from _lost(
-            "rank", str(rank), part.own, part.chance, slots, kappa, baseline, threshold
+        lost = tuple(
+            _lost("rank", str(rank), part.own, part.chance, slots, kappa, baseline, threshold)
         )
+        yield from lost or _nowhere_on(rank, part, slots, baseline, threshold)
+
+
+def _nowhere_on(
+    rank: int, part: StepPart, slots: np.ndarray, baseline: Baseline, threshold: float
+) -> Iterator[Fault]:
+    """Yield a fault when the rows of a rank keep no information at all, in all samples alike.
+
+    Then no sample stands out: routes in contiguous order under zigzag context parallelism are wrong for half the rows of
+    one rank and for all of the other, and the median of both keeps a quarter.
+    """
+    room = slots.astype(np.float64) - part.chance
+    information = (part.own - part.chance).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
+    if room.sum() <= MIN_ROOM * slots.sum() or slots.sum() < _MIN_SLOTS:
+        return
+    if np.median(baseline.table.information()) < FLOOR:
+        return  # the step's fault, not a rank's
+    kept = float(np.median(information))
+    nats = _floor_nats(baseline, part.own, part.chance, slots, single=False)
+    if kept < FLOOR and nats > threshold:
+        cause = (
+            f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information in the rows and "
+            "layers of this rank: its routes were cut for other rows than its tokens"
+        )
+        yield Fault(kind="rank", name=str(rank), cause=cause, nats=nats, threshold=threshold)
 
 
 def _server_faults(

@@ -1,0 +1,268 @@
+"""The guard in a step: counts of all ranks are judged before anything is learned from the routes.
+
+Every rank measures the same baseline from what all of them counted, judges its own rows, and all decide together from the
+strongest signs. Suspects are scored once more, which costs a healthy step nothing.
+
+In: what a pass saw. Out: Judged: metrics, and the samples that must not be learned from; or MisalignmentError.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moe_replay.errors import DivergedError, MisalignmentError
+from moe_replay.grpo.batching import SampleOrigin, StepBatch
+from moe_replay.grpo.collapse import collapse_warning
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.second_look import look_again, mean_gap
+from moe_replay.grpo.watch import PassWatch, Seen
+from moe_replay.megatron.finite import typical_scale
+from moe_replay.megatron.scorer import ScoredSample
+from moe_replay.routing.guard import (
+    Baseline,
+    Owner,
+    SampleEvidence,
+    Verdict,
+    join_evidence,
+    judge,
+)
+
+# Typical root mean square of a matrix above which the weights are not those of a working model: pretrained ones have 0.01 to 0.1.
+_RUINED_SCALE = 0.5
+MISALIGNED, LOST = "misaligned", "lost"
+"""Why a sample is kept out of training."""
+Origins = Mapping[int, SampleOrigin]
+"""Number of a sample in the step -> where it comes from, of all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What the routes of a pass were found to be; the same on every rank."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """``replay/*``."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to a metric and is not a number, for the step's record."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Number in the step -> why the sample must not be learned from: `MISALIGNED` or `LOST`."""
+
+    def dropped_here(self, batch: StepBatch) -> set[int]:
+        """Return the ids of the samples of this replica that are dropped."""
+        return {
+            sample_id
+            for sample_id, origin in enumerate(batch.origins)
+            if origin.number in self.dropped
+        }
+
+
+def judge_engine_routes(
+    run: Run, batch: StepBatch, watch: PassWatch, scored: Mapping[int, ScoredSample]
+) -> Judged:
+    """Judge the engine's routes by the pass that scored old log-probabilities under them (R3); collective.
+
+    Raises:
+        MisalignmentError: on every rank, when routes are not those of their tokens and may not be dropped.
+        DivergedError: on every rank, when the weights are why.
+    """
+    seen = watch.together(run)
+    if seen is None:
+        return Judged()
+    origins = _all_origins(run, batch)
+    judged = _measured(run, seen, origins)
+    guard = run.guard
+    if guard is None:
+        return judged
+    where = f"step {run.step}, old_logprobs"
+    baseline = guard.baseline(seen.parts)
+    evidence = run.gather(_evidence(watch, baseline))
+    known: dict[str, Any] = {
+        "gaps": _gaps(run, batch, scored),
+        "owners": _owners(run, origins),
+    }
+    verdict = guard.decide(baseline, evidence, **known)
+    num_suspects = len(verdict.suspects)
+    if verdict.suspects:
+        suspects = [finding.sample for finding in verdict.suspects]
+        looks = look_again(run, batch, suspects, scored)
+        verdict = guard.decide(baseline, evidence, **known, looks=looks)
+    dropped = {finding.sample: LOST for finding in verdict.lost}
+    if not verdict.is_clean:
+        if not _may_drop(run, verdict):
+            raise _stopped(run, verdict, where)
+        dropped |= {finding.sample: MISALIGNED for finding in verdict.misaligned}
+    guard.accept(verdict)
+    _say_dropped(run, verdict, origins, dropped)
+    return replace(
+        judged,
+        metrics={
+            **judged.metrics,
+            "replay/guard_margin_nats": verdict.margin_nats,
+            "replay/suspects": float(num_suspects),
+            "replay/dropped_samples": float(sum(why == MISALIGNED for why in dropped.values())),
+            "replay/lost_samples": float(sum(why == LOST for why in dropped.values())),
+        },
+        details={
+            **judged.details,
+            "replay/guard_margin_nats": _words(run, origins[verdict.margin_sample]),
+            **_dropped_details(run, origins, dropped),
+        },
+        dropped=dropped,
+    )
+
+
+def judge_own_packing(
+    run: Run, batch: StepBatch, watch: PassWatch, name: str, *, dropped: Collection[int]
+) -> Judged:
+    """Judge the routes of an update before its optimizer moves: the trainer's own (R2), and its own packing of them; collective.
+
+    What is misaligned here is a fault of the trainer and always stops. ``dropped`` (numbers in the step) are not judged
+    again. A sample that drift has hit is left to the pass that knows the engine gap.
+
+    Raises:
+        MisalignmentError: on every rank.
+    """
+    watch.forget(dropped)
+    seen = watch.together(run)
+    if seen is None:
+        return Judged()
+    origins = _all_origins(run, batch)
+    judged = _measured(run, seen, origins)
+    if run.guard is None:
+        return judged
+    # The first pass has been remembered already (R3), and this one sees a part of the same samples.
+    guard = run.guard
+    baseline = guard.baseline(seen.parts)
+    evidence = run.gather(_evidence(watch, baseline))
+    verdict = guard.decide(baseline, evidence, owners=_owners(run, origins))
+    faults = tuple(fault for fault in verdict.faults if fault.kind != "server")
+    verdict = replace(verdict, faults=faults)
+    if not verdict.is_clean:
+        raise _stopped(run, verdict, f"step {run.step}, {name}")
+    return replace(
+        judged,
+        metrics={
+            **judged.metrics,
+            "replay/guard_margin_nats": verdict.margin_nats,
+            "replay/suspects": float(len(verdict.suspects)),
+            "replay/dropped_samples": 0.0,
+            "replay/lost_samples": 0.0,
+        },
+    )
+
+
+def _evidence(watch: PassWatch, baseline: Baseline) -> SampleEvidence | None:
+    """Return the strongest signs in the rows of this rank."""
+    held = (counts for counts in watch.counts.values() if len(counts.own))
+    return join_evidence([judge(counts, baseline) for counts in held])
+
+
+def _measured(run: Run, seen: Seen, origins: Origins) -> Judged:
+    """Return what is told of a pass whether or not a guard judges it."""
+    if seen.collapsed:
+        run.warn(collapse_warning(seen.collapsed, run.recipe))
+    least = _words(run, origins[seen.least_sample])
+    return Judged(metrics=seen.metrics(origins), details={"replay/agreement_min_sample": least})
+
+
+def _all_origins(run: Run, batch: StepBatch) -> Origins:
+    """Return the origins of the samples of all replicas; collective."""
+    spoken = batch.origins if run.replica.is_leader else ()
+    return {origin.number: origin for part in run.gather(spoken) for origin in part}
+
+
+def _owners(run: Run, origins: Origins) -> dict[int, Owner]:
+    return {
+        number: Owner(
+            server=origin.server or None,
+            policy_version=run.policy_version,
+            prompt=origin.item,
+        )
+        for number, origin in origins.items()
+    }
+
+
+def _gaps(run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]) -> dict[int, float]:
+    """Return the mean engine gap of every sample that has tokens, by number in the step; collective."""
+    mine = {
+        batch.origins[sample.sample_id].number: mean_gap(sample, scored)
+        for sample in batch.samples
+        if sample.sampled_here and sample.completion_length
+    }
+    return {number: gap for part in run.gather(mine) for number, gap in part.items()}
+
+
+def _may_drop(run: Run, verdict: Verdict) -> bool:
+    """Tell whether a step goes on without its misaligned samples: they are few, and no more than samples is wrong."""
+    replay = run.recipe.replay
+    most = replay.max_dropped_frac * len(verdict.sample_ids)
+    return (
+        replay.on_misaligned == "drop"
+        and len(verdict.misaligned) <= most
+        and all(fault.kind == "server" for fault in verdict.faults)
+    )
+
+
+def _stopped(run: Run, verdict: Verdict, where: str) -> MisalignmentError | DivergedError:
+    """Return the error that ends the run."""
+    said = verdict.message(where)
+    scale = typical_scale(run.actor.modules)
+    if scale >= _RUINED_SCALE:
+        return DivergedError(
+            f"{said}\nBut first look at the weights, because they no longer look like those of a model: their matrices typically have a root "
+            f"mean square of {scale:.3g}, pretrained ones have 0.01 to 0.1, and weights of this size amplify rounding until "
+            "engine and trainer have nothing in common. Training has diverged. Lower optimizer.lr (it is "
+            f"{run.recipe.optimizer.lr:g}), look at grad_norm in metrics.jsonl, and resume from a checkpoint before it, or "
+            "pass --restart"
+        )
+    replay = run.recipe.replay
+    if replay.on_misaligned == "drop":
+        said += (
+            f"\nreplay.on_misaligned is 'drop', and this is more than it covers: {len(verdict.misaligned)} of "
+            f"{len(verdict.sample_ids)} samples, where replay.max_dropped_frac = {replay.max_dropped_frac:g} allows "
+            f"{int(replay.max_dropped_frac * len(verdict.sample_ids))}, or a fault of a rank, a layer or the whole step"
+        )
+    return MisalignmentError(said)
+
+
+def _say_dropped(run: Run, verdict: Verdict, origins: Origins, dropped: Mapping[int, str]) -> None:
+    """Warn of samples that are kept out of training, and of servers whose faults have added up."""
+    for why in sorted(set(dropped.values())):
+        of = Counter(origins[number].server for number, said in dropped.items() if said == why)
+        servers = ", ".join(f"{count} of {name}" for name, count in sorted(of.items()) if name)
+        text = (
+            "have routes that are not their own"
+            if why == MISALIGNED
+            else "lost their routes to drift"
+        )
+        run.warn(
+            f"{sum(of.values())} of {len(verdict.sample_ids)} samples {text} and are not trained on"
+            f"{f' ({servers})' if servers else ''}:\n{verdict.summary()}"
+        )
+    if not dropped:
+        for fault in verdict.faults:
+            run.warn(str(fault))
+
+
+def _words(run: Run, origin: SampleOrigin) -> dict[str, Any]:
+    """Say in plain values which sample is meant."""
+    return {
+        "sample": origin.number,
+        "item": origin.item,
+        "completion": origin.completion,
+        "server": origin.server,
+        "policy_version": run.policy_version,
+    }
+
+
+def _dropped_details(
+    run: Run, origins: Origins, dropped: Mapping[int, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return which samples were dropped and lost, under the names of their metrics."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, why in sorted(dropped.items()):
+        name = "replay/dropped_samples" if why == MISALIGNED else "replay/lost_samples"
+        found.setdefault(name, []).append(_words(run, origins[number]))
+    return found
