@@ -9,7 +9,7 @@ In: what a pass saw. Out: Judged: metrics, and the samples that must not be lear
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,9 +29,14 @@ from moe_replay.routing.guard import (
     join_evidence,
     judge,
 )
+from moe_replay.routing.guard.sample_tests import CERTAIN
 
 # Typical root mean square of a matrix above which the weights are not those of a working model: pretrained ones have 0.01 to 0.1.
 _RUINED_SCALE = 0.5
+_NAMED = 4
+"""Misaligned samples whose cause is searched: as many as a message spells out."""
+_MAX_FALL = 0.1
+"""Agreement of a sample may be this much lower in an update than before, under the same weights and routes."""
 MISALIGNED, LOST = "misaligned", "lost"
 """Why a sample is kept out of training."""
 Origins = Mapping[int, SampleOrigin]
@@ -48,6 +53,8 @@ class Judged:
     """What belongs to a metric and is not a number, for the step's record."""
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Number in the step -> why the sample must not be learned from: `MISALIGNED` or `LOST`."""
+    agreement: Mapping[int, float] = field(default_factory=dict)
+    """Number in the step -> share of the sample's slots on which live and replayed routes agree."""
 
     def dropped_here(self, batch: StepBatch) -> set[int]:
         """Return the ids of the samples of this replica that are dropped."""
@@ -84,9 +91,10 @@ def judge_engine_routes(
     }
     verdict = guard.decide(baseline, evidence, **known)
     num_suspects = len(verdict.suspects)
-    if verdict.suspects:
-        suspects = [finding.sample for finding in verdict.suspects]
-        looks = look_again(run, batch, suspects, scored)
+    if verdict.findings:
+        # Suspects are decided by it; of what is certain it names the cause, for a few.
+        certain = verdict.misaligned[:_NAMED]
+        looks = look_again(run, batch, [*verdict.suspects, *certain], baseline, scored)
         verdict = guard.decide(baseline, evidence, **known, looks=looks)
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
@@ -114,17 +122,17 @@ def judge_engine_routes(
 
 
 def judge_own_packing(
-    run: Run, batch: StepBatch, watch: PassWatch, name: str, *, dropped: Collection[int]
+    run: Run, batch: StepBatch, watch: PassWatch, name: str, *, before: Judged
 ) -> Judged:
     """Judge the routes of an update before its optimizer moves: the trainer's own (R2), and its own packing of them; collective.
 
-    What is misaligned here is a fault of the trainer and always stops. ``dropped`` (numbers in the step) are not judged
-    again. A sample that drift has hit is left to the pass that knows the engine gap.
+    What is misaligned here is a fault of the trainer and always stops. ``before`` is what the pass of old log-probabilities
+    found (R3): what it dropped is not judged again, and what drift has hit then is hit as much now, under the same weights.
 
     Raises:
         MisalignmentError: on every rank.
     """
-    watch.forget(dropped)
+    watch.forget(before.dropped)
     seen = watch.together(run)
     if seen is None:
         return Judged()
@@ -136,9 +144,18 @@ def judge_own_packing(
     guard = run.guard
     baseline = guard.baseline(seen.parts)
     evidence = run.gather(_evidence(watch, baseline))
-    verdict = guard.decide(baseline, evidence, owners=_owners(run, origins))
-    faults = tuple(fault for fault in verdict.faults if fault.kind != "server")
-    verdict = replace(verdict, faults=faults)
+    verdict = guard.decide(baseline, evidence, owners=_owners(run, origins), looks={})
+    verdict = replace(
+        verdict,
+        findings=tuple(
+            finding
+            for finding in verdict.misaligned
+            # Routes that the trainer recorded itself agree wholly.
+            if finding.test in CERTAIN
+            or finding.agreement < before.agreement.get(finding.sample, 1.0) - _MAX_FALL
+        ),
+        faults=tuple(fault for fault in verdict.faults if fault.kind != "server"),
+    )
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
     return replace(
@@ -146,7 +163,7 @@ def judge_own_packing(
         metrics={
             **judged.metrics,
             "replay/guard_margin_nats": verdict.margin_nats,
-            "replay/suspects": float(len(verdict.suspects)),
+            "replay/suspects": 0.0,
             "replay/dropped_samples": 0.0,
             "replay/lost_samples": 0.0,
         },
@@ -164,7 +181,12 @@ def _measured(run: Run, seen: Seen, origins: Origins) -> Judged:
     if seen.collapsed:
         run.warn(collapse_warning(seen.collapsed, run.recipe))
     least = _words(run, origins[seen.least_sample])
-    return Judged(metrics=seen.metrics(origins), details={"replay/agreement_min_sample": least})
+    table = seen.table
+    return Judged(
+        metrics=seen.metrics(origins),
+        details={"replay/agreement_min_sample": least},
+        agreement=dict(zip(table.sample_ids.tolist(), table.agreement.tolist(), strict=True)),
+    )
 
 
 def _all_origins(run: Run, batch: StepBatch) -> Origins:

@@ -191,7 +191,7 @@ def _update_once(
     )
     judged = Judged()
     if watch is not None:
-        judged = judge_own_packing(run, old.batch, watch, name, dropped=old.judged.dropped)
+        judged = judge_own_packing(run, old.batch, watch, name, before=old.judged)
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
     part = update_tally(statistics, with_kl=reference is not None)
