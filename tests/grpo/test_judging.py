@@ -92,7 +92,11 @@ def contiguous_under_zigzag(ids: np.ndarray, others: Sequence[np.ndarray]) -> np
         (one_row_late, one, "the routes of 1 of 32 samples.*sample 14 .*token shift"),
         (one_layer_late(1), one, "the routes of 1 of 32 samples.*sample 14 .*layer 1, .*token"),
         (randomised, one, "the routes of 1 of 32 samples.*sample 14 .*hardly better"),
-        (of_another, one, "the routes of 1 of 32 samples.*sample 14 .*(routes in|fit no place).*rho"),
+        (
+            of_another,
+            one,
+            "the routes of 1 of 32 samples.*sample 14 .*(routes in|fit no place).*rho",
+        ),
         (one_row_late, every, "the routes of 32 of 32 samples.*step: .*'token"),
         (layers_rolled, every, "of 32 samples"),
         (randomised, every, "no sample's routes carry information"),
