@@ -364,7 +364,11 @@ def _matching(lift: Float64[np.ndarray, "replayed live"]) -> Int64[np.ndarray, "
     everyone = np.arange(len(lift))
     while (partner < 0).any():
         choice, back = lift.argmax(axis=1), lift.argmax(axis=0)
-        mutual = (partner < 0) & (back[choice] == everyone)
+        mutual = (partner < 0) & (back[choice] == everyone) & (lift[everyone, choice] > 0)
+        if not mutual.any():
+            # What is left never occurs together more than by chance, so that any map serves.
+            partner[partner < 0] = np.setdiff1d(everyone, partner)
+            break
         partner[mutual] = choice[mutual]
         lift[mutual] = -np.inf
         lift[:, choice[mutual]] = -np.inf
