@@ -6,12 +6,11 @@ import pytest
 from moe_replay.batch import RankPlace, Sample, build_microbatch
 from moe_replay.errors import MisalignmentError, TokenMismatchError, TraceError
 from moe_replay.routing import (
-    Guard,
-    GuardEvidence,
     LiveReason,
     Origin,
     RoutingTrace,
     RowIndex,
+    check_routes,
     expert_dtype,
 )
 from moe_replay.testing.synthetic_routes import synthetic_trace
@@ -212,18 +211,17 @@ def test_a12_tail_rows_filled_with_a_constant_are_not_taken_for_routes(fill):
 
 def guarded(trace: RoutingTrace, live: np.ndarray) -> float:
     """Let a guard compare all rows of a trace with live routes; return their agreement."""
-    held = np.flatnonzero(trace.valid)
-    evidence = GuardEvidence(
-        live_ids=live[held],
-        rows=held,
-        expert_ids=trace.expert_ids,
+    sample = np.zeros(len(trace), dtype=np.int64)
+    report = check_routes(
+        trace.expert_ids,
+        live,
+        sample,
+        num_experts=trace.num_experts,
         valid=trace.valid,
-        sample=np.zeros(len(trace), dtype=np.int64),
-        position=np.arange(len(trace)),
         layers=trace.layers,
     )
-    guard = Guard(num_experts=trace.num_experts, topk=trace.topk)
-    return guard.check(evidence, where="step 1").mean_slot_overlap
+    report.raise_if_misaligned("step 1")
+    return report.agreement[0]
 
 
 def test_a12_a_layer_filled_with_arange_raises():
@@ -231,7 +229,7 @@ def test_a12_a_layer_filled_with_arange_raises():
     ids = live.copy()
     ids[:, 1] = np.arange(4)
     with pytest.raises(
-        MisalignmentError, match=r"constant fill: layers \[1\] hold .* did not capture"
+        MisalignmentError, match=r"constant fill: layers \[1\] hold .* did not write them"
     ):
         guarded(record(ids, tokens=np.arange(64)), live)
 

@@ -21,15 +21,9 @@ if TYPE_CHECKING:
     from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
     from moe_replay.routing.frame import Encoding, TraceHeader
     from moe_replay.routing.group import PromptDifference, TraceGroup
-    from moe_replay.routing.guard.agreement import (
-        Agreement,
-        GuardEvidence,
-        agreement_floor,
-        measure_agreement,
-    )
-    from moe_replay.routing.guard.diagnosis import Diagnosis, diagnose
-    from moe_replay.routing.guard.hypotheses import Cause
-    from moe_replay.routing.guard.spread_rows import Guard
+    from moe_replay.routing.guard.check import RouteReport, check_routes
+    from moe_replay.routing.guard.decision import Guard
+    from moe_replay.routing.guard.verdict import Finding, Owner
     from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
     from moe_replay.routing.payload import (
         RoutedModel,
@@ -51,20 +45,19 @@ if TYPE_CHECKING:
     from moe_replay.routing.trace_file import TraceFile, write_trace_file
 
 __all__ = [
-    "Agreement",
-    "Cause",
     "Coverage",
-    "Diagnosis",
     "Encoding",
     "EngineCall",
+    "Finding",
     "Guard",
-    "GuardEvidence",
     "LiveReason",
     "MarginComparison",
     "Origin",
+    "Owner",
     "PolicySpan",
     "PromptDifference",
     "ReplayMode",
+    "RouteReport",
     "RouteSlice",
     "RoutedModel",
     "RoutingTrace",
@@ -75,18 +68,16 @@ __all__ = [
     "TraceFile",
     "TraceGroup",
     "TraceHeader",
-    "agreement_floor",
+    "check_routes",
     "compare_margins",
     "compare_traces",
     "decode_trace",
     "decode_traces",
-    "diagnose",
     "encode_trace",
     "encode_traces",
     "expert_dtype",
     "flipped",
     "from_text",
-    "measure_agreement",
     "merge_partial",
     "slice_routes",
     "stitch_turns",
@@ -99,14 +90,13 @@ __all__ = [
 ]
 
 _NAMES_IN = {
-    "guard.agreement": "Agreement GuardEvidence agreement_floor measure_agreement",
     "codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
     "compare": "TraceComparison compare_traces flipped",
-    "guard.diagnosis": "Diagnosis diagnose",
     "frame": "Encoding TraceHeader",
     "group": "PromptDifference TraceGroup",
-    "guard.spread_rows": "Guard",
-    "guard.hypotheses": "Cause",
+    "guard.check": "RouteReport check_routes",
+    "guard.decision": "Guard",
+    "guard.verdict": "Finding Owner",
     "margins": "MarginComparison compare_margins topk_margins",
     "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
     "replay": "Coverage LiveReason ReplayMode",

@@ -8,6 +8,7 @@ from moe_replay.routing.guard.check import RouteReport, check_routes
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import SampleEvidence, join_evidence, judge
+from moe_replay.routing.guard.explain import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer, with_rho
 from moe_replay.routing.guard.siblings import Sibling, sibling_evidence
 from moe_replay.routing.guard.table import StepPart, StepTable, summarise
@@ -33,6 +34,7 @@ __all__ = [
     "Verdict",
     "check_routes",
     "count_overlaps",
+    "explain_faults",
     "join_evidence",
     "judge",
     "look_closer",

@@ -16,6 +16,7 @@ from moe_replay.routing.arrays import as_array, check_holds_ids
 from moe_replay.routing.guard.counts import OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import judge
+from moe_replay.routing.guard.explain import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer
 from moe_replay.routing.guard.table import summarise
 from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
@@ -175,7 +176,8 @@ def _judge(
     looks = look_closer(
         rows, first.findings[:_LOOKED_AT], usual_information=baseline.record.information
     )
-    return guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
+    verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
+    return explain_faults(verdict, rows, usual_information=baseline.record.information)
 
 
 def _versions(

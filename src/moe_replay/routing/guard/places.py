@@ -158,6 +158,7 @@ class _Suspect:
         ids = np.sort(self._ids, axis=2)
         live = np.sort(self._live, axis=2)
         constant = (ids == ids[:1]).all(axis=(0, 2)) & ~(live == live[:1]).all(axis=(0, 2))
+        constant &= self._wanted
         if len(ids) < _CONSTANT_ROWS or not constant.any():
             return None
         layers = [layer for layer, bad in zip(self._rows.layers, constant, strict=True) if bad]
