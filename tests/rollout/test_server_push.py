@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import torch
 
 from moe_replay.errors import EngineError
+from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.fake import FakeEngine
+from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
+from moe_replay.rollout.server_contract import PART_BYTES, weight_parts
+from moe_replay.rollout.weights_folder import WeightsFolder
 from moe_replay.testing.served import served
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from .server_case import SAMPLING, SHAPES, client, fake, requests, weights
 
@@ -116,3 +123,49 @@ def test_e11_a_push_that_failed_stops_every_rank():
         assert "the rank that pushes policy version 1 failed: no server took" in str(raised[1])
         assert pushing.policy_version == waiting.policy_version == 0
         pushing.close(), waiting.close()
+
+
+def test_e4_expert_biases_reach_an_engine_bit_for_bit(tmp_path):
+    """A bfloat16 checkpoint with float32 biases, trained in float32, pushed to a bfloat16 engine."""
+    model = write_tiny_checkpoint(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
+    facts = read_facts(model)
+    on_disk = dict(checkpoint_tensors(model))
+    biases = {name for name in on_disk if name.endswith("e_score_correction_bias")}
+    assert biases and facts.float32_names == biases
+    rounded = {name: on_disk[name].bfloat16().float() for name in biases}
+    assert not all(torch.equal(rounded[name], on_disk[name]) for name in biases)
+    engine = EmbeddedEngine(model, dtype="bfloat16")
+    with torch.no_grad():
+        for tensor in engine._model.state_dict().values():
+            tensor.zero_()
+    with served(engine) as url:
+        pushing = client(url, facts=facts, dtype="bfloat16")
+        trained = [(name, tensor.float()) for name, tensor in on_disk.items()]
+        pushing.load_weights(trained, policy_version=1)
+        pushing.close()
+    held = engine._model.state_dict()
+    for name in biases:
+        assert held[name].dtype == torch.float32 and torch.equal(held[name], on_disk[name])
+    name = "model.embed_tokens.weight"
+    assert held[name].dtype == torch.bfloat16 and torch.equal(held[name], on_disk[name])
+
+
+def test_e4_one_part_of_a_push_is_in_memory():
+    """Tensors of the first part are gone while the second one is made."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(4):
+            # Two of them fill a part.
+            tensor = torch.zeros(PART_BYTES // 8, dtype=torch.float32)
+            alive.append(weakref.ref(tensor))
+            yield f"w{number}", tensor
+            del tensor
+
+    seen = []
+    with weight_parts(stream(), folder=WeightsFolder(None), push="push-1") as parts:
+        for part in parts:
+            seen.append(sum(each() is not None for each in alive))
+            del part
+    # The one that the stream gave last, which it still holds itself.
+    assert seen == [1, 1]

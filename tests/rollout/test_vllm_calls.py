@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ import pytest
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.http_calls import Fault
-from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
+from moe_replay.rollout.model_facts import ModelFacts, checkpoint_tensors, read_facts
 from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_engine import ServerEngine
-from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.rollout.types import Request, RolloutGroup, SamplingParams
 from moe_replay.rollout.vllm_calls import VllmCalls, connect_vllm
 from moe_replay.rollout.vllm_http import PROCESSOR
 from moe_replay.testing.served import ServerProcess, listening, served
@@ -84,49 +86,125 @@ def plain_vllm(model: Path) -> Iterator[str]:
         yield server.url
 
 
-@pytest.mark.slow
-def test_a_plain_vllm_server_samples_and_takes_weights(tmp_path):
-    models = [
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """A real server, and what it may be given."""
+
+    url: str
+    models: tuple[Path, Path]
+    facts: ModelFacts
+    folder: Path
+    expected: tuple[list[RolloutGroup], list[RolloutGroup]]
+
+    @contextmanager
+    def engine(self, run: str) -> Iterator[ServerEngine]:
+        engine = ServerEngine(
+            [self.url],
+            facts=self.facts,
+            run=run,
+            dtype="float32",
+            record_routes=True,
+            connect=partial(connect_vllm, facts=self.facts),
+            weights_dir=self.folder,
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+REQUESTS = [
+    Request(request_id=number, prompt_ids=np.arange(5, 45, dtype=np.int32), num_generations=3)
+    for number in range(3)
+]
+SAMPLING = SamplingParams(max_completion_length=12, temperature=0.9, top_k=20, seed=2)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
+    """Return a real server of the first of two models of the same shape."""
+    folder = tmp_path_factory.mktemp("plain")
+    first, second = (
         write_tiny_checkpoint(
-            tmp_path / str(seed), seed=seed, num_hidden_layers=3, mlp_only_layers=[1]
+            folder / str(seed), seed=seed, num_hidden_layers=3, mlp_only_layers=[1]
         )
         for seed in (0, 1)
-    ]
-    requests = [
-        Request(request_id=number, prompt_ids=np.arange(5, 45, dtype=np.int32), num_generations=3)
-        for number in range(3)
-    ]
-    sampling = SamplingParams(max_completion_length=12, temperature=0.9, top_k=20, seed=2)
-    expected = [EmbeddedEngine(m, dtype="float32").generate(requests, sampling) for m in models]
-    facts = read_facts(models[0])
-    with plain_vllm(models[0]) as url:
-        engine, other = (
-            ServerEngine(
-                [url],
-                facts=facts,
-                run=run,
-                dtype="float32",
-                record_routes=True,
-                connect=partial(connect_vllm, facts=facts),
-                weights_dir=tmp_path,
-            )
-            for run in ("first", "second")
+    )
+    one, other = (
+        EmbeddedEngine(model, dtype="float32").generate(REQUESTS, SAMPLING)
+        for model in (first, second)
+    )
+    with plain_vllm(first) as url:
+        yield Plain(
+            url=url,
+            models=(first, second),
+            facts=read_facts(first),
+            folder=tmp_path_factory.mktemp("weights"),
+            expected=(one, other),
         )
-        before = engine.generate(requests, sampling)
-        engine.load_weights(checkpoint_tensors(models[1]), policy_version=1)
-        after = engine.generate(requests, sampling)
+
+
+def assert_same(groups: list[RolloutGroup], right: list[RolloutGroup]) -> None:
+    for ours, theirs in zip(groups, right, strict=True):
+        for a, b in zip(ours.completions, theirs.completions, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            assert np.abs(a.rollout_logprobs - b.rollout_logprobs).max() < 1e-5
+            rows = a.trace.valid
+            assert (rows == b.trace.valid).all()
+            same = np.sort(a.trace.expert_ids[rows]) == np.sort(b.trace.expert_ids[rows])
+            assert same.all()
+
+
+@pytest.mark.slow
+def test_a_plain_vllm_server_samples_and_takes_weights(plain):
+    with plain.engine("first") as engine, plain.engine("second") as other:
+        assert_same(engine.generate(REQUESTS, SAMPLING), plain.expected[0])
+        engine.load_weights(checkpoint_tensors(plain.models[1]), policy_version=1)
+        after = engine.generate(REQUESTS, SAMPLING)
+        assert_same(after, plain.expected[1])
+        assert {c.policy_version for g in after for c in g.completions} == {1}
         with pytest.raises(EngineError, match="policy version 1 of first"):
-            other.generate(requests, sampling)
+            other.generate(REQUESTS, SAMPLING)
         assert other.faults[Fault.STALE] >= 1
-        engine.close(), other.close()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("moe-replay")] == []
-    for groups, right in zip((before, after), expected, strict=True):
-        for ours, theirs in zip(groups, right, strict=True):
-            for a, b in zip(ours.completions, theirs.completions, strict=True):
-                assert a.token_ids.tolist() == b.token_ids.tolist()
-                assert np.abs(a.rollout_logprobs - b.rollout_logprobs).max() < 1e-5
-                rows = a.trace.valid
-                assert (rows == b.trace.valid).all()
-                same = np.sort(a.trace.expert_ids[rows]) == np.sort(b.trace.expert_ids[rows])
-                assert same.all()
-    assert {c.policy_version for g in after for c in g.completions} == {1}
+    assert list(plain.folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_e8_a_plain_server_with_other_weights_answers_by_ours_after_the_start(plain):
+    with plain.engine("before") as engine:
+        engine.load_weights(checkpoint_tensors(plain.models[1]), policy_version=0)
+        assert_same(engine.generate(REQUESTS, SAMPLING), plain.expected[1])
+    with plain.engine("after") as engine:
+        engine.restore(plain.models[0])
+        assert_same(engine.generate(REQUESTS, SAMPLING), plain.expected[0])
+
+
+def num_running(calls: VllmCalls) -> float:
+    text = calls.call("GET", "/metrics").decode()
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))
+    )
+
+
+@pytest.mark.slow
+def test_e2_e3_a_plain_server_shows_that_it_works_and_cancels_what_is_given_up(plain):
+    """Long completions: while they are sampled its counters move, and none is left when the round is given up."""
+    long = SamplingParams(
+        max_completion_length=plain.facts.max_context_length - 40, temperature=5.0, seed=1
+    )
+    with plain.engine("long") as engine, ThreadPoolExecutor(1) as thread:
+        engine.restore(plain.models[0])
+        (calls,) = engine._servers
+        lives = lambda: calls.result(calls.begin(calls._shows_life()))  # noqa: E731
+        work = thread.submit(engine.generate, REQUESTS, long)
+        while not (num_running(calls) and lives() and engine.progress.num_tokens):
+            assert not work.done(), work.result()
+        calls.give_up()
+        with pytest.raises(EngineError, match="given up"):
+            work.result()
+        while num_running(calls):
+            continue
+        lives()
+        assert not lives() and calls.is_up()

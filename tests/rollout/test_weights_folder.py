@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_replay.errors import EngineError
-from moe_replay.rollout.weights_folder import WeightsFolder, sweep
+from moe_replay.rollout.weights_folder import WeightsFolder
 
 PUSHING = """
 import sys, time
@@ -54,23 +54,21 @@ def test_e10_what_a_killed_trainer_left_is_swept_when_the_next_one_starts(tmp_pa
         folder.close()
     finally:
         end(killed), end(living)
-    assert sweep(tmp_path) == [kept.parent.parent] and list(tmp_path.iterdir()) == []
+    folder = WeightsFolder(tmp_path)
+    folder.save("push-1", "model-00000.safetensors", b"next")
+    assert not kept.exists()
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_e10_a_folder_of_another_machine_stays(tmp_path):
     process, left = begun(tmp_path)
     end(process)
-    lock = left.parent.parent / "lock"
-    lock.write_text("another-machine")
-    assert sweep(tmp_path) == [] and left.exists()
-
-
-def test_e10_what_is_not_a_folder_of_a_run_stays(tmp_path):
-    (tmp_path / "moe-replay-notes").mkdir()
-    (tmp_path / "moe-replay-notes" / "mine.txt").write_text("mine")
-    (tmp_path / "moe-replay-file").write_text("mine")
-    assert sweep(tmp_path) == []
-    assert len(list(tmp_path.rglob("*"))) == 3
+    (left.parent.parent / "lock").write_text("another-machine")
+    folder = WeightsFolder(tmp_path)
+    folder.save("push-1", "model-00000.safetensors", b"ours")
+    assert left.exists()
+    folder.close()
 
 
 def test_a_push_is_gone_when_it_is_over_and_the_folder_when_the_run_is(tmp_path):

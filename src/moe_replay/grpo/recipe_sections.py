@@ -195,7 +195,7 @@ class RolloutSection(Section):
     weights_dir: Annotated[Path, Field(strict=False)] = Path("/dev/shm")
     """Folder that trainer and servers share, in memory if possible: servers that are not ours read pushed weights there."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Longest wait for one answer of a server; the request is then tried elsewhere."""
+    """Longest silence of a server, in seconds, after which its requests are tried elsewhere. Answers may take any time."""
     path: Annotated[Path, Field(strict=False)] | None = None
     """Folder, or manifest in it, that ``files`` are read from."""
     allow_stale: bool = False
@@ -217,7 +217,7 @@ class RolloutSection(Section):
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt, compared with each other."""
     max_batch_size: int = Field(default=64, gt=0)
-    """Sequences sampled at once, by each server if there are several."""
+    """Sequences sampled at once; each server's share out among the ranks, a group at least for each."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
     """Memory of vLLM's key-value cache on each rank, in GiB; left out, vLLM's own choice on a GPU, and 1 on a CPU."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)

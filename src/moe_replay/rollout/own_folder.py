@@ -8,7 +8,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from moe_replay.errors import RecipeError
@@ -20,7 +23,9 @@ class OwnFolder:
     """A folder below ``parent`` with a name that begins with ``prefix``, gone when the scope is left.
 
     Folders of ``prefix`` whose owners were killed are removed first. The kernel drops a lock with its last holder, so no
-    process id is compared, which another process may have by now. Names with a dot before them are still being made.
+    process id is compared, which another process may have by now. The lock names its machine, because not every network's
+    file system shows locks to other machines: folders of others stay. Where there are no locks, nothing is swept. Names
+    with a dot before them are still being made. ``mode`` says who may read the folder.
 
     Example:
         >>> with OwnFolder(Path("/dev/shm"), "moe-replay-serve-") as folder:
@@ -30,13 +35,17 @@ class OwnFolder:
         RecipeError: when nothing can be made below ``parent``.
     """
 
-    def __init__(self, parent: Path, prefix: str) -> None:
+    def __init__(self, parent: Path, prefix: str, *, mode: int = 0o700) -> None:
         try:
             for path in parent.glob(f"{prefix}*"):
                 _remove_if_abandoned(path)
             new = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
             self._lock = os.open(new / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.write(self._lock, _machine())
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Keeps the set-group-id bit that it has of its parent.
+            new.chmod(mode | (new.stat().st_mode & stat.S_ISGID))
             self.path = new.rename(parent / new.name[1:])
         except OSError as error:
             raise RecipeError(
@@ -66,9 +75,14 @@ def _remove_if_abandoned(path: Path) -> None:
     except OSError:
         return  # Not one of ours, of another user, or removed this very moment.
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
+        if os.read(lock, 256) == _machine():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
     except OSError:
         pass  # Its owner lives.
     finally:
         os.close(lock)
+
+
+def _machine() -> bytes:
+    return socket.gethostname().encode()

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from moe_replay.errors import RecipeError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName, Status
+from moe_replay.rollout.server_messages import CHECKPOINT, PolicyName, Progress, Status
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
@@ -29,7 +29,8 @@ from moe_replay.rollout.types import (
 )
 from moe_replay.rollout.weights_folder import WeightsFolder
 
-_PART_BYTES = 256 << 20
+PART_BYTES = 256 << 20
+"""A part of a push is closed by the tensor that brings it to this size."""
 
 
 class WeightPart:
@@ -98,8 +99,11 @@ class RolloutServer(Protocol):
         *,
         policy: PolicyName,
         description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> list[RolloutGroup]:
         """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
+
+        ``on_progress`` may be called now and then, in any thread.
 
         Raises:
             EngineError: when the server refuses the requests themselves.
@@ -146,8 +150,11 @@ class PlainServer(Protocol):
         policy: PolicyName,
         description: EngineDescription,
         keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         """Sample the completions ``numbers`` of a request, and give each to ``keep`` once nothing speaks against it.
+
+        ``on_progress`` may be called now and then, in any thread.
 
         Raises:
             EngineError: when the server refuses the request itself.
@@ -233,7 +240,7 @@ def _contents(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
         size += tensor.nbytes
         # No reference may stay behind while a part is on its way.
         del tensor
-        if size >= _PART_BYTES:
+        if size >= PART_BYTES:
             yield _taken(part)
             size = 0
     if part:

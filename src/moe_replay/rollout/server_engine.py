@@ -131,7 +131,7 @@ class ServerEngine:
 
     @property
     def progress(self) -> RolloutProgress:
-        """How far the running call of `generate` is; tokens are those of the requests that were answered."""
+        """How far the running call of `generate` is; tokens are those that came back, and those that servers tell of."""
         work = self._round
         return RolloutProgress() if work is None else work.progress()
 
@@ -277,7 +277,7 @@ class ServerEngine:
                 self._sample(server, task, work, sampling)
             except GivenUpError as error:
                 work.stop(error)
-                work.put_down()
+                work.put_down(task)
             except CallError as error:
                 with self._lock:
                     self._faults[error.fault] += 1
@@ -286,7 +286,7 @@ class ServerEngine:
                 work.give_back(task, server.url, error)
             except BaseException as error:
                 work.stop(error)
-                work.put_down()
+                work.put_down(task)
                 raise
             else:
                 work.finish(task, server.url)
@@ -294,7 +294,7 @@ class ServerEngine:
     def _sample(
         self, server: RolloutServer, task: Task, work: Round, sampling: SamplingParams
     ) -> None:
-        keep = partial(work.keep, task, server.url)
+        keep, on_progress = partial(work.keep, task, server.url), partial(work.note, task)
         if isinstance(server, PlainServer):
             server.complete(
                 task.request,
@@ -303,10 +303,15 @@ class ServerEngine:
                 policy=self._policy,
                 description=self._description,
                 keep=keep,
+                on_progress=on_progress,
             )
             return
         (group,) = server.generate(
-            [task.request], sampling, policy=self._policy, description=self._description
+            [task.request],
+            sampling,
+            policy=self._policy,
+            description=self._description,
+            on_progress=on_progress,
         )
         for number, completion in enumerate(group.completions):
             keep(number, completion)

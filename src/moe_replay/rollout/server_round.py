@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from moe_replay.errors import EngineError
 from moe_replay.rollout.http_calls import CallError, Fault
+from moe_replay.rollout.server_messages import Progress
 from moe_replay.rollout.types import Completion, Request, RolloutGroup, RolloutProgress
 
 # A server that fails this often in a row is left alone until the next round, unless it is the last.
@@ -46,6 +47,7 @@ class Round:
         self._left = set(urls)
         self._waiting = deque(range(len(requests)))
         self._num_out = 0
+        self._tokens_under_way: dict[int, int] = {}
         self._completions: list[dict[int, Completion]] = [{} for _ in requests]
         self._errors: dict[int, list[CallError]] = {}
         self._failures_in_a_row: Counter[str] = Counter()
@@ -75,6 +77,11 @@ class Round:
             known = self._completions[task.place]
             known.setdefault(number, replace(completion, server=url))
 
+    def note(self, task: Task, progress: Progress) -> None:
+        """Note how far a call is that has not come back."""
+        with self._turn:
+            self._tokens_under_way[task.place] = progress.num_tokens
+
     def num_missing(self, task: Task) -> int:
         """Return how many completions of a request have not come back."""
         with self._turn:
@@ -85,13 +92,12 @@ class Round:
         assert self.num_missing(task) == 0
         with self._turn:
             self._failures_in_a_row[url] = 0
-            self._num_out -= 1
-            self._turn.notify_all()
+            self._back(task)
 
     def give_back(self, task: Task, url: str, error: CallError) -> None:
         """Let another call try what failed, unless it failed too often; return when this server may be asked again."""
         with self._turn:
-            self._num_out -= 1
+            self._back(task)
             self._failures_in_a_row[url] += 1
             # Weights do not come back by asking again.
             is_stale = error.fault is Fault.STALE
@@ -115,11 +121,15 @@ class Round:
                 pause_s = _BACKOFF_S * 2 ** (failures - 1)
                 self._turn.wait_for(lambda: self._stopped is not None, timeout=pause_s)
 
-    def put_down(self) -> None:
+    def put_down(self, task: Task) -> None:
         """Note that a call was given up."""
         with self._turn:
-            self._num_out -= 1
-            self._turn.notify_all()
+            self._back(task)
+
+    def _back(self, task: Task) -> None:
+        self._num_out -= 1
+        self._tokens_under_way.pop(task.place, None)
+        self._turn.notify_all()
 
     def stop(self, error: BaseException) -> None:
         """End the round with an error that no other server would fix; the first one is kept."""
@@ -134,10 +144,11 @@ class Round:
         """Return how far this round is."""
         with self._turn:
             finished = [c for known in self._completions for c in known.values()]
+            under_way = sum(self._tokens_under_way.values())
         return RolloutProgress(
             num_finished=len(finished),
             num_total=sum(request.num_generations for request in self.requests),
-            num_tokens=sum(len(completion.token_ids) for completion in finished),
+            num_tokens=under_way + sum(len(completion.token_ids) for completion in finished),
         )
 
     def results(self) -> list[RolloutGroup]:

@@ -16,7 +16,7 @@ from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.plain_calls import PlainCalls
 from moe_replay.rollout.server_contract import check_completion, check_policy, generate_by_one
-from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Status
+from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Progress, Status
 from moe_replay.rollout.sglang_wire import (
     FLAG,
     generate_message,
@@ -122,6 +122,7 @@ class SglangCalls(PlainCalls):
         policy: PolicyName,
         description: EngineDescription,
         keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
 
@@ -145,6 +146,7 @@ class SglangCalls(PlainCalls):
         *,
         policy: PolicyName,
         description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> list[RolloutGroup]:
         """Return the completions of all requests, as `complete` samples them."""
         return generate_by_one(self, requests, sampling, policy=policy, description=description)

@@ -7,6 +7,7 @@ In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatev
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from moe_replay.rollout.server_contract import (
     check_policy,
     generate_by_one,
 )
-from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Status
+from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Progress, Status
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
@@ -162,10 +163,12 @@ class VllmCalls(PlainCalls):
         policy: PolicyName,
         description: EngineDescription,
         keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
 
-        Answers do not name their weights, so the server is asked before and after, and nothing is kept between.
+        Answers do not name their weights, so the server is asked before and after, and nothing is kept between. ``on_progress``
+        is told of one token for each piece that comes; pieces that hold more are few.
 
         Raises:
             RecipeError: when this server cannot sample so that log-probabilities are the policy's.
@@ -181,6 +184,7 @@ class VllmCalls(PlainCalls):
             policy.policy_version,
             description,
             lambda number, completion: sampled.append((number, completion)),
+            on_progress,
         )
         if sampled:
             check_policy(self._policy(), policy, self.url)
@@ -196,6 +200,7 @@ class VllmCalls(PlainCalls):
         *,
         policy: PolicyName,
         description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> list[RolloutGroup]:
         """Return the completions of all requests, as `complete` samples them."""
         return generate_by_one(self, requests, sampling, policy=policy, description=description)
@@ -270,9 +275,13 @@ class VllmCalls(PlainCalls):
         policy_version: int,
         description: EngineDescription,
         keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> CallError | None:
         assert self._server is not None
-        draws = self._server.draws
+        draws, num_tokens = self._server.draws, itertools.count(1)
+
+        def note(piece: bytes) -> None:
+            on_progress(Progress(doing="sampling", num_tokens=next(num_tokens)))
 
         def read(number: int, answer: bytes) -> None:
             where = f"{self.url}: request {request.request_id}, completion {number}"
@@ -307,5 +316,5 @@ class VllmCalls(PlainCalls):
 
         bodies = {number: message(number) for number in numbers}
         return self._gather(
-            {number: self._waited(_GENERATE, body) for number, body in bodies.items()}, read
+            {number: self._waited(_GENERATE, body, note) for number, body in bodies.items()}, read
         )

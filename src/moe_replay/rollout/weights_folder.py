@@ -3,35 +3,28 @@
 ::
 
     weights_dir/                      shared by trainer and servers, such as /dev/shm
-        moe-replay-7f3a/              one a run, locked as long as its trainer lives
+        moe-replay-push-7f3a/           one a run, locked as long as its trainer lives
             lock
             push-3/                   one a push, gone when the servers have loaded it
                 model-00000.safetensors
 
-A lock ends with the process that holds it, however that ends. So whoever starts removes every folder that nobody has locked
-any more: a trainer that was killed in the middle of a push leaves up to the whole model in memory. The lock names its machine,
-because not every network's file system shows locks to other machines.
+A trainer that was killed in the middle of a push leaves up to the whole model in memory, which the next one to start
+removes; see `OwnFolder`.
 
 In: ``rollout.weights_dir``. Out: paths of files that servers read.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import socket
 import stat
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from moe_replay.errors import EngineError, RecipeError
+from moe_replay.rollout.own_folder import OwnFolder
 
-_PREFIX = "moe-replay-"
-# Not yet locked, so not to be swept.
-_NEW_PREFIX = ".new-moe-replay-"
-_LOCK = "lock"
+_PREFIX = "moe-replay-push-"
 
 
 class WeightsFolder:
@@ -43,13 +36,12 @@ class WeightsFolder:
     Example:
         >>> folder = WeightsFolder(Path("/dev/shm"))
         >>> folder.save("push-3", "model-00000.safetensors", content)
-        PosixPath('/dev/shm/moe-replay-x1b2/push-3/model-00000.safetensors')
+        PosixPath('/dev/shm/moe-replay-push-x1b2/push-3/model-00000.safetensors')
     """
 
     def __init__(self, parent: Path | None) -> None:
         self._parent = parent
-        self._path: Path | None = None
-        self._lock: int | None = None
+        self._own: OwnFolder | None = None
 
     def save(self, push: str, name: str, content: bytes) -> Path:
         """Write a file of a push and return its path.
@@ -63,15 +55,15 @@ class WeightsFolder:
                 "servers that read weights from files need a folder for them; name one that they can read"
             )
         try:
-            if self._path is None:
-                self._path = self._open(self._parent)
-            folder = self._path / push
+            if self._own is None:
+                self._own = OwnFolder(self._parent, _PREFIX, mode=self._mode())
+            folder = self._own.path / push
             folder.mkdir(mode=self._mode(), exist_ok=True)
             path = folder / name
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self._mode() & 0o666)
             with open(descriptor, "wb") as file:
                 file.write(content)
-        except OSError as error:
+        except (OSError, RecipeError) as error:
             raise EngineError(
                 f"{len(content)} bytes of weights cannot be written below {self._parent}: {error}; make room (a container's "
                 "/dev/shm has 64 MB unless it is started with --shm-size), or set rollout.weights_dir to a folder that "
@@ -99,52 +91,16 @@ class WeightsFolder:
 
     def remove(self, push: str) -> None:
         """Remove the files of a push, if there are any."""
-        if self._path is not None:
-            shutil.rmtree(self._path / push, ignore_errors=True)
+        if self._own is not None:
+            shutil.rmtree(self._own.path / push, ignore_errors=True)
 
     def close(self) -> None:
         """Remove the folder. Calling it twice is allowed."""
-        if self._path is not None and self._lock is not None:
-            shutil.rmtree(self._path, ignore_errors=True)
-            os.close(self._lock)
-        self._path = self._lock = None
+        if self._own is not None:
+            self._own.remove()
+        self._own = None
 
     def _mode(self) -> int:
         assert self._parent is not None
         is_for_group = self._parent.stat().st_mode & stat.S_ISGID
         return 0o750 if is_for_group else 0o700
-
-    def _open(self, parent: Path) -> Path:
-        """Sweep ``parent`` and return a new folder in it, locked before it has the name that is swept."""
-        sweep(parent)
-        new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=parent))
-        new.chmod(self._mode() | (new.stat().st_mode & stat.S_ISGID))
-        self._lock = os.open(new / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        os.write(self._lock, socket.gethostname().encode())
-        with suppress(OSError):
-            # Where a file system knows no locks, nobody sweeps either.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path = parent / (_PREFIX + new.name.removeprefix(_NEW_PREFIX))
-        return new.rename(path)
-
-
-def sweep(parent: Path) -> list[Path]:
-    """Remove the folders below ``parent`` whose runs are dead, and return them; those of other users stay."""
-    swept = []
-    for folder in sorted(parent.glob(f"{_PREFIX}*")):
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR)
-        except OSError:
-            continue  # Another user's, or no folder of ours.
-        try:
-            if os.read(lock, 256).decode(errors="replace") != socket.gethostname():
-                continue  # Its run may live there.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue  # Its run lives.
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            swept.append(folder)
-        finally:
-            os.close(lock)
-    return swept
