@@ -123,10 +123,10 @@ def check_options(options: argparse.Namespace) -> None:
         ("--data-parallel-size", options.data_parallel_size >= 1, "at least 1"),
         (
             "--gpu-memory-utilization",
-            0 < (options.gpu_memory_utilization or 1) <= 1,
+            options.gpu_memory_utilization is None or 0 < options.gpu_memory_utilization <= 1,
             "above 0, at most 1",
         ),
-        ("--kv-cache-gib", (options.kv_cache_gib or 1) > 0, "above 0"),
+        ("--kv-cache-gib", options.kv_cache_gib is None or options.kv_cache_gib > 0, "above 0"),
         ("--port", 0 <= options.port < 1 << 16, "0 to 65535"),
     )
     for name, holds, expected in ranges:
@@ -150,13 +150,14 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> None:
-    from moe_replay.cli.stages import say
+    from moe_replay.cli.stages import quiet_transformers, say
     from moe_replay.rollout.checkpoint_files import check_finite
     from moe_replay.rollout.model_facts import read_facts
     from moe_replay.rollout.own_folder import OwnFolder
     from moe_replay.rollout.server import EngineServer
     from moe_replay.rollout.server_run import log_to, run_until_signal, tls_options, web_server
 
+    quiet_transformers()
     tls = tls_options(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
     facts = read_facts(options.model)
     # vLLM would answer every request with an error.

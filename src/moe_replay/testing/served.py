@@ -169,6 +169,16 @@ class ServerProcess:
         self._kill()
         self._process = self._start()
 
+    @property
+    def pid(self) -> int:
+        """Number of the process, now and until a restart."""
+        return self._process.pid
+
+    def stop(self) -> int:
+        """Ask it to end, as a scheduler does (SIGTERM), and return its exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(_PROCESS_START_S)
+
     def stall(self, seconds: float) -> None:
         """Keep it from doing anything for a while, its connections open."""
         self._process.send_signal(signal.SIGSTOP)
