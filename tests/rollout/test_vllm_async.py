@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -251,3 +252,40 @@ def test_a_request_that_leaves_no_room_is_refused_before_vllm_sees_it(served):
         served.run(
             served.one(prompts(1)[0], 0, SamplingParams(max_completion_length=4, temperature=-1.0))
         )
+
+
+def test_replicas_take_devices_one_after_the_other():
+    from moe_replay.rollout.vllm_async import devices_of
+
+    assert [devices_of(replica, 2, 2, 4) for replica in range(2)] == [[0, 1], [2, 3]]
+    # vLLM takes the first of those that are visible, and a CPU has none.
+    assert devices_of(0, 4, 1, 4) is None
+    assert devices_of(1, 2, 2, None) is None
+    with pytest.raises(RecipeError, match="need 6 devices, 4 are visible"):
+        devices_of(0, 2, 3, 4)
+
+
+def test_e25_closing_ends_what_runs_and_leaves_no_process(served):
+    """The last of this module: it closes the engine of the others."""
+    children = psutil.Process().children(recursive=True)
+    workers = [worker for replica in served.engine._replicas for worker in replica._workers]
+    assert len(workers) == 2
+    assert set(workers) < set(children)
+    push = served.engine._last_good
+    assert push.is_dir()
+
+    async def close():
+        begun = asyncio.Event()
+        task = asyncio.create_task(served.one(prompts(1)[0], 0, SAMPLING, lambda n: begun.set()))
+        await begun.wait()
+        await served.engine.close()
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    left = served.run(close())
+    assert isinstance(left, EngineError)
+    assert "was closed" in str(left)
+    assert not any(worker.is_running() for worker in workers)
+    assert not push.exists()
+    served.run(served.engine.close())
+    with pytest.raises(EngineError, match="is closed"):
+        served.sample(prompts(1))

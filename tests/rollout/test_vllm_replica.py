@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from moe_replay.errors import EngineError
 from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.served_engine import PushRefused
+from moe_replay.rollout.types import Completion, SamplingParams
 
 from .serving_case import SAMPLING, Served, faulty_processes, gap, prompts, start, write_checkpoints
 
@@ -94,26 +95,32 @@ def test_e24_a_push_that_one_of_two_replicas_fails_goes_back_in_both(pair, check
     assert gap(pair.sample(prompts(6)), expected) < 1e-5
 
 
-def test_e25_closing_ends_what_runs_and_leaves_no_process(pair):
-    """The last of this module: it closes the engine of the others."""
+def test_e25_one_worker_that_dies_ends_its_completions_and_is_never_asked_again(pair):
+    """The last with this engine. A dead replica samples nothing: it would get every request as the one with fewest."""
     processes = cores()
     assert len(processes) >= 4
+    sampling = SamplingParams(max_completion_length=400, seed=2)
+    healthy, dying = pair.engine._replicas
 
-    async def close():
-        begun = asyncio.Event()
-        task = asyncio.create_task(pair.one(prompts(1)[0], 0, SAMPLING, lambda n: begun.set()))
-        await begun.wait()
-        await pair.engine.close()
-        return (await asyncio.gather(task, return_exceptions=True))[0]
+    async def kill_one():
+        begun = [asyncio.Event(), asyncio.Event()]
+        tasks = [
+            asyncio.create_task(pair.one(prompts(1)[0], n, sampling, lambda _, n=n: begun[n].set()))
+            for n in range(2)
+        ]
+        await asyncio.gather(*(event.wait() for event in begun))
+        assert (healthy.num_running, dying.num_running) == (1, 1)
+        dying._workers[0].kill()
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
-    left = pair.run(close())
-    assert isinstance(left, EngineError)
-    assert "was closed" in str(left)
+    lived, died = pair.run(kill_one())
+    assert isinstance(lived, Completion)
+    assert "processes of replica 1 of vLLM have ended" in str(died)
+    with pytest.raises(EngineError, match="processes of replica 1 of vLLM have ended"):
+        pair.sample(prompts(1))
+    pair.run(pair.engine.close())
     assert cores() == []
     assert psutil.wait_procs(processes, timeout=LIMIT_S)[1] == []
-    pair.run(pair.engine.close())
-    with pytest.raises(EngineError, match="is closed"):
-        pair.sample(prompts(1))
 
 
 @LEAVES_CONTEXT

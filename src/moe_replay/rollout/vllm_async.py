@@ -78,6 +78,8 @@ class VllmServing:
             record_routes=record_routes,
         )
         self._tensor_parallel_size, self._num_replicas = tensor_parallel_size, replicas
+        self._num_devices = _num_devices()
+        devices_of(0, tensor_parallel_size, replicas, self._num_devices)
         self._options = engine_options(
             model_dir,
             dtype=dtype,
@@ -254,23 +256,21 @@ class VllmServing:
 
     def _config(self, replica: int) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
 
         size = self._tensor_parallel_size
-        devices = None
-        if not current_platform.is_cpu() and self._num_replicas > 1:
-            # Of two replicas of two workers: 0 and 1, then 2 and 3.
-            devices = list(range(replica * size, (replica + 1) * size))
         return AsyncEngineArgs(
             **self._options,
             tensor_parallel_size=size,
             distributed_executor_backend="mp" if size > 1 else None,
-            device_ids=devices,
+            device_ids=devices_of(replica, size, self._num_replicas, self._num_devices),
             worker_extension_cls=PUSH_WORKER,
             stream_interval=_STREAM_INTERVAL,
         ).create_engine_config()
 
     def _check_state(self, *allowed: str) -> None:
+        # It samples nothing, so it would always be the one with the fewest completions.
+        if dead := next((replica for replica in self._replicas if replica.is_dead), None):
+            raise EngineError(dead.obituary())
         if self._state in allowed:
             return
         raise EngineError(
@@ -280,6 +280,32 @@ class VllmServing:
                 "closed": "the vLLM engine is closed; make a new one",
             }[self._state]
         )
+
+
+def devices_of(
+    replica: int, size: int, num_replicas: int, num_devices: int | None
+) -> list[int] | None:
+    """Return the devices of one replica of ``size`` workers, or None where vLLM need not be told: one replica, or a CPU.
+
+    Of two replicas of two workers: 0 and 1, then 2 and 3. ``num_devices`` are visible, None on a CPU.
+
+    Raises:
+        RecipeError: when all replicas together need more devices than there are.
+    """
+    if num_devices is None:
+        return None
+    if num_replicas * size > num_devices:
+        raise RecipeError(
+            f"{num_replicas} replicas of {size} workers need {num_replicas * size} devices, {num_devices} are visible; lower "
+            "the number of replicas, or tensor_parallel_size"
+        )
+    return list(range(replica * size, (replica + 1) * size)) if num_replicas > 1 else None
+
+
+def _num_devices() -> int | None:
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cpu() else current_platform.device_count()
 
 
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -78,6 +78,11 @@ class VllmReplica:
         """What vLLM runs with, as its processes have completed it."""
         return self._llm.vllm_config
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether its core, or one of its workers, has ended by itself."""
+        return self._llm.errored
+
     async def sample(
         self, request: Request, params: Any, progress: Callable[[int], None]
     ) -> tuple[Any, list[int], list[float]]:
@@ -179,14 +184,18 @@ class VllmReplica:
         except Exception as error:
             raise self._failure("resuming", error) from error
 
+    def obituary(self) -> str:
+        """Return what a caller should know of a replica that `is_dead`."""
+        return (
+            f"the processes of replica {self.number} of vLLM have ended, and say why in the server's log (or nothing, when "
+            "they were killed for memory); start the server again"
+        )
+
     def _failure(self, what: str, error: Exception) -> EngineError:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if isinstance(error, EngineDeadError):
-            return EngineError(
-                f"{what}: the processes of replica {self.number} of vLLM have ended, and say why above (or nothing, when "
-                "they were killed for memory); start the server again"
-            )
+            return EngineError(f"{what}: {self.obituary()}")
         cause = error.__cause__ or error
         return EngineError(
             f"{what}: replica {self.number} of vLLM failed: {type(cause).__name__}: {cause}"
@@ -203,10 +212,12 @@ class VllmReplica:
             await asyncio.wait(waiting)
         # Its sockets are closed now, and a context that is left to the garbage collector warns.
         client.resources.ctx.term()
+        # What its destructor calls is gone when the interpreter ends.
+        del self._llm
 
     def _end(self) -> None:
         # Ends the core, which ends its workers.
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=_END_S)
         _, alive = psutil.wait_procs(self._workers, timeout=_END_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
