@@ -124,3 +124,51 @@ def test_a_message_names_sample_prompt_server_version_and_positions():
     assert message.startswith("step 7: the routes of 1 of 32 samples do not belong to their tokens")
     assert "sample 11 (prompt 2, server http://b, policy version 3), positions " in message
     assert "token shift +1" in message
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"), [(32, 16), (32, 17), (128, 12)], ids=lambda value: str(value)
+)
+def test_one_sample_is_found_wherever_it_lies_in_the_step(samples, rows):
+    source = DrawnSteps(
+        num_experts=32, topk=4, num_layers=6, num_rows=rows, num_samples=samples, spread=0.1
+    )
+    rng, recorded, live = drawn(source, 6)
+    for place in np.linspace(0, samples - 1, 8).astype(int).tolist():
+        replayed = spoil(source, rng, recorded, "one row late", [place])
+        assert misaligned(verdict_of(source, replayed, live)) == [place]
+    assert misaligned(verdict_of(source, recorded, live)) == []
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (16, 8, 4), (64, 6, 6)], ids=str)
+@pytest.mark.parametrize("length", [50, 70])
+def test_a_stale_stretch_of_one_long_sample_is_found_with_its_place(shape, length):
+    experts, topk, layers = shape
+    source = DrawnSteps(
+        num_experts=experts, topk=topk, num_layers=layers, num_rows=400, num_samples=8
+    )
+    _, recorded, live = drawn(source, 7)
+    replayed = recorded.copy()
+    replayed[3, 160 : 160 + length] = recorded[3, 160]
+    [finding] = verdict_of(source, replayed, live).misaligned
+    assert (finding.sample, finding.test) == (3, "equal rows")
+    # A live route that happens to equal the one before cuts a run short.
+    assert finding.first >= 158 and finding.last < 160 + length
+    assert finding.last - finding.first > 40
+    assert misaligned(verdict_of(source, recorded, live)) == []
+
+
+def test_a_sample_that_repeats_one_word_is_not_a_stale_stretch():
+    _, recorded, live = drawn(PLAIN, 8)
+    recorded[4, 5:] = recorded[4, 5]
+    live[4, 5:] = recorded[4, 5]
+    # A near tie: in one layer, one of the live experts is another one in every second row.
+    other = next(e for e in range(64) if e not in recorded[4, 5, 2])
+    live[4, 5::2, 2, 0] = other
+    found = verdict_of(PLAIN, recorded, live)
+    assert found.is_clean, found.summary()
+    # Control: the same rows with live routes of their own.
+    stale = recorded.copy()
+    _, _, own = drawn(PLAIN, 8)
+    live[4] = own[4]
+    assert misaligned(verdict_of(PLAIN, stale, live)) == [4]

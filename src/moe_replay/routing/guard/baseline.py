@@ -27,6 +27,7 @@ MAX_STRICT = 0.95
 """Greatest such share for the stricter test, which only asks for a second look."""
 _OUTLIER = 5.0  # times what the sample at the lower decile loses is more than drift takes
 _POOL_SAMPLES = 32  # of this step and the last ones, that medians are taken over at least
+_MIN_REPEATS_OF = 3  # samples, to leave out the one with the longest stretch
 _VERSION_SAMPLES = 16  # of a policy version, to be compared among themselves
 
 
@@ -126,7 +127,7 @@ class Baseline:
             effects=tuple((max(1.0, float(a)), max(1.0, float(b))) for a, b in effects),
             num_stages=len(table.layers) / float(np.mean([len(p.layers) for p in table.parts])),
             # Samples that repeat themselves do so more often than the average one: twice as often.
-            repeat=min(0.9, 2 * max((again + 3) / (equal + 30), equal / rows)),
+            repeat=min(0.9, 2 * max((again + 3) / (equal + 30), equal / max(rows, 1))),
             num_sets=len(table.layers) + 2 * (int(table.num_rows.max()) // (MIN_WINDOW // 2)),
             record=record,
         )
@@ -147,9 +148,18 @@ def _record(table: StepTable) -> StepRecord:
         kept=float(np.quantile(information, 0.1)) / middle,
         window_kept=_decile(bins) / middle if bins.sum() else 1.0,
         effects=tuple((float(a), float(b)) for a, b in medians),
-        repeats=_three(np.sum([part.repeats for part in table.parts], axis=0)),
+        repeats=_usual_repeats(table),
         stray=(0, 0, 0.0, 0.0),
     )
+
+
+def _usual_repeats(table: StepTable) -> tuple[int, int, int]:
+    """Count repeated rows of all samples but the few with the longest stretches, which would excuse themselves."""
+    rows = np.concatenate([part.num_rows for part in table.parts])
+    equal, again = np.concatenate([part.repeats for part in table.parts], axis=1)
+    most = np.argsort(again, kind="stable")[: len(again) - -(-len(again) // 20)]
+    chosen = most if len(most) >= _MIN_REPEATS_OF else np.arange(len(again))
+    return int(rows[chosen].sum()), int(equal[chosen].sum()), int(again[chosen].sum())
 
 
 def _kappa(table: StepTable, chosen: np.ndarray) -> Float64[np.ndarray, " layers"]:

@@ -37,6 +37,8 @@ TESTS = (
 """What is tested within a sample, by the rank that holds its rows."""
 STRAY_KEEPS = 0.25
 """Share of the median's information below which a single row is stray."""
+STALE_KEEPS = 0.8
+"""Share of the usual information below which a run of equal rows is stale, and not a text that repeats itself."""
 _STRAY_NATS = 3.0  # by which it must be below
 _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
@@ -103,7 +105,7 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         either = nearer + farther
         extra = own + nearer - farther - by_chance, row_room
         found.by_window("paired window", farther, either, either / 2, together, place, extra)
-    found.equal_rows(-math.log(baseline.repeat))
+    found.equal_rows(-math.log(baseline.repeat), own - by_chance, row_room)
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
     # Where many rows are stray, they are what makes the measured effect large; within a row it is not above 2.
     effect = min(baseline.effects[0][0], _ROW_EFFECT)
@@ -169,8 +171,17 @@ class _Found:
             there = information / np.maximum(usual, 1e-9)
         self._keep(test, top, place, np.full(len(top), -1, np.int16), begin, stop, there)
 
-    def equal_rows(self, nats_a_row: float) -> None:
-        """Find the longest run of repeated rows of each sample."""
+    def equal_rows(
+        self,
+        nats_a_row: float,
+        information: Float64[np.ndarray, " rows"],
+        usual: Float64[np.ndarray, " rows"],
+    ) -> None:
+        """Find the longest run of repeated rows of each sample.
+
+        A sample that says one word over and over repeats its routes as well, and a live route here and there differs. But
+        then the rows agree as usual; those of a stale stretch do not.
+        """
         repeats = self._counts.repeats.copy()
         if not len(repeats):
             return
@@ -185,8 +196,10 @@ class _Found:
         begin = np.where(longest > 0, end - longest, self._starts)
         stop = np.where(longest > 0, end + 1, self._ends)
         whole = np.full(len(longest), -1, np.int16)
-        nowhere = np.zeros(len(longest))
-        self._keep("equal rows", longest * nats_a_row, -1, whole, begin, stop, nowhere)
+        kept = window_sums(information, begin, stop)
+        is_stale = kept < STALE_KEEPS * window_sums(usual, begin, stop)
+        nats = np.where(is_stale, longest * nats_a_row, 0.0)
+        self._keep("equal rows", nats, -1, whole, begin, stop, np.zeros(len(longest)))
 
     def _keep(
         self,

@@ -67,8 +67,8 @@ class StepPart:
     single layer; nan for samples of fewer than 8 rows here."""
     window_information: Int64[np.ndarray, " bins"]
     """``[bins]``, histogram of the information that windows of 8 rows keep."""
-    repeats: tuple[int, int, int]
-    """Rows, rows that repeat the row before, and those of them after which the next row repeats as well."""
+    repeats: Int32[np.ndarray, "2 samples"]
+    """``[2, samples]``, rows that repeat the row before, and those of them after which the next row repeats as well."""
 
 
 def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
@@ -104,7 +104,7 @@ def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
         stretches=np.sum([_stretches(part) for part in held], axis=0),
         effects=joined([_effects(part) for part in held]).astype(np.float32),
         window_information=np.sum([_window_information(part) for part in held], axis=0),
-        repeats=_count_repeats(held),
+        repeats=joined([_count_repeats(part) for part in held]).astype(np.int32),
     )
 
 
@@ -176,11 +176,11 @@ def _window_information(counts: OverlapCounts) -> Int64[np.ndarray, " bins"]:
     return np.histogram(np.clip(kept, *BIN_RANGE), bins=NUM_BINS, range=BIN_RANGE)[0]
 
 
-def _count_repeats(held: Sequence[OverlapCounts]) -> tuple[int, int, int]:
-    rows = sum(len(part.own) for part in held)
-    equal = sum(int(part.repeats.sum()) for part in held)
-    again = sum(int((part.repeats[1:] & part.repeats[:-1]).sum()) for part in held)
-    return rows, equal, again
+def _count_repeats(counts: OverlapCounts) -> Int64[np.ndarray, "2 samples"]:
+    again = counts.repeats & np.roll(counts.repeats, 1)  # the first row of a sample never repeats
+    return np.add.reduceat(
+        np.stack([counts.repeats, again]).astype(np.int64), counts.starts, axis=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
