@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,16 +88,21 @@ def test_vllm_and_the_embedded_engine_give_the_same_completions(engine, checkpoi
     assert gap(engine.generate(requests, SAMPLING), embedded.generate(requests, SAMPLING)) < 1e-4
 
 
-def test_a_prompt_asked_twice_is_answered_from_the_cache(engine):
+def test_a_prompt_asked_twice_is_answered_from_the_cache(engine, monkeypatch):
     requests = prompts(2, length=80, seed=9)
-    outputs = []
-    for _ in range(2):
-        names = [name for request in requests for name in engine._add(request, SAMPLING)]
-        outputs.append(engine._outputs_of(names))
-    cached = [[output.num_cached_tokens for output in round.values()] for round in outputs]
+    step, cached = engine._vllm.step, []
+
+    def watched():
+        outputs = step()
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(engine._vllm, "step", watched)
+    engine.generate(requests, SAMPLING)
+    assert len(cached) == 4 and cached != [64] * 4
+    engine.generate(requests, SAMPLING)
     # Two of the three blocks of 32 that hold a prompt of 80 tokens are full.
-    assert cached[1] == [64] * 4
-    assert cached[0] != cached[1]
+    assert cached[4:] == [64] * 4
 
 
 def test_vllm_runs_uncompiled_on_the_cpu_with_its_caches_on(engine):
@@ -118,15 +125,97 @@ def test_threads_that_generate_together_get_their_own_completions(engine):
     assert all(gap(a, b) < 1e-5 for a, b in zip(together, alone, strict=True))
 
 
-def test_a_request_that_is_aborted_inside_vllm_is_an_error_and_no_completion(engine):
-    names = [name for request in prompts(2) for name in engine._add(request, SAMPLING)]
-    engine._vllm.abort_request(names[:1])
-    with pytest.raises(EngineError, match=r"1 completions unfinished.*lost requests"):
-        engine._outputs_of(names)
-    assert engine._finished == {}
+def assert_usable(engine: Engine, checkpoint: Path) -> None:
+    """A push is taken, and tokens are right: nothing of an earlier call is left in vLLM."""
     assert not engine._vllm.has_unfinished_requests()
-    (group,) = engine.generate(prompts(1), SAMPLING)
-    assert len(group.completions) == 2
+    engine.load_weights(
+        load_file(checkpoint / "model.safetensors").items(),
+        policy_version=engine.policy_version + 1,
+    )
+    expected = EmbeddedEngine(checkpoint, dtype="float32").generate(prompts(2), SAMPLING)
+    assert gap(engine.generate(prompts(2), SAMPLING), expected) < 1e-4
+    assert engine.progress == RolloutProgress()
+
+
+def test_e14_a_request_that_vllm_loses_is_an_error_and_no_completion(
+    engine, checkpoints, monkeypatch
+):
+    step, lost = engine._vllm.step, []
+
+    def losing():
+        if not lost:
+            lost.extend(list(engine._stepper._call_of)[:1])
+            engine._vllm.abort_request(lost)
+        return step()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._vllm, "step", losing)
+        with pytest.raises(EngineError, match=r"1 completions unfinished.*lost requests"):
+            engine.generate(prompts(2), SAMPLING)
+    assert_usable(engine, checkpoints["a"])
+
+
+def test_e14_a_failure_while_adding_leaves_no_request_behind(engine, checkpoints, monkeypatch):
+    core = engine._vllm.engine_core
+    add, added = core.add_request, []
+
+    def failing(request):
+        added.append(request)
+        # The front of vLLM knows the fourth already.
+        if len(added) == 4:
+            raise RuntimeError("the core is full")
+        add(request)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(core, "add_request", failing)
+        with pytest.raises(EngineError, match=r"6 completions unfinished.*the core is full"):
+            engine.generate(prompts(3), SAMPLING)
+    assert len(added) == 4
+    assert_usable(engine, checkpoints["a"])
+
+
+def test_e14_a_step_that_fails_inside_the_model_leaves_no_request_behind(
+    engine, checkpoints, monkeypatch
+):
+    executor = engine._vllm.engine_core.engine_core.model_executor
+    execute, calls = executor.execute_model, []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return execute(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(executor, "execute_model", failing)
+        with pytest.raises(EngineError, match=r"4 completions unfinished.*out of memory"):
+            engine.generate(prompts(2), SAMPLING)
+    assert_usable(engine, checkpoints["a"])
+
+
+def test_e14_a_caller_that_is_interrupted_leaves_no_request_behind(
+    engine, checkpoints, monkeypatch
+):
+    step, steps = engine._vllm.step, []
+
+    def interrupting():
+        steps.append(1)
+        if len(steps) == 2:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            left.wait()
+        return step()
+
+    left = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._vllm, "step", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompts(2), SAMPLING)
+        left.set()
+        with engine._stepper.paused():
+            pass
+    # The step that was under way, and no other.
+    assert len(steps) == 2
+    assert_usable(engine, checkpoints["a"])
 
 
 def test_an_engine_that_records_no_routes_says_so(checkpoints):

@@ -123,3 +123,49 @@ def test_ranks_that_cannot_be_cut_into_engines_are_refused(checkpoints):
 
     with pytest.raises(RecipeError, match="a divisor of the 2 processes"):
         run_ranks(start, 2)
+
+
+def test_e24_a_push_that_one_of_two_ranks_cannot_load_is_refused_by_both(checkpoints):
+    """Each tensor is gathered by both ranks, as in an export, so a rank that stopped reading would hold up the other."""
+    import torch
+    import torch.distributed as dist
+
+    weights = load_file(checkpoints[1] / "model.safetensors")
+
+    def gathered(seen):
+        for pair in weights.items():
+            dist.all_reduce(torch.ones(1))
+            seen.append(pair)
+            yield pair
+
+    def sample():
+        own, engine, seen = requests_of(dist.get_rank()), open_sharded(checkpoints[0]), []
+        model = engine._vllm.model_executor.driver_worker.worker.get_model()
+        load = model.load_weights
+
+        def failing(pairs):
+            for number, pair in enumerate(pairs):
+                if number == 5:
+                    raise RuntimeError("no memory left")
+                load([pair])
+
+        if dist.get_rank() == 1:
+            model.load_weights = failing
+        with pytest.raises(EngineError) as refused:
+            engine.load_weights(gathered(seen), policy_version=1)
+        with pytest.raises(EngineError, match="the last weight push failed half-way"):
+            engine.generate(own, SAMPLING)
+        version, model.load_weights = engine.policy_version, load
+        engine.load_weights(gathered([]), policy_version=1)
+        groups = engine.generate(own, SAMPLING)
+        engine.close()
+        return str(refused.value), version, len(seen), groups
+
+    results = run_ranks(sample, 2)
+    embedded = EmbeddedEngine(checkpoints[1], dtype="float32")
+    for rank, (message, version, num_seen, groups) in enumerate(results):
+        assert "no memory left" in message
+        assert (version, num_seen) == (0, len(weights))
+        assert_same(groups, embedded.generate(requests_of(rank), SAMPLING))
+    assert results[0][0].startswith("a weight push failed on 1 of the 2 ranks")
+    assert "rank 1: EngineError" in results[0][0]

@@ -10,13 +10,14 @@ Called by: rollout.vllm_engine, rollout.vllm_startup.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Int64
 
-from moe_replay.errors import RecipeError
+from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.types import Request
 
 _HEADER = 3  # request id, number of generations, length of the prompt
@@ -53,24 +54,44 @@ def executor_of_ranks() -> type:
 
 def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
     """Return the requests of every rank of this engine, in rank order; collective over them."""
-    from vllm.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group().cpu_group
     flat = [
         np.concatenate([[r.request_id, r.num_generations, len(r.prompt_ids)], r.prompt_ids])
         for r in requests
     ]
-    mine = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *flat]))
-    length = torch.tensor([len(mine)])
-    lengths = [torch.empty_like(length) for _ in range(group.size())]
-    dist.all_gather(lengths, length, group=group)
-    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.int64)
-    padded[: len(mine)] = mine
-    everyone = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(everyone, padded, group=group)
     return [
-        _read_requests(part[: int(n)].numpy()) for part, n in zip(everyone, lengths, strict=True)
+        _read_requests(part) for part in _gather(np.concatenate([np.empty(0, np.int64), *flat]))
     ]
+
+
+def failure_of_ranks(failure: Exception | None) -> Exception | None:
+    """Return why a push failed on any rank of this engine, the same on all of them; collective over them.
+
+    A rank gets its own exception where it has one. Weights of two policies in the shards of one model are no model, so what
+    one rank could not load no rank has.
+    """
+    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    told = [
+        bytes(part.astype(np.uint8)).decode()
+        for part in _gather(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
+    ]
+    failed = [f"rank {place}: {text}" for place, text in enumerate(told) if text]
+    if failure is not None or not failed:
+        return failure
+    return EngineError(
+        f"a weight push failed on {len(failed)} of the {len(told)} ranks that hold this vLLM together, so none of them has "
+        f"it: {'; '.join(failed)}"
+    )
+
+
+def drain(weights: Iterator[tuple[str, torch.Tensor]], error: Exception) -> None:
+    """Read a push to its end after it failed here: each tensor is gathered by all ranks, which would wait for this one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    try:
+        for _ in weights:
+            pass
+    except Exception as further:  # noqa: BLE001 - the seam: whoever exports the weights
+        error.add_note(f"the rest of the push failed too: {type(further).__name__}: {further}")
 
 
 def own_place() -> int:
@@ -78,6 +99,21 @@ def own_place() -> int:
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group().rank_in_group
+
+
+def _gather(mine: Int64[np.ndarray, " own"]) -> list[Int64[np.ndarray, " one"]]:
+    """Return the numbers of every rank of this engine, in rank order, of which each may have another count."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group().cpu_group
+    length = torch.tensor([len(mine)])
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.int64)
+    padded[: len(mine)] = torch.from_numpy(mine)
+    everyone = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everyone, padded, group=group)
+    return [part[: int(n)].numpy() for part, n in zip(everyone, lengths, strict=True)]
 
 
 def _read_requests(flat: np.ndarray) -> list[Request]:
