@@ -197,3 +197,17 @@ def test_t3_groups_for_other_requests_are_refused(engine, group):
 def test_t15_completions_of_other_weights_are_refused(engine, group):
     with pytest.raises(EngineError, match="policy version 0, the trainer is at 3"):
         check(engine, group, group.request, policy_version=3)
+
+
+def test_e6_a_completion_keeps_what_it_was_made_with(engine, group):
+    tokens, logprobs = (
+        getattr(group.completions[0], name).copy() for name in ("token_ids", "rollout_logprobs")
+    )
+    made = replace(group.completions[0], token_ids=tokens, rollout_logprobs=logprobs)
+    kept = made.token_ids.tolist(), made.rollout_logprobs.tolist()
+    # The engine's next answer.
+    tokens[:], logprobs[:] = 1, -9.0
+    assert (made.token_ids.tolist(), made.rollout_logprobs.tolist()) == kept
+    assert kept != (tokens.tolist(), logprobs.tolist())
+    with pytest.raises(ValueError, match="read-only"):
+        made.token_ids[0] = 1

@@ -211,6 +211,25 @@ def test_unwritten_rows_cannot_be_told_apart_with_one_expert_per_token():
         joined(routes(model=model), model=model, unwritten="invalid")
 
 
+def test_e12_one_expert_per_token_cannot_be_refused_by_zeros_unless_the_engine_is_trusted():
+    model = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=4, topk=1)
+    rows = 1 + routes(model=model) % 3
+    # The control: a row that names another expert in one layer was written.
+    rows[2, 0] = 0
+    assert joined(rows, model=model).valid.tolist() == [True] * 5 + [False]
+    rows[2] = 0
+    with pytest.raises(
+        TraceError, match=r"1 of 5 rows name expert 0 in all 2 layers, the first .* token 2"
+    ):
+        joined(rows, model=model)
+    assert joined(rows, model=model, unwritten="trust").expert_ids[2].tolist() == [[0], [0]]
+
+
+def test_e12_nothing_is_trusted_where_unwritten_rows_can_be_seen():
+    with pytest.raises(TraceError, match="for models with one expert per token"):
+        joined(routes(), unwritten="trust")
+
+
 def test_parts_of_different_types_raise():
     with pytest.raises(TraceError, match="prompt rows are int64 and completion rows int32"):
         split(routes()[:4], routes()[4:].astype(np.int32))

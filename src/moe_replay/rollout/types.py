@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int32
 
 from moe_replay.errors import DivergedError, EngineError
 from moe_replay.routing import RoutingTrace
+from moe_replay.routing.arrays import kept
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,13 @@ class Completion:
     """Weight pushes that the engine had received when the completion ended."""
     server: str = ""
     """Address of the server that sampled it, credentials masked; empty for an engine in this process."""
+
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "rollout_logprobs"):
+            array = getattr(self, name)
+            # An engine's buffer will hold its next answer soon. What is no array is refused in words, by `check_group`.
+            if isinstance(array, np.ndarray):
+                object.__setattr__(self, name, kept(array))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ from moe_replay.rollout.vllm_ranks import (
 from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm
 from moe_replay.rollout.vllm_stepping import VllmStepper
 from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.routing import LayerOrder
 
 
 class VllmEngine:
@@ -84,6 +85,7 @@ class VllmEngine:
         self._state: Literal["ready", "broken", "closed"] = "ready"
         self._policy_version = 0
         self._is_reload_open = False
+        self._layer_order = LayerOrder()
         self._is_sharded = tensor_parallel_size > 1
         self._vllm = start_vllm(
             tensor_parallel_size=tensor_parallel_size,
@@ -239,6 +241,7 @@ class VllmEngine:
             model=self._facts.routed if self._description.records_routes else None,
             version=self._description.version,
             policy_version=policy_version,
+            layer_order=self._layer_order,
         )
 
     def _push(

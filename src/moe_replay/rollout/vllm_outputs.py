@@ -16,7 +16,7 @@ from moe_replay.rollout.model_facts import ModelFacts
 from moe_replay.rollout.types import Completion, EngineDescription, FinishReason, Request
 from moe_replay.rollout.vllm_startup import vllm_version
 from moe_replay.rollout.vllm_wire import payload_of_output, trace_from_vllm
-from moe_replay.routing import Origin, RoutedModel, RoutingTrace
+from moe_replay.routing import LayerOrder, Origin, RoutedModel, RoutingTrace
 
 _DTYPES = ("float32", "bfloat16")
 _FINISH_REASONS = {
@@ -73,11 +73,12 @@ def completion_of(
     model: RoutedModel | None,
     version: str,
     policy_version: int,
+    layer_order: LayerOrder | None = None,
 ) -> Completion:
     """Return completion ``number`` of ``request``.
 
     ``output`` is vLLM's last for it, which has the routes and why it ended; ``token_ids`` and ``rollout_logprobs`` are those of all
-    its outputs. ``model`` is None where no routes are recorded, ``version`` is vLLM's.
+    its outputs. ``model`` is None where no routes are recorded, ``version`` is vLLM's, ``layer_order`` the engine's own.
 
     Raises:
         EngineError: when it ended in an unknown way, or routes are missing.
@@ -111,6 +112,7 @@ def completion_of(
             ),
             was_cut=finish_reason is FinishReason.ABORTED,
             where=where,
+            layer_order=layer_order,
         )
     return Completion(
         token_ids=tokens,

@@ -29,6 +29,7 @@ from packaging.version import InvalidVersion, Version
 
 from moe_replay.errors import CodecError, EngineError, TraceError, UnsupportedError
 from moe_replay.routing import (
+    LayerOrder,
     Origin,
     RoutedModel,
     RoutingTrace,
@@ -87,6 +88,7 @@ def trace_from_vllm(
     origin: Origin,
     was_cut: bool,
     where: str,
+    layer_order: LayerOrder | None = None,
 ) -> RoutingTrace:
     """Return the trace of one completion, whichever form this release of vLLM uses.
 
@@ -120,6 +122,7 @@ def trace_from_vllm(
         "model": model,
         "origin": origin,
         "where": where,
+        "layer_order": layer_order,
     }
     if prompt is not None:
         return trace_from_split_payload(prompt, rows, **common, unwritten="invalid")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_replay.routing.guard.check import RouteReport, check_routes
     from moe_replay.routing.guard.decision import Guard
     from moe_replay.routing.guard.verdict import Finding, Owner
+    from moe_replay.routing.layer_order import LayerOrder
     from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
     from moe_replay.routing.payload import (
         RoutedModel,
@@ -50,6 +51,7 @@ __all__ = [
     "EngineCall",
     "Finding",
     "Guard",
+    "LayerOrder",
     "LiveReason",
     "MarginComparison",
     "Origin",
@@ -97,6 +99,7 @@ _NAMES_IN = {
     "guard.check": "RouteReport check_routes",
     "guard.decision": "Guard",
     "guard.verdict": "Finding Owner",
+    "layer_order": "LayerOrder",
     "margins": "MarginComparison compare_margins topk_margins",
     "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
     "replay": "Coverage LiveReason ReplayMode",

@@ -24,6 +24,42 @@ def as_array(values: Any) -> Shaped[np.ndarray, "..."]:
     return np.asarray(values)
 
 
+def kept(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return an array of the same values that nobody writes to any more: itself if that is certain, else a copy.
+
+    It is certain when the array and all that its memory belongs to are read-only: what `owned` returns, a slice of it, bytes,
+    a file mapped for reading. An engine's buffer is not, and is copied: it will hold the next answer soon.
+    """
+    return array if _is_read_only(array) else owned(np.array(array))
+
+
+def owned(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Make an array that was just made read-only and return it, so that `kept` need not copy it; its maker writes no more."""
+    memory = array
+    while isinstance(memory, np.ndarray):
+        memory.flags.writeable = False
+        memory = memory.base
+    assert memory is None, "only an array that owns its memory can be given away"
+    return array
+
+
+def _is_read_only(array: Shaped[np.ndarray, "..."]) -> bool:
+    memory: Any = array
+    while isinstance(memory, np.ndarray):
+        if memory.flags.writeable:
+            return False
+        memory = memory.base
+    if memory is None:
+        return True
+    try:
+        view = memoryview(memory)
+    except TypeError:
+        # Memory of a library that does not say who may write to it, such as a tensor's.
+        return False
+    # A read-only view of a bytearray is read-only for its holder alone.
+    return view.readonly and (view.obj is memory or memoryview(view.obj).readonly)
+
+
 def check_holds_ids(
     rows: Integer[np.ndarray, "..."], num_experts: int, *, where: str = "the routes"
 ) -> None:

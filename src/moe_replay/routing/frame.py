@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import CodecError, TraceError
+from moe_replay.routing.arrays import owned
 from moe_replay.routing.digest import digest_tokens, recover_tokens
 from moe_replay.routing.set_coding import (
     chunk_size,
@@ -229,7 +230,7 @@ def read_frame(frame: memoryview, where: str, *, max_bytes: int) -> RoutingTrace
             valid=valid,
             layers=header.layers,
             num_experts=header.num_experts,
-            token_digest=digest_tokens(tokens),
+            token_digest=owned(digest_tokens(tokens)),
             origin=header.origin,
         )
     except TraceError as error:
@@ -293,7 +294,7 @@ def _keeps_order(header: TraceHeader, valid: Bool[np.ndarray, " rows"]) -> bool:
 
 
 def _read_valid(flags: memoryview, header: TraceHeader, where: str) -> Bool[np.ndarray, " rows"]:
-    bits = np.unpackbits(np.frombuffer(flags, dtype=np.uint8), bitorder="little").view(bool)
+    bits = owned(np.unpackbits(np.frombuffer(flags, dtype=np.uint8), bitorder="little").view(bool))
     valid = bits[: header.num_rows]
     if int(valid.sum()) != header.num_valid or bits[header.num_rows :].any():
         raise CodecError(
@@ -347,7 +348,7 @@ def _read_routes(
         )
         if not held.all():
             ids[rows][held] = part
-    return ids
+    return owned(ids)
 
 
 def _check_rest(stored: memoryview, end: int, where: str) -> None:

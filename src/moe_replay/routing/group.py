@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
+from moe_replay.routing.arrays import kept, owned
 from moe_replay.routing.digest import first_difference, join_digests
 from moe_replay.routing.trace import Origin, RoutingTrace
 
@@ -33,6 +34,10 @@ class PromptDifference:
     """``[different, layers, topk]``, what the sample holds there."""
     valid: Bool[np.ndarray, " different"]
     """``[different]``; False where the sample has no route although the group has one."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "expert_ids", "valid"):
+            object.__setattr__(self, name, kept(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,11 +105,11 @@ class TraceGroup:
         valid = np.concatenate([self.prompt.valid, completion.valid])
         ids[difference.rows], valid[difference.rows] = difference.expert_ids, difference.valid
         return RoutingTrace(
-            expert_ids=ids,
-            valid=valid,
+            expert_ids=owned(ids),
+            valid=owned(valid),
             layers=self.prompt.layers,
             num_experts=self.prompt.num_experts,
-            token_digest=join_digests([self.prompt.token_digest, completion.token_digest]),
+            token_digest=owned(join_digests([self.prompt.token_digest, completion.token_digest])),
             origin=self.origins[number],
         )
 
@@ -147,11 +152,11 @@ def _check_prompt(
 def _copied(part: RoutingTrace) -> RoutingTrace:
     """Return a trace with memory of its own: a slice would keep the whole array of its sample alive."""
     return RoutingTrace(
-        expert_ids=part.expert_ids.copy(),
-        valid=part.valid.copy(),
+        expert_ids=owned(part.expert_ids.copy()),
+        valid=owned(part.valid.copy()),
         layers=part.layers,
         num_experts=part.num_experts,
-        token_digest=part.token_digest.copy(),
+        token_digest=owned(part.token_digest.copy()),
         origin=part.origin,
     )
 

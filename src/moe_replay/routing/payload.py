@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_replay.errors import TraceError
-from moe_replay.routing.arrays import as_array, check_holds_ids
+from moe_replay.routing.arrays import as_array, check_holds_ids, owned
+from moe_replay.routing.layer_order import LayerOrder
 from moe_replay.routing.trace import (
-    MIN_TOKENS_FOR_CONSTANT_CHECK,
     Origin,
     RoutingTrace,
     expert_dtype,
@@ -29,8 +29,9 @@ from moe_replay.routing.trace import (
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, Shaped
 
-Unwritten = Literal["refuse", "invalid"]
-"""What to do with rows that nobody wrote: raise, or keep them as ``valid=False`` so that coverage counts them."""
+Unwritten = Literal["refuse", "invalid", "trust"]
+"""What to do with rows that look as if nobody wrote them: raise, keep them as ``valid=False`` so that coverage counts them, or,
+with one expert per token only, where expert 0 looks the same, trust the engine to have written every row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ def trace_from_payload(
     where: str,
     start: int = 0,
     unwritten: Unwritten = "refuse",
+    layer_order: LayerOrder | None = None,
 ) -> RoutingTrace:
     """Return the trace of the tokens from ``start`` on, out of one array for prompt and completion.
 
@@ -102,6 +104,7 @@ def trace_from_payload(
 
     ``token_ids`` and the spans of ``origin`` cover all P + T tokens, whatever ``start`` is. ``where`` names the request
     in messages. A row is unwritten when each of its layers names one expert K times: a prefix-cache hit that left zeros.
+    An engine keeps one ``layer_order`` for all that it reads, so that short payloads add up to a judgement.
 
     Raises:
         TraceError: when there is no payload, its type cannot hold the model's ids, rows, layers or topk have another number
@@ -109,7 +112,7 @@ def trace_from_payload(
     """
     token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
-    held = _moe_layers_of(_given(rows, where), model, where)
+    held = _moe_layers_of(_given(rows, where), model, where, layer_order)
     given = np.ones(len(held), dtype=bool)
     if len(token_ids) == num_prompt_tokens:
         held, given = _of_empty_call(held, len(token_ids) - start, start, where)
@@ -138,6 +141,7 @@ def trace_from_split_payload(
     where: str,
     start: int = 0,
     unwritten: Unwritten = "refuse",
+    layer_order: LayerOrder | None = None,
 ) -> RoutingTrace:
     """Return the trace of the tokens from ``start`` on, out of one array for the prompt and one for the completion.
 
@@ -154,13 +158,15 @@ def trace_from_split_payload(
     common |= {"where": where, "start": start, "unwritten": unwritten}
     if len(token_ids) == num_prompt_tokens:
         rows = completion_rows if prompt_rows is None else prompt_rows
-        return trace_from_payload(rows, num_prompt_tokens=num_prompt_tokens, **common)
-    sampled = _moe_layers_of(_given(completion_rows, where), model, where)
+        return trace_from_payload(
+            rows, num_prompt_tokens=num_prompt_tokens, layer_order=layer_order, **common
+        )
+    sampled = _moe_layers_of(_given(completion_rows, where), model, where, layer_order)
     num_prompt_rows = num_prompt_tokens - start
     if prompt_rows is None:
         prompt = np.zeros((num_prompt_rows, *sampled.shape[1:]), dtype=sampled.dtype)
     else:
-        prompt = _moe_layers_of(_given(prompt_rows, where), model, where)
+        prompt = _moe_layers_of(_given(prompt_rows, where), model, where, layer_order)
     num_fed = len(token_ids) - num_prompt_tokens - 1
     if (len(prompt), len(sampled)) != (num_prompt_rows, num_fed):
         raise TraceError(
@@ -224,7 +230,10 @@ def _given(rows: Any, where: str) -> Shaped[np.ndarray, "..."]:
 
 
 def _moe_layers_of(
-    rows: Shaped[np.ndarray, "..."], model: RoutedModel, where: str
+    rows: Shaped[np.ndarray, "..."],
+    model: RoutedModel,
+    where: str,
+    layer_order: LayerOrder | None,
 ) -> Integer[np.ndarray, "rows moe_layers topk"]:
     """Return the MoE layers of a payload in either layer form."""
     if rows.ndim != 3 or not np.issubdtype(rows.dtype, np.integer):
@@ -246,26 +255,10 @@ def _moe_layers_of(
             f"{len(model.moe_layers)} (MoE layers only); draft or multi-token-prediction layers are counted, a pipeline "
             "stage reported alone, or the engine serves another model"
         )
-    dense = [n for n in range(num_layers) if n not in frozenset(model.moe_layers)]
-    _refuse_routes_in_dense_layers(rows, dense, model.num_experts, where)
+    (LayerOrder() if layer_order is None else layer_order).check(
+        rows, moe_layers=model.moe_layers, num_experts=model.num_experts, where=where
+    )
     return rows[:, list(model.moe_layers)]
-
-
-def _refuse_routes_in_dense_layers(
-    rows: Integer[np.ndarray, "rows layers topk"], dense: list[int], num_experts: int, where: str
-) -> None:
-    """Raise when a dense layer holds what only a router writes: as many MTP as dense layers give the same count."""
-    if rows.shape[2] == 1 or len(rows) < MIN_TOKENS_FOR_CONSTANT_CHECK:
-        return
-    for layer in dense:
-        ids = np.sort(rows[:, layer], axis=1)
-        in_range = ids[:, 0].min() >= 0 and ids[:, -1].max() < num_experts
-        if in_range and (ids[:, 1:] != ids[:, :-1]).all() and (ids != ids[0]).any():
-            raise TraceError(
-                f"{where}: decoder layer {layer} is dense, but the payload holds possible routes for it in all {len(rows)} "
-                "rows; its layers are not the decoder layers in order: as many draft or multi-token-prediction layers as "
-                "the model has dense ones were appended, which gives the same count"
-            )
 
 
 def _check_rows(
@@ -323,7 +316,7 @@ def _bound(
     valid = np.append(given & ~_unwritten_rows(rows, given, start, unwritten, where), False)
     try:
         return RoutingTrace.record(
-            np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))]),
+            owned(np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))])),
             token_ids=token_ids[start:],
             valid=valid,
             layers=model.moe_layers,
@@ -342,12 +335,11 @@ def _unwritten_rows(
     where: str,
 ) -> Bool[np.ndarray, " rows"]:
     if rows.shape[2] == 1:
-        if unwritten == "invalid":
-            raise TraceError(
-                f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "
-                "cannot be told apart; turn the engine's prefix cache off"
-            )
-        return np.zeros(len(rows), dtype=bool)
+        return _unwritten_of_one(rows, given, start, unwritten, where)
+    if unwritten == "trust":
+        raise TraceError(
+            f"{where}: unwritten='trust' is for models with one expert per token; of {rows.shape[2]} a router names none twice"
+        )
     # A row whose first layer is a route has been written, so the other layers are seldom read.
     blank = (rows[:, 0] == rows[:, 0, :1]).all(axis=1) & given
     blank[blank] = (rows[blank] == rows[blank, :, :1]).all(axis=(1, 2))
@@ -360,3 +352,26 @@ def _unwritten_rows(
             "route these rows live and count them"
         )
     return blank
+
+
+def _unwritten_of_one(
+    rows: Integer[np.ndarray, "rows layers 1"],
+    given: Bool[np.ndarray, " rows"],
+    start: int,
+    unwritten: Unwritten,
+    where: str,
+) -> Bool[np.ndarray, " rows"]:
+    """Return that no row is unwritten, or raise: of one expert per token, zeros are a route to expert 0."""
+    if unwritten == "invalid":
+        raise TraceError(
+            f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "
+            "cannot be told apart; turn the engine's prefix cache off"
+        )
+    blank = (rows == 0).all(axis=(1, 2)) & given
+    if blank.any() and unwritten == "refuse":
+        raise TraceError(
+            f"{where}: {int(blank.sum())} of {len(rows)} rows name expert 0 in all {rows.shape[1]} layers, the first is that of "
+            f"token {start + int(blank.argmax())}; with one expert per token a row that nobody wrote looks the same: turn the "
+            "engine's prefix cache off and pass unwritten='trust'"
+        )
+    return np.zeros(len(rows), dtype=bool)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
+from moe_replay.routing.arrays import owned
 from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference
 from moe_replay.routing.replay import Coverage
 from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace
@@ -168,11 +169,11 @@ def _owned_rows(
         _append_spans(spans, call.trace.origin, offset, done, end)
         done = end
     trace = RoutingTrace(
-        expert_ids=ids,
-        valid=valid,
+        expert_ids=owned(ids),
+        valid=owned(valid),
         layers=model.layers,
         num_experts=model.num_experts,
-        token_digest=digest_tokens(tokens),
+        token_digest=owned(digest_tokens(tokens)),
         origin=Origin(
             engine=model.origin.engine,
             engine_version=model.origin.engine_version,

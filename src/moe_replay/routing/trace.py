@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
-from moe_replay.routing.arrays import as_array, check_holds_ids
+from moe_replay.routing.arrays import as_array, check_holds_ids, kept, owned
 from moe_replay.routing.digest import (
     crop_digest,
     digest_tokens,
@@ -96,7 +96,8 @@ class RoutingTrace:
 
     Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row. ``RoutingTrace(...)``
     therefore raises `TraceError` instead of holding nonsense. What only live routes can judge is left to the guard: see
-    `constant_layers`.
+    `constant_layers`. Arrays are read-only, and are copied unless nobody else can write to them (see `arrays.kept`), so
+    what was checked stays as it was.
     """
 
     expert_ids: Integer[np.ndarray, "tokens layers topk"]
@@ -113,6 +114,8 @@ class RoutingTrace:
     """Who recorded the routes, and under which weights."""
 
     def __post_init__(self) -> None:
+        for name in ("expert_ids", "valid", "token_digest"):
+            object.__setattr__(self, name, kept(getattr(self, name)))
         self._check_form()
         self._check_routes()
 
@@ -143,7 +146,7 @@ class RoutingTrace:
         """Bind freshly recorded routes to the tokens that they were recorded for.
 
         ``expert_ids`` may come in any integer dtype that can hold every expert; ids outside the model's experts raise before
-        they are narrowed. All three may be numpy arrays, lists, or tensors of torch.
+        they are narrowed. All three may be numpy arrays, lists, or tensors of torch, and may be reused once this returns.
 
         Raises:
             TraceError: when rows, tokens and ``valid`` differ in number, or a valid row is not a possible route.
@@ -162,13 +165,17 @@ class RoutingTrace:
             )
         if ids.dtype != expert_dtype(num_experts):
             _check_range(ids, valid, layers, num_experts)
-        narrow = np.ascontiguousarray(ids.astype(expert_dtype(num_experts), copy=False))
+        dtype = expert_dtype(num_experts)
+        if ids.dtype != dtype:
+            ids = owned(ids.astype(dtype, order="C"))
+        elif not ids.flags.c_contiguous:
+            ids = owned(np.array(ids, order="C"))
         return cls(
-            expert_ids=narrow,
+            expert_ids=ids,
             valid=np.asarray(valid, dtype=bool),
             layers=tuple(int(layer) for layer in layers),
             num_experts=num_experts,
-            token_digest=digest_tokens(token_ids),
+            token_digest=owned(digest_tokens(token_ids)),
             origin=origin,
         )
 
@@ -202,7 +209,7 @@ class RoutingTrace:
             valid=self.valid[start:stop],
             layers=self.layers,
             num_experts=self.num_experts,
-            token_digest=crop_digest(self.token_digest, start, stop),
+            token_digest=owned(crop_digest(self.token_digest, start, stop)),
             origin=self.origin.crop(start, stop),
         )
 
@@ -238,11 +245,11 @@ class RoutingTrace:
                 spans.append(moved)
             rows += len(part)
         return RoutingTrace(
-            expert_ids=np.concatenate([part.expert_ids for part in parts]),
-            valid=np.concatenate([part.valid for part in parts]),
+            expert_ids=owned(np.concatenate([part.expert_ids for part in parts])),
+            valid=owned(np.concatenate([part.valid for part in parts])),
             layers=first.layers,
             num_experts=first.num_experts,
-            token_digest=join_digests([part.token_digest for part in parts]),
+            token_digest=owned(join_digests([part.token_digest for part in parts])),
             origin=Origin(
                 engine=first.origin.engine,
                 engine_version=first.origin.engine_version,
@@ -294,7 +301,9 @@ class RoutingTrace:
         if tuple(layers) == self.layers:
             return self
         return RoutingTrace(
-            expert_ids=np.ascontiguousarray(self.expert_ids[:, [place[layer] for layer in layers]]),
+            expert_ids=owned(
+                np.array(self.expert_ids[:, [place[layer] for layer in layers]], order="C")
+            ),
             valid=self.valid,
             layers=tuple(layers),
             num_experts=self.num_experts,

@@ -80,8 +80,9 @@ class _Scope:
                     "its score function the weights of replayed experts would be guessed"
                 )
         _check_routes(expert_ids, valid, layers, self.sites)
-        self._ids = torch.from_numpy(np.ascontiguousarray(expert_ids))
-        self._valid = torch.from_numpy(np.ascontiguousarray(valid))
+        # Copies: torch shares memory with an array, and those of a trace are read-only.
+        self._ids = torch.from_numpy(np.array(expert_ids))
+        self._valid = torch.from_numpy(np.array(valid))
         self._column = {layer: column for column, layer in enumerate(layers)}
         self._num_forwards = {site.layer: 0 for site in self.sites}
         self._num_recomputed = 0
