@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ def measure(checkpoint: Path, rounds: int, load: Load) -> dict[str, tuple[float,
             print(f"      {kind:16s} {statistics.median(speeds[kind]):7.0f} sampled tokens/s")
         low, capture_ratio, high = quartiles(speeds[kinds[0]], speeds[kinds[1]])
         print(f"      capturing / plain: half of the pairs between {low:.3f} and {high:.3f}")
+        together = [ask("vllm capturing", "together") for _ in range(3 if rounds < 20 else 9)]
         pushes = [ask("vllm capturing", "push") for _ in range(5)]
         own, native, tokens = ask("vllm capturing", "wire")
     return {
@@ -125,6 +127,8 @@ def measure(checkpoint: Path, rounds: int, load: Load) -> dict[str, tuple[float,
             statistics.median(speeds["embedded"]) / statistics.median(speeds["vllm capturing"]),
             "ratio",
         ),
+        # One call of all completions against as many in 32 calls at a time, of neighbouring rounds.
+        "concurrent.ratio": (statistics.median(one / many for one, many in together), "ratio"),
         "push.seconds": (statistics.median(seconds for seconds, _ in pushes), "s"),
         "push.bytes": (float(pushes[0][1]), "B"),
         "wire.bytes_per_token": (own / tokens, "B"),
@@ -186,6 +190,9 @@ def work(kind: str, checkpoint: Path, load: Load, pipe: Any) -> None:
             size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
             pipe.send((time.perf_counter() - started, size))
             continue
+        if command == "together":
+            pipe.send(one_and_many(engine, sampling, rng))
+            continue
         groups = engine.generate(requests, sampling)
         if command == "wire":
             pipe.send(wire_bytes(groups))
@@ -193,6 +200,26 @@ def work(kind: str, checkpoint: Path, load: Load, pipe: Any) -> None:
             sampled = sum(len(c.token_ids) for group in groups for c in group.completions)
             pipe.send((time.perf_counter() - started, sampled))
     engine.close()
+
+
+def one_and_many(
+    engine: Engine, sampling: SamplingParams, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Return the seconds of one call of 128 completions, and of 32 concurrent calls of four of them."""
+    requests = [
+        Request(
+            request_id=number,
+            prompt_ids=rng.integers(4, 90, PROMPT_LENGTH).astype(np.int32),
+            num_generations=4,
+        )
+        for number in range(32)
+    ]
+    started = time.perf_counter()
+    engine.generate(requests, sampling)
+    between = time.perf_counter()
+    with ThreadPoolExecutor(len(requests)) as threads:
+        list(threads.map(lambda request: engine.generate([request], sampling), requests))
+    return between - started, time.perf_counter() - between
 
 
 def open_engine(kind: str, checkpoint: Path) -> Engine:
