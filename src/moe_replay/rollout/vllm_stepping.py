@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -23,22 +22,21 @@ T = TypeVar("T")
 _CLOSED = "the vLLM engine is closed; make a new one"
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
 class _Call:
     """What one caller waits for."""
 
-    asked: Sequence[tuple[Any, Any]]
-    """Prompt and sampling parameters of each completion."""
-    names: list[str] = field(default_factory=list)
-    """vLLM's names of the completions, in the order of ``asked``; fewer while they are being added."""
-    outputs: dict[str, Any] = field(default_factory=dict)
-    """Name -> last output, of those that have ended."""
-    failure: BaseException | None = None
-    """Why the call ended early."""
-    is_left: bool = False
-    """Whether its caller was interrupted, so that nobody waits any more."""
-    ended: threading.Event = field(default_factory=threading.Event)
-    """Set when there is nothing left to wait for."""
+    def __init__(self, asked: Sequence[tuple[Any, Any]]) -> None:
+        # Prompt and sampling parameters of each completion.
+        self.asked = asked
+        # vLLM's names of the completions, in their order; fewer while they are being added.
+        self.names: list[str] = []
+        # Name -> last output, of those that have ended.
+        self.outputs: dict[str, Any] = {}
+        self.failure: BaseException | None = None
+        # Whether the caller was interrupted, so that nobody waits any more.
+        self.is_left = False
+        # Set when there is nothing left to wait for.
+        self.ended = threading.Event()
 
 
 class VllmStepper:
@@ -87,7 +85,7 @@ class VllmStepper:
         Raises:
             EngineError: when vLLM fails, or loses a request.
         """
-        call = _Call(asked=asked)
+        call = _Call(asked)
         try:
             with self._changed:
                 value = at_start()
