@@ -59,9 +59,10 @@ def test_r9_a_body_that_stops_coming_is_refused_and_a_whole_one_is_taken():
         assert error_of(call("POST", f"{url}/generate", body)) == (200, "")
 
 
+@pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("sent", ["", "POST /generate HTT", HEAD])
-def test_r9_headers_that_do_not_come_end_the_connection(sent):
-    with served(fake(), facts=FACTS, web={"headers_s": 0.2}) as url:
+def test_r9_headers_that_do_not_come_end_the_connection(sent, http):
+    with served(fake(), facts=FACTS, web={"headers_s": 0.2, "http": http}) as url:
         with connected(url) as slow:
             slow.sendall(sent.encode())
             assert all_of(slow) == b""
@@ -76,9 +77,11 @@ def test_r9_a_second_request_has_a_limit_for_its_headers_too():
         assert b"HTTP/1.1" not in all_of(slow)
 
 
-def test_r9_a_slow_answer_is_not_cut_by_the_limit_for_headers():
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_r9_a_slow_answer_is_not_cut_by_the_limit_for_headers(http):
     engine = HeldEngine()
-    with served(engine, facts=FACTS, progress_s=0.05, web={"headers_s": 0.2}) as url:
+    web = {"headers_s": 0.2, "http": http}
+    with served(engine, facts=FACTS, progress_s=0.05, web=web) as url:
         body = call_bytes(requests(1), SAMPLING, POLICY)
         seen = 0
         with httpx2.stream(
