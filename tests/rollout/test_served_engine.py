@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from moe_replay.errors import DivergedError, EngineError
+from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.rollout.fake import FakeEngine
+from moe_replay.rollout.model_facts import checkpoint_tensors
 from moe_replay.rollout.served_engine import (
     PushRefused,
     ServedEngine,
@@ -18,6 +20,7 @@ from moe_replay.rollout.served_engine import (
     folder_tensors,
     to_its_end,
 )
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from .server_case import FACTS, LIMIT_S, SAMPLING, SHAPES, fake, requests, weights
 
@@ -211,3 +214,34 @@ def test_work_is_done_to_its_end_although_its_task_is_cancelled_twice():
         assert seen == ["done"]
 
     asyncio.run(run())
+
+
+def test_the_embedded_engine_goes_back_to_its_checkpoint_and_takes_the_next_push(tmp_path):
+    models = [
+        write_tiny_checkpoint(tmp_path / str(seed), seed=seed, num_hidden_layers=2)
+        for seed in (0, 1)
+    ]
+    engine = started(
+        lambda: EmbeddedEngine(models[0], dtype="float32"), checkpoint=models[0], cancellable=True
+    )
+    (wanted,) = requests(1)
+
+    async def sampled():
+        return (await complete(engine, wanted, 0)).token_ids.tolist()
+
+    async def push():
+        before = await sampled()
+        torn = dict(checkpoint_tensors(models[1]))
+        # The last one of them, so that most of the others are in the model by then.
+        torn[max(torn)] = torch.ones(1)
+        with pytest.raises(PushRefused, match="the weights before this push stay"):
+            await engine.apply(folder_of(tmp_path / "torn", torn.items()))
+        assert await sampled() == before
+        whole = dict(checkpoint_tensors(models[1]))
+        await engine.apply(folder_of(tmp_path / "whole", whole.items()))
+        return await sampled()
+
+    after = asyncio.run(push())
+    other = EmbeddedEngine(models[1], dtype="float32")
+    assert after == other.generate([wanted], SAMPLING)[0].completions[0].token_ids.tolist()
+    other.close()

@@ -177,13 +177,14 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
         )
         port = listening.getsockname()[1]
         scheme = "https" if tls else "http"
+        host = f"[{options.host}]" if ":" in options.host else options.host
         run_until_signal(
             server,
             engine,
             web_server(server.application(), **tls),
             listening,
             say=say,
-            what=f"{options.model} on {scheme}://{options.host}:{port}",
+            what=f"{options.model} on {scheme}://{host}:{port}",
         )
 
 
