@@ -59,3 +59,58 @@ def test_samples_of_stale_versions_are_compared_among_themselves():
     assert baseline.kappa.shape[0] == 2
     assert baseline.kappa[1].mean() > baseline.kappa[0].mean() + 0.2
     assert guard.decide(baseline, [judge(counts, baseline)], looks={}).is_clean
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (64, 6, 6)], ids=str)
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_long_text_that_repeats_one_word_is_clean(shape, lasting):
+    """Rows that are all alike: the routes of every row fit as well as a row's own, and nothing is wrong."""
+    experts, topk, layers = shape
+    print("seed 22")
+    rng = np.random.default_rng(22)
+    source = DrawnSteps(num_experts=experts, topk=topk, num_layers=layers, num_rows=200)
+    replayed, live = source.draw(rng, source.heat(rng))
+    loops = [4, 19]
+    for sample in loops:
+        replayed[sample, 10:] = live[sample, 10:] = replayed[sample, 10]
+        unused = next(e for e in range(experts) if e not in replayed[sample, 10, 1])
+        if lasting:  # a flip that stays as long as the text repeats
+            live[sample, 10:, 1, 0] = unused
+        else:
+            flipped = rng.random((190, layers)) < 0.3
+            for layer in range(layers):
+                taken = replayed[sample, 10, layer]
+                unused = next(e for e in range(experts) if e not in taken)
+                live[sample, 10:, layer, 0][flipped[:, layer]] = unused
+    counts = source.count(replayed, live)
+    guard = Guard()
+    baseline = guard.baseline([summarise([counts])])
+    verdict = guard.decide(baseline, [judge(counts, baseline)], looks={})
+    assert verdict.is_clean, verdict.summary()
+    # Control: the same samples with the routes of other tokens.
+    replayed[loops] = np.roll(replayed[loops], 4, axis=2) if layers > 4 else 1 + replayed[loops]
+    counts = source.count(replayed % experts, live)
+    baseline = guard.baseline([summarise([counts])])
+    verdict = guard.decide(baseline, [judge(counts, baseline)], looks={})
+    assert {finding.sample for finding in verdict.misaligned} == set(loops)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (64, 6, 6)], ids=str)
+def test_a_policy_whose_texts_all_repeat_one_word_is_clean(shape):
+    experts, topk, layers = shape
+    print("seed 23")
+    rng = np.random.default_rng(23)
+    source = DrawnSteps(num_experts=experts, topk=topk, num_layers=layers, num_rows=200)
+    replayed, live = source.draw(rng, source.heat(rng))
+    replayed[:, 4:] = live[:, 4:] = replayed[:, [4]]
+    flipped = rng.random(live.shape[:3]) < 0.25 * topk / 2
+    live[..., 0][flipped] = (replayed.max(axis=3)[flipped] + 1) % experts
+    unique = np.sort(live, axis=3)
+    twice = (unique[..., 1:] == unique[..., :-1]).any(axis=3)
+    live[twice] = replayed[twice]
+    counts = source.count(replayed, live)
+    guard = Guard()
+    baseline = guard.baseline([summarise([counts])])
+    verdict = guard.decide(baseline, [judge(counts, baseline)], looks={})
+    assert verdict.is_clean, verdict.summary()
+    assert verdict.agreement.mean() < 0.93

@@ -27,6 +27,7 @@ MAX_STRICT = 0.95
 """Greatest such share for the stricter test, which only asks for a second look."""
 _OUTLIER = 5.0  # times what the sample at the lower decile loses is more than drift takes
 _POOL_SAMPLES = 32  # of this step and the last ones, that medians are taken over at least
+_MORE_CHANCE = 1.1  # times the chance of the median sample is still usual
 _MIN_REPEATS_OF = 3  # samples, to leave out the one with the longest stretch
 _VERSION_SAMPLES = 16  # of a policy version, to be compared among themselves
 
@@ -81,6 +82,9 @@ class Baseline:
     """``[samples]``, entry of ``kappa`` for each sample of the table."""
     kappa: Float64[np.ndarray, "versions layers"]
     """``[versions, layers]``, share of the information that the median sample of a policy version keeps, from 0 to 1."""
+    max_chance: Float64[np.ndarray, " layers"]
+    """``[layers]``, share of the slots above which chance is not that of a usual sample. A text that repeats itself has rows
+    that are all alike: there the routes of any row fit as well as a row's own, and nothing is lost."""
     tolerance: float
     """Share of the median's information below which a sample has lost its routes."""
     strict: float
@@ -122,6 +126,8 @@ class Baseline:
             table=table,
             version_entry=entry,
             kappa=np.clip(kappa, 0.0, 1.0),
+            max_chance=_MORE_CHANCE
+            * np.median(table.chance / np.maximum(table.slots, 1.0), axis=0),
             tolerance=float(np.clip(1 - _OUTLIER * (1 - kept), *TOLERANCE)),
             strict=float(np.clip(1 - _OUTLIER * (1 - window_kept), TOLERANCE[0], MAX_STRICT)),
             effects=tuple((max(1.0, float(a)), max(1.0, float(b))) for a, b in effects),

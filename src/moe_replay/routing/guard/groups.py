@@ -28,6 +28,8 @@ FLOOR = 0.2
 """Share of the information that the median sample keeps at least, whatever the drift."""
 MIN_ROOM = 0.1
 """Share of the slots above chance, below which nothing is said about information."""
+MAX_FLOOR_AGREEMENT = 0.75
+"""Agreement from which nothing is said about information: where texts repeat themselves, chance is as high."""
 MAX_STRAY = 0.03
 """Share of the rows that fit nowhere, above which a whole group is wrong; drift, however strong, left 0.2 % of them."""
 _KINDS = len(PLACES) + 3
@@ -98,7 +100,8 @@ def _stretch_faults(
     room = slots - chance
     due = (chance + FLOOR * room) / np.maximum(slots, 1.0)
     kept = shortfall_nats(own, slots, due, effect[0])
-    kept[(room <= MIN_ROOM * slots) | (slots < _MIN_SLOTS)] = 0.0
+    silent = (room <= MIN_ROOM * slots) | (own >= MAX_FLOOR_AGREEMENT * slots)
+    kept[silent | (slots < _MIN_SLOTS)] = 0.0
     best = np.maximum(paired.max(axis=0), kept)
     at = int(best.argmax())
     threshold += math.log(len(first))
@@ -267,6 +270,8 @@ def _floor_nats(
     baseline: Baseline, own: np.ndarray, chance: np.ndarray, slots: np.ndarray, *, single: bool
 ) -> float:
     """Return nats of so little overlap if the samples kept `FLOOR` of the information."""
+    if own.sum() >= MAX_FLOOR_AGREEMENT * slots.sum():
+        return 0.0
     return _shortfall(own, chance + FLOOR * (slots - chance), slots, baseline, single=single)
 
 

@@ -132,8 +132,9 @@ class SampleTests:
         baseline, table = self._baseline, self._baseline.table
         kappa = baseline.kappa[baseline.version_entry]
         slots = table.slots.sum(axis=1)
+        chance = np.minimum(table.chance, table.slots * baseline.max_chance)
         for test, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
-            due = (table.chance + share * kappa * (table.slots - table.chance)).sum(axis=1)
+            due = (chance + share * kappa * (table.slots - chance)).sum(axis=1)
             own = table.own.sum(axis=1)
             nats = shortfall_nats(own, slots, due / np.maximum(slots, 1e-9), self._effect(0))
             self._set(f"{test} sample", nats)
