@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Sample
+from moe_replay.batch import Microbatch, Sample
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.compat import transformer_engine_usable
-from moe_replay.megatron.scorer import Routing
+from moe_replay.megatron.overlap import WatchedRoutes
+from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.megatron.upload import upload
+from moe_replay.routing.guard import OverlapCounts, count_overlaps
 from moe_replay.testing.policies import mean_loss, pack, with_own_routes
 from moe_replay.testing.samples import make_samples, randomise_routes, shift_tokens
 
@@ -63,3 +66,27 @@ def test_routes_are_uploaded_in_their_own_dtype_without_waiting(actor: MegatronA
     assert there.dtype == torch.uint8
     torch.cuda.synchronize()
     assert np.array_equal(there.cpu().numpy(), routes)
+
+
+def test_overlaps_counted_on_the_gpu_are_those_of_the_reference(actor: MegatronActor) -> None:
+    seen: list[tuple[Microbatch, WatchedRoutes]] = []
+    watch = RouteWatch(observe=lambda *given: seen.append(given), keeps_live=True)
+    for samples in (own(actor), shift_tokens(own(actor), 1)):
+        actor.score(
+            pack(samples, scorer=actor), temperature=1.0, routing=Routing.REPLAY, watch=watch
+        )
+    for microbatch, watched in seen:
+        routes = microbatch.routes
+        assert routes is not None and watched.live_ids is not None
+        expected = count_overlaps(
+            routes.expert_ids.transpose(1, 0, 2),
+            watched.live_ids,
+            valid=routes.valid,
+            sample=microbatch.sample_ids,
+            position=microbatch.positions,
+            layers=routes.layers,
+            num_experts=routes.num_experts,
+        )
+        for field in fields(OverlapCounts):
+            got, wanted = getattr(watched.counts, field.name), getattr(expected, field.name)
+            assert np.array_equal(got, wanted), field.name
