@@ -69,6 +69,8 @@ def chaotic(recipe: Recipes, model: Path, urls: list[str], **keys: Any) -> Recip
         rollout__dtype="bfloat16",
         rollout__max_completion_length=48,
         rollout__num_generations=4,
+        # A server that could take the whole step would leave none of it to the other.
+        rollout__max_batch_size=16,
         batch__global_batch_size=64,
         batch__max_tokens_per_microbatch=1024,
         run__max_steps=3,
