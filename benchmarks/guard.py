@@ -1,9 +1,11 @@
 """What the guard costs on the real Megatron-Core, and what it misses and wrongly accuses on drawn routes.
 
-Steps with and without the guard alternate in one run, each a pass of old log-probabilities under replay and an update; the
-ratio is the median over neighbouring pairs. The guarded one counts every row in both passes and judges both. The matrices
-are wide beside the choice of experts, as those of real models are (1,024 hidden, 64 experts of 256, top-8); `--tiny` takes
-a model that is small enough for the guard to show.
+Steps with and without the guard alternate in one run, each a pass of old log-probabilities under replay and an update. The
+guarded one counts every row in both passes and judges both. Whole steps of a CPU differ by several percent from one to the
+next, which is more than the guard takes. So the figure is made of what differs: the time that routers spend choosing, with
+and without counting, and that of judging, all of it measured inside these steps; whole steps are printed beside it. The
+matrices are wide beside the choice of experts, as those of real models are (1,024 hidden, 64 experts of 256, top-8);
+`--tiny` takes a model that is small enough for the guard to show.
 
 Misses: one of 32 samples of a step has wrong routes, in three shapes, with each cause in turn. False alarms: clean steps of the
 same shapes. The figures come last, one JSON object a line.
@@ -15,8 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,7 @@ import transformers
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.routing.guard import Guard, OverlapCounts, Verdict, join_evidence, judge, summarise
 from moe_replay.testing.drawn_steps import DrawnSteps, planted
@@ -102,26 +109,85 @@ def step_ratio(model: dict[str, Any], pairs: int) -> float:
     parameters = sum(p.numel() for module in actor.modules for p in module.parameters())
     tokens = sum(len(sample.token_ids) for sample in samples)
     print(f"{parameters / 1e6:.1f}M parameters, {tokens} tokens a step, {pairs} pairs, 1 thread")
-    guard = Guard()
-    found = alternate(
-        lambda: _step(actor, batches, None), lambda: _step(actor, batches, guard), pairs=pairs
+    guard, spent = Guard(), {False: Spent(), True: Spent()}
+    with _timed(ReplayScope, ("_experts", "watched"), spent):
+        found = alternate(
+            lambda: _step(actor, batches, None, spent),
+            lambda: _step(actor, batches, guard, spent),
+            pairs=pairs,
+        )
+    print(f"step: {found.describe('without', 'with the guard')}")
+    (whole, plain), (_, own) = (spent[with_guard].means() for with_guard in (False, True))
+    print(
+        f"routers and guard: {1e3 * plain:.1f} ms of {1e3 * whole:.0f} ms of processor time without, {1e3 * own:.1f} ms with the "
+        "guard",
+        flush=True,
     )
-    print(f"step: {found.describe('without', 'with the guard')}", flush=True)
-    return found.ratio
+    return (whole - plain + own) / whole
 
 
-def _step(actor: MegatronActor, batches: list[Microbatch], guard: Guard | None) -> None:
+class Spent:
+    """Seconds of processor time: of whole steps, and of what choosing experts, counting and judging took in them."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.own: list[float] = []
+        self.running = False
+
+    def means(self) -> tuple[float, float]:
+        """Return the means of a step, without the first, which warms up."""
+        return statistics.fmean(self.steps[1:]), statistics.fmean(self.own[1:])
+
+
+@contextmanager
+def _timed(owner: Any, names: tuple[str, ...], spent: dict[bool, Spent]) -> Iterator[None]:
+    """Add the time in some methods to that of the step that is running."""
+    before = {name: getattr(owner, name) for name in names}
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            started = time.process_time()
+            result = method(*given)
+            for each in spent.values():
+                if each.running:
+                    each.own[-1] += time.process_time() - started
+            return result
+
+        return call
+
+    for name in names:
+        setattr(owner, name, timed(before[name]))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(owner, name, before[name])
+
+
+def _step(
+    actor: MegatronActor, batches: list[Microbatch], guard: Guard | None, spent: dict[bool, Spent]
+) -> None:
+    mine = spent[guard is not None]
+    mine.own.append(0.0)
+    mine.running, started = True, time.process_time()
     seen: list[OverlapCounts] = []
     watch = RouteWatch(observe=lambda _, watched: seen.append(watched.counts)) if guard else None
     options: dict[str, Any] = {"temperature": 1.0, "routing": Routing.REPLAY, "watch": watch}
+
+    def judge_them() -> None:
+        if guard is not None:
+            began = time.process_time()
+            guard.accept(_judged(guard, seen))
+            seen.clear()
+            mine.own[-1] += time.process_time() - began
+
     actor.score(batches, **options)
-    if guard is not None:
-        guard.accept(_judged(guard, seen))
-        seen.clear()
+    judge_them()
     actor.backward(batches, mean_loss, **options)
-    if guard is not None:
-        _judged(guard, seen)
+    judge_them()
     actor.step()
+    mine.running = False
+    mine.steps.append(time.process_time() - started)
 
 
 def _judged(guard: Guard, counts: list[OverlapCounts]) -> Verdict:

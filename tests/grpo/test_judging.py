@@ -153,6 +153,9 @@ def test_e1_dropped_samples_are_counted_marked_and_not_trained_on(
     assert clean["replay/dropped_samples"] == clean["replay/suspects"] == 0.0
     assert clean["replay/guard_margin_nats"] < -3 < 0 < record["replay/guard_margin_nats"]
     assert clean["grad_norm"] != record["grad_norm"]
+    # What is usual is saved with the step, so that a resumed run decides as an uninterrupted one.
+    saved = made.run.output_dir / "checkpoints" / "step-000001" / "position.json"
+    assert len(json.loads(saved.read_text())["guard"]["history"]) == 1
 
 
 @pytest.mark.ranks
