@@ -22,7 +22,7 @@ from moe_replay.rollout.weights_folder import WeightsFolder
 from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
-from .server_case import SAMPLING, SHAPES, client, fake, requests, weights
+from .server_case import SAMPLING, SHAPES, client, fake, requests, tokens, weights
 
 pytestmark = pytest.mark.vllm
 
@@ -123,6 +123,22 @@ def test_e11_a_push_that_failed_stops_every_rank():
         assert "the rank that pushes policy version 1 failed: no server took" in str(raised[1])
         assert pushing.policy_version == waiting.policy_version == 0
         pushing.close(), waiting.close()
+
+
+def test_e8_every_rank_is_answered_by_the_checkpoint_of_the_run(tmp_path):
+    """The server was started with other weights of the same shape; two ranks."""
+    ours, other = (write_tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    facts, ranks = read_facts(ours), Ranks(2)
+    right = tokens(EmbeddedEngine(ours, dtype="float32").generate(requests(2), SAMPLING))
+    with served(EmbeddedEngine(other, dtype="float32")) as url:
+        pushing = client(url, facts=facts, share=ranks.share(0))
+        waiting = client(url, facts=facts, pushes=False, share=ranks.share(1))
+        assert tokens(waiting.generate(requests(2), SAMPLING)) != right
+        raised = on_ranks(lambda: pushing.restore(ours), lambda: waiting.restore(ours))
+        assert raised == [None, None]
+        for engine in (pushing, waiting):
+            assert tokens(engine.generate(requests(2), SAMPLING)) == right
+            engine.close()
 
 
 def test_e4_expert_biases_reach_an_engine_bit_for_bit(tmp_path):

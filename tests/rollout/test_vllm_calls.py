@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
 
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.embedded import EmbeddedEngine
@@ -36,9 +39,6 @@ LIMITS = {"token": None, "timeout_s": 300.0, "max_answer_bytes": 1 << 20}
 
 def only(*paths: str) -> Any:
     """Return an application that knows these paths and nothing else."""
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
 
     async def answer(request: Any) -> Any:
         return JSONResponse({"version": "0.30.0"})
@@ -67,6 +67,23 @@ def test_what_a_plain_server_was_started_without_is_named(paths, remedy):
         calls = VllmCalls(url, facts=FACTS, **LIMITS)
         with pytest.raises(RecipeError, match=remedy):
             calls.status()
+        calls.close()
+
+
+def test_e2_a_plain_server_shows_life_by_the_tokens_that_it_counts():
+    counted = iter(["5.0", "5.0", "6.0", ""])
+
+    async def answer(request: Any) -> Any:
+        number = next(counted)
+        line = f'vllm:generation_tokens_total{{engine="0"}} {number}\n' if number else ""
+        return PlainTextResponse(f"# HELP a word\n{line}python_gc_objects_total 7.0\n")
+
+    with listening(Starlette(routes=[Route("/metrics", answer)])) as url:
+        calls = VllmCalls(url, facts=FACTS, **LIMITS)
+        lives = [calls.result(calls.begin(calls._shows_life())) for _ in range(3)]
+        assert lives == [True, False, True] and calls._work
+        calls.result(calls.begin(calls._shows_life()))
+        assert not calls._work
         calls.close()
 
 

@@ -93,6 +93,7 @@ class HttpCalls:
         )
         self._loop = asyncio.new_event_loop()
         self._running: set[asyncio.Task[Any]] = set()
+        self._given_up: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="calls", daemon=True)
         self._thread.start()
 
@@ -107,11 +108,14 @@ class HttpCalls:
 
     def give_up(self) -> None:
         """Make every call that is under way raise `GivenUpError` and close its connection."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        for task in self._running:
+        # Once each: a call that was given up may still be telling its server.
+        for task in self._running - self._given_up:
             task.cancel()
+        self._given_up |= self._running
 
     async def _end(self) -> None:
         self._cancel()
@@ -218,6 +222,7 @@ class HttpCalls:
                 return await answer
             finally:
                 self._running.discard(task)
+                self._given_up.discard(task)
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 

@@ -180,7 +180,8 @@ class PlainCalls(HttpCalls):
             elif loop.time() - max(heard_s, self._last_piece_s) > self._timeout_s:
                 self._num_silences += 1
                 for limit in self._waiting:
-                    limit.reschedule(loop.time())
+                    if not limit.expired():
+                        limit.reschedule(loop.time())
                 heard_s = loop.time()
 
     async def _end(self) -> None:

@@ -1,7 +1,7 @@
 """The engine that is one or more rollout servers: load spread over them, weights pushed to all, faults survived.
 
-A completion depends on its seed, request and number, not on the server that samples it, so a request that is sampled
-again elsewhere gives what it would have given.
+Where servers draw by the seed of the run, a completion depends on its seed, request and number, and not on the server, so
+one that is sampled again elsewhere comes out the same. Where they do not, `Redraws` bounds what that does to the data.
 
 In: URLs, requests, weights. Out: completions with routes.
 """
@@ -41,8 +41,6 @@ from moe_replay.rollout.weights_folder import WeightsFolder
 _ANSWER_BYTES = 4 << 30
 # Between two looks at whether calls that were given up have ended, and the longest wait for them.
 _GIVE_UP_S, _LEAVE_S = 0.05, 30.0
-# Faults of a server that holds other weights, or was never reached: nothing was sampled.
-_BEFORE_SAMPLING = (Fault.STALE,)
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -320,7 +318,8 @@ class ServerEngine:
         self, server: RolloutServer, task: Task, work: Round, error: CallError
     ) -> EngineError | None:
         """Return what ends the run if drawing a task again on this server, or another, went too far from its policy."""
-        if server.draws_by_seed or error.fault in _BEFORE_SAMPLING:
+        # What other weights sampled is not drawn again: those of this policy never drew it.
+        if server.draws_by_seed or error.fault is Fault.STALE:
             return None
         is_silence = error.incident is not None
         if not is_silence and isinstance(server, PlainServer) and not server.is_up():

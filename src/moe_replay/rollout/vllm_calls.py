@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -43,8 +42,8 @@ from moe_replay.rollout.vllm_http import (
 from moe_replay.rollout.vllm_wire import FLAG
 from moe_replay.rollout.weight_names import read_policy, weight_version
 
-# Names of the weights of a server that loads a push, and of one in which a push has failed.
-_LOADING, _BROKEN = "moe-replay is loading", "moe-replay failed to load"
+# Name of the weights of a server that loads a push, and of one in which a push has failed.
+_LOADING = "moe-replay is loading"
 _GENERATE = "/inference/v1/generate"
 # Counters of a server that works, in whose reading it shows.
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total")
@@ -97,10 +96,7 @@ class VllmCalls(PlainCalls):
         return self._server is not None and self._server.draws
 
     async def _shows_life(self) -> bool:
-        code, text = await self._answer("GET", "/metrics", silence_s=self._timeout_s)
-        if code != 200:
-            # Without --disable-log-stats there are counters; without counters only pieces of answers show life.
-            return False
+        _, text = await self._answer("GET", "/metrics", silence_s=self._timeout_s)
         before, self._work = (
             self._work,
             tuple(line for line in text.splitlines() if line.startswith(_WORK)),
@@ -153,6 +149,12 @@ class VllmCalls(PlainCalls):
             sample,
             hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with --enforce-eager)",
         )
+        self.result(self.begin(self._shows_life()))
+        if not self._work:
+            raise RecipeError(
+                f"{self.url}/metrics counts no tokens, so nobody could tell a server that hangs from one with a long queue; "
+                "start it without --disable-log-stats"
+            )
 
     def complete(
         self,
@@ -216,21 +218,17 @@ class VllmCalls(PlainCalls):
             CallError: when it does not answer, fails to load, or has failed before.
         """
         assert self._pushed is not None
-        name = self._weight_version()
-        if name in (_LOADING, _BROKEN):
-            what = "is loading" if name == _LOADING else "has failed to load"
+        if self._weight_version() == _LOADING:
             raise CallError(
                 Fault.FAILED,
-                f"{self.url} {what} another push, or was left while it did; vLLM's workers are out of step after that: start "
-                "the server again, and give each run servers of its own",
+                f"{self.url} is loading another push, or has failed to, after which vLLM's workers are out of step: start the "
+                "server again, and give each run servers of its own",
             )
         self.call("POST", "/pause?" + urlencode({"mode": "abort"}))
         self._name_weights(_LOADING)
         try:
             self._load(self._pushed)
         except EngineError as error:
-            with suppress(EngineError):
-                self._name_weights(_BROKEN)
             raise self._not_loaded(
                 policy,
                 error,
