@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_replay.routing.guard import Guard, judge, summarise
+from moe_replay.routing.guard import Guard, count_overlaps, judge, summarise
 from moe_replay.testing.drawn_steps import DrawnSteps
 
 HABITS = {
@@ -114,3 +114,37 @@ def test_a_policy_whose_texts_all_repeat_one_word_is_clean(shape):
     verdict = guard.decide(baseline, [judge(counts, baseline)], looks={})
     assert verdict.is_clean, verdict.summary()
     assert verdict.agreement.mean() < 0.93
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (64, 6, 6)], ids=str)
+@pytest.mark.parametrize("longest", [3, 12, 50])
+def test_short_and_uneven_samples_with_rows_missing_are_clean_on_any_ranks(shape, longest):
+    experts, topk, layers = shape
+    seed = [24, experts, longest]
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    source = DrawnSteps(num_experts=experts, topk=topk, num_layers=layers, num_rows=50, spread=0.35)
+    heat, guard = source.heat(rng), Guard()
+    for _ in range(3):
+        replayed, live = (ids.reshape(-1, layers, topk) for ids in source.draw(rng, heat))
+        sample, position = np.repeat(np.arange(32), 50), np.tile(np.arange(50), 32)
+        valid = (position < rng.integers(1, longest + 1, 32)[sample]) & (rng.random(1600) < 0.95)
+        # Rows are cut anywhere over three ranks, layers over two stages.
+        rank = np.minimum(np.arange(1600) * 3 // 1600 + (rng.random(1600) < 0.02), 2)
+        counts = [
+            count_overlaps(
+                replayed[:, stage],
+                live[:, stage],
+                valid=valid & (rank == r),
+                sample=sample,
+                position=position,
+                layers=tuple(range(layers))[stage],
+                num_experts=experts,
+            )
+            for r in range(3)
+            for stage in (slice(0, 1), slice(1, layers))
+        ]
+        baseline = guard.baseline([summarise([part]) for part in counts])
+        verdict = guard.decide(baseline, [judge(part, baseline) for part in counts], looks={})
+        assert verdict.is_clean, verdict.summary()
+        guard.accept(verdict)

@@ -147,12 +147,14 @@ def _record(table: StepTable) -> StepRecord:
     known = np.asarray(np.isfinite(effects).any(axis=2))
     medians = np.nanmedian(np.where(np.expand_dims(known, 2), effects, 1.0), axis=2)
     kappa = _kappa(table, np.ones(len(information), bool))
+    kept = float(np.quantile(information, 0.1)) / middle
     return StepRecord(
         num_samples=len(information),
         information=middle,
         kappa={str(layer): float(k) for layer, k in zip(table.layers, kappa, strict=True)},
-        kept=float(np.quantile(information, 0.1)) / middle,
-        window_kept=_decile(bins) / middle if bins.sum() else 1.0,
+        kept=kept,
+        # Samples too short for a window are no stricter than they are as a whole.
+        window_kept=min(kept, _decile(bins) / middle) if bins.sum() else kept,
         effects=tuple((float(a), float(b)) for a, b in medians),
         repeats=_usual_repeats(table),
         stray=(0, 0, 0.0, 0.0),
