@@ -169,3 +169,18 @@ def test_e24_a_push_that_one_of_two_ranks_cannot_load_is_refused_by_both(checkpo
         assert_same(groups, embedded.generate(requests_of(rank), SAMPLING))
     assert results[0][0].startswith("a weight push failed on 1 of the 2 ranks")
     assert "rank 1: EngineError" in results[0][0]
+
+
+@pytest.mark.parametrize(("has_gpu", "device"), [(True, 3), (False, 0)])
+def test_an_engine_of_one_rank_runs_on_the_gpu_of_its_process(monkeypatch, has_gpu, device):
+    import torch
+
+    from moe_replay.rollout.vllm_ranks import on_own_device
+
+    class Executor:
+        def _distributed_args(self):
+            return "file:///x", 0, 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert on_own_device(Executor)()._distributed_args() == ("file:///x", 0, device)

@@ -26,6 +26,7 @@ from moe_replay.rollout.vllm_replica import VllmReplica, launch_all
 from moe_replay.rollout.vllm_startup import check_loadable, engine_options
 from moe_replay.rollout.vllm_workers import PUSH_WORKER, TornReloadError
 from moe_replay.rollout.weight_stream import fitting_weights
+from moe_replay.routing import LayerOrder
 
 # Steps between two outputs of a running completion: what each costs is paid in the server's one event loop.
 _STREAM_INTERVAL = 16
@@ -68,6 +69,7 @@ class VllmServing:
                 "least 1 of each"
             )
         self._facts = read_facts(model_dir)
+        self._layer_order = LayerOrder()
         heads = load_config(Path(model_dir)).get_text_config().num_attention_heads
         check_loadable(self._facts, tensor_parallel_size, num_attention_heads=heads)
         self._description = describe(
@@ -170,6 +172,7 @@ class VllmServing:
             model=self._facts.routed if self._description.records_routes else None,
             version=self._description.version,
             policy_version=policy_version,
+            layer_order=self._layer_order,
         )
 
     async def stage(self, folder: Path) -> None:

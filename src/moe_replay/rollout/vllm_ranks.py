@@ -52,6 +52,23 @@ def executor_of_ranks() -> type:
     return RankExecutor
 
 
+def on_own_device(executor: type) -> type:
+    """Return ``executor``, a vLLM's of one rank, such that it runs on the GPU that this process has chosen.
+
+    vLLM would take the first GPU in each of the trainer's processes.
+    """
+    if not torch.cuda.is_available():
+        return executor
+    local_rank = torch.cuda.current_device()
+
+    class OwnDeviceExecutor(executor):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            method, rank, _ = super()._distributed_args()
+            return method, rank, local_rank
+
+    return OwnDeviceExecutor
+
+
 def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
     """Return the requests of every rank of this engine, in rank order; collective over them."""
     flat = [

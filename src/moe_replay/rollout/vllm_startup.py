@@ -222,13 +222,13 @@ def _executor(config: Any) -> type:
     """Return the class that runs the model in this process: all of it, or one shard."""
     from vllm.v1.executor import Executor
 
-    from moe_replay.rollout.vllm_ranks import executor_of_ranks
+    from moe_replay.rollout.vllm_ranks import executor_of_ranks, on_own_device
 
     if config.parallel_config.tensor_parallel_size > 1:
         return executor_of_ranks()
     # The CPU build moves its worker to another process, where tensors cannot be pushed to.
     config.parallel_config.distributed_executor_backend = "uni"
-    return Executor.get_class(config)
+    return on_own_device(Executor.get_class(config))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

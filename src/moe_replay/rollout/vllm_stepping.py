@@ -67,6 +67,7 @@ class VllmStepper:
             name="vllm-steps",
             daemon=True,
         )
+        self._sleep()
         self._thread.start()
 
     @property
