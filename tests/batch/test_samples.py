@@ -73,3 +73,23 @@ def test_e16_a_sample_without_a_sampled_token_predicts_nothing_and_cannot_train(
     assert found.num_live[LiveReason.LAST_TOKEN] == 1
     with pytest.raises(TraceError, match="leave 0 sampled tokens"):
         sample(prompt=5)
+
+
+def test_e6_a_sample_keeps_what_it_was_made_with():
+    trace = synthetic_trace(np.arange(1, 6, dtype=np.int32), seed=1)
+    ids, logprobs = np.arange(1, 6, dtype=np.int32), np.zeros(3, dtype=np.float32)
+    made = Sample(
+        sample_id=7,
+        token_ids=ids,
+        prompt_length=2,
+        rollout_logprobs=logprobs,
+        advantage=1.0,
+        trains=True,
+        trace=trace,
+    )
+    ids[:], logprobs[:] = 9, -1.0
+    assert made.token_ids.tolist() == [1, 2, 3, 4, 5]
+    assert made.rollout_logprobs.tolist() == [0.0] * 3
+    # The control: the buffers are no longer those of the trace's tokens.
+    with pytest.raises(TokenMismatchError):
+        trace.check_tokens(ids, where="here")

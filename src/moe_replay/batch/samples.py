@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from moe_replay.errors import TraceError
 from moe_replay.routing import Coverage, RoutingTrace
+from moe_replay.routing.arrays import kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +43,9 @@ class Sample:
     """Whether this rank sampled it: of all ranks that train on a sample, one speaks for it in the metrics."""
 
     def __post_init__(self) -> None:
+        # What is checked here must stay: a caller's buffer may hold the next sample soon.
+        for name in ("token_ids", "rollout_logprobs"):
+            object.__setattr__(self, name, kept(getattr(self, name)))
         completion = len(self.token_ids) - self.prompt_length
         fewest = 1 if self.trains else 0
         if (
