@@ -19,6 +19,7 @@ from moe_replay.grpo.batching import MiniBatch, StepBatch, without
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.rollout.prompt_encoding import load_tokenizer
+from moe_replay.rollout.types import Completion, RolloutGroup
 from moe_replay.routing import Coverage, RouteSlice
 from moe_replay.testing.misrouting import (
     MisroutingEngine,
@@ -166,6 +167,35 @@ def test_e1_more_wrong_samples_than_may_be_dropped_stop_the_run(recipe: Recipes)
         match=r"more than it covers: 3 of 32 samples, where replay.max_dropped_frac = 0.07 allows 2",
     ):
         run(made, make_engine=wrong(one_row_late, lambda prompt, n: n == 1 and prompt < 3))
+
+
+class OtherWeights(MisroutingEngine):
+    """Samples one completion as if by other weights: neither its routes nor its probabilities are the trainer's."""
+
+    def _changed(
+        self, groups: Sequence[RolloutGroup], group: RolloutGroup, number: int
+    ) -> Completion:
+        changed = super()._changed(groups, group, number)
+        return replace(changed, rollout_logprobs=changed.rollout_logprobs - np.float32(4))
+
+
+@pytest.mark.ranks
+def test_e1_a_sample_that_drift_robbed_of_its_routes_is_left_out_and_never_stops_the_run(
+    recipe: Recipes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(**LONG)
+    (record,) = run(
+        made,
+        make_engine=lambda loaded, device: OtherWeights(
+            recipe_engine(loaded, device),
+            randomised,
+            lambda group, number: one(group.request.request_id, number),
+        ),
+    )
+    assert (record["replay/lost_samples"], record["replay/dropped_samples"]) == (1.0, 0.0)
+    lines = (made.run.output_dir / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["dropped"] for line in lines][14] == "lost"
+    assert "1 of 32 samples lost their routes to drift" in capfd.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.ranks
