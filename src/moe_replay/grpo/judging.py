@@ -21,6 +21,7 @@ from moe_replay.grpo.second_look import look_again, mean_gap
 from moe_replay.grpo.watch import PassWatch, Seen
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
+from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import (
     Baseline,
     Owner,
@@ -99,7 +100,7 @@ def judge_engine_routes(
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
         if not _may_drop(run, verdict):
-            raise _stopped(run, verdict, where)
+            raise _stopped(run, verdict, where, beyond=_beyond_dropping(run, verdict))
         dropped |= {finding.sample: MISALIGNED for finding in verdict.misaligned}
     guard.accept(verdict)
     _say_dropped(run, verdict, origins, dropped)
@@ -140,7 +141,6 @@ def judge_own_packing(
     judged = _measured(run, seen, origins)
     if run.guard is None:
         return judged
-    # The first pass has been remembered already (R3), and this one sees a part of the same samples.
     guard = run.guard
     baseline = guard.baseline(seen.parts)
     evidence = run.gather(_evidence(watch, baseline))
@@ -158,6 +158,9 @@ def judge_own_packing(
     )
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
+    if run.mode is ReplayMode.R2:
+        # In R3 the pass before has been remembered, and this one sees a part of the same samples.
+        guard.accept(verdict)
     return replace(
         judged,
         metrics={
@@ -227,8 +230,10 @@ def _may_drop(run: Run, verdict: Verdict) -> bool:
     )
 
 
-def _stopped(run: Run, verdict: Verdict, where: str) -> MisalignmentError | DivergedError:
-    """Return the error that ends the run."""
+def _stopped(
+    run: Run, verdict: Verdict, where: str, *, beyond: str = ""
+) -> MisalignmentError | DivergedError:
+    """Return the error that ends the run; ``beyond`` says why dropping does not cover it."""
     said = verdict.message(where)
     scale = typical_scale(run.actor.modules)
     if scale >= _RUINED_SCALE:
@@ -239,14 +244,19 @@ def _stopped(run: Run, verdict: Verdict, where: str) -> MisalignmentError | Dive
             f"{run.recipe.optimizer.lr:g}), look at grad_norm in metrics.jsonl, and resume from a checkpoint before it, or "
             "pass --restart"
         )
-    replay = run.recipe.replay
-    if replay.on_misaligned == "drop":
-        said += (
-            f"\nreplay.on_misaligned is 'drop', and this is more than it covers: {len(verdict.misaligned)} of "
-            f"{len(verdict.sample_ids)} samples, where replay.max_dropped_frac = {replay.max_dropped_frac:g} allows "
-            f"{int(replay.max_dropped_frac * len(verdict.sample_ids))}, or a fault of a rank, a layer or the whole step"
-        )
-    return MisalignmentError(said)
+    return MisalignmentError(said + beyond)
+
+
+def _beyond_dropping(run: Run, verdict: Verdict) -> str:
+    """Say why a run that may drop samples stops all the same."""
+    replay, num_samples = run.recipe.replay, len(verdict.sample_ids)
+    if replay.on_misaligned == "stop":
+        return ""
+    return (
+        f"\nreplay.on_misaligned is 'drop', and this is more than it covers: {len(verdict.misaligned)} of {num_samples} samples, "
+        f"where replay.max_dropped_frac = {replay.max_dropped_frac:g} allows {int(replay.max_dropped_frac * num_samples)}, or "
+        "a fault of a rank, a layer or the whole step"
+    )
 
 
 def _say_dropped(run: Run, verdict: Verdict, origins: Origins, dropped: Mapping[int, str]) -> None:
