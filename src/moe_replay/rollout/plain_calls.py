@@ -129,9 +129,7 @@ class PlainCalls(HttpCalls):
                 call.cancel()
         return failure
 
-    async def _waited(
-        self, path: str, body: bytes, on_piece: Callable[[bytes], None] = lambda piece: None
-    ) -> bytes:
+    async def _waited(self, path: str, body: bytes) -> bytes:
         """Return the body of an answer that may take any time while the server works.
 
         Raises:
@@ -141,7 +139,6 @@ class PlainCalls(HttpCalls):
 
         def heard(piece: bytes) -> None:
             self._last_piece_s = loop.time()
-            on_piece(piece)
 
         self._waiting.add(limit)
         if self._watch is None or self._watch.done():

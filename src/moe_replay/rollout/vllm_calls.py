@@ -7,7 +7,6 @@ In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatev
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ from moe_replay.rollout.types import (
 from moe_replay.rollout.vllm_http import (
     NativeServer,
     generate_message,
-    read_answer,
     read_completion,
     read_server,
 )
@@ -169,8 +167,8 @@ class VllmCalls(PlainCalls):
     ) -> None:
         """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
 
-        Answers do not name their weights, so the server is asked before and after, and nothing is kept between. ``on_progress``
-        is told of one token for each piece that comes; pieces that hold more are few.
+        Answers do not name their weights, so the server is asked before and after, and nothing is kept between. It tells of
+        no progress.
 
         Raises:
             RecipeError: when this server cannot sample so that log-probabilities are the policy's.
@@ -186,7 +184,6 @@ class VllmCalls(PlainCalls):
             policy.policy_version,
             description,
             lambda number, completion: sampled.append((number, completion)),
-            on_progress,
         )
         if sampled:
             check_policy(self._policy(), policy, self.url)
@@ -273,19 +270,15 @@ class VllmCalls(PlainCalls):
         policy_version: int,
         description: EngineDescription,
         keep: Callable[[int, Completion], None],
-        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> CallError | None:
         assert self._server is not None
-        draws, num_tokens = self._server.draws, itertools.count(1)
-
-        def note(piece: bytes) -> None:
-            on_progress(Progress(doing="sampling", num_tokens=next(num_tokens)))
+        draws = self._server.draws
 
         def read(number: int, answer: bytes) -> None:
             where = f"{self.url}: request {request.request_id}, completion {number}"
             try:
                 completion = read_completion(
-                    read_answer(answer, where=where),
+                    self.parsed(answer, _GENERATE),
                     request,
                     sampling,
                     facts=self._facts,
@@ -314,5 +307,5 @@ class VllmCalls(PlainCalls):
 
         bodies = {number: message(number) for number in numbers}
         return self._gather(
-            {number: self._waited(_GENERATE, body, note) for number, body in bodies.items()}, read
+            {number: self._waited(_GENERATE, body) for number, body in bodies.items()}, read
         )

@@ -9,7 +9,6 @@ In: JSON of a server. Out: descriptions, completions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +38,6 @@ PROCESSOR = "moe_replay.rollout.vllm_sampler:DrawTokens"
 _OLDEST = Version("0.28")
 # As in rollout.vllm_sampler, which only an installed vLLM can import.
 _DRAW = "moe_replay"
-# What begins each piece of an answer, and what only the last piece has.
-_EVENT, _LAST = b"data:", ("finish_reason", "routed_experts")
 # How vLLM names a token beside its log-probability when it does not detokenize.
 _TOKEN = "token_id:"
 _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -168,38 +165,9 @@ def generate_message(
             "num_known_ids": num_known_ids,
         }
         params["extra_args"] = {_DRAW: draw}
-    # Pieces show that a long completion grows; the last one has the routes of all rows.
-    return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params, "stream": True}
-
-
-def read_answer(answer: bytes, *, where: str) -> dict[str, Any]:
-    """Return an answer that came in pieces as the one that came at once would be.
-
-    Example:
-        Events with the tokens [5], [7, 2], of which the last one has ``finish_reason`` and routes, are one choice with
-        the tokens [5, 7, 2], three log-probabilities, and these.
-
-    Raises:
-        EngineError: when the answer is damaged, was cut, or tells of an error.
-    """
-    try:
-        if not answer.startswith(_EVENT):
-            return json.loads(answer)
-        events = [part.removeprefix(_EVENT).strip() for part in answer.split(b"\n\n") if part]
-        if events[-1] != b"[DONE]":
-            raise EngineError(f"{where}: the answer was cut after {len(events)} pieces")
-        whole: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}}
-        for event in map(json.loads, events[:-1]):
-            if "error" in event:
-                raise EngineError(f"{where}: the server failed: {str(event['error'])[:2000]}")
-            (choice,) = event["choices"]
-            whole["token_ids"] += choice["token_ids"]
-            whole["logprobs"]["content"] += choice["logprobs"]["content"]
-            whole |= {key: choice[key] for key in _LAST if choice.get(key) is not None}
-    # Brackets nested deeper than the interpreter goes raise no ValueError.
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
-    return {"choices": [whole]}
+    # Not in pieces: where their reader is slow, vLLM 0.30 merges pieces and loses the routes, which come with the last
+    # (`RequestOutput.add`).
+    return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params, "stream": False}
 
 
 def read_completion(
