@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +37,20 @@ pytestmark = pytest.mark.vllm
 PUSH = "0" * 32
 
 
+@pytest.fixture(scope="module")
+def open_url() -> Iterator[str]:
+    """Return a server for all tests that leave it as it is."""
+    with served(fake(), facts=FACTS) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def guarded_url() -> Iterator[str]:
+    """Return one that asks for a token."""
+    with served(fake(), facts=FACTS, token="secret") as url:
+        yield url
+
+
 def generate(url: str, change: dict[str, object]) -> tuple[int, str]:
     """Make a generate call of which something was changed, and return the status and text of its error."""
     body = json.loads(call_bytes(requests(2), SAMPLING, POLICY))
@@ -59,22 +74,20 @@ def generate(url: str, change: dict[str, object]) -> tuple[int, str]:
         ("POST", f"/pushes/{PUSH}/commit"),
     ],
 )
-def test_nothing_is_answered_without_the_token(given, method, path):
+def test_nothing_is_answered_without_the_token(guarded_url, given, method, path):
     headers = {"authorization": given} if given else {}
-    with served(fake(), facts=FACTS, token="secret") as url:
-        assert call(method, url + path, headers=headers).status_code == 401
+    assert call(method, guarded_url + path, headers=headers).status_code == 401
 
 
-def test_the_token_opens_the_server():
-    with served(fake(), facts=FACTS, token="secret") as url:
-        with pytest.raises(RecipeError, match="bearer token"):
-            client(url, token="wrong")
-        engine = client(url, token="secret")
-        assert engine.generate(requests(), SAMPLING)
-        engine.close()
-        for scheme in ("bearer", "BEARER"):
-            headers = {"authorization": f"{scheme} secret"}
-            assert call("GET", f"{url}/status", headers=headers).status_code == 200
+def test_the_token_opens_the_server(guarded_url):
+    with pytest.raises(RecipeError, match="bearer token"):
+        client(guarded_url, token="wrong")
+    engine = client(guarded_url, token="secret")
+    assert engine.generate(requests(), SAMPLING)
+    engine.close()
+    for scheme in ("bearer", "BEARER"):
+        headers = {"authorization": f"{scheme} secret"}
+        assert call("GET", f"{guarded_url}/status", headers=headers).status_code == 200
 
 
 def test_a_web_page_cannot_call_the_server():
@@ -125,9 +138,8 @@ def test_bodies_above_the_limit_are_refused():
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/pushes"])
-def test_hostile_calls_are_refused(path, body):
-    with served(fake(), facts=FACTS) as url:
-        assert call("POST", url + path, body).status_code == 400
+def test_hostile_calls_are_refused(open_url, path, body):
+    assert call("POST", open_url + path, body).status_code == 400
     with pytest.raises(CodecError):
         read_call(body)
 
@@ -167,10 +179,11 @@ def test_every_key_of_a_call_is_needed_and_none_may_be_added():
         ({"sampling.stop_token_ids": [10**30]}, "ids from 0 to 31"),
     ],
 )
-def test_r10_a_mistake_of_the_caller_is_refused_at_once_and_not_a_failure(change, message):
-    with served(fake(), facts=FACTS) as url:
-        assert generate(url, {}) == (200, "")
-        status, text = generate(url, change)
+def test_r10_a_mistake_of_the_caller_is_refused_at_once_and_not_a_failure(
+    open_url, change, message
+):
+    assert generate(open_url, {}) == (200, "")
+    status, text = generate(open_url, change)
     assert status == 400
     assert message in text
 
