@@ -1,0 +1,264 @@
+"""What HTTP costs: 64 clients of a rollout server beside one offline batch of the same requests on the same workers.
+
+The server runs in this process, as `moe-replay serve` runs it; its clients run in another one. Rounds alternate between
+them and completions that are asked of the engine directly, all at once. What else the machine does changes a round by
+more than HTTP does, so neighbouring rounds are compared, and the median of the pairs is the figure. Weights are pushed
+too: whole pushes of the model, and the bytes of a larger one, which are received and checked, but never loaded.
+Random weights, bfloat16. The figures come last, one JSON object a line.
+
+    python benchmarks/serve.py [--quick] [--rounds 24] [--tensor-parallel-size 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_replay.cli.environment import set_defaults
+from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.testing.tiny_models import VOCAB_SIZE
+
+NUM_CLIENTS = 64
+PROMPT_LENGTH = 24
+SIZE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 96,
+    "head_dim": 64,
+}
+
+
+def main() -> int:
+    """Print what was measured, then the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model on one worker, five pairs of rounds"
+    )
+    parser.add_argument("--rounds", type=int, help="pairs; default 24, quick 5")
+    parser.add_argument("--tensor-parallel-size", type=int, help="workers; default 2, quick 1")
+    parser.add_argument("--length", type=int, help="tokens; default 128, quick 64")
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    set_defaults(os.environ)
+    if options.client:
+        return be_client(options.client)
+    options.rounds = options.rounds or (5 if options.quick else 24)
+    options.length = options.length or (64 if options.quick else 128)
+    options.tensor_parallel_size = options.tensor_parallel_size or (1 if options.quick else 2)
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=memory) as pushes:
+        checkpoint = write_model(Path(folder), {} if options.quick else SIZE)
+        figures = asyncio.run(measure(checkpoint, Path(pushes), options))
+    for metric, (value, unit) in figures.items():
+        print(json.dumps({"metric": metric, "value": round(value, 4), "unit": unit}))
+    return 0
+
+
+def write_model(folder: Path, size: dict[str, Any]) -> Path:
+    """Write a checkpoint of random weights."""
+    import torch
+    import transformers
+
+    from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+    transformers.logging.disable_progress_bar()
+    return write_tiny_checkpoint(
+        folder / "model", initializer_range=0.05, dtype=torch.bfloat16, **size
+    )
+
+
+def requests() -> list[Request]:
+    """Return what every round asks for: one completion for each client."""
+    rng = np.random.default_rng(0)
+    return [
+        Request(
+            request_id=number,
+            prompt_ids=rng.integers(4, VOCAB_SIZE, PROMPT_LENGTH).astype(np.int32),
+            num_generations=1,
+        )
+        for number in range(NUM_CLIENTS)
+    ]
+
+
+def sampling(length: int, seed: int) -> SamplingParams:
+    """Return how a round samples; another seed is another round."""
+    return SamplingParams(max_completion_length=length, seed=seed)
+
+
+async def measure(
+    checkpoint: Path, pushes: Path, options: argparse.Namespace
+) -> dict[str, tuple[float, str]]:
+    """Run the server, race its clients against the engine behind it, then push; return metric -> (value, unit)."""
+    from moe_replay.rollout.model_facts import read_facts
+    from moe_replay.rollout.server import EngineServer
+    from moe_replay.rollout.server_run import web_server
+    from moe_replay.rollout.server_socket import bind
+    from moe_replay.rollout.vllm_async import VllmServing
+
+    # It loads its libraries while the workers load the model.
+    client = await asyncio.create_subprocess_exec(
+        sys.executable,
+        __file__,
+        "--client",
+        str(checkpoint),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    engine = VllmServing(
+        checkpoint,
+        dtype="bfloat16",
+        tensor_parallel_size=options.tensor_parallel_size,
+        kv_cache_gib=0.25,
+    )
+    webs: list[Any] = []
+    serving: list[Any] = []
+
+    def serve(facts: Any) -> str:
+        own = Path(tempfile.mkdtemp(dir=pushes))
+        server = EngineServer(engine, facts=facts, push_folder=own)
+        server.ready()
+        listening = bind("127.0.0.1", 0)
+        webs.append(web_server(server.application()))
+        serving.append(asyncio.create_task(webs[-1].serve(sockets=[listening])))
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    try:
+        await engine.start()
+        print(f"{options.tensor_parallel_size} workers; {engine.capacity()}")
+        await ask(client, "connect", serve(read_facts(checkpoint)))
+        raced = await race(engine, client, options)
+        # Without facts a server takes the bytes of a model of any size.
+        return raced | await push(client, serve(None), options)
+    finally:
+        client.kill()
+        await client.wait()
+        for web in webs:
+            web.should_exit = True
+        await asyncio.gather(*serving)
+        await engine.close()
+
+
+async def race(
+    engine: Any, client: asyncio.subprocess.Process, options: argparse.Namespace
+) -> dict[str, tuple[float, str]]:
+    """Alternate rounds of the clients and of the engine alone."""
+
+    async def alone(seed: int) -> float:
+        start = time.perf_counter()
+        every = await asyncio.gather(
+            *(
+                engine.complete(
+                    request,
+                    0,
+                    sampling(options.length, seed),
+                    policy_version=0,
+                    progress=lambda count: None,
+                )
+                for request in requests()
+            )
+        )
+        return sum(len(c.token_ids) for c in every) / (time.perf_counter() - start)
+
+    async def served(seed: int) -> float:
+        seconds, tokens = await ask(client, "generate", options.length, seed)
+        return tokens / seconds
+
+    for seed in (0, 1):
+        await served(seed), await alone(seed)
+    speeds: dict[Any, list[float]] = {alone: [], served: []}
+    for seed in range(2, 2 + options.rounds):
+        for kind in (alone, served) if seed % 2 else (served, alone):
+            speeds[kind].append(await kind(seed))
+    ratios = [s / a for s, a in zip(speeds[served], speeds[alone], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    print(
+        f"{NUM_CLIENTS} clients {statistics.median(speeds[served]):.0f} tokens/s, one batch "
+        f"{statistics.median(speeds[alone]):.0f}; half of the pairs between {low:.3f} and {high:.3f}"
+    )
+    return {
+        "serve.concurrent_ratio": (ratio, "ratio"),
+        "serve.tokens_per_second": (statistics.median(speeds[served]), "1/s"),
+    }
+
+
+async def push(
+    client: asyncio.subprocess.Process, other: str, options: argparse.Namespace
+) -> dict[str, tuple[float, str]]:
+    """Push the model as a trainer does, and the bytes of a larger one."""
+    whole = [await ask(client, "push", version) for version in range(1, 6)]
+    megabytes = 256 if options.quick else 2048
+    seconds, size = await ask(client, "upload", other, megabytes)
+    return {
+        "serve.push_MBps": (size / seconds / 1e6, "MB/s"),
+        "serve.whole_push_seconds": (statistics.median(s for s, _ in whole), "s"),
+        "serve.whole_push_bytes": (float(whole[0][1]), "B"),
+    }
+
+
+async def ask(client: asyncio.subprocess.Process, *command: Any) -> list[float]:
+    """Return what the clients' process answers: seconds, and how much came of them."""
+    client.stdin.write(json.dumps(command).encode() + b"\n")
+    line = await client.stdout.readline()
+    if not line:
+        raise RuntimeError("the process of the clients has ended")
+    return json.loads(line)
+
+
+def be_client(checkpoint: str) -> int:
+    """Do what standard input asks for, and answer on standard output."""
+    from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
+    from moe_replay.rollout.server_engine import ServerEngine
+
+    facts = read_facts(checkpoint)
+    engine: Any = None
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        start, done = time.perf_counter(), 0
+        if what == "connect":
+            engine = ServerEngine(
+                arguments,
+                facts=facts,
+                run="benchmark",
+                dtype="bfloat16",
+                record_routes=True,
+                calls_per_server=NUM_CLIENTS,
+            )
+        elif what == "generate":
+            groups = engine.generate(requests(), sampling(*arguments))
+            done = sum(len(c.token_ids) for group in groups for c in group.completions)
+        elif what == "push":
+            engine.load_weights(checkpoint_tensors(checkpoint), policy_version=arguments[0])
+            done = sum(tensor.nbytes for _, tensor in checkpoint_tensors(checkpoint))
+        else:
+            done = upload(*arguments)
+        print(json.dumps([time.perf_counter() - start, done]), flush=True)
+    return 0
+
+
+def upload(url: str, megabytes: int) -> int:
+    """Send a part of that many bytes as our client does, and return its length."""
+    from moe_replay.rollout.server_calls import ServerCalls
+    from moe_replay.rollout.server_contract import WeightPart, WeightsFolder
+
+    with tempfile.TemporaryDirectory() as unused:
+        folder = WeightsFolder(Path(unused))
+        part = WeightPart(0, bytes(1 << 20) * megabytes, folder, "benchmark")
+        calls = ServerCalls(url, token=None, timeout_s=600.0, max_answer_bytes=1 << 20)
+        calls.put_weights(part)
+        calls.close()
+    return len(part.content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
