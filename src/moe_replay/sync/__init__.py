@@ -1,4 +1,4 @@
-"""From the trainer to everybody else: weights to the engine, small messages between ranks.
+"""How the ranks of one job talk to one another.
 
-In: an actor. Out: pushed weights, gathered records. Called by: grpo.loop.
+In: values of this rank. Out: those of the others.
 """
