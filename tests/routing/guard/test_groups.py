@@ -172,3 +172,14 @@ def test_e13_a_layer_that_nobody_wrote_is_refused(shape):
     replayed[:, :, 1] = np.arange(shape[1])
     found = decide(source, replayed, live)
     assert "1" in {fault.name for fault in found.faults if fault.kind == "layer"}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_e13_a_collapsed_router_with_a_near_tie_is_accepted(shape):
+    """Engine and trainer choose the same experts for every token but one, in which they always differ."""
+    source = source_of(shape)
+    _, recorded, live = drawn(source, 10)
+    recorded[:, :, 1] = np.arange(shape[1])
+    live[:, :, 1] = np.arange(1, shape[1] + 1)
+    found = decide(source, recorded, live)
+    assert found.is_clean, found.summary()

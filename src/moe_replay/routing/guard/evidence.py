@@ -20,10 +20,10 @@ import numpy as np
 from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts
 from moe_replay.routing.guard.statistics import shortfall_nats, window_rows, window_sums
-from moe_replay.routing.guard.table import row_chance
+from moe_replay.routing.guard.table import row_chance, rows_are_alike
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float32, Float64, Int8, Int16, Int32, Int64
+    from jaxtyping import Float32, Float64, Int8, Int16, Int32, Int64
 
 TESTS = (
     "paired layer",
@@ -39,7 +39,6 @@ STRAY_KEEPS = 0.25
 """Share of the median's information below which a single row is stray."""
 STALE_KEEPS = 0.8
 """Share of the usual information below which a run of equal rows is stale, and not a text that repeats itself."""
-_ALIKE = 0.1  # of the variance that is due, below which rows are alike
 _STRAY_NATS = 3.0  # by which it must be below
 _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
@@ -86,7 +85,7 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     by_chance = np.minimum(row_chance(counts), counts.topk * most.sum())
     row_room = np.repeat(mean_kappa, counts.num_rows) * (row_slots - by_chance)
     own = counts.own.astype(np.float64)
-    alike = _is_alike(counts)
+    alike = rows_are_alike(counts)
     together, single = baseline.effects[0]
     for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
         # Rows that are all alike are one row, however many there are.
@@ -116,19 +115,6 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
     stray = np.add.reduceat(clear.astype(np.int32), counts.starts) if len(clear) else np.zeros(0)
     return found.evidence(stray.astype(np.int32))
-
-
-def _is_alike(counts: OverlapCounts) -> Bool[np.ndarray, "samples layers"]:
-    """Tell where all rows of a sample share the same number of slots: a text that repeats itself, with a lasting flip.
-
-    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each share 1 of 2 slots vary by
-    0, where 0.5 is due.
-    """
-    rows = np.maximum(counts.num_rows, 2)[:, None]
-    mean = counts.layer_own / rows
-    variance = (counts.layer_own_squares - rows * mean**2) / (rows - 1)
-    due = mean * (1 - mean / counts.topk)
-    return (variance < _ALIKE * due) & (counts.layer_own > 0)
 
 
 class _Found:

@@ -129,6 +129,8 @@ def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
         slots, chance = table.slots[:, [entry]], table.chance[:, [entry]]
         if not known.any() or 1 - chance.sum() / max(slots.sum(), 1) <= MIN_ROOM:
             continue
+        if table.alike[entry] > 0.5:
+            continue  # a collapsed router whose last expert is a near tie: all rows share the same slots, and not all
         kept = float(np.median(information[known, entry]))
         nats = _floor_nats(baseline, table.own[:, [entry]], chance, slots, single=True)
         if kept < FLOOR and slots.sum() >= _MIN_SLOTS and nats > threshold:

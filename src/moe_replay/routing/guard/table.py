@@ -19,13 +19,14 @@ from moe_replay.routing.guard.counts import PLACES, OverlapCounts
 from moe_replay.routing.guard.statistics import MIN_WINDOW, window_rows, window_sums
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Float64, Int32, Int64
+    from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 NUM_BINS = 300
 """Bins of the histogram of the windows' information, over `BIN_RANGE`."""
 BIN_RANGE = (-0.5, 1.0)
 NUM_STRETCHES = 16
 """Parts that the rows of each sample are divided into."""
+_ALIKE = 0.1  # of the variance that is due, below which rows are alike
 _MIN_EFFECT_ROWS = 8  # of a sample, below which its variance says nothing
 
 
@@ -47,6 +48,8 @@ class StepPart:
     """``[samples, layers]``, slots that live and replayed routes share."""
     chance: Float32[np.ndarray, "samples layers"]
     """``[samples, layers]``, slots that they would share if each row had the route of another row of the sample here."""
+    alike: Int32[np.ndarray, " layers"]
+    """``[layers]``, samples whose rows all share the same number of slots, though not all: a collapsed router with a near tie."""
     flips: Float32[np.ndarray, " layers"]
     """``[layers]``, rows whose expert sets differ."""
     rows_with_flip: int
@@ -95,6 +98,7 @@ def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
         num_rows=joined([part.num_rows for part in held]).astype(np.int32),
         own=joined([part.layer_own.T for part in held]).T.astype(np.float32),
         chance=joined([_chance_by_layer(part).T for part in held]).T.astype(np.float32),
+        alike=np.sum([rows_are_alike(part).sum(axis=0) for part in held], axis=0).astype(np.int32),
         flips=np.sum([part.layer_flips.sum(axis=0) for part in held], axis=0).astype(np.float32),
         rows_with_flip=sum(int((part.flips > 0).sum()) for part in held),
         nearer=joined([part.layer_nearer.sum(axis=2) for part in held]),
@@ -112,6 +116,19 @@ def row_chance(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
     """Return the slots that each row shares with the average other row of its sample, over layers; 0 for a single row."""
     others = np.maximum(counts.num_rows - 1, 1)
     return counts.others / np.repeat(others, counts.num_rows)
+
+
+def rows_are_alike(counts: OverlapCounts) -> Bool[np.ndarray, "samples layers"]:
+    """Tell where all rows of a sample share the same number of slots: a text that repeats itself, with a lasting flip.
+
+    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each share 1 of 2 slots vary by
+    0, where 0.5 is due.
+    """
+    rows = np.maximum(counts.num_rows, 2)[:, None]
+    mean = counts.layer_own / rows
+    variance = (counts.layer_own_squares - rows * mean**2) / (rows - 1)
+    due = mean * (1 - mean / counts.topk)
+    return (variance < _ALIKE * due) & (counts.layer_own > 0)
 
 
 def _chance_by_layer(counts: OverlapCounts) -> Float64[np.ndarray, "samples layers"]:
@@ -209,6 +226,8 @@ class StepTable:
     """``[places, layers]``, over samples."""
     layer_farther: Float64[np.ndarray, "places layers"]
     """``[places, layers]``, over samples."""
+    alike: Float64[np.ndarray, " layers"]
+    """``[layers]``, share of the samples whose rows are alike."""
     parts: tuple[StepPart, ...]
     """The parts of the ranks that compared rows, in their order."""
     ranks: tuple[int, ...]
@@ -240,6 +259,7 @@ class StepTable:
         slots, own, chance = np.zeros((3, *size))
         by_sample = np.zeros((2, len(PLACES), len(sample_ids)))
         by_layer = np.zeros((2, len(PLACES), len(layers)))
+        alike, counted = np.zeros((2, len(layers)))
         for part in held:
             at = np.searchsorted(sample_ids, part.sample_ids)
             place = np.searchsorted(layers, part.layers)
@@ -248,6 +268,8 @@ class StepTable:
             own[cells] += part.own
             chance[cells] += part.chance
             by_sample[:, :, at] += [part.nearer, part.farther]
+            alike[place] += part.alike
+            counted[place] += len(at)
             by_layer[:, :, place] += [part.layer_nearer, part.layer_farther]
         return cls(
             layers=tuple(layers),
@@ -261,6 +283,7 @@ class StepTable:
             farther=by_sample[1],
             layer_nearer=by_layer[0],
             layer_farther=by_layer[1],
+            alike=alike / np.maximum(counted, 1),
             parts=tuple(held),
             ranks=tuple(rank for rank, part in enumerate(parts) if part is not None),
         )
