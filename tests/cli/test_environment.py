@@ -56,3 +56,13 @@ def test_processes_of_one_machine_share_its_cores():
     environ = {"LOCAL_WORLD_SIZE": "100000"}
     set_defaults(environ)
     assert environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_workers_of_a_server_share_its_cores_and_are_bound_to_none(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    environ = {"CUDA_VISIBLE_DEVICES": ""}
+    set_defaults(environ, num_workers=4)
+    assert environ["OMP_NUM_THREADS"] == "2"
+    # vLLM would bind the workers of each replica to the same cores.
+    assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"

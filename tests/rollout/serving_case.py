@@ -64,10 +64,10 @@ class Served:
         return self.run(self.engine._replicas[0].workers(method, *arguments))
 
 
-def write_checkpoints(root: Path) -> dict[str, Path]:
+def write_checkpoints(root: Path, **shape: object) -> dict[str, Path]:
     """Write two checkpoints that differ in every weight."""
     return {
-        name: write_tiny_checkpoint(root / name, seed=seed, **SHAPE)
+        name: write_tiny_checkpoint(root / name, seed=seed, **SHAPE, **shape)
         for name, seed in (("a", 0), ("b", 1))
     }
 

@@ -46,7 +46,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_checkpoints(tmp_path_factory.mktemp("replicas"))
+    # Tied, so that a push must also reach the head, which no tensor of it names.
+    return write_checkpoints(tmp_path_factory.mktemp("replicas"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,28 @@ def test_e24_a_reload_that_cannot_be_finished_ends_all_pushes(tmp_path):
 def test_e25_a_worker_says_its_own_process():
     # Only its answer is looked at here: the server is this very process, which lives on.
     assert Worker(0).replay_begin(os.getpid())["value"] == os.getpid()
+
+
+@pytest.mark.parametrize("has_pidfd", [True, False])
+def test_e25_the_end_of_another_process_is_seen(has_pidfd, monkeypatch):
+    from moe_replay.rollout.vllm_workers import _wait_for_end
+
+    if not has_pidfd:
+
+        def refused(pid: int) -> int:
+            raise PermissionError("planted")
+
+        monkeypatch.setattr(os, "pidfd_open", refused)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        thread = threading.Thread(target=_wait_for_end, args=(other.pid,))
+        thread.start()
+        # Control: it waits while the other lives.
+        thread.join(0.1)
+        assert thread.is_alive()
+        other.stdin.close()
+        # Nobody has collected its exit status yet.
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_slow_reader_loses_no_routes():

@@ -24,6 +24,8 @@ _EVERYWHERE = {
     "VLLM_NO_USAGE_STATS": "1",
     # A server has threads, and a fork copies the locks that they hold.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # vLLM's ten minutes are too short for a large model on a slow disk; a process that dies is noticed at once.
+    "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
 }
 _ON_CPU = {
     # vLLM would bind each of its workers to a NUMA node, or to cores, of its own: replicas to the same ones.
@@ -64,12 +66,15 @@ def read_process(environ: Mapping[str, str]) -> ProcessSpec:
         ) from error
 
 
-def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """Set what torch reads while it loads, unless the user has set it; so call this before torch is imported."""
+def set_defaults(environ: MutableMapping[str, str], *, num_workers: int = 1) -> None:
+    """Set what torch reads while it loads, unless the user has set it; so call this before torch is imported.
+
+    ``num_workers`` processes will compute on this machine for this one, so each gets a share of the cores.
+    """
     defaults = dict(_EVERYWHERE)
     if not _has_gpu(environ):
         defaults |= _ON_CPU
-    processes_here = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes_here = int(environ.get("LOCAL_WORLD_SIZE", "1")) * num_workers
     cores = len(os.sched_getaffinity(0))
     defaults["OMP_NUM_THREADS"] = str(max(1, cores // processes_here))
     for name, value in defaults.items():

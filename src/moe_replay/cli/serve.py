@@ -110,7 +110,8 @@ def run_serve(options: argparse.Namespace) -> int:
     check_options(options)
     with bind(options.host, options.port) as listening:
         say(f"reading {options.model} for {options.host}:{options.port} ...")
-        set_defaults(os.environ)
+        num_workers = options.tensor_parallel_size * options.data_parallel_size
+        set_defaults(os.environ, num_workers=num_workers)
         _serve(options, token, listening)
     return 0
 

@@ -13,12 +13,15 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
+import psutil
 import torch
 
 from moe_replay.errors import EngineError
@@ -26,6 +29,8 @@ from moe_replay.errors import EngineError
 PUSH_WORKER = "moe_replay.rollout.vllm_workers.PushWorker"
 """What vLLM's ``worker_extension_cls`` must be."""
 
+# Time between two looks for the server where the system cannot say that it has ended, in seconds.
+_LOOK_S = 0.5
 # Attribute of a worker that can load no weights any more.
 _TORN = "_moe_replay_torn"
 _Arguments = ParamSpec("_Arguments")
@@ -78,11 +83,10 @@ class PushWorker:
 
         However the server ends: a ``kill -9`` gives it no chance to end what it has started, and workers hold memory.
         """
-        server = os.pidfd_open(server_pid)
         core = os.getppid()
 
         def wait() -> None:
-            select.select([server], [], [])
+            _wait_for_end(server_pid)
             # With one rank on a GPU this process is vLLM's core itself, and its parent is the server.
             if core != server_pid and os.getppid() == core:
                 os.kill(core, signal.SIGKILL)
@@ -151,6 +155,24 @@ class PushWorker:
                 f"a reload broke off, and vLLM could not be told that no more weights come ({type(error).__name__}: "
                 f"{error}): this worker can load no weights any more; start the server again"
             ) from error
+
+
+def _wait_for_end(pid: int) -> None:
+    """Return once a process, which need not be a child, has ended, even if nobody has collected its exit status."""
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except OSError:
+        # Some sandboxes do not have it.
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_LOOK_S)
+        return
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.poll()
 
 
 class TornReloadError(EngineError):
