@@ -40,6 +40,7 @@ class VllmReplica:
         self.number = number
         """Its place among the replicas of its server, from 0."""
         self._next_id = 0
+        self._cores = list(llm.engine_core.resources.engine_manager.processes)
         self._workers: list[psutil.Process] = []
         self.num_running = 0
         """Completions that are being sampled."""
@@ -68,7 +69,7 @@ class VllmReplica:
         Raises:
             EngineError: when a worker fails.
         """
-        cores = {core.pid for core in self._llm.engine_core.resources.engine_manager.processes}
+        cores = {core.pid for core in self._cores}
         pids = await self.workers("replay_begin", os.getpid())
         # One rank on a GPU runs in the core, a child of this process, whose exit status is vLLM's to collect.
         self._workers = [psutil.Process(pid) for pid in pids if pid not in cores]
@@ -218,6 +219,9 @@ class VllmReplica:
     def _end(self) -> None:
         # Ends the core, which ends its workers.
         self._llm.shutdown(timeout=_END_S)
+        for core in self._cores:
+            # vLLM does not wait for one that it had to kill.
+            core.join(_END_S)
         _, alive = psutil.wait_procs(self._workers, timeout=_END_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
