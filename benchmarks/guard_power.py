@@ -310,9 +310,11 @@ def clean_steps(shape: tuple[int, int, int], steps: int, *, seed: int) -> CleanR
 
 def table(cells: Sequence[Cell]) -> str:
     """Return the table as Markdown, one for each agreement."""
-    shapes = list(dict.fromkeys(cell.shape for cell in cells))
+    order = list(SHAPES)
+    found = dict.fromkeys(cell.shape for cell in cells)
+    shapes = sorted(found, key=lambda s: order.index(s) if s in order else len(order))
     lines: list[str] = []
-    for agreement in dict.fromkeys(cell.agreement for cell in cells):
+    for agreement in sorted({cell.agreement for cell in cells}, reverse=True):
         of = {(c.cause, c.shape): c for c in cells if c.agreement == agreement}
         lines += [
             "",
@@ -323,7 +325,7 @@ def table(cells: Sequence[Cell]) -> str:
             + " |",
             "|---|" + "---|" * len(shapes),
         ]
-        for cause in dict.fromkeys(cause for cause, _ in of):
+        for cause in [cause for cause in CAUSES if any(cause == known for known, _ in of)]:
             shown = [_shown(of.get((cause, shape))) for shape in shapes]
             lines.append(f"| {CAUSES[cause]} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -62,3 +62,28 @@ def test_guard_prints_its_three_figures() -> None:
         "guard.false_alarms",
     ]
     assert figures[1]["value"] == figures[2]["value"] == 0
+
+
+def test_the_table_of_the_guard_is_measured_and_put_into_its_page(tmp_path: Path) -> None:
+    page = tmp_path / "guard.md"
+    page.write_text("before\n<!-- guard-power: begin -->\nold\n<!-- guard-power: end -->\nafter\n")
+    lines = printed(
+        "guard_power.py",
+        *("--only", "64,6,6", "--agreement", "0.92", "--draws", "1", "--longest", "24"),
+        *("--causes", "one row late", "a tenth of the rows random", "--write", str(page)),
+    )
+    found = {row["metric"]: row["value"] for row in map(json.loads, lines[-2:])}
+    late, strewn = found.values()
+    # Every row late shows in a dozen of them; two random rows of 24 show nowhere, which is the control.
+    assert late in (8, 12, 16) and strewn is None
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert f"| one token late | **{late}** |" in text
+    assert "| a tenth of the rows random | not found, - |" in text
+
+
+def test_clean_steps_of_the_guard_are_counted() -> None:
+    lines = printed("guard_power.py", "--only", "8,2,4", "--clean", "30")
+    found = {row["metric"]: row["value"] for row in map(json.loads, lines)}
+    assert found["guard_power.clean_steps_8-2-4"] == 30
+    assert found["guard_power.false_alarms_8-2-4"] == 0
