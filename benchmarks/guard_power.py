@@ -165,9 +165,9 @@ class Trial:
         """Return the routes with the fault in every sample; made of 32 samples at a time, for they may take much memory."""
         parts = [
             planted(part, num_experts=self.shape[0], group=self._steps.group, rng=rng)[cause]()
-            for part in np.split(recorded, SAMPLES // 32)
+            for part in np.split(recorded.astype(np.int64), SAMPLES // 32)
         ]
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(recorded.dtype)
 
     def _cell(self, cause: str, rows: int | None, chances: Mapping[int, float]) -> Cell:
         return Cell(
