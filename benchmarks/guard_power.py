@@ -261,7 +261,7 @@ class CleanRuns:
     alarms: int = 0
     lost: int = 0
     nearest: float = -math.inf
-    told: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list, repr=False)
 
     def take(self, verdict: Verdict, how: Mapping[str, Any]) -> None:
         """Count a step, and keep what was said of one that is not clean."""
@@ -284,7 +284,7 @@ HARD: tuple[dict[str, Any], ...] = (
     {"agreement": 0.85, "memory": (0.9, 0.9)},
     {"topic": 2.1},
     {"popularity": 3.0},
-    {"agreement": 0.85, "popularity": 8.0},
+    {"popularity": 8.0},
 )
 """Drift as it comes: plain, little, much, eight mini-batches' worth, long-tailed twice; routers whose tokens resemble one another,
 that keep to topics, that prefer few experts, that have collapsed."""
@@ -396,7 +396,7 @@ def main() -> None:
         write_table(options.write, text)
     for cell in cells:
         name = "-".join(map(str, cell.shape))
-        cause = cell.cause.replace(" ", "_").replace("'", "")
+        cause = cell.cause.replace(" ", "_").replace("'", "").replace("+", "plus")
         metric = f"guard_power.rows_{name}_{cell.agreement:.2f}_{cause}"
         print(json.dumps({"metric": metric, "value": cell.rows, "unit": "tokens"}))
 
