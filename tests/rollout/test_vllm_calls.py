@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from moe_replay.rollout.http_calls import Fault
 from moe_replay.rollout.model_facts import ModelFacts, checkpoint_tensors, read_facts
 from moe_replay.rollout.server_calls import ServerCalls
 from moe_replay.rollout.server_engine import ServerEngine
+from moe_replay.rollout.server_messages import PolicyName
 from moe_replay.rollout.types import Request, RolloutGroup, SamplingParams
 from moe_replay.rollout.vllm_calls import VllmCalls, connect_vllm
 from moe_replay.rollout.vllm_http import PROCESSOR
@@ -225,3 +227,25 @@ def test_e2_e3_a_plain_server_shows_that_it_works_and_cancels_what_is_given_up(p
             continue
         lives()
         assert not lives() and calls.is_up()
+
+
+@pytest.mark.slow
+def test_e24_a_push_that_failed_breaks_a_plain_server_until_it_is_started_again(plain):
+    """The server cannot read the files. The last of these tests: nothing works there any more."""
+    with plain.engine("broken") as engine:
+        engine.restore(plain.models[0])
+        (calls,) = engine._servers
+        commit = calls.commit_weights
+
+        def lose_files(policy: PolicyName) -> None:
+            shutil.rmtree(calls._pushed)
+            commit(policy)
+
+        calls.commit_weights = lose_files
+        with pytest.raises(EngineError, match=r"rollout\.weights_dir.*[Ss]tart the server again"):
+            engine.load_weights(checkpoint_tensors(plain.models[1]), policy_version=1)
+        calls.commit_weights = commit
+        with pytest.raises(EngineError, match="another push, or has failed to"):
+            engine.load_weights(checkpoint_tensors(plain.models[1]), policy_version=1)
+        with pytest.raises(EngineError, match="no server is"):
+            engine.generate(REQUESTS, SAMPLING)
