@@ -64,7 +64,9 @@ class OwnEngine:
         self.inner.load_weights(weights, policy_version=policy_version)
 
 
-def _train(recipe: Recipe, change: Change, world_size: int) -> None:
+def _train(
+    recipe: Recipe, change: Change, world_size: int, own: type[OwnEngine] = OwnEngine
+) -> None:
     rank = torch.distributed.get_rank()
     directory = RunDirectory(recipe.run.output_dir)
     with build_reporter(recipe, rank=rank, run_directory=directory) as reporter:
@@ -72,7 +74,7 @@ def _train(recipe: Recipe, change: Change, world_size: int) -> None:
             recipe,
             process=ProcessSpec(rank=rank, world_size=world_size),
             reporter=reporter,
-            make_engine=lambda r, device: OwnEngine(recipe_engine(r, device), change),
+            make_engine=lambda r, device: own(recipe_engine(r, device), change),
         )
 
 
@@ -193,6 +195,35 @@ def test_t3_what_the_engine_of_one_rank_does_is_an_error_of_all(
     assert "on rank 1" not in str(own)
     assert isinstance(own, KeyError if what is _has_a_bug else kind)
     assert own.__notes__ == ["" if what in (_breaks_the_contract, _diverges) else "its own place"]
+
+
+class _RefusesOnRank1(OwnEngine):
+    """Breaks off the first push to rank 1 after a few of its tensors."""
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
+    ) -> None:
+        """Pass the weights on, or fail."""
+        if torch.distributed.get_rank() == 1:
+            for _ in zip(range(3), weights, strict=False):
+                pass
+            raise EngineError("out of memory")
+        super().load_weights(weights, policy_version=policy_version)
+
+
+def test_e24_a_push_that_the_engine_of_one_rank_refuses_ends_the_run_on_all(
+    recipe: Recipes,
+) -> None:
+    failing = recipe(run__max_steps=2)
+
+    def call() -> BaseException:
+        with pytest.raises(EngineError) as caught:
+            _train(failing, lambda request, number, completion: completion, 2, _RefusesOnRank1)
+        return caught.value
+
+    other, own = run_ranks(call, 2, timeout_s=120)
+    assert (str(other), str(own)) == ("on rank 1: out of memory", "out of memory")
+    assert not (failing.run.output_dir / "metrics.jsonl").exists()
 
 
 def _ends_before_its_first_token(

@@ -29,7 +29,7 @@ def push_weights(run: Run) -> None:
     """
     check_weights(run.actor.modules, run.ranks)
     run.policy_version += 1
-    run.engine.load_weights(run.export_weights(), policy_version=run.policy_version)
+    run.give_weights()
 
 
 def step_record(

@@ -24,7 +24,7 @@ from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import Reporter, RunSummary
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
-from moe_replay.grpo.stopping import StopRequest, droppable
+from moe_replay.grpo.stopping import StopRequest, droppable, raise_together
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.replica import Replica
@@ -35,6 +35,7 @@ from moe_replay.rollout.stop_strings import StopStrings
 from moe_replay.rollout.stop_tokens import num_known_ids
 from moe_replay.rollout.types import Completion, Engine, SamplingParams
 from moe_replay.rollout.vllm_capacity import HasCache
+from moe_replay.rollout.weight_stream import drain
 from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import Guard
 from moe_replay.sync.messages import HostGroup, all_ranks
@@ -258,6 +259,20 @@ class Run:
         """Yield the policy's weights under their Hugging Face names; every rank iterates together."""
         return export_hf_weights(self.actor.modules)
 
+    def give_weights(self) -> None:
+        """Give the engine the policy's weights under the present policy version; collective.
+
+        Raises:
+            MoeReplayError: on every rank, when the engine of one of them does not take them.
+        """
+        weights, failure = self.export_weights(), None
+        try:
+            self.engine.load_weights(weights, policy_version=self.policy_version)
+        except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
+            drain(weights, error)
+            failure = error
+        raise_together(failure, self.gather)
+
     def write_export(self) -> None:
         """Write the policy as a Hugging Face checkpoint that transformers loads; that of an earlier end goes only then.
 
@@ -314,7 +329,7 @@ class Run:
         self.policy_version = position.policy_version
         if self.guard is not None and position.guard:
             self.guard.restore(position.guard)
-        self.engine.load_weights(self.export_weights(), policy_version=self.policy_version)
+        self.give_weights()
 
     def _what_fits(self) -> list[str]:
         """Say how many sequences the engine's cache holds; a warning of the first step when they are too few."""

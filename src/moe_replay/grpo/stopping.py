@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -183,15 +183,27 @@ def _agree(
     failure: Exception | None, stop: StopRequest, gather: Callable[[Any], list[Any]]
 ) -> None:
     """Leave on every rank when one of them was asked to stop, or has failed; collective."""
-    told = None if failure is None else [type(failure).__name__, str(failure)]
-    gathered = gather([stop.reason, told])
+    gathered = gather([stop.reason, _told(failure)])
     asked = next((reason for reason, _ in gathered if reason is not None), None)
     if asked is not None:
         stop.ask(asked)
         raise StepDropped
+    _raise_first(failure, [failed for _, failed in gathered])
+
+
+def raise_together(failure: Exception | None, gather: Callable[[Any], list[Any]]) -> None:
+    """Raise ``failure``, or one of its kind where another rank has failed; collective."""
+    _raise_first(failure, gather(_told(failure)))
+
+
+def _told(failure: Exception | None) -> tuple[str, str] | None:
+    return None if failure is None else (type(failure).__name__, str(failure))
+
+
+def _raise_first(failure: Exception | None, told: Sequence[tuple[str, str] | None]) -> None:
     if failure is not None:
         raise failure
-    for rank, (_, failed) in enumerate(gathered):
+    for rank, failed in enumerate(told):
         if failed is not None:
             raise _of_kind(*failed, rank=rank)
 

@@ -27,14 +27,13 @@ from moe_replay.rollout.vllm_capacity import CacheCapacity, capacity_of
 from moe_replay.rollout.vllm_outputs import completion_of, describe
 from moe_replay.rollout.vllm_ranks import (
     check_ranks,
-    drain,
     failure_of_ranks,
     own_place,
     requests_of_ranks,
 )
 from moe_replay.rollout.vllm_startup import check_loadable, start_vllm, stop_vllm
 from moe_replay.rollout.vllm_stepping import VllmStepper
-from moe_replay.rollout.weight_stream import checked_weights
+from moe_replay.rollout.weight_stream import checked_weights, drain
 from moe_replay.routing import LayerOrder
 
 

@@ -10,7 +10,7 @@ Called by: rollout.vllm_engine, rollout.vllm_startup.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -98,17 +98,6 @@ def failure_of_ranks(failure: Exception | None) -> Exception | None:
         f"a weight push failed on {len(failed)} of the {len(told)} ranks that hold this vLLM together, so none of them has "
         f"it: {'; '.join(failed)}"
     )
-
-
-def drain(weights: Iterator[tuple[str, torch.Tensor]], error: Exception) -> None:
-    """Read a push to its end after it failed here: each tensor is gathered by all ranks, which would wait for this one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    try:
-        for _ in weights:
-            pass
-    except Exception as further:  # noqa: BLE001 - the seam: whoever exports the weights
-        error.add_note(f"the rest of the push failed too: {type(further).__name__}: {further}")
 
 
 def own_place() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 
 from moe_replay.errors import EngineError
 from moe_replay.rollout.divergence import finite_weights
@@ -102,3 +103,14 @@ def _check_weight(name: str, tensor: torch.Tensor, facts: ModelFacts, seen: set[
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_MAX_NAMES])
     return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"
+
+
+def drain(weights: Iterator[tuple[str, torch.Tensor]], error: Exception) -> None:
+    """Read a push to its end after it failed here: each tensor is gathered by all ranks, which would wait for this one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    try:
+        for _ in weights:
+            pass
+    except Exception as further:  # noqa: BLE001 - the seam: whoever exports the weights
+        error.add_note(f"the rest of the push failed too: {type(further).__name__}: {further}")
