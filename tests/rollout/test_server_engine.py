@@ -73,6 +73,36 @@ def test_work_is_spread_over_all_servers():
     assert min(e.num_requests for e in engines) >= 5
 
 
+def test_few_requests_are_spread_over_servers_with_room_for_all_of_them():
+    both = threading.Barrier(2)
+
+    class Counting(FakeEngine):
+        num_requests = 0
+
+        def generate(self, wanted, sampling):
+            self.num_requests += len(wanted)
+            if self.num_requests == 1:
+                both.wait(timeout=60)
+            return super().generate(wanted, sampling)
+
+    engines = [Counting(weight_shapes=SHAPES) for _ in range(2)]
+    with served(engines[0]) as first, served(engines[1]) as second:
+        engine = client(first, second, calls_per_server=16)
+        engine.generate(requests(16), SAMPLING)
+        engine.close()
+    assert min(e.num_requests for e in engines) >= 2
+
+
+def test_ranks_begin_with_different_servers():
+    with ExitStack() as stack:
+        urls = [stack.enter_context(served(fake())) for _ in range(3)]
+        engine = client(*urls)
+        order = [[s.url for s in engine._in_turn(requests(2, first=rank))] for rank in range(4)]
+        engine.close()
+    assert [each[0] for each in order] == [*urls, urls[0]]
+    assert all(sorted(each) == sorted(urls) for each in order)
+
+
 def test_e3_the_error_of_one_call_gives_up_the_others():
     """One of two servers refuses a request for good; nobody waits for what the other one holds."""
     held, release = threading.Event(), threading.Event()

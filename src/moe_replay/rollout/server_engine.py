@@ -162,8 +162,8 @@ class ServerEngine:
         try:
             workers += [
                 threads.submit(self._serve, server, work, sampling)
-                for server in self._servers
                 for _ in range(min(self._calls_per_server, len(requests)))
+                for server in self._in_turn(requests)
             ]
             self._wait(workers, work)
         except BaseException as error:
@@ -177,6 +177,15 @@ class ServerEngine:
         groups = work.results()
         self._num_sampled += sum(len(group.completions) for group in groups)
         return groups
+
+    def _in_turn(self, requests: Sequence[Request]) -> list[RolloutServer]:
+        """Return the servers in the order in which they are asked, so that few requests are spread over all of them.
+
+        Ranks sample prompts of consecutive numbers, so each begins with another server: of 3 servers, the rank with request
+        7 asks the second one first.
+        """
+        first = requests[0].request_id % len(self._servers) if requests else 0
+        return self._servers[first:] + self._servers[:first]
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
