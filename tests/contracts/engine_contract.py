@@ -103,7 +103,7 @@ def forced_logprob_gap(
         logits, _ = case.forced(whole(request, completion), seed)
         first = len(request.prompt_ids) - 1
         logprobs = torch.log_softmax(torch.from_numpy(logits[first:-1]) / temperature, dim=-1)
-        taken = logprobs.gather(1, torch.from_numpy(completion.token_ids).long()[:, None])
+        taken = logprobs.gather(1, torch.from_numpy(completion.token_ids.astype(np.int64))[:, None])
         gaps.append(np.abs(taken[:, 0].numpy() - completion.rollout_logprobs))
     return float(np.concatenate(gaps).mean())
 
