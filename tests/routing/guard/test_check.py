@@ -181,3 +181,9 @@ def test_nothing_to_compare_is_said():
     _, recorded, live = drawn(12)
     report = check_routes(flat(recorded), flat(live), numbers(live) * 0 - 1, num_experts=64)
     assert report.is_clean and "nothing to compare" in report.summary()
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 2), (4, 2, 0)], ids=str)
+def test_routes_without_a_slot_are_refused(shape):
+    with pytest.raises(TraceError, match="expected .rows, layers, topk."):
+        check_routes(np.zeros(shape, int), np.zeros(shape, int), np.zeros(4, int), num_experts=8)

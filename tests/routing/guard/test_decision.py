@@ -172,3 +172,11 @@ def test_a_sample_that_repeats_one_word_is_not_a_stale_stretch():
     _, _, own = drawn(PLAIN, 8)
     live[4] = own[4]
     assert misaligned(verdict_of(PLAIN, stale, live)) == [4]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -1.0])
+def test_a_gap_that_is_no_number_hides_no_other_gap(broken):
+    rng, recorded, live = drawn(PLAIN, 27)
+    gaps = PLAIN.gaps(rng) | {3: 1e9, 5: broken}
+    verdict = verdict_of(PLAIN, recorded, live, gaps=gaps, looks=None)
+    assert [finding.sample for finding in verdict.suspects] == [3]

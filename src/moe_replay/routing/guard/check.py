@@ -217,6 +217,7 @@ def _check_arrays(
         or sample.shape != replayed.shape[:1]
         or valid.shape != replayed.shape[:1]
         or len(layers) != replayed.shape[1]
+        or not replayed.shape[1] * replayed.shape[2]
     ):
         raise TraceError(
             f"check_routes: got {shapes} and {len(layers)} layers, expected [rows, layers, topk] twice and [rows] for the "

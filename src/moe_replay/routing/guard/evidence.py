@@ -19,7 +19,13 @@ import numpy as np
 
 from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts
-from moe_replay.routing.guard.statistics import shortfall_nats, window_rows, window_sums
+from moe_replay.routing.guard.statistics import (
+    row_keys,
+    shortfall_nats,
+    times_met,
+    window_rows,
+    window_sums,
+)
 from moe_replay.routing.guard.table import row_chance, rows_are_alike
 
 if TYPE_CHECKING:
@@ -67,7 +73,9 @@ class SampleEvidence:
     last: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its last row."""
     stray: Int32[np.ndarray, " samples"]
-    """``[samples]``, rows that clearly keep under a quarter of the median's information."""
+    """``[samples]``, rows that clearly keep under a quarter of the median's information, alike ones counted once."""
+    apart: Float32[np.ndarray, " samples"]
+    """``[samples]``, share of the rows that are evidence of their own: 1 unless the text repeats itself."""
 
 
 def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
@@ -88,15 +96,22 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     row_room = np.repeat(mean_kappa, counts.num_rows) * (row_slots - by_chance)
     own = counts.own.astype(np.float64)
     alike = rows_are_alike(counts)
+    # A text that goes round in circles has the same flips in each round, so its equal rows are one row.
+    met = _times_met(counts)
+    once = 1 / met
+    apart = counts.num_rows / _sums(met, counts)
     together, single = baseline.effects[0]
     for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
         # Rows that are all alike are one row, however many there are.
-        expected = np.where(alike, 0.0, (chance + share * kappa * room) / slots)
+        # One slot more, because two or three rows cannot show that every slot would be shared.
+        expected = np.where(alike, 0.0, (chance + share * kappa * room) / (slots + 1))
         found.by_layer(
             f"{name} layer",
-            shortfall_nats(counts.layer_own.astype(np.float64), slots, expected, single),
+            apart[:, None]
+            * shortfall_nats(counts.layer_own.astype(np.float64), slots, expected, single),
         )
-        found.by_window(f"{name} window", own, row_slots, by_chance + share * row_room, together)
+        due = by_chance + share * row_room
+        found.by_window(f"{name} window", once * own, once * row_slots, once * due, together)
     for place in range(len(PLACES)):
         together, single = baseline.effects[1 + place]
         nearer, farther = (
@@ -105,18 +120,31 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         nats = shortfall_nats(farther, nearer + farther, np.full(farther.shape, 0.5), single)
         there = counts.layer_own + nearer - farther
         explained = (there - chance) / np.maximum(kappa * room, 1e-9)
-        found.by_layer("paired layer", nats, place, explained)
+        found.by_layer("paired layer", apart[:, None] * nats, place, explained)
         nearer, farther = (v[place].astype(np.float64) for v in (counts.nearer, counts.farther))
-        either = nearer + farther
+        either = once * (nearer + farther)
         extra = own + nearer - farther - by_chance, row_room
-        found.by_window("paired window", farther, either, either / 2, together, place, extra)
-    found.equal_rows(-math.log(baseline.repeat), own - by_chance, row_room)
+        found.by_window("paired window", once * farther, either, either / 2, together, place, extra)
+    found.equal_rows(-math.log(baseline.repeat), own - by_chance, row_room, once)
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
     # Where many rows are stray, they are what makes the measured effect large; within a row it is not above 2.
     effect = min(baseline.effects[0][0], _ROW_EFFECT)
     clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
-    stray = np.add.reduceat(clear.astype(np.int32), counts.starts) if len(clear) else np.zeros(0)
-    return found.evidence(stray.astype(np.int32))
+    stray = np.rint(_sums(clear * once, counts)).astype(np.int32)
+    return found.evidence(stray, apart.astype(np.float32))
+
+
+def _sums(
+    values: Float64[np.ndarray, " rows"], counts: OverlapCounts
+) -> Float64[np.ndarray, " samples"]:
+    return np.add.reduceat(values, counts.starts) if len(values) else np.zeros(0)
+
+
+def _times_met(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
+    """Return how many rows of its sample have the same counts as each row: then their routes are the same as well."""
+    entry = np.repeat(np.arange(len(counts.num_rows)), counts.num_rows)
+    columns = [entry, counts.own, counts.others, counts.flips, *counts.nearer, *counts.farther]
+    return times_met(row_keys(np.stack([column.astype(np.int64) for column in columns], axis=1)))
 
 
 class _Found:
@@ -181,8 +209,9 @@ class _Found:
         nats_a_row: float,
         information: Float64[np.ndarray, " rows"],
         usual: Float64[np.ndarray, " rows"],
+        once: Float64[np.ndarray, " rows"],
     ) -> None:
-        """Find the longest run of repeated rows of each sample.
+        """Find the longest run of repeated rows of each sample. ``once``: what each row counts, less than 1 if it is one of many.
 
         A sample that says one word over and over repeats its routes as well, and a live route here and there differs. But
         then the rows agree as usual; those of a stale stretch do not.
@@ -204,7 +233,8 @@ class _Found:
         kept = window_sums(information, begin, stop)
         is_stale = kept < STALE_KEEPS * window_sums(usual, begin, stop)
         is_stale &= longest >= MIN_STALE_ROWS
-        nats = np.where(is_stale, longest * nats_a_row, 0.0)
+        different = np.minimum(window_sums(once, begin, stop), longest)
+        nats = np.where(is_stale, different * nats_a_row, 0.0)
         self._keep("equal rows", nats, -1, whole, begin, stop, np.zeros(len(longest)))
 
     def _keep(
@@ -227,7 +257,9 @@ class _Found:
         self._first[row, better] = position[first[better]]
         self._last[row, better] = position[end[better] - 1]
 
-    def evidence(self, stray: Int32[np.ndarray, " samples"]) -> SampleEvidence:
+    def evidence(
+        self, stray: Int32[np.ndarray, " samples"], apart: Float32[np.ndarray, " samples"]
+    ) -> SampleEvidence:
         return SampleEvidence(
             layers=self._counts.layers,
             sample_ids=self._counts.sample_ids,
@@ -238,6 +270,7 @@ class _Found:
             first=self._first,
             last=self._last,
             stray=stray,
+            apart=apart,
         )
 
 

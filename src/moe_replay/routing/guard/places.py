@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.routing.guard.counts import WRAP
-from moe_replay.routing.guard.statistics import shortfall_nats
+from moe_replay.routing.guard.statistics import row_keys, shortfall_nats, times_met
 from moe_replay.routing.guard.verdict import Finding, SecondLook
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ class _Suspect:
         self._mask = np.zeros((num_rows, num_layers, rows.num_experts), bool)
         np.put_along_axis(self._mask, self._live, True, axis=2)
         self._own = self._shared(self._ids)
+        both = np.concatenate([np.sort(self._ids, axis=2), np.sort(self._live, axis=2)], axis=2)
+        # Rows of a text that goes round in circles are one row, or the same few flips would count as many.
+        self._once = 1 / times_met(row_keys(both.reshape(num_rows, -1)))
         used = np.zeros((num_layers, rows.num_experts))
         for layer in range(num_layers):
             used[layer] = np.bincount(self._every_id[:, layer].ravel(), minlength=rows.num_experts)
@@ -144,7 +147,7 @@ class _Suspect:
         return np.take_along_axis(self._mask, ids, axis=2).sum(axis=2).astype(np.float64)
 
     def _nats(self, place: _Place) -> float:
-        gain = np.nan_to_num(place.shared - self._own)[:, self._wanted]
+        gain = (self._once[:, None] * np.nan_to_num(place.shared - self._own))[:, self._wanted]
         nearer, farther = np.maximum(gain, 0).sum(), np.maximum(-gain, 0).sum()
         either = np.array([nearer + farther])
         return float(shortfall_nats(np.array([farther]), either, np.array([0.5]), self._effect)[0])

@@ -74,7 +74,11 @@ class SampleTests:
         self.thresholds = np.array([within if _is_within(test) else once for test in ALL_TESTS])
         """``[tests]``, nats at which each suffices."""
         held = [part for part in evidence if part is not None]
-        self._whole_samples()
+        apart = np.ones(len(samples))
+        for part in held:
+            at = np.searchsorted(samples, part.sample_ids)
+            apart[at] = np.minimum(apart[at], part.apart)
+        self._whole_samples(apart)
         for part in held:
             self._take(part)
         self.stray = self._stray_counts(held)
@@ -128,7 +132,7 @@ class SampleTests:
         if place is not None:
             self.place[ALL_TESTS.index(test)] = place
 
-    def _whole_samples(self) -> None:
+    def _whole_samples(self, apart: Float64[np.ndarray, " samples"]) -> None:
         baseline, table = self._baseline, self._baseline.table
         kappa = baseline.kappa[baseline.version_entry]
         slots = table.slots.sum(axis=1)
@@ -136,8 +140,8 @@ class SampleTests:
         for test, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
             due = (chance + share * kappa * (table.slots - chance)).sum(axis=1)
             own = table.own.sum(axis=1)
-            nats = shortfall_nats(own, slots, due / np.maximum(slots, 1e-9), self._effect(0))
-            self._set(f"{test} sample", nats)
+            nats = shortfall_nats(own, slots, due / (slots + 1), self._effect(0))
+            self._set(f"{test} sample", apart * nats)
         either = table.nearer + table.farther
         half = np.full(either.shape[1], 0.5)
         nats = np.stack(
@@ -147,7 +151,7 @@ class SampleTests:
             ]
         )
         best = nats.argmax(axis=0)
-        self._set("paired sample", nats.max(axis=0), best)
+        self._set("paired sample", apart * nats.max(axis=0), best)
         gain = (table.nearer - table.farther)[best, np.arange(len(best))]
         usual = (kappa * (table.slots - table.chance)).sum(axis=1)
         there = table.own.sum(axis=1) + gain - table.chance.sum(axis=1)
@@ -185,10 +189,13 @@ class SampleTests:
     def _gap_nats(self, gaps: Mapping[int, float] | None) -> Float64[np.ndarray, " samples"]:
         samples = self._baseline.table.sample_ids
         found = np.zeros(len(samples))
-        known = np.array([int(number) in (gaps or {}) for number in samples], bool)
-        if gaps is None or known.sum() < _MIN_GAPS:
+        if gaps is None:
             return found
-        values = np.array([gaps.get(int(number), 0.0) for number in samples], np.float64)
+        values = np.array([gaps.get(int(number), np.nan) for number in samples], np.float64)
+        values = np.maximum(values, 0.0)  # k3 is not negative but for rounding
+        known = np.isfinite(values)
+        if known.sum() < _MIN_GAPS:
+            return found
         for version in np.unique(self._baseline.version_entry):
             own = known & (self._baseline.version_entry == version)
             usual = values[own if own.sum() >= _MIN_GAPS else known]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_replay.routing.guard.statistics import shortfall_nats
+from moe_replay.routing.guard.statistics import row_keys, shortfall_nats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer
@@ -101,7 +101,7 @@ def _compare(group: Sequence[Sibling]) -> Mapping[int, tuple[int, int]]:
 def _row_keys(ids: Integer[np.ndarray, "tokens layers topk"]) -> np.ndarray:
     """Return one number for the expert sets of each row, in all layers."""
     ordered = np.sort(ids.astype(np.uint64), axis=2).reshape(len(ids), -1)
-    return _mixed(ordered)
+    return row_keys(ordered)
 
 
 def _history_keys(token_ids: Integer[np.ndarray, " tokens"]) -> np.ndarray:
@@ -111,11 +111,3 @@ def _history_keys(token_ids: Integer[np.ndarray, " tokens"]) -> np.ndarray:
         key ^= key >> 29
         keys[row] = key
     return keys
-
-
-def _mixed(columns: np.ndarray) -> np.ndarray:
-    key = np.zeros(len(columns), np.uint64)
-    for column in columns.T:
-        key = (key ^ (column + np.uint64(1))) * _MIX
-        key ^= key >> np.uint64(29)
-    return key

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64, Int64
+    from jaxtyping import Float64, Int64, Integer, UInt64
 
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 MIN_WINDOW = 8
 """Rows of the shortest window; the next ones are twice as long, and so on."""
 
@@ -101,3 +102,18 @@ def window_sums(
     """Return the sums of ``values`` over the rows ``first`` to ``end`` of each window."""
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return total[end] - total[first]
+
+
+def row_keys(columns: Integer[np.ndarray, "rows columns"]) -> UInt64[np.ndarray, " rows"]:
+    """Return one number a row, equal for rows that are equal in all columns."""
+    key = np.zeros(len(columns), np.uint64)
+    for column in columns.T:
+        key = (key ^ (column.astype(np.uint64) + np.uint64(1))) * _MIX
+        key ^= key >> np.uint64(29)
+    return key
+
+
+def times_met(keys: UInt64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
+    """Return how many rows have the key of each row, itself included. Example: keys 5, 7, 5 are met 2, 1 and 2 times."""
+    _, entry, count = np.unique(keys, return_inverse=True, return_counts=True)
+    return count[entry].astype(np.float64)
