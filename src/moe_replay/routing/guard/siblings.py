@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_replay.routing.guard.statistics import row_keys, shortfall_nats
+from moe_replay.routing.guard.statistics import MIX, row_keys, shortfall_nats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _MIN_SIBLINGS = 3  # of equal tokens so far, for a majority
 _OUTLIER = 5.0  # times the usual share of differing rows is more than an engine's kernels explain
 _MIN_DIFFERENT = 1e-3  # share of rows that may differ in any engine
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,7 +106,7 @@ def _row_keys(ids: Integer[np.ndarray, "tokens layers topk"]) -> np.ndarray:
 def _history_keys(token_ids: Integer[np.ndarray, " tokens"]) -> np.ndarray:
     key, keys = 0, np.zeros(len(token_ids), np.uint64)
     for row, token in enumerate(token_ids.tolist()):
-        key = ((key ^ (token + 1)) * int(_MIX)) % 2**64
+        key = ((key ^ (token + 1)) * int(MIX)) % 2**64
         key ^= key >> 29
         keys[row] = key
     return keys

@@ -16,7 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64, Integer, UInt64
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+MIX = np.uint64(0x9E3779B97F4A7C15)
+"""Odd factor that spreads the bits of a key."""
 MIN_WINDOW = 8
 """Rows of the shortest window; the next ones are twice as long, and so on."""
 
@@ -108,7 +109,7 @@ def row_keys(columns: Integer[np.ndarray, "rows columns"]) -> UInt64[np.ndarray,
     """Return one number a row, equal for rows that are equal in all columns."""
     key = np.zeros(len(columns), np.uint64)
     for column in columns.T:
-        key = (key ^ (column.astype(np.uint64) + np.uint64(1))) * _MIX
+        key = (key ^ (column.astype(np.uint64) + np.uint64(1))) * MIX
         key ^= key >> np.uint64(29)
     return key
 
