@@ -168,7 +168,8 @@ def test_texts_that_go_round_in_circles_are_clean_whatever_flips_last(shape, per
         for _ in range(4):
             replayed, live = source.draw(rng, heat)
             loops = [4, 13, 20]
-            replayed[loops], live[loops] = replayed[loops][:, round_rows], live[loops][:, round_rows]
+            for ids in (replayed, live):
+                ids[loops] = ids[loops][:, round_rows]
             report = _checked(replayed, live, experts)
             assert report.is_clean, report.summary()
             if layers < 4 or agreement < 0.9:
