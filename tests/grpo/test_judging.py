@@ -199,6 +199,22 @@ def test_e1_a_sample_that_drift_robbed_of_its_routes_is_left_out_and_never_stops
 
 
 @pytest.mark.ranks
+def test_e1_drift_that_robs_every_sample_of_its_routes_is_told_and_never_stops_the_run(
+    recipe: Recipes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (record,) = run(
+        recipe(**LONG),
+        make_engine=lambda loaded, device: OtherWeights(
+            recipe_engine(loaded, device), randomised, lambda group, number: True
+        ),
+    )
+    assert record["replay/agreement"] < 0.7
+    assert (record["replay/lost_samples"], record["replay/dropped_samples"]) == (0.0, 0.0)
+    told = capfd.readouterr().out.replace("\n", " ")
+    assert "engine and trainer have drifted apart" in told
+
+
+@pytest.mark.ranks
 def test_e1_one_of_two_data_parallel_ranks_with_wrong_routes_stops_both(recipe: Recipes) -> None:
     def make(loaded: Recipe, device: torch.device) -> Any:
         engine = recipe_engine(loaded, device)

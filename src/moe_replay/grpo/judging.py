@@ -17,7 +17,7 @@ from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.batching import SampleOrigin, StepBatch
 from moe_replay.grpo.collapse import collapse_warning
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.second_look import look_again, mean_gap
+from moe_replay.grpo.second_look import look_again, mean_gap, rho_of_step
 from moe_replay.grpo.watch import PassWatch, Seen
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
@@ -36,6 +36,8 @@ from moe_replay.routing.guard.sample_tests import CERTAIN
 _RUINED_SCALE = 0.5
 _NAMED = 4
 """Misaligned samples whose cause is searched: as many as a message spells out."""
+_MAX_DRIFT_RHO = 1.0
+"""Median of ln(k3 under replay / k3 with live routing) over a step, up to which drift explains routes without information."""
 _MAX_FALL = 0.1
 """Agreement of a sample may be this much lower in an update than before, under the same weights and routes."""
 MISALIGNED, LOST = "misaligned", "lost"
@@ -54,6 +56,8 @@ class Judged:
     """What belongs to a metric and is not a number, for the step's record."""
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Number in the step -> why the sample must not be learned from: `MISALIGNED` or `LOST`."""
+    has_drifted: bool = False
+    """Whether drift has left the usual sample nearly nothing of its routes."""
     agreement: Mapping[int, float] = field(default_factory=dict)
     """Number in the step -> share of the sample's slots on which live and replayed routes agree."""
 
@@ -97,6 +101,9 @@ def judge_engine_routes(
         certain = verdict.misaligned[:_NAMED]
         looks = look_again(run, batch, [*verdict.suspects, *certain], baseline, scored)
         verdict = guard.decide(baseline, evidence, **known, looks=looks)
+    has_drifted = _has_drifted(run, batch, verdict, scored)
+    if has_drifted:
+        verdict = _without_drift(verdict)
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
         if not _may_drop(run, verdict):
@@ -119,6 +126,36 @@ def judge_engine_routes(
             **_dropped_details(run, origins, dropped),
         },
         dropped=dropped,
+        has_drifted=has_drifted,
+    )
+
+
+def _has_drifted(
+    run: Run, batch: StepBatch, verdict: Verdict, scored: Mapping[int, ScoredSample]
+) -> bool:
+    """Tell whether a step's routes without information are explained by drift; collective, and costs a pass if they are there.
+
+    Wrong routes raise the engine gap under replay alone: of steps in which all routes were wrong, rho was 2 to 7 in the
+    median. Where engine and trainer are far apart, replay or not, it is near 0.
+    """
+    if not any(fault.may_be_drift for fault in verdict.faults):
+        return False
+    rho = rho_of_step(run, batch, scored)
+    if rho is None or rho > _MAX_DRIFT_RHO:
+        return False
+    run.warn_once(
+        "drift",
+        f"replayed routes have hardly anything in common with live ones ({verdict.agreement.mean():.0%} of the slots), and the "
+        f"engine gap is as large without replay (rho {rho:.1f}): engine and trainer have drifted apart. The run goes on, but "
+        "look at rollout_correction/* and policy versions: is the engine behind, or in a number format too coarse for this model?",
+    )
+    return True
+
+
+def _without_drift(verdict: Verdict) -> Verdict:
+    """Return the verdict without the faults that drift explains."""
+    return replace(
+        verdict, faults=tuple(fault for fault in verdict.faults if not fault.may_be_drift)
     )
 
 
@@ -156,6 +193,8 @@ def judge_own_packing(
         ),
         faults=tuple(fault for fault in verdict.faults if fault.kind != "server"),
     )
+    if before.has_drifted:
+        verdict = _without_drift(verdict)
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
     if run.mode is ReplayMode.R2:

@@ -70,7 +70,7 @@ def _step_faults(
         nats = _floor_nats(baseline, table.own, table.chance, table.slots, single=False)
         if kept < FLOOR and nats > threshold:
             cause = f"no sample's routes carry information: {_NOWHERE}, and the median sample keeps {max(kept, 0):.0%} of it"
-            yield Fault(kind="step", name="", cause=cause, nats=nats, threshold=threshold)
+            yield _lost_to_something("step", "", cause, nats, threshold)
 
 
 def _stretch_faults(
@@ -112,7 +112,14 @@ def _stretch_faults(
         f"from {first[at] / num:.0%} to {end[at] / num:.0%} of the rows of each sample, "
         f"{fits if paired[:, at].max() > threshold else _NOWHERE}"
     )
-    yield Fault(kind=kind, name=name, cause=cause, nats=float(best[at]), threshold=threshold)
+    yield Fault(
+        kind=kind,
+        name=name,
+        cause=cause,
+        nats=float(best[at]),
+        threshold=threshold,
+        may_be_drift=bool(paired[:, at].max() <= threshold),
+    )
 
 
 def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
@@ -138,7 +145,7 @@ def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
                 f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information: the engine "
                 "did not capture this layer, or captured another"
             )
-            yield Fault(kind="layer", name=name, cause=cause, nats=nats, threshold=threshold)
+            yield _lost_to_something("layer", name, cause, nats, threshold)
 
 
 def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
@@ -181,7 +188,7 @@ def _nowhere_on(
             f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information in the rows and "
             "layers of this rank: its routes were cut for other rows than its tokens"
         )
-        yield Fault(kind="rank", name=str(rank), cause=cause, nats=nats, threshold=threshold)
+        yield _lost_to_something("rank", str(rank), cause, nats, threshold)
 
 
 def _server_faults(
@@ -204,6 +211,12 @@ def _server_faults(
         kappa = baseline.kappa[baseline.version_entry[at]]
         own, chance, slots = table.own[at], table.chance[at], table.slots[at]
         yield from _lost("server", server, own, chance, slots, kappa, baseline, threshold)
+
+
+def _lost_to_something(kind: str, name: str, cause: str, nats: float, threshold: float) -> Fault:
+    return Fault(
+        kind=kind, name=name, cause=cause, nats=nats, threshold=threshold, may_be_drift=True
+    )
 
 
 def _strewn(

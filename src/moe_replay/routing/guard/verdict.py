@@ -117,6 +117,8 @@ class Fault:
     """Strength of the sign."""
     threshold: float
     """Nats at which it suffices."""
+    may_be_drift: bool = False
+    """Whether drift could be why: the routes have lost their information, and nothing says that they belong elsewhere."""
 
     def __str__(self) -> str:
         """Return one line."""
