@@ -181,6 +181,19 @@ def test_texts_that_go_round_in_circles_are_clean_whatever_flips_last(shape, per
             assert {finding.sample for finding in report.misaligned} == {7, 9}
 
 
+def test_a_long_text_that_goes_round_in_circles_does_not_speak_for_its_step():
+    """Two tokens with near ties, which the trainer routes like each other: sixty times in one of four samples."""
+    print("seed 28")
+    rng = np.random.default_rng(28)
+    source = DrawnSteps(num_experts=16, topk=2, num_layers=2, num_rows=120, num_samples=4)
+    replayed, live = source.draw(rng, source.heat(rng))
+    rows = np.arange(120) % 2
+    replayed[0], live[0] = replayed[0][rows], replayed[0][1 - rows]
+    valid = np.arange(120) < np.array([120, 9, 7, 8])[:, None]
+    report = _checked(replayed, live, 16, valid=valid)
+    assert report.is_clean, report.summary()
+
+
 def test_two_rows_whose_live_routes_are_crossed_are_clean():
     """What two rows share by chance is measured on two rows, so that it is not known to be certain."""
     replayed = np.zeros((16, 2, 1), np.int64)

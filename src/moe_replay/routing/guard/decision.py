@@ -113,7 +113,7 @@ class Guard:
         return Verdict(
             findings=findings,
             faults=(
-                *group_faults(baseline, tests.stray, owners, alpha=self._alpha),
+                *group_faults(baseline, tests.stray, tests.apart, owners, alpha=self._alpha),
                 *sums.faults(self._alpha),
             ),
             sample_ids=baseline.table.sample_ids,

@@ -42,28 +42,38 @@ _NOWHERE = "the routes fit their rows hardly better than those of any other row"
 def group_faults(
     baseline: Baseline,
     stray: Int64[np.ndarray, " samples"],
+    apart: Float64[np.ndarray, " samples"],
     owners: Mapping[int, Owner],
     *,
     alpha: float,
 ) -> tuple[Fault, ...]:
-    """Return what is wrong with the step, a layer, a rank or a server. ``stray``: rows of each sample that fit nowhere."""
+    """Return what is wrong with the step, a layer, a rank or a server.
+
+    ``stray``: rows of each sample that fit nowhere. ``apart``: share of its rows that are evidence of their own, so that one long
+    text that goes round in circles does not speak for its whole group.
+    """
     return (
-        *_step_faults(baseline, stray, alpha),
-        *_layer_faults(baseline, alpha),
-        *_rank_faults(baseline, alpha),
-        *_server_faults(baseline, stray, owners, alpha),
+        *_step_faults(baseline, stray, apart, alpha),
+        *_layer_faults(baseline, apart, alpha),
+        *_rank_faults(baseline, apart, alpha),
+        *_server_faults(baseline, stray, apart, owners, alpha),
     )
 
 
 def _step_faults(
-    baseline: Baseline, stray: Int64[np.ndarray, " samples"], alpha: float
+    baseline: Baseline,
+    stray: Int64[np.ndarray, " samples"],
+    apart: Float64[np.ndarray, " samples"],
+    alpha: float,
 ) -> Iterator[Fault]:
     table = baseline.table
     threshold = math.log(2 * _KINDS / alpha)
     yield from _strewn("step", "", stray, table.num_rows, threshold)
     stretches = np.sum([part.stretches for part in table.parts], axis=0)
-    yield from _stretch_faults("step", "", stretches, baseline, threshold)
-    yield from _paired("step", "", table.nearer.sum(1), table.farther.sum(1), baseline, threshold)
+    share = _share(apart, table.num_rows)
+    yield from _stretch_faults("step", "", stretches, share, baseline, threshold)
+    nearer, farther = table.nearer @ apart, table.farther @ apart
+    yield from _paired("step", "", nearer, farther, baseline, threshold)
     room = 1 - table.chance.sum(axis=1) / np.maximum(table.slots.sum(axis=1), 1)
     if np.median(room) > MIN_ROOM and table.slots.sum() >= _MIN_SLOTS:
         kept = float(np.median(table.information()))
@@ -73,10 +83,18 @@ def _step_faults(
             yield _lost_to_something("step", "", cause, nats, threshold)
 
 
+def _share(
+    apart: Float64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"]
+) -> float:
+    """Return the share of all rows that are evidence of their own, where rows of samples are summed up."""
+    return float((apart * num_rows).sum() / max(num_rows.sum(), 1))
+
+
 def _stretch_faults(
     kind: str,
     name: str,
     stretches: Float64[np.ndarray, "quantities stretches"],
+    share: float,
     baseline: Baseline,
     threshold: float,
 ) -> Iterator[Fault]:
@@ -96,7 +114,7 @@ def _stretch_faults(
     nearer, farther = sums[3:].reshape(2, len(PLACES), -1)
     effect = np.array([effects[0] for effects in baseline.effects])
     half = np.full(nearer.shape, 0.5)
-    paired = shortfall_nats(farther, nearer + farther, half, effect[1:, None])
+    paired = share * shortfall_nats(farther, nearer + farther, half, effect[1:, None])
     room = slots - chance
     due = (chance + FLOOR * room) / np.maximum(slots, 1.0)
     kept = shortfall_nats(own, slots, due, effect[0])
@@ -122,15 +140,21 @@ def _stretch_faults(
     )
 
 
-def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+def _layer_faults(
+    baseline: Baseline, apart: Float64[np.ndarray, " samples"], alpha: float
+) -> Iterator[Fault]:
     table = baseline.table
+    share = _share(apart, table.num_rows)
     threshold = math.log(2 * _KINDS * len(table.layers) / alpha)
     information = table.layer_information()
     if np.median(table.information()) < FLOOR:
         return  # the step's fault, not a layer's
     for entry, layer in enumerate(table.layers):
         name = str(layer)
-        nearer, farther = table.layer_nearer[:, entry], table.layer_farther[:, entry]
+        nearer, farther = (
+            share * table.layer_nearer[:, entry],
+            share * table.layer_farther[:, entry],
+        )
         yield from _paired("layer", name, nearer, farther, baseline, threshold, single=True)
         known = np.isfinite(information[:, entry])
         slots, chance = table.slots[:, [entry]], table.chance[:, [entry]]
@@ -148,16 +172,19 @@ def _layer_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
             yield _lost_to_something("layer", name, cause, nats, threshold)
 
 
-def _rank_faults(baseline: Baseline, alpha: float) -> Iterator[Fault]:
+def _rank_faults(
+    baseline: Baseline, apart: Float64[np.ndarray, " samples"], alpha: float
+) -> Iterator[Fault]:
     table = baseline.table
     if len(table.parts) < 2:
         return
     threshold = math.log(2 * _KINDS * len(table.parts) / alpha)
     for rank, part in zip(table.ranks, table.parts, strict=True):
-        nearer, farther = part.nearer.sum(axis=1), part.farther.sum(axis=1)
-        yield from _stretch_faults("rank", str(rank), part.stretches, baseline, threshold)
-        yield from _paired("rank", str(rank), nearer, farther, baseline, threshold)
         at = np.searchsorted(table.sample_ids, part.sample_ids)
+        nearer, farther = part.nearer @ apart[at], part.farther @ apart[at]
+        share = _share(apart[at], part.num_rows.astype(np.int64))
+        yield from _stretch_faults("rank", str(rank), part.stretches, share, baseline, threshold)
+        yield from _paired("rank", str(rank), nearer, farther, baseline, threshold)
         kappa = baseline.kappa[baseline.version_entry[at]]
         kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
         slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
@@ -194,6 +221,7 @@ def _nowhere_on(
 def _server_faults(
     baseline: Baseline,
     stray: Int64[np.ndarray, " samples"],
+    apart: Float64[np.ndarray, " samples"],
     owners: Mapping[int, Owner],
     alpha: float,
 ) -> Iterator[Fault]:
@@ -205,7 +233,7 @@ def _server_faults(
     threshold = math.log(2 * _KINDS * len(servers) / alpha)
     for server in servers:
         at = np.array([name == server for name in of])
-        nearer, farther = table.nearer[:, at].sum(axis=1), table.farther[:, at].sum(axis=1)
+        nearer, farther = table.nearer[:, at] @ apart[at], table.farther[:, at] @ apart[at]
         yield from _paired("server", server, nearer, farther, baseline, threshold)
         yield from _strewn("server", server, stray[at], table.num_rows[at], threshold)
         kappa = baseline.kappa[baseline.version_entry[at]]

@@ -74,7 +74,8 @@ class SampleTests:
         self.thresholds = np.array([within if _is_within(test) else once for test in ALL_TESTS])
         """``[tests]``, nats at which each suffices."""
         held = [part for part in evidence if part is not None]
-        apart = np.ones(len(samples))
+        self.apart = apart = np.ones(len(samples))
+        """``[samples]``, share of the rows that are evidence of their own, on the rank where it is least."""
         for part in held:
             at = np.searchsorted(samples, part.sample_ids)
             apart[at] = np.minimum(apart[at], part.apart)
