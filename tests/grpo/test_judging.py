@@ -19,7 +19,7 @@ from moe_replay.grpo.batching import MiniBatch, StepBatch, without
 from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.rollout.prompt_encoding import load_tokenizer
-from moe_replay.rollout.types import Completion, RolloutGroup
+from moe_replay.rollout.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.routing import Coverage, RouteSlice
 from moe_replay.testing.misrouting import (
     MisroutingEngine,
@@ -70,6 +70,17 @@ def randomised(ids: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     rng = np.random.default_rng(len(ids))
     found = rng.random((*ids.shape[:2], 16)).argsort(axis=2)[..., : ids.shape[2]]
     return found.astype(ids.dtype)
+
+
+def randomised_each() -> Plant:
+    """Return what gives each completion random routes of its own."""
+    rng = np.random.default_rng(5)
+
+    def plant(ids: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+        found = rng.random((*ids.shape[:2], 16)).argsort(axis=2)[..., : ids.shape[2]]
+        return found.astype(ids.dtype)
+
+    return plant
 
 
 def layers_rolled(ids: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
@@ -169,8 +180,25 @@ def test_e1_more_wrong_samples_than_may_be_dropped_stop_the_run(recipe: Recipes)
         run(made, make_engine=wrong(one_row_late, lambda prompt, n: n == 1 and prompt < 3))
 
 
+class TwoServers(MisroutingEngine):
+    """Says that one of two servers sampled each prompt, and that all the completions it changes came from the second."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+        """Sample, and name a server."""
+        return [
+            replace(
+                group,
+                completions=tuple(
+                    replace(c, server=f"http://s{int(self._chosen(group, number))}")
+                    for number, c in enumerate(group.completions)
+                ),
+            )
+            for group in super().generate(requests, sampling)
+        ]
+
+
 class OtherWeights(MisroutingEngine):
-    """Samples one completion as if by other weights: neither its routes nor its probabilities are the trainer's."""
+    """Samples completions as if by other weights: neither their routes nor their probabilities are the trainer's."""
 
     def _changed(
         self, groups: Sequence[RolloutGroup], group: RolloutGroup, number: int
@@ -212,6 +240,30 @@ def test_e1_drift_that_robs_every_sample_of_its_routes_is_told_and_never_stops_t
     assert (record["replay/lost_samples"], record["replay/dropped_samples"]) == (0.0, 0.0)
     told = capfd.readouterr().out.replace("\n", " ")
     assert "engine and trainer have drifted apart" in told
+
+
+class OtherWeightsOnOneServer(TwoServers, OtherWeights):
+    """One server of two has other weights."""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("is_drift", [True, False])
+def test_e1_drift_on_one_server_of_two_never_stops_the_run_and_wrong_routes_do(
+    is_drift: bool, recipe: Recipes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def make(loaded: Recipe, device: torch.device) -> Any:
+        kind = OtherWeightsOnOneServer if is_drift else TwoServers
+        inner = recipe_engine(loaded, device)
+        plant = randomised_each()
+        return kind(inner, plant, lambda group, number: group.request.request_id % 4 == 1)
+
+    if not is_drift:
+        with pytest.raises(MisalignmentError, match="server http://s1: "):
+            run(recipe(**LONG), make_engine=make)
+        return
+    (record,) = run(recipe(**LONG), make_engine=make)
+    assert (record["replay/lost_samples"], record["replay/dropped_samples"]) == (8.0, 0.0)
+    assert "have drifted apart" in capfd.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.ranks

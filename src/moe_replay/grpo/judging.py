@@ -9,15 +9,17 @@ In: what a pass saw. Out: Judged: metrics, and the samples that must not be lear
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.batching import SampleOrigin, StepBatch
 from moe_replay.grpo.collapse import collapse_warning
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.second_look import look_again, mean_gap, rho_of_step
+from moe_replay.grpo.second_look import look_again, mean_gap, rho_of_samples
 from moe_replay.grpo.watch import PassWatch, Seen
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
@@ -37,7 +39,7 @@ _RUINED_SCALE = 0.5
 _NAMED = 4
 """Misaligned samples whose cause is searched: as many as a message spells out."""
 _MAX_DRIFT_RHO = 1.0
-"""Median of ln(k3 under replay / k3 with live routing) over a step, up to which drift explains routes without information."""
+"""Median over samples of ln(k3 under replay / k3 with live routing), up to which drift explains routes without information."""
 _MAX_FALL = 0.1
 """Agreement of a sample may be this much lower in an update than before, under the same weights and routes."""
 MISALIGNED, LOST = "misaligned", "lost"
@@ -56,8 +58,8 @@ class Judged:
     """What belongs to a metric and is not a number, for the step's record."""
     dropped: Mapping[int, str] = field(default_factory=dict)
     """Number in the step -> why the sample must not be learned from: `MISALIGNED` or `LOST`."""
-    has_drifted: bool = False
-    """Whether drift has left the usual sample nearly nothing of its routes."""
+    drifted: frozenset[tuple[str, str]] = frozenset()
+    """(kind, name) of the groups of samples to which drift has left nearly nothing of their routes."""
     agreement: Mapping[int, float] = field(default_factory=dict)
     """Number in the step -> share of the sample's slots on which live and replayed routes agree."""
 
@@ -101,9 +103,8 @@ def judge_engine_routes(
         certain = verdict.misaligned[:_NAMED]
         looks = look_again(run, batch, [*verdict.suspects, *certain], baseline, scored)
         verdict = guard.decide(baseline, evidence, **known, looks=looks)
-    has_drifted = _has_drifted(run, batch, verdict, scored)
-    if has_drifted:
-        verdict = _without_drift(verdict)
+    drifted = _drifted(run, batch, verdict, scored)
+    verdict = _without(verdict, drifted)
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
         if not _may_drop(run, verdict):
@@ -126,36 +127,45 @@ def judge_engine_routes(
             **_dropped_details(run, origins, dropped),
         },
         dropped=dropped,
-        has_drifted=has_drifted,
+        drifted=drifted,
     )
 
 
-def _has_drifted(
+def _drifted(
     run: Run, batch: StepBatch, verdict: Verdict, scored: Mapping[int, ScoredSample]
-) -> bool:
-    """Tell whether a step's routes without information are explained by drift; collective, and costs a pass if they are there.
+) -> frozenset[tuple[str, str]]:
+    """Return the groups whose routes lost their information to drift; collective, and costs a pass if there could be one.
 
     Wrong routes raise the engine gap under replay alone: of steps in which all routes were wrong, rho was 2 to 7 in the
     median. Where engine and trainer are far apart, replay or not, it is near 0.
     """
-    if not any(fault.may_be_drift for fault in verdict.faults):
-        return False
-    rho = rho_of_step(run, batch, scored)
-    if rho is None or rho > _MAX_DRIFT_RHO:
-        return False
-    run.warn_once(
-        "drift",
-        f"replayed routes have hardly anything in common with live ones ({verdict.agreement.mean():.0%} of the slots), and the "
-        f"engine gap is as large without replay (rho {rho:.1f}): engine and trainer have drifted apart. The run goes on, but "
-        "look at rollout_correction/* and policy versions: is the engine behind, or in a number format too coarse for this model?",
-    )
-    return True
+    asked = [fault for fault in verdict.faults if fault.may_be_drift]
+    if not asked:
+        return frozenset()
+    rho = rho_of_samples(run, batch, scored)
+    drifted = set()
+    for fault in asked:
+        known = [rho[number] for number in fault.samples or rho if number in rho]
+        if known and (middle := float(np.median(known))) <= _MAX_DRIFT_RHO:
+            drifted.add((fault.kind, fault.name))
+            run.warn_once(
+                f"drift of {fault.kind} {fault.name}",
+                f"{fault}. The engine gap of these samples is as large without replay (rho {middle:.1f}), so engine and trainer "
+                "have drifted apart, and the routes are not at fault. The run goes on, but look at rollout_correction/* and "
+                "policy versions: is the engine behind, or in a number format too coarse for this model?",
+            )
+    return frozenset(drifted)
 
 
-def _without_drift(verdict: Verdict) -> Verdict:
+def _without(verdict: Verdict, drifted: Collection[tuple[str, str]]) -> Verdict:
     """Return the verdict without the faults that drift explains."""
     return replace(
-        verdict, faults=tuple(fault for fault in verdict.faults if not fault.may_be_drift)
+        verdict,
+        faults=tuple(
+            fault
+            for fault in verdict.faults
+            if not (fault.may_be_drift and (fault.kind, fault.name) in drifted)
+        ),
     )
 
 
@@ -193,8 +203,7 @@ def judge_own_packing(
         ),
         faults=tuple(fault for fault in verdict.faults if fault.kind != "server"),
     )
-    if before.has_drifted:
-        verdict = _without_drift(verdict)
+    verdict = _without(verdict, before.drifted)
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
     if run.mode is ReplayMode.R2:

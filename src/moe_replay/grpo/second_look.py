@@ -75,23 +75,24 @@ def look_again(
     return _joined(entry for given in run.gather(found) for entry in given)
 
 
-def rho_of_step(run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]) -> float | None:
-    """Return the median over the step's samples of rho, ln(k3 under replay / k3 with live routing); collective.
+def rho_of_samples(
+    run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]
+) -> dict[int, float]:
+    """Return ln(k3 under replay / k3 with live routing) of every sample with tokens, by number in the step; collective.
 
-    One more pass over the step. None when no sample has tokens. ``scored`` are the samples of this replica, under replay.
+    One more pass over the step. ``scored`` are the samples of this replica, under replay.
     """
     live = run.actor.score(
         batch.microbatches, temperature=run.temperature, routing=Routing.LIVE
     ).samples
-    mine = [
-        with_rho(
-            SecondLook(), replayed_k3=mean_gap(sample, scored), live_k3=mean_gap(sample, live)
-        ).rho
-        for sample in batch.samples
-        if sample.sampled_here and sample.completion_length
-    ]
-    known = [rho for part in run.gather(mine) for rho in part if rho is not None]
-    return float(np.median(known)) if known else None
+    mine: dict[int, float] = {}
+    for sample in batch.samples:
+        if sample.sampled_here and sample.completion_length:
+            gaps = {"replayed_k3": mean_gap(sample, scored), "live_k3": mean_gap(sample, live)}
+            rho = with_rho(SecondLook(), **gaps).rho
+            if rho is not None:
+                mine[batch.origins[sample.sample_id].number] = rho
+    return {number: rho for part in run.gather(mine) for number, rho in part.items()}
 
 
 def _kept_in(

@@ -107,7 +107,10 @@ class Guard:
             alpha=self._alpha,
         )
         findings = self._findings(baseline, tests, owners, looks)
-        sums = self._sums.after(baseline.table.sample_ids, tests.is_telling(), owners)
+        lost = [finding.sample for finding in findings if finding.status is Status.LOST]
+        # What drift explains is no sign of a server.
+        telling = tests.is_telling() & ~np.isin(baseline.table.sample_ids, lost)
+        sums = self._sums.after(baseline.table.sample_ids, telling, owners)
         margins, _ = tests.best((*CERTAIN, *STRONG))
         nearest = int(margins.argmax())
         return Verdict(

@@ -9,7 +9,8 @@ In: Baseline, owners. Out: `Fault` for each group that does not look right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,15 +184,18 @@ def _rank_faults(
         at = np.searchsorted(table.sample_ids, part.sample_ids)
         nearer, farther = part.nearer @ apart[at], part.farther @ apart[at]
         share = _share(apart[at], part.num_rows.astype(np.int64))
-        yield from _stretch_faults("rank", str(rank), part.stretches, share, baseline, threshold)
-        yield from _paired("rank", str(rank), nearer, farther, baseline, threshold)
+        found = [
+            *_stretch_faults("rank", str(rank), part.stretches, share, baseline, threshold),
+            *_paired("rank", str(rank), nearer, farther, baseline, threshold),
+        ]
         kappa = baseline.kappa[baseline.version_entry[at]]
         kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
         slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
         lost = tuple(
             _lost("rank", str(rank), part.own, part.chance, slots, kappa, baseline, threshold)
         )
-        yield from lost or _nowhere_on(rank, part, slots, baseline, threshold)
+        found += lost or _nowhere_on(rank, part, slots, baseline, threshold)
+        yield from _of_samples(part.sample_ids, found)
 
 
 def _nowhere_on(
@@ -234,11 +238,21 @@ def _server_faults(
     for server in servers:
         at = np.array([name == server for name in of])
         nearer, farther = table.nearer[:, at] @ apart[at], table.farther[:, at] @ apart[at]
-        yield from _paired("server", server, nearer, farther, baseline, threshold)
-        yield from _strewn("server", server, stray[at], table.num_rows[at], threshold)
         kappa = baseline.kappa[baseline.version_entry[at]]
         own, chance, slots = table.own[at], table.chance[at], table.slots[at]
-        yield from _lost("server", server, own, chance, slots, kappa, baseline, threshold)
+        found = (
+            *_paired("server", server, nearer, farther, baseline, threshold),
+            *_strewn("server", server, stray[at], table.num_rows[at], threshold),
+            *_lost("server", server, own, chance, slots, kappa, baseline, threshold),
+        )
+        yield from _of_samples(table.sample_ids[at], found)
+
+
+def _of_samples(
+    sample_ids: Int64[np.ndarray, " samples"], faults: Iterable[Fault]
+) -> Iterator[Fault]:
+    for fault in faults:
+        yield replace(fault, samples=tuple(sample_ids.tolist()))
 
 
 def _lost_to_something(kind: str, name: str, cause: str, nats: float, threshold: float) -> Fault:
@@ -261,7 +275,7 @@ def _strewn(
     )
     if kept[0] > threshold:
         cause = f"{count / max(rows, 1):.0%} of the rows, strewn over the samples, have routes of other tokens"
-        yield Fault(kind=kind, name=name, cause=cause, nats=float(kept[0]), threshold=threshold)
+        yield _lost_to_something(kind, name, cause, float(kept[0]), threshold)
 
 
 def _paired(
@@ -306,7 +320,7 @@ def _lost(
     nats = _shortfall(own, due, slots, baseline, single=False)
     if nats > threshold:
         cause = f"{_NOWHERE} of the sample, in {int(below.sum())} of its {len(own)} samples, unlike those of the others"
-        yield Fault(kind=kind, name=name, cause=cause, nats=nats, threshold=threshold)
+        yield _lost_to_something(kind, name, cause, nats, threshold)
 
 
 def _floor_nats(

@@ -117,6 +117,8 @@ class Fault:
     """Strength of the sign."""
     threshold: float
     """Nats at which it suffices."""
+    samples: tuple[int, ...] = ()
+    """Its samples; empty for those of the whole step."""
     may_be_drift: bool = False
     """Whether drift could be why: the routes have lost their information, and nothing says that they belong elsewhere."""
 
