@@ -259,6 +259,8 @@ class CleanRuns:
     steps: int = 0
     samples: int = 0
     alarms: int = 0
+    asked: int = 0
+    """Steps of which training asks, by scoring them live, whether it was drift: no alarm if it was."""
     lost: int = 0
     nearest: float = -math.inf
     told: list[str] = field(default_factory=list, repr=False)
@@ -267,7 +269,9 @@ class CleanRuns:
         """Count a step, and keep what was said of one that is not clean."""
         self.steps += 1
         self.samples += len(verdict.sample_ids)
-        self.alarms += not verdict.is_clean
+        is_asked = not verdict.misaligned and all(fault.may_be_drift for fault in verdict.faults)
+        self.alarms += not verdict.is_clean and not is_asked
+        self.asked += not verdict.is_clean and is_asked
         self.lost += len(verdict.lost)
         self.nearest = max(self.nearest, verdict.margin_nats)
         if not verdict.is_clean:
@@ -381,6 +385,7 @@ def main() -> None:
             for metric, value in (
                 ("clean_steps", found.steps),
                 ("false_alarms", found.alarms),
+                ("steps_scored_live", found.asked),
                 ("lost_samples", found.lost),
                 ("nearest_nats", round(found.nearest, 2)),
             ):
