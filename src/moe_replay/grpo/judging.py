@@ -140,7 +140,8 @@ def _drifted(
     median. Where engine and trainer are far apart, replay or not, it is near 0.
     """
     asked = [fault for fault in verdict.faults if fault.may_be_drift]
-    if not asked:
+    # Of weights that are ruined the routes are lost on both sides, and a run must not go on with them.
+    if not asked or any(run.gather(typical_scale(run.actor.modules) >= _RUINED_SCALE)):
         return frozenset()
     rho = rho_of_samples(run, batch, scored)
     drifted = set()
