@@ -367,7 +367,7 @@ def write_table(page: Path, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line that is no figure."""
+    """Print a line that is not a figure."""
     print(text, file=sys.stderr, flush=True)
 
 

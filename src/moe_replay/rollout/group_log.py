@@ -117,7 +117,7 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
     """Return where the records of a groups file lie; of each only the header is read.
 
     Raises:
-        CodecError: when the bytes are no groups file of this version, or a header in the middle was altered.
+        CodecError: when the bytes are not a groups file of this version, or a header in the middle was altered.
     """
     request_ids: list[int] = []
     starts: list[int] = []
@@ -206,7 +206,7 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
 def _check_preamble(stored: memoryview, where: str) -> None:
     if bytes(stored[: len(PREAMBLE)]) != PREAMBLE:
         raise CodecError(
-            f"{where}: begins {bytes(stored[: len(PREAMBLE)]).hex(' ')}, expected {PREAMBLE.hex(' ')}: this is no groups file of "
+            f"{where}: begins {bytes(stored[: len(PREAMBLE)]).hex(' ')}, expected {PREAMBLE.hex(' ')}: this is not a groups file of "
             f"format {FORMAT}; sample it again with `moe-replay rollout`"
         )
 

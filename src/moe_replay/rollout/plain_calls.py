@@ -9,7 +9,8 @@ In: a URL, the model's facts. Out: a base of the calls to such a server.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,15 @@ import numpy as np
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.http_calls import CallError, Fault, HttpCalls
 from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.server_contract import WeightPart
-from moe_replay.rollout.server_messages import PolicyName
-from moe_replay.rollout.types import Completion, Request
+from moe_replay.rollout.server_contract import WeightPart, generate_by_one
+from moe_replay.rollout.server_messages import PolicyName, Progress
+from moe_replay.rollout.types import (
+    Completion,
+    EngineDescription,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
 
 # Longest time between two looks at a server that sends nothing.
 _PROBE_S = 15.0
@@ -31,7 +38,7 @@ _UP_S = 10.0
 _LOAD_BYTES_PER_S = 50 << 20
 
 
-class PlainCalls(HttpCalls):
+class PlainCalls(HttpCalls, ABC):
     """One server of another project. Threads may call it at the same time."""
 
     def __init__(
@@ -52,9 +59,35 @@ class PlainCalls(HttpCalls):
         self._last_piece_s = 0.0
         self._num_silences = 0
 
+    @abstractmethod
     async def _shows_life(self) -> bool:
         """Tell whether the server has worked since it was asked last, on whatever."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def complete(
+        self,
+        request: Request,
+        numbers: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        """Sample the completions ``numbers`` of a request, as `PlainServer` says."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> list[RolloutGroup]:
+        """Return the completions of all requests, as `complete` samples them."""
+        return generate_by_one(self, requests, sampling, policy=policy, description=description)
 
     def is_up(self) -> bool:
         """Tell whether the server and its engine live, after a call has failed."""

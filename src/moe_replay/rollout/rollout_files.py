@@ -202,7 +202,7 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} is a rollout of format {with_format}, this release reads format {FORMAT}: sample it again with "
                 "`moe-replay rollout RECIPE --output FOLDER` into an empty folder, or read it with the release that wrote it"
             ) from error
-        raise CodecError(f"{path} is no rollout of format {FORMAT}: {error}") from error
+        raise CodecError(f"{path} is not a rollout of format {FORMAT}: {error}") from error
 
 
 def find_manifests(path: Path) -> list[Path]:

@@ -288,12 +288,12 @@ def folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the safetensors files in a folder by name, one at a time, mapped from the files.
 
     Raises:
-        EngineError: when a file is no safetensors file.
+        EngineError: when a file is not a safetensors file.
     """
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                for name in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise EngineError(

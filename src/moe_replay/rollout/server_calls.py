@@ -66,7 +66,7 @@ class ServerCalls(HttpCalls):
         """Return what the server is and which weights it holds.
 
         Raises:
-            RecipeError: when it refuses the token, or is no moe-replay server of this version.
+            RecipeError: when it refuses the token, or is not a moe-replay server of this version.
             CallError: when it does not answer.
         """
         body = self.call("GET", "/status", b"")

@@ -170,7 +170,7 @@ def read_call(body: bytes) -> GenerateCall:
         call = GenerateCall.model_validate_json(body)
         call.engine_requests()
     except (ValidationError, OverflowError) as error:
-        raise CodecError(f"the body is no generate call: {error}") from error
+        raise CodecError(f"the body is not a generate call: {error}") from error
     return call
 
 
@@ -178,12 +178,12 @@ def read_status(body: bytes) -> Status:
     """Return the status in a body.
 
     Raises:
-        CodecError: when the body is no status.
+        CodecError: when the body is not a status.
     """
     try:
         return Status.model_validate_json(body)
     except ValidationError as error:
-        raise CodecError(f"the body is no status of a moe-replay server: {error}") from error
+        raise CodecError(f"the body is not a status of a moe-replay server: {error}") from error
 
 
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.plain_calls import PlainCalls
-from moe_replay.rollout.server_contract import check_completion, check_policy, generate_by_one
+from moe_replay.rollout.server_contract import check_completion, check_policy
 from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Progress, Status
 from moe_replay.rollout.sglang_wire import (
     FLAG,
@@ -28,7 +28,6 @@ from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
     Request,
-    RolloutGroup,
     SamplingParams,
 )
 from moe_replay.rollout.weight_names import read_policy, weight_version
@@ -138,18 +137,6 @@ class SglangCalls(PlainCalls):
         failure = self._complete(request, numbers, sampling, description, keep_if_current)
         if failure is not None:
             raise failure
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> list[RolloutGroup]:
-        """Return the completions of all requests, as `complete` samples them."""
-        return generate_by_one(self, requests, sampling, policy=policy, description=description)
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.

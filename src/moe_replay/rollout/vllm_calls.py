@@ -21,14 +21,12 @@ from moe_replay.rollout.server_contract import (
     RolloutServer,
     check_completion,
     check_policy,
-    generate_by_one,
 )
 from moe_replay.rollout.server_messages import PROTOCOL, PolicyName, Progress, Status
 from moe_replay.rollout.types import (
     Completion,
     EngineDescription,
     Request,
-    RolloutGroup,
     SamplingParams,
 )
 from moe_replay.rollout.vllm_http import (
@@ -191,18 +189,6 @@ class VllmCalls(PlainCalls):
                 keep(number, completion)
         if failure is not None:
             raise failure
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> list[RolloutGroup]:
-        """Return the completions of all requests, as `complete` samples them."""
-        return generate_by_one(self, requests, sampling, policy=policy, description=description)
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Let the server load the files that it was given, as ``policy``, and empty its cache.
