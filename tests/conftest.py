@@ -2,9 +2,13 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 
 # Before the first import of torch, which reads it once. Two test processes on two cores leave nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,6 +72,67 @@ sys.meta_path.insert(0, TypedCore(hook.hook))
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Authority:
+    """An authority that nobody else trusts, and what it signed."""
+
+    ca: Path
+    """Its own certificate."""
+    other: Path
+    """Certificate of an authority that signed nothing."""
+    certificate: Path
+    """Of 127.0.0.1, signed by ``ca``."""
+    elsewhere: Path
+    """Of another address, signed by ``ca``."""
+    key: Path
+    """Of what it signed."""
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Make certificates with the openssl command."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command to make certificates with")
+    folder = tmp_path_factory.mktemp("authority")
+    configuration = folder / "openssl.cnf"
+    configuration.write_text("[req]\ndistinguished_name = name\n[name]\n")
+
+    def openssl(*arguments: object) -> None:
+        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+    def new_key(name: str) -> Path:
+        path = folder / f"{name}.key"
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", path)
+        return path
+
+    def certificate(name: str, key: Path, *options: object) -> Path:
+        path = folder / f"{name}.pem"
+        common = ("-config", configuration, "-key", key, "-subj", f"/CN={name}", "-days", 2)
+        openssl("req", "-x509", "-new", *common, *options, "-out", path)
+        return path
+
+    def signed(name: str, address: str) -> Path:
+        extensions = (
+            "-addext",
+            "basicConstraints=CA:false",
+            "-addext",
+            f"subjectAltName=IP:{address}",
+        )
+        return certificate(name, key, "-CA", ca, "-CAkey", ca_key, *extensions)
+
+    is_authority = "-addext", "basicConstraints=critical,CA:true"
+    key, ca_key = new_key("servers"), new_key("ours")
+    ca = certificate("ours", ca_key, *is_authority)
+    other = certificate("another", new_key("another"), *is_authority)
+    return Authority(
+        ca=ca,
+        other=other,
+        certificate=signed("server", "127.0.0.1"),
+        elsewhere=signed("elsewhere", "127.0.0.2"),
+        key=key,
+    )
 
 
 @pytest.fixture(scope="session")

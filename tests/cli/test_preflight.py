@@ -20,6 +20,7 @@ from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.report.base import SilentReporter
 from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.rollout.server_run import tls_options
 from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
@@ -238,6 +239,25 @@ def test_d8_a_server_of_another_model_is_refused_and_of_the_same_accepted(
                 assert main([*command, str(recipe)]) == code
                 printed = " ".join("".join(capsys.readouterr()).split())
                 assert ("serves a model with (MoE layers, experts, top-k)" in printed) == bool(code)
+
+
+def test_a_server_of_a_private_authority_is_accepted_with_its_certificate_and_only_then(
+    write_recipe, capsys, engines, authority
+):
+    cases = {
+        str(authority.ca): (0, ""),
+        str(authority.other): (2, f"not signed by one in {authority.other} (rollout.ca_file)"),
+        None: (2, "in rollout.ca_file"),
+        str(authority.key): (2, f"{authority.key} holds a private key and no certificate"),
+    }
+    web = tls_options(authority.certificate, authority.key, None)
+    with served(engines["same"], web=web) as url:
+        server = {"engine": "vllm-server", "urls": [url.replace("http://", "https://")]}
+        for ca_file, (code, why) in cases.items():
+            recipe = write_recipe(rollout=server | ({"ca_file": ca_file} if ca_file else {}))
+            for command in (["doctor"], ["train", "--dry-run"]):
+                assert main([*command, str(recipe)]) == code
+                assert why in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_d8_a_push_is_tried_at_the_start_and_a_server_that_takes_none_is_named(

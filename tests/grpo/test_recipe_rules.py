@@ -74,6 +74,22 @@ from .smallest_recipe import problems_of, recipe, table
             "rollout.urls",
             "not a server",
         ),
+        (
+            {"rollout": {"ca_file": "ca.pem"}},
+            "rollout.ca_file",
+            "not a server",
+        ),
+        (
+            {
+                "rollout": {
+                    "engine": "vllm-server",
+                    "urls": ["http://127.0.0.1:8000"],
+                    "ca_file": "ca.pem",
+                }
+            },
+            "rollout.ca_file",
+            "no address in rollout.urls begins with https://",
+        ),
     ],
 )
 def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
@@ -108,6 +124,12 @@ def test_d10_a_recipe_shows_no_credentials_of_its_servers():
 def test_servers_must_be_named_once(engine, start, urls):
     message = problems_of(rollout={"engine": engine, "urls": urls})
     assert "rollout.urls" in message and start in message
+
+
+def test_certificates_are_accepted_as_soon_as_one_server_has_tls():
+    mixed = ["http://127.0.0.1:8000", "HTTPS://127.0.0.1:8001"]
+    loaded = recipe(rollout={"engine": "sglang-server", "urls": mixed, "ca_file": "ca.pem"})
+    assert loaded.rollout.ca_file is not None and loaded.rollout.ca_file.name == "ca.pem"
 
 
 def test_key_without_effect_is_refused_even_at_its_default():

@@ -47,6 +47,7 @@ _NO_EFFECT_ON_RESULTS = (
     "rollout.tensor_parallel_size",
     "rollout.urls",
     "rollout.token_file",
+    "rollout.ca_file",
     "rollout.weights_dir",
     "rollout.path",
     "rollout.timeout_s",

@@ -189,11 +189,11 @@ def _connect(
     if rollout.engine == "sglang-server":
         from moe_replay.rollout.sglang_calls import SglangCalls
 
-        connect = partial(SglangCalls, facts=facts)
+        connect = partial(SglangCalls, facts=facts, ca_file=rollout.ca_file)
     else:
         from moe_replay.rollout.vllm_calls import connect_vllm
 
-        connect = partial(connect_vllm, facts=facts)
+        connect = partial(connect_vllm, facts=facts, ca_file=rollout.ca_file)
     return ServerEngine(
         rollout.urls,
         facts=facts,

@@ -28,6 +28,7 @@ _PATHS = (
     "model.path",
     "data.cache_dir",
     "rollout.token_file",
+    "rollout.ca_file",
     "rollout.path",
     "rollout.weights_dir",
 )

@@ -276,8 +276,10 @@ def _engine_without_effect(have: Any) -> Iterator[tuple[str, str]]:
         for key in ("kv_cache_gib", "gpu_memory_utilization", "tensor_parallel_size"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not 'vllm'"
     if have.rollout.engine not in _SERVERS:
-        for key in ("urls", "token_file", "weights_dir", "timeout_s"):
+        for key in ("urls", "token_file", "ca_file", "weights_dir", "timeout_s"):
             yield f"rollout.{key}", f"rollout.engine is {have.rollout.engine!r}, not a server"
+    elif not any(url.lower().startswith("https://") for url in have.rollout.urls):
+        yield "rollout.ca_file", "no address in rollout.urls begins with https://"
     if have.rollout.engine == "files":
         for key in ("dtype", "max_batch_size"):
             yield f"rollout.{key}", "rollout.engine is 'files', and nothing is sampled"

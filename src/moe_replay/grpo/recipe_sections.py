@@ -192,6 +192,8 @@ class RolloutSection(Section):
     """Addresses of the servers of ``vllm-server`` or ``sglang-server``, such as ``http://127.0.0.1:8000``."""
     token_file: Annotated[Path, Field(strict=False)] | None = None
     """File with the bearer token of the servers."""
+    ca_file: Annotated[Path, Field(strict=False)] | None = None
+    """PEM file with the certificates that servers behind ``https://`` are trusted by, instead of the public authorities."""
     weights_dir: Annotated[Path, Field(strict=False)] = Path("/dev/shm")
     """Folder that trainer and servers share, in memory if possible: servers that are not ours read pushed weights there."""
     timeout_s: float = Field(default=600.0, gt=0)

@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
 
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.bearer import without_secrets
+from moe_replay.rollout.certificates import trust_in, why_distrusted
 
 _CONNECT_S = 5.0
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _NOT_FOUND, _STALE = 200, 400, 401, 404, 409
@@ -67,6 +69,10 @@ class HttpCalls:
     """Calls to one server. Threads may make them at the same time, and any thread may give all of them up.
 
     All calls run in one thread of their own, as tasks: 128 completions at a time are 128 sockets and no thread more.
+    ``ca_file`` holds the certificates that a server behind ``https://`` is trusted by, instead of those of the system.
+
+    Raises:
+        RecipeError: when ``ca_file`` cannot be read or holds no certificate.
     """
 
     def __init__(
@@ -76,11 +82,13 @@ class HttpCalls:
         token: str | None,
         timeout_s: float,
         max_answer_bytes: int,
+        ca_file: Path | None = None,
         content_type: str = "application/json",
     ) -> None:
         self.url = without_secrets(url)
         """Address of the server as messages show it, credentials masked."""
         self._timeout_s, self._max_answer_bytes = timeout_s, max_answer_bytes
+        self._ca_file = ca_file
         headers = {"content-type": content_type, "accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
@@ -90,6 +98,7 @@ class HttpCalls:
             limits=httpx2.Limits(max_connections=None),
             # A proxy of the environment is for the world outside, not for one's own servers.
             trust_env=False,
+            verify=True if ca_file is None else trust_in(ca_file),
         )
         self._loop = asyncio.new_event_loop()
         self._running: set[asyncio.Task[Any]] = set()
@@ -257,9 +266,11 @@ class HttpCalls:
                 Fault.SLOW, f"{self.url}{path}: no answer in time ({type(error).__name__})"
             ) from error
         except httpx2.ConnectError as error:
+            remedy = (
+                why_distrusted(error, self._ca_file) or "start the server, or correct rollout.urls"
+            )
             raise CallError(
-                Fault.UNREACHABLE,
-                f"{self.url}{path}: no connection ({error}); start the server, or correct rollout.urls",
+                Fault.UNREACHABLE, f"{self.url}{path}: no connection ({error}); {remedy}"
             ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise CallError(

@@ -49,8 +49,15 @@ class PlainCalls(HttpCalls, ABC):
         timeout_s: float,
         max_answer_bytes: int,
         facts: ModelFacts,
+        ca_file: Path | None = None,
     ) -> None:
-        super().__init__(url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes)
+        super().__init__(
+            url,
+            token=token,
+            timeout_s=timeout_s,
+            max_answer_bytes=max_answer_bytes,
+            ca_file=ca_file,
+        )
         self._facts = facts
         self._pushed: Path | None = None
         self._pushed_bytes = 0

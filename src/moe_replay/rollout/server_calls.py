@@ -9,6 +9,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -50,13 +51,20 @@ class ServerCalls(HttpCalls):
     draws_by_seed: bool = True
 
     def __init__(
-        self, url: str, *, token: str | None, timeout_s: float, max_answer_bytes: int
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout_s: float,
+        max_answer_bytes: int,
+        ca_file: Path | None = None,
     ) -> None:
         super().__init__(
             url,
             token=token,
             timeout_s=timeout_s,
             max_answer_bytes=max_answer_bytes,
+            ca_file=ca_file,
             content_type=CONTENT_TYPE,
         )
         self._push = ""

@@ -55,14 +55,23 @@ _PATHS = {
 
 
 def connect_vllm(
-    url: str, *, token: str | None, timeout_s: float, max_answer_bytes: int, facts: ModelFacts
+    url: str,
+    *,
+    token: str | None,
+    timeout_s: float,
+    max_answer_bytes: int,
+    facts: ModelFacts,
+    ca_file: Path | None = None,
 ) -> RolloutServer:
     """Return the calls to a server of `moe-replay serve`, or to a plain vLLM server.
 
     Raises:
+        RecipeError: when the file of certificates cannot be used.
         CallError: when nothing answers.
     """
-    ours = ServerCalls(url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes)
+    ours = ServerCalls(
+        url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes, ca_file=ca_file
+    )
     try:
         is_plain = not ours.has("/status") and ours.has("/version")
     except BaseException:
@@ -72,7 +81,12 @@ def connect_vllm(
         return ours
     ours.close()
     return VllmCalls(
-        url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes, facts=facts
+        url,
+        token=token,
+        timeout_s=timeout_s,
+        max_answer_bytes=max_answer_bytes,
+        facts=facts,
+        ca_file=ca_file,
     )
 
 
