@@ -127,6 +127,8 @@ def test_several_certificates_with_words_between_them_are_taken(authority, tmp_p
     parts = [authority.other.read_text(), "the authority of the cluster, für alle\n"]
     bundle.write_text("".join([*parts, authority.ca.read_text()]))
     assert trust_in(bundle).cert_store_stats()["x509"] == 2
-    with secure(_ours, authority.certificate, authority.key) as url:
-        with closing(ServerCalls(url, **LIMITS, ca_file=bundle)) as calls:
-            assert calls.has("/status")
+    with (
+        secure(_ours, authority.certificate, authority.key) as url,
+        closing(ServerCalls(url, **LIMITS, ca_file=bundle)) as calls,
+    ):
+        assert calls.has("/status")
