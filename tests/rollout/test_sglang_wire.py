@@ -21,7 +21,7 @@ from moe_replay.rollout.sglang_wire import (
 )
 from moe_replay.rollout.types import FinishReason, Request, SamplingParams
 from moe_replay.rollout.weight_names import read_policy, weight_version
-from moe_replay.routing import RoutedModel
+from moe_replay.routing import LayerOrder, RoutedModel
 
 # Decoder layer 0 is dense; layers 1 and 2 choose 2 of 8 experts.
 FACTS = ModelFacts(
@@ -78,6 +78,7 @@ def read(told: Any, *, facts: ModelFacts = FACTS) -> Any:
         SAMPLING,
         facts=facts,
         description=read_description(SERVER, facts, "http://a"),
+        layer_order=LayerOrder(),
         where="request 7",
     )
 

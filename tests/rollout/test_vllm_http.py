@@ -21,7 +21,7 @@ from moe_replay.rollout.vllm_http import (
     read_completion,
     read_server,
 )
-from moe_replay.routing import RoutedModel
+from moe_replay.routing import LayerOrder, RoutedModel
 
 FACTS = ModelFacts(
     vocab_size=100,
@@ -101,6 +101,7 @@ def read(told: Any) -> Completion:
         facts=FACTS,
         description=read_server(VERSION, SERVER, FACTS, "http://a").description,
         policy_version=4,
+        layer_order=LayerOrder(),
         max_bytes=1 << 20,
         where="request 7",
     )

@@ -29,6 +29,7 @@ from moe_replay.rollout.types import (
     RolloutGroup,
     SamplingParams,
 )
+from moe_replay.routing import LayerOrder
 
 # Longest time between two looks at a server that sends nothing.
 _PROBE_S = 15.0
@@ -59,6 +60,8 @@ class PlainCalls(HttpCalls, ABC):
             ca_file=ca_file,
         )
         self._facts = facts
+        # One a server: what its short payloads show of the order of its layers adds up.
+        self._layer_order = LayerOrder()
         self._pushed: Path | None = None
         self._pushed_bytes = 0
         self._waiting: set[asyncio.Timeout] = set()

@@ -195,6 +195,7 @@ class SglangCalls(PlainCalls):
                     sampling,
                     facts=self._facts,
                     description=description,
+                    layer_order=self._layer_order,
                     where=where,
                 )
                 check_completion(request, completion, description=description)

@@ -41,6 +41,7 @@ from moe_replay.rollout.types import (
 )
 from moe_replay.rollout.weight_names import read_policy
 from moe_replay.routing import (
+    LayerOrder,
     Origin,
     RoutedModel,
     RoutingTrace,
@@ -180,9 +181,12 @@ def read_completion(
     *,
     facts: ModelFacts,
     description: EngineDescription,
+    layer_order: LayerOrder,
     where: str,
 ) -> tuple[Completion, PolicyName]:
     """Return the completion in one entry of an answer, and the weights that it was sampled with.
+
+    ``layer_order`` is its server's own.
 
     A completion that was retracted on the way has log-probabilities of its first run and routes of a later one; all its
     rows are ``valid=False``, and coverage counts them.
@@ -221,7 +225,17 @@ def read_completion(
     completion = Completion(
         token_ids=token_ids,
         rollout_logprobs=np.array(logprobs, dtype=np.float32),
-        trace=_trace(meta, request, token_ids, policy, num_retractions, facts, description, where),
+        trace=_trace(
+            meta,
+            request,
+            token_ids,
+            policy,
+            num_retractions,
+            facts,
+            description,
+            layer_order,
+            where,
+        ),
         finish_reason=_finish_reason(reason, token_ids, sampling, where),
         policy_version=policy.policy_version,
     )
@@ -274,6 +288,7 @@ def _trace(
     num_retractions: int,
     facts: ModelFacts,
     description: EngineDescription,
+    layer_order: LayerOrder,
     where: str,
 ) -> RoutingTrace | None:
     if not description.records_routes:
@@ -296,6 +311,7 @@ def _trace(
         model=model,
         origin=origin,
         where=where,
+        layer_order=layer_order,
     )
 
 

@@ -283,6 +283,7 @@ class VllmCalls(PlainCalls):
                     sampling,
                     facts=self._facts,
                     description=description,
+                    layer_order=self._layer_order,
                     policy_version=policy_version,
                     max_bytes=_ROUTE_BYTES,
                     where=where,

@@ -29,7 +29,7 @@ from moe_replay.rollout.types import (
     SamplingParams,
 )
 from moe_replay.rollout.vllm_wire import FLAG, check_version, payload_of_json, trace_from_vllm
-from moe_replay.routing import Origin
+from moe_replay.routing import LayerOrder, Origin
 
 PROCESSOR = "moe_replay.rollout.vllm_sampler:DrawTokens"
 """The logits processor that draws by the noise of every engine."""
@@ -178,10 +178,11 @@ def read_completion(
     facts: ModelFacts,
     description: EngineDescription,
     policy_version: int,
+    layer_order: LayerOrder,
     max_bytes: int,
     where: str,
 ) -> Completion:
-    """Return the completion of an answer.
+    """Return the completion of an answer; ``layer_order`` is its server's own.
 
     Raises:
         EngineError: when the answer is damaged, cut, or ended in an unknown way.
@@ -211,6 +212,7 @@ def read_completion(
             origin=_origin(description, policy_version, len(every)),
             was_cut=False,
             where=where,
+            layer_order=layer_order,
         )
     return Completion(
         token_ids=token_ids,
