@@ -222,20 +222,13 @@ def read_completion(
         raise EngineError(
             f"{where}: sampled by the weights {sorted(versions)}, one after the other; another trainer pushes to this server"
         )
+    trace = _trace(
+        meta, request, token_ids, policy, num_retractions, facts, description, layer_order, where
+    )
     completion = Completion(
         token_ids=token_ids,
         rollout_logprobs=np.array(logprobs, dtype=np.float32),
-        trace=_trace(
-            meta,
-            request,
-            token_ids,
-            policy,
-            num_retractions,
-            facts,
-            description,
-            layer_order,
-            where,
-        ),
+        trace=trace,
         finish_reason=_finish_reason(reason, token_ids, sampling, where),
         policy_version=policy.policy_version,
     )
