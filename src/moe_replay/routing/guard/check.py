@@ -5,18 +5,18 @@ In: replayed ids, live ids, sample numbers. Out: `RouteReport`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_replay.errors import MisalignmentError, TraceError
-from moe_replay.routing.arrays import as_array, check_holds_ids
+from moe_replay.errors import MisalignmentError
 from moe_replay.routing.guard.counts import OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import judge
 from moe_replay.routing.guard.explain import explain_faults
+from moe_replay.routing.guard.given import check_signs, given_rows
 from moe_replay.routing.guard.places import RouteRows, look_closer
 from moe_replay.routing.guard.table import summarise
 from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
@@ -71,7 +71,7 @@ def check_routes(
     num_experts: int,
     position: Any = None,
     valid: Any = None,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     gaps: Mapping[int, float] | None = None,
     owners: Mapping[int, Owner] | None = None,
     guard: Guard | None = None,
@@ -88,45 +88,21 @@ def check_routes(
         num_experts: experts a layer.
         position: ``[rows]``, position of each row in its sample. Default: rows of a sample follow each other.
         valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all rows that are not padding.
-        layers: number of each entry of the layer dim, for messages. Default: 0, 1, 2, ...
+        layers: number of each entry of the layer dim, for messages; 0 to 32,767, each once. Default: 0, 1, 2, ...
         gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: more evidence, if it is at hand.
         owners: sample -> `Owner`: servers are then judged as well, and messages name them.
         guard: remembers what is usual from step to step; keep one for a run. Default: this call stands alone.
 
     Raises:
-        TraceError: when the arrays do not fit each other, or live ids are not a top-k.
+        TraceError: when an argument is not what it can be, arrays do not fit each other, or live ids are not a top-k.
 
     Example:
         >>> report = check_routes(recorded, live, sample, num_experts=128)
         >>> report.raise_if_misaligned(f"step {step}")
     """
-    rows = _route_rows(expert_ids, live_ids, sample, position, valid, layers, num_experts)
+    rows = given_rows(expert_ids, live_ids, sample, position, valid, layers, num_experts)
+    check_signs(gaps, owners)
     return _report(rows, guard, gaps, owners or {})
-
-
-def _route_rows(
-    expert_ids: Any,
-    live_ids: Any,
-    sample: Any,
-    position: Any,
-    valid: Any,
-    layers: Sequence[int] | None,
-    num_experts: int,
-) -> RouteRows:
-    replayed, live, numbers = as_array(expert_ids), as_array(live_ids), as_array(sample)
-    held = numbers >= 0 if valid is None else as_array(valid).astype(bool) & (numbers >= 0)
-    if layers is None:
-        layers = range(replayed.shape[1] if replayed.ndim == 3 else 0)
-    _check_arrays(replayed, live, numbers, held, layers, num_experts)
-    return RouteRows(
-        expert_ids=replayed,
-        live_ids=live,
-        valid=held,
-        sample=numbers,
-        position=_positions(numbers) if position is None else as_array(position).astype(np.int64),
-        layers=tuple(layers),
-        num_experts=num_experts,
-    )
 
 
 def _report(
@@ -189,55 +165,6 @@ def _versions(
         if (owner := owners.get(int(number))) and owner.policy_version is not None
     }
     return known if len(known) == len(sample_ids) else None
-
-
-def _positions(sample: np.ndarray) -> Int64[np.ndarray, " rows"]:
-    """Return how many rows of the same sample lie before each row."""
-    order = np.argsort(sample, kind="stable")
-    ordered = sample[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if len(ordered) else order
-    count = np.diff(np.append(starts, len(ordered)))
-    found = np.empty(len(sample), np.int64)
-    found[order] = np.arange(len(ordered)) - np.repeat(starts, count)
-    return found
-
-
-def _check_arrays(
-    replayed: np.ndarray,
-    live: np.ndarray,
-    sample: np.ndarray,
-    valid: np.ndarray,
-    layers: Sequence[int],
-    num_experts: int,
-) -> None:
-    shapes = f"expert_ids {replayed.shape}, live_ids {live.shape}, sample {sample.shape}, valid {valid.shape}"
-    if (
-        replayed.ndim != 3
-        or live.shape != replayed.shape
-        or sample.shape != replayed.shape[:1]
-        or valid.shape != replayed.shape[:1]
-        or len(layers) != replayed.shape[1]
-        or not replayed.shape[1] * replayed.shape[2]
-    ):
-        raise TraceError(
-            f"check_routes: got {shapes} and {len(layers)} layers, expected [rows, layers, topk] twice and [rows] for the "
-            "others: pass the rows of one step, replayed and live ones in the same order"
-        )
-    for name, ids in (("expert_ids", replayed), ("live_ids", live)):
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise TraceError(
-                f"check_routes: {name} is {ids.dtype}, expected whole numbers: expert ids"
-            )
-        check_holds_ids(ids, num_experts, where=f"check_routes: {name}")
-    own = live[valid]
-    ordered = np.sort(own, axis=2)
-    if own.size and (
-        own.min() < 0 or own.max() >= num_experts or (ordered[..., 1:] == ordered[..., :-1]).any()
-    ):
-        raise TraceError(
-            f"check_routes: live_ids hold ids outside 0..{num_experts - 1}, or one id twice in a row, expected the top-k of the "
-            "trainer's router: these are the routes to compare with, so take them where the router computes its scores"
-        )
 
 
 def _broken(rows: RouteRows, owners: Mapping[int, Owner]) -> Iterator[Finding]:
