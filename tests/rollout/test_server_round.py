@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from moe_replay.rollout.http_calls import CallError, Fault
@@ -34,6 +36,25 @@ def test_tokens_under_way_are_counted_until_they_come_back():
     assert [c.token_ids.tolist() for c in result.completions] == [
         c.token_ids.tolist() for c in group.completions
     ]
+
+
+def test_threads_without_work_are_woken_by_a_failure_or_the_last_call_and_not_by_others():
+    work = Round(requests(2), 3, {URL})
+    tasks = [work.take(URL), work.take(URL)]
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(work.take, URL)
+        work.give_back(tasks[0], URL, CallError(Fault.FAILED, "a"))
+        again = waiting.result()
+        assert again.request.request_id == 0
+
+        waiting = threads.submit(work.take, URL)
+        for task in (again, tasks[1]):
+            (group,) = fake().generate([task.request], SAMPLING)
+            for number, completion in enumerate(group.completions):
+                work.keep(task, URL, number, completion)
+            assert not waiting.done()
+            work.finish(task, URL)
+        assert waiting.result() is None
 
 
 @pytest.mark.parametrize(("num_sampled", "allowed"), [(0, 8), (800, 8), (2000, 20)])

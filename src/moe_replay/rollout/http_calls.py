@@ -19,6 +19,7 @@ import httpx2
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.rollout.bearer import without_secrets
 from moe_replay.rollout.certificates import trust_in, why_distrusted
+from moe_replay.rollout.http_lanes import Lanes
 
 _CONNECT_S = 5.0
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _NOT_FOUND, _STALE = 200, 400, 401, 404, 409
@@ -95,10 +96,9 @@ class HttpCalls:
         self._client = httpx2.AsyncClient(
             base_url=url,
             headers=headers,
-            limits=httpx2.Limits(max_connections=None),
+            transport=Lanes(None if ca_file is None else trust_in(ca_file)),
             # A proxy of the environment is for the world outside, not for one's own servers.
             trust_env=False,
-            verify=True if ca_file is None else trust_in(ca_file),
         )
         self._loop = asyncio.new_event_loop()
         self._running: set[asyncio.Task[Any]] = set()

@@ -129,7 +129,9 @@ class Round:
     def _back(self, task: Task) -> None:
         self._num_out -= 1
         self._tokens_under_way.pop(task.place, None)
-        self._turn.notify_all()
+        # Whoever waits in `take` waits for the last one: woken each time, n threads would wake n * n / 2 times.
+        if not self._num_out:
+            self._turn.notify_all()
 
     def stop(self, error: BaseException) -> None:
         """End the round with an error that no other server would fix; the first one is kept."""
