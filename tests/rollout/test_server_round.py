@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from moe_replay.errors import EngineError
 from moe_replay.rollout.http_calls import CallError, Fault
 from moe_replay.rollout.server_messages import Progress
 from moe_replay.rollout.server_round import Redraws, Round
@@ -55,6 +56,32 @@ def test_threads_without_work_are_woken_by_a_failure_or_the_last_call_and_not_by
             assert not waiting.done()
             work.finish(task, URL)
         assert waiting.result() is None
+
+
+def failed(work: Round, *messages: str) -> None:
+    for message in messages:
+        work.give_back(work.take(URL), URL, CallError(Fault.FAILED, message))
+
+
+def test_what_a_server_failed_of_first_is_named_beside_what_came_of_it():
+    work = Round(requests(1), 3, {URL})
+    failed(work, "its engine has ended", "no connection", "no connection")
+    with pytest.raises(EngineError, match=r"last: no connection; its .* of: its engine has ended;"):
+        work.results()
+
+
+def test_a_failure_before_the_last_success_of_a_server_is_not_its_cause():
+    (group,) = fake().generate(requests(1), SAMPLING)
+    work = Round(requests(2), 2, {URL})
+    failed(work, "once")
+    task = work.take(URL)
+    for number in task.numbers:
+        work.keep(task, URL, number, group.completions[number])
+    work.finish(task, URL)
+    failed(work, "twice")
+    with pytest.raises(EngineError, match="last: twice; the run can") as caught:
+        work.results()
+    assert "once" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("num_sampled", "allowed"), [(0, 8), (800, 8), (2000, 20)])

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.vllm
 PROGRAM = """
 import asyncio, subprocess, sys
 from pathlib import Path
+from moe_replay.rollout import server_run
 from moe_replay.rollout.fake import FakeEngine
 from moe_replay.rollout.own_folder import OwnFolder
 from moe_replay.rollout.served_engine import ThreadedEngine
@@ -48,17 +49,24 @@ class Engine(ThreadedEngine):
     async def start(self):
         child = subprocess.Popen(["sleep", "3600"])
         say(f"child {child.pid}")
-        self.child = child
+        self.child, self.asked = child, asyncio.Event()
         if hangs == "start":
             await asyncio.Event().wait()
         await super().start()
 
     async def complete(self, *arguments, **options):
         say("sampling")
+        self.asked.set()
         await asyncio.Event().wait()
 
+    async def lost(self):
+        if "lost" not in hangs:
+            return await super().lost()
+        await self.asked.wait()
+        return "the child has died"
+
     async def close(self):
-        if hangs == "close":
+        if "close" in hangs:
             await asyncio.Event().wait()
         self.child.kill()
         self.child.wait()
@@ -68,8 +76,11 @@ with bind("127.0.0.1", 0) as listening, OwnFolder(folder, "push-") as pushes:
     say(f"port {listening.getsockname()[1]}")
     engine = Engine(FakeEngine)
     server = EngineServer(engine, facts=None, push_folder=pushes.path)
-    run_until_signal(server, engine, web_server(server.application()), listening, say=say, what="a fake")
-say("over")
+    if hangs == "lost close":
+        server_run._END_S = 0.1
+    web = web_server(server.application())
+    lost = run_until_signal(server, engine, web, listening, say=say, what="a fake")
+say(f"over: {lost}")
 """
 
 
@@ -123,10 +134,7 @@ def test_e25_a_signal_ends_calls_engine_and_process_in_this_order(tmp_path, numb
         child = int(server.until("child "))
         server.until("serving a fake")
         answers = []
-        body = call_bytes(requests(1), SAMPLING, POLICY)
-        waiting = threading.Thread(
-            target=lambda: answers.append(error_of(call("POST", f"{url}/generate", body)))
-        )
+        waiting = threading.Thread(target=lambda: answers.append(ask(url)))
         waiting.start()
         server.until("sampling")
         server.process.send_signal(number)
@@ -134,9 +142,34 @@ def test_e25_a_signal_ends_calls_engine_and_process_in_this_order(tmp_path, numb
         lines = server.rest()
         assert server.process.wait() == 0
     assert answers == [(503, "the server is stopping")]
-    assert lines[-2:] == ["closed", "over"]
+    assert lines[-2:] == ["closed", "over: None"]
     assert not psutil.pid_exists(child)
     assert list(tmp_path.iterdir()) == []
+
+
+def ask(url: str) -> tuple[int, str]:
+    return error_of(call("POST", f"{url}/generate", call_bytes(requests(1), SAMPLING, POLICY)))
+
+
+def test_e25_a_server_that_loses_its_engine_tells_its_callers_and_ends(tmp_path):
+    with running(tmp_path, "lost") as server:
+        url = f"http://127.0.0.1:{server.until('port ')}"
+        child = int(server.until("child "))
+        server.until("serving a fake")
+        assert ask(url) == (503, "the child has died")
+        assert server.rest()[-2:] == ["closed", "over: the child has died"]
+        assert server.process.wait() == 0
+    assert not psutil.pid_exists(child)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_e25_what_does_not_end_after_the_engine_was_lost_is_killed(tmp_path):
+    with running(tmp_path, "lost close") as server:
+        url = f"http://127.0.0.1:{server.until('port ')}"
+        server.until("serving a fake")
+        assert ask(url) == (503, "the child has died")
+        assert server.rest()[-1] == "still there 0 s after the engine was lost; killed"
+        assert server.process.wait() == 1
 
 
 def test_r9_a_second_signal_kills_what_does_not_end(tmp_path):

@@ -104,6 +104,7 @@ def test_e25_one_worker_that_dies_ends_its_completions_and_is_never_asked_again(
     healthy, dying = pair.engine._replicas
 
     async def kill_one():
+        losing = asyncio.create_task(pair.engine.lost())
         begun = [asyncio.Event(), asyncio.Event()]
         tasks = [
             asyncio.create_task(pair.one(prompts(1)[0], n, sampling, lambda _, n=n: begun[n].set()))
@@ -111,12 +112,14 @@ def test_e25_one_worker_that_dies_ends_its_completions_and_is_never_asked_again(
         ]
         await asyncio.gather(*(event.wait() for event in begun))
         assert (healthy.num_running, dying.num_running) == (1, 1)
+        assert not losing.done()
         dying._workers[0].kill()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(*tasks, losing, return_exceptions=True)
 
-    lived, died = pair.run(kill_one())
+    lived, died, lost = pair.run(kill_one())
     assert isinstance(lived, Completion)
     assert "processes of replica 1 of vLLM have ended" in str(died)
+    assert lost.startswith("the server has lost its engine: the processes of replica 1 of vLLM")
     with pytest.raises(EngineError, match="processes of replica 1 of vLLM have ended"):
         pair.sample(prompts(1))
     pair.run(pair.engine.close())

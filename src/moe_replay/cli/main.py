@@ -1,7 +1,7 @@
 """The `moe-replay` command: subcommands, overrides, and errors as a person wants to read them.
 
-In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run that was
-stopped and goes on when it is started again, 130 interrupted.
+In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run or a
+server that was stopped and goes on when it is started again, 130 interrupted.
 Called by: the installed command, and `torchrun -m moe_replay.cli.main`.
 """
 

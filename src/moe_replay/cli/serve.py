@@ -93,13 +93,13 @@ def _add_access_options(listen: argparse._ArgumentGroup) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve until a signal comes.
+    """Serve until a signal comes (0), or the engine is lost, so that whoever restarts servers restarts this one (75).
 
     Raises:
         MoeReplayError: of the kind that names what went wrong.
     """
     from moe_replay.cli.environment import set_defaults
-    from moe_replay.cli.stages import say
+    from moe_replay.cli.stages import START_AGAIN, say
     from moe_replay.rollout.bearer import exposure, read_token
     from moe_replay.rollout.server_socket import bind
 
@@ -112,8 +112,11 @@ def run_serve(options: argparse.Namespace) -> int:
         say(f"reading {options.model} for {options.host}:{options.port} ...")
         num_workers = options.tensor_parallel_size * options.data_parallel_size
         set_defaults(os.environ, num_workers=num_workers)
-        _serve(options, token, listening)
-    return 0
+        lost = _serve(options, token, listening)
+    if lost is None:
+        return 0
+    say(f"moe-replay: {lost}")
+    return START_AGAIN
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -150,7 +153,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise RecipeError(f"{', '.join(given)}: not options of --engine embedded, but of vllm")
 
 
-def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> None:
+def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> str | None:
+    """Serve; return None after a signal, or why the engine was lost."""
     from moe_replay.cli.stages import quiet_transformers, say
     from moe_replay.rollout.checkpoint_files import check_finite
     from moe_replay.rollout.model_facts import read_facts
@@ -179,7 +183,7 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
         port = listening.getsockname()[1]
         scheme = "https" if tls else "http"
         host = f"[{options.host}]" if ":" in options.host else options.host
-        run_until_signal(
+        return run_until_signal(
             server,
             engine,
             web_server(server.application(), **tls),

@@ -9,6 +9,9 @@ import os
 import sys
 import time
 
+START_AGAIN = 75
+"""Exit code of what was stopped, or lost what it needs, and works when it is started again (EX_TEMPFAIL of sysexits.h)."""
+
 
 def say(text: str) -> None:
     """Print a line at once; ranks other than the first are silent."""

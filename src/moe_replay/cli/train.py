@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.environment import read_process, set_defaults
-from moe_replay.cli.stages import Progress, quiet_transformers, say
+from moe_replay.cli.stages import START_AGAIN, Progress, quiet_transformers, say
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.preflight import Preflight, preflight
 from moe_replay.grpo.recipe_file import load_recipe
@@ -24,8 +24,6 @@ from moe_replay.rollout.bearer import exposure
 if TYPE_CHECKING:
     from moe_replay.report import RunDirectory
 
-RESUME = 75
-"""Exit code of a run that was stopped and goes on when it is started again (EX_TEMPFAIL of sysexits.h)."""
 _MAX_GOODBYE_S = 30.0
 
 
@@ -143,7 +141,7 @@ def _prepare(
 
 def _exit_code(stopped_by: str | None) -> int:
     """Return 0 for a run that is done, 130 for one that a person stopped, and else the code for "start me again"."""
-    return 0 if stopped_by is None else 130 if stopped_by == "SIGINT" else RESUME
+    return 0 if stopped_by is None else 130 if stopped_by == "SIGINT" else START_AGAIN
 
 
 def _farewell(end: RunEnd) -> str:

@@ -94,6 +94,10 @@ class ServedEngine(Protocol):
         """
         ...
 
+    async def lost(self) -> str:
+        """Return why nothing can be sampled any more once that is so, and not before; awaited after `start`."""
+        ...
+
     async def close(self) -> None:
         """End everything that `start` started. Calling it twice is allowed."""
         ...
@@ -225,6 +229,11 @@ class ThreadedEngine:
         if self._last_good is not None:
             shutil.rmtree(self._last_good, ignore_errors=True)
         self._last_good = folder
+
+    async def lost(self) -> str:
+        """Return never: an engine of this process ends with it."""
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def close(self) -> None:
         """Close the engine, once the call that runs has ended. Calling it twice is allowed."""

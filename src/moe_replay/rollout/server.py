@@ -122,9 +122,9 @@ class EngineServer:
         """Answer calls from now on."""
         self._closed_because = None
 
-    def stop(self) -> None:
-        """Refuse calls from now on, and end those that run: their callers are told that the server is stopping."""
-        self._closed_because = "the server is stopping"
+    def stop(self, because: str = "the server is stopping") -> None:
+        """Refuse calls from now on, and end those that run: their callers are told ``because``."""
+        self._closed_because = because
         self._bodies.stop()
         for job in self._jobs:
             job.cancel()
@@ -208,7 +208,12 @@ class EngineServer:
             finally:
                 self._jobs.discard(task)
 
-        return FrameAnswer(job, progress=progress, pause_s=self._progress_s)
+        return FrameAnswer(
+            job,
+            progress=progress,
+            ending=lambda: self._closed_because or "the call was ended",
+            pause_s=self._progress_s,
+        )
 
     def _check_call(self, call: GenerateCall, requests: list[RolloutRequest]) -> None:
         """Raise `RefusedError` for what no server of this model could answer."""

@@ -51,6 +51,7 @@ class Round:
         self._completions: list[dict[int, Completion]] = [{} for _ in requests]
         self._errors: dict[int, list[CallError]] = {}
         self._failures_in_a_row: Counter[str] = Counter()
+        self._began: dict[str, CallError] = {}
         self._stopped: BaseException | None = None
         self._turn = threading.Condition()
 
@@ -98,6 +99,8 @@ class Round:
         """Let another call try what failed, unless it failed too often; return when this server may be asked again."""
         with self._turn:
             self._back(task)
+            if not self._failures_in_a_row[url]:
+                self._began[url] = error
             self._failures_in_a_row[url] += 1
             # Weights do not come back by asking again.
             is_stale = error.fault is Fault.STALE
@@ -109,8 +112,8 @@ class Round:
             if len(errors) >= self._max_attempts:
                 self._stop(
                     EngineError(
-                        f"request {task.request.request_id} failed {len(errors)} times, last: {error}; the run can be "
-                        "resumed when the servers work"
+                        f"request {task.request.request_id} failed {len(errors)} times, last: {error}"
+                        f"{self._cause(url, error)}; the run can be resumed when the servers work"
                     )
                 )
             else:
@@ -120,6 +123,14 @@ class Round:
             if not is_stale:
                 pause_s = _BACKOFF_S * 2 ** (failures - 1)
                 self._turn.wait_for(lambda: self._stopped is not None, timeout=pause_s)
+
+    def _cause(self, url: str, error: CallError) -> str:
+        """Return what a server failed of first, in a row of failures that ``error`` ends.
+
+        A server that says that its engine has ended cannot be reached a moment later, and that alone says nothing.
+        """
+        began = str(self._began[url])
+        return "" if began == str(error) else f"; its server failed first of: {began}"
 
     def put_down(self, task: Task) -> None:
         """Note that a call was given up."""
@@ -158,9 +169,12 @@ class Round:
         if self._stopped is not None:
             raise self._stopped
         if self._waiting:
-            last = {str(errors[-1]) for errors in self._errors.values()}
+            told = {str(errors[-1]) for errors in self._errors.values()}
+            told |= {
+                str(self._began[url]) for url, count in self._failures_in_a_row.items() if count
+            }
             raise EngineError(
-                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: {'; '.join(sorted(last))}; "
+                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: {'; '.join(sorted(told))}; "
                 "start the servers again and resume the run"
             )
         return [

@@ -99,16 +99,17 @@ def run_until_signal(
     *,
     say: Callable[[str], None],
     what: str,
-) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; whatever ends it, the engine is closed and no process of it stays.
+) -> str | None:
+    """Serve until SIGTERM, SIGINT or SIGHUP, and return None; or until the engine is lost, and return why.
 
-    Calls are answered "still loading" until ``engine`` has started. ``what`` names what is served, and where.
+    Whatever ends it, the engine is closed and no process of it stays. Calls are answered "still loading" until ``engine``
+    has started. ``what`` names what is served, and where.
 
     Raises:
         MoeReplayError: when the engine does not start.
     """
     with _stopped_by_signal(say) as stop, _said_while_loading(say, what) as is_loaded:
-        asyncio.run(_serve(server, engine, web, listening, stop, is_loaded, say, what))
+        return asyncio.run(_serve(server, engine, web, listening, stop, is_loaded, say, what))
 
 
 async def _serve(
@@ -120,10 +121,12 @@ async def _serve(
     is_loaded: threading.Event,
     say: Callable[[str], None],
     what: str,
-) -> None:
+) -> str | None:
     stopped = stop.begin()
     serving = asyncio.create_task(web.serve(sockets=[listening]))
     starting = asyncio.create_task(engine.start())
+    losing: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    lost: str | None = None
     try:
         await asyncio.wait({serving, starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -131,15 +134,22 @@ async def _serve(
             starting.result()
             server.ready()
             say(f"serving {what}; {engine.capacity()}")
-            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            losing = asyncio.create_task(engine.lost())
+            await asyncio.wait({serving, stopped, losing}, return_when=asyncio.FIRST_COMPLETED)
+            # A signal to all processes ends those of the engine, too.
+            if losing.done() and not stopped.done():
+                lost = losing.result()
+                stop.limit("the engine was lost")
         if serving.done():
             serving.result()
+        return lost
     finally:
         is_loaded.set()
-        server.stop()
+        server.stop(lost or "the server is stopping")
         web.should_exit = True
         starting.cancel()
-        await asyncio.gather(serving, starting, return_exceptions=True)
+        losing.cancel()
+        await asyncio.gather(serving, starting, losing, return_exceptions=True)
         await engine.close()
 
 
@@ -151,33 +161,40 @@ class _Stop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wished: asyncio.Future[None] | None = None
         self._timer: threading.Timer | None = None
+        self._is_asked = False
 
     def begin(self) -> asyncio.Future[None]:
         """Return what is done once the wish has come; called in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._wished = self._loop.create_future()
-        if self._timer is not None:
+        if self._is_asked:
             self._wished.set_result(None)
         return self._wished
 
     def ask(self, number: int, frame: Any) -> None:
         """Take a signal: the first asks, the second does not wait."""
-        if self._timer is not None:
+        if self._is_asked:
             _kill_all()
+        self._is_asked = True
         self._say(f"{signal.Signals(number).name}: stopping; once more to kill at once")
-        self._timer = threading.Timer(_END_S, self._give_up)
-        self._timer.daemon = True
-        self._timer.start()
+        self.limit("the signal")
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wish)
+
+    def limit(self, since: str) -> None:
+        """Kill what is left some time after ``since``, which is now, unless `end` comes first."""
+        self.end()
+        self._timer = threading.Timer(_END_S, self._give_up, [since])
+        self._timer.daemon = True
+        self._timer.start()
 
     def _wish(self) -> None:
         assert self._wished is not None
         if not self._wished.done():
             self._wished.set_result(None)
 
-    def _give_up(self) -> None:
-        self._say(f"still there {_END_S:.0f} s after the signal; killed")
+    def _give_up(self, since: str) -> None:
+        self._say(f"still there {_END_S:.0f} s after {since}; killed")
         _kill_all()
 
     def end(self) -> None:

@@ -22,7 +22,8 @@ LOG = logging.getLogger("moe_replay.serve")
 class FrameAnswer:
     """Answers a call with frames: progress every ``pause_s``, then the result of ``work``, or its error.
 
-    When the caller leaves, ``work`` is cancelled. When ``work`` is cancelled by someone else, the server is stopping.
+    When the caller leaves, ``work`` is cancelled. When ``work`` is cancelled by someone else, the server is stopping, and
+    ``ending`` returns why.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class FrameAnswer:
         work: Callable[[], Coroutine[Any, Any, bytes]],
         *,
         progress: Callable[[], Progress],
+        ending: Callable[[], str],
         pause_s: float,
     ) -> None:
         self._work, self._progress, self._pause_s = work, progress, pause_s
+        self._ending = ending
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one call."""
@@ -44,7 +47,7 @@ class FrameAnswer:
                 report = frame(PROGRESS, self._progress().model_dump_json().encode())
                 await send({"type": "http.response.body", "body": report, "more_body": True})
             if job.done():
-                await send({"type": "http.response.body", "body": _last_frame(job)})
+                await send({"type": "http.response.body", "body": _last_frame(job, self._ending)})
             else:
                 LOG.warning("%s left during %s", _name(scope), scope["path"])
         finally:
@@ -64,9 +67,9 @@ async def _departure(receive: Any) -> None:
         continue
 
 
-def _last_frame(job: asyncio.Task[bytes]) -> bytes:
+def _last_frame(job: asyncio.Task[bytes], ending: Callable[[], str]) -> bytes:
     if job.cancelled():
-        return error_frame(UNAVAILABLE, "the server is stopping")
+        return error_frame(UNAVAILABLE, ending())
     error = job.exception()
     if error is None:
         try:

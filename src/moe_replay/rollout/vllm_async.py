@@ -30,6 +30,8 @@ from moe_replay.routing import LayerOrder
 
 # Steps between two outputs of a running completion: what each costs is paid in the server's one event loop.
 _STREAM_INTERVAL = 16
+# Time between two looks at whether all processes live, in seconds.
+_LOOK_S = 1.0
 
 
 class VllmServing:
@@ -230,6 +232,15 @@ class VllmServing:
         _remove(self._last_good)
         self._last_good = folder
 
+    async def lost(self) -> str:
+        """Return what became of a replica whose processes have ended, at most a second or two after that.
+
+        One is enough: a server that went on with the others would hide from whoever restarts servers that it needs that.
+        """
+        while (dead := self._dead()) is None:
+            await asyncio.sleep(_LOOK_S)
+        return dead.obituary()
+
     async def close(self) -> None:
         """End all processes, and remove the push that they hold. Calling it twice is allowed."""
         self._state = "closed"
@@ -270,9 +281,12 @@ class VllmServing:
             stream_interval=_STREAM_INTERVAL,
         ).create_engine_config()
 
+    def _dead(self) -> VllmReplica | None:
+        return next((replica for replica in self._replicas if replica.is_dead), None)
+
     def _check_state(self, *allowed: str) -> None:
         # It samples nothing, so it would always be the one with the fewest completions.
-        if dead := next((replica for replica in self._replicas if replica.is_dead), None):
+        if dead := self._dead():
             raise EngineError(dead.obituary())
         if self._state in allowed:
             return

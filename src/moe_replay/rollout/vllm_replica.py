@@ -188,8 +188,8 @@ class VllmReplica:
     def obituary(self) -> str:
         """Return what a caller should know of a replica that `is_dead`."""
         return (
-            f"the processes of replica {self.number} of vLLM have ended, and say why in the server's log (or nothing, when "
-            "they were killed for memory); start the server again"
+            f"the server has lost its engine: the processes of replica {self.number} of vLLM have ended, and say why in the "
+            "server's log (or nothing, when they were killed for memory); the server ends too: start it again"
         )
 
     def _failure(self, what: str, error: Exception) -> EngineError:

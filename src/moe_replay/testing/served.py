@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -104,7 +104,8 @@ class ServerProcess:
     """`moe-replay serve` in a process of its own, which can be killed, stopped, and started again at the same address.
 
     ``program`` is another command that serves a model: it is called with the model, ``--port`` and the options, in
-    ``environment`` (default: that of this process). When the scope ends, whatever the command started ends too.
+    ``environment`` (default: that of this process). What it writes goes to the file ``log`` (default: where this process
+    writes). When the scope ends, whatever the command started ends too.
 
     Example:
         >>> with ServerProcess("checkpoints/tiny", "--dtype", "float32") as server:
@@ -118,17 +119,25 @@ class ServerProcess:
         *options: str,
         program: Sequence[str] = _SERVE,
         environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self._command = [*program, str(model), "--port", str(self._port), *options]
-        self._environment = environment
+        self._environment, self._log = environment, log
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # A group of its own, so that its workers can be ended with it.
-        return subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+        with nullcontext() if self._log is None else self._log.open("ab") as output:
+            # A group of its own, so that its workers can be ended with it.
+            return subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -177,6 +186,10 @@ class ServerProcess:
     def stop(self) -> int:
         """Ask it to end, as a scheduler does (SIGTERM), and return its exit code."""
         self._process.send_signal(signal.SIGTERM)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Return its exit code, once it has ended by itself."""
         return self._process.wait(_PROCESS_START_S)
 
     def stall(self, seconds: float) -> None:
