@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +138,7 @@ def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
         work = thread.submit(engine.generate, requests, long)
         while not num_running(calls):
             assert not work.done()
-        os.kill(dying.pid, signal.SIGKILL)
+        dying.kill()
         groups = work.result()
         # What it did not finish, the other sampled as it would have.
         again = engine.generate(requests, long)
@@ -160,6 +158,7 @@ def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
 def test_a_start_with_a_dead_replica_and_a_round_without_a_living_one_name_them(pair):
     """The last of these tests: no server is left after it."""
     living, dead = pair.servers
+    dead.kill()
     with (
         pytest.raises(EngineError, match=f"{dead.url}.*no connection"),
         pair.engine("late"),
@@ -167,7 +166,7 @@ def test_a_start_with_a_dead_replica_and_a_round_without_a_living_one_name_them(
         pass
     with pair.models.engine([living.url], "last", max_attempts=2) as engine:
         engine.restore(pair.models.paths[0])
-        os.kill(living.pid, signal.SIGKILL)
+        living.kill()
         with pytest.raises(EngineError, match=rf"failed 2 times.*{living.url}.*can be resumed"):
             engine.generate(REQUESTS, SAMPLING)
         with pytest.raises(EngineError, match=f"no server took policy version 1: {living.url}"):

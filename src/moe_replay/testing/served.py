@@ -188,6 +188,11 @@ class ServerProcess:
         self._process.send_signal(signal.SIGTERM)
         return self.ended()
 
+    def kill(self) -> None:
+        """Kill it alone (SIGKILL), and leave what it has started to itself; calling it twice is allowed."""
+        self._process.kill()
+        self._process.wait()
+
     def ended(self) -> int:
         """Return its exit code, once it has ended by itself."""
         return self._process.wait(_PROCESS_START_S)
