@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_replay.rollout.dataset_cache import DatasetCache
-from moe_replay.rollout.file_prompts import open_file_prompts
-from moe_replay.rollout.prompt_encoding import PromptEncoder
+from moe_replay.tasks.datasets.cache import DatasetCache
+from moe_replay.tasks.datasets.prompts import open_file_prompts
+from moe_replay.tasks.encoding import PromptEncoder
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 GENERATIONS_PER_PROMPT = 8

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from moe_replay.cli.environment import set_defaults
-from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.routing import encode_trace
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -225,10 +225,10 @@ def one_and_many(
 def open_engine(kind: str, checkpoint: Path) -> Engine:
     """Start an engine."""
     if kind == "embedded":
-        from moe_replay.rollout.embedded import EmbeddedEngine
+        from moe_replay.engines.embedded.engine import EmbeddedEngine
 
         return EmbeddedEngine(checkpoint, dtype="bfloat16", device="cpu", record_routes=True)
-    from moe_replay.rollout.vllm_engine import VllmEngine
+    from moe_replay.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         checkpoint, dtype="bfloat16", kv_cache_gib=0.25, record_routes=kind == "vllm capturing"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_replay.rollout.rollout_files import Manifest, RolloutFile, begin_rollout
-from moe_replay.rollout.rollout_writer import RolloutWriter
-from moe_replay.rollout.types import (
+from moe_replay.engines.files.format import Manifest, RolloutFile, begin_rollout
+from moe_replay.engines.files.writer import RolloutWriter
+from moe_replay.engines.types import (
     Completion,
     EngineDescription,
     FinishReason,

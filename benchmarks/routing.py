@@ -160,9 +160,9 @@ def _share(num_samples: int) -> tuple[float, float]:
     import torch.distributed as dist
 
     from moe_replay.batch import RankPlace, Sample, build_microbatch
-    from moe_replay.grpo.sharing import share_routes
-    from moe_replay.megatron.replica import Peer, Replica
-    from moe_replay.sync.messages import all_ranks
+    from moe_replay.megatron.ranks.messages import all_ranks
+    from moe_replay.megatron.ranks.replica import Peer, Replica
+    from moe_replay.megatron.ranks.sharing import share_routes
 
     own, half = dist.get_rank(), NUM_LAYERS // 2
     peers = tuple(

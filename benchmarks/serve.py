@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from moe_replay.cli.environment import set_defaults
-from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.testing.tiny_models import VOCAB_SIZE
 
 NUM_CLIENTS = 64
@@ -100,11 +100,11 @@ async def measure(
     checkpoint: Path, pushes: Path, options: argparse.Namespace
 ) -> dict[str, tuple[float, str]]:
     """Run the server, race its clients against the engine behind it, then push; return metric -> (value, unit)."""
-    from moe_replay.rollout.model_facts import read_facts
-    from moe_replay.rollout.server import EngineServer
-    from moe_replay.rollout.server_run import web_server
-    from moe_replay.rollout.server_socket import bind
-    from moe_replay.rollout.vllm_async import VllmServing
+    from moe_replay.checkpoint.facts import read_facts
+    from moe_replay.engines.serve.app import EngineServer
+    from moe_replay.engines.serve.run import web_server
+    from moe_replay.engines.serve.socket import bind
+    from moe_replay.engines.vllm.serving import VllmServing
 
     # It loads its libraries while the workers load the model.
     client = await asyncio.create_subprocess_exec(
@@ -217,8 +217,8 @@ async def ask(client: asyncio.subprocess.Process, *command: Any) -> list[float]:
 
 def be_client(checkpoint: str) -> int:
     """Do what standard input asks for, and answer on standard output."""
-    from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
-    from moe_replay.rollout.server_engine import ServerEngine
+    from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
+    from moe_replay.engines.servers.engine import ServerEngine
 
     facts = read_facts(checkpoint)
     engine: Any = None
@@ -248,8 +248,8 @@ def be_client(checkpoint: str) -> int:
 
 def upload(url: str, megabytes: int) -> int:
     """Send a part of that many bytes as our client does, and return its length."""
-    from moe_replay.rollout.server_calls import ServerCalls
-    from moe_replay.rollout.server_contract import WeightPart, WeightsFolder
+    from moe_replay.engines.servers.contract import WeightPart, WeightsFolder
+    from moe_replay.engines.servers.own import ServerCalls
 
     with tempfile.TemporaryDirectory() as unused:
         folder = WeightsFolder(Path(unused))

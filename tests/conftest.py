@@ -23,7 +23,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Every signature of these packages is checked at every call, array shapes and dtypes included. With the tower an int
-# is accepted where a float is annotated, as type checkers do. moe_replay.megatron.cpu is left out: it asks who called
+# is accepted where a float is annotated, as type checkers do. moe_replay.megatron.upstream.no_cuda is left out: it asks who called
 # it, and a checked function is called by its checker.
 hook = install_import_hook(
     [
@@ -143,7 +143,7 @@ def vllm_imported() -> None:
         warnings.simplefilter("ignore")
         import vllm.v1.engine.llm_engine
         import vllm.v1.worker.cpu_worker  # noqa: F401
-    from moe_replay.rollout.vllm_plugin import register
+    from moe_replay.engines.vllm.plugin import register
 
     # As vLLM itself does when it starts: until then its stand-ins for CUDA fail Megatron-Core in this process.
     register()

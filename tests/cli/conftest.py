@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tomlkit
 
-from moe_replay.rollout.checkpoint_files import has_usual_names
+from moe_replay.checkpoint.files import has_usual_names
 from moe_replay.testing.tiny_models import character_tokenizer, write_zero_weights
 
 CONFIG = {

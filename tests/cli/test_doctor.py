@@ -10,7 +10,7 @@ import pytest
 import moe_replay.megatron  # noqa: F401 - silences Megatron-Core's own imports
 from moe_replay.cli.doctor_tables import ranges, size
 from moe_replay.cli.main import main
-from moe_replay.grpo import preflight
+from moe_replay.grpo.start import preflight
 
 from .conftest import CONFIG
 

@@ -4,7 +4,7 @@ import pytest
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import ProcessSpec
+from moe_replay.recipe.recipe import ProcessSpec
 
 TORCHRUN = {
     "RANK": "3",

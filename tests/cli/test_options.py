@@ -10,7 +10,7 @@ import pytest
 import moe_replay
 from moe_replay.cli.main import main
 from moe_replay.cli.options import split_overrides
-from moe_replay.grpo.recipe_keys import recipe_keys
+from moe_replay.recipe.keys import recipe_keys
 
 SOURCES = Path(moe_replay.__file__).parents[1]
 HEAVY = ("torch", "pydantic", "transformers", "megatron", "numpy", "rich", "starlette", "vllm")

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import moe_replay.megatron  # noqa: F401 - silences Megatron-Core's own imports
 from moe_replay.cli.main import main
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.serve.run import tls_options
 from moe_replay.errors import EngineError, MoeReplayError
-from moe_replay.grpo import loop, opening, preflight
-from moe_replay.grpo.config import ProcessSpec
+from moe_replay.grpo import loop
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.grpo.start import opening, preflight
+from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.recipe import ProcessSpec
 from moe_replay.report.base import SilentReporter
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.server_run import tls_options
 from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_replay.cli.main import main
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.recording import GivenTokens, in_calls, record_given
-from moe_replay.rollout.rollout_files import RolloutFile
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.files.format import RolloutFile
+from moe_replay.engines.recording import GivenTokens, in_calls, record_given
 from moe_replay.routing import TraceFile
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

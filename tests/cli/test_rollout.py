@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from moe_replay.cli.main import main
 from moe_replay.cli.rollout import run_rollout
+from moe_replay.engines.files.format import RolloutFile, shard_files
+from moe_replay.engines.files.writer import RolloutWriter
 from moe_replay.errors import CodecError, RecipeError
-from moe_replay.rollout.rollout_files import RolloutFile, shard_files
-from moe_replay.rollout.rollout_writer import RolloutWriter
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

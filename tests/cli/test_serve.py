@@ -9,14 +9,14 @@ import numpy as np
 import psutil
 import pytest
 
+from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.cli.main import main
 from moe_replay.cli.serve import add_options, check_exposure, check_options, room_for_pushes
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.servers.engine import ServerEngine
+from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.errors import RecipeError
-from moe_replay.rollout.bearer import read_token
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
-from moe_replay.rollout.server_engine import ServerEngine
-from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.recipe.bearer import read_token
 from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
@@ -62,7 +62,7 @@ def test_a_token_file_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.vllm
 def test_r10_a_port_that_is_taken_is_found_before_the_model_is_read(capsys):
-    from moe_replay.rollout.server_socket import bind
+    from moe_replay.engines.serve.socket import bind
 
     with bind("127.0.0.1", 0) as held:
         port = held.getsockname()[1]

@@ -13,12 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
+from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.cli.stages import START_AGAIN
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.servers.engine import ServerEngine
+from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.model_facts import checkpoint_tensors, read_facts
-from moe_replay.rollout.server_engine import ServerEngine
-from moe_replay.rollout.types import Request, RolloutGroup, SamplingParams
 from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

@@ -14,9 +14,9 @@ from moe_replay.cli.main import main
 from moe_replay.cli.stages import say
 from moe_replay.cli.train import run_train
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.inputs import open_inputs
-from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.recipe import Recipe
 
 from .conftest import CONFIG
 

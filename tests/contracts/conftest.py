@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.model_facts import ModelFacts, read_facts
-from moe_replay.rollout.server_engine import ServerEngine
-from moe_replay.rollout.sglang_calls import SglangCalls
-from moe_replay.rollout.types import Engine, RolloutGroup
+from moe_replay.checkpoint.facts import ModelFacts, read_facts
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.servers.engine import ServerEngine
+from moe_replay.engines.servers.sglang import SglangCalls
+from moe_replay.engines.types import Engine, RolloutGroup
 from moe_replay.routing import RoutedModel
 from moe_replay.testing.served import listening, served
 from moe_replay.testing.sglang_like import SglangLike
@@ -91,7 +91,7 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
 
     def make_at(seed: int) -> Engine:
         if name == "vllm":
-            from moe_replay.rollout.vllm_engine import VllmEngine
+            from moe_replay.engines.vllm.engine import VllmEngine
 
             # Prompts longer than 32 tokens are run in chunks, and cached in blocks of 32.
             return VllmEngine(

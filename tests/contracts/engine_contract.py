@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_replay.rollout.types import (
+from moe_replay.engines.types import (
     Completion,
     Engine,
     FinishReason,

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import EngineError, RecipeError, TokenMismatchError
-from moe_replay.rollout.types import (
+from moe_replay.engines.types import (
     FinishReason,
     RolloutGroup,
     check_group,
 )
+from moe_replay.errors import EngineError, RecipeError, TokenMismatchError
 from moe_replay.routing import RoutingTrace
 
 from .engine_contract import (

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import EngineError, TokenMismatchError, TraceError
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.types import (
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.types import (
     Engine,
     Request,
     RolloutGroup,
     SamplingParams,
     check_group,
 )
-from moe_replay.rollout.vllm_wire import RoutePayload, trace_from_vllm
+from moe_replay.engines.vllm.wire import RoutePayload, trace_from_vllm
+from moe_replay.errors import EngineError, TokenMismatchError, TraceError
 from moe_replay.routing import Origin, RoutedModel
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 from moe_replay.transformers import record_routes
@@ -48,7 +48,7 @@ def model(checkpoint: Path) -> torch.nn.Module:
 
 
 def start(checkpoint: Path, **options: object) -> Engine:
-    from moe_replay.rollout.vllm_engine import VllmEngine
+    from moe_replay.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         checkpoint,

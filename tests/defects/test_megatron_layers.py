@@ -16,12 +16,12 @@ import torch
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import ReplayScopeError
-from moe_replay.grpo.sharing import share_routes
 from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, moe_layers, read_model_shape, transformer_config
+from moe_replay.megatron.ranks.replica import Replica
+from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import Origin, RouteSlice, RoutingTrace, slice_routes
 from moe_replay.testing.layouts import layout, with_trace

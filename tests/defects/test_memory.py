@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from moe_replay.batch import Microbatch
-from moe_replay.grpo.sharing import share_routes
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.ranks.replica import Replica
+from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import RouteSlice, RoutingTrace
 from moe_replay.testing.layouts import coded_samples, layout

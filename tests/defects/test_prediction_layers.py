@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.megatron import compat
 from moe_replay.megatron.layout import initialize
 from moe_replay.megatron.model import moe_layers, read_model_shape, transformer_config
 from moe_replay.megatron.replay import ReplayScope
+from moe_replay.megatron.upstream import compat
 from moe_replay.routing import RouteSlice
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.ranks import run_ranks

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moe_replay.batch import Sample
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.megatron.scorer import Routing
-from moe_replay.rollout.embedded import EmbeddedEngine
-from moe_replay.rollout.types import Request, SamplingParams
 from moe_replay.testing.policies import pack, start_policy
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

@@ -272,7 +272,7 @@ def test_e9_a_router_runs_without_transformer_engine(checkpoint):
 
 
 def test_e9_control_megatrons_gate_reads_a_name_that_is_not_there(checkpoint):
-    from moe_replay.megatron import compat
+    from moe_replay.megatron.upstream import compat
 
     if compat.VERSION >= (0, 17):
         pytest.skip("this Megatron-Core defines te_general_gemm everywhere")

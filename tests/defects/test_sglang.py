@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.servers.engine import ServerEngine
+from moe_replay.engines.servers.sglang import SglangCalls
+from moe_replay.engines.types import Completion, Request, SamplingParams
 from moe_replay.errors import RecipeError
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.model_facts import ModelFacts
-from moe_replay.rollout.server_engine import ServerEngine
-from moe_replay.rollout.sglang_calls import SglangCalls
-from moe_replay.rollout.types import Completion, Request, SamplingParams
 from moe_replay.routing import RoutedModel
 from moe_replay.testing.served import listening
 from moe_replay.testing.sglang_like import SglangLike

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.recipe.load import load_recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "first-run.md").read_text()
 

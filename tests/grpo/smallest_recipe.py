@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.recipe_file import recipe_from_table
+from moe_replay.recipe.load import recipe_from_table
+from moe_replay.recipe.recipe import Recipe
 
 SMALLEST = {
     "run": {"output_dir": "/runs/a", "max_steps": 10},

@@ -16,7 +16,7 @@ from moe_replay.grpo.advantage import (
     group_advantages,
     reward_metrics,
 )
-from moe_replay.grpo.recipe_sections import GrpoSection
+from moe_replay.recipe.sections import GrpoSection
 
 
 def test_group_scale_divides_by_the_standard_deviation_with_n_minus_1() -> None:

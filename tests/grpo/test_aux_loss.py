@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.loop import train
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.faults import Faulty, Relay
 from moe_replay.testing.served import ServerProcess, listening
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.digest_cache import DigestCache
-from moe_replay.grpo.identity import differences, run_identity
 from moe_replay.grpo.inputs import open_inputs
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.prompt_sources import recipe_dataset_files
+from moe_replay.grpo.start.digest_cache import DigestCache
+from moe_replay.grpo.start.identity import differences, run_identity
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from moe_replay.engines.types import Engine
 from moe_replay.errors import DivergedError
-from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.megatron.finite import check_optimizer, check_weights
-from moe_replay.rollout.types import Engine
-from moe_replay.sync.messages import all_ranks
+from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.policies import start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.recipe.recipe import Recipe
 
 from .test_loop import run
 

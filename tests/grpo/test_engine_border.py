@@ -14,12 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import DivergedError, EngineError, MoeReplayError
-from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.loop import train
-from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.rollout.types import (
+from moe_replay.engines.types import (
     Completion,
     Engine,
     FinishReason,
@@ -27,6 +22,11 @@ from moe_replay.rollout.types import (
     RolloutGroup,
     SamplingParams,
 )
+from moe_replay.errors import DivergedError, EngineError, MoeReplayError
+from moe_replay.grpo.engines import recipe_engine
+from moe_replay.grpo.loop import train
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

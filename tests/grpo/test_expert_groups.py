@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from .test_loop import run

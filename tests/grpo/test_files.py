@@ -9,7 +9,7 @@ import pytest
 
 from moe_replay.cli.rollout import run_rollout
 from moe_replay.errors import EngineError, RecipeError
-from moe_replay.grpo.config import Recipe
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.ranks import run_ranks
 
 from . import smallest_recipe

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import CheckpointError, CoverageError, EngineError
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.routing import RoutingTrace
 from moe_replay.testing.ranks import run_ranks
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.loss import LossStatistics
 from moe_replay.grpo.metrics import (
@@ -17,7 +18,6 @@ from moe_replay.grpo.metrics import (
     step_tally,
     update_tally,
 )
-from moe_replay.rollout.types import FinishReason
 
 ROLLOUT = [np.log([0.5, 0.2]), np.log([0.5])]
 OLD = [np.log([0.4, 0.6]), np.log([0.8])]

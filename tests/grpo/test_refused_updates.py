@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import moe_replay.megatron.backward as backward
+from moe_replay.engines.types import Engine
 from moe_replay.errors import DivergedError, UpdateError
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.megatron.scorer import MegatronScorer, Scores
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.report.base import BaseReporter
-from moe_replay.rollout.types import Engine
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

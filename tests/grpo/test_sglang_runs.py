@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.grpo.config import Recipe
-from moe_replay.rollout.embedded import EmbeddedEngine
+from moe_replay.engines.embedded.engine import EmbeddedEngine
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.served import listening
 from moe_replay.testing.sglang_like import SglangLike
 

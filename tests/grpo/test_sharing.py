@@ -13,14 +13,15 @@ import torch.distributed as dist
 
 from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
 from moe_replay.batch.routes import cut_routes
+from moe_replay.engines.types import FinishReason
 from moe_replay.errors import TraceError
-from moe_replay.grpo import kept, sharing
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.sharing import SharedCompletion, share_completions, share_routes
-from moe_replay.megatron.replica import Peer, Replica
-from moe_replay.rollout.types import FinishReason
+from moe_replay.grpo import kept
+from moe_replay.megatron.ranks import sharing
+from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
+from moe_replay.megatron.ranks.replica import Peer, Replica
+from moe_replay.megatron.ranks.sharing import SharedCompletion, share_completions, share_routes
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Origin, RoutingTrace
-from moe_replay.sync.messages import HostGroup, all_ranks
 from moe_replay.testing.ranks import run_ranks
 
 from .test_loop import _train
@@ -326,7 +327,7 @@ def test_e9_control_one_text_sent_to_all_is_heard(one_step: Callable[..., Recipe
             run.gather(max(texts, key=len) if run.process.rank == 0 else "")
             return real(run, *args, texts=texts, **more)
 
-        from moe_replay.grpo import closing
+        from moe_replay.grpo import push as closing
 
         closing.kept_completions = telling
 

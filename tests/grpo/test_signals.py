@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moe_replay.grpo.recipe_file import load_recipe
+from moe_replay.recipe.load import load_recipe
 
 from .test_interruptions import metrics_of
 from .test_loop import run

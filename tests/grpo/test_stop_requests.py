@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import moe_replay
-from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
-from moe_replay.grpo.recipe_sections import seconds_of
 from moe_replay.grpo.records import RunEnd
 from moe_replay.grpo.stopping import StopRequest, StopRequested
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections import seconds_of
 from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.rollout.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.testing.ranks import run_ranks
 
 from .smallest_recipe import problems_of
@@ -105,7 +105,7 @@ def settings_of(workspace: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Return a function that gives the run directory of an uninterrupted run, made once for each world size."""
-    from moe_replay.grpo.recipe_file import load_recipe
+    from moe_replay.recipe.load import load_recipe
 
     made: dict[int, Path] = {}
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_engine, recipe_sampling
 from moe_replay.grpo.inputs import check_checkpoint_config
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.rollout.prompt_encoding import load_tokenizer
+from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 

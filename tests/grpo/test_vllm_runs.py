@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import RunSummary, StepRecord
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.rollout.embedded import EmbeddedEngine
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.served import served
 

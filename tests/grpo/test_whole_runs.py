@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.loop import train
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.layouts import CASES, Case, layout
 from moe_replay.testing.ranks import run_ranks

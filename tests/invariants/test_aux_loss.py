@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_replay.megatron.replica import Replica
+from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.testing.layouts import CASES, Case, coded_samples, layout, replica_share
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy

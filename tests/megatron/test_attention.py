@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.attention import SDPACoreAttention, length_buckets, zigzag_positions
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.testing.ranks import run_ranks
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8

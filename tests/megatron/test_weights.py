@@ -13,12 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_replay.checkpoint.files import SafetensorsCheckpoint
 from moe_replay.errors import CheckpointError, UnsupportedError
-from moe_replay.megatron.families import family_of
+from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
-from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 

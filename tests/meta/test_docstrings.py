@@ -8,7 +8,7 @@ REQUIRED = ("In:", "Out:")
 DATA = {"frozen", "slots", "kw_only"}
 
 # Objects with a lifetime, whose fields change while they live.
-STATEFUL = {"grpo/run.py": ["Run"], "rollout/prompts.py": ["GeneratedPrompts"]}
+STATEFUL = {"grpo/run.py": ["Run"], "tasks/prompts.py": ["GeneratedPrompts"]}
 
 
 def missing_headings(tree: ast.Module) -> list[str]:

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import EvalRecord, RunSummary, StepRecord
 from moe_replay.report.columns import number, percent, tiny
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
-from moe_replay.rollout.types import RolloutProgress
 
 SUMMARY = RunSummary(
     sections={"Model": ["tiny, 4 MoE layers", "float32"], "Replay": ["R3 [guard on]"]},

@@ -8,9 +8,9 @@ import threading
 import pytest
 from rich.console import Console
 
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.types import RolloutProgress
 from moe_replay.report.progress import Ticker, progress_line, seconds_left, showing_progress
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.types import RolloutProgress
 
 HALF = RolloutProgress(num_finished=2, num_total=8, num_tokens=4000)
 

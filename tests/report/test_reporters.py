@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.report import (
     BaseReporter,
     CompositeReporter,

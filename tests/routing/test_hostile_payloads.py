@@ -18,7 +18,7 @@ from moe_replay.routing import (
     encode_trace,
     encode_traces,
 )
-from moe_replay.routing.set_coding import MAX_EXPANSION
+from moe_replay.routing.format.set_coding import MAX_EXPANSION
 from moe_replay.testing.payload_mutations import (
     frames,
     hostile,

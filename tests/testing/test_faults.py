@@ -8,11 +8,11 @@ import threading
 import numpy as np
 import pytest
 
-from moe_replay.rollout.fake import FakeEngine
-from moe_replay.rollout.http_calls import CallError, Fault
-from moe_replay.rollout.server_calls import ServerCalls
-from moe_replay.rollout.server_messages import PolicyName, Progress
-from moe_replay.rollout.types import Request, SamplingParams
+from moe_replay.engines.fake import FakeEngine
+from moe_replay.engines.serve.messages import PolicyName, Progress
+from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.own import ServerCalls
+from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.testing.faults import Faulty, Relay
 from moe_replay.testing.served import listening, served
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from moe_replay.checkpoint.facts import read_facts
 from moe_replay.errors import RecipeError, TraceError, UnsupportedError
-from moe_replay.rollout.model_facts import read_facts
 from moe_replay.routing import RoutedModel
 
 

@@ -1,6 +1,6 @@
 """Samples to microbatches: the token budget, packing, and the one gather vector of each rank.
 
-In: rollouts with advantages. Out: microbatches. Called by: grpo, megatron.
+In: rollouts with advantages. Out: microbatches.
 """
 
 from moe_replay.batch.microbatch import Microbatch, build_microbatch

@@ -1,6 +1,6 @@
 """Microbatch: the samples of one forward pass, with every per-token value in the rows of one RowIndex.
 
-In: samples. Out: Microbatch. Called by: megatron.actor, grpo.
+In: samples. Out: Microbatch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which samples share a microbatch: fill a token budget, the same way on every rank and every run.
 
-In: sequence lengths. Out: groups of sample positions. Called by: grpo.
+In: sequence lengths. Out: groups of sample positions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RankPlace: where a rank stands among those that share each sequence, and which rows follow from that.
 
-In: tensor- and context-parallel coordinates. Out: RankPlace. Called by: batch.microbatch, megatron.replica.
+In: tensor- and context-parallel coordinates. Out: RankPlace.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sample: one prompt with one completion, its advantage and its routes, as the trainer sees it.
 
-In: completions and advantages. Out: Sample. Called by: batch, grpo.
+In: completions and advantages. Out: Sample.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`moe-replay compare`: how often two recordings of the same tokens choose other experts, and where.
 
-In: two trace files. Out: a table for people, or JSON. Called by: cli.main.
+In: two trace files. Out: a table for people, or JSON.
 """
 
 from __future__ import annotations

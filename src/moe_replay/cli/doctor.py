@@ -1,6 +1,6 @@
 """`moe-replay doctor`: whether a recipe can run here, what it replays, and what is refused and why, without its weights.
 
-In: a recipe. Out: tables for people, or JSON. Called by: cli.main.
+In: a recipe. Out: tables for people, or JSON.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.train import with_values
-from moe_replay.grpo.config import ProcessSpec, Recipe
-from moe_replay.grpo.preflight import preflight
-from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.grpo.sampling_words import describe_drawing
+from moe_replay.grpo.start.preflight import preflight
+from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.routing import LiveReason, ReplayMode
 
 

@@ -2,7 +2,7 @@
 
 Importing it loads Megatron-Core. No process group is made and no weight is read.
 
-In: a recipe. Out: parts of the report. Called by: cli.doctor.
+In: a recipe. Out: parts of the report.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.preflight import Preflight, ranks_needed
-from moe_replay.megatron import compat
+from moe_replay.grpo.start.preflight import Preflight, ranks_needed
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import ModelShape
 from moe_replay.megatron.refusals import judge
+from moe_replay.megatron.upstream import compat
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import expert_dtype
 
 

@@ -1,6 +1,6 @@
 """The report of `moe-replay doctor` as tables for a terminal.
 
-In: the report. Out: printed tables. Called by: cli.doctor.
+In: the report. Out: printed tables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The process environment, read and set in one place: which rank this is, and what torch must find when it loads.
 
-In: environment variables. Out: `ProcessSpec`, defaults for variables that are unset. Called by: cli.
+In: environment variables. Out: `ProcessSpec`, defaults for variables that are unset.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import ProcessSpec
+from moe_replay.recipe.recipe import ProcessSpec
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -1,6 +1,6 @@
 """`moe-replay inspect`: what a trace file holds, after every byte of it was checked.
 
-In: a trace file. Out: tables for people, or JSON. Called by: cli.main.
+In: a trace file. Out: tables for people, or JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moe_replay.cli.trace_files import open_traces
 from moe_replay.routing import RoutingTrace, TraceFile
-from moe_replay.routing.slots import row_chunks
+from moe_replay.routing.format.slots import row_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

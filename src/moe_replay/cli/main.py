@@ -2,7 +2,6 @@
 
 In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run or a
 server that was stopped and goes on when it is started again, 130 interrupted.
-Called by: the installed command, and `torchrun -m moe_replay.cli.main`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from moe_replay import __version__
 from moe_replay.cli.options import WIDTH, Overrides, read_options
 from moe_replay.cli.stages import say
 from moe_replay.errors import MoeReplayError
-from moe_replay.rollout.bearer import without_secrets
+from moe_replay.recipe.bearer import without_secrets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The options of every command, and what a wrong one probably meant; nothing heavy is imported to read them.
 
-In: arguments. Out: options and recipe overrides. Called by: cli.main.
+In: arguments. Out: options and recipe overrides.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str
             continue
         close = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
         if not close and command in _TAKE_KEYS:
-            from moe_replay.grpo.recipe_keys import nearest_keys
+            from moe_replay.recipe.keys import nearest_keys
 
             close = [f"--{key}" for key in nearest_keys(name.lstrip("-"))]
         elif "." in name:
@@ -272,7 +272,7 @@ class _HelpWithKeys(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from moe_replay.grpo.recipe_keys import recipe_keys
+        from moe_replay.recipe.keys import recipe_keys
 
         print(parser.format_help())
         print("keys of a recipe, each also an option --section.key VALUE:")

@@ -15,12 +15,12 @@ from pathlib import Path
 from moe_replay.cli.environment import set_defaults
 from moe_replay.cli.stages import quiet_transformers, say
 from moe_replay.cli.train import with_values
+from moe_replay.engines.files.format import RolloutFile
+from moe_replay.engines.recording import GivenTokens, given_tokens, in_calls, record_given
+from moe_replay.engines.types import Engine
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.recipe_file import load_recipe
-from moe_replay.rollout.recording import GivenTokens, given_tokens, in_calls, record_given
-from moe_replay.rollout.rollout_files import RolloutFile
-from moe_replay.rollout.types import Engine
+from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import ReplayMode, RoutingTrace, write_trace_file
 
 Recorder = Callable[[Sequence[GivenTokens]], Iterator[tuple[str, RoutingTrace]]]

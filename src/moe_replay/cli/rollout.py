@@ -17,16 +17,16 @@ import numpy as np
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.cli.train import with_values
+from moe_replay.engines.types import Engine, RolloutGroup, check_groups
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.recipe_file import load_recipe
-from moe_replay.rollout.types import Engine, RolloutGroup, check_groups
+from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from moe_replay.cli.rollout_ranks import Ranks
+    from moe_replay.engines.files.format import Manifest
+    from moe_replay.engines.files.writer import RolloutWriter
     from moe_replay.grpo.inputs import Inputs
-    from moe_replay.rollout.rollout_files import Manifest
-    from moe_replay.rollout.rollout_writer import RolloutWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def _check_options(recipe: Recipe, *, count: int, first: int, policy_version: in
 def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
     """Let the engine know which version its weights are; it has loaded them as version 0."""
     if policy_version:
-        from moe_replay.rollout.checkpoint_files import SafetensorsCheckpoint
+        from moe_replay.checkpoint.files import SafetensorsCheckpoint
 
         with SafetensorsCheckpoint(recipe.model.path) as weights:
             engine.load_weights(weights.items(), policy_version=policy_version)
@@ -113,9 +113,9 @@ def _sample(
     """Sample what is missing, and return what was done in a sentence; collective."""
     from rich.console import Console
 
+    from moe_replay.engines.files.format import begin_rollout, rollout_name
+    from moe_replay.engines.files.writer import RolloutWriter, union_of
     from moe_replay.report.progress import showing_progress
-    from moe_replay.rollout.rollout_files import begin_rollout, rollout_name
-    from moe_replay.rollout.rollout_writer import RolloutWriter, union_of
 
     path = folder / f"{rollout_name(engine.description, wanted.policy_version)}.json"
     if ranks.rank == 0:
@@ -146,10 +146,10 @@ def _sample(
 
 
 def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
-    from moe_replay.grpo.digest_cache import DigestCache
+    from moe_replay.engines.files.format import Manifest
     from moe_replay.grpo.engines import recipe_sampling
-    from moe_replay.grpo.identity import model_digests
-    from moe_replay.rollout.rollout_files import Manifest
+    from moe_replay.grpo.start.digest_cache import DigestCache
+    from moe_replay.grpo.start.identity import model_digests
 
     return Manifest(
         engine=engine.description,
@@ -191,8 +191,8 @@ def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterat
 def _groups(
     recipe: Recipe, inputs: Inputs, engine: Engine, calls: Sequence[Sequence[int]]
 ) -> Iterator[RolloutGroup]:
+    from moe_replay.checkpoint.facts import read_facts
     from moe_replay.grpo.engines import recipe_sampling, training_request
-    from moe_replay.rollout.model_facts import read_facts
 
     vocab_size, sampling = read_facts(recipe.model.path).vocab_size, recipe_sampling(recipe)
     shares_engine = recipe.rollout.tensor_parallel_size > 1

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_replay.grpo.config import ProcessSpec
-from moe_replay.sync.messages import WAIT_LIMIT, HostGroup, all_ranks, forget_groups
+from moe_replay.megatron.ranks.messages import WAIT_LIMIT, HostGroup, all_ranks, forget_groups
+from moe_replay.recipe.recipe import ProcessSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

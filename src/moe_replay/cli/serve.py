@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from moe_replay.errors import RecipeError
 
 if TYPE_CHECKING:
-    from moe_replay.rollout.model_facts import ModelFacts
-    from moe_replay.rollout.served_engine import ServedEngine
+    from moe_replay.checkpoint.facts import ModelFacts
+    from moe_replay.engines.serve.engine import ServedEngine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +100,8 @@ def run_serve(options: argparse.Namespace) -> int:
     """
     from moe_replay.cli.environment import set_defaults
     from moe_replay.cli.stages import START_AGAIN, say
-    from moe_replay.rollout.bearer import exposure, read_token
-    from moe_replay.rollout.server_socket import bind
+    from moe_replay.engines.serve.socket import bind
+    from moe_replay.recipe.bearer import exposure, read_token
 
     token = read_token(options.token_file)
     if warning := exposure(options.token_file):
@@ -155,12 +155,12 @@ def check_options(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> str | None:
     """Serve; return None after a signal, or why the engine was lost."""
+    from moe_replay.checkpoint.facts import read_facts
+    from moe_replay.checkpoint.files import check_finite
     from moe_replay.cli.stages import quiet_transformers, say
-    from moe_replay.rollout.checkpoint_files import check_finite
-    from moe_replay.rollout.model_facts import read_facts
-    from moe_replay.rollout.own_folder import OwnFolder
-    from moe_replay.rollout.server import EngineServer
-    from moe_replay.rollout.server_run import log_to, run_until_signal, tls_options, web_server
+    from moe_replay.engines.serve.app import EngineServer
+    from moe_replay.engines.serve.run import log_to, run_until_signal, tls_options, web_server
+    from moe_replay.engines.servers.own_folder import OwnFolder
 
     quiet_transformers()
     tls = tls_options(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
@@ -228,7 +228,7 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 def _engine(options: argparse.Namespace, facts: ModelFacts) -> ServedEngine:
-    from moe_replay.rollout.served_engine import ThreadedEngine
+    from moe_replay.engines.serve.engine import ThreadedEngine
 
     sizes: dict[str, Any] = {
         "dtype": options.dtype,
@@ -237,12 +237,12 @@ def _engine(options: argparse.Namespace, facts: ModelFacts) -> ServedEngine:
     }
     model = Path(options.model)
     if options.engine == "embedded":
-        from moe_replay.rollout.embedded import EmbeddedEngine
+        from moe_replay.engines.embedded.engine import EmbeddedEngine
 
         return ThreadedEngine(
             lambda: EmbeddedEngine(model, **sizes), facts=facts, checkpoint=model, cancellable=True
         )
-    from moe_replay.rollout.vllm_async import VllmServing
+    from moe_replay.engines.vllm.serving import VllmServing
 
     return VllmServing(
         model,

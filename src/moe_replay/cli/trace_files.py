@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_replay.engines.files.format import shard_files
 from moe_replay.errors import CodecError
-from moe_replay.rollout.rollout_files import shard_files
 from moe_replay.routing import TraceFile
 
 _WRITERS = "`moe-replay rollout` and `moe-replay record` write trace files"

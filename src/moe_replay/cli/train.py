@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import START_AGAIN, Progress, quiet_transformers, say
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.preflight import Preflight, preflight
-from moe_replay.grpo.recipe_file import load_recipe
 from moe_replay.grpo.records import RunEnd
+from moe_replay.grpo.start.preflight import Preflight, preflight
 from moe_replay.grpo.stopping import StopRequest, StopRequested
-from moe_replay.rollout.bearer import exposure
+from moe_replay.recipe.bearer import exposure
+from moe_replay.recipe.load import load_recipe
 
 if TYPE_CHECKING:
     from moe_replay.report import RunDirectory
@@ -64,7 +64,7 @@ def run_train(
 def _check_directory(checked: Preflight, *, restart: bool, allow_changed: Collection[str]) -> None:
     """Raise `CheckpointError` if a start would be refused for what the run directory holds."""
     if checked.process.rank == 0:
-        from moe_replay.grpo.admission import check_admission
+        from moe_replay.grpo.start.admission import check_admission
         from moe_replay.megatron.checkpoint import CheckpointFolder
 
         recipe = checked.recipe

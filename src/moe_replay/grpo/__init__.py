@@ -1,4 +1,4 @@
 """The algorithm: recipe, advantages, loss, metrics, and the loop that reads like pseudocode.
 
-In: a recipe. Out: a trained model and its records. Called by: cli.
+In: a recipe. Out: a trained model and its records.
 """

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_replay.grpo.config import Recipe
-from moe_replay.rollout.prompts import Prompt
-from moe_replay.rollout.types import Engine, Request, SamplingParams
+from moe_replay.engines.types import Engine, Request, SamplingParams
+from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import ReplayMode
-from moe_replay.sync.messages import all_ranks
+from moe_replay.tasks.prompts import Prompt
 
 TRIAL = "trial"
 """In place of a run's name while a push is tried."""
 
 if TYPE_CHECKING:
-    from moe_replay.rollout.model_facts import ModelFacts
-    from moe_replay.rollout.server_engine import ServerEngine
+    from moe_replay.checkpoint.facts import ModelFacts
+    from moe_replay.engines.servers.engine import ServerEngine
 
 
 def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
@@ -36,7 +36,7 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
     """
     rollout, record_routes = recipe.rollout, _records(recipe)
     if rollout.engine == "vllm":
-        from moe_replay.rollout.vllm_engine import VllmEngine
+        from moe_replay.engines.vllm.engine import VllmEngine
 
         return VllmEngine(
             recipe.model.path,
@@ -51,10 +51,10 @@ def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
     if rollout.engine in ("vllm-server", "sglang-server"):
         return _server_engine(recipe, device)
     if rollout.engine == "files":
-        from moe_replay.rollout.model_facts import read_facts
+        from moe_replay.checkpoint.facts import read_facts
 
         return _files_engine(recipe, read_facts(recipe.model.path))
-    from moe_replay.rollout.embedded import EmbeddedEngine
+    from moe_replay.engines.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(
         recipe.model.path,
@@ -107,8 +107,8 @@ def check_engine(
     """
     rollout = recipe.rollout
     if rollout.engine == "vllm":
-        from moe_replay.rollout.vllm_ranks import check_ranks
-        from moe_replay.rollout.vllm_startup import check_loadable
+        from moe_replay.engines.vllm.ranks import check_ranks
+        from moe_replay.engines.vllm.startup import check_loadable
 
         check_ranks(rollout.tensor_parallel_size, world_size)
         check_loadable(facts, rollout.tensor_parallel_size, num_attention_heads=num_attention_heads)
@@ -136,7 +136,7 @@ def _try_servers(recipe: Recipe, facts: ModelFacts, *, tries_push: bool) -> list
 
 
 def _files_engine(recipe: Recipe, facts: ModelFacts) -> Engine:
-    from moe_replay.rollout.files_engine import FilesEngine
+    from moe_replay.engines.files.engine import FilesEngine
 
     assert recipe.rollout.path is not None
     return FilesEngine(
@@ -152,7 +152,7 @@ def _server_engine(recipe: Recipe, device: torch.device) -> Engine:
 
     So a push is tried before anything is sampled, and no server answers by weights that it happened to hold.
     """
-    from moe_replay.rollout.model_facts import read_facts
+    from moe_replay.checkpoint.facts import read_facts
 
     ranks = all_ranks()
     run = ranks.gather(secrets.token_hex(8))[0]
@@ -182,16 +182,16 @@ def _connect(
     pushes: bool = True,
     share: Callable[[Any], list[Any]] | None = None,
 ) -> ServerEngine:
-    from moe_replay.rollout.bearer import read_token
-    from moe_replay.rollout.server_engine import ServerEngine
+    from moe_replay.engines.servers.engine import ServerEngine
+    from moe_replay.recipe.bearer import read_token
 
     rollout = recipe.rollout
     if rollout.engine == "sglang-server":
-        from moe_replay.rollout.sglang_calls import SglangCalls
+        from moe_replay.engines.servers.sglang import SglangCalls
 
         connect = partial(SglangCalls, facts=facts, ca_file=rollout.ca_file)
     else:
-        from moe_replay.rollout.vllm_calls import connect_vllm
+        from moe_replay.engines.servers.vllm import connect_vllm
 
         connect = partial(connect_vllm, facts=facts, ca_file=rollout.ca_file)
     return ServerEngine(

@@ -1,6 +1,6 @@
 """The training loop: the stations of a step in their order, and nothing else.
 
-In: a recipe. Out: a run directory with metrics, completions, checkpoints and the exported model. Called by: cli.
+In: a recipe. Out: a run directory with metrics, completions, checkpoints and the exported model.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from contextlib import ExitStack
 
 import torch
 
-from moe_replay.grpo.batching import make_batch
-from moe_replay.grpo.closing import finish, push_weights, save_checkpoint, step_record, stop_early
-from moe_replay.grpo.config import ProcessSpec, Recipe
+from moe_replay.engines.types import Engine
+from moe_replay.grpo.batch import make_batch
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.learning import score_old, score_reference, update_policy
-from moe_replay.grpo.opening import open_run
-from moe_replay.grpo.preflight import Preflight
+from moe_replay.grpo.push import finish, push_weights, save_checkpoint, step_record, stop_early
 from moe_replay.grpo.records import Reporter, RunEnd
+from moe_replay.grpo.rollout import evaluate, roll_out, score_rewards
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.sampling import evaluate, roll_out, score_rewards
+from moe_replay.grpo.score import score_old, score_reference, update_policy
+from moe_replay.grpo.start.opening import open_run
+from moe_replay.grpo.start.preflight import Preflight
 from moe_replay.grpo.stopping import StepDropped, StopRequest
-from moe_replay.rollout.types import Engine
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 
 
 def train(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
-from moe_replay.rollout.types import FinishReason
 
 if TYPE_CHECKING:
     from moe_replay.grpo.loss import LossStatistics

@@ -1,6 +1,6 @@
 """From the recipe's sections to the arguments under which the trainer builds its model and optimizer.
 
-In: a recipe. Out: layout, dtypes, optimizer settings, TransformerConfig fields. Called by: grpo.opening, cli.doctor_model.
+In: a recipe. Out: layout, dtypes, optimizer settings, TransformerConfig fields.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from moe_replay.grpo.config import Recipe
 from moe_replay.megatron.actor import OptimizerSettings
 from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.recipe.recipe import Recipe
 
 _CONFIG_FIELDS = (
     "recompute_granularity",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.recipe.recipe import Recipe
 
 
 def step_notices(recipe: Recipe, metrics: Mapping[str, float]) -> dict[str, str]:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_replay.grpo.config import Recipe
-from moe_replay.grpo.recipe_rules import GENERATED
-from moe_replay.rollout.arrow_rows import read_hub_table
-from moe_replay.rollout.chat_messages import check_arguments
-from moe_replay.rollout.dataset_cache import DatasetCache, Progress
-from moe_replay.rollout.dataset_files import HUB, dataset_files
-from moe_replay.rollout.file_prompts import FilePrompts, open_file_prompts
-from moe_replay.rollout.generated_items import GeneratedTask
-from moe_replay.rollout.prompt_encoding import PromptEncoder
-from moe_replay.rollout.prompts import (
+from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.rules import GENERATED
+from moe_replay.tasks.chat_messages import check_arguments
+from moe_replay.tasks.datasets.arrow_rows import read_hub_table
+from moe_replay.tasks.datasets.cache import DatasetCache, Progress
+from moe_replay.tasks.datasets.files import HUB, dataset_files
+from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
+from moe_replay.tasks.encoding import PromptEncoder
+from moe_replay.tasks.generated import GeneratedTask
+from moe_replay.tasks.prompts import (
     GeneratedPrompts,
     HeldOutPrompts,
     PromptSource,

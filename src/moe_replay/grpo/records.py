@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from moe_replay.rollout.types import RolloutProgress
+from moe_replay.engines.types import RolloutProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Run: everything that a run holds, and its position.
 
-In: the parts of a run. Out: what its stations read and move on. Called by: grpo.opening, the stations of grpo.loop.
+In: the parts of a run. Out: what its stations read and move on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from moe_replay.checkpoint.stop_tokens import num_known_ids
+from moe_replay.engines.stop_strings import StopStrings
+from moe_replay.engines.types import Completion, Engine, SamplingParams
+from moe_replay.engines.vllm.capacity import HasCache
+from moe_replay.engines.weight_stream import drain
 from moe_replay.errors import CheckpointError
-from moe_replay.grpo.config import ProcessSpec, Recipe
 from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.inputs import Inputs, data_lines
 from moe_replay.grpo.metrics import Tally
@@ -27,18 +31,14 @@ from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
 from moe_replay.grpo.stopping import StopRequest, droppable, raise_together
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
-from moe_replay.megatron.replica import Replica
+from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
+from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
-from moe_replay.rollout.completion_text import completion_text
-from moe_replay.rollout.stop_strings import StopStrings
-from moe_replay.rollout.stop_tokens import num_known_ids
-from moe_replay.rollout.types import Completion, Engine, SamplingParams
-from moe_replay.rollout.vllm_capacity import HasCache
-from moe_replay.rollout.weight_stream import drain
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import Guard
-from moe_replay.sync.messages import HostGroup, all_ranks
+from moe_replay.tasks.completion_text import completion_text
 
 T = TypeVar("T")
 NEW_EXPORT = "export.new"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_replay.grpo.config import Recipe
-from moe_replay.rollout.checkpoint_config import load_config, load_generation_config
-from moe_replay.rollout.stop_tokens import describe_stop_tokens, stop_tokens
+from moe_replay.checkpoint.config import load_config, load_generation_config
+from moe_replay.checkpoint.stop_tokens import describe_stop_tokens, stop_tokens
+from moe_replay.recipe.recipe import Recipe
 
 
 def describe_drawing(recipe: Recipe) -> str:

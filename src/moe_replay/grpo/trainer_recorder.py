@@ -11,15 +11,15 @@ from contextlib import contextmanager
 import numpy as np
 
 from moe_replay.batch import RouteForm, Sample, build_microbatch
+from moe_replay.checkpoint.facts import read_facts
+from moe_replay.engines.recording import GivenTokens
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.config import Recipe
 from moe_replay.grpo.model_settings import TRAINER_DTYPES, run_layout
 from moe_replay.megatron.actor import build_scorer
 from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer, Routing
-from moe_replay.rollout.model_facts import read_facts
-from moe_replay.rollout.recording import GivenTokens
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import RoutingTrace
 
 

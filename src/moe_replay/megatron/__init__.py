@@ -1,18 +1,18 @@
 """Everything that touches Megatron-Core: it lives here so that no other package has to import it.
 
 Importing this package, or any module of it, checks the installed Megatron-Core version and repairs what Megatron misses
-on this machine (`moe_replay.megatron.repairs`).
+on this machine (`moe_replay.megatron.upstream.repairs`).
 
 In: a Hugging Face checkpoint directory and a `ParallelLayout`. Out: Megatron model chunks, their weights
-in Hugging Face naming, replay scopes, training steps. Called by: `moe_replay.grpo`, `moe_replay.cli`.
+in Hugging Face naming, replay scopes, training steps.
 """
 
 from __future__ import annotations
 
 import importlib
 
-from moe_replay.megatron import repairs, version
-from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.megatron.upstream import repairs, version
+from moe_replay.megatron.upstream.warnings import quiet_megatron
 
 version.check_installed()
 repairs.install()

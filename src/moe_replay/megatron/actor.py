@@ -29,7 +29,7 @@ from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config, unwrap
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing
-from moe_replay.megatron.upstream_warnings import quiet_megatron
+from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import load_hf_weights
 
 

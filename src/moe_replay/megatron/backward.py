@@ -16,9 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.logprobs import token_logprobs
+from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import Routing, opened
-from moe_replay.sync.messages import all_ranks
 
 if TYPE_CHECKING:
     from moe_replay.megatron.actor import MegatronActor

@@ -4,7 +4,7 @@ A checkpoint is written into a folder whose name no reader looks for, flushed to
 is killed at any moment leaves either a whole checkpoint or an ignored folder behind. A write that fails on one rank fails
 on all of them, and takes what it left unfinished with it.
 
-In: an actor and the loop's own position. Out: folders ``step-000040``. Called by: grpo.loop.
+In: an actor and the loop's own position. Out: folders ``step-000040``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.optimizer_state import with_one_step
-from moe_replay.megatron.upstream_warnings import quiet_megatron
-from moe_replay.sync.messages import all_ranks
+from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.upstream.warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
 # 0.19 saves through a package of its own by default, which it does not require; we write in this process in any case.

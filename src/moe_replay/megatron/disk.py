@@ -1,7 +1,6 @@
 """Writes that fail: found on whichever rank they fail, explained once, and raised on all ranks together.
 
-In: what is written, by each rank. Out: `CheckpointError` on every rank, or nothing. Called by: megatron.checkpoint,
-megatron.weights.
+In: what is written, by each rank. Out: `CheckpointError` on every rank, or nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from moe_replay.errors import CheckpointError
-from moe_replay.sync.messages import all_ranks
+from moe_replay.megatron.ranks.messages import all_ranks
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from moe_replay.megatron.family import ExpertGroups
+from moe_replay.megatron.families.family import ExpertGroups
 
 
 class GroupedChoice:

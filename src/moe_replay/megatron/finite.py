@@ -13,7 +13,7 @@ import torch
 
 from moe_replay.errors import DivergedError
 from moe_replay.megatron.model import unwrap
-from moe_replay.sync.messages import HostGroup
+from moe_replay.megatron.ranks.messages import HostGroup
 
 _SHOWN = 3
 # The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a weight is lost as well.

@@ -1,6 +1,6 @@
 """Layer implementations that Megatron-Core lacks, or has only with Transformer Engine or Apex.
 
-In: a TransformerConfig. Out: modules that the layer specs name. Called by: `moe_replay.megatron.compat`.
+In: a TransformerConfig. Out: modules that the layer specs name.
 """
 
 from __future__ import annotations

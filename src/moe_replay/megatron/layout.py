@@ -1,7 +1,6 @@
 """How the ranks are divided, and Megatron's global parallel state set up accordingly.
 
 In: a `ParallelLayout`. Out: initialised process groups and RNG streams.
-Called by: `moe_replay.megatron.actor`, tests.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron.upstream_warnings import ignore_upstream_warnings
-from moe_replay.sync.messages import WAIT_LIMIT, all_ranks, forget_groups
+from moe_replay.megatron.ranks.messages import WAIT_LIMIT, all_ranks, forget_groups
+from moe_replay.megatron.upstream.warnings import ignore_upstream_warnings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 """A Megatron GPT model for a Hugging Face checkpoint: its config, its layers, its routers.
 
 In: a checkpoint directory and a `ParallelLayout`. Out: this rank's model chunks, unloaded.
-Called by: `moe_replay.megatron.actor`, `moe_replay.megatron.replay`, tests.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
+from moe_replay.checkpoint.config import load_config, read_config_json, refuse_nested
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron import compat
 from moe_replay.megatron.balance import count_tokens_only
 from moe_replay.megatron.expert_groups import choose_within_groups
-from moe_replay.megatron.families import family_of
-from moe_replay.megatron.family import ModelShape
+from moe_replay.megatron.families.family import ModelShape
+from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.upstream_warnings import quiet_megatron
-from moe_replay.rollout.checkpoint_config import load_config, read_config_json, refuse_nested
+from moe_replay.megatron.upstream import compat
+from moe_replay.megatron.upstream.warnings import quiet_megatron
 
 __all__ = [
     "ModelShape",

@@ -1,6 +1,6 @@
 """The state of a chained optimizer, made the same on every rank where ranks hold different parts of the model.
 
-In: the sharded state of an optimizer. Out: the same state with one step. Called by: `moe_replay.megatron.checkpoint`.
+In: the sharded state of an optimizer. Out: the same state with one step.
 """
 
 from __future__ import annotations

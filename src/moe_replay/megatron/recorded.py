@@ -2,7 +2,7 @@
 
 Training never needs this: routes are replayed where they were recorded. Export, comparison and tests do.
 
-In: RouteSlice of every rank of a replica. Out: traces of whole samples. Called by: testing, users.
+In: RouteSlice of every rank of a replica. Out: traces of whole samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from moe_replay.batch import Microbatch, RouteForm
 from moe_replay.errors import ReplayScopeError
-from moe_replay.megatron.compat import VERSION
+from moe_replay.megatron.upstream.compat import VERSION
 from moe_replay.routing import Origin, RouteSlice, RoutingTrace, expert_dtype
 
 

@@ -6,7 +6,6 @@ of calls. Recomputation gets the routes of its own forward pass, because the key
 function, whatever the pipeline schedule does in between.
 
 In: routers by global layer, routes by microbatch key. Out: forced or recorded experts.
-Called by: megatron.actor, and other trainers on Megatron-Core.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """MegatronScorer: forward passes of a Megatron model over packed microbatches, live, recording or replaying.
 
 In: microbatches. Out: log-probabilities and entropies per sample, recorded traces, evidence for the guard.
-Called by: megatron.actor (which trains the same model), grpo (for the reference model).
 """
 
 from __future__ import annotations

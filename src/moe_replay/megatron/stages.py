@@ -2,7 +2,7 @@
 
 Training never asks: it reads the layers of the built model.
 
-In: a TransformerConfig. Out: layers of each stage. Called by: cli (doctor).
+In: a TransformerConfig. Out: layers of each stage.
 """
 
 from __future__ import annotations

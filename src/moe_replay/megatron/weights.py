@@ -19,19 +19,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from moe_replay.errors import CheckpointError, UnsupportedError
-from moe_replay.megatron.disk import SharedWrite
-from moe_replay.megatron.families import family_of
-from moe_replay.megatron.family import Kind, ModelShape, Rule
-from moe_replay.megatron.hf_files import write_checkpoint
-from moe_replay.megatron.model import unwrap
-from moe_replay.megatron.together import raise_everywhere
-from moe_replay.rollout.checkpoint_files import (
+from moe_replay.checkpoint.files import (
     NOT_A_WEIGHT,
     SafetensorsCheckpoint,
     refuse_non_finite,
 )
-from moe_replay.rollout.checkpoint_fit import check_names, is_prediction
+from moe_replay.checkpoint.fit import check_names, is_prediction
+from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.megatron.disk import SharedWrite
+from moe_replay.megatron.families.family import Kind, ModelShape, Rule
+from moe_replay.megatron.families.hf_files import write_checkpoint
+from moe_replay.megatron.families.rules import family_of
+from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.ranks.together import raise_everywhere
 
 # Dim of a merged tensor that tensor parallelism cuts.
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
@@ -249,7 +249,7 @@ def _match(
             return rule, match.groupdict()
     raise UnsupportedError(
         f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be neither loaded "
-        "nor exported. Add a rule to moe_replay/megatron/families.py."
+        "nor exported. Add a rule to moe_replay/megatron/families/rules.py."
     )
 
 

@@ -1,6 +1,6 @@
 """What a person sees of a run, and what the run leaves behind.
 
-In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters. Called by: cli.
+In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters.
 """
 
 from moe_replay.report.display import ConsoleReporter

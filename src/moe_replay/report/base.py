@@ -1,6 +1,6 @@
 """The common ground of all reporters: a lifetime, and methods that do nothing.
 
-In: records. Out: BaseReporter, SilentReporter. Called by: report.
+In: records. Out: BaseReporter, SilentReporter.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
-from moe_replay.rollout.types import RolloutProgress
 
 
 class BaseReporter:

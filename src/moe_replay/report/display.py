@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 from moe_replay.report.base import BaseReporter
 from moe_replay.report.closing_table import print_line, print_summary
@@ -34,7 +35,6 @@ from moe_replay.report.columns import (
 )
 from moe_replay.report.progress import EVERY_S, Ticker, progress_line
 from moe_replay.report.run_directory import RunDirectory
-from moe_replay.rollout.types import RolloutProgress
 
 _SAMPLING = ("rollout", "eval")
 """Stations that an engine spends sampling."""

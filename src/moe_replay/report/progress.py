@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from moe_replay.engines.types import Engine, RolloutProgress, ShowsProgress
 from moe_replay.report.columns import duration
-from moe_replay.rollout.types import Engine, RolloutProgress, ShowsProgress
 
 EVERY_S = 30.0
 """Seconds between two lines about a rollout where there is no screen."""

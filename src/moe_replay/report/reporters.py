@@ -1,6 +1,6 @@
 """Who is told what the loop says: files first, then the terminal, then the sinks.
 
-In: the recipe. Out: a reporter. Called by: cli.
+In: the recipe. Out: a reporter.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from moe_replay.grpo.config import Recipe
+from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.report.base import BaseReporter, SilentReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
 from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbReporter
-from moe_replay.rollout.types import RolloutProgress
 
 
 class JsonlReporter(BaseReporter):

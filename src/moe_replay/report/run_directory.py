@@ -17,7 +17,7 @@
     ├── checkpoints/        what a run resumes from
     └── export/             the trained model as a Hugging Face checkpoint
 
-In: records of the loop. Out: files, and the records back. Called by: cli, report.
+In: records of the loop. Out: files, and the records back.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import CheckpointError, MoeReplayError
-from moe_replay.grpo.packages import installed
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord
+from moe_replay.grpo.start.packages import installed
 
 PACKAGES = (
     "moe-replay",

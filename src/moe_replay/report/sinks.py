@@ -3,7 +3,7 @@
 When a run is resumed, TensorBoard hides the steps that are run again; Weights & Biases and trackio keep both versions
 of them. ``metrics.jsonl`` holds each step once.
 
-In: records. Out: three reporters. Called by: report.reporters.
+In: records. Out: three reporters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run amounts to: the figures of the closing table, from its records.
 
-In: step and evaluation records. Out: RunFigures. Called by: report.display.
+In: step and evaluation records. Out: RunFigures.
 """
 
 from __future__ import annotations

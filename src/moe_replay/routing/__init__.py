@@ -3,14 +3,14 @@
 The package itself loads nothing, numpy included: a name is imported when it is first used.
 
 In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec and reference router.
-Called by: every other package, and other trainers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe_replay.routing.codec import (
+    from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
+    from moe_replay.routing.format.codec import (
         decode_trace,
         decode_traces,
         encode_trace,
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         from_text,
         to_text,
     )
-    from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
-    from moe_replay.routing.frame import Encoding, TraceHeader
+    from moe_replay.routing.format.frame import Encoding, TraceHeader
+    from moe_replay.routing.format.trace_file import TraceFile, write_trace_file
     from moe_replay.routing.group import PromptDifference, TraceGroup
     from moe_replay.routing.guard.check import RouteReport, check_routes
     from moe_replay.routing.guard.decision import Guard
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
         stitch_turns,
     )
     from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
-    from moe_replay.routing.trace_file import TraceFile, write_trace_file
 
 __all__ = [
     "Coverage",

@@ -3,7 +3,7 @@
 A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer are flips by router.
 Fractions are over pairs of rows that both traces hold.
 
-In: pairs of traces. Out: TraceComparison. Called by: cli, report, grpo metrics.
+In: pairs of traces. Out: TraceComparison.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import first_difference, recover_tokens
-from moe_replay.routing.slots import row_chunks, sort_planes, to_planes
+from moe_replay.routing.format.slots import row_chunks, sort_planes, to_planes
 from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix
 divide by ``B**start``) and joining (multiply by ``B**length`` and add) linear in the rows, without the tokens.
 It guards against mistakes, not against an adversary.
 
-In: token ids. Out: uint64 digests. Called by: trace, codec.
+In: token ids. Out: uint64 digests.
 """
 
 from __future__ import annotations

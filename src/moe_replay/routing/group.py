@@ -4,7 +4,7 @@ Engines return the prompt's routes with each of the n samples, the same bytes n 
 what differs all the same (a prompt row that another batch routed otherwise, or a row that the prefix cache left out) is
 kept beside them, row by row, so that `TraceGroup.split` gives back exactly what was joined.
 
-In: traces of one prompt. Out: TraceGroup. Called by: codec, rollout transports.
+In: traces of one prompt. Out: TraceGroup.
 """
 
 from __future__ import annotations

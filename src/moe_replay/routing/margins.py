@@ -3,7 +3,7 @@
 Two passes in different number formats flip where that gap is small. Flips at wide gaps are something else: routes of
 other tokens, or other weights. `compare_margins` puts the two side by side.
 
-In: router scores, pairs of traces. Out: MarginComparison. Called by: reports, and users who study their model.
+In: router scores, pairs of traces. Out: MarginComparison.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is replayed, what runs live and why: the replay mode, the reasons, and the coverage that is always reported.
 
-In: rows with and without routes. Out: ReplayMode, LiveReason, Coverage. Called by: batch, megatron, grpo.
+In: rows with and without routes. Out: ReplayMode, LiveReason, Coverage.
 """
 
 from __future__ import annotations

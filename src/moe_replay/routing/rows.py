@@ -4,7 +4,7 @@ Packing or padding, context parallelism (CP), sequence parallelism (SP) and padd
 Whatever has a value per token (ids, masks, log-probabilities, advantages, routes) moves through the same vector,
 so no two of them can disagree.
 
-In: sequence lengths and a rank's coordinates. Out: gather vectors. Called by: batch, megatron.
+In: sequence lengths and a rank's coordinates. Out: gather vectors.
 """
 
 from __future__ import annotations

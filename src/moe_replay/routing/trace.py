@@ -20,7 +20,7 @@ from moe_replay.routing.digest import (
     join_digests,
     num_different_tokens,
 )
-from moe_replay.routing.slots import repeating_sets, row_chunks
+from moe_replay.routing.format.slots import repeating_sets, row_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64

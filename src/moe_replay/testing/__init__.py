@@ -1,5 +1,4 @@
 """What a test needs to run real Megatron-Core and real checkpoints on a CPU in seconds; public on purpose.
 
 In: nothing. Out: `tiny_models` (small Hugging Face MoE checkpoints), `ranks` (a multi-process harness).
-Called by: our tests, and the tests of those who write an engine or a backend of their own.
 """

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from moe_replay.batch import Microbatch, Sample
-from moe_replay.grpo.sharing import share_routes
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.megatron.ranks.replica import Replica
+from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
-from moe_replay.megatron.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.policies import gradients, mean_loss, pack, route_form, start_policy

@@ -1,6 +1,6 @@
 """Two ways of doing one thing, timed side by side: what else the machine does cancels in neighbouring pairs.
 
-In: two functions. Out: the ratio of their times. Called by: benchmarks.
+In: two functions. Out: the ratio of their times.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from moe_replay.rollout.types import Completion, Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Completion, Engine, Request, RolloutGroup, SamplingParams
 
 Ids = Integer[np.ndarray, "rows layers topk"]
 Plant = Callable[[Ids, Sequence[Ids]], Ids]

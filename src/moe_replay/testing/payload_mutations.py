@@ -4,7 +4,7 @@ Damage leaves the checksums as they are, so every damaged payload must be refuse
 fit what was altered; they must be refused too, or decode to traces that are possible. The places in a payload are those
 of docs/trace-format.md, written down here a second time.
 
-In: an intact payload and a generator. Out: altered payloads. Called by: tests of the codec, fuzzing.
+In: an intact payload and a generator. Out: altered payloads.
 """
 
 from __future__ import annotations

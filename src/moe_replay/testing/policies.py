@@ -1,6 +1,6 @@
 """A small policy on the real Megatron-Core, and its samples packed as the trainer packs them.
 
-In: a checkpoint. Out: an actor, microbatches, samples with the model's own routes. Called by: tests.
+In: a checkpoint. Out: an actor, microbatches, samples with the model's own routes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Random samples, and the misalignments that frameworks have shipped, planted on purpose.
 
-In: seeds, samples with traces. Out: samples. Called by: tests, and users who test their own adapters.
+In: seeds, samples with traces. Out: samples.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx2
 
+from moe_replay.engines.types import Engine
 from moe_replay.errors import EngineError
-from moe_replay.rollout.types import Engine
 
 if TYPE_CHECKING:
-    from moe_replay.rollout.model_facts import ModelFacts
-    from moe_replay.rollout.served_engine import ServedEngine
+    from moe_replay.checkpoint.facts import ModelFacts
+    from moe_replay.engines.serve.engine import ServedEngine
 
 # Limits on a machine that does a dozen other things: only what hangs meets them.
 _START_S = 300.0
@@ -49,9 +49,9 @@ def served(
     ``around`` wraps the ASGI application, for instance in one that injects faults. ``limits`` are those of `EngineServer`,
     ``web`` those of `web_server`. An `Engine` samples one request at a time, and stays open.
     """
-    from moe_replay.rollout.own_folder import OwnFolder
-    from moe_replay.rollout.served_engine import ServedEngine, ThreadedEngine
-    from moe_replay.rollout.server import EngineServer
+    from moe_replay.engines.serve.app import EngineServer
+    from moe_replay.engines.serve.engine import ServedEngine, ThreadedEngine
+    from moe_replay.engines.servers.own_folder import OwnFolder
 
     with OwnFolder(Path(tempfile.gettempdir()), "moe-replay-served-") as folder:
         limits.setdefault("push_folder", folder.path)
@@ -73,8 +73,8 @@ def listening(
 
     ``at_end`` is called in the server's event loop when the scope is left, before the server ends.
     """
-    from moe_replay.rollout.server_run import web_server
-    from moe_replay.rollout.server_socket import bind
+    from moe_replay.engines.serve.run import web_server
+    from moe_replay.engines.serve.socket import bind
 
     socket_ = bind("127.0.0.1", 0)
     port = socket_.getsockname()[1]

@@ -26,9 +26,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from moe_replay.engines.servers.sglang_wire import encode_routes
+from moe_replay.engines.types import Completion, Engine, FinishReason, Request, SamplingParams
 from moe_replay.errors import MoeReplayError
-from moe_replay.rollout.sglang_wire import encode_routes
-from moe_replay.rollout.types import Completion, Engine, FinishReason, Request, SamplingParams
 from moe_replay.routing import RoutingTrace
 
 VERSION = "0.5.23"

@@ -1,7 +1,6 @@
 """Small mixture-of-experts checkpoints in Hugging Face format, written locally, for tests and examples.
 
 In: a family name and a seed. Out: a directory that transformers, vLLM and `moe_replay.megatron` can load.
-Called by: tests, `moe_replay.cli` (a first run without downloads).
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
-from moe_replay.rollout.checkpoint_config import load_config
-from moe_replay.rollout.checkpoint_files import SINGLE_FILE, usual_parts
+from moe_replay.checkpoint.config import load_config
+from moe_replay.checkpoint.files import SINGLE_FILE, usual_parts
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CHARACTERS = (*map(chr, range(32, 127)), "\n")

@@ -1,6 +1,6 @@
 """A KV cache that grows in place; transformers' own copies all of it for every token.
 
-In: keys and values of a forward pass. Out: cache layers. Called by: rollout.embedded.
+In: keys and values of a forward pass. Out: cache layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Record the routes of a Hugging Face model at its router modules, where the choice is made.
 
-In: a transformers model. Out: RouterSite, RouteRecorder. Called by: rollout.embedded, transformers.replay, users.
+In: a transformers model. Out: RouterSite, RouteRecorder.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ transformers fuses and renames tensors when it loads a checkpoint (the experts o
 publishes the way back. Run on the model's own tensors with copies left out, that way back yields, for every name on
 disk, a view on the memory that holds it: a push is then one copy into each view.
 
-In: a transformers model, checkpoint tensors. Out: CheckpointViews. Called by: rollout.embedded.
+In: a transformers model, checkpoint tensors. Out: CheckpointViews.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""Tell what trainer and engines must know of a checkpoint, and whether it is one, from its files without loading it.
+
+In: a checkpoint directory. Out: ModelFacts, or the refusal that every caller gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_replay.checkpoint.config import load_config, load_generation_config, reason
+from moe_replay.checkpoint.files import SafetensorsCheckpoint
+from moe_replay.checkpoint.fit import TIED, check_counts, check_fit
+from moe_replay.checkpoint.stop_tokens import find_tokenizer, num_known_ids, stop_tokens
+from moe_replay.errors import RecipeError
+from moe_replay.routing import RoutedModel
+from moe_replay.transformers.record import find_routers
+
+# The end of its name in the checkpoints of every family that has one.
+_EXPERT_BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The numbers of a checkpoint that decide what an engine may be asked for and may answer."""
+
+    vocab_size: int
+    """Token ids are below this."""
+    max_context_length: int
+    """Most tokens that the model was made for, prompt and completion together."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end a completion, by the checkpoint's configs, tokenizer or chat template; empty when none names any."""
+    routed: RoutedModel | None
+    """Layers, experts and top-k of its routers; None for a dense model."""
+    weight_shapes: Mapping[str, tuple[int, ...]]
+    """Name of every tensor on disk -> its shape: what a full push holds."""
+    tied_names: frozenset[str]
+    """Names that share one tensor; a push holds at least one of them."""
+    float32_names: frozenset[str] = frozenset()
+    """Names that engines hold in float32 whatever their number format: those that a checkpoint of a lower format keeps so."""
+    num_known_ids: int | None = None
+    """Ids from here on are in the model's vocabulary and unknown to its tokenizer; None without a tokenizer."""
+    family: str = ""
+    """The `model_type` of its config."""
+    stacks_experts: bool = False
+    """Whether the experts of a layer are one tensor on disk; their names here are those of a push all the same."""
+
+
+def read_facts(model_dir: str | Path) -> ModelFacts:
+    """Return the facts of a Hugging Face checkpoint directory.
+
+    The routers are found in the model itself, built without memory, not computed from its config.
+
+    Raises:
+        RecipeError: config.json is missing or wrong.
+        CheckpointError: the safetensors are missing, damaged, ambiguous, or not those of the config.
+        UnsupportedError: the checkpoint is quantized, or of an architecture that transformers does not know.
+    """
+    model_dir = Path(model_dir)
+    config = load_config(model_dir)
+    with SafetensorsCheckpoint(model_dir) as checkpoint:
+        shapes = dict(checkpoint.shapes)
+        stacks_experts = any(place.expert is not None for place in checkpoint.places.values())
+        formats = {name: place.dtype for name, place in checkpoint.places.items()}
+    check_counts(shapes, config)
+    model = _without_memory(config, model_dir)
+    check_fit(shapes, config, model)
+    sites = find_routers(model)
+    text = config.get_text_config()
+    tokenizer = find_tokenizer(model_dir)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return ModelFacts(
+        vocab_size=text.vocab_size,
+        max_context_length=text.max_position_embeddings,
+        eos_ids=tuple(stop_tokens(load_generation_config(model_dir), config, tokenizer)),
+        routed=RoutedModel(
+            moe_layers=tuple(site.layer for site in sites),
+            num_decoder_layers=text.num_hidden_layers,
+            num_experts=sites[0].num_experts,
+            topk=sites[0].topk,
+        )
+        if sites
+        else None,
+        weight_shapes=shapes,
+        tied_names=TIED if tied else frozenset(),
+        float32_names=_float32_names(formats),
+        num_known_ids=num_known_ids(tokenizer) if tokenizer is not None else None,
+        family=config.model_type,
+        stacks_experts=stacks_experts,
+    )
+
+
+def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
+    """Return the names that stay in float32, out of name -> number format on disk.
+
+    A checkpoint whose every tensor is float32 does not say which of them engines keep so; expert biases they do.
+    """
+    is_lower = any(dtype in ("BF16", "F16") for dtype in formats.values())
+    return frozenset(
+        name
+        for name, dtype in formats.items()
+        if dtype == "F32" and (is_lower or name.endswith(_EXPERT_BIAS))
+    )
+
+
+def _without_memory(config: Any, model_dir: Path) -> Any:
+    """Build the model on the meta device.
+
+    Raises:
+        RecipeError: transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # A config of which no model can be made fails in whatever line meets it first.
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise RecipeError(
+            f"transformers cannot build a model from {model_dir / 'config.json'}: {type(error).__name__}: "
+            f"{reason(error)}; restore the config of the original checkpoint"
+        ) from error
+
+
+def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint directory by name, one at a time.
+
+    Raises:
+        CheckpointError: as `SafetensorsCheckpoint`.
+    """
+    with SafetensorsCheckpoint(model_dir) as checkpoint:
+        yield from checkpoint.items()

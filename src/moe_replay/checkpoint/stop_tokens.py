@@ -1,0 +1,90 @@
+"""Which tokens end a completion, and which ids a checkpoint's tokenizer knows: gathered from every file that says so.
+
+Checkpoints disagree with themselves: a base model's config ends documents, its chat template ends turns with another token,
+and a completion that only one of them would end runs to its limit. Each that is named anywhere ends it.
+
+In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with who named them, the number of known ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_replay.checkpoint.config import load_config, load_generation_config
+from moe_replay.tasks.encoding import TOKENIZER_FILES, load_tokenizer
+
+_MARK = "moe-replay"
+
+
+def checkpoint_stop_tokens(model_dir: str | Path) -> dict[int, tuple[str, ...]]:
+    """Return the stop tokens of a checkpoint directory, as `stop_tokens`."""
+    model_dir = Path(model_dir)
+    return stop_tokens(
+        load_generation_config(model_dir), load_config(model_dir), find_tokenizer(model_dir)
+    )
+
+
+def find_tokenizer(model_dir: Path) -> Any | None:
+    """Return the tokenizer of a checkpoint directory; None when it has none, as a model made for tests."""
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return load_tokenizer(model_dir)
+
+
+def stop_tokens(
+    generation_config: Any, config: Any, tokenizer: Any | None
+) -> dict[int, tuple[str, ...]]:
+    """Return the tokens that end a completion, and who names each: both configs, the tokenizer, its chat template."""
+    found: dict[int, tuple[str, ...]] = {}
+    for source, named in _named(generation_config, config, tokenizer):
+        for token in named if isinstance(named, list | tuple) else [named]:
+            if isinstance(token, int):
+                found[token] = (*found.get(token, ()), source)
+    return found
+
+
+def _named(generation_config: Any, config: Any, tokenizer: Any | None) -> Iterator[tuple[str, Any]]:
+    yield "generation_config.json", getattr(generation_config, "eos_token_id", None)
+    yield "config.json", getattr(config.get_text_config(), "eos_token_id", None)
+    if tokenizer is not None:
+        yield "tokenizer", tokenizer.eos_token_id
+        yield "chat template", end_of_turn(tokenizer)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the special token that a chat template puts right behind the assistant's answer; None when there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+    # A template may refuse such a chat; it then says nothing about its end, and speaks up when a prompt is rendered.
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return None
+    _, found, tail = text.rpartition(_MARK)
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
+    return int(ids[0]) if ids and ids[0] in special else None
+
+
+def num_known_ids(tokenizer: Any) -> int:
+    """Return the number of token ids up to the last that a tokenizer knows; a model's vocabulary is often padded beyond."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def describe_stop_tokens(tokens: Mapping[int, tuple[str, ...]], tokenizer: Any | None) -> str:
+    """Return stop tokens in words, such as ``stops at '<|im_end|>' (151645: config.json, chat template)``."""
+    if not tokens:
+        return (
+            "no stop token is named by the checkpoint or rollout.stop_token_ids: every completion runs to "
+            "rollout.max_completion_length"
+        )
+    names = []
+    for token, sources in tokens.items():
+        name = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None else None
+        names.append(f"{name or 'token'} ({token}: {', '.join(sources)})")
+    return f"stops at {'; '.join(names)}"

@@ -1,0 +1,312 @@
+"""The embedded engine: a transformers model in this process, which samples in batches and records its own routes.
+
+In: a checkpoint directory, requests, weights. Out: completions with routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from moe_replay.checkpoint.facts import read_facts
+from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite, some
+from moe_replay.engines.divergence import finite_weights
+from moe_replay.engines.embedded.decoding import Batch, Job
+from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.types import (
+    Completion,
+    EngineDescription,
+    FinishReason,
+    Request,
+    RolloutGroup,
+    RolloutProgress,
+    SamplingParams,
+)
+from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
+from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.transformers.record import find_routers, record_routes
+from moe_replay.transformers.weights import CheckpointViews
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class EmbeddedEngine:
+    """Samples from a Hugging Face model with a KV cache; routes are recorded at the router modules.
+
+    Every distinct prompt of a batch is run once, whatever the number of its completions. The noise of a completion
+    depends on the sampling seed, its request and its number alone, so the batch it runs in does not matter beyond
+    the rounding of the model's number format.
+
+    Example:
+        >>> engine = EmbeddedEngine("checkpoints/tiny", dtype="float32")
+        >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        device: str = "cpu",
+        max_batch_size: int = 128,
+        record_routes: bool = True,
+        num_threads: int | None = None,
+    ) -> None:
+        import transformers
+
+        if dtype not in _DTYPES:
+            raise RecipeError(
+                f"the embedded engine has dtype {dtype}, expected one of {list(_DTYPES)}"
+            )
+        if max_batch_size < 1:
+            raise RecipeError(f"max_batch_size is {max_batch_size}, expected at least 1")
+        # Refuses what the trainer and every other engine refuse, before memory is taken.
+        facts = read_facts(model_dir)
+        self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
+        self._device = torch.device(device)
+        self._max_batch_size = max_batch_size
+        self._num_threads = num_threads
+        self._views = CheckpointViews(self._model)
+        self._eos_ids, self._num_known_ids = facts.eos_ids, facts.num_known_ids
+        self._policy_version = 0
+        self._progress = RolloutProgress()
+        self._state: Literal["ready", "broken", "closed"] = "ready"
+        config = self._model.config.get_text_config()
+        self._vocab_size: int = config.vocab_size
+        sites = find_routers(self._model)
+        self._description = EngineDescription(
+            name="embedded",
+            version=transformers.__version__,
+            dtype=dtype,
+            records_routes=bool(sites) and record_routes,
+            moe_layers=tuple(site.layer for site in sites),
+            num_experts=sites[0].num_experts if sites else 0,
+            topk=sites[0].topk if sites else 0,
+            max_context_length=config.max_position_embeddings,
+        )
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return."""
+        return self._description
+
+    @property
+    def policy_version(self) -> int:
+        """Weight pushes received so far."""
+        return self._policy_version
+
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running call of `generate` is."""
+        return self._progress
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[RolloutGroup]:
+        """Complete every request; the groups come back in the order of ``requests``.
+
+        ``cancelled`` is asked before each token whether the caller still wants them; another thread may change its answer.
+
+        Raises:
+            RecipeError: when a sampling setting is out of range.
+            EngineError: when a request is malformed or leaves no room in the context, the engine is closed, or the call
+                was cancelled.
+            DivergedError: when the model's logits are not finite.
+        """
+        self._check_ready()
+        check_sampling(sampling)
+        check_requests(
+            requests, sampling, description=self._description, vocab_size=self._vocab_size
+        )
+        # Prompts of like length share a batch, which keeps padding short.
+        order = sorted(range(len(requests)), key=lambda r: (len(requests[r].prompt_ids), r))
+        jobs = [
+            Job(request=r, completion=c) for r in order for c in range(requests[r].num_generations)
+        ]
+        done: dict[Job, Completion] = {}
+        self._progress = RolloutProgress(num_total=len(jobs))
+        try:
+            with _threads(self._num_threads), torch.inference_mode():
+                for start in range(0, len(jobs), self._max_batch_size):
+                    batch = jobs[start : start + self._max_batch_size]
+                    completions = self._complete(batch, requests, sampling, cancelled)
+                    done.update(zip(batch, completions, strict=True))
+        finally:
+            self._progress = RolloutProgress()
+        return [
+            RolloutGroup(
+                request=request,
+                completions=tuple(
+                    done[Job(request=r, completion=c)] for c in range(request.num_generations)
+                ),
+            )
+            for r, request in enumerate(requests)
+        ]
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
+    ) -> None:
+        """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
+                a failed push the engine refuses to sample until a push succeeds.
+            DivergedError: when a weight is not finite.
+        """
+        if self._state == "closed":
+            raise EngineError("the embedded engine is closed; make a new one")
+        if policy_version < self._policy_version:
+            raise EngineError(
+                f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes, so "
+                "a stale trainer is pushing"
+            )
+        self._state = "broken"
+        self._views.copy(finite_weights(weights))
+        self._state = "ready"
+        self._policy_version = policy_version
+
+    def close(self) -> None:
+        """Release the model. Calling it twice is allowed."""
+        if self._state != "closed":
+            self._state = "closed"
+            del self._model, self._views
+
+    def _check_ready(self) -> None:
+        if self._state == "closed":
+            raise EngineError("the embedded engine is closed; make a new one")
+        if self._state == "broken":
+            raise EngineError(
+                "the last weight push failed half-way, so the engine holds weights of two policies; push again"
+            )
+
+    def _complete(
+        self,
+        jobs: Sequence[Job],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        cancelled: Callable[[], bool],
+    ) -> list[Completion]:
+        with ExitStack() as scope:
+            recorder = (
+                scope.enter_context(record_routes(self._model))
+                if self._description.records_routes
+                else None
+            )
+            before = self._progress
+            batch = Batch(
+                jobs,
+                requests,
+                sampling,
+                self._model,
+                recorder,
+                self._device,
+                self._policy_version,
+                self._num_known_ids,
+            )
+            stops = torch.tensor(
+                sorted({*self._eos_ids, *sampling.stop_token_ids}),
+                dtype=torch.int64,
+                device=self._device,
+            )
+            for position in range(sampling.max_completion_length):
+                if cancelled():
+                    raise EngineError(
+                        f"the call was cancelled by its caller before sampled token {position} of {len(jobs)} completions"
+                    )
+                batch.sample(position, sampling, stops)
+                self._progress = replace(
+                    before,
+                    num_finished=before.num_finished + len(jobs) - batch.num_running,
+                    num_tokens=before.num_tokens + int(batch.lengths.sum()),
+                )
+                if not batch.num_running or position + 1 == sampling.max_completion_length:
+                    break
+                batch.compact()
+                batch.feed(position)
+        self._progress = replace(self._progress, num_finished=before.num_finished + len(jobs))
+        return [self._completion(batch, row, requests[job.request]) for row, job in enumerate(jobs)]
+
+    def _completion(self, batch: Batch, row: int, request: Request) -> Completion:
+        length, stopped = int(batch.lengths[row]), bool(batch.stopped[row])
+        token_ids = batch.token_ids[row, :length].cpu().numpy().astype(np.int32)
+        routes = batch.routes_of(row, length)
+        trace = None
+        if routes is not None:
+            valid = np.ones(len(routes), dtype=bool)
+            valid[-1] = False
+            trace = RoutingTrace.record(
+                routes,
+                token_ids=np.concatenate([request.prompt_ids, token_ids]),
+                valid=valid,
+                layers=self._description.moe_layers,
+                num_experts=self._description.num_experts,
+                origin=Origin.single(
+                    engine=self._description.name,
+                    engine_version=self._description.version,
+                    policy_version=self._policy_version,
+                    num_rows=len(routes),
+                ),
+            )
+        return Completion(
+            token_ids=token_ids,
+            rollout_logprobs=batch.rollout_logprobs[row, :length].cpu().numpy(),
+            trace=trace,
+            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            policy_version=self._policy_version,
+        )
+
+
+def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if absent := [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]:
+        raise CheckpointError(
+            f"{model_dir} lacks {some(absent)}, or has them in another shape; transformers would fill them with random "
+            "numbers: copy the checkpoint again"
+        )
+    for name, parameter in model.named_parameters():
+        refuse_non_finite(name, parameter)
+    if has_usual_names(model.config.model_type):
+        # Pushes come under the usual names, also where the checkpoint stacks its experts.
+        model._weight_conversions = None
+    model = model.to(device).eval().requires_grad_(False)
+    if any(DynamicCache(config=model.config).is_linear):
+        raise UnsupportedError(
+            f"{type(model).__name__} has layers with a recurrent state, which cannot skip the padding of a batch: "
+            "its completions would depend on the batch they run in"
+        )
+    # Memory of its own: until then tensors may be mapped from files that a trainer is free to overwrite.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")
+    return model
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run torch with ``count`` threads inside the scope; None leaves the process's setting alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

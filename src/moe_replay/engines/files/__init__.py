@@ -1,0 +1,1 @@
+"""Rollouts on disk: written by any engine, and read again as one."""

@@ -1,0 +1,286 @@
+"""Rollouts on disk: completions with their traces, written group by group, each policy version's apart from the others'.
+
+::
+
+    <folder>/
+    ├── <name>.json               manifest: the engine, how it samples, its weights, how many prompts; written first
+    ├── <name>.shard-0.groups     one record a prompt: its tokens and those of its completions, log-probabilities
+    ├── <name>.shard-0.traces     trace file of the codec, one trace a completion, named <request id>/<number>
+    └── <name>.shard-1. ...       what another rank sampled
+
+``<name>`` says engine, number format and policy version. A rollout is whole when its shards hold every prompt that the
+manifest promises, whichever ranks sampled them. Until then its reader refuses it, and its writer goes on with it.
+
+In: RolloutGroups. Out: files, and the groups back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_replay.engines.files.group_log import FORMAT, find_groups, read_group
+from moe_replay.engines.types import EngineDescription, RolloutGroup, SamplingParams
+from moe_replay.errors import CodecError, RecipeError
+from moe_replay.routing.format.codec import DEFAULT_MAX_BYTES, read_place
+from moe_replay.routing.format.trace_file import map_file
+
+_GO_ON = "the same `moe-replay rollout` command goes on with it"
+
+
+class Manifest(BaseModel):
+    """What a rollout on disk is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal[2] = FORMAT
+    """Version of the files."""
+    engine: EngineDescription
+    """What samples it."""
+    policy_version: int = Field(ge=0)
+    """Weight pushes that the engine has received."""
+    sampling: SamplingParams
+    """How it is sampled."""
+    first_request: int = Field(ge=0)
+    """Lowest request id, which is the position of its prompt among the training prompts."""
+    num_requests: int = Field(ge=1)
+    """Prompts, from that one on."""
+    weights: Mapping[str, str] = Field(default_factory=dict)
+    """File of the checkpoint -> digest of what it holds."""
+
+    @property
+    def stop_request(self) -> int:
+        """One past the highest request id."""
+        return self.first_request + self.num_requests
+
+
+def rollout_name(description: EngineDescription, policy_version: int) -> str:
+    """Return what a rollout's files are called, such as ``vllm-bfloat16-policy-0``."""
+    return f"{description.name}-{description.dtype}-policy-{policy_version}"
+
+
+class RolloutFile:
+    """A rollout on disk, opened for reading: mapped, so that a process holds only the groups that it uses.
+
+    Opening finds the groups, 20 bytes of memory each; `group` checks every byte of what it reads. ``path`` is a
+    manifest, or a folder that holds exactly one.
+
+    Raises:
+        RecipeError: when there is none, or more than one.
+        CodecError: when a file is damaged, of another version, or the rollout is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = _find_manifest(path)
+        """The manifest."""
+        self.manifest = read_manifest(self.path)
+        """What this rollout is."""
+        self._shards = shard_files(self.path, ".groups")
+        self._groups = [map_file(shard) for shard in self._shards]
+        found = [
+            find_groups(stored, str(shard))
+            for stored, shard in zip(self._groups, self._shards, strict=True)
+        ]
+        nothing = np.empty(0, np.uint64)
+        request_ids = np.concatenate([nothing, *(each.request_ids for each in found)])
+        order = np.argsort(request_ids, kind="stable")
+        self._request_ids = request_ids[order]
+        self._starts = np.concatenate([np.empty(0, np.int64), *(e.starts for e in found)])[order]
+        self._shard_of = np.repeat(
+            np.arange(len(found), dtype=np.int32), [len(each.starts) for each in found]
+        )[order]
+        self._check_whole()
+        self._traces: dict[int, memoryview] = {}
+        if self.manifest.engine.records_routes:
+            for number, shard in enumerate(self._shards):
+                self._traces[number] = map_file(shard.with_suffix(".traces"))
+
+    def __contains__(self, request_id: int) -> bool:
+        return self.manifest.first_request <= request_id < self.manifest.stop_request
+
+    @property
+    def request_ids(self) -> range:
+        """The requests that were answered."""
+        return range(self.manifest.first_request, self.manifest.stop_request)
+
+    def group(self, request_id: int) -> RolloutGroup:
+        """Return a request with its completions, traces bound to their tokens.
+
+        Raises:
+            KeyError: when it was not sampled.
+            TraceError: when a record or a trace is damaged, or belongs to other tokens.
+        """
+        if request_id not in self:
+            raise KeyError(request_id)
+        place = request_id - self.manifest.first_request
+        shard = int(self._shard_of[place])
+        stored = read_group(self._groups[shard], int(self._starts[place]), str(self._shards[shard]))
+        if shard not in self._traces:
+            return stored.group
+        file = str(self._shards[shard].with_suffix(".traces"))
+        completions = []
+        for completion, frame in zip(stored.group.completions, stored.places, strict=True):
+            if frame is None:
+                raise CodecError(
+                    f"{self._shards[shard]}, request {request_id}: a completion names no trace, although its engine records "
+                    "routes: the files are not of one rollout; sample it again"
+                )
+            trace = read_place(self._traces[shard], frame, file, max_bytes=DEFAULT_MAX_BYTES)
+            tokens = np.concatenate([stored.group.request.prompt_ids, completion.token_ids])
+            trace.check_tokens(tokens, where=f"{file}, trace {frame.name}")
+            completions.append(replace(completion, trace=trace))
+        return replace(stored.group, completions=tuple(completions))
+
+    def _check_whole(self) -> None:
+        """Raise `CodecError` unless every prompt of the manifest is there, once."""
+        manifest, held = self.manifest, self._request_ids
+        wanted = np.arange(manifest.first_request, manifest.stop_request, dtype=np.uint64)
+        if np.array_equal(held, wanted):
+            return
+        twice = np.unique(held[1:][held[1:] == held[:-1]])
+        strange = np.setdiff1d(held, wanted)
+        if len(twice) or len(strange):
+            raise CodecError(
+                f"{self.path}: its shards hold requests {twice[:4].tolist()} more than once and {strange[:4].tolist()} that are "
+                f"not among {manifest.first_request} to {manifest.stop_request - 1}: two writers sampled it, or its files were "
+                "mixed with others; remove it and sample it again"
+            )
+        missing = np.setdiff1d(wanted, held)
+        raise CodecError(
+            f"{self.path}: {len(held)} of {manifest.num_requests} prompts are there, request {missing[0]} is the first that is "
+            f"missing: it is still being sampled, its writer was killed, or a shard is missing; {_GO_ON}"
+        )
+
+
+def begin_rollout(folder: Path, manifest: Manifest) -> Path:
+    """Write the manifest and return its path; one that is there must be of the same rollout, of as many prompts or fewer.
+
+    Raises:
+        RecipeError: when the folder holds another rollout of this engine and policy version, or cannot be written.
+    """
+    path = folder / f"{rollout_name(manifest.engine, manifest.policy_version)}.json"
+    if path.exists():
+        _check_same(path, read_manifest(path), manifest)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise RecipeError(f"a rollout cannot be written below {folder}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return what a manifest says.
+
+    Raises:
+        CodecError: when it cannot be read, or is none of this version.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CodecError(f"cannot read {path}: {error}") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        with_format = _format_of(text)
+        if with_format is not None and with_format != FORMAT:
+            raise CodecError(
+                f"{path} is a rollout of format {with_format}, this release reads format {FORMAT}: sample it again with "
+                "`moe-replay rollout RECIPE --output FOLDER` into an empty folder, or read it with the release that wrote it"
+            ) from error
+        raise CodecError(f"{path} is not a rollout of format {FORMAT}: {error}") from error
+
+
+def find_manifests(path: Path) -> list[Path]:
+    """Return the manifest that ``path`` is, or those in the folder that it is."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("*.json")) if path.is_dir() else []
+
+
+def shard_files(manifest: Path, suffix: str) -> list[Path]:
+    """Return a rollout's files of one kind, ``.groups`` or ``.traces``, in the order of their shards."""
+    return [path for _, path in sorted(_shards(manifest, suffix))]
+
+
+def shard_file(manifest: Path, shard: int) -> Path:
+    """Return the groups file of a shard."""
+    return manifest.with_suffix(f".shard-{shard}.groups")
+
+
+def shard_number(path: Path) -> int:
+    """Return which shard a file belongs to."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _shards(manifest: Path, suffix: str) -> Iterator[tuple[int, Path]]:
+    start = f"{manifest.stem}.shard-"
+    for path in manifest.parent.iterdir():
+        number = path.name.removeprefix(start).removesuffix(suffix)
+        if path.name == f"{start}{number}{suffix}" and number.isdecimal():
+            yield int(number), path
+
+
+def _find_manifest(path: Path) -> Path:
+    found = find_manifests(path)
+    if len(found) != 1:
+        raise RecipeError(
+            f"{path} holds {len(found)} rollouts {[each.name for each in found[:8]]}, expected one: "
+            + (
+                "name the manifest of one of them, they were sampled by different engines or policies"
+                if found
+                else "write one with `moe-replay rollout RECIPE --output FOLDER`"
+            )
+        )
+    return found[0]
+
+
+def _check_same(path: Path, old: Manifest, new: Manifest) -> None:
+    """Raise `RecipeError` unless ``new`` goes on with what ``old`` has begun."""
+    was, now = (
+        _flat(each.model_dump(mode="json", exclude={"num_requests"})) for each in (old, new)
+    )
+    odd = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if odd:
+        shown = "; ".join(f"{key}: was {was.get(key)}, is {now.get(key)}" for key in odd[:6])
+        raise RecipeError(
+            f"{path} exists and is another rollout ({shown}): choose another folder, or remove its files; with the same recipe "
+            "and model it would be gone on with"
+        )
+    if new.num_requests < old.num_requests:
+        raise RecipeError(
+            f"{path} exists and was begun for {old.num_requests} prompts, asked for are {new.num_requests}: ask for as many or "
+            "more, or choose another folder"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+        flat |= nested
+    return flat
+
+
+def _format_of(text: bytes) -> Any:
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return None
+    return told.get("format") if isinstance(told, dict) else None

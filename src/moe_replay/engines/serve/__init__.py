@@ -1,0 +1,1 @@
+"""The rollout server: an engine behind HTTP, and the protocol that it speaks."""

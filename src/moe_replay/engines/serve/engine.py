@@ -1,0 +1,333 @@
+"""What the rollout server asks of the engine behind it, and an adapter for engines that are called from one thread.
+
+In: requests, folders of pushed weights. Out: `ServedEngine`; `ThreadedEngine`, which makes one of any `Engine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
+from moe_replay.engines.divergence import finite_weights
+from moe_replay.engines.types import (
+    Completion,
+    Engine,
+    EngineDescription,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
+from moe_replay.engines.weight_stream import checked_weights
+from moe_replay.errors import DivergedError, EngineError
+from moe_replay.routing import Origin
+
+_Result = TypeVar("_Result")
+
+
+class PushRefused(EngineError):
+    """A push failed while it was applied, and the engine holds the weights that it held before."""
+
+
+@runtime_checkable
+class ServedEngine(Protocol):
+    """An engine as the server drives it, from one event loop."""
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model and start whatever samples with it."""
+        ...
+
+    def capacity(self) -> str:
+        """Return how much runs at once, such as "43 sequences of 1,536 tokens fit in the key-value cache"."""
+        ...
+
+    async def complete(
+        self,
+        request: Request,
+        number: int,
+        sampling: SamplingParams,
+        *,
+        policy_version: int,
+        progress: Callable[[int], None],
+    ) -> Completion:
+        """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
+
+        ``progress`` is called with the tokens so far whenever they grow. When the task that awaits this is cancelled,
+        the request is aborted wherever it runs.
+
+        Raises:
+            EngineError: when the engine fails.
+            DivergedError: when the model's logits are not numbers.
+        """
+        ...
+
+    async def stage(self, folder: Path) -> None:
+        """Check the safetensors files in ``folder``, a whole push: names, shapes, finite values. Changes nothing.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape.
+            DivergedError: when a weight is not finite.
+        """
+        ...
+
+    async def apply(self, folder: Path) -> None:
+        """Load what was staged; no completion runs meanwhile, and no cached prompt survives it.
+
+        The engine owns ``folder`` from here on, and removes it when a later push has succeeded.
+
+        Raises:
+            PushRefused: when it failed and the last good weights are loaded again.
+            EngineError: when they could not be loaded either; the engine is broken then.
+        """
+        ...
+
+    async def lost(self) -> str:
+        """Return why nothing can be sampled any more once that is so, and not before; awaited after `start`."""
+        ...
+
+    async def close(self) -> None:
+        """End everything that `start` started. Calling it twice is allowed."""
+        ...
+
+
+class _Running:
+    """One call of a whole request, which the tasks of its completions wait for."""
+
+    call: asyncio.Task[RolloutGroup]
+
+    def __init__(self) -> None:
+        self.num_waiting = 0
+        self.taken: set[int] = set()
+
+    def is_abandoned(self) -> bool:
+        """Tell whether no task waits for it any more."""
+        return self.num_waiting == 0
+
+
+class ThreadedEngine:
+    """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
+
+    ``make`` loads it. ``facts`` are what pushes are checked against before they touch the engine, and ``checkpoint`` is what
+    a failed first push goes back to; without them the engine's own checks must do. A call whose client left is finished
+    and forgotten, unless the engine is ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
+
+    Example:
+        >>> engine = ThreadedEngine(FakeEngine)
+        >>> await engine.start()
+        >>> await engine.complete(request, 0, sampling, policy_version=0, progress=print)
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        *,
+        facts: ModelFacts | None = None,
+        checkpoint: Path | None = None,
+        cancellable: bool = False,
+    ) -> None:
+        self._make, self._facts, self._checkpoint = make, facts, checkpoint
+        self._is_cancellable = cancellable
+        self._made: Engine | None = None
+        self._turn = asyncio.Lock()
+        # By identity of the request: two calls may ask for one id at the same time.
+        self._running: dict[int, _Running] = {}
+        self._last_good: Path | None = None
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return; there once it has started."""
+        return self._engine.description
+
+    async def start(self) -> None:
+        """Load the engine.
+
+        Raises:
+            MoeReplayError: as its class does.
+        """
+        self._made = await in_thread(self._make)
+
+    def capacity(self) -> str:
+        """Return how much runs at once."""
+        return "one request is sampled at a time"
+
+    async def complete(
+        self,
+        request: Request,
+        number: int,
+        sampling: SamplingParams,
+        *,
+        policy_version: int,
+        progress: Callable[[int], None],
+    ) -> Completion:
+        """Return completion ``number`` of ``request``; all its completions are sampled in one call.
+
+        ``progress`` is called once, at the end.
+
+        Raises:
+            EngineError: when the engine fails.
+            DivergedError: when the model's logits are not numbers.
+        """
+        running = self._running.get(id(request))
+        if running is None:
+            running = self._running[id(request)] = _Running()
+            running.call = asyncio.create_task(self._group(request, sampling, running))
+        running.num_waiting += 1
+        try:
+            group = await asyncio.shield(running.call)
+        finally:
+            running.num_waiting -= 1
+            running.taken.add(number)
+            if not running.num_waiting:
+                running.call.cancel()
+            if not running.num_waiting or len(running.taken) == request.num_generations:
+                self._running.pop(id(request), None)
+        progress(len(group.completions[number].token_ids))
+        return _under(group.completions[number], policy_version)
+
+    async def stage(self, folder: Path) -> None:
+        """Check a push against the facts of the model.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape.
+            DivergedError: when a weight is not finite.
+        """
+
+        def check() -> None:
+            stream = folder_tensors(folder)
+            facts = self._facts
+            for _ in finite_weights(stream) if facts is None else checked_weights(stream, facts):
+                continue
+
+        await in_thread(check)
+
+    async def apply(self, folder: Path) -> None:
+        """Load a staged push, or go back to the weights before it.
+
+        Raises:
+            PushRefused: when it failed and the last good weights are loaded again.
+            EngineError: when they could not be loaded either.
+        """
+        async with self._turn:
+            try:
+                await in_thread(lambda: self._load(folder_tensors(folder)))
+            except (EngineError, DivergedError) as error:
+                await self._go_back(error)
+                raise PushRefused(f"{error}; the weights before this push stay") from error
+        if self._last_good is not None:
+            shutil.rmtree(self._last_good, ignore_errors=True)
+        self._last_good = folder
+
+    async def lost(self) -> str:
+        """Return never: an engine of this process ends with it."""
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def close(self) -> None:
+        """Close the engine, once the call that runs has ended. Calling it twice is allowed."""
+        if self._made is not None:
+            async with self._turn:
+                await in_thread(self._made.close)
+
+    @property
+    def _engine(self) -> Engine:
+        if self._made is None:
+            raise EngineError("the engine is still being loaded")
+        return self._made
+
+    async def _group(
+        self, request: Request, sampling: SamplingParams, running: _Running
+    ) -> RolloutGroup:
+        # A call that was cancelled while it waited for its turn ends there: nothing is sampled for nobody.
+        async with self._turn:
+            options = {"cancelled": running.is_abandoned} if self._is_cancellable else {}
+            (group,) = await in_thread(
+                lambda: self._engine.generate([request], sampling, **options)
+            )
+            return group
+
+    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        # The engine counts every push that it ever got; runs count their own.
+        self._engine.load_weights(weights, policy_version=self._engine.policy_version + 1)
+
+    async def _go_back(self, error: Exception) -> None:
+        """Load the weights before a push that failed, unless its engine looks at a push before it takes it."""
+        if self._last_good is not None:
+            weights = folder_tensors(self._last_good)
+        elif self._checkpoint is not None:
+            weights = checkpoint_tensors(self._checkpoint)
+        else:
+            return
+        try:
+            await in_thread(lambda: self._load(weights))
+        except (EngineError, DivergedError) as second:
+            raise EngineError(
+                f"a push failed ({error}), and so did going back to the weights before it ({second}): the engine holds "
+                "neither; start the server again"
+            ) from error
+
+
+def _under(completion: Completion, policy_version: int) -> Completion:
+    """Return the completion with the version that the run counts, in place of the engine's."""
+    trace = completion.trace
+    if trace is not None:
+        origin = Origin.single(
+            engine=trace.origin.engine,
+            engine_version=trace.origin.engine_version,
+            policy_version=policy_version,
+            num_rows=len(trace),
+        )
+        trace = replace(trace, origin=origin)
+    return replace(completion, trace=trace, policy_version=policy_version)
+
+
+def folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the safetensors files in a folder by name, one at a time, mapped from the files.
+
+    Raises:
+        EngineError: when a file is not a safetensors file.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise EngineError(
+                f"{path.name} of a push is not a safetensors file: {error}; it was damaged on its way"
+            ) from error
+
+
+async def in_thread(work: Callable[[], _Result]) -> _Result:
+    """Run ``work`` in a thread, to its end; see `to_its_end`."""
+    return await to_its_end(asyncio.to_thread(work))
+
+
+async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Await ``work`` to its end even when the task that waits for it is cancelled; it is cancelled after that.
+
+    Its caller may hold a lock that says that the engine is busy, and it is for as long as the work runs.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        # Looked at, or the loop would log an error that nobody waits for.
+        if not task.cancelled():
+            task.exception()
+        raise

@@ -1,0 +1,284 @@
+"""What a rollout server and its clients say to each other: JSON that is checked, arrays as safetensors, routes by the codec.
+
+In: requests, groups, weights. Out: bytes; and back.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from moe_replay.engines.types import (
+    Completion,
+    EngineDescription,
+    FinishReason,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
+from moe_replay.errors import CodecError
+from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
+
+PROTOCOL = 3
+"""Version of these messages; a client refuses a server of another one."""
+CONTENT_TYPE = "application/x-moe-replay"
+"""Content type of every body; no web page may send it to another origin unasked."""
+CHECKPOINT = "checkpoint"
+"""Name in place of a run's while a server holds the weights that it started with."""
+
+_MESSAGE, _TRACES = "message", "traces"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PolicyName(_Message):
+    """Which weights a server holds."""
+
+    run: str = Field(max_length=64)
+    """Name of the run that pushed them, or `CHECKPOINT`."""
+    policy_version: int = Field(ge=0)
+    """Weight pushes of that run."""
+
+
+PushId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""Name of a push: 32 hexadecimal digits, drawn by its sender."""
+MAX_PARTS = 100_000
+"""Parts that a push may have at most, for the five digits of their files' names."""
+MAX_CHUNK_BYTES = 64 << 20
+"""Longest piece of a part in one call; a part may be of any length."""
+
+
+def sum_of_sums(sums: Iterable[int]) -> int:
+    """Return the CRC-32 of checksums, so that a part is read once to check its chunks and their order."""
+    return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in sums))
+
+
+class Status(_Message):
+    """What a server is, and which weights it holds."""
+
+    protocol: int
+    """`PROTOCOL` of the server."""
+    description: EngineDescription
+    """What its engine is and can return."""
+    policy: PolicyName
+    """The weights that it holds."""
+
+
+class Progress(_Message):
+    """What a server is doing for a call, told at least once a second."""
+
+    doing: Literal["waiting", "sampling", "checking", "loading"]
+    """Waiting for a push or for running completions, sampling, checking a push, or loading it."""
+    num_tokens: int = 0
+    """Tokens sampled so far."""
+    num_finished: int = 0
+    """Completions that have ended."""
+
+
+class PushStart(_Message):
+    """Begins a push, and with it ends every other that was not committed."""
+
+    push: PushId
+    """Name of the push."""
+
+
+class PushPart(_Message):
+    """One file of a push as its sender knows it."""
+
+    num_bytes: int = Field(ge=1)
+    """Length of the file."""
+    sum: int = Field(ge=0, lt=1 << 32)
+    """`sum_of_sums` of the CRC-32 of its chunks, in their order."""
+
+
+class PushCommit(_Message):
+    """Asks to load the weights of a push, now that all its parts were sent."""
+
+    policy: PolicyName
+    """What the weights are called from then on."""
+    parts: Annotated[list[PushPart], Field(min_length=1, max_length=MAX_PARTS)]
+    """Every part, in the order of their numbers."""
+
+
+class WireRequest(_Message):
+    """One prompt of a `GenerateCall`."""
+
+    request_id: int
+    """As in `Request`."""
+    prompt_ids: Annotated[list[int], Field(max_length=1 << 24)]
+    """As in `Request`."""
+    num_generations: int = Field(ge=1, le=1 << 16)
+    """As in `Request`."""
+
+
+class GenerateCall(_Message):
+    """What a client asks a server to sample, and by which weights."""
+
+    policy: PolicyName
+    """Weights that the client believes the server to hold; it refuses when it holds others."""
+    requests: Annotated[list[WireRequest], Field(max_length=1 << 16)]
+    """Prompts."""
+    sampling: SamplingParams
+    """How to sample."""
+
+    def engine_requests(self) -> list[Request]:
+        """Return the prompts as an engine takes them."""
+        return [
+            Request(
+                request_id=request.request_id,
+                prompt_ids=np.array(request.prompt_ids, dtype=np.int32),
+                num_generations=request.num_generations,
+            )
+            for request in self.requests
+        ]
+
+
+def call_bytes(requests: Sequence[Request], sampling: SamplingParams, policy: PolicyName) -> bytes:
+    """Return the body of a generate call."""
+    call = GenerateCall(
+        policy=policy,
+        requests=[
+            WireRequest(
+                request_id=request.request_id,
+                prompt_ids=request.prompt_ids.tolist(),
+                num_generations=request.num_generations,
+            )
+            for request in requests
+        ],
+        sampling=sampling,
+    )
+    return call.model_dump_json().encode()
+
+
+def read_call(body: bytes) -> GenerateCall:
+    """Return the call in a body.
+
+    Raises:
+        CodecError: when the body is no such call.
+    """
+    try:
+        call = GenerateCall.model_validate_json(body)
+        call.engine_requests()
+    except (ValidationError, OverflowError) as error:
+        raise CodecError(f"the body is not a generate call: {error}") from error
+    return call
+
+
+def read_status(body: bytes) -> Status:
+    """Return the status in a body.
+
+    Raises:
+        CodecError: when the body is not a status.
+    """
+    try:
+        return Status.model_validate_json(body)
+    except ValidationError as error:
+        raise CodecError(f"the body is not a status of a moe-replay server: {error}") from error
+
+
+def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
+    """Return the result of a call: tokens and log-probabilities as arrays, all traces as one payload of the codec.
+
+    Of what the arrays hold, only tokens and traces vouch for each other, and a changed log-probability would be trained on:
+    the frame that the result travels in has a checksum.
+    """
+    message = {
+        "policy": policy.model_dump(),
+        "groups": [
+            {
+                "request_id": group.request.request_id,
+                "finish_reasons": [c.finish_reason.value for c in group.completions],
+                "lengths": [len(c.token_ids) for c in group.completions],
+            }
+            for group in groups
+        ],
+    }
+    every = [completion for group in groups for completion in group.completions]
+    traces = {str(n): c.trace for n, c in enumerate(every) if c.trace is not None}
+    arrays = {
+        _MESSAGE: np.frombuffer(json.dumps(message).encode(), dtype=np.uint8),
+        "token_ids": np.concatenate([np.zeros(0, np.int32), *(c.token_ids for c in every)]),
+        "rollout_logprobs": np.concatenate(
+            [np.zeros(0, np.float32), *(c.rollout_logprobs for c in every)]
+        ),
+        _TRACES: np.frombuffer(encode_traces(traces), dtype=np.uint8),
+    }
+    return save_arrays(arrays)
+
+
+def read_groups(
+    body: bytes, requests: Sequence[Request], *, max_bytes: int
+) -> tuple[list[RolloutGroup], PolicyName]:
+    """Return the groups of a result for ``requests``, and the weights that they were sampled with.
+
+    Raises:
+        CodecError: when the body is damaged, or answers something else.
+        TraceError: when a trace cannot be one.
+    """
+    try:
+        arrays = load_arrays(body)
+        message = json.loads(arrays[_MESSAGE].tobytes())
+        policy = PolicyName.model_validate(message["policy"])
+        traces = decode_traces(arrays[_TRACES].tobytes(), max_bytes=max_bytes)
+        groups = _groups_of(message["groups"], arrays, traces, requests, policy)
+    except CodecError:
+        raise
+    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
+        raise CodecError(f"the answer is damaged: {type(error).__name__}: {error}") from error
+    return groups, policy
+
+
+def _groups_of(
+    told: list[Any],
+    arrays: Mapping[str, np.ndarray],
+    traces: Mapping[str, RoutingTrace],
+    requests: Sequence[Request],
+    policy: PolicyName,
+) -> list[RolloutGroup]:
+    asked = [(r.request_id, r.num_generations) for r in requests]
+    answered = [(group["request_id"], len(group["lengths"])) for group in told]
+    if answered != asked:
+        raise CodecError(
+            f"the answer holds (request, completions) {answered[:8]}, expected {asked[:8]}; it answers another call"
+        )
+    lengths = [length for group in told for length in group["lengths"]]
+    reasons = [FinishReason(reason) for group in told for reason in group["finish_reasons"]]
+    tokens, rollout_logprobs = arrays["token_ids"], arrays["rollout_logprobs"]
+    if min(lengths, default=0) < 0 or not sum(lengths) == len(tokens) == len(rollout_logprobs):
+        raise CodecError(
+            f"the answer holds {len(tokens)} tokens and {len(rollout_logprobs)} log-probabilities, expected "
+            f"{sum(lengths)}, the sum of its lengths; it was cut"
+        )
+    if tokens.dtype != np.int32 or rollout_logprobs.dtype != np.float32:
+        raise CodecError(
+            f"tokens came as {tokens.dtype} and log-probabilities as {rollout_logprobs.dtype}, expected int32 and float32"
+        )
+    ends = np.cumsum([0, *lengths])
+    every = [
+        Completion(
+            token_ids=tokens[start:stop],
+            rollout_logprobs=rollout_logprobs[start:stop],
+            trace=traces.get(str(number)),
+            finish_reason=reason,
+            policy_version=policy.policy_version,
+        )
+        for number, (start, stop, reason) in enumerate(
+            zip(ends[:-1], ends[1:], reasons, strict=True)
+        )
+    ]
+    groups, start = [], 0
+    for request in requests:
+        stop = start + request.num_generations
+        groups.append(RolloutGroup(request=request, completions=tuple(every[start:stop])))
+        start = stop
+    return groups

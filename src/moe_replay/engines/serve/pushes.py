@@ -1,0 +1,310 @@
+"""Pushes of weights as a rollout server receives them: one at a time, by id, in files that are whole or refused.
+
+In: chunks of the files of a push. Out: a folder with safetensors files that are what their sender sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.serve.access import (
+    BAD_REQUEST,
+    DAMAGED,
+    NO_SPACE,
+    STALE,
+    RefusedError,
+)
+from moe_replay.engines.serve.messages import MAX_PARTS, PushCommit, sum_of_sums
+
+# Safetensors' names of the formats that weights may have.
+_FORMATS = ("F32", "BF16", "F16")
+_BYTES_PER_VALUE = 4
+# A tensor's entry in the header of its file: name, shape, offsets.
+_HEADER_BYTES_PER_TENSOR = 1 << 10
+_MAX_NAMES = 4
+
+
+def largest_push(facts: ModelFacts) -> int:
+    """Return the most bytes that a push of a model can have: all its weights in float32, with the headers of their files."""
+    shapes = list(facts.weight_shapes.values())
+    # Tied tensors may all be pushed, though the checkpoint holds one of them.
+    tied = max(
+        (math.prod(facts.weight_shapes.get(name, ())) for name in facts.tied_names), default=0
+    )
+    values = sum(math.prod(shape) for shape in shapes) + tied * len(facts.tied_names)
+    return _BYTES_PER_VALUE * values + _HEADER_BYTES_PER_TENSOR * (len(shapes) + 1024)
+
+
+class Push:
+    """One push while its parts come."""
+
+    def __init__(self, push_id: str, folder: Path) -> None:
+        self.push_id = push_id
+        self.folder = folder
+        """Where its files lie."""
+        self.num_bytes = 0
+        """Bytes of all parts."""
+        self.is_superseded = False
+        """Whether another push has begun since."""
+        self.is_loaded = False
+        """Whether the engine holds its weights, and owns its folder."""
+        self.loading: asyncio.Task[Any] | None = None
+        """The call that commits it; another push cancels it until the engine loads, which is not broken off."""
+        self._parts: dict[int, _Part] = {}
+
+    def supersede(self) -> None:
+        """Let nothing more be done with this push."""
+        self.is_superseded = True
+        if self.loading is not None:
+            self.loading.cancel()
+
+    def check_current(self) -> None:
+        """Raise `RefusedError` when another push has begun since this one."""
+        if self.is_superseded:
+            raise superseded(self.push_id)
+
+    def part(self, number: int) -> _Part:
+        """Return a part, which is made when it is new."""
+        if number not in self._parts:
+            self._parts[number] = _Part(self.folder / f"model-{number:05d}.safetensors")
+        return self._parts[number]
+
+    def check_whole(self, commit: PushCommit) -> None:
+        """Raise `RefusedError` unless every part came as it was sent."""
+        ours = {number: (part.size, sum_of_sums(part.sums)) for number, part in self._parts.items()}
+        theirs = {number: (part.num_bytes, part.sum) for number, part in enumerate(commit.parts)}
+        if ours != theirs:
+            odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+            raise RefusedError(
+                BAD_REQUEST,
+                f"push {self.push_id} has {len(ours)} parts of {self.num_bytes} bytes, expected {len(theirs)} of "
+                f"{sum(size for size, _ in theirs.values())}; these are missing, cut or damaged: {odd[:_MAX_NAMES]}; push again",
+            )
+
+
+class _Part:
+    """A file of a push, which grows by chunks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.sums: list[int] = []
+        self._last_start = 0
+        self.is_busy = False
+
+    def rewind(self, offset: int) -> None:
+        """Take back the last chunk when it is sent again, as after a broken connection."""
+        if offset == self._last_start < self.size:
+            self.sums.pop()
+            self.size = offset
+
+    def grow(self, num_bytes: int, crc32: int) -> None:
+        """Keep a chunk that was written behind the others."""
+        self._last_start, self.size = self.size, self.size + num_bytes
+        self.sums.append(crc32)
+
+
+class Pushes:
+    """The push that comes in, if any; ``max_bytes`` bounds what it may hold, ``folder`` is where it does."""
+
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._push: Push | None = None
+        self._num_pushes = 0
+
+    async def begin(self, push_id: str) -> None:
+        """Begin a push, in place of the one before it."""
+        former = self._push
+        if former is not None and former.push_id == push_id:
+            return  # Asked again, since the answer was lost.
+        self._num_pushes += 1
+        folder = self._folder / f"push-{self._num_pushes}"
+        folder.mkdir()
+        self._push = Push(push_id, folder)
+        if former is not None:
+            former.supersede()
+            await asyncio.to_thread(shutil.rmtree, former.folder, ignore_errors=True)
+
+    def current(self, push_id: str) -> Push:
+        """Return the push of this id.
+
+        Raises:
+            RefusedError: when it was superseded, or is not known at all.
+        """
+        if self._push is None or self._push.push_id != push_id:
+            raise superseded(push_id)
+        return self._push
+
+    def release(self, push: Push) -> None:
+        """Forget a push whose folder is the engine's now."""
+        if self._push is push:
+            self._push = None
+
+    async def drop(self, push: Push) -> None:
+        """Forget a push that failed, and remove its folder."""
+        self.release(push)
+        await asyncio.to_thread(shutil.rmtree, push.folder, ignore_errors=True)
+
+    async def take(
+        self, push_id: str, number: int, *, offset: int, crc32: int, pieces: AsyncIterator[bytes]
+    ) -> None:
+        """Write a chunk behind the others of its part; the last one may come again.
+
+        Raises:
+            RefusedError: when it is of another push, damaged, out of order, or more than a model of this size has.
+        """
+        push = self.current(push_id)
+        if push.loading is not None:
+            raise RefusedError(STALE, f"push {push_id} was committed, and takes no more parts")
+        if not 0 <= number < MAX_PARTS:
+            raise RefusedError(
+                BAD_REQUEST, f"part {number} of a push, expected 0 to {MAX_PARTS - 1}"
+            )
+        part = push.part(number)
+        with _alone(part):
+            before = part.size
+            part.rewind(offset)
+            push.num_bytes -= before - part.size
+            if offset != part.size:
+                raise RefusedError(
+                    BAD_REQUEST,
+                    f"a chunk of part {number} begins at byte {offset}, expected {part.size}: chunks come in order, one at a time",
+                )
+            size, found = await self._write(push, part, pieces)
+            if found != crc32 or size == 0:
+                raise RefusedError(
+                    DAMAGED,
+                    f"a chunk of {size} bytes of part {number} has the CRC-32 {found:08x}, expected {crc32:08x}; it was damaged "
+                    "on its way, send it again",
+                )
+            part.grow(size, crc32)
+            push.num_bytes += size
+
+    async def _write(
+        self, push: Push, part: _Part, pieces: AsyncIterator[bytes]
+    ) -> tuple[int, int]:
+        """Write pieces as they come, so that no chunk lies in memory; return their length and CRC-32."""
+        size = crc32 = 0
+        # Superseded or not, the folder of a push that comes in is there: nothing awaits between `current` and here.
+        file = os.open(part.path, os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            async for piece in pieces:
+                push.check_current()
+                if push.num_bytes + size + len(piece) > self._max_bytes:
+                    raise RefusedError(
+                        BAD_REQUEST,
+                        f"the push exceeds {self._max_bytes} bytes, what all weights of this model have in float32; the "
+                        "trainer's model is another one",
+                    )
+                crc32 = zlib.crc32(piece, crc32)
+                while piece:
+                    # A disk that is nearly full takes a part of it, and the next call says why.
+                    written = os.pwrite(file, piece, part.size + size)
+                    size, piece = size + written, piece[written:]
+            os.ftruncate(file, part.size + size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise RefusedError(
+                NO_SPACE,
+                f"{self._folder} has no room for a push, {push.num_bytes + size} bytes came: make room, or start the server "
+                "with --weights-dir (containers: a larger --shm-size)",
+            ) from error
+        finally:
+            os.close(file)
+        return size, crc32
+
+
+@contextmanager
+def _alone(part: _Part) -> Iterator[None]:
+    """Let one chunk of a part be written at a time."""
+    if part.is_busy:
+        raise RefusedError(
+            STALE,
+            f"two chunks of {part.path.name} of a push came at once, expected one after the other",
+        )
+    part.is_busy = True
+    try:
+        yield
+    finally:
+        part.is_busy = False
+
+
+def superseded(push_id: str) -> RefusedError:
+    """Return the refusal of a part or commit of a push that is not the current one."""
+    return RefusedError(
+        STALE,
+        f"push {push_id} is not the one that this server takes: another one has begun since, or the server was started "
+        "again; two trainers that push to one server overwrite each other's weights",
+    )
+
+
+def check_tensors(folder: Path, facts: ModelFacts | None) -> None:
+    """Raise `RefusedError` unless the headers of a push name the weights of the model, each once, in a format of weights.
+
+    Values are the engine's to check; ``facts`` None leaves names and shapes to it too.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, dtype, shape in _header(path):
+            if dtype not in _FORMATS:
+                raise RefusedError(
+                    BAD_REQUEST,
+                    f"weight {name} was pushed as {dtype}, expected one of {', '.join(_FORMATS)}: push the weights in the "
+                    "rollout's number format",
+                )
+            if name in shapes:
+                raise RefusedError(
+                    BAD_REQUEST, f"weight {name} was pushed twice; each name must come once"
+                )
+            shapes[name] = shape
+    if facts is None:
+        return
+    # Of tied tensors any may be pushed, and one must be.
+    tied = (facts.tied_names & shapes.keys()) or (facts.tied_names & facts.weight_shapes.keys())
+    tied_shapes = [
+        facts.weight_shapes[name] for name in facts.tied_names & facts.weight_shapes.keys()
+    ]
+    wanted = {n: shape for n, shape in facts.weight_shapes.items() if n not in facts.tied_names}
+    wanted |= {name: tied_shapes[0] for name in tied}
+    odd = sorted(n for n in wanted.keys() | shapes.keys() if shapes.get(n) != wanted.get(n))
+    if odd:
+        some = "; ".join(
+            f"{name} is {list(shapes[name]) if name in shapes else 'missing'}, expected "
+            f"{list(wanted[name]) if name in wanted else 'no such name'}"
+            for name in odd[:_MAX_NAMES]
+        )
+        raise RefusedError(
+            BAD_REQUEST,
+            f"{len(odd)} of {len(wanted)} weights differ from this model's: {some}; the trainer's model and the server's "
+            "differ, or padding was not removed",
+        )
+
+
+def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, format and shape of the tensors in a safetensors file, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError(f"its header has {length} bytes, the file {path.stat().st_size}")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RefusedError(
+            BAD_REQUEST,
+            f"{path.name} of a push is not a safetensors file: {error}; send the bytes of `safetensors.torch.save`",
+        ) from error

@@ -1,0 +1,184 @@
+"""Calls to one server of `moe-replay serve`: its own messages, routes by the codec, weights over HTTP.
+
+In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong.
+"""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_replay.engines.serve.frames import RESULT, ProgressWatch, last_frame, read_error
+from moe_replay.engines.serve.messages import (
+    CONTENT_TYPE,
+    MAX_CHUNK_BYTES,
+    PROTOCOL,
+    PolicyName,
+    Progress,
+    PushCommit,
+    PushPart,
+    PushStart,
+    Status,
+    call_bytes,
+    read_groups,
+    read_status,
+    sum_of_sums,
+)
+from moe_replay.engines.servers.contract import WeightPart, check_policy
+from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
+from moe_replay.engines.types import (
+    EngineDescription,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+    check_group,
+)
+from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
+
+# Times that a chunk of a push is sent before its server is given up.
+_MAX_SENDS = 3
+
+
+class ServerCalls(HttpCalls):
+    """One server. Threads may sample by it at the same time, while one of them pushes."""
+
+    how_to_record: str = "it was started with --no-record-routes, or its model has no routers; start it without that flag"
+    draws_by_seed: bool = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout_s: float,
+        max_answer_bytes: int,
+        ca_file: Path | None = None,
+    ) -> None:
+        super().__init__(
+            url,
+            token=token,
+            timeout_s=timeout_s,
+            max_answer_bytes=max_answer_bytes,
+            ca_file=ca_file,
+            content_type=CONTENT_TYPE,
+        )
+        self._push = ""
+        self._parts: list[PushPart] = []
+
+    def status(self) -> Status:
+        """Return what the server is and which weights it holds.
+
+        Raises:
+            RecipeError: when it refuses the token, or is not a moe-replay server of this version.
+            CallError: when it does not answer.
+        """
+        body = self.call("GET", "/status", b"")
+        try:
+            status = read_status(body)
+        except CodecError as error:
+            raise RecipeError(
+                f"{self.url} answers, but is no rollout server ({error}); start one with `moe-replay serve MODEL`"
+            ) from error
+        if status.protocol != PROTOCOL:
+            raise RecipeError(
+                f"{self.url} speaks version {status.protocol} of the protocol, expected {PROTOCOL}; install the same "
+                "moe-replay on both sides"
+            )
+        return status
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> list[RolloutGroup]:
+        """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
+
+        ``on_progress`` is called about once a second, in any thread. Only silence ends a call that takes long.
+
+        Raises:
+            EngineError: when the server refuses the requests themselves.
+            CallError: for every other failure.
+        """
+        call = call_bytes(requests, sampling, policy)
+        result = self._result("/generate", call, on_progress)
+        try:
+            groups, answered = read_groups(result, requests, max_bytes=self._max_answer_bytes)
+            for group in groups:
+                check_group(group, description)
+        except (TraceError, EngineError) as error:
+            raise CallError(Fault.CORRUPT, f"{self.url}: {error}") from error
+        check_policy(answered, policy, self.url)
+        return groups
+
+    def check(self) -> None:
+        """Do nothing: these servers speak this engine's own protocol, and `status` says all there is."""
+
+    def put_weights(self, part: WeightPart) -> None:
+        """Give the server a part of a push in chunks; part 0 begins the push, and ends any other that the server takes.
+
+        Raises:
+            CallError: when it does not take it.
+        """
+        if part.number == 0:
+            self._push, self._parts = uuid.uuid4().hex, []
+            self.call("POST", "/pushes", PushStart(push=self._push).model_dump_json().encode())
+        content, sums = memoryview(part.content), []
+        for offset in range(0, len(content), MAX_CHUNK_BYTES):
+            chunk = bytes(content[offset : offset + MAX_CHUNK_BYTES])
+            sums.append(zlib.crc32(chunk))
+            query = f"offset={offset}&crc32={sums[-1]}"
+            self._send(f"/pushes/{self._push}/{part.number}?{query}", chunk)
+        self._parts.append(PushPart(num_bytes=len(content), sum=sum_of_sums(sums)))
+
+    def commit_weights(self, policy: PolicyName) -> None:
+        """Let the server load the parts that it was given, as ``policy``.
+
+        Raises:
+            EngineError: when the weights are not those of the server's model.
+            CallError: when it does not answer, or goes back to the weights before.
+        """
+        commit = PushCommit(policy=policy, parts=self._parts).model_dump_json().encode()
+        self._result(f"/pushes/{self._push}/commit", commit)
+
+    def _send(self, path: str, chunk: bytes) -> None:
+        """Send a chunk, again where it was damaged or the connection broke: the server takes the same chunk twice."""
+        for attempt in range(_MAX_SENDS):
+            try:
+                self.call("PUT", path, chunk)
+                return
+            except CallError as error:
+                is_last = attempt + 1 == _MAX_SENDS
+                if is_last or error.fault not in (Fault.UNREACHABLE, Fault.FAILED):
+                    raise
+
+    def _result(
+        self,
+        path: str,
+        body: bytes,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> bytes:
+        """Return the result of a call that is answered by frames."""
+
+        def show(payload: bytes) -> None:
+            # Damage is named once the answer is whole.
+            with suppress(ValidationError):
+                on_progress(Progress.model_validate_json(payload))
+
+        answer = self.call("POST", path, body, on_piece=ProgressWatch(show).feed)
+        try:
+            kind, payload = last_frame(answer)
+            if kind == RESULT:
+                return payload
+            status, text = read_error(payload)
+        except CodecError as error:
+            raise CallError(Fault.CORRUPT, f"{self.url}{path}: {error}") from error
+        raise self.refusal(status, text, path)

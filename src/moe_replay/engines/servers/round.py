@@ -1,0 +1,230 @@
+"""The work of one call to the server engine: which completions wait, which are out, what came back, and when to give up.
+
+In: requests, completions and failures of servers. Out: groups in order, or what kept one of them away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+
+from moe_replay.engines.serve.messages import Progress
+from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.types import Completion, Request, RolloutGroup, RolloutProgress
+from moe_replay.errors import EngineError
+
+# A server that fails this often in a row is left alone until the next round, unless it is the last.
+_MAX_FAILURES_IN_A_ROW = 4
+# First wait after a failure; each further one in a row doubles it.
+_BACKOFF_S = 0.25
+# Redraws by other noise that a run may have: so many, or this share of its completions.
+_FEW, _FEW_FRAC = 8, 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What one call asks of a server."""
+
+    place: int
+    """Place of the request in the round."""
+    request: Request
+    """The request."""
+    numbers: tuple[int, ...]
+    """Its completions that are still missing."""
+
+
+class Round:
+    """The requests of one call of `generate`. Threads work on it together."""
+
+    def __init__(
+        self, requests: Sequence[Request], max_attempts: int, urls: AbstractSet[str]
+    ) -> None:
+        self.requests = requests
+        self._max_attempts = max_attempts
+        self._left = set(urls)
+        self._waiting = deque(range(len(requests)))
+        self._num_out = 0
+        self._tokens_under_way: dict[int, int] = {}
+        self._completions: list[dict[int, Completion]] = [{} for _ in requests]
+        self._errors: dict[int, list[CallError]] = {}
+        self._failures_in_a_row: Counter[str] = Counter()
+        self._began: dict[str, CallError] = {}
+        self._stopped: BaseException | None = None
+        self._turn = threading.Condition()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nobody waits for the rest of this round."""
+        return self._stopped is not None
+
+    def take(self, url: str) -> Task | None:
+        """Return something to do for the server at ``url``; None when there is nothing more for it."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._waiting or not self._num_out or self._stopped)
+            if self._stopped or not self._waiting or url not in self._left:
+                return None
+            self._num_out += 1
+            place = self._waiting.popleft()
+            request, have = self.requests[place], self._completions[place]
+            missing = tuple(n for n in range(request.num_generations) if n not in have)
+            return Task(place=place, request=request, numbers=missing)
+
+    def keep(self, task: Task, url: str, number: int, completion: Completion) -> None:
+        """Keep one completion, unless it came before."""
+        with self._turn:
+            known = self._completions[task.place]
+            known.setdefault(number, replace(completion, server=url))
+
+    def note(self, task: Task, progress: Progress) -> None:
+        """Note how far a call is that has not come back."""
+        with self._turn:
+            self._tokens_under_way[task.place] = progress.num_tokens
+
+    def num_missing(self, task: Task) -> int:
+        """Return how many completions of a request have not come back."""
+        with self._turn:
+            return task.request.num_generations - len(self._completions[task.place])
+
+    def finish(self, task: Task, url: str) -> None:
+        """Note that a request has all of its completions."""
+        assert self.num_missing(task) == 0
+        with self._turn:
+            self._failures_in_a_row[url] = 0
+            self._back(task)
+
+    def give_back(self, task: Task, url: str, error: CallError) -> None:
+        """Let another call try what failed, unless it failed too often; return when this server may be asked again."""
+        with self._turn:
+            self._back(task)
+            if not self._failures_in_a_row[url]:
+                self._began[url] = error
+            self._failures_in_a_row[url] += 1
+            # Weights do not come back by asking again.
+            is_stale = error.fault is Fault.STALE
+            too_often = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
+            if is_stale or (too_often and self._left != {url}):
+                self._left.discard(url)
+            errors = self._errors.setdefault(task.place, [])
+            errors.append(error)
+            if len(errors) >= self._max_attempts:
+                self._stop(
+                    EngineError(
+                        f"request {task.request.request_id} failed {len(errors)} times, last: {error}"
+                        f"{self._cause(url, error)}; the run can be resumed when the servers work"
+                    )
+                )
+            else:
+                self._waiting.append(task.place)
+            self._turn.notify_all()
+            failures = min(self._failures_in_a_row[url], _MAX_FAILURES_IN_A_ROW)
+            if not is_stale:
+                pause_s = _BACKOFF_S * 2 ** (failures - 1)
+                self._turn.wait_for(lambda: self._stopped is not None, timeout=pause_s)
+
+    def _cause(self, url: str, error: CallError) -> str:
+        """Return what a server failed of first, in a row of failures that ``error`` ends.
+
+        A server that says that its engine has ended cannot be reached a moment later, and that alone says nothing.
+        """
+        began = str(self._began[url])
+        return "" if began == str(error) else f"; its server failed first of: {began}"
+
+    def put_down(self, task: Task) -> None:
+        """Note that a call was given up."""
+        with self._turn:
+            self._back(task)
+
+    def _back(self, task: Task) -> None:
+        self._num_out -= 1
+        self._tokens_under_way.pop(task.place, None)
+        # Whoever waits in `take` waits for the last one: woken each time, n threads would wake n * n / 2 times.
+        if not self._num_out:
+            self._turn.notify_all()
+
+    def stop(self, error: BaseException) -> None:
+        """End the round with an error that no other server would fix; the first one is kept."""
+        with self._turn:
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        self._stopped = self._stopped or error
+        self._turn.notify_all()
+
+    def progress(self) -> RolloutProgress:
+        """Return how far this round is."""
+        with self._turn:
+            finished = [c for known in self._completions for c in known.values()]
+            under_way = sum(self._tokens_under_way.values())
+        return RolloutProgress(
+            num_finished=len(finished),
+            num_total=sum(request.num_generations for request in self.requests),
+            num_tokens=under_way + sum(len(completion.token_ids) for completion in finished),
+        )
+
+    def results(self) -> list[RolloutGroup]:
+        """Return all groups in order, or raise what kept one of them away."""
+        if self._stopped is not None:
+            raise self._stopped
+        if self._waiting:
+            told = {str(errors[-1]) for errors in self._errors.values()}
+            told |= {
+                str(self._began[url]) for url, count in self._failures_in_a_row.items() if count
+            }
+            raise EngineError(
+                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: {'; '.join(sorted(told))}; "
+                "start the servers again and resume the run"
+            )
+        return [
+            RolloutGroup(
+                request=request,
+                completions=tuple(known[number] for number in range(request.num_generations)),
+            )
+            for request, known in zip(self.requests, self._completions, strict=True)
+        ]
+
+
+class Redraws:
+    """Completions that a server with noise of its own drew again, after a failure that may have come from what they held.
+
+    What is drawn again is another completion, so training sees only those that did not fail. A time limit, a cut or a
+    damaged answer meets long completions more often: of lengths 10 and 1000, of which the long one always fails, only
+    tens are left. If a share of x is drawn again, the distribution that training sees is off by at most x in total
+    variation, hence the bound. A server that died is not counted: its death does not depend on one completion.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: Counter[str] = Counter()
+        self._incidents: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return self._kinds.total()
+
+    def add(
+        self, error: CallError, *, num_missing: int, num_sampled: int, url: str
+    ) -> EngineError | None:
+        """Count what a failure cost; return the error that ends the run when it was too much.
+
+        A silence of the whole server, which has a number, counts once, not for each of the calls that it ended.
+        """
+        with self._lock:
+            if error.incident is None:
+                self._kinds[error.fault.value] += num_missing
+            elif (url, error.incident) not in self._incidents:
+                self._incidents.add((url, error.incident))
+                self._kinds[error.fault.value] += 1
+            if self._kinds.total() <= max(_FEW, _FEW_FRAC * num_sampled):
+                return None
+            kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self._kinds.items()))
+        return EngineError(
+            f"{self.count} completions were drawn again by other noise after failures ({kinds}), {num_sampled} came back; "
+            f"expected at most {_FEW}, or {_FEW_FRAC:.0%}. Long completions fail more often, so going on would train on "
+            f"short ones. Last: {error}. Let the servers draw by the run's seed, so that a completion drawn again is the "
+            "same (vLLM: --logits-processors, SGLang: --enable-deterministic-inference, see docs/engines.md), or fix what "
+            "fails: a proxy's time limit, too little room, a server that hangs; then resume the run"
+        )

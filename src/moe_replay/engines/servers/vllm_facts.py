@@ -1,0 +1,280 @@
+"""What vLLM's own HTTP server says and takes, made into the types of every engine; options that break replay are refused.
+
+Two ways to sample are known. A server started with this project's logits processor draws by the noise of every engine here,
+and equal seeds give equal completions. Any other server draws by its own noise, and reports log-probabilities that
+include the temperature but also top-p and top-k, so these are refused there.
+
+In: JSON of a server. Out: descriptions, completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from packaging.version import Version
+
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.divergence import refuse_no_numbers
+from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.types import (
+    Completion,
+    EngineDescription,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
+from moe_replay.engines.vllm.wire import FLAG, check_version, payload_of_json, trace_from_vllm
+from moe_replay.errors import EngineError, RecipeError, UnsupportedError
+from moe_replay.routing import LayerOrder, Origin
+
+PROCESSOR = "moe_replay.engines.vllm.sampler:DrawTokens"
+"""The logits processor that draws by the noise of every engine."""
+
+# The first release that tells which weights it holds.
+_OLDEST = Version("0.28")
+# As in rollout.vllm_sampler, which only an installed vLLM can import.
+_DRAW = "moe_replay"
+# How vLLM names a token beside its log-probability when it does not detokenize.
+_TOKEN = "token_id:"
+_FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+# Place in the server's configuration -> the value with which it returns what replay needs, and what any other one does.
+_OPTIONS: Mapping[tuple[str, str], tuple[Any, str]] = {
+    ("parallel_config", "pipeline_parallel_size"): (1, "vLLM captures no routes over pipelines"),
+    ("model_config", "quantization"): (None, "pushed weights are of full precision"),
+}
+_ABSENT = {
+    "speculative_config": "tokens are drafted by another model, whose routers run too",
+    "kv_transfer_config": "rows that come from another server have no routes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeServer:
+    """What a plain vLLM server is, as far as its answers depend on it."""
+
+    description: EngineDescription
+    """What it can return."""
+    draws: bool
+    """Whether it has this project's logits processor."""
+
+
+def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeServer:
+    """Return what a server is, out of its ``/version`` and ``/server_info?config_format=json``.
+
+    Raises:
+        RecipeError: when it reports other log-probabilities than the trainer recomputes; the message names the flag.
+        UnsupportedError: when its release or an option keeps it from returning routes that belong to the tokens.
+    """
+    release = version.get("version") if isinstance(version, dict) else version
+    if check_version(str(release)) < _OLDEST:
+        raise UnsupportedError(
+            f"{url} runs vLLM {release}, which does not tell which weights it holds; the first release that does is {_OLDEST}"
+        )
+    try:
+        config = told["vllm_config"]
+        model = config["model_config"]
+        mode, processors = model["logprobs_mode"], model["logits_processors"] or []
+        is_recording = model["enable_return_routed_experts"]
+        is_async = config["scheduler_config"]["async_scheduling"]
+        dtype, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
+        is_cpu = config["device_config"]["device"] == "cpu"
+        got = {place: config[place[0]][place[1]] for place in _OPTIONS}
+        present = {name: config[name] for name in _ABSENT}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{url}/server_info has another form than that of vLLM 0.30 ({error!r}); use `moe-replay serve` there"
+        ) from error
+    for place, (expected, reason) in _OPTIONS.items():
+        if got[place] != expected:
+            raise UnsupportedError(
+                f"{url} runs with {place[1]} = {got[place]!r}, expected {expected!r}: {reason}; start it without"
+            )
+    for name, reason in _ABSENT.items():
+        if present[name] is not None:
+            raise UnsupportedError(
+                f"{url} runs with {name} = {present[name]!r}: {reason}; start it without"
+            )
+    draws = PROCESSOR in processors
+    _check_sampling_of(url, mode, draws=draws, is_async=is_async is True, is_cpu=is_cpu)
+    routed = facts.routed
+    description = EngineDescription(
+        name="vllm",
+        version=str(release),
+        dtype=dtype,
+        records_routes=is_recording is True and routed is not None,
+        moe_layers=routed.moe_layers if routed else (),
+        num_experts=routed.num_experts if routed else 0,
+        topk=routed.topk if routed else 0,
+        max_context_length=min(facts.max_context_length, length),
+    )
+    return NativeServer(description=description, draws=draws)
+
+
+def generate_message(
+    request: Request,
+    number: int,
+    sampling: SamplingParams,
+    *,
+    eos_ids: tuple[int, ...],
+    draws: bool,
+    num_known_ids: int | None = None,
+) -> dict[str, Any]:
+    """Return the body of an ``/inference/v1/generate`` call for completion ``number``.
+
+    Raises:
+        RecipeError: when the server's log-probabilities would be those of a truncated distribution.
+    """
+    if not draws and (sampling.top_p < 1 or sampling.top_k > 0):
+        raise RecipeError(
+            f"top_p is {sampling.top_p} and top_k {sampling.top_k}, but a plain vLLM server reports log-probabilities of the "
+            "truncated distribution, which the trainer does not recompute: set top_p = 1 and top_k = 0, or start the server "
+            f"with --logits-processors {PROCESSOR} --logprobs-mode processed_logits --no-async-scheduling"
+        )
+    params: dict[str, Any] = {
+        "n": 1,
+        "max_tokens": sampling.max_completion_length,
+        # The best token of a row is the drawn one where this project draws.
+        "temperature": 0.0 if draws else sampling.temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        # Whatever is left out, a server may take from the checkpoint's generation_config.json or its own options.
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "logit_bias": None,
+        "logprobs": 0,
+        "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    if draws:
+        draw = {
+            "seed": sampling.seed,
+            "request_id": request.request_id,
+            "completion": number,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "num_known_ids": num_known_ids,
+        }
+        params["extra_args"] = {_DRAW: draw}
+    # Not in pieces: where their reader is slow, vLLM 0.30 merges pieces and loses the routes, which come with the last
+    # (`RequestOutput.add`).
+    return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params, "stream": False}
+
+
+def read_completion(
+    answer: Any,
+    request: Request,
+    sampling: SamplingParams,
+    *,
+    facts: ModelFacts,
+    description: EngineDescription,
+    policy_version: int,
+    layer_order: LayerOrder,
+    max_bytes: int,
+    where: str,
+) -> Completion:
+    """Return the completion of an answer; ``layer_order`` is its server's own.
+
+    Raises:
+        EngineError: when the answer is damaged, cut, or ended in an unknown way.
+        TraceError: when its routes are not those of its tokens.
+        DivergedError: when a token was drawn from logits that are not finite.
+    """
+    try:
+        (choice,) = answer["choices"]
+        token_ids = np.array(choice["token_ids"], dtype=np.int32)
+        content = choice["logprobs"]["content"]
+        named = [str(entry["token"]) for entry in content]
+        rollout_logprobs = np.array([float(entry["logprob"]) for entry in content], np.float32)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
+    finish_reason = _finish_reason(choice.get("finish_reason"), token_ids, named, sampling, where)
+    refuse_no_numbers(rollout_logprobs, where=where, policy_version=policy_version)
+    trace = None
+    if description.records_routes:
+        assert facts.routed is not None
+        every = np.concatenate([request.prompt_ids, token_ids])
+        trace = trace_from_vllm(
+            payload_of_json(answer, choice, max_bytes=max_bytes),
+            version=description.version,
+            token_ids=every,
+            num_prompt_tokens=len(request.prompt_ids),
+            model=facts.routed,
+            origin=_origin(description, policy_version, len(every)),
+            was_cut=False,
+            where=where,
+            layer_order=layer_order,
+        )
+    return Completion(
+        token_ids=token_ids,
+        rollout_logprobs=rollout_logprobs,
+        trace=trace,
+        finish_reason=finish_reason,
+        policy_version=policy_version,
+    )
+
+
+def _finish_reason(
+    told: Any,
+    token_ids: Int32[np.ndarray, "..."],
+    named: Sequence[str],
+    sampling: SamplingParams,
+    where: str,
+) -> FinishReason:
+    """Return why a completion ended, if it did in a way that may be trained on."""
+    finish_reason = _FINISH_REASONS.get(told)
+    if finish_reason is None or token_ids.ndim != 1 or len(token_ids) == 0:
+        raise EngineError(
+            f"{where} ended with {told!r} after {token_ids.size} tokens, expected one of "
+            f"{list(_FINISH_REASONS)} after at least one; the server aborted it"
+        )
+    if named != [f"{_TOKEN}{token}" for token in token_ids.tolist()]:
+        raise EngineError(
+            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are {str(token_ids.tolist())[:80]}: "
+            "they do not belong together"
+        )
+    if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
+        raise CallError(
+            Fault.CUT,
+            f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
+            "server's context has no room for more: raise --max-model-len",
+        )
+    return finish_reason
+
+
+def _origin(description: EngineDescription, policy_version: int, num_rows: int) -> Origin:
+    return Origin.single(
+        engine=description.name,
+        engine_version=description.version,
+        policy_version=policy_version,
+        num_rows=num_rows,
+    )
+
+
+def _check_sampling_of(url: str, mode: Any, *, draws: bool, is_async: bool, is_cpu: bool) -> None:
+    expected = "processed_logits" if draws else "processed_logprobs"
+    if mode != expected:
+        raise RecipeError(
+            f"{url} reports {mode}, expected {expected}: other log-probabilities are not those of the sampling temperature; "
+            f"start it with --logprobs-mode {expected}"
+        )
+    if draws and is_async:
+        raise RecipeError(
+            f"{url} schedules asynchronously, and noise is indexed by tokens that such a schedule does not know yet; start it "
+            "with --no-async-scheduling"
+        )
+    if is_cpu and not draws:
+        raise UnsupportedError(
+            f"{url} runs vLLM's CPU build, which silently ruins expert weights when they are updated unless moe-replay is "
+            f"installed next to it; install it there and start the server with --logits-processors {PROCESSOR} "
+            f"--logprobs-mode processed_logits --no-async-scheduling ({FLAG} for routes)"
+        )

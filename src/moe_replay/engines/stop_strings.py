@@ -1,0 +1,79 @@
+"""Stop strings, honoured alike for every engine: a completion ends with the token in which a string is complete.
+
+Tokens stay whole. The noise of a token depends on its position and not on what follows, so a completion that is cut here is
+the one that an engine would have returned that looks for the strings while it samples.
+
+In: completions, strings, a tokenizer. Out: completions that end where a string does, and how much was cut off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from moe_replay.engines.types import Completion, FinishReason, RolloutGroup
+from moe_replay.routing import RoutingTrace
+from moe_replay.tasks.completion_text import exact_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopStrings:
+    """The strings of a recipe, and the tokenizer that tells where they are."""
+
+    strings: tuple[str, ...]
+    """Texts that end a completion; special tokens count as their text."""
+    tokenizer: Any
+    """A transformers tokenizer."""
+
+    def cut(self, group: RolloutGroup) -> tuple[RolloutGroup, int]:
+        """Return the group with every completion ended at its first stop string, and the number of tokens cut off."""
+        if not self.strings:
+            return group, 0
+        prompt_length = len(group.request.prompt_ids)
+        kept, num_cut = [], 0
+        for completion in group.completions:
+            length = self.end(completion.token_ids)
+            if length is not None:
+                num_cut += len(completion.token_ids) - length
+                completion = _ended(completion, prompt_length, length)
+            kept.append(completion)
+        return replace(group, completions=tuple(kept)), num_cut
+
+    def end(self, token_ids: Int32[np.ndarray, " completion"]) -> int | None:
+        """Return the number of tokens up to the one that completes a stop string; None when there is no such string."""
+        if not self._holds(token_ids):
+            return None
+        # The fewest tokens whose text holds a string: what holds one goes on to hold it.
+        low, high = 1, len(token_ids)
+        while low < high:
+            middle = (low + high) // 2
+            if self._holds(token_ids[:middle]):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _holds(self, token_ids: Int32[np.ndarray, " completion"]) -> bool:
+        text = exact_text(self.tokenizer, token_ids.tolist())
+        return any(string in text for string in self.strings)
+
+
+def _ended(completion: Completion, prompt_length: int, length: int) -> Completion:
+    trace = completion.trace
+    if trace is not None and length < len(completion.token_ids):
+        trace = _without_last(trace.crop(0, prompt_length + length))
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:length],
+        rollout_logprobs=completion.rollout_logprobs[:length],
+        trace=trace,
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def _without_last(trace: RoutingTrace) -> RoutingTrace:
+    """Return a trace whose last token counts as never fed, as that of every completion does."""
+    return replace(trace, valid=trace.valid & (np.arange(len(trace)) < len(trace) - 1))

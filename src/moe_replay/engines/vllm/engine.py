@@ -1,0 +1,297 @@
+"""The vLLM engine in this process: vLLM samples with captured routes, and weights are pushed into it without the disk.
+
+In: a checkpoint directory, requests, weights. Out: completions with routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moe_replay.checkpoint.facts import read_facts
+from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.types import (
+    Completion,
+    EngineDescription,
+    Request,
+    RolloutGroup,
+    RolloutProgress,
+    SamplingParams,
+)
+from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
+from moe_replay.engines.vllm.outputs import completion_of, describe
+from moe_replay.engines.vllm.ranks import (
+    check_ranks,
+    failure_of_ranks,
+    own_place,
+    requests_of_ranks,
+)
+from moe_replay.engines.vllm.startup import check_loadable, start_vllm, stop_vllm
+from moe_replay.engines.vllm.stepping import VllmStepper
+from moe_replay.engines.weight_stream import checked_weights, drain
+from moe_replay.errors import DivergedError, EngineError
+from moe_replay.routing import LayerOrder
+
+
+class VllmEngine:
+    """Samples with vLLM in this process: prefix caching and chunked prefill on, routes captured.
+
+    Tokens are drawn with the noise of every engine of moe-replay (see `rollout.vllm_sampler`), so equal seeds give equal
+    completions, whatever shares the batch. Threads may call `generate` at the same time; their requests run together. On
+    a GPU the engine sleeps between rounds: its weights wait in host memory and its cache is gone while the trainer
+    works. On a CPU vLLM has no sleep, and both stay.
+
+    With ``tensor_parallel_size`` above 1 consecutive ranks of the trainer hold one engine together. Each calls
+    `generate` with its own requests and gets its own completions, and all must make the same calls in the same order.
+
+    Example:
+        >>> engine = VllmEngine("checkpoints/tiny", dtype="bfloat16")
+        >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
+
+    Raises:
+        RecipeError: when vLLM is not installed, or the checkpoint or an option is wrong.
+        UnsupportedError: when another release of vLLM is installed than the one that this was tested on.
+        EngineError: when vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        max_batch_size: int = 128,
+        max_context_length: int | None = None,
+        max_tokens_per_forward: int | None = None,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float | None = None,
+        tensor_parallel_size: int = 1,
+        record_routes: bool = True,
+    ) -> None:
+        check_ranks(tensor_parallel_size)
+        self._facts = read_facts(model_dir)
+        check_loadable(self._facts)
+        self._description = describe(
+            self._facts,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_context_length=max_context_length,
+            record_routes=record_routes,
+        )
+        self._state: Literal["ready", "broken", "closed"] = "ready"
+        self._policy_version = 0
+        self._is_reload_open = False
+        self._layer_order = LayerOrder()
+        self._is_sharded = tensor_parallel_size > 1
+        self._vllm = start_vllm(
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_batched_tokens=max_tokens_per_forward,
+            model_dir=model_dir,
+            dtype=dtype,
+            max_num_seqs=max_batch_size,
+            max_model_len=self._description.max_context_length,
+            record_routes=self._description.records_routes,
+            kv_cache_gib=kv_cache_gib,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+        self._capacity = capacity_of(self._vllm.vllm_config)
+        self._stepper = VllmStepper(
+            self._vllm,
+            sleeps=self._vllm.vllm_config.model_config.enable_sleep_mode,
+            in_step=self._is_sharded,
+        )
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return."""
+        return self._description
+
+    @property
+    def policy_version(self) -> int:
+        """Weight pushes received so far."""
+        return self._policy_version
+
+    @property
+    def capacity(self) -> CacheCapacity:
+        """How many sequences the key-value cache holds at once."""
+        return self._capacity
+
+    @property
+    def progress(self) -> RolloutProgress:
+        """How far the running calls of `generate` are, those of all threads and ranks of this engine together."""
+        return self._stepper.progress
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+        """Complete every request; the groups come back in the order of ``requests``.
+
+        Raises:
+            RecipeError: when a sampling setting is out of range.
+            EngineError: when a request is malformed or leaves no room in the context, vLLM fails, or the engine is closed.
+        """
+        check_sampling(sampling)
+        ranks, own = [requests], 0
+        if self._is_sharded:
+            ranks, own = requests_of_ranks(requests), own_place()
+        # Of all ranks on every rank, so that a request that is refused ends all of them.
+        for asked in ranks:
+            check_requests(
+                asked, sampling, description=self._description, vocab_size=self._facts.vocab_size
+            )
+        policy_version, outputs = self._stepper.run(
+            [
+                pair
+                for asked in ranks
+                for request in asked
+                for pair in self._asked_of(request, sampling)
+            ],
+            at_start=self._ready_version,
+        )
+        start = sum(request.num_generations for asked in ranks[:own] for request in asked)
+        groups = []
+        for request in requests:
+            stop = start + request.num_generations
+            completions = (
+                self._completion(request, number, output, policy_version)
+                for number, output in enumerate(outputs[start:stop])
+            )
+            groups.append(RolloutGroup(request=request, completions=tuple(completions)))
+            start = stop
+        return groups
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
+    ) -> None:
+        """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
+
+        The prefix cache, and with it the routes of its rows, is emptied.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
+                a failed push the engine refuses to sample until a push succeeds.
+        """
+        if self._state == "closed":
+            raise EngineError("the vLLM engine is closed; make a new one")
+        with self._stepper.paused():
+            failure = self._push(iter(weights), policy_version)
+            if self._is_sharded:
+                own, failure = failure, failure_of_ranks(failure)
+                if own is None and failure is not None:
+                    self._state = "broken"
+            if failure is not None:
+                raise failure
+            self._state = "ready"
+            self._policy_version = policy_version
+
+    def close(self) -> None:
+        """Release the model and its cache. Calling it twice is allowed."""
+        if self._state != "closed":
+            self._state = "closed"
+            self._stepper.close()
+            stop_vllm(self._vllm)
+            del self._vllm
+
+    def _ready_version(self) -> int:
+        """Return the policy version, or raise when the engine must not sample."""
+        if self._state == "closed":
+            raise EngineError("the vLLM engine is closed; make a new one")
+        if self._state == "broken":
+            raise EngineError(
+                "the last weight push failed half-way, so the engine holds weights of two policies; push again"
+            )
+        return self._policy_version
+
+    def _asked_of(self, request: Request, sampling: SamplingParams) -> list[tuple[Any, Any]]:
+        """Return prompt and parameters of each completion of a request, as vLLM takes them."""
+        from vllm.inputs import TokensPrompt
+
+        from moe_replay.engines.vllm.sampler import draw_params
+
+        stops = tuple({*self._facts.eos_ids, *sampling.stop_token_ids})
+        return [
+            (
+                TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()),
+                draw_params(
+                    sampling,
+                    request_id=request.request_id,
+                    completion=number,
+                    stop_token_ids=stops,
+                    num_known_ids=self._facts.num_known_ids,
+                ),
+            )
+            for number in range(request.num_generations)
+        ]
+
+    def _completion(
+        self, request: Request, number: int, output: Any, policy_version: int
+    ) -> Completion:
+        (sampled,) = output.outputs
+        return completion_of(
+            output,
+            token_ids=sampled.token_ids,
+            rollout_logprobs=[
+                place[token].logprob
+                for place, token in zip(sampled.logprobs, sampled.token_ids, strict=True)
+            ],
+            request=request,
+            number=number,
+            model=self._facts.routed if self._description.records_routes else None,
+            version=self._description.version,
+            policy_version=policy_version,
+            layer_order=self._layer_order,
+        )
+
+    def _push(
+        self, weights: Iterator[tuple[str, torch.Tensor]], policy_version: int
+    ) -> Exception | None:
+        """Load ``weights`` and empty the cache; return what went wrong instead of raising it."""
+        try:
+            if policy_version < self._policy_version:
+                raise EngineError(
+                    f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes, so "
+                    "a stale trainer is pushing"
+                )
+            self._finish_reload()
+            self._state = "broken"
+            self._reload(weights)
+            if not self._vllm.reset_prefix_cache():
+                raise EngineError(
+                    "vLLM did not empty its prefix cache after a weight push, so prompts would be answered from the last "
+                    "policy; push again"
+                )
+        except Exception as error:  # noqa: BLE001 - the seam: vLLM's loader, and whoever exports the weights
+            drain(weights, error)
+            return error
+        return None
+
+    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        stream = checked_weights(weights, self._facts)
+        self._is_reload_open = True
+        try:
+            self._vllm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        except BaseException as error:
+            self._finish_reload()
+            if isinstance(error, (EngineError, DivergedError)) or not isinstance(error, Exception):
+                raise
+            raise EngineError(
+                f"vLLM failed to load a push: {type(error).__name__}: {error}"
+            ) from error
+        self._is_reload_open = False
+
+    def _finish_reload(self) -> None:
+        """Tell vLLM that no more weights come, if a push broke off.
+
+        Until then layers are empty, or keep the parts that they got and count them as parts of the next push: half of one
+        push and the whole of another gave 11 % right tokens, without an error.
+        """
+        if self._is_reload_open:
+            self._vllm.apply_model(partial(_finish, model_config=self._vllm.model_config))
+            self._is_reload_open = False
+
+
+def _finish(model: Any, *, model_config: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)

@@ -1,0 +1,139 @@
+"""One vLLM over several ranks of the trainer: each rank holds a shard of the weights, and all take the same steps.
+
+Consecutive ranks form an engine. Every rank has a scheduler of its own; they stay together because each is given the
+requests of all ranks in the same order, and draws the same tokens from the same gathered logits.
+
+In: the trainer's process group, requests of this rank. Out: an executor class, requests of all ranks of the engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Int64
+
+from moe_replay.engines.types import Request
+from moe_replay.errors import EngineError, RecipeError
+
+_HEADER = 3  # request id, number of generations, length of the prompt
+
+
+def check_ranks(tensor_parallel_size: int, world_size: int | None = None) -> None:
+    """Raise `RecipeError` unless the ranks of this run, ``world_size`` if it has not started, make engines of that many."""
+    if world_size is None:
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
+        raise RecipeError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the {world_size} processes of "
+            "this run, whose consecutive ranks share an engine"
+        )
+
+
+def executor_of_ranks() -> type:
+    """Return the vLLM executor that runs one shard, in this process; collective over all ranks."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    # Shards on one machine find each other's memory by a name, which no other engine may have.
+    number = torch.tensor([secrets.randbits(48)], dtype=torch.int64, device=_device())
+    dist.broadcast(number, src=0)
+    rank = dist.get_rank()
+    local_rank = torch.cuda.current_device() if torch.cuda.is_available() else rank
+
+    class RankExecutor(UniProcExecutor):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            # vLLM takes the trainer's process group, so nothing is ever opened at this address.
+            return f"env://moe-replay:{int(number)}", rank, local_rank
+
+    return RankExecutor
+
+
+def on_own_device(executor: type) -> type:
+    """Return ``executor``, a vLLM's of one rank, such that it runs on the GPU that this process has chosen.
+
+    vLLM would take the first GPU in each of the trainer's processes.
+    """
+    if not torch.cuda.is_available():
+        return executor
+    local_rank = torch.cuda.current_device()
+
+    class OwnDeviceExecutor(executor):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            method, rank, _ = super()._distributed_args()
+            return method, rank, local_rank
+
+    return OwnDeviceExecutor
+
+
+def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
+    """Return the requests of every rank of this engine, in rank order; collective over them."""
+    flat = [
+        np.concatenate([[r.request_id, r.num_generations, len(r.prompt_ids)], r.prompt_ids])
+        for r in requests
+    ]
+    return [
+        _read_requests(part) for part in _gather(np.concatenate([np.empty(0, np.int64), *flat]))
+    ]
+
+
+def failure_of_ranks(failure: Exception | None) -> Exception | None:
+    """Return why a push failed on any rank of this engine, the same on all of them; collective over them.
+
+    A rank gets its own exception where it has one. Weights of two policies in the shards of one model are no model, so what
+    one rank could not load no rank has.
+    """
+    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    told = [
+        bytes(part.astype(np.uint8)).decode()
+        for part in _gather(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
+    ]
+    failed = [f"rank {place}: {text}" for place, text in enumerate(told) if text]
+    if failure is not None or not failed:
+        return failure
+    return EngineError(
+        f"a weight push failed on {len(failed)} of the {len(told)} ranks that hold this vLLM together, so none of them has "
+        f"it: {'; '.join(failed)}"
+    )
+
+
+def own_place() -> int:
+    """Return the place of this rank among those of its engine."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().rank_in_group
+
+
+def _gather(mine: Int64[np.ndarray, " own"]) -> list[Int64[np.ndarray, " one"]]:
+    """Return the numbers of every rank of this engine, in rank order, of which each may have another count."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group().cpu_group
+    length = torch.tensor([len(mine)])
+    lengths = [torch.empty_like(length) for _ in range(group.size())]
+    dist.all_gather(lengths, length, group=group)
+    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.int64)
+    padded[: len(mine)] = torch.from_numpy(mine)
+    everyone = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everyone, padded, group=group)
+    return [part[: int(n)].numpy() for part, n in zip(everyone, lengths, strict=True)]
+
+
+def _read_requests(flat: np.ndarray) -> list[Request]:
+    requests, start = [], 0
+    while start < len(flat):
+        request_id, num_generations, length = flat[start : start + _HEADER].tolist()
+        start += _HEADER
+        prompt_ids = flat[start : start + length].astype(np.int32)
+        start += length
+        requests.append(
+            Request(request_id=request_id, prompt_ids=prompt_ids, num_generations=num_generations)
+        )
+    return requests
+
+
+def _device() -> torch.device:
+    """Return where the trainer's process group can send from."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,237 @@
+"""Draws tokens inside vLLM with the noise and the log-probabilities that every engine of moe-replay has.
+
+vLLM's own sampling cannot keep the contract: it reports log-probabilities either before the temperature or after the
+truncation, a seed kills its CPU build at the first chunked prefill, and its noise depends on the version. As a logits
+processor, this class draws the token itself and leaves a row in which it is the only possible one; its logit is the
+log-probability of the full vocabulary at the sampling temperature. vLLM then takes the best token of each row and, with
+``logprobs_mode="processed_logits"``, reports that logit.
+
+In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite entry a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from vllm import SamplingParams as VllmSamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from moe_replay.engines.divergence import NOT_A_LOGPROB
+from moe_replay.engines.noise import completion_noise, sample_tokens
+from moe_replay.engines.types import SamplingParams
+
+KEY = "moe_replay"
+"""Entry of ``extra_args`` that holds a draw."""
+LOGPROBS_MODE = "processed_logits"
+"""vLLM's ``logprobs_mode`` under which the log-probabilities of this class are reported."""
+
+
+# Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some of them itself.
+_FREE = frozenset(
+    [
+        "n",
+        "temperature",
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "seed",
+        "logprobs",
+        "prompt_logprobs",
+        "flat_logprobs",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        "extra_args",
+        "skip_reading_prefix_cache",
+        "routed_experts_prompt_start",
+        "stop",
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "_bad_words_token_ids",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How the tokens of one completion are drawn."""
+
+    seed: int
+    """Seed of the run's sampling noise."""
+    request_id: int
+    """Request of the completion."""
+    completion: int
+    """Number of the completion among its request's."""
+    temperature: float
+    """Softmax temperature; 0 takes the most likely token."""
+    top_p: float
+    """Nucleus; 1 keeps all."""
+    top_k: int
+    """Most likely tokens kept; 0 keeps all."""
+    num_known_ids: int | None
+    """Ids from here on are never drawn, because the tokenizer does not know them; None draws from all."""
+
+
+def draw_params(
+    sampling: SamplingParams,
+    *,
+    request_id: int,
+    completion: int,
+    stop_token_ids: tuple[int, ...],
+    num_known_ids: int | None = None,
+) -> VllmSamplingParams:
+    """Return vLLM's parameters for one completion; ``stop_token_ids`` hold the end-of-sequence tokens too."""
+    draw = Draw(
+        seed=sampling.seed,
+        request_id=request_id,
+        completion=completion,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        num_known_ids=num_known_ids,
+    )
+    return VllmSamplingParams(
+        # The best token of a row is the drawn one, so vLLM must not draw again.
+        temperature=0.0,
+        max_tokens=sampling.max_completion_length,
+        stop_token_ids=sorted(stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        extra_args={KEY: {name: getattr(draw, name) for name in Draw.__slots__}},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One running request."""
+
+    draw: Draw
+    noise: Float64[np.ndarray, " length"]
+    output_ids: list[int]
+    """Tokens so far: vLLM's own list, which grows."""
+
+
+class DrawTokens(LogitsProcessor):
+    """The logits processor; give its class to vLLM as ``logits_processors``."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: VllmSamplingParams) -> None:
+        """Raise `ValueError` for a request that this process cannot sample exactly."""
+        from vllm.platforms import current_platform
+
+        if sampling_params.seed is not None and current_platform.is_cpu():
+            raise ValueError(
+                "a seed ends vLLM's CPU engine at the first chunked prefill (CPU generators have no offset); "
+                f"leave `seed` out, or draw by extra_args[{KEY!r}], whose noise has its own seed"
+            )
+        _draw_of(sampling_params)
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        mode = vllm_config.model_config.logprobs_mode
+        if mode != LOGPROBS_MODE:
+            raise ValueError(
+                f"logprobs_mode is {mode}, expected {LOGPROBS_MODE}: any other reports log-probabilities of 0 for tokens "
+                "drawn here; start vLLM with --logprobs-mode processed_logits"
+            )
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """Return False: the best token of a row becomes the drawn one."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the requests that vLLM adds to, removes from and moves within its batch."""
+        process_dict_updates(self._rows, batch_update, _new_row)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw one token for each row with a draw, and leave it as the row's only possible token."""
+        alike: dict[tuple[float, int, float, int | None], list[int]] = {}
+        for index, row in self._rows.items():
+            draw = row.draw
+            settings = (draw.temperature, draw.top_k, draw.top_p, draw.num_known_ids)
+            alike.setdefault(settings, []).append(index)
+        for (temperature, top_k, top_p, num_known_ids), indices in alike.items():
+            noise = [
+                self._rows[index].noise[len(self._rows[index].output_ids)] for index in indices
+            ]
+            where = torch.tensor(indices, device=logits.device)
+            ids, rollout_logprobs = sample_tokens(
+                logits[where],
+                torch.tensor(noise, dtype=torch.float64, device=logits.device),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                num_known_ids=num_known_ids,
+            )
+            logits[where] = float("-inf")
+            # The best token of its row, and no number that JSON could not hold.
+            logits[where, ids] = rollout_logprobs.nan_to_num(NOT_A_LOGPROB)
+        return logits
+
+
+def _new_row(
+    params: VllmSamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
+) -> _Row | None:
+    draw = _draw_of(params)
+    if draw is None:
+        return None
+    noise = completion_noise(
+        seed=draw.seed,
+        request_id=draw.request_id,
+        completion=draw.completion,
+        length=params.max_tokens,
+    )
+    return _Row(draw=draw, noise=noise, output_ids=output_ids)
+
+
+def _draw_of(params: VllmSamplingParams) -> Draw | None:
+    given: Mapping[str, Any] | None = (params.extra_args or {}).get(KEY)
+    if given is None:
+        return None
+    if set(given) != set(Draw.__slots__):
+        raise ValueError(
+            f"extra_args[{KEY!r}] has the keys {sorted(given)}, expected {sorted(Draw.__slots__)}"
+        )
+    if params.temperature != 0 or params.n != 1 or params.logprobs is None:
+        raise ValueError(
+            f"extra_args[{KEY!r}] needs temperature 0 (it has its own), n = 1 and logprobs = 0; got temperature "
+            f"{params.temperature}, n {params.n}, logprobs {params.logprobs}"
+        )
+    _refuse_what_changes_the_draw(params)
+    return Draw(**given)
+
+
+def _refuse_what_changes_the_draw(params: VllmSamplingParams) -> None:
+    """Raise `ValueError` for an option that vLLM would apply before the draw, or to the drawn token's log-probability.
+
+    Named are the options that may differ, so that one which a later release adds is refused until it was looked at. vLLM
+    itself drops ``min_p``, ``top_p`` and ``top_k`` at temperature 0, before anybody sees them: a draw has its own.
+    """
+    neutral = VllmSamplingParams(temperature=0.0)
+    changed = {
+        name: value
+        for name in neutral.__struct_fields__
+        if name not in _FREE
+        and (value := getattr(params, name)) != getattr(neutral, name)
+        and value not in ([], {}, ())
+    }
+    if changed:
+        given = ", ".join(f"{name} = {value!r}"[:80] for name, value in sorted(changed.items()))
+        raise ValueError(
+            f"{given} beside extra_args[{KEY!r}], expected the neutral value: vLLM applies it outside of the draw, so the "
+            "token or its log-probability would not be those that a trainer recomputes. It may come from the request, from "
+            "the checkpoint's generation_config.json, or from --override-generation-config: leave it out, or start the "
+            "server with --generation-config vllm"
+        )

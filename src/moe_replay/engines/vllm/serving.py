@@ -1,0 +1,347 @@
+"""The vLLM engine of the rollout server: several workers and replicas, completions that can be cancelled, pushes as a whole.
+
+A push has two steps. `VllmServing.stage` checks all of it, in the workers too, and changes nothing. `VllmServing.apply`
+loads it in all workers of all replicas; when one fails, all go back to the weights before.
+
+In: a checkpoint directory, requests, folders of pushed weights. Out: completions with routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_replay.checkpoint.config import load_config
+from moe_replay.checkpoint.facts import ModelFacts, read_facts
+from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.serve.engine import PushRefused, folder_tensors
+from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
+from moe_replay.engines.vllm.outputs import completion_of, describe
+from moe_replay.engines.vllm.replica import VllmReplica, launch_all
+from moe_replay.engines.vllm.startup import check_loadable, engine_options
+from moe_replay.engines.vllm.workers import PUSH_WORKER, TornReloadError
+from moe_replay.engines.weight_stream import fitting_weights
+from moe_replay.errors import EngineError, RecipeError
+from moe_replay.routing import LayerOrder
+
+# Steps between two outputs of a running completion: what each costs is paid in the server's one event loop.
+_STREAM_INTERVAL = 16
+# Time between two looks at whether all processes live, in seconds.
+_LOOK_S = 1.0
+
+
+class VllmServing:
+    """A `ServedEngine` over vLLM: ``replicas`` engines of ``tensor_parallel_size`` workers each, one model.
+
+    Tokens are drawn with the noise of every engine of moe-replay (see `rollout.vllm_sampler`), so a completion depends
+    on its seed, its request and its number, and neither on what shares the batch nor on the replica. A request goes to
+    the replica that samples the fewest completions. On a GPU replica 1 of two workers takes the third and the fourth
+    of the visible devices.
+
+    Example:
+        >>> engine = VllmServing("checkpoints/tiny", dtype="bfloat16", tensor_parallel_size=2)
+        >>> await engine.start()
+        >>> await engine.complete(request, 0, sampling, policy_version=0, progress=print)
+
+    Raises:
+        RecipeError: when vLLM is not installed, or the checkpoint or an option is wrong.
+        UnsupportedError: when the model cannot be loaded or cut, or vLLM is of another release than was tested.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        tensor_parallel_size: int = 1,
+        replicas: int = 1,
+        max_batch_size: int = 128,
+        max_context_length: int | None = None,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float | None = None,
+        record_routes: bool = True,
+    ) -> None:
+        if tensor_parallel_size < 1 or replicas < 1:
+            raise RecipeError(
+                f"the vLLM engine has tensor_parallel_size {tensor_parallel_size} and {replicas} replicas, expected at "
+                "least 1 of each"
+            )
+        self._facts = read_facts(model_dir)
+        self._layer_order = LayerOrder()
+        heads = load_config(Path(model_dir)).get_text_config().num_attention_heads
+        check_loadable(self._facts, tensor_parallel_size, num_attention_heads=heads)
+        self._description = describe(
+            self._facts,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_context_length=max_context_length,
+            record_routes=record_routes,
+        )
+        self._tensor_parallel_size, self._num_replicas = tensor_parallel_size, replicas
+        self._num_devices = _num_devices()
+        devices_of(0, tensor_parallel_size, replicas, self._num_devices)
+        self._options = engine_options(
+            model_dir,
+            dtype=dtype,
+            max_num_seqs=max_batch_size,
+            max_model_len=self._description.max_context_length,
+            record_routes=self._description.records_routes,
+            kv_cache_gib=kv_cache_gib,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+        self._replicas: list[VllmReplica] = []
+        self._state: Literal["new", "ready", "broken", "closed"] = "new"
+        # None stands for the checkpoint that the engine was started with.
+        self._last_good: Path | None = None
+        self._staged: Path | None = None
+
+    @property
+    def description(self) -> EngineDescription:
+        """What this engine is and can return."""
+        return self._description
+
+    async def start(self) -> None:
+        """Start all processes, and return when they have loaded the model.
+
+        Raises:
+            EngineError: when vLLM does not start; then nothing of it stays.
+        """
+        if self._state != "new":
+            raise EngineError(
+                f"the vLLM engine is {self._state} and cannot be started; make a new one"
+            )
+        self._replicas = await launch_all(
+            [self._config(replica) for replica in range(self._num_replicas)]
+        )
+        self._state = "ready"
+
+    def capacity(self) -> str:
+        """Return how many sequences fit, such as "43 sequences of 1,536 tokens fit in vLLM's key-value cache, ..."."""
+        of_each = [capacity_of(replica.vllm_config) for replica in self._replicas]
+        capacity = CacheCapacity(
+            num_sequences=sum(one.num_sequences for one in of_each),
+            sequence_length=self._description.max_context_length,
+            max_batch_size=sum(one.max_batch_size for one in of_each),
+        )
+        return capacity.shortage() or capacity.describe()
+
+    async def complete(
+        self,
+        request: Request,
+        number: int,
+        sampling: SamplingParams,
+        *,
+        policy_version: int,
+        progress: Callable[[int], None],
+    ) -> Completion:
+        """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
+
+        ``progress`` is called with the tokens so far, every 16 of them. When the task that awaits this is cancelled, the
+        request is aborted in every worker.
+
+        Raises:
+            RecipeError: when a sampling setting is out of range.
+            EngineError: when the request is malformed or leaves no room in the context, vLLM fails, or the engine is
+                not ready.
+            DivergedError: when the model's logits are not numbers.
+        """
+        from moe_replay.engines.vllm.sampler import draw_params
+
+        self._check_state("ready")
+        check_sampling(sampling)
+        check_requests(
+            [request], sampling, description=self._description, vocab_size=self._facts.vocab_size
+        )
+        params = draw_params(
+            sampling,
+            request_id=request.request_id,
+            completion=number,
+            stop_token_ids=tuple({*self._facts.eos_ids, *sampling.stop_token_ids}),
+            num_known_ids=self._facts.num_known_ids,
+        )
+        replica = min(self._replicas, key=lambda replica: replica.num_running)
+        output, token_ids, rollout_logprobs = await replica.sample(request, params, progress)
+        return completion_of(
+            output,
+            token_ids=token_ids,
+            rollout_logprobs=rollout_logprobs,
+            request=request,
+            number=number,
+            model=self._facts.routed if self._description.records_routes else None,
+            version=self._description.version,
+            policy_version=policy_version,
+            layer_order=self._layer_order,
+        )
+
+    async def stage(self, folder: Path) -> None:
+        """Check a whole push: names and shapes here, values in the workers, each tensor in one of them.
+
+        Raises:
+            EngineError: when a name is unknown, missing, or of another shape, or a worker cannot load pushes.
+            DivergedError: when a weight is not finite.
+        """
+        self._check_state("ready", "broken")
+        self._staged = None
+        num_tensors = await asyncio.to_thread(_num_fitting, folder, self._facts)
+        ranks, num_shares = (
+            self._tensor_parallel_size,
+            self._tensor_parallel_size * self._num_replicas,
+        )
+        checked = await _all(
+            replica.workers("replay_stage", str(folder), replica.number * ranks, num_shares)
+            for replica in self._replicas
+        )
+        if (total := sum(map(sum, checked))) != num_tensors:
+            raise EngineError(
+                f"the workers checked {total} of {num_tensors} weights of a push, expected each once: they do not see the "
+                f"files of {folder} as the server does; a folder that all of them share must hold a push"
+            )
+        self._staged = folder
+
+    async def apply(self, folder: Path) -> None:
+        """Load a staged push in all workers; no completion may run.
+
+        Raises:
+            PushRefused: when it failed and the weights before it are loaded again.
+            EngineError: when they could not be loaded either, so that completions are refused until a push succeeds.
+        """
+        self._check_state("ready", "broken")
+        if folder != self._staged:
+            raise EngineError(
+                f"{folder} was not staged last, {self._staged} was: stage a push, then apply it"
+            )
+        if running := sum(replica.num_running for replica in self._replicas):
+            raise EngineError(
+                f"weights were pushed while {running} completions are sampled; wait for them, so that none mixes two policies"
+            )
+        # Until it is known that all workers hold one policy, also when this task is cancelled.
+        self._state, self._staged = "broken", None
+        try:
+            await _all(replica.pause() for replica in self._replicas)
+            await self._load(folder)
+        except EngineError as error:
+            _remove(folder)
+            await self._go_back(error)
+            raise PushRefused(
+                f"a push failed, and the weights before it are loaded again: {error}"
+            ) from error
+        _remove(self._last_good)
+        self._last_good = folder
+
+    async def lost(self) -> str:
+        """Return what became of a replica whose processes have ended, at most a second or two after that.
+
+        One is enough: a server that went on with the others would hide from whoever restarts servers that it needs that.
+        """
+        while (dead := self._dead()) is None:
+            await asyncio.sleep(_LOOK_S)
+        return dead.obituary()
+
+    async def close(self) -> None:
+        """End all processes, and remove the push that they hold. Calling it twice is allowed."""
+        self._state = "closed"
+        replicas, self._replicas = self._replicas, []
+        await asyncio.gather(*(replica.close() for replica in replicas))
+        _remove(self._last_good)
+        self._last_good = None
+
+    async def _load(self, folder: Path | None) -> None:
+        """Load one push everywhere and let requests run again."""
+        await _all(
+            replica.load(None if folder is None else str(folder)) for replica in self._replicas
+        )
+        await _all(replica.resume() for replica in self._replicas)
+        self._state = "ready"
+
+    async def _go_back(self, error: EngineError) -> None:
+        try:
+            if isinstance(error, TornReloadError):
+                raise error
+            await self._load(self._last_good)
+        except EngineError as second:
+            raise EngineError(
+                f"a push failed ({error}), and so did going back to the weights before it ({second}): workers hold "
+                "neither, and nothing is sampled; push again, or start the server again"
+            ) from error
+
+    def _config(self, replica: int) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        size = self._tensor_parallel_size
+        return AsyncEngineArgs(
+            **self._options,
+            tensor_parallel_size=size,
+            distributed_executor_backend="mp" if size > 1 else None,
+            device_ids=devices_of(replica, size, self._num_replicas, self._num_devices),
+            worker_extension_cls=PUSH_WORKER,
+            stream_interval=_STREAM_INTERVAL,
+        ).create_engine_config()
+
+    def _dead(self) -> VllmReplica | None:
+        return next((replica for replica in self._replicas if replica.is_dead), None)
+
+    def _check_state(self, *allowed: str) -> None:
+        # It samples nothing, so it would always be the one with the fewest completions.
+        if dead := self._dead():
+            raise EngineError(dead.obituary())
+        if self._state in allowed:
+            return
+        raise EngineError(
+            {
+                "new": "the vLLM engine has not been started",
+                "broken": "the last push failed half-way, so workers may hold weights of two policies; push again",
+                "closed": "the vLLM engine is closed; make a new one",
+            }[self._state]
+        )
+
+
+def devices_of(
+    replica: int, size: int, num_replicas: int, num_devices: int | None
+) -> list[int] | None:
+    """Return the devices of one replica of ``size`` workers, or None where vLLM need not be told: one replica, or a CPU.
+
+    Of two replicas of two workers: 0 and 1, then 2 and 3. ``num_devices`` are visible, None on a CPU.
+
+    Raises:
+        RecipeError: when all replicas together need more devices than there are.
+    """
+    if num_devices is None:
+        return None
+    if num_replicas * size > num_devices:
+        raise RecipeError(
+            f"{num_replicas} replicas of {size} workers need {num_replicas * size} devices, {num_devices} are visible; lower "
+            "the number of replicas, or tensor_parallel_size"
+        )
+    return list(range(replica * size, (replica + 1) * size)) if num_replicas > 1 else None
+
+
+def _num_devices() -> int | None:
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cpu() else current_platform.device_count()
+
+
+async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await all calls to their end, and raise one of their errors if there are any: first what cannot be repaired."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        raise next((error for error in errors if isinstance(error, TornReloadError)), errors[0])
+    return results
+
+
+def _num_fitting(folder: Path, facts: ModelFacts) -> int:
+    """Return the number of tensors in a push after checking their names and shapes; the files are mapped, not read."""
+    tensors = list(folder_tensors(folder))
+    for _ in fitting_weights(tensors, facts):
+        continue
+    return len(tensors)
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

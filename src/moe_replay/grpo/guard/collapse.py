@@ -1,0 +1,81 @@
+"""Collapsed routers: layers whose live routing sends every token to the same experts.
+
+Reinforcement learning does this to small models, and too large a learning rate to any. Such a run goes on: its routes are
+right. It is counted, because the layer has stopped being a mixture.
+
+In: favourite expert sets of replayed rows. Out: the collapsed layers, over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from moe_replay.megatron.overlap import RouteUse
+from moe_replay.recipe.recipe import Recipe
+
+# Share of the replayed rows that must choose one and the same set, and how many rows and different tokens there must be:
+# routes of a few rows, or of one repeated token, are alike by right.
+_SHARE, _LEAST_ROWS, _LEAST_TOKENS = 0.99, 32, 8
+
+
+class LiveSets:
+    """Counts how many rows choose the favourite expert set of their microbatch, layer by layer."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[int] = Counter()
+        self._sets: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
+        self._tokens: set[int] = set()
+
+    def add(self, use: RouteUse, token_ids: Int64[np.ndarray, " rows"]) -> None:
+        """Take the favourites of a microbatch, whose counted rows hold ``token_ids``."""
+        self._tokens.update(np.unique(token_ids).tolist())
+        for layer, chosen, times in zip(
+            use.layers, use.favourite, use.favourite_times, strict=True
+        ):
+            self._rows[layer] += use.num_rows
+            self._sets[layer][tuple(chosen.tolist())] += int(times)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what other ranks must know: each layer's rows and its favourite set, and the number of tokens."""
+        return {
+            "tokens": len(self._tokens),
+            "layers": [
+                [layer, self._rows[layer], *sets.most_common(1)[0]]
+                for layer, sets in self._sets.items()
+            ],
+        }
+
+    @staticmethod
+    def collapsed(parts: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the collapsed layers of all ranks' counts.
+
+        A set that nearly all rows choose is the favourite of nearly every microbatch and rank, so that favourites suffice.
+        """
+        rows: Counter[int] = Counter()
+        favourites: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
+        for part in parts:
+            for layer, count, chosen, times in part["layers"]:
+                rows[layer] += count
+                favourites[layer][chosen] += times
+        if max((part["tokens"] for part in parts), default=0) < _LEAST_TOKENS:
+            return []
+        return sorted(
+            layer
+            for layer, count in rows.items()
+            if count >= _LEAST_ROWS and max(favourites[layer].values()) >= _SHARE * count
+        )
+
+
+def collapse_warning(layers: Sequence[int], recipe: Recipe) -> str:
+    """Return what to tell a person of collapsed layers."""
+    balance = recipe.megatron.moe_aux_loss_coeff
+    return (
+        f"layers {list(layers)} send every token to the same experts: their routers have collapsed. The routes are right and "
+        f"the run goes on, but these layers are no mixture any more; optimizer.lr = {recipe.optimizer.lr:g} may be too large, "
+        f"and megatron.moe_aux_loss_coeff = {balance:g} {'too small' if balance else 'balances nothing'}"
+    )

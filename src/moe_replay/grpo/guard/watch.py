@@ -1,0 +1,130 @@
+"""What one replaying pass saw of live next to replayed routes: counts for the guard, agreement for the metrics.
+
+In: counts of each microbatch on each rank. Out: PassWatch; StepTable and metrics over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Int64
+
+from moe_replay.batch import Microbatch
+from moe_replay.grpo.batch import SampleOrigin
+from moe_replay.grpo.guard.collapse import LiveSets
+from moe_replay.grpo.run import Run
+from moe_replay.megatron.overlap import WatchedRoutes
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """What all ranks saw of a pass together; the same on every rank."""
+
+    parts: Sequence[StepPart | None]
+    """What each rank counted, in rank order; None of a rank that replays nothing."""
+    table: StepTable
+    """The same by (number of the sample in the step, layer)."""
+    collapsed: Sequence[int]
+    """Layers that send every token to the same experts."""
+
+    def metrics(self, origins: Mapping[int, SampleOrigin]) -> dict[str, float]:
+        """Return ``replay/agreement`` and its kin; ``origins`` are those of all ranks, by number in the step."""
+        table = self.table
+        own, slots = table.own.sum(axis=1), table.slots.sum(axis=1)
+        # A row counts once on each pipeline stage, so these are shares of what the stages saw.
+        rows = sum(int(part.num_rows.sum()) for part in table.parts)
+        pairs = sum(int(part.num_rows.sum()) * len(part.layers) for part in table.parts)
+        metrics = {
+            "replay/agreement": float(own.sum() / slots.sum()),
+            "replay/agreement_min_sample": float(table.agreement.min()),
+            "replay/agreement_min_layer": float(table.layer_agreement.min()),
+            "replay/flip_frac": float(sum(part.flips.sum() for part in table.parts) / pairs),
+            "replay/tokens_with_flip_frac": sum(p.rows_with_flip for p in table.parts) / rows,
+            "replay/collapsed_layers": float(len(self.collapsed)),
+        }
+        servers = np.array([origins[number].server for number in table.sample_ids.tolist()])
+        names = sorted(set(servers.tolist()))
+        if len(names) > 1:
+            for name in names:
+                mine = servers == name
+                shared = float(own[mine].sum() / slots[mine].sum())
+                metrics[f"replay/agreement_server/{name.split('://')[-1]}"] = shared
+        return metrics
+
+    @property
+    def least_sample(self) -> int:
+        """Number in the step of the sample that agrees least."""
+        return int(self.table.sample_ids[self.table.agreement.argmin()])
+
+
+class PassWatch:
+    """Receives the counts of one pass on this rank, microbatch by microbatch."""
+
+    def __init__(self, origins: Sequence[SampleOrigin]) -> None:
+        """Watch a pass over the samples of ``origins``, by sample id."""
+        self.counts: dict[int, OverlapCounts] = {}
+        """Microbatch key -> its counts, in which samples have their numbers in the step."""
+        self._numbers = np.array([origin.number for origin in origins], dtype=np.int64)
+        self._live_sets = LiveSets()
+
+    @property
+    def route_watch(self) -> RouteWatch:
+        """What a pass is given."""
+        return RouteWatch(observe=self.observe)
+
+    def observe(self, microbatch: Microbatch, watched: WatchedRoutes) -> None:
+        """Take the counts of a microbatch."""
+        assert microbatch.routes is not None
+        tokens = microbatch.token_ids[microbatch.router_rows][microbatch.routes.valid]
+        self._live_sets.add(watched.use, tokens)
+        counts = watched.counts
+        # Numbers in the step grow with sample ids, so the order of rows and samples stays.
+        self.counts[microbatch.key] = replace(counts, sample_ids=self._numbers[counts.sample_ids])
+
+    def forget(self, numbers: Collection[int]) -> None:
+        """Let go of the counts of some samples, by number in the step."""
+        if numbers:
+            given = np.array(sorted(numbers), dtype=np.int64)
+            self.counts = {key: _without(counts, given) for key, counts in self.counts.items()}
+
+    def together(self, run: Run) -> Seen | None:
+        """Return what all ranks saw, None when nothing was replayed; collective."""
+        part = summarise(list(self.counts.values()))
+        gathered = run.gather((part, self._live_sets.to_plain()))
+        parts = [part for part, _ in gathered]
+        if not any(part is not None for part in parts):
+            return None
+        return Seen(
+            parts=parts,
+            table=StepTable.of(parts),
+            collapsed=LiveSets.collapsed([sets for _, sets in gathered]),
+        )
+
+
+def _without(counts: OverlapCounts, numbers: Int64[np.ndarray, " gone"]) -> OverlapCounts:
+    """Return the counts of the samples that are not in ``numbers``."""
+    kept = ~np.isin(counts.sample_ids, numbers)
+    rows = np.repeat(kept, counts.num_rows)
+    return replace(
+        counts,
+        position=counts.position[rows],
+        own=counts.own[rows],
+        others=counts.others[rows],
+        flips=counts.flips[rows],
+        nearer=counts.nearer[:, rows],
+        farther=counts.farther[:, rows],
+        repeats=counts.repeats[rows],
+        sample_ids=counts.sample_ids[kept],
+        num_rows=counts.num_rows[kept],
+        layer_own=counts.layer_own[kept],
+        layer_others=counts.layer_others[kept],
+        layer_flips=counts.layer_flips[kept],
+        layer_own_squares=counts.layer_own_squares[kept],
+        layer_nearer=counts.layer_nearer[:, kept],
+        layer_farther=counts.layer_farther[:, kept],
+        layer_gain_squares=counts.layer_gain_squares[:, kept],
+    )

@@ -1,0 +1,172 @@
+"""Whether a run may start in its directory, decided by rank 0 before anything is loaded, and told to all ranks.
+
+In: a recipe, its run directory. Out: the locked directory, the step to resume from, what the run is by content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moe_replay.errors import CheckpointError, MoeReplayError
+from moe_replay.grpo.records import END_FILE
+from moe_replay.grpo.run import NEW_EXPORT
+from moe_replay.grpo.start.digest_cache import DigestCache
+from moe_replay.grpo.start.identity import Difference, differences, is_allowed, run_identity
+from moe_replay.grpo.start.run_lock import LOCK_FILE, RunLock
+from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
+from moe_replay.recipe.recipe import Recipe
+
+CHANGES_FILE = "changes.jsonl"
+"""Where differences that were accepted are kept: one line each, with the step from which they hold."""
+_DIGESTS_FILE = "digests.json"
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """What rank 0 found in the run directory."""
+
+    step: int | None = None
+    """Step of the checkpoint to resume from; None to start."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the results of the run, by content."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about it."""
+    refusal: str | None = None
+    """Why the run may not start."""
+
+
+def admit(
+    recipe: Recipe,
+    checkpoints: CheckpointFolder,
+    closing: ExitStack,
+    *,
+    restart: bool,
+    allow_changed: Collection[str],
+) -> Admission:
+    """Lock the run directory until ``closing`` ends, sweep it, and compare its newest checkpoint with the recipe.
+
+    Differences in the keys ``allow_changed``, and below them, are accepted and written down.
+    """
+    directory = recipe.run.output_dir
+    try:
+        _check_can_be_written(directory)
+        lock = closing.enter_context(RunLock(directory))
+        notes = [] if lock.note is None else [lock.note]
+        checkpoints.remove_unfinished()
+        for name in (NEW_EXPORT, f"{NEW_EXPORT}.partial"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / END_FILE).unlink(missing_ok=True)
+        cache = DigestCache(directory / _DIGESTS_FILE)
+        identity = run_identity(recipe, cache)
+        cache.save()
+        steps = [] if restart else checkpoints.steps()
+        if steps:
+            position = checkpoints.position(steps[-1])
+            changed = _accepted_changes(directory, position, identity, allow_changed)
+            if changed:
+                _write_down(directory / CHANGES_FILE, position.step, changed)
+            notes += [f"changed from step {position.step + 1} on: {change}" for change in changed]
+    except (MoeReplayError, OSError) as error:
+        # All ranks hear of it; one that raised alone would leave the others waiting.
+        return Admission(refusal=str(error))
+    return Admission(step=steps[-1] if steps else None, identity=identity, notes=tuple(notes))
+
+
+def check_admission(
+    recipe: Recipe, checkpoints: CheckpointFolder, *, restart: bool, allow_changed: Collection[str]
+) -> None:
+    """Raise what `admit` would refuse a start for, and keep nothing; for a dry run.
+
+    Raises:
+        CheckpointError: when the directory cannot be one, another process holds it, or its newest checkpoint is of another
+            run.
+        RecipeError: when a file that the recipe names cannot be read.
+    """
+    directory = recipe.run.output_dir
+    _check_can_be_written(directory)
+    if (directory / LOCK_FILE).exists():
+        RunLock(directory).release()
+    steps = [] if restart else checkpoints.steps()
+    if steps:
+        identity = run_identity(recipe, DigestCache(directory / _DIGESTS_FILE))
+        _accepted_changes(directory, checkpoints.position(steps[-1]), identity, allow_changed)
+
+
+def _check_can_be_written(directory: Path) -> None:
+    """Raise `CheckpointError` where no folder can be made or written; nothing is made."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise CheckpointError(
+            f"run.output_dir {directory} cannot be a folder: {nearest} is a file; choose another run.output_dir"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"run.output_dir {directory} cannot be written: {nearest} is not writable for this user; choose another "
+            "run.output_dir, or change its permissions"
+        )
+
+
+def _accepted_changes(
+    directory: Path,
+    position: RunPosition,
+    identity: Mapping[str, Any],
+    allow_changed: Collection[str],
+) -> list[Difference]:
+    """Return what differs from a checkpoint, if all of it may."""
+    changed = differences(position.identity, identity)
+    _refuse(directory, position, [c for c in changed if not is_allowed(c.key, allow_changed)])
+    return changed
+
+
+def _refuse(directory: Path, position: RunPosition, changed: list[Difference]) -> None:
+    """Raise `CheckpointError` if anything has changed that nobody has accepted."""
+    if not changed:
+        return
+    lines = [f"  {change}" for change in changed[:_SHOWN]]
+    if len(changed) > _SHOWN:
+        lines.append(f"  and {len(changed) - _SHOWN} more")
+    options = " ".join(f"--allow-changed {name}" for name in dict.fromkeys(map(_option, changed)))
+    raise CheckpointError(
+        "\n".join(
+            [
+                f"{directory} holds step {position.step} of a run that trains differently from this one:",
+                *lines,
+                "To go on with the change, give the command this option, and the change is written down in "
+                f"{CHANGES_FILE}: {options}",
+                "To continue the run as it was, restore what has changed (recipe.toml in the run directory holds its recipe). "
+                "For a run of its own, choose another run.output_dir, or pass --restart to discard this one",
+            ]
+        )
+    )
+
+
+def _option(change: Difference) -> str:
+    """Return the key to name for accepting a change: for a file its folder's key."""
+    return change.key.partition("/")[0].partition(" ")[0]
+
+
+def _write_down(path: Path, step: int, changed: list[Difference]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = [
+        json.dumps({"after_step": step, "key": c.key, "old": c.old, "new": c.new, "accepted": now})
+        for c in changed
+    ]
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}), and a change that is not written down is not accepted; free some "
+            "space and start again"
+        ) from error

@@ -1,0 +1,144 @@
+"""open_run: every part of a run built from its recipe, resumed, and closed again in the opposite order.
+
+In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from moe_replay.engines.types import Engine, ShowsProgress
+from moe_replay.errors import CheckpointError
+from moe_replay.grpo.engines import recipe_engine
+from moe_replay.grpo.model_settings import (
+    TRAINER_DTYPES,
+    optimizer_settings,
+    override_fields,
+    run_layout,
+)
+from moe_replay.grpo.records import FollowsRollouts, Reporter
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.start.admission import Admission, admit
+from moe_replay.grpo.start.preflight import Preflight, preflight
+from moe_replay.grpo.stopping import StopRequest
+from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
+from moe_replay.megatron.checkpoint import CheckpointFolder
+from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
+from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.ranks.replica import Replica
+from moe_replay.megatron.scorer import MegatronScorer
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.routing.guard import Guard
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe,
+    process: ProcessSpec,
+    reporter: Reporter,
+    *,
+    restart: bool,
+    allow_changed: Collection[str],
+    stop: StopRequest,
+    make_engine: Callable[[Recipe, torch.device], Engine],
+    checked: Preflight | None = None,
+) -> Iterator[Run]:
+    """Build every part of the run, resume it if it has a checkpoint, and close it at the end.
+
+    ``checked`` is what a caller found out before, so that nothing is opened twice.
+
+    Raises:
+        MoeReplayError: the first refusal of `preflight`, before anything is built.
+        CheckpointError: when another process writes there, or the newest checkpoint is of a run that trains differently.
+    """
+    if checked is None:
+        checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
+    inputs, layout, checkpoints = checked.cleared(), run_layout(recipe), _checkpoints(recipe)
+    with ExitStack() as closing:
+        closing.callback(inputs.close)
+        # Before the minutes that loading takes; the lock is given back after everything else is closed.
+        admission = Admission()
+        if process.rank == 0:
+            admission = admit(
+                recipe, checkpoints, closing, restart=restart, allow_changed=allow_changed
+            )
+        initialize(
+            layout,
+            from_environment=process.launched_by_torchrun,
+            local_rank=process.local_rank,
+            seed=recipe.run.seed,
+        )
+        closing.callback(shutdown)
+        step = _agreed_step(admission)
+        actor = _build_actor(recipe, layout, reporter)
+        reporter.station(0, f"starting the {recipe.rollout.engine} engine")
+        engine = make_engine(recipe, actor.device)
+        closing.callback(engine.close)
+        _follow(engine, reporter, process)
+        run = Run(
+            recipe=recipe,
+            process=process,
+            reporter=reporter,
+            inputs=inputs,
+            engine=engine,
+            actor=actor,
+            replica=Replica.find(tuple(actor.routers), place=actor.place),
+            reference=_build_reference(recipe, layout),
+            guard=Guard() if recipe.replays and recipe.replay.guard else None,
+            checkpoints=checkpoints,
+            identity=admission.identity,
+            stop=stop,
+            notes=admission.notes,
+        )
+        run.resume_or_start(step, restart=restart)
+        yield run
+
+
+def _checkpoints(recipe: Recipe) -> CheckpointFolder:
+    return CheckpointFolder(
+        recipe.run.output_dir / "checkpoints", save_total_limit=recipe.checkpoint.save_total_limit
+    )
+
+
+def _agreed_step(admission: Admission) -> int | None:
+    """Return the step that rank 0 resumes from, or raise its refusal, on every rank.
+
+    A folder that is shared over a network may look different from other machines for a while.
+    """
+    refusal, step = all_ranks().gather((admission.refusal, admission.step))[0]
+    if refusal is not None:
+        raise CheckpointError(refusal)
+    return step
+
+
+def _build_actor(recipe: Recipe, layout: ParallelLayout, reporter: Reporter) -> MegatronActor:
+    reporter.station(0, "loading the model into the trainer")
+    return build_policy(
+        recipe.model.path,
+        layout,
+        dtype=TRAINER_DTYPES[recipe.model.dtype],
+        settings=optimizer_settings(recipe),
+        grouped_experts=recipe.model.grouped_experts,
+        overrides=override_fields(recipe),
+    )
+
+
+def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
+    """Let the reporter ask how far rollouts are, if both know how."""
+    if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
+        whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
+        reporter.follow(lambda: engine.progress, whose=whose)
+
+
+def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:
+    if recipe.grpo.beta == 0:
+        return None
+    return build_scorer(
+        recipe.model.path,
+        layout,
+        dtype=TRAINER_DTYPES[recipe.model.dtype],
+        grouped_experts=recipe.model.grouped_experts,
+    )

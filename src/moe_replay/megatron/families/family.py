@@ -1,0 +1,108 @@
+"""The words in which a model family is described: rules, shapes, families.
+
+In: nothing. Out: `Kind`, `Rule`, `ModelShape`, `Family`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Kind(enum.Enum):
+    """How the Hugging Face tensors lie in the Megatron parameter, and where tensor parallelism cuts it."""
+
+    WHOLE = "one tensor, the same on every tensor-parallel rank"
+    COLUMN = "one tensor, cut along dim 0"
+    ROW = "one tensor, cut along dim 1"
+    QKV = "query, key, value interleaved by query group, cut between groups"
+    GATED = "gate above up projection, each cut along its dim 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of a family's table."""
+
+    megatron: str
+    """Name of the parameter or buffer inside a model chunk; `{layer}` and `{expert}` stand for this rank's local numbers."""
+    hf: tuple[str, ...]
+    """Checkpoint names of the tensors in it; `{layer}` and `{expert}` stand for global numbers."""
+    kind: Kind = Kind.WHOLE
+    """How they lie in it."""
+    keep_dtype: bool = False
+    """Never cast, such as a router's expert bias: checkpoints hold it in float32 beside bfloat16 weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGroups:
+    """Groups of experts of which each token may use some only."""
+
+    num_groups: int
+    """Equal groups, of neighbouring experts."""
+    groups_per_token: int
+    """Groups that a token's experts come from."""
+    num_scored: int
+    """A group's score is the sum of its best so many experts'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What a Hugging Face config says about the model, in one vocabulary for all families."""
+
+    family: str
+    """The `model_type` of the Hugging Face config."""
+    num_layers: int
+    """Decoder layers, dense ones included."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key and value heads."""
+    head_dim: int
+    """Width of one head."""
+    vocab_size: int
+    """Rows of the embedding."""
+    max_position_embeddings: int
+    """Longest sequence, in tokens."""
+    rotary_base: float
+    """Base of the rotary frequencies."""
+    rotary_frac: float = 1.0
+    """Part of each head that is rotated."""
+    num_mtp_layers: int = 0
+    """Multi-token-prediction layers in the checkpoint, numbered after the decoder layers. They are not trained."""
+    tie_word_embeddings: bool
+    """The output layer is the embedding."""
+    ffn_size: int
+    """Inner width of a dense layer's MLP."""
+    num_experts: int
+    """Experts of one MoE layer; 0 for a dense model."""
+    topk: int
+    """Experts that a token goes through."""
+    expert_ffn_size: int
+    """Inner width of one expert."""
+    moe_layers: tuple[int, ...]
+    """Global decoder indices of the layers that the config says are MoE layers."""
+    expert_groups: ExpertGroups | None = None
+    """Groups that Megatron would score otherwise than the model; None where it needs none, or its own will do."""
+    megatron_fields: Mapping[str, Any] = field(default_factory=dict)
+    """TransformerConfig fields that only this family sets."""
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of MoE layers; with 0 there is nothing to replay."""
+        return len(self.moe_layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Everything that is known about one architecture."""
+
+    rules: tuple[Rule, ...]
+    """In the order in which tensors are exported."""
+    shape: Callable[[Any], ModelShape]
+    """Reads the Hugging Face config; raises UnsupportedError for what Megatron cannot do exactly."""
+    all_heads_qk_norm: bool = False
+    """The query and key norms span all heads."""

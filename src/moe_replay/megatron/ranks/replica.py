@@ -1,0 +1,85 @@
+"""Replica: the ranks that hold one copy of the policy together, and what each of them routes.
+
+The ranks of a replica train on the same samples. Each samples its own part of them, and gives every other rank just
+what that rank needs.
+
+In: this rank's routers. Out: Replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moe_replay.batch import RankPlace
+from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One rank of a replica."""
+
+    place: RankPlace
+    """Which rows it holds."""
+    layers: tuple[int, ...]
+    """Global decoder indices of the layers whose routers it runs; empty on a stage of dense layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replica:
+    """One copy of the policy, spread over tensor-, context- and pipeline-parallel ranks."""
+
+    number: int
+    """Data-parallel rank of this copy."""
+    num_replicas: int
+    """Copies."""
+    peers: tuple[Peer, ...]
+    """Its ranks, in the order of ``ranks``."""
+    own: int
+    """This rank's place among them."""
+    computes_loss: bool
+    """Whether this rank speaks for its rows in the loss: last pipeline stage, first tensor-parallel rank."""
+    is_last_stage: bool
+    """Whether this rank is on the last pipeline stage."""
+    ranks: HostGroup
+    """How its ranks talk."""
+
+    @classmethod
+    def find(cls, layers: Sequence[int], *, place: RankPlace) -> Replica:
+        """Find out who shares a copy with this rank; every rank of the world calls this together."""
+        number = parallel_state.get_data_parallel_rank()
+        everyone = all_ranks().gather((number, Peer(place=place, layers=tuple(layers))))
+        members: dict[int, list[int]] = {}
+        for rank, (replica, _) in enumerate(everyone):
+            members.setdefault(replica, []).append(rank)
+        ranks = members[number]
+        is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return cls(
+            number=number,
+            num_replicas=len(members),
+            peers=tuple(everyone[rank][1] for rank in ranks),
+            own=ranks.index(dist.get_rank()),
+            computes_loss=place.tp_rank == 0 and is_last_stage,
+            is_last_stage=is_last_stage,
+            ranks=HostGroup.own_part(
+                [members[replica] for replica in sorted(members)], name="replica"
+            ),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of its ranks."""
+        return len(self.peers)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for the replica where one voice is wanted."""
+        return self.own == 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that this rank routes."""
+        return self.peers[self.own].layers

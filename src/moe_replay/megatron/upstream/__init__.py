@@ -1,0 +1,1 @@
+"""What Megatron-Core misses on this machine, and how its versions differ."""

@@ -1,0 +1,1 @@
+"""Traces as bytes: one format on the wire and on disk."""

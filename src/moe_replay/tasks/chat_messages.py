@@ -1,0 +1,215 @@
+"""Chat messages of a dataset: what they may look like, and what of them a tokenizer's chat template would drop.
+
+In: prompts, tools and template arguments of a row. Out: the same, checked; what a template reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.tasks.datasets.files import shortened
+
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values"})
+"""Columns by which datasets pass what is not text."""
+
+# Arguments of the rendering that are ours to give; no template may be told otherwise.
+_OURS = frozenset(
+    {
+        *("conversation", "messages", "tools", "tokenize", "add_generation_prompt"),
+        *("continue_final_message", "chat_template", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        "sanitize_control_tokens",
+    }
+)
+_GIVEN_ANYWAY = frozenset({"raise_exception", "strftime_now", "messages", "add_generation_prompt"})
+_TEXTS = frozenset({"text", "input_text", "output_text"})
+_MARK = "a7f3c1"
+
+
+def checked_messages(prompt: object, where: str) -> list[dict[str, Any]]:
+    """Return the messages of a chat, each with a role and something to say.
+
+    Raises:
+        RecipeError: when they are anything else.
+        UnsupportedError: when a message holds an image, a sound or a video.
+    """
+    if not isinstance(prompt, list) or not prompt:
+        raise RecipeError(
+            f"{where}: the prompt is {excerpt(prompt)} ({type(prompt).__name__}), expected a string or a non-empty list of "
+            '{"role": ..., "content": ...} messages'
+        )
+    for number, message in enumerate(prompt):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise RecipeError(
+                f"{where}: message {number} is {excerpt(message)}, expected an object with the text role"
+            )
+        _check_content(message, f"{where}: message {number}")
+    last = prompt[-1]
+    if last["role"] == "user" and not message_text(last).strip():
+        raise RecipeError(f"{where}: the last message of the user is empty: remove or fill the row")
+    return prompt
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return what a message says; its parts are joined by line ends, as vLLM joins them."""
+    content = message.get("content")
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def checked_tools(tools: object, where: str) -> list[dict[str, Any]] | None:
+    """Return the tools of a row, given as a list of JSON schemas or as its JSON text; None when there are none.
+
+    Raises:
+        RecipeError: when they are anything else.
+    """
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{where}: column tools is the text {excerpt(tools)}, which is not JSON: {error}"
+            ) from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecipeError(
+            f"{where}: column tools is {excerpt(tools)}, expected a list of JSON schemas, such as "
+            '[{"type": "function", "function": {"name": ..., "parameters": ...}}]; drop the column in '
+            "data.drop_columns if it is something else"
+        )
+    return tools
+
+
+def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
+    """Return arguments of the chat template, an object or its JSON text, after refusing those that are ours to give.
+
+    Raises:
+        RecipeError: when they are anything else.
+    """
+    if isinstance(arguments, str) and arguments:
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{where} is the text {excerpt(arguments)}, not JSON: {error}"
+            ) from None
+    if not arguments:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise RecipeError(
+            f"{where} is {excerpt(arguments)}, expected an object of template arguments"
+        )
+    ours = sorted(_OURS & set(arguments))
+    if ours:
+        raise RecipeError(
+            f"{where} sets {shortened(ours)}, which the trainer decides by itself: remove it (tools belong into a "
+            "column named tools, a chat template into the model directory)"
+        )
+    return arguments
+
+
+def without_nulls(value: Any) -> Any:
+    """Return nested values without the fields that are None: a table gives every row the fields of all rows."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+@lru_cache(maxsize=8)
+def template_variables(template: str) -> frozenset[str]:
+    """Return the names that a chat template reads, besides what every template is given."""
+    import jinja2.meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # An extension of transformers, which only marks a block.
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as error:
+        raise RecipeError(
+            f"the tokenizer's chat template cannot be parsed: {error}: copy chat_template.jinja of the original "
+            "checkpoint again"
+        ) from error
+    return frozenset(names) - _GIVEN_ANYWAY
+
+
+def writes_the_date(template: str, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a template puts the day of its use into prompts, as Llama 3's does."""
+    return "strftime_now" in template and not {"date_string", "date"} & set(arguments)
+
+
+@lru_cache(maxsize=8)
+def renders_parts(tokenizer: Any, template: str) -> bool:
+    """Return whether a template writes content that is given as parts just as it writes the same text.
+
+    Many templates of text models write nothing at all for parts, or their spelling in Python.
+    """
+    from jinja2 import TemplateError
+
+    texts = []
+    for content in (_MARK, [{"type": "text", "text": _MARK}]):
+        try:
+            messages = [{"role": "user", "content": content}]
+            texts.append(
+                tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            )
+        except (TemplateError, TypeError, ValueError):
+            return False
+    return texts[0] == texts[1] and _MARK in texts[0]
+
+
+def excerpt(value: object) -> str:
+    """Return a value's spelling, cut to what a message can hold."""
+    # Whole values may be megabytes: only their first part is spelled where that is possible.
+    text = repr(value[:121] if isinstance(value, str | list | bytes) else value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _check_content(message: dict[str, Any], where: str) -> None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if content is None:
+        if not any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
+            raise RecipeError(
+                f"{where} is {excerpt(message)}, expected an object with the texts role and content; only a message with "
+                "tool_calls may have no content"
+            )
+        return
+    if not isinstance(content, list):
+        raise RecipeError(
+            f"{where} has the content {excerpt(content)}, expected a text or a list of parts such as "
+            '{"type": "text", "text": ...}'
+        )
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _TEXTS and isinstance(part.get("text"), str):
+            continue
+        if isinstance(kind, str) and kind not in _TEXTS:
+            raise UnsupportedError(
+                f"{where} holds a part of type {excerpt(kind)}: the trainer reads text only; remove such rows"
+            )
+        raise RecipeError(
+            f'{where} holds the part {excerpt(part)}, expected {{"type": "text", "text": ...}}'
+        )
+
+
+def ends_every_text(tokenizer: Any) -> tuple[str, ...]:
+    """Return what to say of a tokenizer that puts its end token behind a text that is tokenized as it is; else nothing."""
+    ids = tokenizer("a").input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ()
+    return (
+        f"the tokenizer puts {tokenizer.eos_token} behind every prompt, so that the model continues a text that has ended: set "
+        "add_eos_token to false in its tokenizer_config.json, or take the token out of post_processor in its tokenizer.json",
+    )

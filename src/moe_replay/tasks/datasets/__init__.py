@@ -1,0 +1,1 @@
+"""Prompts from data files: found, read, cached, and turned into rows."""

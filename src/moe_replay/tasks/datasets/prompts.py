@@ -1,0 +1,266 @@
+"""Prompts of a file, by position: surveyed once before training, read and rendered only when a step asks for them.
+
+In: a location, a `PromptEncoder`. Out: `FilePrompts`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from moe_replay.errors import RecipeError
+from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
+from moe_replay.tasks.datasets.row_reading import ColumnNames, RowReader, read_rows_of
+from moe_replay.tasks.datasets.tables import Row, Table, open_table
+from moe_replay.tasks.encoding import PromptEncoder, PromptInput
+from moe_replay.tasks.prompts import Prompt
+
+_BATCH_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a look at every row found; rows that cannot be used have raised."""
+
+    lengths: Int32[np.ndarray, " rows"]
+    """``[rows]`` tokens of each prompt, before any is cut."""
+    gaps: Mapping[str, tuple[int, int]]
+    """Column -> how many rows lack it, and the number of the first."""
+    num_continued: int
+    """Prompts that end with a message of the assistant, which the model continues."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePrompts:
+    """The prompts of a dataset, every epoch in an order of its own. Make one with `open_file_prompts`."""
+
+    table: Table
+    """Its rows."""
+    reader: RowReader
+    """What their columns are."""
+    encoder: PromptEncoder
+    """How prompts become tokens."""
+    survey: Survey
+    """What was found in the rows."""
+    rows: Int64[np.ndarray, " prompts"]
+    """Numbers of the rows that are short enough."""
+    shuffle_seed: int | None
+    """Seed of the order; None keeps the file's order."""
+    held_out: bool
+    """Whether positions end with the last row instead of starting a new epoch."""
+
+    @property
+    def location(self) -> str:
+        """What the recipe calls it."""
+        return self.table.location
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the rows are read from."""
+        return self.table.files
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Rows that are short enough."""
+        return len(self.rows)
+
+    @property
+    def num_deleted(self) -> int:
+        """Rows that were left out for their length."""
+        if self.encoder.truncation != "delete":
+            return 0
+        return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
+
+    @property
+    def num_cut(self) -> int:
+        """Prompts that lose tokens at their start."""
+        if self.encoder.truncation != "left":
+            return 0
+        return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns that rewards get."""
+        return frozenset(self.reader.names)
+
+    def gap(self, column: str) -> str | None:
+        """Say how many rows lack a column, and where the first is; None when all have it."""
+        if column not in self.survey.gaps:
+            return None
+        count, first = self.survey.gaps[column]
+        return f"{count} of {len(self.survey.lengths)} rows have no {column} (the first is {self.table.row(first).where})"
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a person should know about the prompts."""
+        limit = self.encoder.max_prompt_length
+        if self.num_deleted:
+            yield f"{self.num_deleted} prompts are longer than data.max_prompt_length = {limit} tokens and were left out"
+        if self.num_cut:
+            told = ", and with them the beginning of the chat (its markers, a system message)"
+            yield (
+                f"{self.num_cut} prompts are longer than data.max_prompt_length = {limit} tokens and lose their first tokens"
+                + told * self.encoder.has_template
+            )
+        if self.survey.num_continued:
+            yield (
+                f"{self.survey.num_continued} prompts end with a message of the assistant, which the model continues; if it is "
+                "a reference answer, set data.final_assistant_message = 'drop'"
+            )
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the prompts at ``position`` and after."""
+        if self.held_out and position + count > len(self.rows):
+            raise RecipeError(
+                f"{self.location} holds {len(self.rows)} held-out prompts, but position {position + count - 1} was "
+                "asked for"
+            )
+        return [
+            self._prompt(*divmod(place, len(self.rows)))
+            for place in range(position, position + count)
+        ]
+
+    def _prompt(self, epoch: int, place: int) -> Prompt:
+        if self.shuffle_seed is not None:
+            place = int(_order(len(self.rows), self.shuffle_seed, epoch)[place])
+        row = self.table.row(int(self.rows[place]))
+        values = self.reader.values(row)
+        encoded = self.encoder.encode(self.reader.prompt(row, values))
+        if encoded is None:
+            raise RecipeError(
+                f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.max_prompt_length} tokens, "
+                "which it had not when the dataset was opened: leave the file alone while a run reads it"
+            )
+        return Prompt(
+            index=row.number,
+            prompt_ids=encoded.ids,
+            text=encoded.text,
+            columns=values,
+            prefill=encoded.prefill,
+            num_cut=encoded.num_cut,
+        )
+
+
+@lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return np.array(order, dtype=np.int64)
+
+
+def open_file_prompts(
+    location: str | Path,
+    encoder: PromptEncoder,
+    *,
+    prompt_column: str = "prompt",
+    messages_column: str = "messages",
+    renamed: Mapping[str, str] | None = None,
+    dropped: frozenset[str] = frozenset(),
+    split: str = "train",
+    hub_config: str | None = None,
+    shuffle_seed: int | None = None,
+    max_prompts: int | None = None,
+    held_out: bool = False,
+    cache: DatasetCache | None = None,
+) -> FilePrompts:
+    """Open a dataset, a file, a folder or ``hf:ORG/NAME``, and check every prompt in it.
+
+    The prompt is taken from ``messages_column`` where the row has it, else from ``prompt_column``.
+
+    Raises:
+        RecipeError: when the dataset is missing, empty or malformed, has no prompt column, or a prompt is unusable.
+    """
+    cache = cache or DatasetCache(None)
+    encoder.check()
+    table = open_table(str(location), split=split, hub_config=hub_config, cache=cache)
+    columns = ColumnNames(
+        prompt=prompt_column, messages=messages_column, renamed=renamed or {}, dropped=dropped
+    )
+    reader = read_rows_of(table, columns)
+    # Where prompts are deleted, which ones come first is known only once all have been measured.
+    limit = None if encoder.truncation == "delete" else max_prompts
+    survey = _kept_survey(table, reader, encoder, limit, cache)
+    kept = np.arange(len(survey.lengths))
+    if encoder.truncation == "delete":
+        kept = kept[survey.lengths <= encoder.max_prompt_length]
+    if not len(kept):
+        raise RecipeError(
+            f"{table.location}: all {len(table)} prompts are longer than data.max_prompt_length = "
+            f"{encoder.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
+        )
+    return FilePrompts(
+        table=table,
+        reader=reader,
+        encoder=encoder,
+        survey=survey,
+        rows=kept[:max_prompts],
+        shuffle_seed=shuffle_seed,
+        held_out=held_out,
+    )
+
+
+def _kept_survey(
+    table: Table, reader: RowReader, encoder: PromptEncoder, limit: int | None, cache: DatasetCache
+) -> Survey:
+    is_worth_it = bool(table.files) and cache.is_worth_it(table.files, num_rows=len(table))
+    digest = encoder.digest() if is_worth_it else None
+    if digest is not None:
+        used = [reader.names, reader.prompt_columns, sorted(reader.columns.renamed.items()), limit]
+        key = entry_key(table.files, "survey", table.location, json.dumps(used), digest)
+        entry = cache.entry(
+            key,
+            lambda folder: _write_survey(folder, _survey(table, reader, encoder, limit, cache)),
+        )
+        if entry is not None:
+            return _read_survey(entry)
+    return _survey(table, reader, encoder, limit, cache)
+
+
+def _survey(
+    table: Table, reader: RowReader, encoder: PromptEncoder, limit: int | None, cache: DatasetCache
+) -> Survey:
+    total = len(table) if limit is None else min(limit, len(table))
+    lengths = np.zeros(total, dtype=np.int32)
+    gaps: dict[str, tuple[int, int]] = {}
+    continued = done = 0
+    for rows in _batches(islice(table.scan(), total)):
+        prompts: list[PromptInput] = []
+        for row in rows:
+            values = reader.values(row)
+            prompts.append(reader.prompt(row, values))
+            for name, value in values.items():
+                if value is None:
+                    count, first = gaps.get(name, (0, row.number))
+                    gaps[name] = (count + 1, first)
+        lengths[done : done + len(rows)] = encoder.lengths(prompts)
+        continued += sum(map(encoder.continues, prompts))
+        done += len(rows)
+        cache.report(f"measuring the prompts of {table.location}", done, total)
+    return Survey(lengths=lengths, gaps=gaps, num_continued=continued)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, _BATCH_ROWS)):
+        yield batch
+
+
+def _write_survey(folder: Path, survey: Survey) -> None:
+    np.save(folder / "lengths.npy", survey.lengths)
+    found = {"gaps": survey.gaps, "num_continued": survey.num_continued}
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def _read_survey(folder: Path) -> Survey:
+    found = json.loads((folder / "found.json").read_text())
+    return Survey(
+        lengths=np.load(folder / "lengths.npy", mmap_mode="r"),
+        gaps={name: tuple(gap) for name, gap in found["gaps"].items()},
+        num_continued=found["num_continued"],
+    )

@@ -1,0 +1,127 @@
+"""What a row's columns are: the prompt, what the chat template gets, and what rewards get; nothing is dropped unasked.
+
+In: `Table`, the names of a recipe. Out: `RowReader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.tasks.chat_messages import (
+    MEDIA_COLUMNS,
+    check_arguments,
+    checked_tools,
+    without_nulls,
+)
+from moe_replay.tasks.datasets.files import shortened
+from moe_replay.tasks.datasets.tables import Row, Table, column_value, require_column
+from moe_replay.tasks.encoding import PromptInput
+
+REWARD_ARGUMENTS = frozenset({"completions", "prompts", "completion_ids"})
+"""What every reward function is given; a column of such a name would never reach it."""
+TOOLS = "tools"
+"""Column with the tools of a row."""
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+"""Column with template arguments of a row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnNames:
+    """Which columns a recipe names."""
+
+    prompt: str = "prompt"
+    """Column, or dotted path, with a string or chat messages."""
+    messages: str = "messages"
+    """Column, or dotted path, with chat messages; it wins where a row has both."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Name for rewards and template -> column or dotted path."""
+    dropped: frozenset[str] = frozenset()
+    """Columns that nobody gets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReader:
+    """Reads the rows of one table. Make one with `read_rows_of`."""
+
+    columns: ColumnNames
+    """What the recipe names."""
+    prompt_columns: tuple[str, ...]
+    """Columns, or paths, that hold prompts; the first that is filled counts."""
+    names: tuple[str, ...]
+    """Columns that rewards get."""
+    nulls_are_absent: bool
+    """As `Table.nulls_are_absent`."""
+
+    def values(self, row: Row) -> dict[str, Any]:
+        """Return the columns that rewards get."""
+        renamed = self.columns.renamed
+        return {name: column_value(row.columns, renamed.get(name, name)) for name in self.names}
+
+    def prompt(self, row: Row, values: Mapping[str, Any]) -> PromptInput:
+        """Return what the chat template gets of a row, whose `values` these are.
+
+        Raises:
+            RecipeError: when the row has no prompt, or its tools or template arguments are malformed.
+            UnsupportedError: when it has an image, a sound or a video.
+        """
+        found = (column_value(row.columns, path) for path in self.prompt_columns)
+        prompt = next((value for value in found if value is not None), None)
+        if prompt is None:
+            raise RecipeError(
+                f"{row.where}: the prompt is None: column {' and '.join(map(repr, self.prompt_columns))} holds nothing in "
+                "this row, though others have it: fill or remove the row"
+            )
+        media = [name for name in self.names if name in MEDIA_COLUMNS and values[name]]
+        if media:
+            raise UnsupportedError(
+                f"{row.where}: column {shortened(media)} holds what is not text, and the trainer reads text only: choose "
+                f"another dataset, or set data.drop_columns = {media} if prompts and rewards do without"
+            )
+        tools, arguments = values.get(TOOLS), values.get(TEMPLATE_ARGUMENTS)
+        if self.nulls_are_absent:
+            prompt, tools, arguments = map(without_nulls, (prompt, tools, arguments))
+        return PromptInput(
+            where=row.where,
+            prompt=prompt,
+            tools=checked_tools(tools, row.where),
+            arguments=check_arguments(arguments, f"{row.where}: column {TEMPLATE_ARGUMENTS}"),
+        )
+
+
+def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
+    """Decide what each column of a table is for.
+
+    Raises:
+        RecipeError: when a column that the recipe names is missing, or one would be hidden from rewards.
+    """
+    prompts = [path for path in (columns.messages, columns.prompt) if _has(table, path)]
+    if not prompts:
+        raise RecipeError(
+            f"{table.location} has neither a column {columns.messages!r} nor {columns.prompt!r}; its columns are "
+            f"{shortened(table.names)}: name the one with the prompts in data.prompt_column or data.messages_column"
+        )
+    for name, path in columns.renamed.items():
+        require_column(table, path, f"data.columns.{name}")
+    for name in sorted(columns.dropped):
+        require_column(table, name, "data.drop_columns")
+    own = [name for name in table.names if name not in {prompts[0], *columns.dropped}]
+    names = tuple(dict.fromkeys([*own, *columns.renamed]))
+    hidden = sorted(REWARD_ARGUMENTS & set(names))
+    if hidden:
+        raise RecipeError(
+            f"{table.location} has the column {shortened(hidden)}, but reward functions get something else by that name: "
+            f"rename it (data.columns gives a column a second name), and set data.drop_columns = {hidden}"
+        )
+    return RowReader(
+        columns=columns,
+        prompt_columns=tuple(prompts),
+        names=names,
+        nulls_are_absent=table.nulls_are_absent,
+    )
+
+
+def _has(table: Table, path: str) -> bool:
+    return path in table.names or ("." in path and path.partition(".")[0] in table.names)

@@ -1,0 +1,393 @@
+"""Prompts as token ids: the tokenizer of a checkpoint, its chat template, and what happens to prompts too long.
+
+In: a checkpoint directory, strings or chat messages. Out: `load_tokenizer`, `PromptEncoder`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+from moe_replay.checkpoint.config import reason
+from moe_replay.errors import RecipeError
+from moe_replay.tasks.chat_messages import (
+    checked_messages,
+    ends_every_text,
+    excerpt,
+    message_text,
+    renders_parts,
+    template_variables,
+    writes_the_date,
+)
+from moe_replay.tasks.completion_text import exact_text
+from moe_replay.tasks.datasets.files import shortened
+
+Truncation = Literal["error", "delete", "left"]
+FinalAssistantMessage = Literal["continue", "drop", "error"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of which a tokenizer has at least one."""
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """Load the tokenizer of a checkpoint directory, without any network and without running code of the checkpoint.
+
+    Raises:
+        RecipeError: when the directory or its tokenizer is missing or unreadable.
+    """
+    model_dir = Path(model_dir)
+    if not model_dir.is_dir():
+        raise RecipeError(no_checkpoint(model_dir))
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        found = shortened(sorted(file.name for file in model_dir.iterdir())) or "nothing"
+        raise RecipeError(
+            f"no tokenizer in {model_dir}: expected tokenizer.json (with tokenizer_config.json), found {found}. Copy "
+            "the tokenizer files of the original checkpoint into it"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    # The tokenizers library raises bare Exception on a damaged file.
+    except Exception as error:
+        raise RecipeError(
+            f"the tokenizer in {model_dir} cannot be loaded: {reason(error)}. Copy the tokenizer files of the original "
+            "checkpoint again"
+        ) from error
+
+
+def no_checkpoint(model_dir: Path) -> str:
+    """Return what to say where a checkpoint directory is missing; a name of the hub is given back as its download.
+
+    Example:
+        >>> no_checkpoint(Path("/recipes/Qwen/Qwen3-30B-A3B")).partition("with `")[2]
+        'hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`'
+    """
+    # A recipe's paths are absolute: that a name ORG/NAME was meant shows in a folder ORG that does not exist either.
+    is_name = not model_dir.parent.exists()
+    name = f"{model_dir.parent.name}/{model_dir.name}" if is_name else "ORG/NAME"
+    folder = name.partition("/")[2]
+    return (
+        f"model.path {model_dir} is not a directory: expected a local Hugging Face checkpoint with config.json, "
+        f"safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download {name} --local-dir "
+        f"{folder}`"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptInput:
+    """What a dataset's row gives to the chat template."""
+
+    where: str
+    """File and line, for messages."""
+    prompt: object
+    """A string, or a list of chat messages."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """JSON schemas of the tools that the model is told of."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Template arguments of this row; they win over those of the recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt as the engine sees it."""
+
+    ids: Int32[np.ndarray, " prompt"]
+    """``[prompt]`` token ids."""
+    text: str
+    """What they encode."""
+    prefill: str
+    """The part of the assistant's answer that the prompt ends with and the model continues; mostly empty."""
+    num_cut: int
+    """Tokens that were dropped at its start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rendered:
+    where: str
+    text: str
+    has_special_tokens: bool
+    """Whether the chat template wrote them."""
+    prefill: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEncoder:
+    """Turns a prompt into token ids.
+
+    One rule: chat messages are rendered by the tokenizer's chat template, opened for the assistant's turn; a plain
+    string is one user message if the tokenizer has a chat template, and is tokenized as it is if it has none.
+    """
+
+    tokenizer: Any
+    """A transformers tokenizer."""
+    max_prompt_length: int
+    """Maximum prompt length in tokens."""
+    truncation: Truncation = "error"
+    """What is done with a longer one: ``error``, ``delete`` (the source leaves it out) or ``left``."""
+    system_prompt: str | None = None
+    """System message put before every chat that has none."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as ``enable_thinking``."""
+    final_assistant_message: FinalAssistantMessage = "continue"
+    """What is done with a chat that ends with the assistant: the model continues it, it is dropped, or an error."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def check(self) -> None:
+        """Raise `RecipeError` unless the chat template reads every argument that the recipe gives it."""
+        if self.chat_template_kwargs:
+            self._check_arguments(
+                self.chat_template_kwargs, self._template(None), "data.chat_template_kwargs"
+            )
+
+    def digest(self) -> str | None:
+        """Return a name for all that decides how many tokens a prompt has; None where it cannot be known."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        settings = {
+            "template": self.tokenizer.chat_template,
+            "special": self.tokenizer.special_tokens_map,
+            "limits": [self.max_prompt_length, self.truncation],
+            "system": self.system_prompt,
+            "arguments": dict(self.chat_template_kwargs),
+            "final": self.final_assistant_message,
+            "versions": [metadata.version("transformers"), metadata.version("tokenizers")],
+        }
+        text = json.dumps(settings, sort_keys=True, default=str) + backend.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a person should know about how prompts become tokens."""
+        if self.has_template and writes_the_date(self._template(None), self.chat_template_kwargs):
+            return (
+                "the chat template writes the day of its use into prompts, so that a run that goes on tomorrow sees other "
+                "prompts: set data.chat_template_kwargs.date_string, or what the template names it",
+            )
+        return () if self.has_template else ends_every_text(self.tokenizer)
+
+    def encode(self, given: PromptInput) -> EncodedPrompt | None:
+        """Return ids and text, or None for a prompt that is to be deleted.
+
+        Raises:
+            RecipeError: when the prompt has another type, cannot be rendered, is empty or is too long.
+        """
+        rendered = self._render(given)
+        ids = self._ids([rendered])[0]
+        num_cut = max(0, len(ids) - self.max_prompt_length)
+        self._check_length(rendered, len(ids))
+        if num_cut and self.truncation == "delete":
+            return None
+        text = rendered.text
+        if num_cut:
+            ids = ids[num_cut:]
+            text = exact_text(self.tokenizer, ids)
+        return EncodedPrompt(
+            ids=np.array(ids, dtype=np.int32), text=text, prefill=rendered.prefill, num_cut=num_cut
+        )
+
+    def lengths(self, given: Sequence[PromptInput]) -> list[int]:
+        """Return the tokens of each prompt, before any is cut.
+
+        Raises:
+            RecipeError: as `encode`, for the first prompt that is unusable.
+        """
+        rendered = [self._render(prompt) for prompt in given]
+        lengths = [0] * len(rendered)
+        for has_special_tokens in (True, False):
+            chosen = [
+                n for n, one in enumerate(rendered) if one.has_special_tokens is has_special_tokens
+            ]
+            counts = self._count([rendered[n] for n in chosen])
+            for n, count in zip(chosen, counts, strict=True):
+                lengths[n] = count
+        for one, length in zip(rendered, lengths, strict=True):
+            self._check_length(one, length)
+        return lengths
+
+    def continues(self, given: PromptInput) -> bool:
+        """Return whether the model continues a message of the assistant that the prompt ends with."""
+        prompt = given.prompt
+        return (
+            self.final_assistant_message == "continue"
+            and isinstance(prompt, list)
+            and bool(prompt)
+            and isinstance(prompt[-1], dict)
+            and prompt[-1].get("role") == "assistant"
+        )
+
+    def _ids(self, rendered: Sequence[_Rendered]) -> list[list[int]]:
+        return [
+            self.tokenizer(one.text, add_special_tokens=not one.has_special_tokens).input_ids
+            for one in rendered
+        ]
+
+    def _count(self, rendered: Sequence[_Rendered]) -> list[int]:
+        """Return the tokens of texts that are alike in their special tokens, counted all at once."""
+        if not rendered:
+            return []
+        encoded = self.tokenizer(
+            [one.text for one in rendered],
+            add_special_tokens=not rendered[0].has_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [len(ids) for ids in encoded.input_ids]
+
+    def _check_length(self, rendered: _Rendered, length: int) -> None:
+        if length == 0:
+            raise RecipeError(
+                f"{rendered.where}: the prompt {excerpt(rendered.text)} has no tokens: remove or fill the row"
+            )
+        if length > self.max_prompt_length and self.truncation == "error":
+            raise RecipeError(
+                f"{rendered.where}: the prompt has {length} tokens, data.max_prompt_length is "
+                f"{self.max_prompt_length}. It starts {excerpt(rendered.text)}. Raise the limit, or set data.truncation "
+                "to 'delete' (leave such prompts out) or 'left' (drop tokens at their start)"
+            )
+
+    def _render(self, given: PromptInput) -> _Rendered:
+        prompt, where = given.prompt, given.where
+        if isinstance(prompt, str):
+            if prompt and not prompt.strip():
+                raise RecipeError(
+                    f"{where}: the prompt {excerpt(prompt)} is only white space: remove or fill the row"
+                )
+            if not prompt:
+                raise RecipeError(f"{where}: the prompt '' has no tokens: remove or fill the row")
+            messages: list[Any] = [{"role": "user", "content": prompt}]
+        else:
+            messages = checked_messages(prompt, where)
+        if not self.has_template:
+            reason = next(self._reasons_for_a_template(given), None)
+            if reason is None:
+                return _Rendered(
+                    where=where, text=str(prompt), has_special_tokens=False, prefill=""
+                )
+            raise RecipeError(
+                f"{where}: the prompt needs a chat template ({reason}), but the tokenizer of "
+                f"{self.tokenizer.name_or_path} has none: add chat_template.jinja (or chat_template in "
+                "tokenizer_config.json) to the model directory, or give plain string prompts"
+            )
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        return self._render_chat(messages, given)
+
+    def _reasons_for_a_template(self, given: PromptInput) -> Iterator[str]:
+        if not isinstance(given.prompt, str):
+            yield "it is a chat"
+        if self.system_prompt is not None:
+            yield "data.system_prompt is set"
+        if given.tools:
+            yield "the row has tools"
+        if given.arguments or self.chat_template_kwargs:
+            yield "there are arguments for it"
+
+    def _render_chat(self, messages: list[Any], given: PromptInput) -> _Rendered:
+        from jinja2 import TemplateError
+
+        template = self._template(given.tools)
+        self._check_that_nothing_is_lost(messages, given, template)
+        messages, prefill = self._open_end(messages, given.where)
+        if not renders_parts(self.tokenizer, template):
+            messages = [
+                {**message, "content": message_text(message)}
+                if isinstance(message.get("content"), list)
+                else message
+                for message in messages
+            ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=given.tools,
+                tokenize=False,
+                add_generation_prompt=not prefill,
+                continue_final_message=bool(prefill),
+                **{**self.chat_template_kwargs, **given.arguments},
+            )
+        # Templates add texts to what a row lacks (TypeError) and look into what it has (ValueError of transformers).
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = [message["role"] for message in messages]
+            raise RecipeError(
+                f"{given.where}: the tokenizer's chat template refuses messages with roles {excerpt(roles)}: "
+                f"{str(error)[:300]}"
+            ) from error
+        return _Rendered(where=given.where, text=text, has_special_tokens=True, prefill=prefill)
+
+    def _open_end(self, messages: list[Any], where: str) -> tuple[list[Any], str]:
+        """Return the messages up to where the model writes, and the text of a last message that it continues."""
+        last = messages[-1]
+        if last["role"] != "assistant":
+            return messages, ""
+        if self.final_assistant_message == "error":
+            raise RecipeError(
+                f"{where}: the last message is the assistant's, but the model is to write that one: remove it, or set "
+                "data.final_assistant_message to 'continue' (the model continues it) or 'drop' (it is a reference "
+                "answer)"
+            )
+        if self.final_assistant_message == "drop":
+            if len(messages) == 1:
+                raise RecipeError(f"{where}: the only message is the assistant's: nothing is left")
+            return messages[:-1], ""
+        text = message_text(last)
+        if last.get("tool_calls") or not text.strip():
+            problem = "calls tools" if last.get("tool_calls") else "is empty"
+            raise RecipeError(
+                f"{where}: the last message is the assistant's and {problem}, so that there is no text that the model "
+                "could continue: add the tools' answers, or remove it (data.final_assistant_message = 'drop')"
+            )
+        # The text as it is continued: its parts, if any, are one text from here on.
+        return [*messages[:-1], {**last, "content": text}], text
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        if not self.has_template:
+            raise RecipeError(
+                f"data.chat_template_kwargs is set, but the tokenizer of {self.tokenizer.name_or_path} has no chat "
+                "template: remove it, or add chat_template.jinja to the model directory"
+            )
+        return self.tokenizer.get_chat_template(tools=tools)
+
+    def _check_that_nothing_is_lost(
+        self, messages: Sequence[Mapping[str, Any]], given: PromptInput, template: str
+    ) -> None:
+        if given.tools and "tools" not in template_variables(template):
+            raise RecipeError(
+                f"{given.where}: the row has tools, but the tokenizer's chat template does not write tools into the "
+                "prompt: choose a model whose template does, or drop the column in data.drop_columns"
+            )
+        if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
+            raise RecipeError(
+                f"{given.where}: a message has tool_calls, but the tokenizer's chat template does not write them into "
+                "the prompt: choose a model whose template does, or remove such rows"
+            )
+        if given.arguments:
+            self._check_arguments(
+                given.arguments, template, f"{given.where}: column chat_template_kwargs"
+            )
+
+    def _check_arguments(self, arguments: Mapping[str, Any], template: str, where: str) -> None:
+        known = template_variables(template) - set(self.tokenizer.special_tokens_map) - {"tools"}
+        unknown = sorted(set(arguments) - known)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            nearest = f" (nearest to {unknown[0]}: {close[0]})" if close else ""
+            raise RecipeError(
+                f"{where} sets {shortened(unknown)}, which the tokenizer's chat template never reads; it reads "
+                f"{shortened(sorted(known)) or 'no argument'}{nearest}: rename or remove it"
+            )

@@ -1,0 +1,198 @@
+"""Prompts by position: any dataset becomes a sequence of token ids that is the same in every process and every resume.
+
+`file_prompts` reads them from files; here are the types, and the prompts that are generated.
+
+In: a family of generated items, a tokenizer. Out: `Prompt`, `PromptSource`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from moe_replay.errors import RecipeError
+from moe_replay.tasks.encoding import EncodedPrompt, PromptEncoder, PromptInput
+from moe_replay.tasks.generated import GeneratedTask
+
+_GENERATED_COLUMNS = frozenset({"question", "answer", "metadata", "task"})
+_MAX_REPLACEMENTS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as the engine sees it, and what the dataset says about it."""
+
+    index: int
+    """Number of the dataset's item, from 0; the same item has the same index in every epoch."""
+    prompt_ids: Int32[np.ndarray, " prompt"]
+    """``[prompt]`` token ids, chat template included."""
+    text: str
+    """What ``prompt_ids`` encode."""
+    columns: Mapping[str, Any]
+    """The other columns of the item, passed to reward functions by name."""
+    prefill: str = ""
+    """The part of the assistant's answer that the prompt ends with and the model continues; mostly empty."""
+    num_cut: int = 0
+    """Tokens that were dropped at the start of ``prompt_ids``."""
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """A sequence of prompts, addressed by position."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Distinct prompts; None when they never end."""
+        ...
+
+    @property
+    def num_deleted(self) -> int:
+        """Prompts left out so far for being longer than ``max_prompt_length``."""
+        ...
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns that every prompt carries."""
+        ...
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the prompts at ``position``, ``position + 1``, ...; the same ones whenever it is asked."""
+        ...
+
+
+@dataclass(kw_only=True)
+class GeneratedPrompts:
+    """Endless items of a reasoning-gym family: the position is the item's number."""
+
+    task: GeneratedTask
+    """The family."""
+    seed: int
+    """Which of its infinitely many sequences of items."""
+    encoder: PromptEncoder
+    """How questions become tokens."""
+    excluded_questions: frozenset[str] = frozenset()
+    """Held-out questions; an item that repeats one is replaced, by the same other item in every process."""
+    _deleted: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def num_prompts(self) -> int | None:
+        """None: items never end."""
+        return None
+
+    @property
+    def num_deleted(self) -> int:
+        """Items replaced so far for their length."""
+        return len(self._deleted)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """``question``, ``answer``, ``metadata``, and the ``task`` that scores answers."""
+        return _GENERATED_COLUMNS
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the items numbered ``position`` and after."""
+        return [self._prompt(number) for number in range(position, position + count)]
+
+    def _prompt(self, number: int) -> Prompt:
+        for replacement in range(_MAX_REPLACEMENTS):
+            item = self.task.item(self.seed, number, replacement=replacement)
+            if item["question"] in self.excluded_questions:
+                continue
+            encoded = self.encoder.encode(_asked(self.task, item, number))
+            if encoded is not None:
+                return _generated_prompt(self.task, item, number, encoded)
+            self._deleted.add((number, replacement))
+        raise RecipeError(
+            f"{self.task.name}: {_MAX_REPLACEMENTS} draws for item {number} gave only held-out questions or prompts "
+            f"above data.max_prompt_length = {self.encoder.max_prompt_length}: the family has too few distinct items. "
+            "Lower data.eval_size, widen data.task, or raise data.max_prompt_length"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutPrompts:
+    """A fixed number of distinct generated items. Make one with `draw_held_out`."""
+
+    location: str
+    """Name of the family."""
+    prompts: tuple[Prompt, ...]
+    """The items, no question twice."""
+    num_deleted: int
+    """Items left out for their length."""
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Number of items."""
+        return len(self.prompts)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """As `GeneratedPrompts.columns`."""
+        return _GENERATED_COLUMNS
+
+    @property
+    def questions(self) -> frozenset[str]:
+        """What training must not see."""
+        return frozenset(prompt.columns["question"] for prompt in self.prompts)
+
+    def at(self, position: int, count: int) -> list[Prompt]:
+        """Return the items at ``position`` and after; there are ``num_prompts``."""
+        if position + count > len(self.prompts):
+            raise RecipeError(
+                f"{self.location} holds {len(self.prompts)} held-out prompts, but position {position + count - 1} "
+                "was asked for"
+            )
+        return list(self.prompts[position : position + count])
+
+
+def draw_held_out(
+    task: GeneratedTask, encoder: PromptEncoder, *, seed: int, num_prompts: int
+) -> HeldOutPrompts:
+    """Draw ``num_prompts`` items with distinct questions.
+
+    Raises:
+        RecipeError: when the family has too few distinct items.
+    """
+    prompts: dict[str, Prompt] = {}
+    deleted: set[str] = set()
+    number = last_new = 0
+    while len(prompts) < num_prompts:
+        if number - last_new > _MAX_REPLACEMENTS:
+            raise RecipeError(
+                f"{task.name}: {len(prompts)} distinct prompts found in {number} draws, data.eval_size asks for "
+                f"{num_prompts} ({len(deleted)} were too long): lower data.eval_size or widen data.task"
+            )
+        item = task.item(seed, number)
+        question = item["question"]
+        if question not in prompts and question not in deleted:
+            encoded = encoder.encode(_asked(task, item, number))
+            if encoded is None:
+                deleted.add(question)
+            else:
+                prompts[question] = _generated_prompt(task, item, number, encoded)
+                last_new = number
+        number += 1
+    return HeldOutPrompts(
+        location=task.name, prompts=tuple(prompts.values()), num_deleted=len(deleted)
+    )
+
+
+def _asked(task: GeneratedTask, item: Mapping[str, Any], number: int) -> PromptInput:
+    return PromptInput(where=f"{task.name} item {number}", prompt=item["question"])
+
+
+def _generated_prompt(
+    task: GeneratedTask, item: Mapping[str, Any], number: int, encoded: EncodedPrompt
+) -> Prompt:
+    columns = {name: item[name] for name in ("question", "answer", "metadata")} | {"task": task}
+    return Prompt(
+        index=number,
+        prompt_ids=encoded.ids,
+        text=encoded.text,
+        columns=columns,
+        num_cut=encoded.num_cut,
+    )

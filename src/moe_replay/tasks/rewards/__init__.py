@@ -1,0 +1,1 @@
+"""Reward functions, and the process in which they run."""

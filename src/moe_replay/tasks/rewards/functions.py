@@ -1,0 +1,223 @@
+"""Reward functions by the name that a recipe gives them: found, imported, and asked what they take.
+
+Importing runs the user's code, so that this is done in the reward process; the trainer itself finds built-ins only.
+
+In: the name of a function and its arguments. Out: `LoadedFunction`, `Signature`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moe_replay.errors import RecipeError
+from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
+
+OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
+"""What every reward function may take, whatever the dataset holds."""
+
+_NOT_THE_USERS = (
+    *(path for name, path in sysconfig.get_paths().items() if name.endswith("lib")),
+    str(Path(__file__).parents[1]),
+    "<frozen",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a reward function takes."""
+
+    required: tuple[str, ...]
+    """Names without a default, other than those that every call has."""
+    accepted: tuple[str, ...]
+    """Names that it takes."""
+    takes_everything: bool
+    """Whether it has ``**kwargs`` and so gets every column."""
+
+    def takes(self, name: str) -> bool:
+        """Return whether a call may pass ``name``."""
+        return self.takes_everything or name in self.accepted
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as JSON carries it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Signature:
+        """Rebuild what `to_plain` returned."""
+        return Signature(
+            required=tuple(plain["required"]),
+            accepted=tuple(plain["accepted"]),
+            takes_everything=plain["takes_everything"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedFunction:
+    """A reward function that can be called."""
+
+    function: Callable[..., Any]
+    """The function itself."""
+    signature: Signature
+    """What it takes."""
+
+
+def load_function(name: str, args: Mapping[str, Any]) -> LoadedFunction:
+    """Find a function; a module or file that is not a built-in is imported.
+
+    Raises:
+        RecipeError: when it cannot be found, does not take ``completions``, or does not take one of ``args``.
+    """
+    function = BUILTIN_REWARDS[name] if name in BUILTIN_REWARDS else _find(name)
+    return LoadedFunction(function=function, signature=_signature(name, function, args))
+
+
+def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any]) -> Signature:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"reward {name}: its signature cannot be read: {error}") from error
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    accepted = tuple(p.name for p in by_name)
+    takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_place_only = any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+    if by_place_only or ("completions" not in accepted and not takes_everything):
+        raise RecipeError(
+            f"reward {name}({', '.join(map(str, parameters))}) takes no argument named completions: write "
+            "it as def f(completions, *, <dataset columns>) -> list[float]"
+        )
+    own = sorted(set(args) & OWN_NAMES)
+    if own:
+        raise RecipeError(
+            f"reward {name}: [rewards.args] sets {', '.join(own)}, which every call passes: remove it"
+        )
+    unknown = sorted(set(args) - set(accepted))
+    if unknown and not takes_everything:
+        raise RecipeError(
+            f"reward {name}: [rewards.args] sets {', '.join(unknown)}, but it takes {', '.join(accepted)}: "
+            "rename or remove it"
+        )
+    required = {p.name for p in by_name if p.default is p.empty} - OWN_NAMES
+    return Signature(
+        required=tuple(sorted(required)), accepted=accepted, takes_everything=takes_everything
+    )
+
+
+def _find(spelled: str) -> Callable[..., Any]:
+    place, colon, name = spelled.rpartition(":")
+    if not colon or not place:
+        close = difflib.get_close_matches(spelled, BUILTIN_REWARDS, n=1)
+        nearest = f" (nearest: {close[0]})" if close else ""
+        raise RecipeError(
+            f"rewards.function {spelled!r} is none of {', '.join(BUILTIN_REWARDS)}{nearest}, nor of the form "
+            "module:function or file.py:function"
+        )
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function) or isinstance(function, type):
+        known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        problem = (
+            "has no function"
+            if function is None
+            else f"has a {type(function).__name__}, not a function,"
+        )
+        raise RecipeError(
+            f"rewards.function {spelled!r}: {place} {problem} {name!r}; its functions are "
+            f"{', '.join(known) or 'none'}"
+        )
+    return function
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    # Whatever the user's code raises while it is imported, a SystemExit included, is reported as its failure.
+    except BaseException as error:
+        raise RecipeError(
+            f"rewards.function: module {name!r} cannot be imported: {describe_error(error)}. Install it, put it beside "
+            "the recipe, or name a file as path/to/file.py:function"
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(
+            f"rewards.function: file {path} does not exist (relative paths start at the recipe's folder)"
+        )
+    path = path.absolute()
+    root, dotted = _package_of(path)
+    # As Python does with the folder of a script: files beside it can be imported.
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        found = importlib.util.find_spec(dotted)
+        if found is not None and found.origin is not None and Path(found.origin) == path:
+            # Under its own name, it can be imported by its neighbours and by processes that it starts.
+            return importlib.import_module(dotted)
+        return _import_under_another_name(path)
+    except BaseException as error:
+        raise RecipeError(
+            f"rewards.function: {path} cannot be imported: {describe_error(error)}"
+        ) from error
+
+
+def _package_of(path: Path) -> tuple[str, str]:
+    """Return the folder to import a file from, and its dotted name there: packages are folders with an __init__.py."""
+    folder, parts = path.parent, [path.stem] if path.stem != "__init__" else []
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return str(folder), ".".join(parts)
+
+
+def _import_under_another_name(path: Path) -> ModuleType:
+    """Import a file whose name another module has taken, such as a second rewards.py of another folder."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"moe_replay_reward_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses and pickles of the file look their module up there.
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's type and message, and the line of the user's code that raised it."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the seam: the user's exception
+        message = "(its message cannot be read)"
+    if isinstance(error, SystemExit):
+        message = f"{message} (it asked the program to end)"
+    where = user_line(
+        [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    )
+    text = f"{type(error).__name__}: {message[:2000]}" if message else type(error).__name__
+    return f"{text} ({where})" if where else text
+
+
+def user_line(frames: list[tuple[str, int]]) -> str:
+    """Return ``file.py, line N`` of the innermost frame that is neither a library's nor ours; "" if there is none."""
+    for filename, line in reversed(frames):
+        if not filename.startswith(_NOT_THE_USERS):
+            return f"{filename}, line {line}"
+    return ""

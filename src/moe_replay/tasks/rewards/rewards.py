@@ -1,0 +1,340 @@
+"""Reward functions: found before the run starts, called with what they ask for, and held to one number a completion.
+
+A reward function is called by keyword with lists that hold one entry per completion::
+
+    def my_reward(completions, *, prompts, completion_ids, answer, tolerance=0.1, **columns) -> list[float | None]: ...
+
+``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a dataset column or a key of
+``[rewards.args]``. Only names that the function takes are passed. It may be ``async``; all async functions of a batch
+run together. None means that it has no opinion on a completion.
+
+Every function runs in one other process (`reward_process`) for the life of the run: nothing that it does there changes
+the trainer, and a function that hangs or ends its process is named.
+
+In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from moe_replay.errors import RecipeError, RewardError
+from moe_replay.tasks.prompts import Prompt, PromptSource
+from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
+from moe_replay.tasks.rewards.client import Failure, RewardProcess, Scores
+from moe_replay.tasks.rewards.functions import OWN_NAMES, Signature, load_function
+from moe_replay.tasks.rewards.wire import encode_value
+
+_SEARCH_S = 60.0
+"""Longest search for the completion that a function fails on; it begins no call after that."""
+_ADVICE = {
+    "raised": "Make the function return a score for such a completion (0.0 if it is worth nothing, None for no opinion), or "
+    "correct the dataset",
+    "wrong": "A reward function returns one finite number for each completion; return None where it has no opinion",
+    "late": "Raise timeout_s in its [[rewards]] table if that is what it needs; else look at what it waits for",
+    "crashed": "A reward function returns scores, or raises; what ends the process (os._exit, a crash in native code, too "
+    "much memory) ends the run",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """What a recipe says about one reward function."""
+
+    function: str
+    """Name of a built-in, ``module:function`` or ``file.py:function``."""
+    weight: float = 1.0
+    """Factor of its score in the total."""
+    name: str
+    """Name in metrics and messages."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments passed on every call."""
+    timeout_s: float = 1800.0
+    """Longest time that its import, or one call, may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """What a batch of n completions earned."""
+
+    scores: Mapping[str, Float64[np.ndarray, " n"]]
+    """Reward function -> ``[n]`` scores before weights; NaN where it has no opinion."""
+    total: Float64[np.ndarray, " n"]
+    """``[n]`` weighted sums over the functions that have an opinion; NaN where none has."""
+
+
+class RewardSet:
+    """The reward functions of a run, and the process in which they are called. Close it, or use it in ``with``."""
+
+    def __init__(
+        self, specs: Sequence[RewardSpec], signatures: Sequence[Signature], process: RewardProcess
+    ) -> None:
+        self._specs = tuple(specs)
+        self._signatures = tuple(signatures)
+        self._process = process
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the functions, in the order of the recipe."""
+        return tuple(spec.name for spec in self._specs)
+
+    def takes(self, name: str) -> bool:
+        """Tell whether some function reads the dataset's column ``name``."""
+        return any(signature.takes(name) for signature in self._signatures)
+
+    @staticmethod
+    def load(specs: Sequence[RewardSpec], *, folders: Sequence[str] = ()) -> RewardSet:
+        """Find every function; modules and files are imported in the reward process, from ``folders`` first.
+
+        Built-ins alone start no process before the first call of `score`.
+
+        Raises:
+            RecipeError: when one cannot be found, does not take ``completions``, or does not take one of its args.
+        """
+        names = [spec.name for spec in specs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RecipeError(
+                f"rewards: the name {', '.join(twice)} is used more than once, and metrics go by it: set rewards.name"
+            )
+        process = RewardProcess(
+            [
+                {
+                    "function": spec.function,
+                    "args": encode_value(dict(spec.args)),
+                    "timeout_s": spec.timeout_s,
+                }
+                for spec in specs
+            ],
+            folders,
+        )
+        if all(spec.function in BUILTIN_REWARDS for spec in specs):
+            signatures = [load_function(spec.function, spec.args).signature for spec in specs]
+            return RewardSet(specs, signatures, process)
+        loaded = process.load()
+        for spec, result in zip(specs, loaded, strict=True):
+            if isinstance(result, Failure) and result.kind != "stopped":
+                process.close()
+                raise _load_error(spec, result) from _cause(result)
+        return RewardSet(specs, [r for r in loaded if isinstance(r, Signature)], process)
+
+    def close(self) -> None:
+        """End the reward process."""
+        self._process.close()
+
+    def __enter__(self) -> RewardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def needs(self) -> Iterator[tuple[RewardSpec, str]]:
+        """Yield each function with each dataset column that it does not do without."""
+        for spec, signature in zip(self._specs, self._signatures, strict=True):
+            for name in signature.required:
+                if name not in spec.args:
+                    yield spec, name
+
+    def check(self, source: PromptSource) -> None:
+        """Raise `RecipeError` unless the prompts of ``source`` carry every column that a function needs."""
+        hidden = sorted(OWN_NAMES & source.columns)
+        if hidden:
+            raise RecipeError(
+                f"the dataset has a column {', '.join(hidden)}, but reward functions get what the model was asked and wrote "
+                "under that name, and could not see the column: rename it"
+            )
+        for spec, signature in zip(self._specs, self._signatures, strict=True):
+            _check_columns(spec, signature, source)
+            if spec.function in BUILTIN_REWARDS:
+                _try_on_nothing(spec, signature)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int] | np.ndarray],
+    ) -> ScoredBatch:
+        """Score completions; entry i of all three belongs together.
+
+        Raises:
+            RewardError: when a function raises, hangs, ends its process, or returns anything but one finite number, or
+                None, a completion.
+        """
+        batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
+        if not prompts:
+            nothing = np.zeros(0, dtype=np.float64)
+            return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
+        outcomes = self._call(batch, range(len(self._specs)))
+        failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        # One that was only stopped says nothing about the cause.
+        for number in sorted(failed, key=lambda n: getattr(outcomes[n], "kind", "") == "stopped"):
+            failure = outcomes[number]
+            assert isinstance(failure, Failure)
+            raise self._error(number, batch, failure) from _cause(failure)
+        return _weighted(self._specs, [o for o in outcomes if isinstance(o, Scores)])
+
+    def _call(self, batch: _Batch, functions: Sequence[int]) -> list[Scores | Failure]:
+        request, blob = batch.to_plain([self._signatures[number] for number in functions])
+        return self._process.score(request, blob, functions)
+
+    def _error(self, number: int, batch: _Batch, failure: Failure) -> RewardError:
+        spec, sample = self._specs[number], failure.sample
+        where = ""
+        if sample is not None:
+            where = f" for {batch.describe(sample)}"
+        elif failure.kind in ("raised", "crashed"):
+            sample = self._failing_sample(number, batch)
+            where = (
+                f"; on no single sample (it fails on the batch of {len(batch.prompts)} only, or not every time)"
+                if sample is None
+                else f"; on {batch.describe(sample)}"
+            )
+        return RewardError(
+            f"reward {spec.name} ({spec.function}) {failure.text}{where}. {_ADVICE.get(failure.kind, '')}"
+        )
+
+    def _failing_sample(self, number: int, batch: _Batch) -> int | None:
+        """Find a sample on which a function fails by calling it on ever smaller parts of the batch."""
+        start, stop = 0, len(batch.prompts)
+        until = time.monotonic() + _SEARCH_S
+        while stop - start > 1:
+            middle = (start + stop) // 2
+            for part in ((start, middle), (middle, stop)):
+                if time.monotonic() > until:
+                    return None
+                (outcome,) = self._call(batch.part(*part), [number])
+                if isinstance(outcome, Failure):
+                    start, stop = part
+                    break
+            else:
+                return None
+        return start
+
+
+class _RewardTraceback(Exception):
+    """What a reward function raised in its own process, as text."""
+
+    def __str__(self) -> str:
+        return f"in the reward process:\n{self.args[0]}"
+
+
+def _cause(failure: Failure) -> Exception | None:
+    return _RewardTraceback(failure.trace) if failure.trace else None
+
+
+def _load_error(spec: RewardSpec, failure: Failure) -> RecipeError:
+    if failure.kind == "refused":
+        return RecipeError(failure.text)
+    return RecipeError(
+        f"rewards.function {spec.function!r}: its import {failure.text}. {_ADVICE.get(failure.kind, '')}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    prompts: Sequence[Prompt]
+    completions: Sequence[str]
+    completion_ids: Sequence[Sequence[int] | np.ndarray]
+
+    def part(self, start: int, stop: int) -> _Batch:
+        return _Batch(
+            prompts=self.prompts[start:stop],
+            completions=self.completions[start:stop],
+            completion_ids=self.completion_ids[start:stop],
+        )
+
+    def describe(self, number: int) -> str:
+        return (
+            f"sample {number} (prompt {_excerpt(self.prompts[number].text)}, "
+            f"completion {_excerpt(self.completions[number])})"
+        )
+
+    def to_plain(self, signatures: Sequence[Signature]) -> tuple[dict[str, Any], bytes]:
+        """Return what functions are given, as JSON and bytes: each prompt once, and only what one of them takes."""
+        distinct = {id(prompt): prompt for prompt in self.prompts}
+        places = {identity: place for place, identity in enumerate(distinct)}
+        ids = self.completion_ids if any(s.takes("completion_ids") for s in signatures) else []
+        plain = {
+            "prompts": [prompt.text for prompt in distinct.values()],
+            "rows": [_row(prompt, signatures) for prompt in distinct.values()],
+            "prompt_of": [places[id(prompt)] for prompt in self.prompts],
+            "completions": list(self.completions),
+            "lengths": [len(each) for each in ids],
+        }
+        return plain, b"".join(np.asarray(each, dtype="<i4").tobytes() for each in ids)
+
+
+def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in prompt.columns.items():
+        if any(signature.takes(name) for signature in signatures):
+            try:
+                row[name] = encode_value(value)
+            except TypeError as error:
+                raise RewardError(
+                    f"column {name} of prompt {_excerpt(prompt.text)} holds {error}, which cannot be given to reward "
+                    "functions, because they run in a process of their own: expected numbers, texts, bytes, times, arrays, "
+                    "and lists, tuples, sets and dicts of them. Convert the column, or have no reward function take it"
+                ) from error
+            except RecursionError as error:
+                raise RewardError(
+                    f"column {name} of prompt {_excerpt(prompt.text)} is nested too deeply to be given to a reward function"
+                ) from error
+    return row
+
+
+def _weighted(specs: Sequence[RewardSpec], outcomes: Sequence[Scores]) -> ScoredBatch:
+    scores = {
+        spec.name: np.array(outcome.values, dtype=np.float64)
+        for spec, outcome in zip(specs, outcomes, strict=True)
+    }
+    table = np.stack(list(scores.values()))
+    weights = np.array([[spec.weight] for spec in specs])
+    with np.errstate(over="ignore"):
+        total = np.where(np.isnan(table).all(axis=0), np.nan, np.nansum(table * weights, axis=0))
+    if np.isinf(total).any():
+        raise RewardError(
+            f"the weighted sum of the rewards {', '.join(scores)} is infinite for {int(np.isinf(total).sum())} of "
+            f"{len(total)} completions: scale the scores, or lower rewards.weight"
+        )
+    return ScoredBatch(scores=scores, total=total)
+
+
+def _check_columns(spec: RewardSpec, signature: Signature, source: PromptSource) -> None:
+    clash = sorted(set(spec.args) & source.columns)
+    if clash:
+        raise RecipeError(
+            f"reward {spec.name}: {', '.join(clash)} is both a dataset column and a key of [rewards.args]: rename one"
+        )
+    missing = sorted(set(signature.required) - source.columns - set(spec.args))
+    if missing:
+        close = difflib.get_close_matches(missing[0], source.columns, n=1)
+        nearest = f" (nearest to {missing[0]}: {close[0]})" if close else ""
+        raise RecipeError(
+            f"reward {spec.name} ({spec.function}) needs {', '.join(missing)}, but the dataset's columns are "
+            f"{', '.join(sorted(source.columns)) or 'none'}{nearest}: add the column, or set it in [rewards.args]"
+        )
+
+
+def _try_on_nothing(spec: RewardSpec, signature: Signature) -> None:
+    """Call a built-in on an empty batch, so that a wrong argument, such as a broken regex, shows at the start."""
+    names = {*signature.required, *OWN_NAMES}
+    arguments = {name: [] for name in names if signature.takes(name)} | dict(spec.args)
+    try:
+        BUILTIN_REWARDS[spec.function](**arguments)
+    except Exception as error:
+        raise RecipeError(
+            f"reward {spec.name}: [rewards.args] {dict(spec.args)!r} is refused: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _excerpt(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

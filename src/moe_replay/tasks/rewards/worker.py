@@ -1,0 +1,362 @@
+"""The reward process: user code runs here, where it can change, block or end nothing but itself.
+
+Functions that are not async run on the main thread, so that time limits made of signals work in them. Async functions run on
+one event loop in a thread of its own that never stops, so that clients and semaphores made once serve the whole run.
+
+In: frames (`reward_wire`): which functions to load, then batches to score. Out: frames: what happened to each function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import copy
+import faulthandler
+import fcntl
+import inspect
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Mapping
+from concurrent.futures import Future
+from numbers import Real
+from typing import Any
+
+from moe_replay.errors import RecipeError
+from moe_replay.tasks.rewards.functions import (
+    OWN_NAMES,
+    LoadedFunction,
+    Signature,
+    describe_error,
+    load_function,
+    user_line,
+)
+from moe_replay.tasks.rewards.wire import decode_value, pack_frame, read_frame, unpack_ids
+
+_MAX_TRACE = 20_000
+# SIGUSR1 is that of faulthandler.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+def main(requests: int, answers: int, life: int, stacks: int) -> None:
+    """Serve requests until their pipe is closed; the arguments are file descriptors.
+
+    ``life`` is a pipe that the trainer never writes to: when its other end is closed, the trainer is gone. ``stacks`` is a
+    file for the stack of a crash, or, after SIGUSR1, of a function that does not return.
+    """
+    for fd in (requests, answers, life, stacks):
+        # Processes that the user's code starts must not keep them open.
+        os.set_inheritable(fd, False)
+    _die_with_the_trainer(life)
+    _outlive_a_stop()
+    faulthandler.enable(file=stacks)
+    faulthandler.register(signal.SIGUSR1, file=stacks)
+    sys.argv[:] = ["moe-replay"]
+    _repair_streams(at_start=True)
+    worker = _Worker(answers)
+    with os.fdopen(requests, "rb") as stream:
+        while (frame := read_frame(stream)) is not None:
+            worker.answer(*frame)
+            # Texts of a whole step, which would lie here during the next rollout.
+            del frame
+    # What the user's code has registered is run; taking down its libraries, which takes seconds, would serve nobody.
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
+
+
+def _die_with_the_trainer(life: int) -> None:
+    """Have the kernel kill this process and all that it started when the trainer ends, however that happens."""
+    if hasattr(fcntl, "F_SETSIG"):
+        # Works in a function that never lets go of the interpreter too, such as a regex that backtracks for ever.
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+        ready = select.poll()
+        ready.register(life, select.POLLIN)
+        if ready.poll(0):
+            # It ended before.
+            os._exit(0)
+    else:
+        threading.Thread(target=_wait_for_the_end, args=(life,), daemon=True).start()
+
+
+def _wait_for_the_end(life: int) -> None:
+    os.read(life, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _outlive_a_stop() -> None:
+    """Take no notice of what a scheduler sends to every process: the trainer decides when the step in flight ends."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in _STOPS:
+        # A handler and not SIG_IGN, which programs that the user's code starts would inherit.
+        signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=_stop_as_usual)
+
+
+def _stop_as_usual() -> None:
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _repair_streams(*, at_start: bool = False) -> None:
+    """Give print and the like a stream to write to, also after a function has closed it."""
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if at_start or stream is None or stream.closed:
+            opened = open(  # noqa: SIM115 - lives as long as the process
+                fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+            )
+            setattr(sys, name, opened)
+
+
+class _Worker:
+    """The functions of a run, and the loop that async ones share."""
+
+    def __init__(self, answers: int) -> None:
+        self._answers = answers
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._specs: list[dict[str, Any]] = []
+        self._functions: list[LoadedFunction | None] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
+        """Do what a request asks for."""
+        if request["op"] == "load":
+            self._load(request)
+        else:
+            self._score(request, blob)
+
+    def _load(self, request: Mapping[str, Any]) -> None:
+        """Import every function, and say what it takes or why it cannot be had."""
+        for folder in reversed(request["folders"]):
+            sys.path.insert(0, folder)
+        self._specs = request["functions"]
+        self._functions = []
+        for number, spec in enumerate(self._specs):
+            self._say(event="started", function=number)
+            _repair_streams()
+            spec["args"] = decode_value(spec["args"])
+            try:
+                loaded = load_function(spec["function"], spec["args"])
+            except RecipeError as error:
+                self._functions.append(None)
+                trace = _trace(error.__cause__)
+                self._say(event="refused", function=number, text=str(error), trace=trace)
+            else:
+                self._functions.append(loaded)
+                signature = loaded.signature.to_plain()
+                self._say(event="loaded", function=number, signature=signature)
+            self._leave_if_forked()
+        self._say(event="finished")
+
+    def _score(self, request: Mapping[str, Any], blob: bytes) -> None:
+        """Call functions on a batch: async ones are started first, and go on while the others run."""
+        batch = _Batch(request, blob)
+        functions = {number: self._functions[number] for number in request["functions"]}
+        waiting: list[Future[None]] = []
+        for number in sorted(functions, key=lambda n: not _is_async(functions[n])):
+            self._say(event="started", function=number)
+            _repair_streams()
+            loaded, spec = functions[number], self._specs[number]
+            assert loaded is not None, "a run does not start with a function that was refused"
+            try:
+                result = loaded.function(**batch.arguments(loaded.signature, spec["args"]))
+            except BaseException as error:  # noqa: BLE001 - the seam: the user's code
+                self._say_raised(number, error)
+            else:
+                if inspect.isawaitable(result):
+                    waiting.append(self._submit(number, result, batch.size))
+                else:
+                    self._say_scores(number, result, batch.size)
+            self._leave_if_forked()
+        for future in waiting:
+            future.result()
+        self._say(event="finished")
+
+    def _submit(self, number: int, awaitable: Awaitable[Any], size: int) -> Future[None]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_for_ever, args=(self._loop,), daemon=True).start()
+        # From here on it is this process that watches the limit.
+        self._say(event="waiting", function=number)
+        limit = self._specs[number]["timeout_s"]
+        return asyncio.run_coroutine_threadsafe(
+            self._finish(number, awaitable, size, limit), self._loop
+        )
+
+    async def _finish(
+        self, number: int, awaitable: Awaitable[Any], size: int, limit: float
+    ) -> None:
+        """Wait for an async function within its time limit, and say how it ended."""
+        task = asyncio.ensure_future(_awaited(awaitable))
+        await asyncio.wait({task}, timeout=limit)
+        if not task.done():
+            self._say(event="late", function=number, where=_where_it_waits(awaitable))
+            task.cancel()
+            return
+        error, result = task.result()
+        if error is not None:
+            self._say_raised(number, error)
+        else:
+            self._say_scores(number, result, size)
+
+    def _say_raised(self, number: int, error: BaseException) -> None:
+        self._say(event="raised", function=number, text=describe_error(error), trace=_trace(error))
+
+    def _say_scores(self, number: int, result: Any, size: int) -> None:
+        try:
+            scores = checked_scores(result, size)
+        except WrongAnswer as wrong:
+            self._say(event="wrong", function=number, text=wrong.text, sample=wrong.sample)
+        # Reading a foreign object runs its code.
+        except BaseException as error:  # noqa: BLE001 - the seam: the user's code
+            self._say_raised(number, error)
+        else:
+            self._say(event="scores", function=number, scores=scores)
+
+    def _say(self, **event: Any) -> None:
+        self._leave_if_forked()
+        with self._lock:
+            for part in pack_frame(event):
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(self._answers, view) :]
+
+    def _leave_if_forked(self) -> None:
+        """End a copy of this process that the user's code has made and not ended: it would answer once more."""
+        if os.getpid() != self._pid:
+            os._exit(1)
+
+
+class _Batch:
+    """One batch of completions, from which each call gets lists of its own."""
+
+    def __init__(self, request: Mapping[str, Any], blob: bytes) -> None:
+        self._request = request
+        self._blob = blob
+        self._rows = [
+            {name: decode_value(value) for name, value in row.items()} for row in request["rows"]
+        ]
+        self.size = len(request["completions"])
+
+    def arguments(self, signature: Signature, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a call; nothing in them is shared with another call or another sample."""
+        request, of = self._request, self._request["prompt_of"]
+        columns = self._rows[0].keys() if self._rows else ()
+        arguments: dict[str, Any] = {
+            name: [_own(self._rows[place][name]) for place in of]
+            for name in columns
+            if signature.takes(name)
+        }
+        for name in OWN_NAMES:
+            if not signature.takes(name):
+                continue
+            if name == "completions":
+                arguments[name] = list(request["completions"])
+            elif name == "prompts":
+                arguments[name] = [request["prompts"][place] for place in of]
+            else:
+                arguments[name] = unpack_ids(self._blob, request["lengths"])
+        return arguments | {name: _own(value) for name, value in args.items()}
+
+
+def _own(value: Any) -> Any:
+    return (
+        copy.deepcopy(value) if isinstance(value, _CAN_CHANGE) or hasattr(value, "dtype") else value
+    )
+
+
+_CAN_CHANGE = (list, dict, tuple, set)
+
+
+class WrongAnswer(Exception):
+    """A reward function returned something other than one number, or None, for each completion."""
+
+    def __init__(self, text: str, sample: int | None = None) -> None:
+        super().__init__(text, sample)
+        self.text = text
+        self.sample = sample
+
+
+def checked_scores(result: Any, size: int) -> list[float | None]:
+    """Return what a function returned as floats and None.
+
+    Raises:
+        WrongAnswer: for anything but ``size`` finite numbers or None.
+    """
+    values = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(values, list | tuple):
+        raise WrongAnswer(
+            f"returned {_excerpt(result)} ({type(result).__name__}), expected a list of {size} numbers"
+        )
+    if len(values) != size:
+        raise WrongAnswer(f"returned {len(values)} scores for {size} completions")
+    return [_checked_score(value, sample) for sample, value in enumerate(values)]
+
+
+def _checked_score(value: Any, sample: int) -> float | None:
+    if value is None:
+        return None
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(plain, Real):
+        raise WrongAnswer(f"returned {_excerpt(value)}", sample)
+    try:
+        score = float(plain)
+    except OverflowError:
+        raise WrongAnswer("returned a whole number too large for a float", sample) from None
+    if not math.isfinite(score):
+        raise WrongAnswer(f"returned {_excerpt(value)}", sample)
+    return score
+
+
+def _is_async(loaded: LoadedFunction | None) -> bool:
+    return loaded is not None and inspect.iscoroutinefunction(loaded.function)
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
+    """Return what an awaitable raised and returned: a SystemExit must not get to the event loop, which it would end."""
+    try:
+        return None, await awaitable
+    except BaseException as error:  # noqa: BLE001 - the seam: the user's code
+        return error, None
+
+
+def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    while True:
+        # A SystemExit in a task that the user's code has started ends the loop, but is that task's own.
+        try:
+            loop.run_forever()
+        except BaseException:  # noqa: BLE001 - the seam: the user's code
+            traceback.print_exc()
+
+
+def _where_it_waits(awaitable: Any) -> str:
+    """Return the line of the user's code at which a coroutine has stopped."""
+    frames: list[tuple[str, int]] = []
+    while awaitable is not None and (frame := getattr(awaitable, "cr_frame", None)) is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
+        awaitable = awaitable.cr_await
+    return user_line(frames)
+
+
+def _trace(error: BaseException | None) -> str:
+    return "".join(traceback.format_exception(error))[-_MAX_TRACE:] if error is not None else ""
+
+
+def _excerpt(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - the seam: the user's object
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 120 else f"{text[:117]}..."

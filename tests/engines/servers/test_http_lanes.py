@@ -1,0 +1,85 @@
+"""Connections to a server: one a call in flight, used again by the next call, and never one that is gone."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
+from moe_replay.testing.served import listening
+
+pytestmark = pytest.mark.vllm
+
+
+class Counting:
+    """Notes the connection of each call; /hold waits for `release`, /close and /cut end the connection."""
+
+    def __init__(self) -> None:
+        self.ports: list[int] = []
+        self.came, self.release = threading.Semaphore(0), threading.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        import anyio
+
+        if scope["type"] != "http":
+            return
+        self.ports.append(scope["client"][1])
+        self.came.release()
+        if scope["path"] == "/hold":
+            await anyio.to_thread.run_sync(self.release.wait)
+        headers = [(b"connection", b"close")] if scope["path"] == "/close" else []
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"here", "more_body": True})
+        if scope["path"] == "/cut":
+            raise RuntimeError("the answer ends here")
+        await send({"type": "http.response.body", "body": b""})
+
+
+def calls_to(url: str) -> HttpCalls:
+    return HttpCalls(url, token=None, timeout_s=300.0, max_answer_bytes=1 << 20)
+
+
+def test_calls_one_after_another_share_a_connection_and_calls_at_once_do_not():
+    server = Counting()
+    with listening(server) as url, ThreadPoolExecutor(3) as threads:
+        calls = calls_to(url)
+        for _ in range(3):
+            assert calls.call("GET", "/") == b"here"
+        assert len(set(server.ports)) == 1
+        held = [threads.submit(calls.call, "GET", "/hold") for _ in range(3)]
+        for _ in range(6):
+            server.came.acquire()
+        assert len(set(server.ports[3:])) == 3
+        server.release.set()
+        assert [call.result() for call in held] == [b"here"] * 3
+        # None of the three has to open another.
+        again = [threads.submit(calls.call, "GET", "/hold") for _ in range(3)]
+        assert [call.result() for call in again] == [b"here"] * 3
+        calls.close()
+    assert set(server.ports[6:]) <= set(server.ports[3:6])
+
+
+@pytest.mark.parametrize("path", ["/close", "/"])
+def test_a_connection_that_the_server_has_closed_is_not_used_again(path):
+    """The control keeps it."""
+    server = Counting()
+    with listening(server) as url:
+        calls = calls_to(url)
+        assert [calls.call("GET", path) for _ in range(3)] == [b"here"] * 3
+        calls.close()
+    assert len(set(server.ports)) == (3 if path == "/close" else 1)
+
+
+def test_a_call_works_after_one_whose_answer_was_cut():
+    server = Counting()
+    with listening(server) as url:
+        calls = calls_to(url)
+        with pytest.raises(CallError) as raised:
+            calls.call("GET", "/cut")
+        assert raised.value.fault is Fault.UNREACHABLE
+        assert calls.call("GET", "/") == b"here"
+        calls.close()
+    assert len(set(server.ports)) == 2
