@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.loop import train
 from moe_replay.recipe.load import recipe_from_table
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import JsonlReporter, RunDirectory
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

@@ -18,10 +18,14 @@
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
     └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
 
-In: nothing. Out: exception classes.
+In: nothing. Out: exception classes, and how a message lists names.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MOST_NAMES = 10
 
 
 class MoeReplayError(Exception):
@@ -82,3 +86,10 @@ class RewardError(MoeReplayError, RuntimeError):
 
 class CheckpointError(MoeReplayError, RuntimeError):
     """A checkpoint could not be written, read or trusted."""
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names as a list for a message, cut where it gets long."""
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:_MOST_NAMES]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -12,10 +12,10 @@ import pytest
 
 from moe_replay.checkpoint.config import load_config, load_generation_config
 from moe_replay.checkpoint.facts import read_facts
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.megatron.model import read_model_shape
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.tiny_models import character_tokenizer
 
 CONFIG: dict[str, Any] = {

@@ -6,12 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_replay.checkpoint.stop_tokens import (
-    describe_stop_tokens,
-    end_of_turn,
-    num_known_ids,
-    stop_tokens,
-)
+from moe_replay.checkpoint.stop_tokens import describe_stop_tokens, end_of_turn, stop_tokens
+from moe_replay.checkpoint.tokenizer import num_known_ids
 from moe_replay.testing.tiny_models import VOCAB_SIZE, character_tokenizer
 
 CHATML = (

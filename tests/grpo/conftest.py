@@ -11,9 +11,9 @@ import pytest
 
 # Imported once here, where every forked rank would import it again.
 import moe_replay.engines.embedded.engine  # noqa: F401
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 REWARD = """

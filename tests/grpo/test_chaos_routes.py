@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.engines.types import RolloutGroup
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.misrouting import MisroutingEngine, Plant, of_another, one_row_late
 from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

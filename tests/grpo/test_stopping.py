@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.engines import recipe_engine, recipe_sampling
 from moe_replay.grpo.inputs import check_checkpoint_config
@@ -18,7 +19,6 @@ from moe_replay.grpo.loop import train
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 

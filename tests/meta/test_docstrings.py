@@ -12,8 +12,10 @@ STATEFUL = {"grpo/run.py": ["Run"], "tasks/prompts.py": ["GeneratedPrompts"]}
 
 
 def missing_headings(tree: ast.Module) -> list[str]:
-    """Return the parts of the module docstring that are missing."""
+    """Return the parts of the module docstring that are missing; a package that only names a folder needs none."""
     text = ast.get_docstring(tree) or ""
+    if len(tree.body) == 1 and text:
+        return []
     return [heading for heading in REQUIRED if heading not in text]
 
 
@@ -55,8 +57,7 @@ def complaints(package, check):
 
 
 def test_modules_say_what_goes_in_and_out(package):
-    modules = {path: tree for path, tree in package.items() if path != "__init__.py"}
-    assert complaints(modules, missing_headings) == {}
+    assert complaints(package, missing_headings) == {}
 
 
 def test_data_is_frozen_slotted_and_keyword_only(package):
@@ -68,7 +69,7 @@ def test_fields_are_described(package):
 
 
 def test_missing_headings_finds_the_missing_one():
-    assert missing_headings(ast.parse('"""Why.\n\nIn: a.\n"""')) == ["Out:"]
+    assert missing_headings(ast.parse('"""Why.\n\nIn: a.\n"""\nX = 1')) == ["Out:"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
-PACKAGES = ("routing", "batch", "rollout", "transformers", "megatron", "sync", "grpo", "testing")
-MODULES = ("errors", "rollout/types", "report/__init__", "cli/__init__")
+PACKAGES = (
+    *("routing", "batch", "transformers", "checkpoint", "tasks", "recipe", "engines"),
+    *("megatron", "grpo", "testing"),
+)
+MODULES = ("errors", "engines/types", "report/__init__", "cli/__init__")
 
 
 @pytest.fixture
@@ -99,12 +102,12 @@ def test_import_linter_finds_every_planted_fault(project):
         "errors": "moe_replay.routing",
         "routing/planted": "moe_replay.batch",
         "batch/planted": "moe_replay.megatron",
-        "rollout/types": "moe_replay.batch",
+        "engines/types": "moe_replay.batch",
         "megatron/planted": "moe_replay.grpo",
         "grpo/planted_cli": "moe_replay.cli",
         "grpo/planted_report": "moe_replay.report",
         "grpo/planted_megatron": "megatron",
-        "sync/planted": "vllm",
+        "tasks/planted": "vllm",
         "batch/planted_late": "sglang",
     }
     for module, imported in faults.items():

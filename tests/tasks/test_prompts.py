@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
-from moe_replay.tasks.encoding import PromptEncoder, PromptInput, load_tokenizer
+from moe_replay.tasks.encoding import PromptEncoder, PromptInput
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import GeneratedPrompts, draw_held_out
 from moe_replay.testing.tiny_models import character_tokenizer

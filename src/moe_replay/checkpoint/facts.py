@@ -15,7 +15,8 @@ import torch
 from moe_replay.checkpoint.config import load_config, load_generation_config, reason
 from moe_replay.checkpoint.files import SafetensorsCheckpoint
 from moe_replay.checkpoint.fit import TIED, check_counts, check_fit
-from moe_replay.checkpoint.stop_tokens import find_tokenizer, num_known_ids, stop_tokens
+from moe_replay.checkpoint.stop_tokens import stop_tokens
+from moe_replay.checkpoint.tokenizer import find_tokenizer, num_known_ids
 from moe_replay.errors import RecipeError
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.record import find_routers

@@ -1,9 +1,9 @@
-"""Which tokens end a completion, and which ids a checkpoint's tokenizer knows: gathered from every file that says so.
+"""Which tokens end a completion, gathered from every file of a checkpoint that says so.
 
 Checkpoints disagree with themselves: a base model's config ends documents, its chat template ends turns with another token,
 and a completion that only one of them would end runs to its limit. Each that is named anywhere ends it.
 
-In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with who named them, the number of known ids.
+In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with who named them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.checkpoint.config import load_config, load_generation_config
-from moe_replay.tasks.encoding import TOKENIZER_FILES, load_tokenizer
+from moe_replay.checkpoint.tokenizer import find_tokenizer
 
 _MARK = "moe-replay"
 
@@ -24,13 +24,6 @@ def checkpoint_stop_tokens(model_dir: str | Path) -> dict[int, tuple[str, ...]]:
     return stop_tokens(
         load_generation_config(model_dir), load_config(model_dir), find_tokenizer(model_dir)
     )
-
-
-def find_tokenizer(model_dir: Path) -> Any | None:
-    """Return the tokenizer of a checkpoint directory; None when it has none, as a model made for tests."""
-    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    return load_tokenizer(model_dir)
 
 
 def stop_tokens(
@@ -69,11 +62,6 @@ def end_of_turn(tokenizer: Any) -> int | None:
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
     return int(ids[0]) if ids and ids[0] in special else None
-
-
-def num_known_ids(tokenizer: Any) -> int:
-    """Return the number of token ids up to the last that a tokenizer knows; a model's vocabulary is often padded beyond."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def describe_stop_tokens(tokens: Mapping[int, tuple[str, ...]], tokenizer: Any | None) -> str:

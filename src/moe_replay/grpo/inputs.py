@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.checkpoint.config import count_experts, read_config_json, refuse_nested
+from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.prompt_sources import open_prompt_sources
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.tasks.datasets.cache import Progress
 from moe_replay.tasks.datasets.prompts import FilePrompts
-from moe_replay.tasks.encoding import load_tokenizer, no_checkpoint
 from moe_replay.tasks.prompts import PromptSource
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.rewards import RewardSet, RewardSpec

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moe_replay.checkpoint.stop_tokens import num_known_ids
+from moe_replay.checkpoint.tokenizer import num_known_ids
 from moe_replay.engines.stop_strings import StopStrings
 from moe_replay.engines.types import Completion, Engine, SamplingParams
 from moe_replay.engines.vllm.capacity import HasCache

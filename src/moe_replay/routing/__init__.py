@@ -91,9 +91,9 @@ __all__ = [
 ]
 
 _NAMES_IN = {
-    "codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
+    "format.codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
     "compare": "TraceComparison compare_traces flipped",
-    "frame": "Encoding TraceHeader",
+    "format.frame": "Encoding TraceHeader",
     "group": "PromptDifference TraceGroup",
     "guard.check": "RouteReport check_routes",
     "guard.decision": "Guard",
@@ -106,7 +106,7 @@ _NAMES_IN = {
     "slices": "RouteSlice slice_routes",
     "stitch": "EngineCall RowKind StitchedRollout merge_partial stitch_turns",
     "trace": "Origin PolicySpan RoutingTrace expert_dtype",
-    "trace_file": "TraceFile write_trace_file",
+    "format.trace_file": "TraceFile write_trace_file",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names.split()}
 

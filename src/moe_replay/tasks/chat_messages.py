@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.tasks.datasets.files import shortened
+from moe_replay.errors import RecipeError, UnsupportedError, shortened
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values"})
 """Columns by which datasets pass what is not text."""

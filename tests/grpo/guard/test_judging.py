@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_replay.batch import Sample
+from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo import score as learning
@@ -20,7 +21,6 @@ from moe_replay.grpo.batch import MiniBatch, StepBatch, without
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Coverage, RouteSlice
-from moe_replay.tasks.encoding import load_tokenizer
 from moe_replay.testing.misrouting import (
     MisroutingEngine,
     Plant,

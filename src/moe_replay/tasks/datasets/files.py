@@ -9,11 +9,10 @@ In: a location, a split. Out: `DatasetFiles`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_replay.errors import RecipeError
+from moe_replay.errors import RecipeError, shortened
 
 HUB = "hf:"
 """Prefix of a dataset of the Hugging Face hub, read by the package ``datasets``."""
@@ -31,7 +30,6 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-_MOST_NAMES = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +69,6 @@ def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles
 def has_splits(location: str) -> bool:
     """Return whether a location may hold several splits: all but single files."""
     return location.startswith(HUB) or Path(location).suffix not in SUFFIXES
-
-
-def shortened(names: Sequence[str]) -> str:
-    """Return names as a list for a message, cut where it gets long."""
-    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:_MOST_NAMES]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _nothing_there(path: Path) -> str:

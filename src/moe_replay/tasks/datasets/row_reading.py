@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.errors import RecipeError, UnsupportedError, shortened
 from moe_replay.tasks.chat_messages import (
     MEDIA_COLUMNS,
     check_arguments,
     checked_tools,
     without_nulls,
 )
-from moe_replay.tasks.datasets.files import shortened
 from moe_replay.tasks.datasets.tables import Row, Table, column_value, require_column
 from moe_replay.tasks.encoding import PromptInput
 
