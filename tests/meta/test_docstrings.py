@@ -57,7 +57,8 @@ def complaints(package, check):
 
 
 def test_modules_say_what_goes_in_and_out(package):
-    assert complaints(package, missing_headings) == {}
+    modules = {path: tree for path, tree in package.items() if path != "__init__.py"}
+    assert complaints(modules, missing_headings) == {}
 
 
 def test_data_is_frozen_slotted_and_keyword_only(package):

@@ -1,6 +1,6 @@
 """The recipe: every option of a training run, typed, immutable and checked before anything heavy is loaded.
 
-In: sections (see `recipe_file.load_recipe` for files and command lines). Out: `Recipe` and `ProcessSpec`.
+In: sections (see `load.load_recipe` for files and command lines). Out: `Recipe` and `ProcessSpec`.
 """
 
 from __future__ import annotations

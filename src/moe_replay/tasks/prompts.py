@@ -1,6 +1,6 @@
 """Prompts by position: any dataset becomes a sequence of token ids that is the same in every process and every resume.
 
-`file_prompts` reads them from files; here are the types, and the prompts that are generated.
+`datasets.prompts` reads them from files; here are the types, and the prompts that are generated.
 
 In: a family of generated items, a tokenizer. Out: `Prompt`, `PromptSource`.
 """

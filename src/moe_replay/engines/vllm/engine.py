@@ -40,7 +40,7 @@ from moe_replay.routing import LayerOrder
 class VllmEngine:
     """Samples with vLLM in this process: prefix caching and chunked prefill on, routes captured.
 
-    Tokens are drawn with the noise of every engine of moe-replay (see `rollout.vllm_sampler`), so equal seeds give equal
+    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so equal seeds give equal
     completions, whatever shares the batch. Threads may call `generate` at the same time; their requests run together. On
     a GPU the engine sleeps between rounds: its weights wait in host memory and its cache is gone while the trainer
     works. On a CPU vLLM has no sleep, and both stay.

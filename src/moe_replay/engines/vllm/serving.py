@@ -37,7 +37,7 @@ _LOOK_S = 1.0
 class VllmServing:
     """A `ServedEngine` over vLLM: ``replicas`` engines of ``tensor_parallel_size`` workers each, one model.
 
-    Tokens are drawn with the noise of every engine of moe-replay (see `rollout.vllm_sampler`), so a completion depends
+    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so a completion depends
     on its seed, its request and its number, and neither on what shares the batch nor on the replica. A request goes to
     the replica that samples the fewest completions. On a GPU replica 1 of two workers takes the third and the fourth
     of the visible devices.

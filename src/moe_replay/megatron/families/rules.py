@@ -1,6 +1,6 @@
 """Which Megatron parameter holds which Hugging Face tensors: one table for each model family.
 
-A family is a list of `Rule`s and a function of `family_shapes` that reads its Hugging Face config. Adding a family
+A family is a list of `Rule`s and a function of `shapes` that reads its Hugging Face config. Adding a family
 means adding both; `weights.py` knows no architecture.
 
 In: a Hugging Face model type. Out: a `Family`.

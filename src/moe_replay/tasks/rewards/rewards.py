@@ -8,7 +8,7 @@ A reward function is called by keyword with lists that hold one entry per comple
 ``[rewards.args]``. Only names that the function takes are passed. It may be ``async``; all async functions of a batch
 run together. None means that it has no opinion on a completion.
 
-Every function runs in one other process (`reward_process`) for the life of the run: nothing that it does there changes
+Every function runs in one other process (`client`) for the life of the run: nothing that it does there changes
 the trainer, and a function that hangs or ends its process is named.
 
 In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.

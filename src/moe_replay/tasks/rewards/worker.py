@@ -3,7 +3,7 @@
 Functions that are not async run on the main thread, so that time limits made of signals work in them. Async functions run on
 one event loop in a thread of its own that never stops, so that clients and semaphores made once serve the whole run.
 
-In: frames (`reward_wire`): which functions to load, then batches to score. Out: frames: what happened to each function.
+In: frames (`wire`): which functions to load, then batches to score. Out: frames: what happened to each function.
 """
 
 from __future__ import annotations
