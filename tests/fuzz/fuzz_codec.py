@@ -26,15 +26,12 @@ from moe_replay.routing import (
     Origin,
     PolicySpan,
     RoutingTrace,
-    codec,
     decode_traces,
     digest,
     encode_trace,
     encode_traces,
-    frame,
-    set_coding,
-    slots,
 )
+from moe_replay.routing.format import codec, frame, set_coding, slots
 from moe_replay.testing.payload_mutations import damaged, hostile, with_fitting_checksums
 
 MEMORY_LIMIT_BYTES = 2 << 30

@@ -18,7 +18,7 @@ from moe_replay.engines.types import FinishReason
 from moe_replay.errors import CodecError, EngineError, RecipeError
 from moe_replay.routing import TraceFile
 
-from .test_rollout_files import SAMPLING, files, manifest_of, plain, requests, write
+from .test_format import SAMPLING, files, manifest_of, plain, requests, write
 
 GROUPS, TRACES = ".shard-0.groups", ".shard-0.traces"
 

@@ -31,7 +31,7 @@ from moe_replay.testing.misrouting import (
 from moe_replay.testing.samples import make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
-from .test_loop import run
+from ..test_loop import run
 
 Recipes = Callable[..., Recipe]
 LONG = {

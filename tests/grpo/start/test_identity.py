@@ -20,7 +20,7 @@ from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 
-from .test_loop import metrics_of, run
+from ..test_loop import metrics_of, run
 
 
 @pytest.fixture

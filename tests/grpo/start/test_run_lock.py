@@ -18,7 +18,7 @@ from moe_replay.errors import CheckpointError
 from moe_replay.grpo.start.run_lock import RunLock
 from moe_replay.recipe.recipe import Recipe
 
-from .test_loop import run
+from ..test_loop import run
 
 SOURCES = Path(moe_replay.__file__).parents[1]
 HOLD = """

@@ -23,7 +23,7 @@ from moe_replay.testing.payload_mutations import frames, payload_of
 
 from .any_trace import traces
 
-PAGE = Path(__file__).parents[2] / "docs" / "trace-format.md"
+PAGE = Path(__file__).parents[3] / "docs" / "trace-format.md"
 
 
 def example(name: str) -> bytes:
