@@ -24,7 +24,7 @@ from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.ranks import run_ranks
 
-from ...grpo.test_loop import _train
+from .test_loop import _train
 
 pytestmark = pytest.mark.ranks
 SEED = 23
