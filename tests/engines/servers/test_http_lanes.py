@@ -83,3 +83,39 @@ def test_a_call_works_after_one_whose_answer_was_cut():
         assert calls.call("GET", "/") == b"here"
         calls.close()
     assert len(set(server.ports)) == 2
+
+
+@pytest.mark.parametrize(
+    ("user", "token", "sent"),
+    [
+        ("me:p%40ss@", None, b"Basic bWU6cEBzcw=="),
+        ("me:p%40ss@", "t" * 32, b"Basic bWU6cEBzcw=="),
+        ("", "t" * 32, b"Bearer " + b"t" * 32),
+        ("", None, None),
+    ],
+)
+def test_the_path_and_the_credentials_of_an_address_go_with_every_call(user, token, sent):
+    seen: list[Any] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            seen.append((scope["path"], scope["query_string"], headers.get(b"authorization")))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    with listening(answer) as url:
+        address = url.replace("//", f"//{user}") + "/below/"
+        calls = HttpCalls(address, token=token, timeout_s=300.0, max_answer_bytes=1 << 20)
+        calls.call("PUT", "/part?offset=1", b"x")
+        calls.close()
+    assert seen == [("/below/part", b"offset=1", sent)]
+
+
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1:9", "127.0.0.1:9/x"])
+def test_an_address_that_is_not_of_http_is_unreachable(address):
+    calls = calls_to(address)
+    with pytest.raises(CallError, match="expected http or https") as raised:
+        calls.call("GET", "/")
+    assert raised.value.fault is Fault.UNREACHABLE
+    calls.close()

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
+import httpcore2
 
 from moe_replay.engines.servers.certificates import trust_in, why_distrusted
 from moe_replay.engines.servers.http_lanes import Lanes
@@ -93,12 +93,8 @@ class HttpCalls:
         headers = {"content-type": content_type, "accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
-        self._client = httpx2.AsyncClient(
-            base_url=url,
-            headers=headers,
-            transport=Lanes(None if ca_file is None else trust_in(ca_file)),
-            # A proxy of the environment is for the world outside, not for one's own servers.
-            trust_env=False,
+        self._lanes = Lanes(
+            url, headers=headers, tls=None if ca_file is None else trust_in(ca_file)
         )
         self._loop = asyncio.new_event_loop()
         self._running: set[asyncio.Task[Any]] = set()
@@ -129,7 +125,7 @@ class HttpCalls:
     async def _end(self) -> None:
         self._cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        await self._client.aclose()
+        await self._lanes.aclose()
 
     def call(
         self,
@@ -255,33 +251,38 @@ class HttpCalls:
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None,
     ) -> tuple[int, bytes]:
-        timeout = httpx2.Timeout(silence_s, connect=_CONNECT_S)
         try:
-            async with self._client.stream(method, path, content=body, timeout=timeout) as response:
-                is_good = response.status_code == _OK
+            async with self._lanes.stream(
+                method, path, body, silence_s=silence_s, connect_s=_CONNECT_S
+            ) as response:
+                is_good = response.status == _OK
                 answer = await self._read(response, on_piece if is_good else None)
-                return response.status_code, answer
-        except httpx2.TimeoutException as error:
+                return response.status, answer
+        except httpcore2.TimeoutException as error:
             raise CallError(
                 Fault.SLOW, f"{self.url}{path}: no answer in time ({type(error).__name__})"
             ) from error
-        except httpx2.ConnectError as error:
+        except httpcore2.ConnectError as error:
             remedy = (
                 why_distrusted(error, self._ca_file) or "start the server, or correct rollout.urls"
             )
             raise CallError(
                 Fault.UNREACHABLE, f"{self.url}{path}: no connection ({error}); {remedy}"
             ) from error
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        except (
+            httpcore2.NetworkError,
+            httpcore2.ProtocolError,
+            httpcore2.UnsupportedProtocol,
+        ) as error:
             raise CallError(
                 Fault.UNREACHABLE, f"{self.url}{path}: {type(error).__name__}: {error}"
             ) from error
 
     async def _read(
-        self, response: httpx2.Response, on_piece: Callable[[bytes], None] | None
+        self, response: httpcore2.Response, on_piece: Callable[[bytes], None] | None
     ) -> bytes:
         answer = bytearray()
-        async for piece in response.aiter_raw():
+        async for piece in response.aiter_stream():
             if on_piece is not None:
                 on_piece(piece)
             answer += piece

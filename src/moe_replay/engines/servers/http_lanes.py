@@ -1,74 +1,106 @@
 """Connections to one server, of which each call in flight has one: what a call costs does not grow with the others.
 
 httpx2 keeps all connections in one pool, and looks at each of them whenever a call begins or ends, at idle ones by a system
-call. With 64 calls in flight that was two thirds of what a call costs its client.
+call: with 64 calls in flight half of what a call costs its client. So its connections are used here, and its pool is not.
 
 In: requests. Out: responses.
 """
 
 from __future__ import annotations
 
+import base64
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from urllib.parse import unquote_to_bytes
 
+import httpcore2
 import httpx2
 
+_SCHEMES = ("http", "https")
+# Below the time after which servers close idle connections, or a call would meet one that is being closed.
+_KEEP_ALIVE_S = 5.0
 
-class Lanes(httpx2.AsyncBaseTransport):
-    """Many transports of one connection each; one that is free again is used first by the next call.
 
-    ``tls`` says which certificates are trusted; None trusts those that httpx2 does.
-    A connection that its server has dropped is found by the call that would use it, which opens another.
+class Lanes:
+    """Connections to the server at ``url``; the one that is free last is used first.
+
+    ``headers`` go with every request, and so do credentials in the URL. ``tls`` says which certificates are trusted; None
+    trusts those that httpx2 does. Proxies of the environment are for the world outside, and not for one's own servers.
 
     Example:
-        >>> client = httpx2.AsyncClient(base_url="http://127.0.0.1:8000", transport=Lanes())
+        >>> lanes = Lanes("http://127.0.0.1:8000", headers={})
+        >>> async with lanes.stream("GET", "/status", b"", silence_s=5.0, connect_s=5.0) as response:
+        ...     pieces = [piece async for piece in response.aiter_stream()]
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        # One takes milliseconds to make, so all lanes share it.
+    def __init__(
+        self, url: str, *, headers: Mapping[str, str], tls: ssl.SSLContext | None = None
+    ) -> None:
+        parsed = httpx2.URL(url)
+        self._scheme = parsed.scheme
+        self._origin = httpcore2.Origin(
+            parsed.raw_scheme,
+            parsed.raw_host,
+            parsed.port or (443 if parsed.scheme == "https" else 80),
+        )
+        self._port, self._below = parsed.port, parsed.raw_path.rstrip(b"/")
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        if parsed.userinfo:
+            credentials = base64.b64encode(unquote_to_bytes(parsed.userinfo))
+            self._headers = [pair for pair in self._headers if pair[0] != b"authorization"]
+            self._headers.append((b"authorization", b"Basic " + credentials))
+        # One takes milliseconds to make, so all connections share it.
         self._tls = httpx2.create_ssl_context(trust_env=False) if tls is None else tls
-        self._free: list[httpx2.AsyncHTTPTransport] = []
-        self._every: list[httpx2.AsyncHTTPTransport] = []
+        self._free: list[httpcore2.AsyncHTTPConnection] = []
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request on a lane of its own, which is free again once the response is closed."""
-        lane = self._free.pop() if self._free else self._opened()
+    @asynccontextmanager
+    async def stream(
+        self, method: str, path: str, body: bytes, *, silence_s: float | None, connect_s: float
+    ) -> AsyncIterator[httpcore2.Response]:
+        """Send a request on a connection of its own and yield the response, whose body is read inside of the scope.
+
+        Raises:
+            httpcore2.TimeoutException, NetworkError, ProtocolError, UnsupportedProtocol: as their names say.
+        """
+        if self._scheme not in _SCHEMES:
+            raise httpcore2.UnsupportedProtocol(
+                f"the address begins with {self._scheme!r}, expected http or https"
+            )
+        lane = await self._taken()
         try:
-            response = await lane.handle_async_request(request)
-        except BaseException:
-            self._free.append(lane)
-            raise
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        response.stream = _Body(response.stream, lambda: self._free.append(lane))
-        return response
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        for lane in self._every:
-            await lane.aclose()
-
-    def _opened(self) -> httpx2.AsyncHTTPTransport:
-        lane = httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False)
-        self._every.append(lane)
-        return lane
-
-
-class _Body(httpx2.AsyncByteStream):
-    """The body of a response, which frees its lane when it is closed."""
-
-    def __init__(self, body: httpx2.AsyncByteStream, free: Callable[[], None]) -> None:
-        self._body, self._free = body, free
-        self._is_closed = False
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._body.__aiter__()
-
-    async def aclose(self) -> None:
-        """Close the body; the second time nothing happens."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        try:
-            await self._body.aclose()
+            async with lane.stream(
+                method,
+                httpcore2.URL(
+                    scheme=self._origin.scheme,
+                    host=self._origin.host,
+                    port=self._port,
+                    target=self._below + path.encode(),
+                ),
+                headers=self._headers,
+                content=body,
+                extensions={
+                    "timeout": {"connect": connect_s, "read": silence_s, "write": silence_s}
+                },
+            ) as response:
+                yield response
         finally:
-            self._free()
+            # One whose answer was not read to its end has been closed, and one that never connected is no loss.
+            if lane.is_available():
+                self._free.append(lane)
+
+    async def aclose(self) -> None:
+        """Close the connections that are free; those in flight belong to their calls."""
+        while self._free:
+            await self._free.pop().aclose()
+
+    async def _taken(self) -> httpcore2.AsyncHTTPConnection:
+        """Return a free connection that its server has not closed, or a new one."""
+        while self._free:
+            lane = self._free.pop()
+            if lane.is_available() and not lane.has_expired():
+                return lane
+            await lane.aclose()
+        return httpcore2.AsyncHTTPConnection(
+            self._origin, ssl_context=self._tls, keepalive_expiry=_KEEP_ALIVE_S
+        )
