@@ -22,7 +22,7 @@ from moe_replay.errors import EngineError
 from moe_replay.testing.served import listening
 from moe_replay.testing.sglang_like import SglangLike
 
-from ..server_case import FACTS, client, fake, requests, tokens
+from ..server_case import FACTS, LIMIT_S, client, fake, requests, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -187,7 +187,7 @@ def test_e2_a_server_that_falls_silent_is_one_incident_and_the_other_does_its_wo
 
 
 def test_e3_a_round_that_is_given_up_is_aborted_in_the_server():
-    started = threading.Semaphore(0)
+    started, aborted = threading.Semaphore(0), threading.Semaphore(0)
 
     async def hold(length: int, response: Response) -> Response:
         started.release()
@@ -198,7 +198,9 @@ def test_e3_a_round_that_is_given_up_is_aborted_in_the_server():
         async def _abort(self, request: Any) -> Response:
             # Longer than the pauses between two looks at whether all calls have ended.
             await anyio.sleep(0.3)
-            return await super()._abort(request)
+            response = await super()._abort(request)
+            aborted.release()
+            return response
 
     server = SlowToHear(hold)
     with listening(server.application()) as url:
@@ -218,6 +220,9 @@ def test_e3_a_round_that_is_given_up_is_aborted_in_the_server():
         engine._servers[0].give_up()
         thread.join()
         assert "given up" in str(raised[0])
+        # A busy server may hear of it after its caller has stopped waiting for its word.
+        for _ in range(6):
+            assert aborted.acquire(timeout=LIMIT_S)
         assert len(server.aborted) == 6 == len(set(server.aborted))
         engine.close()
 
