@@ -7,13 +7,11 @@ from moe_replay.routing import (
     Origin,
     RoutedModel,
     RoutingTrace,
-    TraceGroup,
     stitch_turns,
     trace_from_payload,
 )
 
 MODEL = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=64, topk=4)
-ROW_BYTES = 2 * 4
 
 
 def trace_of(tokens, num_prompt_tokens: int, *, start: int = 0) -> RoutingTrace:
@@ -33,21 +31,6 @@ def trace_of(tokens, num_prompt_tokens: int, *, start: int = 0) -> RoutingTrace:
         where="request 0",
         start=start,
     )
-
-
-def test_f2_prompt_rows_of_eight_samples_are_held_once():
-    prompt = np.arange(100)
-    traces = [trace_of([*prompt, 200 + n, 300 + n], 100) for n in range(8)]
-    group = TraceGroup.join(traces, num_prompt_tokens=100, where="group 0")
-    assert group.routes_bytes == (100 + 8 * 2) * ROW_BYTES
-    for held, trace in zip(group.split(), traces, strict=True):
-        assert held.expert_ids[held.valid].tolist() == trace.expert_ids[trace.valid].tolist()
-        assert held.token_digest.tolist() == trace.token_digest.tolist()
-
-
-def test_f2_control_the_traces_themselves_hold_the_prompt_eight_times():
-    traces = [trace_of([*range(100), 200 + n, 300 + n], 100) for n in range(8)]
-    assert sum(trace.expert_ids.nbytes for trace in traces) == 8 * 102 * ROW_BYTES
 
 
 def test_f2_turns_that_send_only_their_new_rows_give_the_whole_trace():

@@ -33,7 +33,7 @@ def run(text: str, needs: str | None, namespace: dict[str, Any]) -> dict[str, An
 
 def test_examples_of_the_core_run():
     names = run(PAGE.read_text(), None, {})
-    assert {"rollout", "group", "stage", "weights", "agreement", "found"} <= names.keys()
+    assert {"rollout", "received", "stage", "weights", "agreement", "found"} <= names.keys()
 
 
 def test_example_for_hugging_face_runs(tmp_path):

@@ -14,13 +14,11 @@ from moe_replay.routing import (
     Origin,
     RoutedModel,
     RoutingTrace,
-    TraceGroup,
     decode_trace,
     encode_trace,
     trace_from_payload,
 )
 from moe_replay.routing.arrays import kept, owned
-from moe_replay.routing.group import PromptDifference
 
 MODEL = RoutedModel(moe_layers=(0, 1, 2), num_decoder_layers=3, num_experts=8, topk=2)
 TOKENS = np.arange(40, dtype=np.int32)
@@ -89,7 +87,6 @@ def test_e6_a_buffer_that_its_owner_reuses_changes_no_trace(
 
 
 def parts_of(trace: RoutingTrace) -> dict[str, RoutingTrace]:
-    group = TraceGroup.join([trace, trace], num_prompt_tokens=10, where="a test")
     return {
         "itself": trace,
         "cropped": trace.crop(3, 20),
@@ -97,8 +94,6 @@ def parts_of(trace: RoutingTrace) -> dict[str, RoutingTrace]:
         "fewer layers": trace.select_layers((0, 2)),
         "decoded": decode_trace(encode_trace(trace)),
         "replaced": dataclasses.replace(trace, origin=ORIGIN),
-        "of a group": group.trace(1),
-        "prompt": group.prompt,
     }
 
 
@@ -115,13 +110,6 @@ def test_e6_a_slice_of_a_trace_shares_its_memory():
     trace = recorded(buffers())
     assert np.shares_memory(trace.crop(3, 20).expert_ids, trace.expert_ids)
     assert np.shares_memory(dataclasses.replace(trace).expert_ids, trace.expert_ids)
-
-
-def test_e6_differences_within_a_group_are_kept_too():
-    rows, ids, valid = np.arange(2), np.zeros((2, 1, 2), np.uint8), np.ones(2, bool)
-    difference = PromptDifference(rows=rows, expert_ids=ids, valid=valid)
-    ids[:] = 7
-    assert (difference.expert_ids == 0).all()
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

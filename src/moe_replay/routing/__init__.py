@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     )
     from moe_replay.routing.format.frame import Encoding, TraceHeader
     from moe_replay.routing.format.trace_file import TraceFile, write_trace_file
-    from moe_replay.routing.group import PromptDifference, TraceGroup
     from moe_replay.routing.guard.check import RouteReport, check_routes
     from moe_replay.routing.guard.decision import Guard
     from moe_replay.routing.guard.verdict import Finding, Owner
     from moe_replay.routing.layer_order import LayerOrder
-    from moe_replay.routing.margins import MarginComparison, compare_margins, topk_margins
     from moe_replay.routing.payload import (
         RoutedModel,
         trace_from_payload,
@@ -52,11 +50,9 @@ __all__ = [
     "Guard",
     "LayerOrder",
     "LiveReason",
-    "MarginComparison",
     "Origin",
     "Owner",
     "PolicySpan",
-    "PromptDifference",
     "ReplayMode",
     "RouteReport",
     "RouteSlice",
@@ -67,10 +63,8 @@ __all__ = [
     "StitchedRollout",
     "TraceComparison",
     "TraceFile",
-    "TraceGroup",
     "TraceHeader",
     "check_routes",
-    "compare_margins",
     "compare_traces",
     "decode_trace",
     "decode_traces",
@@ -83,7 +77,6 @@ __all__ = [
     "slice_routes",
     "stitch_turns",
     "to_text",
-    "topk_margins",
     "trace_from_payload",
     "trace_from_split_payload",
     "unrouted_trace",
@@ -94,12 +87,10 @@ _NAMES_IN = {
     "format.codec": "decode_trace decode_traces encode_trace encode_traces from_text to_text",
     "compare": "TraceComparison compare_traces flipped",
     "format.frame": "Encoding TraceHeader",
-    "group": "PromptDifference TraceGroup",
     "guard.check": "RouteReport check_routes",
     "guard.decision": "Guard",
     "guard.verdict": "Finding Owner",
     "layer_order": "LayerOrder",
-    "margins": "MarginComparison compare_margins topk_margins",
     "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
     "replay": "Coverage LiveReason ReplayMode",
     "rows": "RowIndex",
