@@ -194,6 +194,41 @@ def test_a_long_text_that_goes_round_in_circles_does_not_speak_for_its_step():
     assert report.is_clean, report.summary()
 
 
+def test_equal_neighbours_of_a_small_model_are_clean():
+    """Of two layers of top-2 of 8, the sixteen neighbours of one sample in 8,000 drawn steps have one route."""
+    seed = [30, 7937]
+    print(f"seed {seed}")
+    source = DrawnSteps(
+        num_experts=8,
+        topk=2,
+        num_layers=2,
+        num_rows=20,
+        num_samples=8,
+        **{"topic": 2.1, "agreement": 0.8, "spread": 0.35},
+    )
+    heat, rng = source.heat(np.random.default_rng(30)), np.random.default_rng(seed)
+    replayed, live = source.draw(rng, heat)
+    valid = np.arange(20) < rng.integers(6, 21, 8)[:, None]
+    equal = (np.sort(replayed[:, 1:]) == np.sort(replayed[:, :-1])).all(axis=(2, 3)) & valid[:, 1:]
+    assert equal.sum(axis=1).max() >= 15
+    report = _checked(replayed, live, 8, valid=valid)
+    assert report.is_clean, report.summary()
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+def test_control_equal_rows_of_a_short_sample_that_its_live_routes_are_not_like_are_found(layers):
+    print("seed 29")
+    rng = np.random.default_rng(29)
+    source = DrawnSteps(num_experts=8, topk=2, num_layers=layers, num_rows=20, num_samples=6)
+    replayed, live = source.draw(rng, source.heat(rng))
+    assert _checked(replayed, live, 8).is_clean
+    replayed[3, 2:] = replayed[3, 2]
+    assert [finding.sample for finding in _checked(replayed, live, 8).misaligned] == [3]
+    # Partly: five equal rows say nothing.
+    replayed[3, 7:] = live[3, 7:]
+    assert _checked(replayed, live, 8).is_clean
+
+
 def test_two_rows_whose_live_routes_are_crossed_are_clean():
     """What two rows share by chance is measured on two rows, so that it is not known to be certain."""
     replayed = np.zeros((16, 2, 1), np.int64)

@@ -48,6 +48,7 @@ STRAY_KEEPS = 0.25
 STALE_KEEPS = 0.8
 """Share of the usual information below which a run of equal rows is stale, and not a text that repeats itself."""
 _STRAY_NATS = 3.0  # by which it must be below
+_FREE_SLOTS = 1 / 3  # of a row: what neighbouring tokens have in common decides the others
 _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
 
@@ -125,7 +126,9 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         either = once * (nearer + farther)
         extra = own + nearer - farther - by_chance, row_room
         found.by_window("paired window", once * farther, either, either / 2, together, place, extra)
-    found.equal_rows(-math.log(baseline.repeat), own - by_chance, row_room, once)
+    of_tokens = -_FREE_SLOTS * row_slots * np.log(np.clip(by_chance / row_slots, 1e-9, 1.0))
+    nats_a_row = np.minimum(-math.log(baseline.repeat), of_tokens)
+    found.equal_rows(nats_a_row, own - by_chance, row_room, once)
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
     # Where many rows are stray, they are what makes the measured effect large; within a row it is not above 2.
     effect = min(baseline.effects[0][0], _ROW_EFFECT)
@@ -206,7 +209,7 @@ class _Found:
 
     def equal_rows(
         self,
-        nats_a_row: float,
+        nats_a_row: Float64[np.ndarray, " rows"],
         information: Float64[np.ndarray, " rows"],
         usual: Float64[np.ndarray, " rows"],
         once: Float64[np.ndarray, " rows"],
@@ -215,6 +218,11 @@ class _Found:
 
         A sample that says one word over and over repeats its routes as well, and a live route here and there differs. But
         then the rows agree as usual; those of a stale stretch do not.
+
+        A row repeats by chance as often as in the usual sample, or as often as these very tokens make likely, if that is more:
+        where a share q of the slots agrees with those of any other row, a row of n slots repeats with a chance of q^(n/3). With
+        2 layers of top-2 and q = 0.45 that is 0.34; with 4 layers it is 0.12, and 0.65 in a router that has all but
+        collapsed, where q = 0.85.
         """
         repeats = self._counts.repeats.copy()
         if not len(repeats):
@@ -234,7 +242,9 @@ class _Found:
         is_stale = kept < STALE_KEEPS * window_sums(usual, begin, stop)
         is_stale &= longest >= MIN_STALE_ROWS
         different = np.minimum(window_sums(once, begin, stop), longest)
-        nats = np.where(is_stale, different * nats_a_row, 0.0)
+        nats = np.where(
+            is_stale, different * window_sums(nats_a_row, begin, stop) / (stop - begin), 0.0
+        )
         self._keep("equal rows", nats, -1, whole, begin, stop, np.zeros(len(longest)))
 
     def _keep(
