@@ -2,12 +2,14 @@
 
 Routes are drawn (`testing.drawn_steps`), a fault is planted in some samples of a step, and the functions that training runs decide:
 `count_overlaps`, `summarise`, `Baseline`, `judge`, `Guard.decide`, and the second look by places. No engine gap is given, which
-only adds to what is seen. `--clean N` counts alarms in N steps without any fault.
+only adds to what is seen. `--clean N` counts alarms in N steps without any fault. `--strewn ROWS` plants strewn rows in ever more
+samples of a step at once, with and without clean steps before it.
 
 Example:
     $ python benchmarks/guard_power.py --quick
     $ python benchmarks/guard_power.py --write docs/guard.md
     $ python benchmarks/guard_power.py --clean 10000 --only 8,2,4 64,6,6
+    $ python benchmarks/guard_power.py --strewn 128 --only 64,6,6
 """
 
 from __future__ import annotations
@@ -312,6 +314,70 @@ def clean_steps(shape: tuple[int, int, int], steps: int, *, seed: int) -> CleanR
     return found
 
 
+SHARES = (0.02, 0.05, 0.10, 0.20, 0.50)
+"""Shares of a step's samples that have strewn wrong rows."""
+MEMORIES = ("first step", "after 3 clean steps", "after 3 such steps")
+"""What the guard has accepted before; such steps only as far as they passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strewn:
+    """What steps have shown in which a share of the samples had random routes in a tenth of their rows."""
+
+    share: float
+    """Of the samples."""
+    memory: str
+    """One of `MEMORIES`."""
+    found: float
+    """Share of the wrong samples that were named."""
+    passed: float
+    """Share of the steps in which nothing was found at all."""
+    wrongly: int
+    """Samples without a fault that were named, over all steps."""
+
+
+def strewn_shares(
+    shape: tuple[int, int, int], rows: int, *, steps: int, seed: int
+) -> Iterator[Strewn]:
+    """Yield what is found of a tenth of the rows strewn over a share of the samples, for every share and memory."""
+    rng = np.random.default_rng([seed, *shape])
+    source = steps_of(shape, num_rows=rows, num_samples=SAMPLES)
+    heat = source.heat(rng)
+
+    def step(share: float) -> tuple[OverlapCounts, RouteRows, np.ndarray]:
+        recorded, live = source.draw(rng, heat)
+        bad = rng.permutation(SAMPLES)[: round(share * SAMPLES)]
+        made = planted(recorded, num_experts=shape[0], group=source.group, rng=rng)
+        recorded[bad] = made["a tenth of the rows random"]()[bad]
+        held = rows_of(recorded, live, np.arange(SAMPLES), shape[0])
+        return source.count(recorded, live), held, bad
+
+    for share in SHARES:
+        guards = [Guard() for _ in MEMORIES]
+        for guard, earlier in zip(guards, (None, 0.0, share), strict=True):
+            for _ in range(0 if earlier is None else 3):
+                counts, held, _ = step(earlier)
+                verdict = decided(guard, [counts], held)
+                if verdict.is_clean:
+                    guard.accept(verdict)
+        shown = [step(share) for _ in range(steps)]
+        for memory, guard in zip(MEMORIES, guards, strict=True):
+            found = passed = wrongly = wrong = 0
+            for counts, held, bad in shown:
+                verdict = decided(guard, [counts], held)
+                named = np.array([finding.sample for finding in verdict.misaligned], np.int64)
+                hits = int(np.isin(bad, named).sum())
+                found, wrong, wrongly = found + hits, wrong + len(bad), wrongly + len(named) - hits
+                passed += verdict.is_clean
+            yield Strewn(
+                share=share,
+                memory=memory,
+                found=found / wrong,
+                passed=passed / steps,
+                wrongly=wrongly,
+            )
+
+
 def table(cells: Sequence[Cell]) -> str:
     """Return the table as Markdown, one for each agreement."""
     order = list(SHAPES)
@@ -392,6 +458,16 @@ def main() -> None:
                 line = {"metric": f"guard_power.{metric}_{name}", "value": value, "unit": "1"}
                 print(json.dumps(line), flush=True)
         return
+    if options.strewn:
+        for shape in options.only:
+            for cell in strewn_shares(
+                shape, options.strewn, steps=options.draws, seed=options.seed
+            ):
+                name = "-".join(map(str, shape))
+                say(f"{shape}, {options.strewn} rows: {cell}")
+                metric = f"guard_power.strewn_{name}_{cell.share}_{cell.memory.replace(' ', '_')}"
+                print(json.dumps({"metric": metric, "value": round(cell.found, 3), "unit": "1"}))
+        return
     cells = [cell for path in options.load for cell in loaded(path)] or list(power(options))
     if options.cells:
         options.cells.write_text(json.dumps([asdict(cell) for cell in cells]))
@@ -411,6 +487,13 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two small shapes, one agreement")
+    parser.add_argument(
+        "--strewn",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="rows of each sample; --draws steps a figure",
+    )
     parser.add_argument(
         "--only",
         nargs="+",
