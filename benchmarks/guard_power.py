@@ -337,7 +337,7 @@ class Strewn:
 
 
 def strewn_shares(
-    shape: tuple[int, int, int], rows: int, *, steps: int, seed: int
+    shape: tuple[int, int, int], rows: int, *, shares: Sequence[float], steps: int, seed: int
 ) -> Iterator[Strewn]:
     """Yield what is found of a tenth of the rows strewn over a share of the samples, for every share and memory."""
     rng = np.random.default_rng([seed, *shape])
@@ -352,7 +352,7 @@ def strewn_shares(
         held = rows_of(recorded, live, np.arange(SAMPLES), shape[0])
         return source.count(recorded, live), held, bad
 
-    for share in SHARES:
+    for share in shares:
         guards = [Guard() for _ in MEMORIES]
         for guard, earlier in zip(guards, (None, 0.0, share), strict=True):
             for _ in range(0 if earlier is None else 3):
@@ -461,7 +461,7 @@ def main() -> None:
     if options.strewn:
         for shape in options.only:
             for cell in strewn_shares(
-                shape, options.strewn, steps=options.draws, seed=options.seed
+                shape, options.strewn, shares=options.shares, steps=options.draws, seed=options.seed
             ):
                 name = "-".join(map(str, shape))
                 say(f"{shape}, {options.strewn} rows: {cell}")
@@ -506,6 +506,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=DRAWS, help="clean steps that faults go into")
     parser.add_argument("--longest", type=int, default=1024, help="tokens of the longest sample")
     parser.add_argument("--clean", type=int, default=0, help="judge so many steps without a fault")
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--write", type=Path, help="page that the table is put into")
     parser.add_argument("--cells", type=Path, help="file that the cells are written to, as JSON")
     parser.add_argument(

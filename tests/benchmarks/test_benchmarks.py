@@ -82,6 +82,17 @@ def test_the_table_of_the_guard_is_measured_and_put_into_its_page(tmp_path: Path
     assert "| a tenth of the rows random | not found, - |" in text
 
 
+def test_strewn_rows_are_found_in_few_samples_and_not_in_a_fifth_of_them() -> None:
+    lines = printed(
+        "guard_power.py",
+        *("--strewn", "128", "--only", "64,6,6", "--draws", "1", "--shares", "0.02", "0.2"),
+    )
+    found = {row["metric"]: row["value"] for row in map(json.loads, lines)}
+    for memory in ("first_step", "after_3_clean_steps"):
+        assert found[f"guard_power.strewn_64-6-6_0.02_{memory}"] == 1
+        assert found[f"guard_power.strewn_64-6-6_0.2_{memory}"] == 0
+
+
 def test_clean_steps_of_the_guard_are_counted() -> None:
     lines = printed("guard_power.py", "--only", "8,2,4", "--clean", "30")
     found = {row["metric"]: row["value"] for row in map(json.loads, lines)}
