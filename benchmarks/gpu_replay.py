@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Contest, alternate
 from transformers import AutoConfig
 
 from moe_replay.batch import Microbatch, Sample
@@ -25,7 +26,6 @@ from moe_replay.megatron.actor import MegatronActor, wrap_precision
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import RouteWatch, Routing
-from moe_replay.testing.measure import Contest, alternate
 from moe_replay.testing.policies import SETTINGS, mean_loss, pack, with_own_routes
 from moe_replay.testing.samples import make_samples
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measure import alternate
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
@@ -35,7 +36,6 @@ from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.routing.guard import Guard, OverlapCounts, Verdict, join_evidence, judge, summarise
 from moe_replay.testing.drawn_steps import DrawnSteps, planted
-from moe_replay.testing.measure import alternate
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.samples import make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

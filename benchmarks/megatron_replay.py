@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import transformers
+from measure import alternate
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.scorer import RouteWatch, Routing
-from moe_replay.testing.measure import alternate
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.samples import make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

@@ -22,9 +22,9 @@ from moe_replay.grpo.start import opening, preflight
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec
 from moe_replay.report.base import SilentReporter
-from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
+from ..support.served import served
 from .conftest import CONFIG
 
 ALONE = ProcessSpec(rank=0, world_size=1, local_rank=0, launched_by_torchrun=False)

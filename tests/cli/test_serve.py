@@ -17,8 +17,9 @@ from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.bearer import read_token
-from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+from ..support.served import ServerProcess
 
 TOKEN = "0123456789abcdef"
 

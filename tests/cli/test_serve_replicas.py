@@ -19,8 +19,9 @@ from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+from ..support.served import ServerProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

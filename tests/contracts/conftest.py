@@ -21,11 +21,11 @@ from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import Engine, RolloutGroup
 from moe_replay.routing import RoutedModel
-from moe_replay.testing.served import listening, served
-from moe_replay.testing.sglang_like import SglangLike
 from moe_replay.testing.tiny_models import VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes
 
+from ..support.served import listening, served
+from ..support.sglang_like import SglangLike
 from .engine_contract import SAMPLING, EngineCase, Weights, mixed_requests
 
 SEEDS = (0, 1)

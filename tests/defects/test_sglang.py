@@ -15,8 +15,9 @@ from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import Completion, Request, SamplingParams
 from moe_replay.errors import RecipeError
 from moe_replay.routing import RoutedModel
-from moe_replay.testing.served import listening
-from moe_replay.testing.sglang_like import SglangLike
+
+from ..support.served import listening
+from ..support.sglang_like import SglangLike
 
 pytestmark = pytest.mark.vllm
 

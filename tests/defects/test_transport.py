@@ -17,8 +17,9 @@ from moe_replay.routing import (
     encode_trace,
     encode_traces,
 )
-from moe_replay.testing.payload_mutations import damaged, with_fitting_checksums
 from moe_replay.testing.synthetic_routes import synthetic_trace
+
+from ..support.payload_mutations import damaged, with_fitting_checksums
 
 SEED = 20_260
 

@@ -125,8 +125,7 @@ class Diverged(FakeEngine):
 
 @pytest.mark.vllm
 def test_r6_a_server_says_that_its_weights_diverged_and_is_asked_once():
-    from moe_replay.testing.served import served
-
+    from ..support.served import served
     from .server_case import SHAPES, client, requests
 
     with served(Diverged(weight_shapes=SHAPES)) as url:

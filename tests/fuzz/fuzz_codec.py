@@ -3,8 +3,8 @@
 Not collected by pytest; tests/fuzz/test_fuzz_codec.py runs a little of it.
 
 Example:
-    $ python tests/fuzz/fuzz_codec.py --count 1000000
-    $ python tests/fuzz/fuzz_codec.py --guided -runs=1000000 -max_len=4096
+    $ python -m tests.fuzz.fuzz_codec --count 1000000
+    $ python -m tests.fuzz.fuzz_codec --guided -runs=1000000 -max_len=4096
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from moe_replay.routing import (
     encode_traces,
 )
 from moe_replay.routing.format import codec, frame, set_coding, slots
-from moe_replay.testing.payload_mutations import damaged, hostile, with_fitting_checksums
+
+from ..support.payload_mutations import damaged, hostile, with_fitting_checksums
 
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of a fuzzing process: a payload of kilobytes that asks for more ends it with MemoryError."""

@@ -3,8 +3,8 @@
 import pytest
 
 from moe_replay.errors import CodecError
-from moe_replay.testing.payload_mutations import frames, payload_of, with_fitting_checksums
 
+from ..support.payload_mutations import frames, payload_of, with_fitting_checksums
 from . import fuzz_codec
 
 SEED = 5

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.testing.faults import Faulty, Relay
-from moe_replay.testing.served import ServerProcess, listening
 
+from ..support.faults import Faulty, Relay
+from ..support.served import ServerProcess, listening
 from .test_loop import run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]

@@ -17,9 +17,9 @@ from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.misrouting import MisroutingEngine, Plant, of_another, one_row_late
-from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
+from ..support.served import ServerProcess
 from .test_loop import run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]

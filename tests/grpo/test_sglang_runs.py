@@ -9,9 +9,9 @@ import pytest
 
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.testing.served import listening
-from moe_replay.testing.sglang_like import SglangLike
 
+from ..support.served import listening
+from ..support.sglang_like import SglangLike
 from .test_loop import run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm]

@@ -15,8 +15,8 @@ from moe_replay.grpo.records import RunSummary, StepRecord
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.served import served
 
+from ..support.served import served
 from .test_loop import run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.usefixtures("vllm_imported")]

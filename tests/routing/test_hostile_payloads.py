@@ -19,13 +19,14 @@ from moe_replay.routing import (
     encode_traces,
 )
 from moe_replay.routing.format.set_coding import MAX_EXPANSION
-from moe_replay.testing.payload_mutations import (
+from moe_replay.testing.synthetic_routes import synthetic_trace
+
+from ..support.payload_mutations import (
     frames,
     hostile,
     payload_of,
     with_fitting_checksums,
 )
-from moe_replay.testing.synthetic_routes import synthetic_trace
 
 SEED = 20_261
 MEGABYTE = 1 << 20

@@ -18,8 +18,8 @@ from moe_replay.engines.serve.messages import (
 )
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.errors import CodecError, RecipeError
-from moe_replay.testing.served import listening, served
 
+from ...support.served import listening, served
 from ..server_case import (
     FACTS,
     LIMIT_S,

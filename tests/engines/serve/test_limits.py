@@ -11,8 +11,8 @@ import pytest
 
 from moe_replay.engines.serve.limits import Bodies
 from moe_replay.engines.serve.messages import call_bytes
-from moe_replay.testing.served import served
 
+from ...support.served import served
 from ..server_case import (
     FACTS,
     HEADERS,

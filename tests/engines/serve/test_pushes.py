@@ -22,8 +22,8 @@ from moe_replay.engines.serve.messages import (
 )
 from moe_replay.engines.serve.pushes import largest_push
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import served
 
+from ...support.served import served
 from ..server_case import (
     FACTS,
     POLICY,

@@ -23,8 +23,8 @@ from moe_replay.engines.serve.messages import call_bytes
 from moe_replay.engines.serve.run import tls_options
 from moe_replay.engines.serve.socket import bind
 from moe_replay.errors import RecipeError
-from moe_replay.testing.served import served
 
+from ...support.served import served
 from ..server_case import FACTS, LIMIT_S, POLICY, SAMPLING, call, error_of, fake, requests
 
 pytestmark = pytest.mark.vllm

@@ -16,8 +16,8 @@ from moe_replay.engines.serve.messages import (
 )
 from moe_replay.engines.servers.http import CallError
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import served
 
+from ...support.served import served
 from ..server_case import (
     FACTS,
     LIMIT_S,

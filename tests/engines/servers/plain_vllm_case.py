@@ -20,8 +20,9 @@ from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm
 from moe_replay.engines.servers.vllm_facts import PROCESSOR
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
-from moe_replay.testing.served import ServerProcess
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+from ...support.served import ServerProcess
 
 # An answer is small here, and a machine that does a dozen other things may be silent for long.
 LIMITS = {"token": None, "timeout_s": 300.0, "max_answer_bytes": 1 << 20}

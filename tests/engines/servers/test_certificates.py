@@ -21,9 +21,9 @@ from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm
 from moe_replay.errors import RecipeError
-from moe_replay.testing.served import listening, served
-from moe_replay.testing.sglang_like import SglangLike
 
+from ...support.served import listening, served
+from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, LIMIT_S, SAMPLING, client, fake, requests, tokens
 
 LIMITS = {"token": None, "timeout_s": LIMIT_S, "max_answer_bytes": 1 << 20}

@@ -20,9 +20,9 @@ from moe_replay.engines.servers.http import CallError, Fault
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.grpo.stopping import StopRequest, StopRequested
-from moe_replay.testing.faults import FAULTS, Faulty
-from moe_replay.testing.served import served
 
+from ...support.faults import FAULTS, Faulty
+from ...support.served import served
 from ..server_case import (
     SAMPLING,
     SHAPES,

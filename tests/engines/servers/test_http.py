@@ -13,7 +13,8 @@ import pytest
 
 from moe_replay.engines.servers.http import CallError, Fault, GivenUpError, HttpCalls
 from moe_replay.errors import EngineError, RecipeError
-from moe_replay.testing.served import listening
+
+from ...support.served import listening
 
 pytestmark = pytest.mark.vllm
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
-from moe_replay.testing.served import listening
+
+from ...support.served import listening
 
 pytestmark = pytest.mark.vllm
 

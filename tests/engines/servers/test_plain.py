@@ -19,9 +19,9 @@ from moe_replay.engines.servers.http import Fault
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import listening
-from moe_replay.testing.sglang_like import SglangLike
 
+from ...support.served import listening
+from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, LIMIT_S, client, fake, requests, tokens
 
 pytestmark = pytest.mark.vllm

@@ -21,9 +21,9 @@ from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.servers.vllm import VllmCalls
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.routing import RoutedModel, RoutingTrace
-from moe_replay.testing.served import listening
-from moe_replay.testing.sglang_like import SglangLike
 
+from ...support.served import listening
+from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, LIMIT_S, fake
 from .test_vllm_facts import SERVER, VERSION, npy
 

@@ -17,8 +17,8 @@ from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.servers.http import Fault
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import ServerProcess
 
+from ...support.served import ServerProcess
 from .plain_vllm_case import (
     SAMPLING,
     Models,

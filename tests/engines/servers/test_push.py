@@ -19,9 +19,9 @@ from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.servers.contract import PART_BYTES, weight_parts
 from moe_replay.engines.servers.weights_folder import WeightsFolder
 from moe_replay.errors import EngineError
-from moe_replay.testing.served import served
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
+from ...support.served import served
 from ..server_case import SAMPLING, SHAPES, client, fake, requests, tokens, weights
 
 pytestmark = pytest.mark.vllm

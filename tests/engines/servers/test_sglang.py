@@ -13,10 +13,10 @@ from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.servers.http import Fault
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
-from moe_replay.testing.faults import Faulty
-from moe_replay.testing.served import listening, served
-from moe_replay.testing.sglang_like import SglangLike
 
+from ...support.faults import Faulty
+from ...support.served import listening, served
+from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, SAMPLING, client, fake, requests, tokens, weights
 
 pytestmark = pytest.mark.vllm

@@ -22,8 +22,8 @@ from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError, RecipeError
-from moe_replay.testing.served import listening, served
 
+from ...support.served import listening, served
 from ..server_case import FACTS, fake
 from .plain_vllm_case import (
     LIMITS,

@@ -19,8 +19,8 @@ from moe_replay.routing import (
     encode_trace,
     encode_traces,
 )
-from moe_replay.testing.payload_mutations import frames, payload_of
 
+from ...support.payload_mutations import frames, payload_of
 from .any_trace import traces
 
 PAGE = Path(__file__).parents[3] / "docs" / "trace-format.md"

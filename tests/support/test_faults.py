@@ -13,8 +13,9 @@ from moe_replay.engines.serve.messages import PolicyName, Progress
 from moe_replay.engines.servers.http import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Request, SamplingParams
-from moe_replay.testing.faults import Faulty, Relay
-from moe_replay.testing.served import listening, served
+
+from .faults import Faulty, Relay
+from .served import listening, served
 
 pytestmark = pytest.mark.vllm
 LIMIT_S = 300.0
