@@ -18,7 +18,7 @@ from moe_replay.grpo.sampling_words import describe_drawing
 from moe_replay.grpo.start.preflight import preflight
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.routing import LiveReason, ReplayMode
+from moe_replay.routing import LiveReason, ReplayMode, Routing
 
 
 def run_doctor(
@@ -99,27 +99,24 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
 
 def passes_of(recipe: Recipe) -> list[dict[str, str]]:
     """Return how the routers of each pass of a step choose experts."""
-    mode = recipe.replay.router_replay_mode
-    replays = mode is not ReplayMode.DISABLED
-    old = {
-        ReplayMode.DISABLED: "live",
-        ReplayMode.R2: "live, recorded",
-        ReplayMode.R3: "replay of the engine's",
-    }[mode]
-    update = {
-        ReplayMode.DISABLED: "live",
-        ReplayMode.R2: "replay of the old log-probabilities'",
-        ReplayMode.R3: "replay of the engine's",
-    }[mode]
+    passes = recipe.replay.router_replay_mode.passes
+    recorded = "engine's" if passes.engine is Routing.RECORD else "old log-probabilities'"
+    words = {
+        Routing.LIVE: "live",
+        Routing.RECORD: "live, recorded",
+        Routing.REPLAY: f"replay of the {recorded}",
+    }
     rows = [
-        ("rollout", "live, recorded" if mode is ReplayMode.R3 else "live"),
-        ("old log-probabilities", old),
-        ("update", update),
+        ("rollout", words[passes.engine]),
+        ("old log-probabilities", words[passes.old]),
+        ("update", words[passes.update]),
     ]
     if recipe.megatron.recompute_granularity is not None:
-        rows.append(("recomputation", "the routes of its own forward pass" if replays else "live"))
+        rows.append(
+            ("recomputation", "the routes of its own forward pass" if recipe.replays else "live")
+        )
     if recipe.grpo.beta > 0:
-        follows = replays and recipe.replay.reference_routes == "replay"
+        follows = recipe.replays and recipe.replay.reference_routes == "replay"
         rows.append(("reference", "replay of the policy's" if follows else "live"))
     if recipe.replay.live_gap_every:
         rows.append(("live gap", f"live, every {recipe.replay.live_gap_every} steps"))
@@ -139,9 +136,7 @@ _WHY_LIVE = {
 
 def live_rows_of(mode: ReplayMode) -> list[dict[str, str]]:
     """Return which rows stay live in a pass that replays, and why."""
-    reasons = {
-        ReplayMode.DISABLED: [],
-        ReplayMode.R2: [LiveReason.PADDING],
-        ReplayMode.R3: list(_WHY_LIVE),
-    }[mode]
+    # A trainer that records its own routes leaves no token out.
+    of_tokens = _WHY_LIVE if mode.passes.engine is Routing.RECORD else [LiveReason.PADDING]
+    reasons = of_tokens if mode.replays else []
     return [{"reason": reason.value, "why": _WHY_LIVE[reason]} for reason in reasons]

@@ -21,7 +21,7 @@ from moe_replay.engines.types import Engine
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.routing import ReplayMode, RoutingTrace, write_trace_file
+from moe_replay.routing import Routing, RoutingTrace, write_trace_file
 
 Recorder = Callable[[Sequence[GivenTokens]], Iterator[tuple[str, RoutingTrace]]]
 
@@ -49,7 +49,7 @@ def run_record(
         name = f"trainer-{recipe.model.dtype}"
     elif recipe.rollout.engine == "files":
         raise RecipeError("rollout.engine is 'files', which runs no model; choose another engine")
-    elif recipe.replay.router_replay_mode is not ReplayMode.R3:
+    elif recipe.replay.router_replay_mode.passes.engine is not Routing.RECORD:
         raise RecipeError(
             f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}, in which engines record no routes: "
             "add --replay.router_replay_mode R3"

@@ -21,7 +21,7 @@ from moe_replay.engines.types import FinishReason
 from moe_replay.grpo.rollout import Rollout, Scored
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.ranks.sharing import SharedCompletion, share_completions, share_routes
-from moe_replay.routing import Coverage, LiveReason, ReplayMode, RouteSlice, RoutingTrace
+from moe_replay.routing import Coverage, LiveReason, RouteSlice, Routing, RoutingTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +96,7 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     size = len(samples) // run.recipe.batch.steps_per_generation
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     minibatches = _pack(run, parts)
-    if run.mode is not ReplayMode.R3:
+    if run.mode.passes.engine is not Routing.RECORD:
         return StepBatch(minibatches=minibatches, origins=origins, coverage=Coverage())
     coverage = _coverage(run, minibatches, traces)
     batch = StepBatch(minibatches=minibatches, origins=origins, coverage=coverage)

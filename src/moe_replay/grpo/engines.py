@@ -15,7 +15,7 @@ import torch
 from moe_replay.engines.types import Engine, Request, SamplingParams
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.routing import ReplayMode
+from moe_replay.routing import Routing
 from moe_replay.tasks.prompts import Prompt
 
 TRIAL = "trial"
@@ -212,4 +212,4 @@ def _connect(
 
 
 def _records(recipe: Recipe) -> bool:
-    return recipe.replay.router_replay_mode is ReplayMode.R3
+    return recipe.replay.router_replay_mode.passes.engine is Routing.RECORD

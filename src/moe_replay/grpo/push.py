@@ -18,7 +18,7 @@ from moe_replay.grpo.rollout import Rollout, Scored
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.score import OldScores, Update, gap_of
 from moe_replay.megatron.finite import check_optimizer, check_weights
-from moe_replay.routing import Coverage, ReplayMode
+from moe_replay.routing import Coverage
 
 
 def push_weights(run: Run) -> None:
@@ -55,7 +55,7 @@ def step_record(
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
     metrics = dict(scored.metrics) | run.merge(tally) | dict(update.metrics) | dict(old.metrics)
     metrics["policy_version"] = float(run.policy_version)
-    if run.mode is not ReplayMode.DISABLED:
+    if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
     everyone = kept_completions(

@@ -27,7 +27,7 @@ from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.stopping import StepDropped
-from moe_replay.routing import ReplayMode, RoutingTrace
+from moe_replay.routing import Routing, RoutingTrace
 from moe_replay.tasks.prompts import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
@@ -87,7 +87,7 @@ def roll_out(run: Run) -> Rollout:
     bare = []
     for place, group in zip(places, groups, strict=True):
         for number, completion in enumerate(group.completions):
-            if completion.trace is not None and run.mode is ReplayMode.R3:
+            if completion.trace is not None and run.mode.passes.engine is Routing.RECORD:
                 traces[place, number] = completion.trace
         bare.append(
             replace(group, completions=tuple(replace(c, trace=None) for c in group.completions))

@@ -94,7 +94,7 @@ class Run:
     @property
     def min_coverage(self) -> float:
         """Coverage below which the run stops; 0 when nothing is replayed."""
-        return 0.0 if self.mode is ReplayMode.DISABLED else self.recipe.replay.min_coverage
+        return self.recipe.replay.min_coverage if self.mode.replays else 0.0
 
     @property
     def device(self) -> torch.device:
@@ -352,11 +352,10 @@ class Run:
         num_parameters = sum(
             p.numel() for module in self.actor.modules for p in module.parameters()
         )
-        replayed = {
-            ReplayMode.DISABLED: "nothing is replayed: every pass routes by its own weights",
-            ReplayMode.R2: "routes of the old-logprob pass are replayed in the update",
-            ReplayMode.R3: "routes of the engine are replayed in old-logprobs, update and recompute",
-        }[self.mode]
+        passes = self.mode.passes
+        replayed = passes.replayed_in
+        if self.mode.replays:
+            replayed = f"routes of {passes.recorded_by}, replayed in {replayed}"
         layers = len(self.actor.routers)
         return RunSummary(
             sections={

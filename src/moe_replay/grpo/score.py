@@ -25,8 +25,8 @@ from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.metrics import Tally, engine_gap, step_tally, update_tally
 from moe_replay.grpo.minibatch_loss import MinibatchLoss
 from moe_replay.grpo.run import Run
-from moe_replay.megatron.scorer import Routing, ScoredSample
-from moe_replay.routing import ReplayMode
+from moe_replay.megatron.scorer import ScoredSample
+from moe_replay.routing import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +66,7 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
     Raises:
         MisalignmentError: on every rank, when routes are not those of their tokens.
     """
-    routing = {
-        ReplayMode.DISABLED: Routing.LIVE,
-        ReplayMode.R2: Routing.RECORD,
-        ReplayMode.R3: Routing.REPLAY,
-    }[run.mode]
+    routing = run.mode.passes.old
     watch = PassWatch(batch.origins) if routing is Routing.REPLAY else None
     scores = run.actor.score(
         batch.microbatches,
@@ -101,11 +97,11 @@ def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | 
     """Score the samples with the reference model; None when the loss has no KL term."""
     if run.reference is None:
         return None
-    replays = run.recipe.replay.reference_routes == "replay" and run.mode is not ReplayMode.DISABLED
+    replays = run.recipe.replay.reference_routes == "replay"
     scored = run.reference.score(
         batch.microbatches,
         temperature=run.temperature,
-        routing=Routing.REPLAY if replays else Routing.LIVE,
+        routing=run.mode.passes.reference if replays else Routing.LIVE,
     ).samples
     _require_finite(run, batch.samples, scored, "ref_logprobs")
     return scored
@@ -175,17 +171,21 @@ def _update_once(
         return _UpdateReport(
             tally=tally, grad_norm=None, learning_rate=learning_rate, judged=Judged()
         )
-    replays = run.mode is not ReplayMode.DISABLED
+    passes = run.mode.passes
     # Later mini-batches drift away from their routes on purpose; the first shows whether the update packs them right. Without
     # a guard it is the only pass that tells the agreement of R2; that of R3 is known by now.
-    watches = replays and is_first and (run.guard is not None or run.mode is ReplayMode.R2)
+    watches = (
+        passes.update is Routing.REPLAY
+        and is_first
+        and (run.guard is not None or passes.old is not Routing.REPLAY)
+    )
     watch = PassWatch(old.batch.origins) if watches else None
     name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
     gradient = run.actor.backward(
         minibatch.microbatches,
         loss,
         temperature=run.temperature,
-        routing=Routing.REPLAY if replays else Routing.LIVE,
+        routing=passes.update,
         watch=watch.route_watch if watch is not None else None,
         where=f"step {run.step}, {name}",
     )

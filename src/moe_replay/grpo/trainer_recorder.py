@@ -18,9 +18,9 @@ from moe_replay.grpo.model_settings import TRAINER_DTYPES, run_layout
 from moe_replay.megatron.actor import build_scorer
 from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.recorded import gather_traces
-from moe_replay.megatron.scorer import MegatronScorer, Routing
+from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.routing import RoutingTrace
+from moe_replay.routing import Routing, RoutingTrace
 
 
 @contextmanager

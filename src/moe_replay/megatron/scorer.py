@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -27,18 +26,7 @@ from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers, unwrap
 from moe_replay.megatron.overlap import RowOwners, WatchedRoutes
 from moe_replay.megatron.replay import RecordScope, ReplayScope
-from moe_replay.routing import RouteSlice
-
-
-class Routing(Enum):
-    """How the routers of a pass choose experts."""
-
-    LIVE = "live"
-    """By the current weights."""
-    RECORD = "record"
-    """By the current weights, keeping the choice."""
-    REPLAY = "replay"
-    """As the microbatch's traces say; rows without a route by the current weights."""
+from moe_replay.routing import RouteSlice, Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,6 @@ from moe_replay.recipe.sections import (
     RunSection,
     Section,
 )
-from moe_replay.routing import ReplayMode
 
 _NO_EFFECT_ON_RESULTS = (
     "run.output_dir",
@@ -126,7 +125,7 @@ class Recipe(Section):
     @property
     def replays(self) -> bool:
         """Whether any trainer pass replays routes."""
-        return self.replay.router_replay_mode is not ReplayMode.DISABLED
+        return self.replay.router_replay_mode.replays
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks among ``world_size`` processes.

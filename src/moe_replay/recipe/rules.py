@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_replay.recipe.bearer import MASK
-from moe_replay.routing import ReplayMode
+from moe_replay.routing import Routing
 from moe_replay.tasks.datasets.files import HUB, has_splits
 
 GENERATED = "reasoning_gym:"
@@ -224,7 +224,7 @@ def _reward_names_differ(have: Any) -> Iterator[Problem]:
 
 def _live_gap_needs_replay(have: Any) -> Iterator[Problem]:
     replay = have.replay
-    if replay.router_replay_mode is ReplayMode.DISABLED and replay.live_gap_every:
+    if not replay.router_replay_mode.replays and replay.live_gap_every:
         yield Problem(
             path="replay.live_gap_every",
             text=f"{replay.live_gap_every} with router_replay_mode = 'disabled', where every pass is live and "
@@ -252,7 +252,7 @@ def _eval_samples_differ(have: Any) -> Iterator[Problem]:
 
 def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     replay = have.replay
-    if replay.router_replay_mode is ReplayMode.DISABLED:
+    if not replay.router_replay_mode.replays:
         for key in type(replay).model_fields:
             # A rule of its own refuses a live gap; 0 is taken, so that one recipe serves every mode.
             if key not in ("router_replay_mode", "live_gap_every"):
@@ -260,7 +260,7 @@ def _replay_without_effect(have: Any) -> Iterator[tuple[str, str]]:
     elif not replay.guard:
         for key in ("on_misaligned", "max_dropped_frac"):
             yield f"replay.{key}", "replay.guard is false"
-    elif replay.router_replay_mode is ReplayMode.R2:
+    elif replay.router_replay_mode.passes.engine is not Routing.RECORD:
         for key in ("on_misaligned", "max_dropped_frac"):
             yield (
                 f"replay.{key}",

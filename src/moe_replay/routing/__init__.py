@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         trace_from_split_payload,
         unrouted_trace,
     )
-    from moe_replay.routing.replay import Coverage, LiveReason, ReplayMode
+    from moe_replay.routing.replay import Coverage, LiveReason, Passes, ReplayMode, Routing
     from moe_replay.routing.rows import RowIndex
     from moe_replay.routing.slices import RouteSlice, slice_routes
     from moe_replay.routing.stitch import (
@@ -52,11 +52,13 @@ __all__ = [
     "LiveReason",
     "Origin",
     "Owner",
+    "Passes",
     "PolicySpan",
     "ReplayMode",
     "RouteReport",
     "RouteSlice",
     "RoutedModel",
+    "Routing",
     "RoutingTrace",
     "RowIndex",
     "RowKind",
@@ -92,7 +94,7 @@ _NAMES_IN = {
     "guard.verdict": "Finding Owner",
     "layer_order": "LayerOrder",
     "payload": "RoutedModel trace_from_payload trace_from_split_payload unrouted_trace",
-    "replay": "Coverage LiveReason ReplayMode",
+    "replay": "Coverage LiveReason Passes ReplayMode Routing",
     "rows": "RowIndex",
     "slices": "RouteSlice slice_routes",
     "stitch": "EngineCall RowKind StitchedRollout merge_partial stitch_turns",

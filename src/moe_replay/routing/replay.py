@@ -1,13 +1,13 @@
-"""What is replayed, what runs live and why: the replay mode, the reasons, and the coverage that is always reported.
+"""What is replayed, what runs live and why: the modes, the reasons, and the coverage that every run reports.
 
-In: rows with and without routes. Out: ReplayMode, LiveReason, Coverage.
+In: rows with and without routes. Out: ReplayMode and its Passes, LiveReason, Coverage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,35 @@ from moe_replay.errors import CoverageError, TraceError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
+
+
+class Routing(Enum):
+    """How the routers of a pass choose experts."""
+
+    LIVE = "live"
+    """By the current weights."""
+    RECORD = "record"
+    """By the current weights, and the choice is kept."""
+    REPLAY = "replay"
+    """As the recorded routes say; rows without a route by the current weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """What the routers of each pass of a step do under one mode."""
+
+    engine: Routing
+    """While completions are sampled."""
+    old: Routing
+    """While the trainer computes old log-probabilities."""
+    update: Routing
+    """In the forward pass of the update; recomputation always repeats its own forward pass."""
+    reference: Routing
+    """In the pass of the reference model, with ``reference_routes = "replay"``; else it is live."""
+    recorded_by: str
+    """Where the routes come from, in the words of the README's table."""
+    replayed_in: str
+    """Where they are replayed, likewise."""
 
 
 class ReplayMode(StrEnum):
@@ -27,6 +56,45 @@ class ReplayMode(StrEnum):
     """Routes are recorded in the trainer's old-logprob pass and replayed in the update."""
     R3 = "R3"
     """Routes are recorded by the engine while it samples and replayed in every trainer pass of the sample."""
+
+    @property
+    def passes(self) -> Passes:
+        """The mode's row of `PASSES`."""
+        return PASSES[self]
+
+    @property
+    def replays(self) -> bool:
+        """Whether any pass of the trainer replays routes."""
+        return self.passes.update is Routing.REPLAY
+
+
+PASSES: Mapping[ReplayMode, Passes] = {
+    ReplayMode.DISABLED: Passes(
+        engine=Routing.LIVE,
+        old=Routing.LIVE,
+        update=Routing.LIVE,
+        reference=Routing.LIVE,
+        recorded_by="nowhere",
+        replayed_in="nothing: every pass routes by its own weights",
+    ),
+    ReplayMode.R2: Passes(
+        engine=Routing.LIVE,
+        old=Routing.RECORD,
+        update=Routing.REPLAY,
+        reference=Routing.REPLAY,
+        recorded_by="the trainer's old-logprob pass",
+        replayed_in="the update",
+    ),
+    ReplayMode.R3: Passes(
+        engine=Routing.RECORD,
+        old=Routing.REPLAY,
+        update=Routing.REPLAY,
+        reference=Routing.REPLAY,
+        recorded_by="the engine, while it samples",
+        replayed_in="old-logprobs, update and recomputation",
+    ),
+}
+"""What a mode means: every station, `doctor` and the README's table read it here and nowhere else."""
 
 
 class LiveReason(StrEnum):

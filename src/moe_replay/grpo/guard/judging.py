@@ -23,7 +23,7 @@ from moe_replay.grpo.guard.watch import PassWatch, Seen
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
-from moe_replay.routing import ReplayMode
+from moe_replay.routing import Routing
 from moe_replay.routing.guard import (
     Baseline,
     Owner,
@@ -207,7 +207,7 @@ def judge_own_packing(
     verdict = _without(verdict, before.drifted)
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
-    if run.mode is ReplayMode.R2:
+    if run.mode.passes.old is Routing.RECORD:
         # In R3 the pass before has been remembered, and this one sees a part of the same samples.
         guard.accept(verdict)
     return replace(

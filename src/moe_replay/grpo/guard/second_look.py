@@ -18,7 +18,8 @@ from moe_replay.grpo.batch import StepBatch
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.overlap import WatchedRoutes
-from moe_replay.megatron.scorer import RouteWatch, Routing, ScoredSample
+from moe_replay.megatron.scorer import RouteWatch, ScoredSample
+from moe_replay.routing import Routing
 from moe_replay.routing.guard import (
     Baseline,
     Finding,
