@@ -9,7 +9,7 @@ Random weights, bfloat16. The figures come last, one JSON object a line.
     python benchmarks/serve.py [--quick] [--rounds 5] [--tensor-parallel-size 2]
 
 A call costs its client and the server a few milliseconds of CPU, once, whatever its length. Here both share the cores with the
-workers, and completions are short: 64 tokens (quick) at some 35 ms a step, 128 else. With clients on another machine, or
+workers, and completions are short: 96 tokens (quick) at some 35 ms a step, 128 else. With clients on another machine, or
 completions of thousands of tokens, HTTP costs less than this says.
 """
 
@@ -34,6 +34,8 @@ from moe_replay.testing.tiny_models import VOCAB_SIZE
 
 NUM_CLIENTS = 64
 PROMPT_LENGTH = 24
+# Enough for a step of each kind: prompts, a full batch.
+_WARM_UP_LENGTH = 16
 SIZE: dict[str, Any] = {
     "hidden_size": 256,
     "num_experts": 64,
@@ -49,15 +51,15 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model on one worker, short completions"
     )
-    parser.add_argument("--rounds", type=int, help="pairs; default 5, quick 4")
+    parser.add_argument("--rounds", type=int, help="pairs; default 5, quick 3")
     parser.add_argument("--tensor-parallel-size", type=int, help="workers; default 2, quick 1")
-    parser.add_argument("--length", type=int, help="tokens; default 128, quick 64")
+    parser.add_argument("--length", type=int, help="tokens; default 128, quick 96")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
         return be_client(options.client)
-    options.rounds = options.rounds or (4 if options.quick else 5)
-    options.length = options.length or (64 if options.quick else 128)
+    options.rounds = options.rounds or (3 if options.quick else 5)
+    options.length = options.length or (96 if options.quick else 128)
     options.tensor_parallel_size = options.tensor_parallel_size or (1 if options.quick else 2)
     # As `moe-replay serve` does: two workers with two threads each wait for each other on two cores.
     set_defaults(os.environ, num_workers=options.tensor_parallel_size)
@@ -159,14 +161,14 @@ async def race(
 ) -> dict[str, tuple[float, str]]:
     """Alternate rounds of the clients and of the engine alone."""
 
-    async def alone(seed: int) -> float:
+    async def alone(seed: int, length: int = options.length) -> float:
         start = time.perf_counter()
         every = await asyncio.gather(
             *(
                 engine.complete(
                     request,
                     0,
-                    sampling(options.length, seed),
+                    sampling(length, seed),
                     policy_version=0,
                     progress=lambda count: None,
                 )
@@ -175,11 +177,11 @@ async def race(
         )
         return sum(len(c.token_ids) for c in every) / (time.perf_counter() - start)
 
-    async def served(seed: int) -> float:
-        seconds, tokens = await ask(client, "generate", options.length, seed)
+    async def served(seed: int, length: int = options.length) -> float:
+        seconds, tokens = await ask(client, "generate", length, seed)
         return tokens / seconds
 
-    await served(0), await alone(0)
+    await served(0, _WARM_UP_LENGTH), await alone(0, _WARM_UP_LENGTH)
     speeds: dict[Any, list[float]] = {alone: [], served: []}
     for seed in range(1, 1 + options.rounds):
         for kind in (alone, served) if seed % 2 else (served, alone):
@@ -200,7 +202,7 @@ async def push(
     client: asyncio.subprocess.Process, other: str, options: argparse.Namespace
 ) -> dict[str, tuple[float, str]]:
     """Push the model as a trainer does, and the bytes of a larger one."""
-    whole = [await ask(client, "push", version) for version in range(1, 6)]
+    whole = [await ask(client, "push", version) for version in range(1, 4)]
     megabytes = 256 if options.quick else 2048
     seconds, size = await ask(client, "upload", other, megabytes)
     return {
