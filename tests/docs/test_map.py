@@ -1,0 +1,64 @@
+"""docs/map.md says what the docstrings say."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    """The script as a module; it has no suffix, and no bytecode is left beside it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader = SourceFileLoader("map_script", str(ROOT / "scripts" / "map"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_the_map_is_current(script):
+    written = (ROOT / "docs" / "map.md").read_text().splitlines()
+    now = script.page(ROOT).splitlines()
+    stale = sorted(set(written) ^ set(now))
+    assert written == now, f"run scripts/map, which writes the page again; these differ: {stale}"
+
+
+def test_a_page_groups_first_sentences_by_folder(script, tmp_path):
+    package = tmp_path / "src" / "moe_replay"
+    (package / "grpo").mkdir(parents=True)
+    (package / "__init__.py").write_text('"""Trains."""')
+    (package / "grpo" / "__init__.py").write_text('"""The loop."""')
+    (package / "grpo" / "loss.py").write_text(
+        '"""Turn a ratio\ninto a loss. In short.\n\nIn: a."""'
+    )
+    (package / "errors.py").write_text('"""Every error"""')
+    page = script.page(tmp_path)
+    assert page.split("## ", 1)[1].splitlines() == [
+        "moe_replay",
+        "",
+        "Trains.",
+        "",
+        "- `errors.py`: Every error",
+        "",
+        "## grpo/",
+        "",
+        "The loop.",
+        "",
+        "- `loss.py`: Turn a ratio into a loss.",
+    ]
+
+
+def test_a_changed_docstring_changes_the_page(script, tmp_path):
+    package = tmp_path / "src" / "moe_replay"
+    package.mkdir(parents=True)
+    (package / "errors.py").write_text('"""One."""')
+    before = script.page(tmp_path)
+    (package / "errors.py").write_text('"""Two."""')
+    assert script.page(tmp_path) != before
