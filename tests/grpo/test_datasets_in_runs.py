@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.inputs import open_inputs
+from moe_replay.grpo.inputs import open_inputs, recipe_dataset_files
 from moe_replay.grpo.loop import train
-from moe_replay.grpo.prompt_sources import recipe_dataset_files
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.grpo.start.identity import differences, run_identity
 from moe_replay.recipe.recipe import ProcessSpec, Recipe

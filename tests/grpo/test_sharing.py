@@ -324,12 +324,12 @@ def test_e9_control_one_text_sent_to_all_is_heard(one_step: Callable[..., Recipe
         real = kept.kept_completions
 
         def telling(run: Any, *args: Any, texts: Any, **more: Any) -> Any:
-            run.gather(max(texts, key=len) if run.process.rank == 0 else "")
+            run.ranks.gather(max(texts, key=len) if run.process.rank == 0 else "")
             return real(run, *args, texts=texts, **more)
 
-        from moe_replay.grpo import push as closing
+        from moe_replay.grpo import record
 
-        closing.kept_completions = telling
+        record.kept_completions = telling
 
     texts, (_, (second, _)) = texts_heard(one_step(), tell_all)
     assert num_heard(texts, second) >= 1

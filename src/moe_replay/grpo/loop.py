@@ -12,15 +12,22 @@ import torch
 
 from moe_replay.engines.types import Engine
 from moe_replay.grpo.batch import make_batch
+from moe_replay.grpo.checkpoint import save_checkpoint
+from moe_replay.grpo.end import finish, write_end
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.push import finish, push_weights, save_checkpoint, step_record, stop_early
+from moe_replay.grpo.evaluate import evaluate
+from moe_replay.grpo.push import push_weights
+from moe_replay.grpo.record import step_record
 from moe_replay.grpo.records import Reporter, RunEnd
-from moe_replay.grpo.rollout import evaluate, roll_out, score_rewards
+from moe_replay.grpo.reward import score_rewards
+from moe_replay.grpo.rollout import roll_out
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.score import score_old, score_reference, update_policy
+from moe_replay.grpo.score import score_old, score_reference
 from moe_replay.grpo.start.opening import open_run
 from moe_replay.grpo.start.preflight import Preflight
+from moe_replay.grpo.start.summary import run_summary
 from moe_replay.grpo.stopping import StepDropped, StopRequest
+from moe_replay.grpo.update import update_policy
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 
 
@@ -66,7 +73,7 @@ def train(
                     checked=checked,
                 )
             )
-        reporter.start(run.summary())
+        reporter.start(run_summary(run))
         try:
             if run.evaluation_is_owed:
                 evaluate(run)
@@ -74,9 +81,12 @@ def train(
                 _take_step(run)
         except StepDropped:
             run.drop_step()
-        if run.agrees_to_stop():
-            return stop_early(run)
-        return finish(run)
+        if not run.agrees_to_stop():
+            return finish(run)
+        if run.saved_step != run.step:
+            with run.station("checkpoint"):
+                save_checkpoint(run)
+        return write_end(run, stopped_by=run.stop.reason)
 
 
 def _take_step(run: Run) -> None:

@@ -5,7 +5,7 @@ In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 
-from moe_replay.grpo.metrics import MAX_LOG_RATIO
+from moe_replay.grpo.metrics import MAX_LOG_RATIO, Tally
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 
@@ -171,3 +171,39 @@ def sample_weights(
         else:
             weights[position] = 1 / whole.num_tokens
     return weights
+
+
+def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:
+    """Tally one rank's microbatches of one optimizer update; ``kl`` only ``with_kl``, else it would be a false 0."""
+    tally = Tally()
+    for part in statistics:
+        tokens = part.num_tokens
+        tally.add_sum("loss", part.loss)
+        tally.add_mean("policy_ratio/mean", total=part.ratio_sum, count=tokens)
+        for name, total in (
+            ("low_mean", part.num_clipped_low),
+            ("high_mean", part.num_clipped_high),
+            ("region_mean", part.num_clipped_low + part.num_clipped_high),
+        ):
+            tally.add_mean(f"clip_ratio/{name}", total=total, count=tokens)
+        tally.add_mean("policy_ratio/bounded_frac", total=part.num_bounded, count=tokens)
+        if with_kl:
+            tally.add_mean("kl", total=part.kl_sum, count=tokens)
+    return tally
+
+
+def step_tally(updates: Sequence[Tally]) -> Tally:
+    """Combine the updates of a step, each merged over all ranks before.
+
+    ``loss`` is averaged over updates; the ``clip_ratio`` means are over the tokens of all updates, and
+    ``clip_ratio/low_min`` and ``clip_ratio/high_max`` are those of the updates with the fewest and the most.
+    """
+    step = Tally()
+    for update in updates:
+        values = update.finish()
+        for name, (kind, value, count) in update._entries.items():
+            step._add(name, "mean" if kind == "sum" else kind, value, count if kind != "sum" else 1)
+        if "clip_ratio/low_mean" in values:
+            step.add_min("clip_ratio/low_min", values["clip_ratio/low_mean"])
+            step.add_max("clip_ratio/high_max", values["clip_ratio/high_mean"])
+    return step

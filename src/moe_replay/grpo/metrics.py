@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -17,7 +17,8 @@ from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
 
 if TYPE_CHECKING:
-    from moe_replay.grpo.loss import LossStatistics
+    from moe_replay.batch import Sample
+    from moe_replay.megatron.scorer import ScoredSample
 
 Kind = Literal["mean", "sum", "min", "max"]
 
@@ -36,7 +37,7 @@ MAX_LOG_RATIO = 20.0
 
 
 class Tally:
-    """Means, sums, minima and maxima by metric name, in plain numbers that travel as JSON.
+    """Means, sums, minima and maxima by metric name, which ranks gather and merge.
 
     >>> left, right = Tally(), Tally()
     >>> left.add_mean("reward", total=3.0, count=3)
@@ -87,18 +88,6 @@ class Tally:
             for name, (kind, value, count) in sorted(self._entries.items())
             if count
         }
-
-    def to_plain(self) -> dict[str, list[str | float | int]]:
-        """Return name -> [kind, value, count], which JSON carries without loss."""
-        return {name: list(entry) for name, entry in self._entries.items()}
-
-    @staticmethod
-    def from_plain(plain: Mapping[str, Sequence[Any]]) -> Tally:
-        """Rebuild what `to_plain` returned."""
-        tally = Tally()
-        for name, (kind, value, count) in plain.items():
-            tally._add(name, kind, value, count)
-        return tally
 
     def _add(self, name: str, kind: Kind, value: float, count: int) -> None:
         if not math.isfinite(value):
@@ -153,6 +142,20 @@ def engine_gap(
         _tally_tokens(tally, prefix, old.astype(np.float64) - rollout.astype(np.float64))
         _tally_sample(tally, prefix, old.astype(np.float64), rollout.astype(np.float64))
     return tally
+
+
+def sample_gap(
+    samples: Sequence[Sample],
+    scored: Mapping[int, ScoredSample],
+    *,
+    prefix: str = "rollout_correction",
+) -> Tally:
+    """Tally the `engine_gap` of samples (sample id -> what the trainer found)."""
+    return engine_gap(
+        [scored[sample.sample_id].token_logprobs for sample in samples],
+        [sample.rollout_logprobs for sample in samples],
+        prefix=prefix,
+    )
 
 
 def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:
@@ -217,39 +220,3 @@ def completion_tally(
         filtered = aborted or (clipped and overlong_filter)
         tally.add_mean("completions/filtered_ratio", total=filtered)
     return tally
-
-
-def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:
-    """Tally one rank's microbatches of one optimizer update; ``kl`` only ``with_kl``, else it would be a false 0."""
-    tally = Tally()
-    for part in statistics:
-        tokens = part.num_tokens
-        tally.add_sum("loss", part.loss)
-        tally.add_mean("policy_ratio/mean", total=part.ratio_sum, count=tokens)
-        for name, total in (
-            ("low_mean", part.num_clipped_low),
-            ("high_mean", part.num_clipped_high),
-            ("region_mean", part.num_clipped_low + part.num_clipped_high),
-        ):
-            tally.add_mean(f"clip_ratio/{name}", total=total, count=tokens)
-        tally.add_mean("policy_ratio/bounded_frac", total=part.num_bounded, count=tokens)
-        if with_kl:
-            tally.add_mean("kl", total=part.kl_sum, count=tokens)
-    return tally
-
-
-def step_tally(updates: Sequence[Tally]) -> Tally:
-    """Combine the updates of a step, each merged over all ranks before.
-
-    ``loss`` is averaged over updates; the ``clip_ratio`` means are over the tokens of all updates, and
-    ``clip_ratio/low_min`` and ``clip_ratio/high_max`` are those of the updates with the fewest and the most.
-    """
-    step = Tally()
-    for update in updates:
-        values = update.finish()
-        for name, (kind, value, count) in update._entries.items():
-            step._add(name, "mean" if kind == "sum" else kind, value, count if kind != "sum" else 1)
-        if "clip_ratio/low_mean" in values:
-            step.add_min("clip_ratio/low_min", values["clip_ratio/low_mean"])
-            step.add_max("clip_ratio/high_max", values["clip_ratio/high_mean"])
-    return step

@@ -25,7 +25,11 @@ class RunSummary:
 
 
 END_FILE = "ended.json"
-"""File of the run directory that holds the `RunEnd` of a run that ended by itself; a run that is going on has none."""
+"""File of the run directory with the `RunEnd` of a run that ended by itself; a running one has none."""
+EXPORT_FOLDER = "export"
+"""Folder of the run directory with the trained model as a Hugging Face checkpoint."""
+NEW_EXPORT = "export.new"
+"""Folder of an export that is being written; a killed writer leaves this name, or it with ``.partial``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,8 @@ from moe_replay.batch import Sample
 from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import MisalignmentError
-from moe_replay.grpo import score as learning
-from moe_replay.grpo.batch import MiniBatch, StepBatch, without
 from moe_replay.grpo.engines import recipe_engine
+from moe_replay.grpo.types import MiniBatch, StepBatch
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Coverage, RouteSlice
 from moe_replay.testing.misrouting import (
@@ -311,11 +310,14 @@ def test_a_suspect_is_looked_at_again_in_an_interleaved_pipeline(
         run(staged, world_size=2, make_engine=wrong(randomised, one))
 
 
+with_routes = StepBatch.with_routes
+
+
 def late_in_one_microbatch(batch: StepBatch, routes: Mapping[int, RouteSlice]) -> StepBatch:
     """Pack recorded routes as the trainer does, but those of microbatch 1 one row late."""
     held = dict(routes)
     held[1] = replace(held[1], expert_ids=np.roll(held[1].expert_ids, 1, axis=1))
-    return replace(batch, minibatches=tuple(part.with_routes(held) for part in batch.minibatches))
+    return with_routes(batch, held)
 
 
 @pytest.mark.ranks
@@ -326,7 +328,7 @@ def test_e1_a_fault_of_our_own_packing_stops_the_update_before_the_optimizer_mov
     (clean,) = run(recipe(**keys), restart=True)
     assert clean["replay/agreement"] == 1.0
     assert clean["replay/suspects"] == 0.0
-    monkeypatch.setattr(learning, "with_routes", late_in_one_microbatch)
+    monkeypatch.setattr(StepBatch, "with_routes", late_in_one_microbatch)
     with pytest.raises(MisalignmentError, match="step 1, update 1 of 1: the routes of"):
         run(recipe(**keys), restart=True)
 
@@ -341,5 +343,5 @@ def test_dropped_samples_stay_in_their_microbatches_and_do_not_train() -> None:
         origins=(),
         coverage=Coverage(),
     )
-    assert [sample.trains for sample in without(batch, {2}).samples] == [True, True, False, True]
-    assert without(batch, set()) is batch
+    assert [sample.trains for sample in batch.without({2}).samples] == [True, True, False, True]
+    assert batch.without(set()) is batch

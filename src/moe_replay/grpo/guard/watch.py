@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from moe_replay.batch import Microbatch
-from moe_replay.grpo.batch import SampleOrigin
 from moe_replay.grpo.guard.collapse import LiveSets
-from moe_replay.grpo.run import Run
+from moe_replay.grpo.types import SampleOrigin
 from moe_replay.megatron.overlap import WatchedRoutes
+from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
 
@@ -68,7 +68,7 @@ class PassWatch:
         """Watch a pass over the samples of ``origins``, by sample id."""
         self.counts: dict[int, OverlapCounts] = {}
         """Microbatch key -> its counts, in which samples have their numbers in the step."""
-        self._numbers = np.array([origin.number for origin in origins], dtype=np.int64)
+        self._numbers = np.array([origin.index for origin in origins], dtype=np.int64)
         self._live_sets = LiveSets()
 
     @property
@@ -91,10 +91,10 @@ class PassWatch:
             given = np.array(sorted(numbers), dtype=np.int64)
             self.counts = {key: _without(counts, given) for key, counts in self.counts.items()}
 
-    def together(self, run: Run) -> Seen | None:
+    def together(self, ranks: HostGroup) -> Seen | None:
         """Return what all ranks saw, None when nothing was replayed; collective."""
         part = summarise(list(self.counts.values()))
-        gathered = run.gather((part, self._live_sets.to_plain()))
+        gathered = ranks.gather((part, self._live_sets.to_plain()))
         parts = [part for part, _ in gathered]
         if not any(part is not None for part in parts):
             return None

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import CheckpointError, MoeReplayError
-from moe_replay.grpo.records import END_FILE
-from moe_replay.grpo.run import NEW_EXPORT
+from moe_replay.grpo.records import END_FILE, NEW_EXPORT
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.grpo.start.identity import Difference, differences, is_allowed, run_identity
 from moe_replay.grpo.start.run_lock import LOCK_FILE, RunLock

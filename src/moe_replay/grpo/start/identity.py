@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.prompt_sources import recipe_dataset_files
+from moe_replay.grpo.inputs import recipe_dataset_files
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.rules import GENERATED

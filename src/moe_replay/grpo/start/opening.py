@@ -12,6 +12,7 @@ import torch
 
 from moe_replay.engines.types import Engine, ShowsProgress
 from moe_replay.errors import CheckpointError
+from moe_replay.grpo.checkpoint import load_checkpoint
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.model_settings import (
     TRAINER_DTYPES,
@@ -19,6 +20,7 @@ from moe_replay.grpo.model_settings import (
     override_fields,
     run_layout,
 )
+from moe_replay.grpo.push import give_weights
 from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.start.admission import Admission, admit
@@ -93,7 +95,13 @@ def open_run(
             stop=stop,
             notes=admission.notes,
         )
-        run.resume_or_start(step, restart=restart)
+        if restart and process.rank == 0:
+            checkpoints.remove_all()
+        if step is None:
+            run.ranks.barrier()
+        else:
+            load_checkpoint(run, step)
+            give_weights(run)
         yield run
 
 

@@ -1,0 +1,87 @@
+"""Ask the engine for completions and the rewards for scores, for training and evaluation alike.
+
+In: requests. Out: groups that keep the contract of engines, and their scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from moe_replay.engines.types import (
+    Completion,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+    check_groups,
+)
+from moe_replay.grpo.run import Run
+from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.rewards.rewards import ScoredBatch
+
+
+def ask_engine(
+    run: Run, requests: Sequence[Request], sampling: SamplingParams
+) -> tuple[list[RolloutGroup], int]:
+    """Return the engine's groups, checked and ended at stop strings, and the tokens cut off there.
+
+    Raises:
+        StepDropped: on every rank, when one of them was asked to stop.
+        EngineError: on every rank, when the engine of one fails or breaks the contract. Where ranks
+            share an engine that fails while it samples, only on that one: the others wait inside.
+    """
+    rollout = run.recipe.rollout
+    # The ranks of one vLLM take their steps together, so none of them may leave alone.
+    groups = run.droppable(
+        lambda: run.engine.generate(requests, sampling), alone=rollout.tensor_parallel_size == 1
+    )
+    stale = rollout.engine == "files" and rollout.allow_stale
+
+    def checked() -> list[tuple[RolloutGroup, int]]:
+        check_groups(
+            groups,
+            requests,
+            sampling,
+            run.engine.description,
+            vocab_size=run.actor.vocab_size,
+            policy_version=None if stale else run.policy_version,
+        )
+        return [run.stop_strings.cut(group) for group in groups]
+
+    cut = run.droppable(checked)
+    return [group for group, _ in cut], sum(count for _, count in cut)
+
+
+def ask_rewards(
+    run: Run,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    texts: Sequence[str],
+) -> ScoredBatch:
+    """Return the scores of this rank's completions; one without a token has none, and is not shown.
+
+    Raises:
+        RewardError: on every rank, when a reward function fails on any of them.
+        StepDropped: on every rank, when one of them was asked to stop.
+    """
+    written = [index for index, c in enumerate(completions) if len(c.token_ids)]
+    batch = run.droppable(
+        lambda: run.inputs.rewards.score(
+            [prompts[index] for index in written],
+            # An answer that the prompt begins is one text to a reward.
+            [prompts[index].prefill + texts[index] for index in written],
+            [completions[index].token_ids for index in written],
+        )
+    )
+
+    def of_all(scores: Float64[np.ndarray, " written"]) -> Float64[np.ndarray, " n"]:
+        every = np.full(len(completions), np.nan)
+        every[written] = scores
+        return every
+
+    return ScoredBatch(
+        scores={name: of_all(scores) for name, scores in batch.scores.items()},
+        total=of_all(batch.total),
+    )

@@ -1,0 +1,42 @@
+"""The station that saves a run, and what a start loads again.
+
+In: an open run. Out: a checkpoint on disk; a run that stands where it left off.
+"""
+
+from __future__ import annotations
+
+from moe_replay.grpo.run import Run
+from moe_replay.megatron.checkpoint import RunPosition
+from moe_replay.megatron.finite import check_optimizer
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write everything that a resumed run needs.
+
+    Raises:
+        DivergedError: when a value of the optimizer is not finite; nothing is written.
+        CheckpointError: when it cannot be written; earlier checkpoints stay.
+    """
+    check_optimizer(run.actor.optimizer, run.ranks)
+    position = RunPosition(
+        step=run.step,
+        policy_version=run.policy_version,
+        next_prompt=run.next_prompt,
+        identity=run.identity,
+        scheduler=run.actor.scheduler.state_dict(),
+        evaluation_is_owed=run.evaluation_is_owed,
+        guard=run.guard.to_plain() if run.guard is not None else {},
+    )
+    run.checkpoints.save(run.actor, position)
+    run.saved_step = run.step
+
+
+def load_checkpoint(run: Run, step: int) -> None:
+    """Bring the trainer to where the checkpoint of ``step`` was written; every rank calls this."""
+    run.reporter.station(step, "loading the checkpoint")
+    position = run.checkpoints.load(run.actor, step)
+    run.step, run.next_prompt = position.step, position.next_prompt
+    run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
+    run.policy_version = position.policy_version
+    if run.guard is not None and position.guard:
+        run.guard.restore(position.guard)

@@ -1,0 +1,91 @@
+"""The station that samples and scores held-out prompts under the current weights.
+
+In: an open run. Out: EvalRecord and the completions that are kept.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from jaxtyping import Float64
+
+from moe_replay.engines.types import Request, SamplingParams
+from moe_replay.grpo.answers import ask_engine, ask_rewards
+from moe_replay.grpo.kept import kept_completions
+from moe_replay.grpo.metrics import Tally
+from moe_replay.grpo.records import EvalRecord
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.stopping import StepDropped
+from moe_replay.tasks.rewards.rewards import ScoredBatch
+
+EVAL_REQUESTS = 1 << 40
+"""First request id of evaluations, so that they never share sampling noise with training."""
+
+
+def evaluate(run: Run) -> None:
+    """Report the reward of held-out prompts; still owed when the run is asked to stop meanwhile."""
+    held_out = run.inputs.held_out
+    run.evaluation_is_owed = held_out is not None
+    if held_out is None:
+        return
+    started = time.perf_counter()
+    settings = run.recipe.eval
+    count = min(run.recipe.data.eval_size, held_out.num_prompts or run.recipe.data.eval_size)
+    with run.station("eval"):
+        prompts = held_out.at(0, count)
+        own = range(run.process.rank, count, run.process.world_size)
+        requests = [
+            Request(
+                request_id=EVAL_REQUESTS + index,
+                prompt_ids=prompts[index].prompt_ids,
+                num_generations=settings.num_generations,
+            )
+            for index in own
+        ]
+        sampling = SamplingParams(
+            max_completion_length=run.recipe.rollout.max_completion_length,
+            temperature=settings.temperature,
+            stop_token_ids=run.recipe.rollout.stop_token_ids,
+            seed=run.recipe.run.seed,
+        )
+        try:
+            groups, _ = ask_engine(run, requests, sampling)
+            completions = [completion for group in groups for completion in group.completions]
+            asked = [prompts[index] for index in own for _ in range(settings.num_generations)]
+            texts = [run.decode(completion) for completion in completions]
+            batch = ask_rewards(run, asked, completions, texts)
+        except StepDropped:
+            return
+        tally = _tally(batch)
+        tally.add_sum("eval/num_items", len(own))
+        metrics = Tally.merge(run.ranks.gather(tally)).finish()
+        kept = kept_completions(
+            run,
+            prompts,
+            own,
+            groups,
+            texts=texts,
+            rewards=batch.scores,
+            totals=batch.total,
+        )
+    record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
+    run.reporter.evaluation(record, kept)
+    run.evaluation_is_owed = False
+
+
+def _tally(batch: ScoredBatch) -> Tally:
+    """Tally what this rank's held-out completions earned."""
+    tally = Tally()
+    _add_opinions(tally, "eval/reward", batch.total)
+    for name, scores in batch.scores.items():
+        _add_opinions(tally, f"eval/rewards/{name}", scores)
+    unscored = int(np.isnan(batch.total).sum())
+    tally.add_mean("eval/unscored_ratio", total=unscored, count=len(batch.total))
+    return tally
+
+
+def _add_opinions(tally: Tally, name: str, scores: Float64[np.ndarray, " n"]) -> None:
+    """Add the mean of the scores that are not NaN."""
+    given = scores[~np.isnan(scores)]
+    tally.add_mean(name, total=float(given.sum()), count=len(given))

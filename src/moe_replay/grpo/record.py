@@ -1,0 +1,89 @@
+"""The station that writes a step down: its metrics over all ranks, and the completions that are kept.
+
+In: what the stations before returned. Out: StepRecord, CompletionRecords.
+"""
+
+from __future__ import annotations
+
+from moe_replay.engines.types import CountsFaults
+from moe_replay.grpo.kept import kept_completions
+from moe_replay.grpo.metrics import Tally, completion_tally, sample_gap
+from moe_replay.grpo.notices import step_notices
+from moe_replay.grpo.records import CompletionRecord, StepRecord
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.types import OldScores, Rollout, Scored, Update
+from moe_replay.routing import Coverage
+
+
+def step_record(
+    run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
+) -> tuple[StepRecord, list[CompletionRecord]]:
+    """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
+    # What a dropped sample's log-probabilities are under wrong routes says nothing about the engine.
+    dropped = old.judged.dropped_here(old.batch)
+    own = [s for s in old.samples if s.sampled_here and s.sample_id not in dropped]
+    endings = completion_tally(
+        [len(completion.token_ids) for completion in rollout.completions],
+        [completion.finish_reason for completion in rollout.completions],
+        overlong_filter=run.recipe.grpo.overlong_filter,
+    )
+    tally = Tally.merge([sample_gap(own, old.scored), endings])
+    # Our engines never draw them; those of others may.
+    unknown = sum(int((c.token_ids >= run.num_known_ids).sum()) for c in rollout.completions)
+    tally.add_sum("completions/unknown_tokens", unknown)
+    if run.recipe.rollout.stop:
+        tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
+    for sample in own:
+        entropies = old.scored[sample.sample_id].entropies
+        tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
+    metrics = (
+        dict(scored.metrics)
+        | Tally.merge(run.ranks.gather(tally)).finish()
+        | dict(update.metrics)
+        | dict(old.metrics)
+    )
+    metrics["policy_version"] = float(run.policy_version)
+    if run.mode.replays:
+        metrics |= _coverage_metrics(run, old)
+    metrics |= _fault_metrics(run)
+    everyone = kept_completions(
+        run,
+        rollout.prompts,
+        rollout.own,
+        rollout.groups,
+        texts=scored.texts,
+        rewards={name: scores.reshape(-1) for name, scores in scored.rewards.items()},
+        totals=scored.totals.reshape(-1),
+        advantages=scored.advantages,
+        dropped=old.judged.dropped,
+    )
+    run.journal.warn_of_changes(step_notices(run.recipe, metrics))
+    record = StepRecord(
+        step=run.step,
+        metrics=metrics,
+        seconds=run.journal.take_seconds(),
+        details={**update.details, **old.judged.details},
+        warnings=run.journal.take_warnings(),
+    )
+    return record, everyone
+
+
+def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:
+    coverage = old.batch.coverage
+    tokens = sum(len(sample.token_ids) for sample in old.samples if sample.sampled_here)
+    parts = run.ranks.gather((coverage, old.batch.route_bytes, tokens))
+    whole = Coverage.total(part for part, _, _ in parts)
+    return {
+        "replay/coverage": whole.fraction,
+        "replay/bytes_per_token": sum(size for _, size, _ in parts)
+        / sum(count for _, _, count in parts),
+        **{f"replay/rows_live_{reason}": float(n) for reason, n in whole.num_live.items()},
+    }
+
+
+def _fault_metrics(run: Run) -> dict[str, float]:
+    """Return the calls to rollout servers that have failed so far, over all ranks and by kind."""
+    if not isinstance(run.engine, CountsFaults):
+        return {}
+    parts = run.ranks.gather(dict(run.engine.faults))
+    return {f"rollout/faults_{kind}": float(sum(p[kind] for p in parts)) for kind in parts[0]}

@@ -1,0 +1,229 @@
+"""Everything that moves in a step, under a picture of the stations that pass it on.
+
+A station is a file of this package, named for the loop's own word. It takes what stands above it,
+gives what stands beside it, and imports no other station::
+
+    tasks/          prompts
+                       |
+    rollout.py      sample completions of them         Rollout: completions, routes
+                       |
+    reward.py       score and compare them             Scored: rewards, advantages
+                       |
+    batch.py        pack them, bring every rank        StepBatch of MiniBatches,
+                    the routes that it replays         one for each optimizer step
+                       |
+    score.py        old log-probabilities, judged      OldScores, with what the
+                    by guard/ where they replay        guard found: Judged
+                       |
+    score.py        reference log-probabilities        sample id -> ScoredSample
+                       |
+    update.py       one optimizer step a MiniBatch     Update: metrics; new weights
+                       |
+    push.py         give the weights to the engine     policy version + 1
+                       |
+    evaluate.py     sample and score held-out prompts  EvalRecord
+                       |
+    checkpoint.py   write what a resumed run needs     RunPosition, on disk
+
+`record.py` writes a step's numbers down as a StepRecord; `end.py` writes the trained model.
+
+A sample has two names. Its ``sample_id`` counts the samples of one replica; its index in the step
+counts those of all replicas, prompt after prompt. Example: a step of 4 prompts with 2 completions
+each, 2 mini-batches, 2 replicas. Replica 1 has prompts 1 and 3 of the 4: its sample ids 0, 1, 2, 3
+are the samples with the indices 2, 3, 6, 7 of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.engines.types import Completion, RolloutGroup
+from moe_replay.megatron.scorer import ScoredSample
+from moe_replay.routing import Coverage, RouteSlice, RoutingTrace
+from moe_replay.tasks.prompts import Prompt
+
+MISALIGNED, LOST = "misaligned", "lost"
+"""Why the guard keeps a sample out of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A step's prompts, and the completions that this rank sampled."""
+
+    prompts: tuple[Prompt, ...]
+    """All prompts of the step, mini-batch after mini-batch."""
+    own: tuple[int, ...]
+    """Indices of those that this rank sampled."""
+    groups: tuple[RolloutGroup, ...]
+    """One for each of ``own``, without traces."""
+    traces: dict[tuple[int, int], RoutingTrace]
+    """(index of the prompt, of the completion) -> its trace; emptied once the routes are cut."""
+    num_cut: int
+    """Tokens of this rank that the engine sampled after a stop string, and that were cut off."""
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All completions of this rank, prompt after prompt."""
+        return [completion for group in self.groups for completion in group.completions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Rewards of this rank's completions, and what the batch of all ranks says about them."""
+
+    texts: tuple[str, ...]
+    """What this rank's completions say, prompt after prompt."""
+    rewards: Mapping[str, Float64[np.ndarray, "own generations"]]
+    """Reward function -> scores before weights; NaN where it has no opinion."""
+    totals: Float64[np.ndarray, "own generations"]
+    """Weighted sums; NaN where no function has an opinion."""
+    advantages: Float64[np.ndarray, "prompts generations"]
+    """Of all completions of the step."""
+    counts: Bool[np.ndarray, "prompts generations"]
+    """False for a completion that was compared with nothing, and so must not train."""
+    metrics: Mapping[str, float]
+    """``reward``, ``reward_std``... over all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MiniBatch:
+    """What one optimizer step learns from, on this rank."""
+
+    samples: tuple[Sample, ...]
+    """Of this replica, without traces."""
+    microbatches: tuple[Microbatch, ...]
+    """The same, packed; every rank of the run has equally many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOrigin:
+    """Where a sample comes from, in words that mean the same on every rank."""
+
+    index: int
+    """Of the sample among those of the step: prompt after prompt, completion after completion."""
+    item: int
+    """Dataset item of its prompt."""
+    completion: int
+    """Its index among the completions of the prompt."""
+    server: str
+    """Address of the server that sampled it; empty for an engine in a trainer's process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBatch:
+    """What a step learns from, on this rank."""
+
+    minibatches: tuple[MiniBatch, ...]
+    """One for each optimizer step."""
+    origins: tuple[SampleOrigin, ...]
+    """By ``sample_id``."""
+    coverage: Coverage
+    """Rows of the tokens sampled here and of this rank's padding: with a route, or live by reason."""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples of this replica."""
+        return tuple(sample for part in self.minibatches for sample in part.samples)
+
+    @property
+    def microbatches(self) -> list[Microbatch]:
+        """All microbatches, with keys from 0."""
+        return [microbatch for part in self.minibatches for microbatch in part.microbatches]
+
+    @property
+    def route_bytes(self) -> int:
+        """Bytes of the routes that this rank holds."""
+        return sum(m.routes.nbytes for m in self.microbatches if m.routes is not None)
+
+    def with_routes(self, routes: Mapping[int, RouteSlice]) -> StepBatch:
+        """Return the batch with routes (microbatch key -> routes)."""
+        parts = [
+            replace(
+                part,
+                microbatches=tuple(replace(m, routes=routes[m.key]) for m in part.microbatches),
+            )
+            for part in self.minibatches
+        ]
+        return replace(self, minibatches=tuple(parts))
+
+    def without(self, dropped: Collection[int]) -> StepBatch:
+        """Return the batch in which the samples ``dropped`` (sample ids) do not train.
+
+        They stay in their microbatches, and the denominators of the loss count them as they count
+        other untrained samples: not at all.
+        """
+        if not dropped:
+            return self
+
+        def changed(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+            return tuple(replace(s, trains=False) if s.sample_id in dropped else s for s in samples)
+
+        parts = [
+            MiniBatch(
+                samples=changed(part.samples),
+                microbatches=tuple(
+                    replace(m, samples=changed(m.samples)) for m in part.microbatches
+                ),
+            )
+            for part in self.minibatches
+        ]
+        return replace(self, minibatches=tuple(parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What the guard found in the routes of a pass; the same on every rank."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """``replay/*``."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to a metric and is not a number, for the step's record."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Index in the step -> why the sample must not be learned from: `MISALIGNED` or `LOST`."""
+    drifted: frozenset[tuple[str, str]] = frozenset()
+    """(kind, name) of the groups of samples whose routes drift has left almost no meaning."""
+    agreement: Mapping[int, float] = field(default_factory=dict)
+    """Index in the step -> share of the sample's slots on which live and replayed routes agree."""
+
+    def dropped_here(self, batch: StepBatch) -> set[int]:
+        """Return the ids of the samples of this replica that are dropped."""
+        return {
+            sample_id
+            for sample_id, origin in enumerate(batch.origins)
+            if origin.index in self.dropped
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldScores:
+    """What the trainer thinks of the samples before it learns from them."""
+
+    batch: StepBatch
+    """With the routes that the update replays: the engine's (R3) or those of this pass (R2)."""
+    scored: Mapping[int, ScoredSample]
+    """Sample id -> old log-probabilities and entropies."""
+    metrics: Mapping[str, float]
+    """Agreement of the replayed pass (R3), and the live gap when it was measured."""
+    judged: Judged
+    """What the guard found in the engine's routes (R3)."""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples of this replica."""
+        return self.batch.samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What the optimizer steps of a step did."""
+
+    metrics: Mapping[str, float]
+    """``loss``, ``clip_ratio/*``, ``grad_norm``... over all ranks."""
+    details: Mapping[str, Any]
+    """What belongs to a metric and is not a number."""

@@ -1,0 +1,233 @@
+"""The station that learns: one optimizer step for each mini-batch in which something trains.
+
+In: OldScores, reference scores. Out: Update, changed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_replay.batch import Microbatch, Sample
+from moe_replay.errors import UpdateError
+from moe_replay.grpo.guard.judging import judge_own_packing
+from moe_replay.grpo.guard.watch import PassWatch
+from moe_replay.grpo.loss import (
+    BatchSize,
+    LossInputs,
+    LossSettings,
+    LossStatistics,
+    policy_loss,
+    sample_weights,
+    step_tally,
+    update_tally,
+)
+from moe_replay.grpo.metrics import Tally
+from moe_replay.grpo.run import Run
+from moe_replay.grpo.types import Judged, MiniBatch, OldScores, Update
+from moe_replay.megatron.scorer import ScoredSample
+from moe_replay.routing import Routing
+
+
+def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample] | None) -> Update:
+    """Take the step's optimizer steps, one for each mini-batch in which something trains.
+
+    Raises:
+        DivergedError: on every rank, before the optimizer moves, when a gradient is not finite.
+        UpdateError: likewise, when it is 0 where it cannot be, or gradients are switched off.
+    """
+    reports: list[_UpdateReport] = []
+    for number, minibatch in enumerate(old.batch.minibatches):
+        is_first = all(report.grad_norm is None for report in reports)
+        reports.append(_update_once(run, old, reference, minibatch, number, is_first=is_first))
+    judged = next((report.judged for report in reports if report.grad_norm is not None), Judged())
+    tally = step_tally([report.tally for report in reports])
+    metrics = tally.finish() | _update_metrics(reports) | dict(judged.metrics)
+    return Update(metrics=metrics, details=judged.details)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UpdateReport:
+    """What one mini-batch did."""
+
+    tally: Tally
+    """Its loss over all ranks."""
+    grad_norm: float | None
+    """None when the optimizer did not step."""
+    learning_rate: float
+    """Of the step, or of the one that was skipped."""
+    judged: Judged
+    """What was found in the routes of its pass; nothing when it was not the first, or nothing is replayed."""
+
+
+def _update_once(
+    run: Run,
+    old: OldScores,
+    reference: Mapping[int, ScoredSample] | None,
+    minibatch: MiniBatch,
+    number: int,
+    *,
+    is_first: bool,
+) -> _UpdateReport:
+    """Take one optimizer step; a mini-batch in which nothing trains takes none, or momentum would move the weights."""
+    loss = MinibatchLoss(run, old.scored, reference, minibatch.samples)
+    learning_rate = run.actor.learning_rate
+    if loss.is_idle:
+        run.actor.skip()
+        tally = Tally()
+        tally.add_sum("loss", 0.0)
+        return _UpdateReport(
+            tally=tally, grad_norm=None, learning_rate=learning_rate, judged=Judged()
+        )
+    passes = run.mode.passes
+    # Later mini-batches drift away from their routes on purpose; the first shows whether the update packs them right. Without
+    # a guard it is the only pass that tells the agreement of R2; that of R3 is known by now.
+    watches = (
+        passes.update is Routing.REPLAY
+        and is_first
+        and (run.guard is not None or passes.old is not Routing.REPLAY)
+    )
+    watch = PassWatch(old.batch.origins) if watches else None
+    name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
+    gradient = run.actor.backward(
+        minibatch.microbatches,
+        loss,
+        temperature=run.temperature,
+        routing=passes.update,
+        watch=watch.route_watch if watch is not None else None,
+        where=f"step {run.step}, {name}",
+    )
+    judged = Judged()
+    if watch is not None:
+        judged = judge_own_packing(run, old.batch, watch, name, before=old.judged)
+    loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
+    statistics = loss.statistics if run.replica.computes_loss else []
+    part = update_tally(statistics, with_kl=reference is not None)
+    if gradient.balancing_loss is not None:
+        part.add_sum("load_balancing_loss", gradient.balancing_loss)
+    tally = Tally.merge(run.ranks.gather(part))
+    run.actor.step()
+    return _UpdateReport(
+        tally=tally,
+        grad_norm=gradient.norm,
+        learning_rate=learning_rate,
+        judged=judged,
+    )
+
+
+def _update_metrics(reports: Sequence[_UpdateReport]) -> dict[str, float]:
+    """Return gradient norms and learning rates of a step: together, and of each update where there are several."""
+    norms = [report.grad_norm for report in reports if report.grad_norm is not None]
+    metrics = {
+        # The gradient of a mini-batch in which nothing trains is 0.
+        "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        "learning_rate": reports[-1].learning_rate,
+        "update/num_skipped": float(len(reports) - len(norms)),
+    }
+    if len(reports) > 1:
+        metrics["grad_norm/max"] = max(norms, default=0.0)
+        for number, report in enumerate(reports, start=1):
+            metrics[f"learning_rate/update_{number}"] = report.learning_rate
+            if report.grad_norm is not None:
+                metrics[f"grad_norm/update_{number}"] = report.grad_norm
+    return metrics
+
+
+class MinibatchLoss:
+    """The loss of one mini-batch, microbatch by microbatch, and what it saw."""
+
+    def __init__(
+        self,
+        run: Run,
+        old: Mapping[int, ScoredSample],
+        reference: Mapping[int, ScoredSample] | None,
+        samples: Sequence[Sample],
+    ) -> None:
+        """Weigh the ``samples`` of this replica in the mini-batch of all replicas; collective."""
+        grpo = run.recipe.grpo
+        self.settings = LossSettings(
+            loss_type=grpo.loss_type,
+            epsilon=grpo.epsilon,
+            epsilon_high=grpo.epsilon_high,
+            beta=grpo.beta,
+        )
+        self.old, self.reference = old, reference
+        self.statistics: list[LossStatistics] = []
+        self.samples = samples
+        lengths = [sample.completion_length for sample in samples]
+        trains = [sample.trains for sample in samples]
+        counted = [length for length, counts in zip(lengths, trains, strict=True) if counts]
+        # Every rank of a replica knows the same samples; one of them counts.
+        speaks = int(run.replica.is_leader)
+        pulls = [s.trains and (np.float32(s.advantage) != 0 or grpo.beta > 0) for s in samples]
+        gathered = run.ranks.gather([speaks * len(counted), speaks * sum(counted), any(pulls)])
+        self.is_idle = not (
+            any(part[2] for part in gathered) or run.recipe.megatron.moe_aux_loss_coeff > 0
+        )
+        weights = sample_weights(
+            lengths,
+            trains,
+            loss_type=grpo.loss_type,
+            whole=BatchSize(
+                num_samples=sum(part[0] for part in gathered),
+                num_tokens=sum(part[1] for part in gathered),
+            ),
+            max_completion_length=run.recipe.rollout.max_completion_length,
+        )
+        ids = [sample.sample_id for sample in samples]
+        self.weights = dict(zip(ids, weights, strict=True))
+
+    def __call__(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
+        """Return the microbatch's part of the loss."""
+
+        def rows(values: Sequence[np.ndarray]) -> torch.Tensor:
+            placed = microbatch.place(values, fill=0.0)[microbatch.predicts_sampled]
+            return torch.from_numpy(placed).to(new_logprobs.device)
+
+        samples, reference = microbatch.samples, self.reference
+        inputs = LossInputs(
+            new_logprobs=new_logprobs,
+            old_logprobs=rows([self.old[s.sample_id].token_logprobs for s in samples]),
+            ref_logprobs=rows([reference[s.sample_id].token_logprobs for s in samples])
+            if reference is not None
+            else None,
+            advantages=rows([np.full(s.completion_length, s.advantage) for s in samples]),
+            weights=rows(
+                [np.full(s.completion_length, self.weights[s.sample_id]) for s in samples]
+            ),
+        )
+        loss, statistics = policy_loss(inputs, self.settings)
+        self.statistics.append(statistics)
+        return loss
+
+    def require_pull(self, run: Run, grad_norm: float, *, where: str) -> None:
+        """Raise `UpdateError` when the gradient is exactly 0 although samples pull at the weights; collective.
+
+        It may well be 0 where every token is clipped or certain, or where equal completions with opposite advantages
+        cancel: such a step goes on.
+        """
+        if grad_norm != 0:
+            return
+        speaks = run.replica.computes_loss
+        pulled = sum(part.num_pulled for part in self.statistics) if speaks else 0
+        gathered = run.ranks.gather([pulled, self._pulls_one_way()])
+        tokens = sum(part[0] for part in gathered)
+        if tokens and any(part[1] for part in gathered):
+            raise UpdateError(
+                f"{where}: the norm of the gradient is exactly 0, though {tokens} sampled tokens have an advantage, are "
+                "not clipped and were not certain. The loss has lost its connection to the weights: they are frozen "
+                "(requires_grad is off), or a hook or changed module detaches what it returns. No weight was changed by "
+                "this update and nothing was pushed"
+            )
+
+    def _pulls_one_way(self) -> bool:
+        """Tell whether some token sequence of this replica has advantages that do not cancel."""
+        sums: dict[bytes, tuple[float, float]] = {}
+        for sample in self.samples:
+            pull = sample.advantage * self.weights[sample.sample_id]
+            total, size = sums.get(sample.token_ids.tobytes(), (0.0, 0.0))
+            sums[sample.token_ids.tobytes()] = (total + pull, size + abs(pull))
+        return any(abs(total) > 1e-6 * size for total, size in sums.values())
