@@ -14,9 +14,8 @@ import pytest
 MAX_FLOORS = 5
 
 # Folder -> floors, and folder -> circles. These may only shrink, and an entry that is no longer needed fails.
-TALL = {"grpo": 10, "megatron": 8, "routing/guard": 7}
+TALL = {"megatron": 8, "routing/guard": 7}
 CIRCLES = {
-    "grpo": [("loss", "metrics")],
     "megatron": [("actor", "backward")],
     "routing": [("format/", "trace")],
 }

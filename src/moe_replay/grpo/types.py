@@ -31,6 +31,8 @@ A sample has two names. Its ``sample_id`` counts the samples of one replica; its
 counts those of all replicas, prompt after prompt. Example: a step of 4 prompts with 2 completions
 each, 2 mini-batches, 2 replicas. Replica 1 has prompts 1 and 3 of the 4: its sample ids 0, 1, 2, 3
 are the samples with the indices 2, 3, 6, 7 of the step.
+
+In: what a station found. Out: what the next ones read.
 """
 
 from __future__ import annotations

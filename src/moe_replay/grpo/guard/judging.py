@@ -68,18 +68,17 @@ def judge_engine_routes(
     guard = run.guard
     if guard is None:
         return judged
-    baseline = guard.baseline(seen.parts)
-    evidence = run.ranks.gather(_evidence(watch, baseline))
-    gaps, owners = _gaps(run, batch, scored), _owners(run, origins)
-    verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
-    num_suspects = len(verdict.suspects)
     again = SecondLooks(
         recipe=run.recipe, actor=run.actor, ranks=run.ranks, batch=batch, scored=scored
     )
+    gaps, owners = _gaps(run, batch, scored), _owners(run, origins)
+    baseline = guard.baseline(seen.parts)
+    evidence = run.ranks.gather(_evidence(watch, baseline))
+    verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
+    num_suspects = len(verdict.suspects)
     if verdict.findings:
         # Looks decide about suspects; of what is certain they name the cause, for a few.
-        certain = verdict.misaligned[:_NAMED]
-        looks = again.at([*verdict.suspects, *certain], baseline)
+        looks = again.at([*verdict.suspects, *verdict.misaligned[:_NAMED]], baseline)
         verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
     drifted = _drifted(run, again, verdict)
     verdict = _without(verdict, drifted)
@@ -91,18 +90,9 @@ def judge_engine_routes(
         dropped |= {finding.sample: MISALIGNED for finding in verdict.misaligned}
     guard.accept(verdict)
     _warn_of_dropped(run, verdict, origins, dropped)
-    reasons = Counter(dropped.values())
     return replace(
         judged,
-        metrics={
-            **judged.metrics,
-            **_guard_metrics(
-                verdict,
-                num_suspects=num_suspects,
-                num_dropped=reasons[MISALIGNED],
-                num_lost=reasons[LOST],
-            ),
-        },
+        metrics={**judged.metrics, **_guard_metrics(verdict, num_suspects, dropped)},
         details={
             **judged.details,
             "replay/guard_margin_nats": _words(run, origins[verdict.margin_sample]),
@@ -155,18 +145,18 @@ def judge_own_packing(
     if run.mode.passes.old is Routing.RECORD:
         # In R3 the pass before is remembered already, and this one sees a part of its samples.
         guard.accept(verdict)
-    metrics = _guard_metrics(verdict, num_suspects=0, num_dropped=0, num_lost=0)
-    return replace(judged, metrics={**judged.metrics, **metrics})
+    return replace(judged, metrics={**judged.metrics, **_guard_metrics(verdict, 0, {})})
 
 
 def _guard_metrics(
-    verdict: Verdict, *, num_suspects: int, num_dropped: int, num_lost: int
+    verdict: Verdict, num_suspects: int, dropped: Mapping[int, str]
 ) -> dict[str, float]:
+    reasons = Counter(dropped.values())
     return {
         "replay/guard_margin_nats": verdict.margin_nats,
         "replay/suspects": float(num_suspects),
-        "replay/dropped_samples": float(num_dropped),
-        "replay/lost_samples": float(num_lost),
+        "replay/dropped_samples": float(reasons[MISALIGNED]),
+        "replay/lost_samples": float(reasons[LOST]),
     }
 
 

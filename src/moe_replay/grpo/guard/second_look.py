@@ -40,9 +40,13 @@ class SecondLooks:
     """Looks again at samples of a step; every method is collective over all ranks."""
 
     recipe: Recipe
+    """Of the run."""
     actor: MegatronActor
+    """The policy before the update."""
     ranks: HostGroup
+    """All ranks."""
     batch: StepBatch
+    """What the step learns from."""
     scored: Mapping[int, ScoredSample]
     """What the pass under replay found of the samples of this replica."""
 

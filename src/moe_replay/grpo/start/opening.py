@@ -95,14 +95,22 @@ def open_run(
             stop=stop,
             notes=admission.notes,
         )
-        if restart and process.rank == 0:
-            checkpoints.remove_all()
-        if step is None:
-            run.ranks.barrier()
-        else:
-            load_checkpoint(run, step)
-            give_weights(run)
+        _resume(run, step, restart=restart)
         yield run
+
+
+def _resume(run: Run, step: int | None, *, restart: bool) -> None:
+    """Continue after the checkpoint of ``step``, or stay at step 0 when it is None.
+
+    ``restart`` discards all checkpoints.
+    """
+    if restart and run.process.rank == 0:
+        run.checkpoints.remove_all()
+    if step is None:
+        run.ranks.barrier()
+        return
+    load_checkpoint(run, step)
+    give_weights(run)
 
 
 def _checkpoints(recipe: Recipe) -> CheckpointFolder:
