@@ -1,4 +1,4 @@
-"""What the repository says about itself is true: its map, its errors, its defects, its version."""
+"""What the repository says about itself is true: its map, its errors, its links, its version."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,6 @@ import pytest
 import moe_replay
 from moe_replay import errors
 
-# Defects in each chapter of the catalogue.
-CHAPTERS = {"a": 12, "b": 8, "c": 10, "d": 8, "e": 9, "f": 8}
 MACHINE = re.compile(
     r"/(?:work|root|opt)/\w|file:///|/home/\w|\.pyenv"
     r"|https?://[^/\s]*(?:pypi|pythonhosted|registry|artifactory|nexus)"
@@ -42,22 +40,6 @@ def errors_drawn_wrongly(module) -> set[str]:
 def unmapped(readme: str, names: set[str]) -> set[str]:
     """Return folders that a README does not name as ``name/``."""
     return {name for name in names if not re.search(rf"\b{re.escape(name)}/", readme)}
-
-
-def strange_defect_tests(names: list[str]) -> list[str]:
-    """Return tests whose name does not start with the id of a defect in the catalogue."""
-    strange = []
-    for name in names:
-        match = re.match(r"test_([a-f])(\d+)_[a-z]", name)
-        if not match or not 1 <= int(match[2]) <= CHAPTERS[match[1]]:
-            strange.append(name)
-    return strange
-
-
-def untested_defects(names: list[str]) -> set[str]:
-    """Return the ids of defects that no test names."""
-    every = {f"{chapter}{n + 1}" for chapter, count in CHAPTERS.items() for n in range(count)}
-    return every - {name.split("_")[1] for name in names if name.count("_") > 1}
 
 
 def dead_links(page: Path) -> list[str]:
@@ -96,25 +78,6 @@ def test_readme_names_every_make_target(root):
     targets = re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE)
     readme = (root / "README.md").read_text()
     assert [target for target in targets if f"make {target}" not in readme] == []
-
-
-@pytest.fixture
-def defect_tests(tests) -> list[str]:
-    return [
-        name
-        for path, tree in tests.items()
-        if path.startswith("defects/")
-        for name in (getattr(node, "name", "") for node in tree.body)
-        if name.startswith("test_")
-    ]
-
-
-def test_defect_tests_name_their_defect(defect_tests):
-    assert strange_defect_tests(defect_tests) == []
-
-
-def test_every_defect_has_a_test(defect_tests):
-    assert untested_defects(defect_tests) == set()
 
 
 def test_links_between_pages_lead_somewhere(root):
@@ -168,16 +131,6 @@ def test_errors_drawn_wrongly_finds_a_class_under_the_wrong_parent(monkeypatch):
 
 def test_unmapped_finds_a_folder():
     assert unmapped("routing/ is the core", {"routing", "sync"}) == {"sync"}
-
-
-def test_strange_defect_tests_finds_them():
-    names = ["test_a1_raises", "test_a13_raises", "test_g1_raises", "test_shift_raises"]
-    assert strange_defect_tests(names) == names[1:]
-
-
-def test_untested_defects_finds_one():
-    names = [f"test_{c}{n + 1}_raises" for c, count in CHAPTERS.items() for n in range(count)]
-    assert untested_defects(names[:-1]) == {"f8"}
 
 
 def test_dead_links_finds_one(tmp_path):

@@ -226,7 +226,7 @@ def test_d4_a_template_that_fails_on_a_row_names_it(tmp_path):
         opened(tmp_path, [{"prompt": "a"}, {"messages": messages}], template=template)
 
 
-def test_f19_an_empty_prompt_is_refused_under_a_template_too(tmp_path):
+def test_an_empty_prompt_is_refused_under_a_template_too(tmp_path):
     for prompt in ("", "  \n"):
         with pytest.raises(RecipeError, match=r"line 2: the prompt '.*remove or fill the row"):
             opened(tmp_path, [{"prompt": "a"}, {"prompt": prompt}])
@@ -234,7 +234,7 @@ def test_f19_an_empty_prompt_is_refused_under_a_template_too(tmp_path):
         opened(tmp_path, [{"messages": [{"role": "user", "content": ""}]}])
 
 
-def test_f19_cut_prompts_are_counted_and_the_cut_chat_is_pointed_out(tmp_path):
+def test_cut_prompts_are_counted_and_the_cut_chat_is_pointed_out(tmp_path):
     rows = [{"prompt": "short"}, {"prompt": "much too long"}]
     source = opened(tmp_path, rows, truncation="left", max_prompt_length=24)
     assert source.num_cut == 1
