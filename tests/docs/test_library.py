@@ -51,6 +51,7 @@ def megatron_example(checkpoint: Path) -> tuple[bool, bool]:
     """Run the example on one rank; return whether replay changed the logits and the gradients are finite."""
     import torch
 
+    from moe_replay.megatron.scorer import packed_rows
     from moe_replay.testing.policies import start_policy
     from moe_replay.testing.synthetic_routes import synthetic_trace
 
@@ -62,7 +63,7 @@ def megatron_example(checkpoint: Path) -> tuple[bool, bool]:
             torch.from_numpy(tokens)[None],
             torch.arange(len(tokens))[None],
             None,
-            packed_seq_params=packed_rows(len(tokens)),
+            packed_seq_params=packed_rows([len(tokens)]),
         )
 
     with torch.no_grad():
@@ -74,23 +75,6 @@ def megatron_example(checkpoint: Path) -> tuple[bool, bool]:
     }
     replayed = run(PAGE.read_text(), "a model of Megatron-Core", names)["replayed"]
     return bool((live - replayed).abs().max() > 1e-3), bool(replayed.isfinite().all())
-
-
-def packed_rows(length: int):
-    """Return Megatron-Core's description of one sequence."""
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    bounds = torch.tensor([0, length], dtype=torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
-    )
 
 
 @pytest.mark.ranks

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -171,18 +172,6 @@ class MegatronScorer:
         microbatch: Microbatch,
         scope: ReplayScope | RecordScope | None,
     ) -> torch.Tensor:
-        ends = np.cumsum([0, *microbatch.index.padded_lengths])
-        bounds = torch.from_numpy(ends.astype(np.int32)).to(self.device)
-        longest = max(microbatch.index.padded_lengths)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=bounds,
-            cu_seqlens_kv_padded=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
         inside: AbstractContextManager[Any] = (
             scope.microbatch(microbatch.key) if scope is not None else contextlib.nullcontext()
         )
@@ -191,7 +180,7 @@ class MegatronScorer:
                 input_ids=self._tensor(microbatch.token_ids)[None],
                 position_ids=self._tensor(microbatch.positions)[None],
                 attention_mask=None,
-                packed_seq_params=packed,
+                packed_seq_params=packed_rows(microbatch.index.padded_lengths, self.device),
                 padding_mask=self._padding_mask(chunk, microbatch),
             )
 
@@ -277,6 +266,25 @@ class MegatronScorer:
             layers=scope.layers,
             num_experts=self.num_experts,
         )
+
+
+def packed_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedSeqParams:
+    """Say to Megatron's attention where the sequences of a packed row end, padding included.
+
+    Example:
+        >>> packed_rows([3, 5]).cu_seqlens_q
+        tensor([0, 3, 8], dtype=torch.int32)
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        cu_seqlens_q_padded=ends,
+        cu_seqlens_kv_padded=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
 
 
 def opened(scope: ReplayScope | RecordScope | None) -> AbstractContextManager[Any]:
