@@ -58,6 +58,7 @@ def test_ruff_finds_every_planted_fault(project):
         "D103": "def public():\n    return 1\n",
         "BLE001": "try:\n    x = 1\nexcept Exception:\n    x = 2\n",
         "B006": "def _f(x=[]):\n    return x\n",
+        "PLW0603": "X = 1\n\n\ndef _f():\n    global X\n    X = 2\n",
     }
     for rule, source in faults.items():
         plant(project, f"routing/planted_{rule.lower()}", source)
@@ -66,6 +67,24 @@ def test_ruff_finds_every_planted_fault(project):
         rule for rule in faults if re.search(rf"planted_{rule.lower()}\.py:.* {rule} ", output)
     }
     assert (code, found) == (1, set(faults))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "is_refused"),
+    [
+        ("grpo/a", "import os\n\nX = os.environ['X']\n", True),
+        ("grpo/a", "import os\n\nX = os.getenv('X')\n", True),
+        ("cli/a", "import os\n\nX = os.environ['X']\n", False),
+        ("grpo/a", "import pickle\n\nX = pickle.HIGHEST_PROTOCOL\n", True),
+        ("grpo/a", "from cloudpickle import dumps\n\nX = dumps\n", True),
+        ("grpo/a", "import torch\n\nX = torch.load('x')\n", True),
+        ("grpo/a", "import json\n\nX = json.loads('1')\n", False),
+    ],
+)
+def test_ruff_bans_the_environment_and_pickle(project, module, source, is_refused):
+    plant(project, module, source)
+    _, output = run_tool(project, "ruff", "check", "--output-format=concise")
+    assert ("TID251" in output) == is_refused, output
 
 
 def test_ruff_accepts_the_axes_of_jaxtyping(project):
@@ -101,6 +120,8 @@ def test_import_linter_finds_every_planted_fault(project):
     faults = {
         "errors": "moe_replay.routing",
         "routing/planted": "moe_replay.batch",
+        "routing/planted_torch": "torch",
+        "routing/planted_zstandard": "zstandard",
         "batch/planted": "moe_replay.megatron",
         "engines/types": "moe_replay.batch",
         "megatron/planted": "moe_replay.grpo",

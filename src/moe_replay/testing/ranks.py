@@ -12,7 +12,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import pickle
+import pickle  # noqa: TID251 - between a process and its own forked children
 import signal
 import tempfile
 import time
