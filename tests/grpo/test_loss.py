@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from moe_replay.grpo.loss import (
-    BatchSize,
     LossInputs,
     LossSettings,
     LossStatistics,
@@ -17,6 +16,7 @@ from moe_replay.grpo.loss import (
     policy_loss,
     sample_weights,
 )
+from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
 
 SETTINGS = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
@@ -102,7 +102,7 @@ def test_kl_term_vanishes_for_equal_models() -> None:
     assert loss.item() == 0.0
 
 
-WHOLE = BatchSize(num_samples=2, num_tokens=6)
+SIZE = BatchSize(num_samples=2, num_tokens=6, max_completion_length=10)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,8 @@ def test_weights_of_each_loss_type_match_their_definition(
     weights = sample_weights(
         [4, 2, 9],
         [True, True, False],
-        loss_type=loss_type,  # type: ignore[arg-type]
-        whole=WHOLE,
-        max_completion_length=10,
+        loss_type=loss_type,
+        batch=SIZE,
     )
     np.testing.assert_allclose(weights, expected)
 
@@ -133,9 +132,8 @@ def test_token_weights_of_an_averaging_loss_sum_to_one(loss_type: str) -> None:
     weights = sample_weights(
         lengths,
         [True, True],
-        loss_type=loss_type,  # type: ignore[arg-type]
-        whole=WHOLE,
-        max_completion_length=10,
+        loss_type=loss_type,
+        batch=SIZE,
     )
     assert float(weights @ np.array(lengths)) == pytest.approx(1.0)
 

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from moe_replay.errors import RecipeError, RewardError
+from moe_replay.grpo import estimators
 
-AdvantageEstimator = Literal["grpo", "rloo"]
 ScaleRewards = Literal["group", "batch", "none"]
 
 STD_EPSILON = 1e-4
@@ -43,27 +43,11 @@ class GroupAdvantages:
         return float(self.equal_rewards.mean())
 
 
-def _grpo(centred: np.ndarray, num_counted: np.ndarray) -> np.ndarray:
-    return centred
-
-
-def _rloo(centred: np.ndarray, num_counted: np.ndarray) -> np.ndarray:
-    # r_i - mean of the others = (r_i - mean of all) n / (n - 1).
-    return centred * (num_counted / np.maximum(num_counted - 1, 1))
-
-
-ADVANTAGE_ESTIMATORS: Mapping[AdvantageEstimator, Callable[..., np.ndarray]] = {
-    "grpo": _grpo,
-    "rloo": _rloo,
-}
-"""Name -> function of (reward minus group mean ``[groups generations]``, completions that count ``[groups 1]``)."""
-
-
 def group_advantages(
     rewards: Float64[np.ndarray, "groups generations"],
     *,
     scale_rewards: ScaleRewards,
-    estimator: AdvantageEstimator = "grpo",
+    estimator: str = "grpo",
     counts: Bool[np.ndarray, "groups generations"] | None = None,
 ) -> GroupAdvantages:
     """Compare each reward with the others of its group.
@@ -88,6 +72,7 @@ def group_advantages(
             "completion has nothing to be compared with; raise rollout.num_generations"
         )
     _check_finite("rewards", rewards)
+    compare: Callable[..., np.ndarray] = getattr(estimators, estimator)
     counts = np.ones(rewards.shape, dtype=bool) if counts is None else counts
     num_counted = counts.sum(axis=1, keepdims=True)
     counted = rewards[counts]
@@ -106,7 +91,7 @@ def group_advantages(
             "batch": batch_std + STD_EPSILON,
             "none": 1.0,
         }
-        advantages = ADVANTAGE_ESTIMATORS[estimator](centred, num_counted) / divisor[scale_rewards]
+        advantages = compare(centred, num_counted) / divisor[scale_rewards]
         reward_mean = float(counted.mean()) if len(counted) else None
     _check_size(rewards, advantages, group_std, batch_std, reward_mean or 0.0)
     reward_std = batch_std if scale_rewards == "batch" else float(group_std.mean())

@@ -5,7 +5,7 @@ In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 
+from moe_replay.grpo import losses
+from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO, Tally
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
@@ -134,43 +136,17 @@ def _where(trains: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.where(trains, values, torch.zeros_like(values))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSize:
-    """Size of a mini-batch over all ranks: what a weight is divided by."""
-
-    num_samples: int
-    """Samples that train."""
-    num_tokens: int
-    """Their sampled tokens."""
-
-
 def sample_weights(
-    lengths: Sequence[int],
-    trains: Sequence[bool],
-    *,
-    loss_type: LossType,
-    whole: BatchSize,
-    max_completion_length: int,
+    lengths: Sequence[int], trains: Sequence[bool], *, loss_type: str, batch: BatchSize
 ) -> Float64[np.ndarray, " samples"]:
-    """Return the weight of each token of each sample; samples that do not train get 0 and are counted nowhere.
-
-    ``grpo`` averages over a sample's tokens, then over samples; ``bnpo`` and ``dapo`` over all tokens of the
-    mini-batch (they differ elsewhere only in what a framework calls a batch; here it is the whole mini-batch over all
-    ranks); ``dr_grpo`` divides by ``max_completion_length``, the same for every sample.
-
-    Source: Dr. GRPO, arXiv 2503.20783, equation 2; DAPO, arXiv 2503.14476, equation 8.
-    """
-    weights = np.zeros(len(lengths))
-    for position, (length, counted) in enumerate(zip(lengths, trains, strict=True)):
-        if not counted:
-            continue
-        if loss_type == "grpo":
-            weights[position] = 1 / (whole.num_samples * length)
-        elif loss_type == "dr_grpo":
-            weights[position] = 1 / (whole.num_samples * max_completion_length)
-        else:
-            weights[position] = 1 / whole.num_tokens
-    return weights
+    """Return the weight of each token of each sample; 0 for those of samples that do not train."""
+    weight: Callable[[int, BatchSize], float] = getattr(losses, loss_type)
+    return np.array(
+        [
+            weight(length, batch) if counts else 0.0
+            for length, counts in zip(lengths, trains, strict=True)
+        ]
+    )
 
 
 def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:

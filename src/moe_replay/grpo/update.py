@@ -16,7 +16,6 @@ from moe_replay.errors import UpdateError
 from moe_replay.grpo.guard.judging import judge_own_packing
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.loss import (
-    BatchSize,
     LossInputs,
     LossSettings,
     LossStatistics,
@@ -25,6 +24,7 @@ from moe_replay.grpo.loss import (
     step_tally,
     update_tally,
 )
+from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, MiniBatch, OldScores, Update
@@ -171,11 +171,11 @@ class MinibatchLoss:
             lengths,
             trains,
             loss_type=grpo.loss_type,
-            whole=BatchSize(
+            batch=BatchSize(
                 num_samples=sum(part[0] for part in gathered),
                 num_tokens=sum(part[1] for part in gathered),
+                max_completion_length=run.recipe.rollout.max_completion_length,
             ),
-            max_completion_length=run.recipe.rollout.max_completion_length,
         )
         ids = [sample.sample_id for sample in samples]
         self.weights = dict(zip(ids, weights, strict=True))
