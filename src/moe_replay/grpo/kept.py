@@ -1,4 +1,4 @@
-"""The completions whose texts a run keeps: the first of each step and evaluation, beside what their rewards read.
+"""The completions whose texts a run keeps: the first of each step and evaluation.
 
 In: completions and their scores, of this rank. Out: records of all ranks, on rank 0.
 """
@@ -23,7 +23,7 @@ _RECORD_BYTES = 1024  # of a record beside its texts and columns, generously
 def kept_completions(
     run: Run,
     prompts: Sequence[Prompt],
-    places: Sequence[int],
+    own: Sequence[int],
     groups: Sequence[RolloutGroup],
     *,
     texts: Sequence[str],
@@ -32,42 +32,46 @@ def kept_completions(
     advantages: Float64[np.ndarray, "prompts generations"] | None = None,
     dropped: Mapping[int, str] | None = None,
 ) -> list[CompletionRecord]:
-    """Return the first ``logging.completions`` of all ranks, prompt after prompt, on rank 0; nothing on the others; collective.
+    """Return the first ``logging.completions`` of all ranks in prompt order, on rank 0; collective.
 
-    ``groups[i]`` answers ``prompts[places[i]]``; ``texts``, ``rewards`` and ``totals`` follow their completions. ``dropped``
-    (number of the completion in the step -> why) are those that the guard kept out of training.
+    ``groups[i]`` answers ``prompts[own[i]]``; ``texts``, ``rewards`` and ``totals`` follow their
+    completions. ``dropped`` (index of the completion in the step -> why) are those that the guard
+    kept out of training.
     """
-    records: list[tuple[int, int, CompletionRecord]] = []
+    dropped = {} if dropped is None else dropped
+    records: list[tuple[int, CompletionRecord]] = []
     row = 0
-    for place, group in zip(places, groups, strict=True):
+    for prompt_index, group in zip(own, groups, strict=True):
+        prompt = prompts[prompt_index]
         for number, completion in enumerate(group.completions):
-            of_step = place * len(group.completions) + number
-            if of_step < run.recipe.logging.completions:
+            index = prompt_index * len(group.completions) + number
+            if index < run.recipe.logging.completions:
+                advantage = None if advantages is None else float(advantages[prompt_index, number])
                 record = CompletionRecord(
                     step=run.step,
-                    item=prompts[place].index,
-                    prompt=prompts[place].text,
-                    columns=_columns_read(run, prompts[place]),
+                    item=prompt.index,
+                    prompt=prompt.text,
+                    columns=_columns_read(run, prompt),
                     completion=texts[row],
                     rewards={name: _score(scores[row]) for name, scores in rewards.items()},
                     reward=_score(totals[row]),
-                    advantage=None if advantages is None else float(advantages[place, number]),
+                    advantage=advantage,
                     num_tokens=len(completion.token_ids),
                     finish_reason=str(completion.finish_reason),
                     policy_version=completion.policy_version,
                     server=completion.server,
-                    dropped=(dropped or {}).get(of_step),
+                    dropped=dropped.get(index),
                 )
-                records.append((place, number, record))
+                records.append((index, record))
             row += 1
     gathered = run.ranks.gather_items_to_first(records, _num_bytes)
-    everyone = sorted((entry for part in gathered for entry in part), key=lambda entry: entry[:2])
-    return [record for _, _, record in everyone]
+    everyone = sorted((entry for part in gathered for entry in part), key=lambda entry: entry[0])
+    return [record for _, record in everyone]
 
 
-def _num_bytes(entry: tuple[int, int, CompletionRecord]) -> int:
-    """Return about how long a record is on its way; columns are of any form, and their text shows their size."""
-    record = entry[2]
+def _num_bytes(entry: tuple[int, CompletionRecord]) -> int:
+    """Return about how long a message with a record is; columns count as long as their text."""
+    record = entry[1]
     texts = (record.prompt, record.completion, str(record.columns))
     return sum(4 * len(text) for text in texts) + _RECORD_BYTES
 
@@ -78,7 +82,7 @@ def _columns_read(run: Run, prompt: Prompt) -> dict[str, Any]:
     return {name: value for name, value in read.items() if _is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, list | tuple):
@@ -88,5 +92,5 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int)
 
 
-def _score(value: np.floating[Any]) -> float | None:
+def _score(value: float) -> float | None:
     return None if np.isnan(value) else float(value)

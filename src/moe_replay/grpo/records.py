@@ -1,6 +1,6 @@
-"""What the loop says about itself: the records of a run, and the seam through which they are shown and stored.
+"""The records of a run, and the seam through which they are shown and stored.
 
-In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary and the Reporter protocol.
+In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary; the Reporter protocol.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from moe_replay.engines.types import RolloutProgress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What is about to run, in words for a person: heading -> lines (`Model`, `Layout`, `Engine`, `Replay`, `Batch`...)."""
+    """What is about to run, in words for a person."""
 
     sections: Mapping[str, Sequence[str]]
-    """Heading -> lines, in the order in which they are shown."""
+    """Heading (`Model`, `Layout`, `Engine`, `Replay`...) -> lines, in the order they are shown."""
     first_step: int
     """First step of this process; above 1 when a run resumes."""
     max_steps: int
@@ -37,25 +37,25 @@ class RunEnd:
     """How a call of `train` ended."""
 
     step: int
-    """Finished steps; all of them are saved, and a run that goes on starts after them."""
+    """Finished steps, all saved; a run that goes on starts after them."""
     max_steps: int
-    """Steps of the whole run."""
+    """Steps of the run from start to end."""
     stopped_by: str | None
     """What asked the run to stop before its end, such as ``SIGTERM``; None for a run that is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRecord:
-    """One sampled completion and what it earned: a line of ``completions.jsonl`` or ``eval_completions.jsonl``."""
+    """A completion and what it earned: a line of ``completions.jsonl`` or ``eval_completions.jsonl``."""
 
     step: int
     """Step that sampled it, from 1; of an evaluation, the steps before it."""
     item: int
-    """Number of the dataset's item, from 0."""
+    """Index of the dataset's item, from 0."""
     prompt: str
     """Prompt text as decoded from its ids."""
     columns: Mapping[str, Any]
-    """Column of the dataset -> value, of those that a reward function reads and JSON can hold: the answer, for one."""
+    """Column of the dataset -> value, of those that a reward function reads and JSON can hold."""
     completion: str
     """Completion text."""
     rewards: Mapping[str, float | None]
@@ -73,8 +73,8 @@ class CompletionRecord:
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
     dropped: str | None = None
-    """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or ``lost`` (drift has left too
-    little of them); None as a rule."""
+    """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or ``lost``
+    (drift has left too little of them); usually None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +84,14 @@ class StepRecord:
     step: int
     """From 1."""
     metrics: Mapping[str, float]
-    """Metric name (``reward``, ``rollout_correction/k3_kl``, ``replay/coverage``...) -> value; deterministic."""
+    """Metric (``reward``, ``rollout_correction/k3_kl``...) -> value; deterministic."""
     seconds: Mapping[str, float]
-    """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``, ``checkpoint``...) -> wall seconds."""
+    """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``...) -> wall seconds."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What belongs to a metric and is not a number, such as the sample behind ``replay/agreement_min_sample``, under the
-    name of the metric; plain values, in ``metrics.jsonl`` only."""
+    """What belongs to a metric and is not a number, under its name: the sample behind
+    ``replay/agreement_min_sample``, for one. Plain values, in ``metrics.jsonl`` only."""
     warnings: tuple[str, ...] = ()
-    """What a person should know of this step although the run goes on, such as a router that collapsed."""
+    """What a person should know although the run goes on, such as a router that collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +119,11 @@ class Reporter(Protocol):
         ...
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step and, on rank 0, the completions that are kept of it; other ranks are given none."""
+        """Take a finished step and, on rank 0 only, the completions that are kept of it."""
         ...
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take an evaluation and, on rank 0, the completions that are kept of it; other ranks are given none."""
+        """Take an evaluation and, on rank 0 only, the completions that are kept of it."""
         ...
 
     def finish(self, message: str) -> None:
@@ -136,5 +136,5 @@ class FollowsRollouts(Protocol):
     """A reporter that shows how far a rollout is while it runs."""
 
     def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
-        """Ask ``progress`` while completions are sampled; ``whose`` names the ranks that it speaks of, ``""`` for all."""
+        """Ask ``progress`` during sampling; ``whose`` names the ranks it covers, ``""`` for all."""
         ...

@@ -1,7 +1,7 @@
 """Collapsed routers: layers whose live routing sends every token to the same experts.
 
-Reinforcement learning does this to small models, and too large a learning rate to any. Such a run goes on: its routes are
-right. It is counted, because the layer has stopped being a mixture.
+Reinforcement learning does this to small models, and too high a learning rate to any. Such a run
+goes on: its routes are right. It is counted, because the layer has stopped being a mixture.
 
 In: favourite expert sets of replayed rows. Out: the collapsed layers, over all ranks.
 """
@@ -18,9 +18,11 @@ from jaxtyping import Int64
 from moe_replay.megatron.overlap import RouteUse
 from moe_replay.recipe.recipe import Recipe
 
-# Share of the replayed rows that must choose one and the same set, and how many rows and different tokens there must be:
-# routes of a few rows, or of one repeated token, are alike by right.
-_SHARE, _LEAST_ROWS, _LEAST_TOKENS = 0.99, 32, 8
+_SHARE, _MIN_ROWS, _MIN_TOKENS = 0.99, 32, 8
+"""Share of the replayed rows that must choose the same set, of at least so many rows and tokens.
+
+Routes of a few rows, or of one repeated token, are rightly alike.
+"""
 
 
 class LiveSets:
@@ -41,7 +43,7 @@ class LiveSets:
             self._sets[layer][tuple(chosen.tolist())] += int(times)
 
     def to_plain(self) -> dict[str, Any]:
-        """Return what other ranks must know: each layer's rows and its favourite set, and the number of tokens."""
+        """Return what other ranks need: the tokens, and each layer's rows and favourite set."""
         return {
             "tokens": len(self._tokens),
             "layers": [
@@ -54,7 +56,8 @@ class LiveSets:
     def collapsed(parts: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the collapsed layers of all ranks' counts.
 
-        A set that nearly all rows choose is the favourite of nearly every microbatch and rank, so that favourites suffice.
+        A set that nearly all rows choose is the favourite of nearly every microbatch and rank, so
+        favourites suffice.
         """
         rows: Counter[int] = Counter()
         favourites: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
@@ -62,20 +65,21 @@ class LiveSets:
             for layer, count, chosen, times in part["layers"]:
                 rows[layer] += count
                 favourites[layer][chosen] += times
-        if max((part["tokens"] for part in parts), default=0) < _LEAST_TOKENS:
+        if max((part["tokens"] for part in parts), default=0) < _MIN_TOKENS:
             return []
         return sorted(
             layer
             for layer, count in rows.items()
-            if count >= _LEAST_ROWS and max(favourites[layer].values()) >= _SHARE * count
+            if count >= _MIN_ROWS and max(favourites[layer].values()) >= _SHARE * count
         )
 
 
 def collapse_warning(layers: Sequence[int], recipe: Recipe) -> str:
-    """Return what to tell a person of collapsed layers."""
+    """Return the warning about collapsed layers."""
     balance = recipe.megatron.moe_aux_loss_coeff
     return (
-        f"layers {list(layers)} send every token to the same experts: their routers have collapsed. The routes are right and "
-        f"the run goes on, but these layers are no mixture any more; optimizer.lr = {recipe.optimizer.lr:g} may be too large, "
-        f"and megatron.moe_aux_loss_coeff = {balance:g} {'too small' if balance else 'balances nothing'}"
+        f"layers {list(layers)} send every token to the same experts: their routers have collapsed. "
+        "The routes are right and the run goes on, but these layers are no longer a mixture; "
+        f"optimizer.lr = {recipe.optimizer.lr:g} may be too high, and megatron.moe_aux_loss_coeff = "
+        f"{balance:g} {'too low' if balance else 'balances nothing'}"
     )

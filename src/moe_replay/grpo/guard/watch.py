@@ -1,4 +1,4 @@
-"""What one replaying pass saw of live next to replayed routes: counts for the guard, agreement for the metrics.
+"""What a replaying pass saw of live beside replayed routes: counts for the guard, and agreement.
 
 In: counts of each microbatch on each rank. Out: PassWatch; StepTable and metrics over all ranks.
 """
@@ -27,12 +27,12 @@ class Seen:
     parts: Sequence[StepPart | None]
     """What each rank counted, in rank order; None of a rank that replays nothing."""
     table: StepTable
-    """The same by (number of the sample in the step, layer)."""
+    """The same by (index of the sample in the step, layer)."""
     collapsed: Sequence[int]
     """Layers that send every token to the same experts."""
 
     def metrics(self, origins: Mapping[int, SampleOrigin]) -> dict[str, float]:
-        """Return ``replay/agreement`` and its kin; ``origins`` are those of all ranks, by number in the step."""
+        """Return ``replay/agreement`` and the like; ``origins`` of all ranks, by index in the step."""
         table = self.table
         own, slots = table.own.sum(axis=1), table.slots.sum(axis=1)
         # A row counts once on each pipeline stage, so these are shares of what the stages saw.
@@ -57,7 +57,7 @@ class Seen:
 
     @property
     def least_sample(self) -> int:
-        """Number in the step of the sample that agrees least."""
+        """Index in the step of the sample that agrees least."""
         return int(self.table.sample_ids[self.table.agreement.argmin()])
 
 
@@ -67,13 +67,13 @@ class PassWatch:
     def __init__(self, origins: Sequence[SampleOrigin]) -> None:
         """Watch a pass over the samples of ``origins``, by sample id."""
         self.counts: dict[int, OverlapCounts] = {}
-        """Microbatch key -> its counts, in which samples have their numbers in the step."""
-        self._numbers = np.array([origin.index for origin in origins], dtype=np.int64)
+        """Microbatch key -> its counts, in which samples have their indices in the step."""
+        self._indices = np.array([origin.index for origin in origins], dtype=np.int64)
         self._live_sets = LiveSets()
 
     @property
     def route_watch(self) -> RouteWatch:
-        """What a pass is given."""
+        """What is passed to the scoring or update."""
         return RouteWatch(observe=self.observe)
 
     def observe(self, microbatch: Microbatch, watched: WatchedRoutes) -> None:
@@ -82,13 +82,13 @@ class PassWatch:
         tokens = microbatch.token_ids[microbatch.router_rows][microbatch.routes.valid]
         self._live_sets.add(watched.use, tokens)
         counts = watched.counts
-        # Numbers in the step grow with sample ids, so the order of rows and samples stays.
-        self.counts[microbatch.key] = replace(counts, sample_ids=self._numbers[counts.sample_ids])
+        # Indices in the step grow with sample ids, so the order of rows and samples stays.
+        self.counts[microbatch.key] = replace(counts, sample_ids=self._indices[counts.sample_ids])
 
-    def forget(self, numbers: Collection[int]) -> None:
-        """Let go of the counts of some samples, by number in the step."""
-        if numbers:
-            given = np.array(sorted(numbers), dtype=np.int64)
+    def forget(self, indices: Collection[int]) -> None:
+        """Drop the counts of some samples, by index in the step."""
+        if indices:
+            given = np.array(sorted(indices), dtype=np.int64)
             self.counts = {key: _without(counts, given) for key, counts in self.counts.items()}
 
     def together(self, ranks: HostGroup) -> Seen | None:
@@ -105,9 +105,9 @@ class PassWatch:
         )
 
 
-def _without(counts: OverlapCounts, numbers: Int64[np.ndarray, " gone"]) -> OverlapCounts:
-    """Return the counts of the samples that are not in ``numbers``."""
-    kept = ~np.isin(counts.sample_ids, numbers)
+def _without(counts: OverlapCounts, indices: Int64[np.ndarray, " gone"]) -> OverlapCounts:
+    """Return the counts of the samples that are not in ``indices``."""
+    kept = ~np.isin(counts.sample_ids, indices)
     rows = np.repeat(kept, counts.num_rows)
     return replace(
         counts,
