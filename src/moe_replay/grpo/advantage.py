@@ -18,7 +18,7 @@ from moe_replay.grpo import estimators
 ScaleRewards = Literal["group", "batch", "none"]
 
 STD_EPSILON = 1e-4
-"""Added to the standard deviation before dividing by it; the value that TRL and Megatron-SWIFT use."""
+"""Added to a standard deviation before dividing by it; as in TRL and Megatron-SWIFT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,16 +26,16 @@ class GroupAdvantages:
     """Advantages of a rollout batch, and the spread of the rewards that they came from."""
 
     advantages: Float64[np.ndarray, "groups generations"]
-    """Reward minus what it is compared with, divided as ``scale_rewards`` says; exactly 0 in a group of equal rewards,
-    and for a completion that does not count."""
+    """Reward minus what it is compared with, divided as ``scale_rewards`` says; exactly 0 in a group
+    of equal rewards, and for a completion that does not count."""
     reward_mean: float | None
     """Mean reward of all completions that count; None when none does."""
     reward_std: float | None
-    """Mean over groups of the standard deviation in a group; with ``batch``, that of all completions that count."""
+    """Mean over groups of the standard deviation in a group; with ``batch``, that of all rewards."""
     equal_rewards: Bool[np.ndarray, " groups"]
     """True for a group whose rewards are all equal: its completions teach nothing."""
     counts: Bool[np.ndarray, "groups generations"]
-    """False for a completion that has no reward, or one that says nothing about it, because its engine gave up on it."""
+    """False for a completion without a reward, or whose reward means nothing (it was aborted)."""
 
     @property
     def frac_reward_zero_std(self) -> float:
@@ -52,14 +52,14 @@ def group_advantages(
 ) -> GroupAdvantages:
     """Compare each reward with the others of its group.
 
-    ``grpo`` compares with the mean of the group, ``rloo`` with the mean of the other completions. ``group`` divides by
-    the group's standard deviation, ``batch`` by that of all rewards, ``none`` by nothing. Standard deviations have
-    n - 1 in the denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with ``group`` and
-    ``[[0.5, -0.5]]`` with ``none``. Completions without ``counts`` (default: all have it) enter no mean and no standard
-    deviation, and their advantage is 0.
+    ``estimator`` names a function of `estimators`. ``group`` divides by the group's standard
+    deviation, ``batch`` by that of all rewards, ``none`` by nothing; standard deviations have n - 1
+    in the denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with ``group`` and
+    ``[[0.5, -0.5]]`` with ``none``. Completions without ``counts`` (default: all have it) are part
+    of no mean and no standard deviation, and their advantage is 0.
 
-    Source: GRPO, arXiv 2402.03300, section 4.1.2 (``group``); Dr. GRPO, arXiv 2503.20783 (``none``); TRL,
-    ``GRPOTrainer`` (``batch``, and n - 1); RLOO, arXiv 2402.14740, equation 8.
+    Source: GRPO, arXiv 2402.03300, section 4.1.2 (``group``); Dr. GRPO, arXiv 2503.20783
+    (``none``); TRL, ``GRPOTrainer`` (``batch``, and n - 1).
 
     Raises:
         RecipeError: for groups of one, which have no advantage.
@@ -68,8 +68,9 @@ def group_advantages(
     num_groups, num_generations = rewards.shape
     if num_groups < 1 or num_generations < 2:
         raise RecipeError(
-            f"{num_groups} groups of {num_generations} completions, expected at least 1 group of at least 2: a lone "
-            "completion has nothing to be compared with; raise rollout.num_generations"
+            f"{num_groups} groups of {num_generations} completions, expected at least 1 group of at "
+            "least 2: a single completion has nothing to be compared with; raise "
+            "rollout.num_generations"
         )
     _check_finite("rewards", rewards)
     compare: Callable[..., np.ndarray] = getattr(estimators, estimator)
@@ -82,7 +83,7 @@ def group_advantages(
     with np.errstate(over="ignore", invalid="ignore"):
         means = (rewards * counts).sum(axis=1, keepdims=True) / np.maximum(num_counted, 1)
         centred = np.where(counts, rewards - means, 0.0)
-        # The mean of n equal numbers may differ from them in the last bit, which the division would blow up.
+        # A mean of equal numbers may differ in the last bit, which the division would amplify.
         centred[equal] = 0.0
         group_std = np.sqrt((centred**2).sum(axis=1) / np.maximum(num_counted[:, 0] - 1, 1))
         batch_std = _std(counted) if len(counted) else 0.0
@@ -107,10 +108,11 @@ def group_advantages(
 def reward_metrics(
     result: GroupAdvantages, rewards: Mapping[str, Float64[np.ndarray, "groups generations"]]
 ) -> dict[str, float]:
-    """Return ``reward``, ``reward_std``, ``frac_reward_zero_std`` and ``rewards/<function>/{mean,std,none_ratio}``.
+    """Return ``reward*``, ``frac_reward_zero_std``, ``rewards/<function>/{mean,std,none_ratio}``.
 
-    ``rewards`` holds each reward function's scores before weights, NaN where it has no opinion; ``none_ratio`` is the fraction of
-    those. Mean and standard deviation are over the other completions that count; where none does, they are left out.
+    ``rewards`` holds each reward function's scores before weights, NaN where it has no opinion;
+    ``none_ratio`` is the fraction of those. Mean and standard deviation are over the others that
+    count, and omitted where none does.
 
     Raises:
         RewardError: when a score is infinite.
@@ -132,7 +134,7 @@ def reward_metrics(
 def constant_rewards(
     rewards: Mapping[str, Float64[np.ndarray, "groups generations"]],
 ) -> dict[str, float]:
-    """Return each reward function that gave one and the same score to everything it has an opinion on, with that score."""
+    """Return each reward function that gave all its completions the same score, with that score."""
     given = {name: scores[~np.isnan(scores)] for name, scores in rewards.items()}
     return {
         name: float(scores[0])
@@ -150,21 +152,21 @@ def _check_finite(name: str, scores: np.ndarray) -> None:
     if len(bad):
         group, generation = bad[0]
         raise RewardError(
-            f"{name}: {len(bad)} of {scores.size} scores are not finite, the first is {scores[group, generation]} at "
-            f"group {group}, completion {generation}; a reward function must return one finite number a completion, or "
-            "None"
+            f"{name}: {len(bad)} of {scores.size} scores are not finite, the first is "
+            f"{scores[group, generation]} at group {group}, completion {generation}; a reward "
+            "function must return one finite number for each completion, or None"
         )
 
 
 def _check_size(
     rewards: np.ndarray, advantages: np.ndarray, *statistics: np.ndarray | float
 ) -> None:
-    """Raise `RewardError` when rewards are so far apart that what follows from them is no number in float32."""
+    """Raise `RewardError` when rewards are too far apart for advantages in float32."""
     fits = np.abs(advantages).max() <= np.finfo(np.float32).max
     if not fits or not all(np.isfinite(value).all() for value in statistics):
         group, generation = np.unravel_index(np.abs(rewards).argmax(), rewards.shape)
         raise RewardError(
-            f"rewards reach {rewards[group, generation]:g} (group {group}, completion {generation}), expected numbers "
-            "whose squares and differences are finite: their advantages are no numbers any more; scale the reward "
-            "function or its weight down"
+            f"rewards reach {rewards[group, generation]:g} (group {group}, completion {generation}), "
+            "expected numbers whose squares and differences are finite: their advantages overflow; "
+            "scale the reward function or its weight down"
         )

@@ -1,4 +1,4 @@
-"""The policy loss: clipped surrogate and KL penalty, weighted so that sums over microbatches and ranks are the loss.
+"""The policy loss: clipped surrogate and KL penalty; microbatches and ranks sum up to the loss.
 
 In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and its statistics.
 """
@@ -36,7 +36,7 @@ class LossSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossInputs:
-    """Sampled tokens of one microbatch, one entry each; everything but ``new_logprobs`` is constant."""
+    """Sampled tokens of one microbatch, one entry each; only ``new_logprobs`` is not constant."""
 
     new_logprobs: Float[torch.Tensor, " tokens"]
     """Under the weights being trained, at the sampling temperature, in nats; differentiable."""
@@ -59,30 +59,32 @@ class LossStatistics:
     loss: float
     """Part of the mini-batch loss."""
     num_clipped_low: int
-    """Tokens whose ratio lies below the clip range with a negative advantage: they get no gradient."""
+    """Tokens below the clip range with a negative advantage: they get no gradient."""
     num_clipped_high: int
-    """Tokens whose ratio lies above it with a positive advantage."""
+    """Tokens above it with a positive advantage: likewise."""
     num_bounded: int
     """Tokens with a log ratio above `MAX_LOG_RATIO`, in the surrogate or in the KL term."""
     num_pulled: int
-    """Tokens whose surrogate has a gradient: an advantage, not clipped, and a probability that is not 1."""
+    """Tokens whose surrogate has a gradient: an advantage, not clipped, a probability below 1."""
     ratio_sum: float
-    """Sum of importance ratios new / old, each counted as ``exp(MAX_LOG_RATIO)`` at most."""
+    """Sum of importance ratios new / old, each at most ``exp(MAX_LOG_RATIO)``."""
     kl_sum: float
     """Sum of the k3 estimate of KL(new || reference), in nats."""
 
 
-SURE = -1e-3
-"""Log-probability above which a token counts as certain: its gradient may vanish in float32."""
+CERTAIN = -1e-3
+"""Log-probability from which on a token is certain: its gradient may vanish in float32."""
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tensor, LossStatistics]:
     """Return the microbatch's part of the loss, and its statistics.
 
     Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)`` and
-    ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has gradient 0 whatever its
-    ratio. Above `MAX_LOG_RATIO` an exponential goes on along its tangent, so that value and gradient stay finite and
-    keep their direction; up to there nothing changes, to the last bit.
+    ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has
+    gradient 0 for any ratio. Above `MAX_LOG_RATIO` an exponential continues along its tangent, so
+    value and gradient stay finite and keep their direction; up to there nothing changes, to the last
+    bit. Example: ratio 1.5, advantage 1, eps_high 0.2: the surrogate is -1.2 and the token clipped;
+    with advantage -1 it is 1.5 and not clipped.
 
     Source: GRPO, arXiv 2402.03300, equations 3 and 4; asymmetric clip from DAPO, arXiv 2503.14476, equation 10.
     """
@@ -103,10 +105,10 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tenso
     loss = (per_token * inputs.weights).sum()
     low = (ratio < 1 - settings.epsilon) & (inputs.advantages < 0) & trains
     high = (ratio > 1 + settings.epsilon_high) & (inputs.advantages > 0) & trains
-    pulled = trains & (inputs.advantages != 0) & ~low & ~high & (inputs.new_logprobs < SURE)
+    pulled = trains & (inputs.advantages != 0) & ~low & ~high & (inputs.new_logprobs < CERTAIN)
     shown = torch.exp(log_ratio.detach().clamp(max=MAX_LOG_RATIO))
     counted = torch.stack([trains, low, high, bounded, pulled, shown * trains, kl * trains])
-    # One transfer for all of them: each would wait for the device.
+    # One transfer for all of them, because each waits for the device.
     sums = torch.cat([counted.sum(dim=1), loss.detach()[None]]).tolist()
     num_tokens, num_low, num_high, num_bounded, num_pulled, ratio_sum, kl_sum, value = sums
     statistics = LossStatistics(
@@ -125,14 +127,14 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tenso
 def bounded_exp(values: Float[torch.Tensor, " tokens"]) -> Float[torch.Tensor, " tokens"]:
     """Return ``exp(values)`` up to `MAX_LOG_RATIO`, and above it the tangent there: ``exp(M) (1 + x - M)``.
 
-    Clamping alone would take the gradient away just where a policy has run off farthest.
+    Clamping alone would remove the gradient just where a policy has moved farthest.
     """
     inside = torch.exp(values.clamp(max=MAX_LOG_RATIO))
     return inside * (1 + torch.relu(values - MAX_LOG_RATIO))
 
 
 def _where(trains: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    # Before anything is computed from the values: NaN times a mask of 0 is NaN, and so is its gradient.
+    # Masks before anything is computed: NaN times a mask of 0 is NaN, and so is its gradient.
     return torch.where(trains, values, torch.zeros_like(values))
 
 
@@ -150,7 +152,7 @@ def sample_weights(
 
 
 def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:
-    """Tally one rank's microbatches of one optimizer update; ``kl`` only ``with_kl``, else it would be a false 0."""
+    """Tally one rank's microbatches of an update; ``kl`` only ``with_kl``, or it would be a false 0."""
     tally = Tally()
     for part in statistics:
         tokens = part.num_tokens
@@ -171,8 +173,8 @@ def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tall
 def step_tally(updates: Sequence[Tally]) -> Tally:
     """Combine the updates of a step, each merged over all ranks before.
 
-    ``loss`` is averaged over updates; the ``clip_ratio`` means are over the tokens of all updates, and
-    ``clip_ratio/low_min`` and ``clip_ratio/high_max`` are those of the updates with the fewest and the most.
+    ``loss`` is averaged over updates; the ``clip_ratio`` means are over the tokens of all updates,
+    and ``clip_ratio/low_min`` and ``clip_ratio/high_max`` those of the extreme updates.
     """
     step = Tally()
     for update in updates:

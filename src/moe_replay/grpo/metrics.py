@@ -1,4 +1,4 @@
-"""Metrics that ranks can add up: every rank tallies its own tokens, and the merged tally is that of the whole batch.
+"""Metrics that ranks can add up: each tallies its own tokens, and the merged tally is the batch's.
 
 In: log-probabilities, lengths, loss statistics. Out: Tally.
 """
@@ -33,7 +33,7 @@ EXTREME_TAUS = (1.1, 1.5, 2.0)
 """Factors of ``extreme_frac_tau_*``."""
 
 MAX_LOG_RATIO = 20.0
-"""Largest log ratio that is exponentiated, so that one broken token cannot overflow a sum."""
+"""Maximum log ratio that is exponentiated, so that one broken token cannot overflow a sum."""
 
 
 class Tally:
@@ -52,7 +52,7 @@ class Tally:
         self._entries: dict[str, tuple[Kind, float, int]] = {}
 
     def add_mean(self, name: str, *, total: float, count: int = 1) -> None:
-        """Add ``count`` items whose values sum to ``total``; a mean over no items is left out of `finish`.
+        """Add ``count`` items whose values sum to ``total``; `finish` omits a mean over no items.
 
         Raises:
             MoeReplayError: when the number is not finite, as in every ``add``.
@@ -61,7 +61,7 @@ class Tally:
         self._add(name, "mean", total, count)
 
     def add_sum(self, name: str, value: float) -> None:
-        """Add a part of a number that is spread over microbatches and ranks."""
+        """Add a part of a sum over microbatches and ranks."""
         self._add(name, "sum", value, 1)
 
     def add_min(self, name: str, value: float) -> None:
@@ -74,7 +74,7 @@ class Tally:
 
     @staticmethod
     def merge(parts: Iterable[Tally]) -> Tally:
-        """Combine tallies; the same parts in the same order give the same result to the last bit."""
+        """Combine tallies; the same parts in the same order give the same bits."""
         merged = Tally()
         for part in parts:
             for name, (kind, value, count) in part._entries.items():
@@ -92,8 +92,9 @@ class Tally:
     def _add(self, name: str, kind: Kind, value: float, count: int) -> None:
         if not math.isfinite(value):
             raise MoeReplayError(
-                f"metric {name} is {value}, expected a finite number; training has probably diverged or a "
-                "log-probability is broken: look at grad_norm and rollout_correction/* of the steps before"
+                f"metric {name} is {value}, expected a finite number; training has probably diverged "
+                "or a log-probability is broken: look at grad_norm and rollout_correction/* of the "
+                "steps before"
             )
         value, count = float(value), int(count)
         if name in self._entries:
@@ -109,21 +110,23 @@ def engine_gap(
     *,
     prefix: str = "rollout_correction",
 ) -> Tally:
-    """Tally how far the trainer's probabilities of the sampled tokens are from the engine's; one array per sample.
+    """Tally how far the trainer's probabilities of sampled tokens are from the engine's.
 
-    With ``r = exp(old - rollout)`` of a token and ``m`` the mean log-probability of a sample's tokens:
+    Both take one array per sample. With ``r = exp(old - rollout)`` of a token and ``m`` the mean
+    log-probability of a sample's tokens:
 
     - over tokens: ``kl`` mean(-log r), ``k3_kl`` mean(r - 1 - log r), ``ratio_mean`` mean(r), ``chi2_token``
       mean(r^2) - 1, ``extreme_frac_tau_<tau>`` fraction with max(r, 1/r) > tau;
-    - over samples: ``{training,rollout}_log_ppl`` mean(-m), ``{training,rollout}_ppl`` mean(exp(-m)),
-      ``log_ppl_{diff,abs_diff,diff_max,diff_min}`` of m_rollout - m_training, ``ppl_ratio`` its mean exp, ``chi2_seq``
-      mean((product of r)^2) - 1.
+    - over samples: ``{training,rollout}_log_ppl`` mean(-m), ``{training,rollout}_ppl``
+      mean(exp(-m)), ``log_ppl_{diff,abs_diff,diff_max,diff_min}`` of m_rollout - m_training,
+      ``ppl_ratio`` its mean exp, ``chi2_seq`` mean((product of r)^2) - 1.
 
-    Log ratios above `MAX_LOG_RATIO` count as that in exponentials; ``ratio_bounded_frac`` (tokens) and
-    ``seq_ratio_bounded_frac`` (samples) say how often. A sample without a token, aborted before its first, has no gap.
+    Exponentials use log ratios of at most `MAX_LOG_RATIO`; ``ratio_bounded_frac`` (tokens) and
+    ``seq_ratio_bounded_frac`` (samples) say how often. A sample without a token, aborted before its
+    first, has no gap.
 
-    Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other names and their
-    averaging, verl, ``compute_offpolicy_metrics``.
+    Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other
+    names and their averaging, verl, ``compute_offpolicy_metrics``.
 
     Raises:
         MoeReplayError: when a log-probability is not finite.
@@ -136,8 +139,9 @@ def engine_gap(
         for name, values in (("old_logprobs", old), ("rollout_logprobs", rollout)):
             if not np.isfinite(values).all():
                 raise MoeReplayError(
-                    f"{name} of sample {number} are not finite at {np.flatnonzero(~np.isfinite(values))[:5].tolist()} "
-                    f"of {len(values)} tokens; the weights hold NaN or infinity, or the sampled token was masked out"
+                    f"{name} of sample {number} are not finite at "
+                    f"{np.flatnonzero(~np.isfinite(values))[:5].tolist()} of {len(values)} tokens; the "
+                    "weights hold NaN or infinity, or the sampled token was masked out"
                 )
         _tally_tokens(tally, prefix, old.astype(np.float64) - rollout.astype(np.float64))
         _tally_sample(tally, prefix, old.astype(np.float64), rollout.astype(np.float64))
@@ -205,9 +209,9 @@ def completion_tally(
 ) -> Tally:
     """Tally ``completions/{mean,min,max}_length`` in sampled tokens, and how completions ended.
 
-    ``completions/clipped_ratio`` were cut at the length limit, ``completions/aborted_ratio`` given up by the engine,
-    and ``completions/filtered_ratio`` are those of both that are left out of the loss. Source of the names: TRL,
-    ``GRPOTrainer``.
+    ``completions/clipped_ratio`` were cut at the length limit, ``completions/aborted_ratio`` given
+    up by the engine, and ``completions/filtered_ratio`` are those of both that the loss omits.
+    Source of the names: TRL, ``GRPOTrainer``.
     """
     tally = Tally()
     for length, reason in zip(lengths, reasons, strict=True):

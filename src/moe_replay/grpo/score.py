@@ -1,4 +1,4 @@
-"""The stations that score samples before anything is learned from them: old and reference log-probabilities.
+"""The stations that score samples before the update: old and reference log-probabilities.
 
 In: StepBatch. Out: OldScores, reference scores.
 """
@@ -21,7 +21,7 @@ from moe_replay.routing import Routing
 
 
 def score_old(run: Run, batch: StepBatch) -> OldScores:
-    """Score the samples with the weights that will learn from them, recording (R2) or replaying (R3) routes.
+    """Score the samples with the weights to be trained, recording (R2) or replaying (R3) routes.
 
     What the guard finds in replayed routes keeps its sample out of training, or stops the run.
 
@@ -73,7 +73,7 @@ def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | 
 def _require_finite(
     run: Run, samples: Sequence[Sample], scored: Mapping[int, ScoredSample], what: str
 ) -> None:
-    """Raise `DivergedError` on every rank when a forward pass found no finite number for some token; collective."""
+    """Raise `DivergedError` on every rank when a value of some token is not finite; collective."""
     broken = []
     for sample in samples:
         values = scored[sample.sample_id]
@@ -81,15 +81,17 @@ def _require_finite(
         if sample.sampled_here and not finite.all():
             first = int(np.flatnonzero(~finite)[0])
             broken.append(
-                f"sample {sample.sample_id} of replica {run.replica.number}: {int((~finite).sum())} of {len(finite)} "
-                f"sampled tokens, the first at {first} (token id {sample.token_ids[sample.prompt_length + first]})"
+                f"sample {sample.sample_id} of replica {run.replica.number}: {int((~finite).sum())} "
+                f"of {len(finite)} sampled tokens, the first at {first} (token id "
+                f"{sample.token_ids[sample.prompt_length + first]})"
             )
     gathered = [text for part in run.ranks.gather(broken[:3]) for text in part]
     if gathered:
-        places = "\n  ".join(gathered[:8])
+        listed = "\n  ".join(gathered[:8])
         raise DivergedError(
-            f"step {run.step}: {what} or entropies are not finite, expected a number for every sampled token; no weight was "
-            f"changed and nothing was pushed.\n  {places}\nLikely causes: weights that hold NaN or infinity (look at "
-            "grad_norm of the steps before), or a token that the engine sampled and the trainer's model rules out. Resume "
-            "from an earlier checkpoint with a lower optimizer.lr"
+            f"step {run.step}: {what} or entropies are not finite, expected a finite value for every "
+            f"sampled token; no weight was changed and nothing was pushed.\n  {listed}\nLikely causes: "
+            "weights that hold NaN or infinity (look at grad_norm of the steps before), or a token "
+            "that the engine sampled and the trainer's model rules out. Resume from an earlier "
+            "checkpoint with a lower optimizer.lr"
         )

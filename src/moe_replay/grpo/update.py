@@ -60,7 +60,7 @@ class _UpdateReport:
     learning_rate: float
     """Of the step, or of the one that was skipped."""
     judged: Judged
-    """What was found in the routes of its pass; nothing when it was not the first, or nothing is replayed."""
+    """What was found in the routes of its pass; nothing when they were not looked at."""
 
 
 def _update_once(
@@ -72,7 +72,7 @@ def _update_once(
     *,
     is_first: bool,
 ) -> _UpdateReport:
-    """Take one optimizer step; a mini-batch in which nothing trains takes none, or momentum would move the weights."""
+    """Take one optimizer step; none if nothing trains, or momentum would move the weights."""
     loss = MinibatchLoss(run, old.scored, reference, minibatch.samples)
     learning_rate = run.actor.learning_rate
     if loss.is_idle:
@@ -83,8 +83,8 @@ def _update_once(
             tally=tally, grad_norm=None, learning_rate=learning_rate, judged=Judged()
         )
     passes = run.mode.passes
-    # Later mini-batches drift away from their routes on purpose; the first shows whether the update packs them right. Without
-    # a guard it is the only pass that tells the agreement of R2; that of R3 is known by now.
+    # Later mini-batches drift away from their routes by design; the first shows whether the update
+    # packs them correctly. Without a guard only this pass measures R2's agreement.
     watches = (
         passes.update is Routing.REPLAY
         and is_first
@@ -119,7 +119,7 @@ def _update_once(
 
 
 def _update_metrics(reports: Sequence[_UpdateReport]) -> dict[str, float]:
-    """Return gradient norms and learning rates of a step: together, and of each update where there are several."""
+    """Return gradient norms and learning rates: of the step, and of each update if it has several."""
     norms = [report.grad_norm for report in reports if report.grad_norm is not None]
     metrics = {
         # The gradient of a mini-batch in which nothing trains is 0.
@@ -146,7 +146,7 @@ class MinibatchLoss:
         reference: Mapping[int, ScoredSample] | None,
         samples: Sequence[Sample],
     ) -> None:
-        """Weigh the ``samples`` of this replica in the mini-batch of all replicas; collective."""
+        """Weight this replica's ``samples`` by the size of the mini-batch of all replicas; collective."""
         grpo = run.recipe.grpo
         self.settings = LossSettings(
             loss_type=grpo.loss_type,
@@ -160,7 +160,7 @@ class MinibatchLoss:
         lengths = [sample.completion_length for sample in samples]
         trains = [sample.trains for sample in samples]
         counted = [length for length, counts in zip(lengths, trains, strict=True) if counts]
-        # Every rank of a replica knows the same samples; one of them counts.
+        # Every rank of a replica has the same samples; one of them counts.
         speaks = int(run.replica.is_leader)
         pulls = [s.trains and (np.float32(s.advantage) != 0 or grpo.beta > 0) for s in samples]
         gathered = run.ranks.gather([speaks * len(counted), speaks * sum(counted), any(pulls)])
@@ -204,10 +204,10 @@ class MinibatchLoss:
         return loss
 
     def require_pull(self, run: Run, grad_norm: float, *, where: str) -> None:
-        """Raise `UpdateError` when the gradient is exactly 0 although samples pull at the weights; collective.
+        """Raise `UpdateError` when the gradient is 0 although samples pull at the weights; collective.
 
-        It may well be 0 where every token is clipped or certain, or where equal completions with opposite advantages
-        cancel: such a step goes on.
+        It is rightly 0 where every token is clipped or certain, or where equal completions with
+        opposite advantages cancel: such a step goes on.
         """
         if grad_norm != 0:
             return
@@ -217,14 +217,14 @@ class MinibatchLoss:
         tokens = sum(part[0] for part in gathered)
         if tokens and any(part[1] for part in gathered):
             raise UpdateError(
-                f"{where}: the norm of the gradient is exactly 0, though {tokens} sampled tokens have an advantage, are "
-                "not clipped and were not certain. The loss has lost its connection to the weights: they are frozen "
-                "(requires_grad is off), or a hook or changed module detaches what it returns. No weight was changed by "
-                "this update and nothing was pushed"
+                f"{where}: the norm of the gradient is exactly 0, though {tokens} sampled tokens have "
+                "an advantage, are not clipped and were not certain. The loss has lost its connection "
+                "to the weights: they are frozen (requires_grad is off), or a hook or changed module "
+                "detaches what it returns. No weight was changed by this update and nothing was pushed"
             )
 
     def _pulls_one_way(self) -> bool:
-        """Tell whether some token sequence of this replica has advantages that do not cancel."""
+        """Whether some token sequence of this replica has advantages that do not cancel."""
         sums: dict[bytes, tuple[float, float]] = {}
         for sample in self.samples:
             pull = sample.advantage * self.weights[sample.sample_id]
