@@ -146,7 +146,7 @@ def memory_ratio(actor: MegatronActor, batches: list[Microbatch], samples: list[
         return torch.cuda.max_memory_allocated()
 
     extra = peak(Routing.REPLAY) - peak(Routing.LIVE)
-    routes = sum(sample.trace.expert_ids.nbytes for sample in samples if sample.trace is not None)
+    routes = sum(sample.trace.expert_ids.nbytes for sample in samples)
     print(
         f"memory: {extra / 2**20:.1f} MiB more at the peak, the routes of the step are {routes / 2**20:.1f} MiB"
     )

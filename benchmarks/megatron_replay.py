@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ import torch
 import transformers
 from measure import alternate
 
-from moe_replay.batch import Microbatch, Sample
+from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
-from moe_replay.testing.samples import make_samples
+from moe_replay.testing.samples import RoutedSample, make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 MODEL: dict[str, Any] = {
@@ -97,21 +96,20 @@ def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> f
     return found.ratio
 
 
-def resident_bytes_ratio(actor: MegatronActor, samples: list[Sample]) -> float:
+def resident_bytes_ratio(actor: MegatronActor, samples: list[RoutedSample]) -> float:
     """Return what the routes add to the memory of a step's microbatches, over rows x layers x top-k bytes."""
-    bare = [replace(sample, trace=None) for sample in samples]
 
-    def held(given: list[Sample]) -> int:
+    def held(*, routed: bool) -> int:
         gc.collect()
         tracemalloc.start()
-        batches = pack(given, max_tokens=512, scorer=actor)
+        batches = pack(samples, max_tokens=512, scorer=actor, routed=routed)
         gc.collect()
         size = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         del batches
         return size
 
-    extra = held(samples) - held(bare)
+    extra = held(routed=True) - held(routed=False)
     rows = sum(len(sample.token_ids) for sample in samples)
     expected = rows * MODEL["num_hidden_layers"] * MODEL["num_experts_per_tok"]
     print(f"memory: routes add {extra} bytes, {expected} are rows x layers x top-k")

@@ -131,14 +131,16 @@ def measure_rows(arguments: argparse.Namespace) -> Iterable[Figure]:
 
 
 def _cut_for_all_ranks(traces: list[RoutingTrace], lengths: list[int]) -> list[RouteSlice]:
-    """Return the slices of 4 context, 2 sequence and 4 pipeline ranks: together the whole batch, once."""
+    """Return the slices of 4 context, 2 sequence and 4 pipeline ranks: together the batch, once."""
     slices = []
     for cp_rank in range(4):
         index = RowIndex.packed(lengths, cp_size=4, cp_rank=cp_rank, pad_multiple=2)
         for tp_rank in range(2):
-            rows = slice_routes(traces, index.sequence_shard(2, tp_rank))
+            rows = index.sequence_shard(2, tp_rank)
             size = NUM_LAYERS // 4
-            slices += [rows.select_layers(range(s * size, (s + 1) * size)) for s in range(4)]
+            slices += [
+                slice_routes(traces, rows, layers=range(s * size, (s + 1) * size)) for s in range(4)
+            ]
     return slices
 
 
@@ -194,7 +196,6 @@ def _share(num_samples: int) -> tuple[float, float]:
             rollout_logprobs=np.zeros(len(ids) - 1, dtype=np.float32),
             advantage=1.0,
             trains=True,
-            trace=None,
         )
         for number in range(num_samples)
     ]
@@ -210,7 +211,7 @@ def _share(num_samples: int) -> tuple[float, float]:
     shared = share_routes(replica, microbatches, traces)
     seconds = time.perf_counter() - start
     peak = _resident_bytes("VmHWM") - before
-    assert sum(m.routes.valid.sum() for m in shared if m.routes is not None)
+    assert sum(routes.valid.sum() for routes in shared.values())
     return peak / held_bytes, held_bytes / seconds / 1e6
 
 

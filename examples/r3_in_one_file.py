@@ -89,7 +89,6 @@ def train(engine: Engine, num_steps: int) -> list[dict[str, float]]:
                     rollout_logprobs=completion.rollout_logprobs,
                     advantage=float(advantages[len(samples)]),
                     trains=True,
-                    trace=None,  # cut below, for all samples together
                 )
                 trace.check_tokens(sample.token_ids, where=f"sample {sample.sample_id}")
                 coverage.append(Coverage.of_rows(trace.valid, prompt_length=len(prompt)))

@@ -5,12 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
+from moe_replay.batch import Microbatch, RankPlace, build_microbatch
 from moe_replay.errors import TraceError
 from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.testing.policies import lone_replica, shared
+from moe_replay.testing.samples import RoutedSample
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 EXPERTS = 64
+ALONE = RankPlace()
 
 
 def spelled_trace(number: int, ids: np.ndarray) -> RoutingTrace:
@@ -29,30 +32,35 @@ def spelled_trace(number: int, ids: np.ndarray) -> RoutingTrace:
     )
 
 
-def samples_of(shapes, *, traced: bool = True) -> list[Sample]:
+def samples_of(shapes) -> list[RoutedSample]:
     """One sample for each (prompt, completion) length; token t of sample i is 100 i + t."""
     samples = []
     for number, (prompt, completion) in enumerate(shapes):
         ids = (100 * (number + 1) + np.arange(prompt + completion)).astype(np.int32)
         samples.append(
-            Sample(
+            RoutedSample(
                 sample_id=number + 1,
                 token_ids=ids,
                 prompt_length=prompt,
                 rollout_logprobs=-np.arange(completion, dtype=np.float32),
                 advantage=1.0,
                 trains=True,
-                trace=spelled_trace(number + 1, ids) if traced else None,
+                trace=spelled_trace(number + 1, ids),
             )
         )
     return samples
 
 
+def routed(samples: list[RoutedSample], *, place: RankPlace = ALONE, layers=(3, 5)) -> Microbatch:
+    """One microbatch with the routes of one rank, shared as in training."""
+    packed = build_microbatch(4, samples, place=place)
+    return shared([packed], samples, lone_replica(layers, place))[0]
+
+
 def ranks_of(shapes, cp: int, tp: int) -> list[Microbatch]:
     """One microbatch for each context- and tensor-parallel rank, tensor ranks together."""
     return [
-        build_microbatch(
-            4,
+        routed(
             samples_of(shapes),
             place=RankPlace(cp_size=cp, cp_rank=cp_rank, tp_size=tp, tp_rank=tp_rank),
         )
@@ -80,16 +88,16 @@ def test_microbatch_of_one_sample_by_hand():
 
 
 def test_microbatch_holds_the_layers_of_its_stage_alone():
-    made = build_microbatch(0, samples_of([(2, 2)]), layers=[5])
+    made = routed(samples_of([(2, 2)]), layers=(5,))
     assert made.routes is not None
     assert made.routes.layers == (5,)
     assert made.routes.expert_ids[:, 0].tolist() == [[20, 1]]
     assert made.routes.nbytes == 1 * 4 * 2 + 4
 
 
-def test_microbatch_refuses_a_layer_that_the_traces_lack():
-    with pytest.raises(TraceError, match=r"the traces hold \[3, 5\], without \[4\]"):
-        build_microbatch(0, samples_of([(2, 2)]), layers=[3, 4])
+def test_sharing_refuses_a_layer_that_the_traces_lack():
+    with pytest.raises(TraceError, match=r"routes hold layers \[3, 5\], the model .* in \[4\]"):
+        routed(samples_of([(2, 2)]), layers=(3, 4))
 
 
 @given(shape_lists, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
@@ -144,24 +152,20 @@ def test_place_refuses_values_of_another_length():
         made.place([np.zeros(3)], fill=0.0)
 
 
-def test_microbatch_without_traces_has_no_routes():
-    assert build_microbatch(0, samples_of([(2, 2)], traced=False)).routes is None
+def test_microbatch_has_no_routes_before_they_are_shared():
+    assert build_microbatch(0, samples_of([(2, 2)])).routes is None
 
 
-def test_microbatch_keeps_no_trace():
-    made = build_microbatch(0, samples_of([(2, 2), (1, 1)]))
-    assert [sample.trace for sample in made.samples] == [None, None]
+def test_sharing_refuses_a_sample_without_a_trace_among_others():
+    samples = samples_of([(2, 2), (2, 2)])
+    packed = build_microbatch(0, samples)
+    with pytest.raises(TraceError, match=r"\[2\] have a trace on no rank"):
+        shared([packed], samples[:1])
 
 
-def test_microbatch_refuses_a_sample_without_a_trace_among_others():
-    traced, bare = samples_of([(2, 2)]), samples_of([(2, 2), (2, 2)], traced=False)[1:]
-    with pytest.raises(TraceError, match=r"samples \[2\] have no trace"):
-        build_microbatch(0, [*traced, *bare])
-
-
-def test_microbatch_refuses_traces_of_two_models():
+def test_sharing_refuses_traces_of_two_models():
     ids = np.array([7, 8, 9], dtype=np.int32)
-    other = Sample(
+    other = RoutedSample(
         sample_id=9,
         token_ids=ids,
         prompt_length=1,
@@ -170,5 +174,5 @@ def test_microbatch_refuses_traces_of_two_models():
         trains=True,
         trace=synthetic_trace(ids, seed=1),
     )
-    with pytest.raises(TraceError, match="traces of one batch differ"):
-        build_microbatch(0, [*samples_of([(2, 2)]), other])
+    with pytest.raises(TraceError, match="hold traces of 2 forms"):
+        routed([*samples_of([(2, 2)]), other])

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from moe_replay.batch import RankPlace, Sample, build_microbatch
+from moe_replay.batch import Microbatch, RankPlace, build_microbatch
 from moe_replay.errors import MisalignmentError, TokenMismatchError, TraceError
 from moe_replay.routing import (
+    Coverage,
     LiveReason,
     Origin,
     RoutingTrace,
@@ -13,7 +14,11 @@ from moe_replay.routing import (
     check_routes,
     expert_dtype,
 )
+from moe_replay.testing.policies import lone_replica, shared
+from moe_replay.testing.samples import RoutedSample
 from moe_replay.testing.synthetic_routes import synthetic_trace
+
+ALONE = RankPlace()
 
 
 def record(ids, *, tokens, valid=None, num_experts: int = 64) -> RoutingTrace:
@@ -30,9 +35,9 @@ def record(ids, *, tokens, valid=None, num_experts: int = 64) -> RoutingTrace:
     )
 
 
-def sample(number: int, tokens, trace: RoutingTrace | None, prompt: int = 1) -> Sample:
+def sample(number: int, tokens, trace: RoutingTrace, prompt: int = 1) -> RoutedSample:
     ids = np.asarray(tokens, dtype=np.int32)
-    return Sample(
+    return RoutedSample(
         sample_id=number,
         token_ids=ids,
         prompt_length=prompt,
@@ -41,6 +46,12 @@ def sample(number: int, tokens, trace: RoutingTrace | None, prompt: int = 1) -> 
         trains=True,
         trace=trace,
     )
+
+
+def batch(*samples: RoutedSample, place: RankPlace = ALONE) -> Microbatch:
+    """Return the microbatch of one rank with its routes, shared as in training."""
+    packed = build_microbatch(0, samples, place=place)
+    return shared([packed], samples, lone_replica(samples[0].trace.layers, place))[0]
 
 
 def routes(num_rows: int, *, seed: int = 0, experts: int = 64, layers: int = 2, topk: int = 4):
@@ -57,11 +68,12 @@ def test_a1_a_token_dropped_by_retokenising_is_not_the_missing_last_row():
     retokenised = np.delete(ROLLOUT, 2)
     assert len(retokenised) == len(trace)
     with pytest.raises(TokenMismatchError, match="from row 2 of 6 on"):
-        sample(0, retokenised, trace)
+        batch(sample(0, retokenised, trace))
 
 
 def test_a1_control_the_very_tokens_are_accepted():
-    assert sample(0, ROLLOUT[:6], record(routes(6), tokens=ROLLOUT[:6])).trace is not None
+    made = batch(sample(0, ROLLOUT[:6], record(routes(6), tokens=ROLLOUT[:6])))
+    assert made.routes is not None and made.routes.valid.all()
 
 
 def test_a1_a_row_too_few_is_not_filled_up():
@@ -107,7 +119,7 @@ def test_a3_control_the_sides_place_rows_differently():
 def test_a4_a_short_trace_raises_before_anything_is_padded():
     trace = record(routes(5), tokens=ROLLOUT[:5])
     with pytest.raises(TokenMismatchError, match="recorded for 5 tokens, the sample has 7"):
-        sample(0, ROLLOUT, trace)
+        batch(sample(0, ROLLOUT, trace))
 
 
 def test_a4_routes_that_were_zero_padded_to_the_right_length_raise():
@@ -119,7 +131,7 @@ def test_a4_routes_that_were_zero_padded_to_the_right_length_raise():
 def test_a4_control_the_same_rows_marked_invalid_are_accepted_and_counted():
     padded = np.concatenate([routes(5), np.zeros((2, 2, 4), dtype=np.int64)])
     trace = record(padded, tokens=ROLLOUT, valid=[True] * 5 + [False] * 2)
-    found = sample(0, ROLLOUT, trace).coverage()
+    found = Coverage.of_rows(trace.valid, prompt_length=1)
     assert found.num_replayed == 5
     assert found.num_live[LiveReason.ENGINE_GAVE_NONE] == 1
     assert found.num_live[LiveReason.LAST_TOKEN] == 1
@@ -166,7 +178,7 @@ def test_a10_padding_of_each_sequence_moves_routes_with_their_tokens(cp_size):
     ]
     landed = 0
     for rank in range(cp_size):
-        made = build_microbatch(0, samples, place=RankPlace(cp_size=cp_size, cp_rank=rank))
+        made = batch(*samples, place=RankPlace(cp_size=cp_size, cp_rank=rank))
         assert made.routes is not None
         held = made.routes.expert_ids[0, made.routes.valid].astype(np.int64)
         token = made.token_ids[made.routes.valid]
@@ -184,11 +196,12 @@ def test_a10_control_padding_sits_between_sequences_under_context_parallelism():
 def test_a11_swapped_samples_of_equal_length_raise():
     first, second = (np.array([1, 2, 3]), np.array([1, 2, 4]))
     with pytest.raises(TokenMismatchError, match=r"sample 1: .* from row 2 of 3 on"):
-        sample(1, second, synthetic_trace(first, seed=1))
+        batch(sample(1, second, synthetic_trace(first, seed=1)))
 
 
 def test_a11_control_the_right_sample_is_accepted():
-    assert sample(1, [1, 2, 3], synthetic_trace(np.array([1, 2, 3]), seed=1)).trace is not None
+    made = batch(sample(1, [1, 2, 3], synthetic_trace(np.array([1, 2, 3]), seed=1)))
+    assert made.routes is not None and made.routes.valid.sum() == 2
 
 
 @pytest.mark.parametrize("fill", ["zeros", "arange"])
@@ -199,11 +212,11 @@ def test_a12_tail_rows_filled_with_a_constant_are_not_taken_for_routes(fill):
     ids[8:] = 0 if fill == "zeros" else np.arange(4)
     trace = record(ids, tokens=tokens, valid=np.arange(12) < 8)
     whole = sample(0, tokens, trace)
-    made = build_microbatch(0, [whole], place=RankPlace(tp_size=8, tp_rank=4))
+    made = batch(whole, place=RankPlace(tp_size=8, tp_rank=4))
     assert made.routes is not None
     assert made.routes.valid.tolist() == [False, False]
     assert made.num_padding_rows == 0
-    coverage = whole.coverage()
+    coverage = Coverage.of_rows(whole.trace.valid, prompt_length=1)
     assert coverage.num_replayed == 8
     assert coverage.num_live[LiveReason.ENGINE_GAVE_NONE] == 3
     assert coverage.num_live[LiveReason.LAST_TOKEN] == 1
@@ -251,7 +264,7 @@ def test_c1_ids_above_255_survive_record_crop_concat_and_batch(experts):
     assert (ids > 255).any()
     trace = record(ids, tokens=tokens, num_experts=experts)
     rejoined = RoutingTrace.concat([trace.crop(0, 17), trace.crop(17, 40)])
-    made = build_microbatch(0, [sample(0, tokens, rejoined)])
+    made = batch(sample(0, tokens, rejoined))
     assert made.routes is not None
     assert made.routes.expert_ids.transpose(1, 0, 2).tolist() == ids.tolist()
 
@@ -281,7 +294,7 @@ def test_c2_the_type_follows_the_model_not_the_largest_id():
     high = record(routes(8, experts=512), tokens=np.arange(8) + 50, num_experts=512)
     assert int(low.expert_ids.max()) <= 100 < int(high.expert_ids.max())
     assert low.expert_ids.dtype == high.expert_ids.dtype == np.uint16
-    made = build_microbatch(0, [sample(0, np.arange(8), low), sample(1, np.arange(8) + 50, high)])
+    made = batch(sample(0, np.arange(8), low), sample(1, np.arange(8) + 50, high))
     assert made.routes is not None
     assert made.routes.expert_ids[:, 8:].transpose(1, 0, 2).tolist() == high.expert_ids.tolist()
 
@@ -337,7 +350,7 @@ def test_c6_a_sentinel_in_an_invalid_row_never_becomes_a_route(sentinel):
     ids, tokens = routes(8), np.arange(8)
     ids[5] = sentinel
     trace = record(ids, tokens=tokens, valid=np.arange(8) != 5)
-    made = build_microbatch(0, [sample(0, tokens, trace)])
+    made = batch(sample(0, tokens, trace))
     assert made.routes is not None
     assert made.routes.valid.tolist() == [True] * 5 + [False] + [True] * 2
     held = made.routes.expert_ids[:, made.routes.valid]

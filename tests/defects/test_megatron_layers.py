@@ -14,20 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Microbatch, Sample
+from moe_replay.batch import Microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, moe_layers, read_model_shape, transformer_config
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import Origin, RouteSlice, RoutingTrace, slice_routes
-from moe_replay.testing.layouts import layout, with_trace
+from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.testing.layouts import Plant, layout, planted
 from moe_replay.testing.policies import SETTINGS, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.samples import make_samples
+from moe_replay.testing.samples import RoutedSample, make_samples, with_trace
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -35,7 +34,8 @@ NUM_EXPERTS, TOPK = 16, 4
 MOE_LAYERS = tuple(range(1, 8))
 SEED = 61
 Ran = dict[int, set[tuple[int, ...]]]
-Change = Callable[[list[Microbatch], list[Sample], MegatronActor], list[Microbatch]]
+Layers = Callable[[tuple[int, ...]], tuple[int, ...]]
+"""A rank's layers -> the layers whose routes it takes for its own."""
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def spelled(layer: int) -> tuple[int, ...]:
     return tuple(sorted((layer + step) % NUM_EXPERTS for step in (0, 1, 3, 7)))
 
 
-def spelled_samples(layers: tuple[int, ...] = MOE_LAYERS, count: int = 4) -> list[Sample]:
+def spelled_samples(layers: tuple[int, ...] = MOE_LAYERS, count: int = 4) -> list[RoutedSample]:
     """Return samples whose every row spells its layer, the last row without a route."""
     samples = []
     for sample in make_samples(count, seed=SEED):
@@ -90,18 +90,22 @@ def ran_in(actor: MegatronActor, microbatches: list[Microbatch], routing: Routin
     return ran
 
 
-def _ran_on_this_rank(checkpoint: Path, where: ParallelLayout, change: Change | None) -> Ran:
+def _ran_on_this_rank(checkpoint: Path, where: ParallelLayout, choose: Layers) -> Ran:
     actor = start_policy(checkpoint, where)
     samples = spelled_samples()
-    microbatches = pack(samples, scorer=actor, count=4)
-    if change is not None:
-        microbatches = change(microbatches, samples, actor)
-    return ran_in(actor, microbatches, Routing.REPLAY)
+    microbatches = pack(samples, scorer=actor, count=4, routed=False)
+    replica = Replica.find(tuple(actor.routers), place=actor.place)
+    plant = Plant(peer=lambda peer: replace(peer, layers=choose(peer.layers)))
+    return ran_in(actor, planted(microbatches, samples, replica, plant), Routing.REPLAY)
 
 
-def ran_with(checkpoint: Path, where: ParallelLayout, change: Change | None = None) -> list[Ran]:
-    """Return what ran on each rank of two."""
-    return run_ranks(_ran_on_this_rank, 2, checkpoint, where, change)
+def own_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return layers
+
+
+def ran_with(checkpoint: Path, where: ParallelLayout, choose: Layers = own_layers) -> list[Ran]:
+    """Return what ran on each rank of two: routes are shared as in training, each rank's of its ``choose``."""
+    return run_ranks(_ran_on_this_rank, 2, checkpoint, where, choose)
 
 
 def own_routes_only(ran: Ran) -> bool:
@@ -109,38 +113,13 @@ def own_routes_only(ran: Ran) -> bool:
     return all(experts == {spelled(layer)} for layer, experts in ran.items())
 
 
-def relabelled(choose: Callable[[MegatronActor], tuple[int, ...]]) -> Change:
-    """Give a rank the routes of ``choose(actor)`` under the labels of its own layers."""
-
-    def change(
-        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
-    ) -> list[Microbatch]:
-        return [
-            replaced(m, slice_routes(traces_of(m, samples), m.router_index, layers=choose(actor)))
-            for m in microbatches
-        ]
-
-    return change
+def first_of_the_model(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return MOE_LAYERS[: len(layers)]
 
 
-def traces_of(microbatch: Microbatch, samples: list[Sample]) -> list[RoutingTrace]:
-    traces = {sample.sample_id: sample.trace for sample in samples}
-    found = [traces[sample.sample_id] for sample in microbatch.samples]
-    return [trace for trace in found if trace is not None]
-
-
-def replaced(microbatch: Microbatch, routes: RouteSlice) -> Microbatch:
-    assert microbatch.routes is not None
-    return replace(microbatch, routes=replace(routes, layers=microbatch.routes.layers))
-
-
-def first_of_the_model(actor: MegatronActor) -> tuple[int, ...]:
-    return MOE_LAYERS[: len(actor.routers)]
-
-
-def one_range(actor: MegatronActor) -> tuple[int, ...]:
+def one_range(layers: tuple[int, ...]) -> tuple[int, ...]:
     """Return as many layers as the rank has, as if those of its chunks lay together."""
-    return tuple(range(min(actor.routers), min(actor.routers) + len(actor.routers)))
+    return tuple(range(layers[0], layers[0] + len(layers)))
 
 
 PP2 = layout(pp=2)
@@ -156,7 +135,7 @@ def test_b4_each_chunk_of_an_interleaved_pipeline_takes_the_routes_of_its_own_la
 
 
 def test_b4_control_chunks_taken_as_one_range_run_the_routes_of_other_layers(checkpoint):
-    first, second = ran_with(checkpoint, PP2_VPP2, relabelled(one_range))
+    first, second = ran_with(checkpoint, PP2_VPP2, one_range)
     assert first == {1: {spelled(1)}, 4: {spelled(2)}, 5: {spelled(3)}}
     assert not own_routes_only(second)
 
@@ -178,35 +157,25 @@ def test_b5_uneven_stages_take_the_routes_of_their_own_layers(name, checkpoint):
 
 
 def test_b5_control_stages_taken_as_equal_run_the_routes_of_other_layers(checkpoint):
-    def of_an_even_split(actor: MegatronActor) -> tuple[int, ...]:
+    def of_an_even_split(layers: tuple[int, ...]) -> tuple[int, ...]:
         # By the formula of an even split the first of two stages ends before layer 4.
-        return (1, 2, 3, 4, 5) if 1 in actor.routers else (4, 5)
+        return (1, 2, 3, 4, 5) if 1 in layers else (4, 5)
 
     where = UNEVEN["six and two"][0]
-    first, second = ran_with(checkpoint, where, relabelled(of_an_even_split))
+    first, second = ran_with(checkpoint, where, of_an_even_split)
     assert own_routes_only(first)
     assert second == {6: {spelled(4)}, 7: {spelled(5)}}
 
 
-def shared(
-    microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
-) -> list[Microbatch]:
-    """Bring the routes to their ranks the way a training step does: the whole model's, from where they were sampled."""
-    replica = Replica.find(tuple(actor.routers), place=actor.place)
-    mine = samples[replica.own :: replica.size]
-    traces = {s.sample_id: s.trace for s in mine if s.trace is not None}
-    return share_routes(replica, [replace(m, routes=None) for m in microbatches], traces)
-
-
 def test_b7_each_stage_replays_its_part_of_the_whole_models_routes(checkpoint):
-    first, second = ran_with(checkpoint, PP2, shared)
+    first, second = ran_with(checkpoint, PP2)
     assert (tuple(first), tuple(second)) == ((1, 2, 3), (4, 5, 6, 7))
     assert own_routes_only(first)
     assert own_routes_only(second)
 
 
 def test_b7_control_layers_counted_from_the_first_on_every_stage_are_seen(checkpoint):
-    first, second = ran_with(checkpoint, PP2, relabelled(first_of_the_model))
+    first, second = ran_with(checkpoint, PP2, first_of_the_model)
     assert own_routes_only(first)
     assert second == {layer: {spelled(layer - 3)} for layer in (4, 5, 6, 7)}
 
@@ -214,7 +183,7 @@ def test_b7_control_layers_counted_from_the_first_on_every_stage_are_seen(checkp
 def _recorded(checkpoint: Path, where: ParallelLayout) -> dict[int, RoutingTrace]:
     actor = start_policy(checkpoint, where)
     samples = with_own_routes(actor, make_samples(4, seed=SEED))
-    return {sample.sample_id: sample.trace for sample in samples if sample.trace is not None}
+    return {sample.sample_id: sample.trace for sample in samples}
 
 
 def test_b8_recorded_routes_are_gathered_in_the_order_of_the_decoder_layers(checkpoint):

@@ -122,10 +122,9 @@ def _resident(checkpoint: Path, name: str) -> tuple[int, int, int, int]:
     actor = start_policy(checkpoint, where)
     samples = coded_samples(LAYERS)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
-    traces = {s.sample_id: s.trace for s in samples[replica.own :: replica.size] if s.trace}
-    bare = [replace(m, routes=None) for m in pack(samples, scorer=actor, count=2)]
-    microbatches = share_routes(replica, bare, traces)
-    routes = {m.key: m.routes for m in microbatches if m.routes}
+    traces = {s.sample_id: s.trace for s in samples[replica.own :: replica.size]}
+    microbatches = pack(samples, scorer=actor, count=2, routed=False)
+    routes = share_routes(replica, microbatches, traces)
     scope = ReplayScope(actor.routers, routes)
     uploaded = sum(
         scope._upload_once(key, held, actor.device).expert_ids.nbytes

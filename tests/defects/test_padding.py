@@ -19,9 +19,9 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import Routing
 from moe_replay.testing.layouts import coded_samples
-from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy
+from moe_replay.testing.policies import gradients, mean_loss, pack, shared, start_policy
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.samples import make_samples
+from moe_replay.testing.samples import RoutedSample, make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -45,9 +45,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def padded(samples: Sequence[Sample], actor: MegatronActor, multiple: int, key: int) -> Microbatch:
     """Return one microbatch of the samples, its rows a multiple of ``multiple``."""
-    return build_microbatch(
-        key, samples, place=actor.place, layers=tuple(actor.routers), row_multiple=multiple
-    )
+    packed = build_microbatch(key, samples, place=actor.place, row_multiple=multiple)
+    routed = [sample for sample in samples if isinstance(sample, RoutedSample)]
+    return shared([packed], routed)[0] if routed else packed
 
 
 def half_padding(samples: Sequence[Sample], actor: MegatronActor, key: int = 0) -> Microbatch:
@@ -86,8 +86,7 @@ def _counted(checkpoint: Path, num_tokens: int, multiple: int, stock: bool) -> l
         for router in actor.routers.values():
             del router._apply_expert_bias
     (first, *_) = coded_samples(LAYERS)
-    assert first.trace is not None
-    sample = Sample(
+    sample = RoutedSample(
         sample_id=0,
         token_ids=first.token_ids[:num_tokens],
         prompt_length=4,

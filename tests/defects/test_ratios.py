@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_replay.batch import Sample
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.megatron.scorer import Routing
 from moe_replay.testing.policies import pack, start_policy
 from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.samples import RoutedSample
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -30,7 +30,7 @@ def both(checkpoint: Path, scored_at: float) -> tuple[np.ndarray, np.ndarray]:
     request = Request(request_id=0, prompt_ids=prompt, num_generations=8)
     (group,) = engine.generate([request], sampling)
     samples = [
-        Sample(
+        RoutedSample(
             sample_id=number,
             token_ids=np.concatenate([prompt, completion.token_ids]),
             prompt_length=len(prompt),

@@ -12,7 +12,6 @@ import pytest
 import torch.distributed as dist
 
 from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
-from moe_replay.batch.routes import cut_routes
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import TraceError
 from moe_replay.grpo import kept
@@ -21,7 +20,8 @@ from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.ranks.sharing import SharedCompletion, share_completions, share_routes
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing import Origin, RoutingTrace, slice_routes
+from moe_replay.testing.policies import lone_replica
 from moe_replay.testing.ranks import run_ranks
 
 from .test_loop import _train
@@ -79,7 +79,6 @@ def batch(num_experts: int = 64) -> tuple[list[Sample], dict[int, RoutingTrace]]
                 advantage=1.0,
                 trains=True,
                 sampled_here=True,
-                trace=None,
             )
         )
     return samples, traces
@@ -115,14 +114,14 @@ def _differing(name: str, piece: int, num_experts: int, plant: Plant | None) -> 
     HostGroup.exchange = counting
     shared = share_routes(replica, microbatches, held)
     differing = {}
-    for microbatch in shared:
-        expected = cut_routes(
+    for microbatch in microbatches:
+        expected = slice_routes(
             [traces[s.sample_id] for s in microbatch.samples],
             microbatch.router_index,
-            replica.layers,
+            layers=replica.layers,
         )
-        routes = microbatch.routes
-        assert routes is not None and routes.layers == expected.layers
+        routes = shared[microbatch.key]
+        assert routes.layers == expected.layers
         wrong = (routes.valid != expected.valid) | (
             (routes.expert_ids != expected.expert_ids).any(axis=(0, 2)) & expected.valid
         )
@@ -214,22 +213,12 @@ def test_e9_a_trace_that_is_missing_or_there_twice_is_named(plant: Plant, said: 
 
 def test_e9_one_rank_alone_lets_its_traces_go_as_they_are_cut() -> None:
     samples, traces = batch()
-    place = RankPlace()
-    replica = Replica(
-        number=0,
-        num_replicas=1,
-        peers=(Peer(place=place, layers=tuple(range(NUM_LAYERS))),),
-        own=0,
-        computes_loss=True,
-        is_last_stage=True,
-        ranks=HostGroup(group=None, name="replica 0"),
-    )
     held = dict(traces)
-    shared = share_routes(replica, packed(samples, place), held)
+    microbatches = packed(samples, RankPlace())
+    shared = share_routes(lone_replica(range(NUM_LAYERS)), microbatches, held)
     assert held == {}
-    for microbatch in shared:
-        assert microbatch.routes is not None
-        assert microbatch.routes.valid.sum() == sum(
+    for microbatch in microbatches:
+        assert shared[microbatch.key].valid.sum() == sum(
             traces[s.sample_id].valid.sum() for s in microbatch.samples
         )
 

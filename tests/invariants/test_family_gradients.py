@@ -6,7 +6,7 @@ building a tiny model and one update take a third of a second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import mappings
 
-from moe_replay.batch import Microbatch, Sample
+from moe_replay.batch import Microbatch
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.families.rules import FAMILIES as SUPPORTED
@@ -26,7 +26,7 @@ from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.layouts import ALLGATHER, CASES, Case, layout
 from moe_replay.testing.policies import SETTINGS, gradients, mean_loss, pack
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.samples import make_samples, random_routes
+from moe_replay.testing.samples import RoutedSample, make_samples, random_routes, with_trace
 from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -63,7 +63,7 @@ class Found:
     """Before clipping."""
 
 
-def routed_samples(layers: tuple[int, ...], num_experts: int, topk: int) -> list[Sample]:
+def routed_samples(layers: tuple[int, ...], num_experts: int, topk: int) -> list[RoutedSample]:
     """Return four samples with routes that no model would choose; every seventh row has none and runs live."""
     samples = []
     for sample in make_samples(4, seed=SEED, min_length=10, max_length=16):
@@ -81,7 +81,7 @@ def routed_samples(layers: tuple[int, ...], num_experts: int, topk: int) -> list
                 engine="random", engine_version="0", policy_version=0, num_rows=length
             ),
         )
-        samples.append(replace(sample, trace=trace))
+        samples.append(with_trace(sample, trace))
     return samples
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_replay.batch import Microbatch, Sample
-from moe_replay.megatron.actor import MegatronActor
-from moe_replay.routing import RouteSlice, RowIndex, slice_routes
+from moe_replay.batch import RankPlace
+from moe_replay.megatron.ranks.replica import Peer
+from moe_replay.routing import RowIndex
 from moe_replay.testing.layouts import (
     CASES,
     SEED,
@@ -24,7 +24,6 @@ from moe_replay.testing.layouts import (
     replayed_step,
     route,
 )
-from moe_replay.testing.policies import pack
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import shift_layers, shift_tokens, swap_samples
 
@@ -148,91 +147,56 @@ def test_latent_attention_and_biased_groups_equal_a_single_process(
     assert count_landings(steps, expected) == (num_routes(LATENT_LAYERS), 0)
 
 
-def repack(change: Callable[[list[Sample]], list[Sample]]) -> Plant:
-    """Plant a change of the samples before their routes are cut."""
+class ContiguousRows(RankPlace):
+    """Takes context parallelism for a cut into one stretch a rank."""
 
-    def plant(
-        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
-    ) -> list[Microbatch]:
-        return pack(change(samples), scorer=actor, count=len(microbatches))
-
-    return plant
+    def router_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
+        return RowIndex.packed(
+            lengths, cp_size=self.cp_size, cp_rank=self.cp_rank, cp_partition="contiguous"
+        )
 
 
-def own_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
-    return microbatch.router_index
+class ReversedRows(RankPlace):
+    """Takes the rows from the last to the first."""
+
+    def router_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
+        index = super().router_index(lengths, row_multiple=row_multiple)
+        return replace(index, rows=index.rows[::-1].copy())
 
 
-def own_layers(actor: MegatronActor) -> tuple[int, ...]:
-    return tuple(actor.routers)
-
-
-def recut(
-    index_of: Callable[[Microbatch, MegatronActor], RowIndex] = own_rows,
-    layers_of: Callable[[MegatronActor], tuple[int, ...]] = own_layers,
-) -> Plant:
-    """Plant a wrong choice of rows, or of layers, which then carry the labels of the rank's own."""
-
-    def plant(
-        microbatches: list[Microbatch], samples: list[Sample], actor: MegatronActor
-    ) -> list[Microbatch]:
-        by_id = {sample.sample_id: sample.trace for sample in samples}
-        spoilt = []
-        for m in microbatches:
-            traces = [by_id[sample.sample_id] for sample in m.samples]
-            routes = slice_routes(traces, index_of(m, actor), layers=layers_of(actor))
-            spoilt.append(spoiled(m, routes))
-        return spoilt
-
-    return plant
-
-
-def spoiled(microbatch: Microbatch, routes: RouteSlice) -> Microbatch:
-    assert microbatch.routes is not None
-    return replace(microbatch, routes=replace(routes, layers=microbatch.routes.layers))
-
-
-def contiguous_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
-    return RowIndex.packed(
-        microbatch.lengths,
-        cp_size=actor.place.cp_size,
-        cp_rank=actor.place.cp_rank,
-        cp_partition="contiguous",
+def taken_for(kind: type[RankPlace]) -> Plant:
+    """Plant another idea of which rows a rank holds."""
+    return Plant(
+        peer=lambda peer: replace(
+            peer, place=kind(**{f.name: getattr(peer.place, f.name) for f in fields(RankPlace)})
+        )
     )
 
 
-def rows_of_the_first_shard(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
-    return microbatch.index.sequence_shard(actor.place.tp_size, 0)
+def first_shard(peer: Peer) -> Peer:
+    return replace(peer, place=replace(peer.place, tp_rank=0))
 
 
-def reversed_rows(microbatch: Microbatch, actor: MegatronActor) -> RowIndex:
-    return replace(microbatch.router_index, rows=microbatch.router_index.rows[::-1].copy())
-
-
-def contiguous_layers(actor: MegatronActor) -> tuple[int, ...]:
+def contiguous_layers(peer: Peer) -> Peer:
     """Return as many layers as the rank has, from its first on, as if its chunks lay together."""
-    first = min(actor.routers)
-    return tuple(range(first, first + len(actor.routers)))
+    return replace(peer, layers=tuple(range(peer.layers[0], peer.layers[0] + len(peer.layers))))
 
 
-def layers_from_the_first(actor: MegatronActor) -> tuple[int, ...]:
-    return LAYERS[: len(actor.routers)]
+def layers_from_the_first(peer: Peer) -> Peer:
+    return replace(peer, layers=LAYERS[: len(peer.layers)])
 
 
 PLANTED = {
-    "token +1": ("tp2", repack(lambda samples: shift_tokens(samples, 1))),
-    "token -1": ("cp2", repack(lambda samples: shift_tokens(samples, -1))),
-    "layer +1": ("pp2", repack(lambda samples: shift_layers(samples, 1))),
-    "layer -1": ("pp2 vpp2", repack(lambda samples: shift_layers(samples, -1))),
-    "swapped samples": ("dp2", repack(swap_samples)),
-    "contiguous rows under context parallelism": ("cp2", recut(contiguous_rows)),
-    "every shard takes the rows of the first": ("tp2", recut(rows_of_the_first_shard)),
-    "rows in another order": ("dp2", recut(reversed_rows)),
-    "interleaved chunks taken as one range of layers": (
-        "pp2 vpp2",
-        recut(layers_of=contiguous_layers),
-    ),
-    "every stage takes the layers of the first": ("pp2", recut(layers_of=layers_from_the_first)),
+    "token +1": ("tp2", Plant(samples=lambda samples: shift_tokens(samples, 1))),
+    "token -1": ("cp2", Plant(samples=lambda samples: shift_tokens(samples, -1))),
+    "layer +1": ("pp2", Plant(samples=lambda samples: shift_layers(samples, 1))),
+    "layer -1": ("pp2 vpp2", Plant(samples=lambda samples: shift_layers(samples, -1))),
+    "swapped samples": ("dp2", Plant(samples=swap_samples)),
+    "contiguous rows under context parallelism": ("cp2", taken_for(ContiguousRows)),
+    "every shard takes the rows of the first": ("tp2", Plant(peer=first_shard)),
+    "rows in another order": ("dp2", taken_for(ReversedRows)),
+    "interleaved chunks taken as one range of layers": ("pp2 vpp2", Plant(peer=contiguous_layers)),
+    "every stage takes the layers of the first": ("pp2", Plant(peer=layers_from_the_first)),
 }
 
 

@@ -7,7 +7,7 @@ The trainer packs; trainers that do not can use the scope all the same. The rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,11 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.attention import SDPACoreAttention
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import RouteSlice, RowIndex, slice_routes
 from moe_replay.testing.layouts import coded_samples, layout
-from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy
+from moe_replay.testing.policies import gradients, mean_loss, pack, shared, start_policy
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -104,7 +105,7 @@ def forward_rectangle(side: Side, chunk: Any, microbatch: Microbatch, scope: Any
 
 def batch_major(microbatch: Microbatch, actor: MegatronActor) -> Microbatch:
     """Plant routes flattened sample by sample, which fit, and lie on other tokens (defect A2)."""
-    traces = {s.sample_id: s.trace for s in coded_samples(LAYERS) if s.trace is not None}
+    traces = {s.sample_id: s.trace for s in coded_samples(LAYERS)}
     index = microbatch.router_index
     turned = index.rows.reshape(-1, len(microbatch.samples)).T.reshape(-1)
     routes = slice_routes(
@@ -124,14 +125,14 @@ def _trained(checkpoint: Path, where: ParallelLayout, side: Side | None, planted
     else:
         place = Rectangle(
             side=side,
-            **{name: getattr(actor.place, name) for name in RankPlace.__slots__},
+            **{f.name: getattr(actor.place, f.name) for f in fields(RankPlace)},
         )
-        microbatches = [
-            build_microbatch(
-                key, samples[2 * key : 2 * key + 2], place=place, layers=(*actor.routers,)
-            )
+        replica = Replica.find(tuple(actor.routers), place=place)
+        rectangles = [
+            build_microbatch(key, samples[2 * key : 2 * key + 2], place=place)
             for key in range(len(samples) // 2)
         ]
+        microbatches = shared(rectangles, samples, replica)
         actor._forward = partial(forward_rectangle, side)
     if planted:
         microbatches = [batch_major(microbatch, actor) for microbatch in microbatches]

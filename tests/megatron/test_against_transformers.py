@@ -26,7 +26,6 @@ def _differences(checkpoint: Path, shift: int) -> tuple[float, float]:
     samples = [
         with_routes(s, random_routes(rng, s.trace.expert_ids, 16))
         for s in with_own_routes(actor, make_samples(5, seed=SEED))
-        if s.trace is not None
     ]
     scored = actor.score(pack(samples), temperature=1.0, routing=Routing.REPLAY).samples
     actor.optimizer.step = lambda: (True, 0.0, 0)
@@ -36,7 +35,6 @@ def _differences(checkpoint: Path, shift: int) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     worst = 0.0
     for sample in samples:
-        assert sample.trace is not None
         ids = torch.from_numpy(sample.token_ids.astype(np.int64))
         routes = np.roll(sample.trace.expert_ids, shift, axis=0)
         with replay_routes(model, routes, sample.trace.valid, layers=sample.trace.layers):

@@ -133,8 +133,8 @@ def record_and_replay(checkpoint: Path, where: ParallelLayout) -> tuple[float, i
     """Take an R2 step: record, replay what was recorded, return the norm and the shape of this rank's routes."""
     actor = start_policy(checkpoint, where)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
-    samples = [replace(s, trace=None) for s in replica_share(coded_samples((2, 3)), replica)]
-    batches = pack(samples, scorer=actor, count=4)
+    samples = replica_share(coded_samples((2, 3)), replica)
+    batches = pack(samples, scorer=actor, count=4, routed=False)
     routes = actor.score(batches, temperature=1.0, routing=Routing.RECORD).routes
     recorded = [replace(batch, routes=routes[batch.key]) for batch in batches]
     norm = actor.update(recorded, mean_loss, temperature=1.0, routing=Routing.REPLAY).grad_norm

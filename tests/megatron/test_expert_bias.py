@@ -106,7 +106,6 @@ def agreement(checkpoint: Path, rounded: bool) -> float:
     shared = [
         (a.trace.expert_ids[..., None] == b.trace.expert_ids[..., None, :]).any(axis=-1).ravel()
         for a, b in zip(exact, with_own_routes(scorer, samples), strict=True)
-        if a.trace is not None and b.trace is not None
     ]
     return float(np.concatenate(shared).mean())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
+from moe_replay.batch import Microbatch, RankPlace, build_microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron import overlap
 from moe_replay.megatron.layout import ParallelLayout
@@ -21,9 +21,16 @@ from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.routing import Origin, RouteSlice, RoutingTrace
 from moe_replay.routing.guard import OverlapCounts, count_overlaps
 from moe_replay.testing.layouts import layout
-from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
+from moe_replay.testing.policies import (
+    lone_replica,
+    mean_loss,
+    pack,
+    shared,
+    start_policy,
+    with_own_routes,
+)
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.samples import make_samples, shift_tokens
+from moe_replay.testing.samples import RoutedSample, make_samples, shift_tokens, with_trace
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 SHAPES = {
@@ -41,7 +48,7 @@ PLACES = {
 }
 
 
-def routed(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[Sample]:
+def routed(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[RoutedSample]:
     """Return samples of few different routes, so that rows repeat, share slots and have holes."""
     experts, topk, layers = shape
     samples = []
@@ -59,13 +66,8 @@ def routed(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[Sample
                 engine="drawn", engine_version="0", policy_version=0, num_rows=length
             ),
         )
-        samples.append(sample_with(sample, trace))
+        samples.append(with_trace(sample, trace))
     return samples
-
-
-def sample_with(sample: Sample, trace: RoutingTrace) -> Sample:
-    values = {field.name: getattr(sample, field.name) for field in fields(sample)}
-    return Sample(**{**values, "trace": trace})
 
 
 def near(rng: np.random.Generator, routes: RouteSlice) -> np.ndarray:
@@ -109,7 +111,10 @@ def test_device_counts_are_those_of_the_reference(
     monkeypatch.setattr(overlap, "_MAX_BYTES", max_bytes)
     print("seed", seed := 11)
     rng = np.random.default_rng(seed)
-    microbatch = build_microbatch(0, routed(rng, SHAPES[shape]), place=PLACES[place])
+    samples = routed(rng, SHAPES[shape])
+    packed = build_microbatch(0, samples, place=PLACES[place])
+    replica = lone_replica(samples[0].trace.layers, PLACES[place])
+    (microbatch,) = shared([packed], samples, replica)
     routes = microbatch.routes
     assert routes is not None and not routes.valid.all()
     rows = microbatch.router_rows
@@ -129,8 +134,8 @@ def test_device_counts_are_those_of_the_reference(
     got = counted(routes, owners, live, order)
     assert_equal(got, expected)
     # The control: one slot of one row and layer that differs shows.
-    shared = (live[-1, :, 0, None] == routes.expert_ids[-1]).any(axis=1)
-    row = int(np.flatnonzero(routes.valid & shared)[0])
+    in_both = (live[-1, :, 0, None] == routes.expert_ids[-1]).any(axis=1)
+    row = int(np.flatnonzero(routes.valid & in_both)[0])
     live[-1, row, 0] = next(
         e
         for e in range(routes.num_experts)

@@ -19,7 +19,7 @@ from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import RouteSlice
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.samples import make_samples, random_routes, with_routes
+from moe_replay.testing.samples import RoutedSample, make_samples, random_routes, with_routes
 
 SEED = 20
 
@@ -35,12 +35,12 @@ def logprobs(actor: MegatronActor, samples: list[Sample], routing: Routing) -> n
     return np.concatenate([scored[sample.sample_id].token_logprobs for sample in samples])
 
 
-def randomly_routed(actor: MegatronActor, count: int = 6) -> list[Sample]:
+def randomly_routed(actor: MegatronActor, count: int = 6) -> list[RoutedSample]:
     """Return samples whose every row holds random experts."""
     print("seed", SEED)
     rng = np.random.default_rng(SEED)
     samples = with_own_routes(actor, make_samples(count, seed=SEED))
-    return [with_routes(s, random_routes(rng, s.trace.expert_ids, 16)) for s in samples if s.trace]
+    return [with_routes(s, random_routes(rng, s.trace.expert_ids, 16)) for s in samples]
 
 
 def _own_routes(checkpoint: Path) -> tuple[bool, bool]:
@@ -68,11 +68,9 @@ def _invalid_rows(checkpoint: Path) -> tuple[bool, bool]:
     nothing_valid = [
         with_routes(s, s.trace.expert_ids, valid=np.zeros(len(s.token_ids), dtype=bool))
         for s in samples
-        if s.trace
     ]
     halves = []
     for s in samples:
-        assert s.trace is not None
         valid = np.arange(len(s.token_ids)) < 6
         halves.append(with_routes(s, s.trace.expert_ids, valid=valid))
     first_rows_only = logprobs(actor, halves, Routing.REPLAY)

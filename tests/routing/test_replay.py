@@ -87,3 +87,33 @@ def test_of_rows_refuses_counts_that_do_not_fit(prompt, flags):
         Coverage.of_rows(
             np.ones(3, dtype=bool), prompt_length=prompt, is_sampled=np.ones(flags, dtype=bool)
         )
+
+
+def of_rows(valid: list[bool], prompt: int = 2) -> Coverage:
+    return Coverage.of_rows(np.array(valid), prompt_length=prompt)
+
+
+def test_rows_without_a_route_are_counted_by_reason():
+    found = of_rows([False, True, False, True, False])
+    assert found.num_replayed == 2
+    assert found.num_live[LiveReason.PROMPT_OMITTED] == 1
+    assert found.num_live[LiveReason.ENGINE_GAVE_NONE] == 1
+    assert found.num_live[LiveReason.LAST_TOKEN] == 1
+    assert found.fraction == 0.5
+
+
+def test_a_last_row_without_a_route_costs_no_coverage():
+    found = of_rows([True] * 4 + [False])
+    assert {reason: n for reason, n in found.num_live.items() if n} == {LiveReason.LAST_TOKEN: 1}
+    assert found.fraction == 1.0
+
+
+def test_a_last_row_with_a_route_counts_as_replayed():
+    assert of_rows([True] * 5).num_replayed == 5
+
+
+def test_e16_rows_of_a_sample_without_a_sampled_token_belong_to_the_prompt():
+    found = of_rows([True, True, False, False, False], prompt=5)
+    assert found.num_replayed == 2
+    assert found.num_live[LiveReason.PROMPT_OMITTED] == 2
+    assert found.num_live[LiveReason.LAST_TOKEN] == 1

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from moe_replay.batch.place import RankPlace
-from moe_replay.batch.routes import cut_routes
 from moe_replay.batch.samples import Sample
 from moe_replay.errors import TraceError
-from moe_replay.routing import RouteSlice, RoutingTrace, RowIndex
+from moe_replay.routing import RouteSlice, RowIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +42,7 @@ class Microbatch:
     row_multiple: int
     """The rows of every rank are padded to a multiple of this."""
     routes: RouteSlice | None
-    """Routes of the router rows; None when nothing is replayed, or they are still to come."""
+    """Routes of the router rows; None when nothing is replayed, or before they were shared."""
 
     @property
     def router_index(self) -> RowIndex:
@@ -99,17 +98,12 @@ def build_microbatch(
     samples: Sequence[Sample],
     *,
     place: RankPlace = RankPlace(),  # noqa: B008 - frozen
-    layers: Sequence[int] | None = None,
     row_multiple: int = 1,
 ) -> Microbatch:
-    """Pack ``samples`` into the rows of one rank, and cut their routes for it if all of them have a trace.
+    """Pack ``samples`` into the rows of one rank; the routes come later.
 
-    ``layers`` are the decoder layers that the rank routes; None takes all that the traces hold. ``row_multiple`` pads
-    the local rows beyond what ``place`` needs, for a dispatcher that wants equally many everywhere. The samples inside
-    keep no trace: what the rank needs of it is in ``routes``.
-
-    Raises:
-        TraceError: when the samples' traces come from models of different shape, or only some have one.
+    ``row_multiple`` pads the local rows beyond what ``place`` needs, for a dispatcher that wants
+    equally many rows on every rank.
     """
     index = place.row_index(
         [len(sample.token_ids) for sample in samples], row_multiple=row_multiple
@@ -121,9 +115,9 @@ def build_microbatch(
     )
     following = np.concatenate([np.append(sample.token_ids[1:], 0) for sample in samples])
     predicts = np.concatenate([sample.predicts_sampled for sample in samples])
-    made = Microbatch(
+    return Microbatch(
         key=key,
-        samples=tuple(replace(sample, trace=None) for sample in samples),
+        samples=tuple(samples),
         index=index,
         token_ids=_fed_ids(index, tokens),
         positions=index.gather(positions, fill=0),
@@ -134,10 +128,6 @@ def build_microbatch(
         row_multiple=row_multiple,
         routes=None,
     )
-    traces = _all_traces(samples)
-    if not traces:
-        return made
-    return replace(made, routes=cut_routes(traces, made.router_index, layers))
 
 
 def _fed_ids(
@@ -148,14 +138,3 @@ def _fed_ids(
     padding = np.flatnonzero(~index.is_token)
     ids[padding] = tokens[padding % len(tokens)]
     return ids
-
-
-def _all_traces(samples: Sequence[Sample]) -> list[RoutingTrace]:
-    traces = [sample.trace for sample in samples if sample.trace is not None]
-    if traces and len(traces) != len(samples):
-        without = [sample.sample_id for sample in samples if sample.trace is None]
-        raise TraceError(
-            f"samples {without} have no trace while others of the microbatch do; a missing trace must be a trace with "
-            "valid=False rows, so that it is counted"
-        )
-    return traces

@@ -1,4 +1,4 @@
-"""Sample: one prompt with one completion, its advantage and its routes, as the trainer sees it.
+"""Sample: one prompt with one completion and its advantage, as the trainer sees it.
 
 In: completions and advantages. Out: Sample.
 """
@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from moe_replay.errors import TraceError
-from moe_replay.routing import Coverage, RoutingTrace
 from moe_replay.routing.arrays import kept
 
 
@@ -35,8 +34,6 @@ class Sample:
     """One number for the whole completion."""
     trains: bool
     """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
-    trace: RoutingTrace | None
-    """P + T rows bound to ``token_ids``; None when nothing is replayed, or the routes are held elsewhere."""
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
     sampled_here: bool = True
@@ -57,8 +54,6 @@ class Sample:
                 f"sample {self.sample_id}: {len(self.token_ids)} tokens with a prompt of {self.prompt_length} leave "
                 f"{completion} sampled tokens, and there are {len(self.rollout_logprobs)} rollout_logprobs"
             )
-        if self.trace is not None:
-            self.trace.check_tokens(self.token_ids, where=f"sample {self.sample_id}")
 
     @property
     def completion_length(self) -> int:
@@ -71,9 +66,3 @@ class Sample:
         rows = np.zeros(len(self.token_ids), dtype=bool)
         rows[self.prompt_length - 1 : -1] = True
         return rows
-
-    def coverage(self) -> Coverage:
-        """Count the rows that the trace can replay, and the others by reason."""
-        if self.trace is None:
-            return Coverage()
-        return Coverage.of_rows(self.trace.valid, prompt_length=self.prompt_length)

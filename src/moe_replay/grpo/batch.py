@@ -41,8 +41,7 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
     learned = [sample for sample in samples if sample.trains]
     Coverage.total(_rows(run, learned, traces)).require(run.min_coverage)
-    shared = share_routes(run.replica, batch.microbatches, traces)
-    return batch.with_routes({m.key: m.routes for m in shared if m.routes is not None})
+    return batch.with_routes(share_routes(run.replica, batch.microbatches, traces))
 
 
 def _make_samples(
@@ -80,7 +79,6 @@ def _make_samples(
             trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
             server=completion.server,
             sampled_here=key in here,
-            trace=None,
         )
         samples.append(sample)
         origins.append(
@@ -93,7 +91,6 @@ def _make_samples(
         )
         trace = rollout.traces.get(key)
         if trace is not None:
-            trace.check_tokens(sample.token_ids, where=f"sample {sample.sample_id}")
             traces[sample.sample_id] = trace
     return samples, traces, tuple(origins)
 

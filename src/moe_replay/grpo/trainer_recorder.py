@@ -64,7 +64,6 @@ def _record(
             rollout_logprobs=np.zeros(1, dtype=np.float32),
             advantage=0.0,
             trains=False,
-            trace=None,
         )
         for number, sample in enumerate(samples)
     ]

@@ -98,7 +98,7 @@ class MiniBatch:
     """What one optimizer step learns from, on this rank."""
 
     samples: tuple[Sample, ...]
-    """Of this replica, without traces."""
+    """Of this replica."""
     microbatches: tuple[Microbatch, ...]
     """The same, packed; every rank of the run has equally many."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,20 +45,6 @@ class RouteSlice:
         """Bytes that the routes occupy."""
         return self.expert_ids.nbytes + self.valid.nbytes
 
-    def select_layers(self, layers: Sequence[int]) -> RouteSlice:
-        """Return ``layers`` (global indices, increasing) of the same rows; a view where they lie together.
-
-        Whoever cuts for several pipeline stages cuts their rows once and selects the layers of each.
-        """
-        blocks = _layer_blocks(tuple(layers), self.layers)
-        parts = [self.expert_ids[taken] for _, taken in blocks]
-        return RouteSlice(
-            expert_ids=parts[0] if len(parts) == 1 else np.concatenate(parts),
-            valid=self.valid,
-            layers=tuple(layers),
-            num_experts=self.num_experts,
-        )
-
 
 def slice_routes(
     traces: Sequence[RoutingTrace], index: RowIndex, *, layers: Sequence[int] | None = None
@@ -78,9 +64,8 @@ def slice_routes(
     blocks = _layer_blocks(wanted, first.layers)
     ids = np.zeros((len(wanted), len(index.rows), first.topk), dtype=first.expert_ids.dtype)
     valid = np.zeros(len(index.rows), dtype=bool)
-    whole_sets = _set_dtype(first.topk * ids.itemsize)
-    into = ids.view(whole_sets)[..., 0]
-    views = [_contiguous_sets(trace).view(whole_sets)[..., 0] for trace in traces]
+    into = as_sets(ids)
+    views = [as_sets(_contiguous_sets(trace)) for trace in traces]
     for place, number, start, count in _runs(index.rows, [len(trace) for trace in traces]):
         valid[place : place + count] = traces[number].valid[start : start + count]
         for at in range(0, count, _ROWS_AT_ONCE):
@@ -92,9 +77,14 @@ def slice_routes(
     return RouteSlice(expert_ids=ids, valid=valid, layers=wanted, num_experts=first.num_experts)
 
 
-def _set_dtype(num_bytes: int) -> np.dtype[Any]:
-    """Return one element for all experts of a row, so that numpy moves topk ids at a time, as a number if it can."""
-    return np.dtype(f"u{num_bytes}" if num_bytes in (1, 2, 4, 8) else (np.void, num_bytes))
+def as_sets(ids: Integer[np.ndarray, "... topk"]) -> np.ndarray:
+    """Return a view with one element for each set of ``topk`` ids, so that numpy moves a set at a time.
+
+    Ids of shape ``[3, 5, 8]``, one byte each, become ``[3, 5]`` numbers of 8 bytes.
+    """
+    size = ids.shape[-1] * ids.itemsize
+    dtype = np.dtype(f"u{size}" if size in (1, 2, 4, 8) else (np.void, size))
+    return ids.view(dtype)[..., 0]
 
 
 def _runs(
@@ -120,11 +110,13 @@ def _runs(
 def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[slice, slice]]:
     """Return (entries of the slice, entries of the traces) for each stretch of layers that lie together in both."""
     missing = sorted(set(wanted) - set(held))
-    if missing or not wanted:
+    if missing:
         raise TraceError(
             f"layers {list(wanted)} were asked for, the traces hold {list(held)}, without {missing}; the recording model "
             "numbers its layers differently, or dense layers were asked for"
         )
+    if not wanted:
+        return []
     if any(b <= a for a, b in pairwise(wanted)):
         raise TraceError(f"layers {list(wanted)} were asked for, expected increasing indices")
     at = np.searchsorted(held, wanted)

@@ -15,16 +15,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_replay.batch import Microbatch, Sample
+from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.megatron.ranks.sharing import share_routes
+from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import Origin, RoutingTrace
-from moe_replay.testing.policies import gradients, mean_loss, pack, route_form, start_policy
-from moe_replay.testing.samples import make_samples
+from moe_replay.testing.policies import (
+    gradients,
+    mean_loss,
+    pack,
+    route_form,
+    shared,
+    start_policy,
+)
+from moe_replay.testing.samples import RoutedSample, make_samples, with_trace
 
 SEED = 41
 NUM_SAMPLES = 8
@@ -106,7 +112,7 @@ CASES = {
 }
 
 
-def coded_samples(layers: tuple[int, ...]) -> list[Sample]:
+def coded_samples(layers: tuple[int, ...]) -> list[RoutedSample]:
     """Return samples whose routes depend on sample, position and layer, and on nothing that the model thinks.
 
     The last row of each, and every ninth, has no route: it runs live.
@@ -134,11 +140,6 @@ def coded_samples(layers: tuple[int, ...]) -> list[Sample]:
         )
         samples.append(with_trace(sample, trace))
     return samples
-
-
-def with_trace(sample: Sample, trace: RoutingTrace) -> Sample:
-    """Return ``sample`` with ``trace``."""
-    return replace(sample, trace=trace)
 
 
 def route(sample: int, position: int, layer: int) -> np.ndarray:
@@ -178,36 +179,53 @@ class Step:
     """Sample id -> routes of a live pass, gathered from all ranks of the replica."""
 
 
-def replica_share(samples: list[Sample], replica: Replica) -> list[Sample]:
+def replica_share(samples: list[RoutedSample], replica: Replica) -> list[RoutedSample]:
     """Return the samples of one replica."""
     part = len(samples) // replica.num_replicas
     return samples[replica.number * part : (replica.number + 1) * part]
 
 
-Plant = Callable[[list[Microbatch], list[Sample], MegatronActor], list[Microbatch]]
-"""Spoils microbatches on purpose: (microbatches, samples, actor) -> microbatches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plant:
+    """A misalignment planted on purpose, before routes are shared."""
+
+    samples: Callable[[list[RoutedSample]], list[RoutedSample]] = lambda samples: samples
+    """Changes what the engine returned."""
+    peer: Callable[[Peer], Peer] = lambda peer: peer
+    """Changes the rows or the layers that a rank is taken to need; it then takes the routes for its own."""
+
+
+def planted(
+    microbatches: list[Microbatch], samples: list[RoutedSample], replica: Replica, plant: Plant
+) -> list[Microbatch]:
+    """Share routes under ``plant``; layers keep the labels that the ranks route."""
+    wrong = replace(replica, peers=tuple(map(plant.peer, replica.peers)))
+    return [
+        replace(m, routes=replace(m.routes, layers=replica.layers))
+        for m in shared(microbatches, plant.samples(samples), wrong)
+        if m.routes is not None
+    ]
 
 
 def replayed_step(
-    checkpoint: Path, case: Case, layers: tuple[int, ...], plant: Plant | None = None
+    checkpoint: Path,
+    case: Case,
+    layers: tuple[int, ...],
+    plant: Plant = Plant(),
 ) -> Step:
     """Share coded routes, score and update under them, through the trainer's own path."""
     actor = start_policy(checkpoint, case.layout, **case.overrides)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(layers), replica)
     # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the dispatcher wants it.
-    bare = pack(
-        [replace(sample, trace=None) for sample in samples],
+    packed = pack(
+        samples,
         scorer=actor,
+        routed=False,
         count=min(4, len(samples)),
         row_multiple=64 if case.overrides == ALLGATHER else 1,
     )
-    # As in a training run, each rank has the traces of some samples, and gives the others what they replay.
-    sampled = samples[replica.own :: replica.size]
-    traces = {s.sample_id: s.trace for s in sampled if s.trace is not None}
-    microbatches = share_routes(replica, bare, traces)
-    if plant is not None:
-        microbatches = plant(microbatches, samples, actor)
+    microbatches = planted(packed, samples, replica, plant)
     with _watching(actor) as seen:
         scores = actor.score(microbatches, temperature=0.9, routing=Routing.REPLAY)
     losses: list[float] = []

@@ -25,9 +25,13 @@ from moe_replay.batch.packing import split_to
 from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.ranks.messages import HostGroup
+from moe_replay.megatron.ranks.replica import Peer, Replica
+from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer, Routing
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.testing.samples import RoutedSample, with_trace
 
 SETTINGS = OptimizerSettings(
     lr=1e-3,
@@ -67,37 +71,72 @@ def pack(
     scorer: MegatronScorer | None = None,
     count: int = 0,
     row_multiple: int = 1,
+    routed: bool = True,
 ) -> list[Microbatch]:
     """Pack samples into microbatches of at most ``max_tokens`` tokens, at least ``count`` of them, rows padded.
 
-    The rows and layers are those of ``scorer``'s rank; without one, those of a single process.
+    The rows and layers are those of ``scorer``'s rank; without one, those of a single process. If ``routed``, the
+    routes of samples that have some are shared as in training; with a ``scorer`` that is collective over all ranks.
     """
     lengths = [len(sample.token_ids) for sample in samples]
     plan = split_to(
         plan_microbatches(lengths, max_tokens=max_tokens, max_samples=None), lengths, count
     )
-    return [
+    place = scorer.place if scorer else RankPlace()
+    microbatches = [
         build_microbatch(
             key,
             [samples[position] for position in group],
-            place=scorer.place if scorer else RankPlace(),
-            layers=tuple(scorer.routers) if scorer else None,
+            place=place,
             row_multiple=row_multiple,
         )
         for key, group in enumerate(plan)
     ]
+    having = [sample for sample in samples if isinstance(sample, RoutedSample)]
+    if not having or not routed:
+        return microbatches
+    replica = Replica.find(tuple(scorer.routers), place=place) if scorer else None
+    return shared(microbatches, having, replica)
+
+
+def shared(
+    microbatches: Sequence[Microbatch],
+    samples: Sequence[RoutedSample],
+    replica: Replica | None = None,
+) -> list[Microbatch]:
+    """Bring each rank the routes that it replays, as training does: a rank has the traces of a part of the samples.
+
+    Without a ``replica`` this process is one, holds all rows and routes all layers.
+    """
+    replica = replica or lone_replica(samples[0].trace.layers)
+    traces = {s.sample_id: s.trace for s in samples[replica.own :: replica.size]}
+    routes = share_routes(replica, microbatches, traces)
+    return [replace(m, routes=routes[m.key]) for m in microbatches]
+
+
+def lone_replica(layers: Sequence[int], place: RankPlace = RankPlace()) -> Replica:  # noqa: B008 - frozen
+    """Return a replica of this process alone, which routes ``layers`` and holds the rows of ``place``."""
+    return Replica(
+        number=0,
+        num_replicas=1,
+        peers=(Peer(place=place, layers=tuple(layers)),),
+        own=0,
+        computes_loss=True,
+        is_last_stage=True,
+        ranks=HostGroup(group=None, name="replica 0"),
+    )
 
 
 def with_own_routes(
     scorer: MegatronScorer, samples: Sequence[Sample], *, max_tokens: int = 48
-) -> list[Sample]:
+) -> list[RoutedSample]:
     """Return the samples with the routes that the model itself takes, whatever the layout."""
     microbatches = pack(samples, max_tokens=max_tokens, scorer=scorer)
     routes = scorer.score(microbatches, temperature=1.0, routing=Routing.RECORD).routes
     traces = gather_traces(
         microbatches, routes, route_form(scorer), policy_version=0, device=scorer.device
     )
-    return [replace(sample, trace=traces[sample.sample_id]) for sample in samples]
+    return [with_trace(sample, traces[sample.sample_id]) for sample in samples]
 
 
 def route_form(scorer: MegatronScorer) -> RouteForm:

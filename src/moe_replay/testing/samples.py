@@ -6,13 +6,26 @@ In: seeds, samples with traces. Out: samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
 from moe_replay.batch import Sample
 from moe_replay.routing import Origin, RoutingTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutedSample(Sample):
+    """A sample and the trace that an engine would have returned for it."""
+
+    trace: RoutingTrace
+    """P + T rows bound to ``token_ids``."""
+
+
+def with_trace(sample: Sample, trace: RoutingTrace) -> RoutedSample:
+    """Return ``sample`` with ``trace``."""
+    return RoutedSample(**{f.name: getattr(sample, f.name) for f in fields(Sample)}, trace=trace)
 
 
 def make_samples(
@@ -31,24 +44,22 @@ def make_samples(
                 rollout_logprobs=np.zeros(length - 4, dtype=np.float32),
                 advantage=1.0,
                 trains=True,
-                trace=None,
             )
         )
     return samples
 
 
 def with_routes(
-    sample: Sample,
+    sample: RoutedSample,
     expert_ids: Integer[np.ndarray, "tokens layers topk"],
     *,
     valid: Bool[np.ndarray, " tokens"] | None = None,
-) -> Sample:
+) -> RoutedSample:
     """Return ``sample`` with other routes, bound to its tokens as if an engine had reported them.
 
     The binding holds, so that only a comparison with the model's own routing can find out that they are wrong.
     """
     before = sample.trace
-    assert before is not None, "the sample needs a trace whose layers and experts can be kept"
     trace = RoutingTrace.record(
         expert_ids,
         token_ids=sample.token_ids,
@@ -70,25 +81,26 @@ def random_routes(
     return noise.argsort(axis=2)[..., : like.shape[2]]
 
 
-def _each(samples: Sequence[Sample], change: Callable[[np.ndarray], np.ndarray]) -> list[Sample]:
-    return [with_routes(s, change(s.trace.expert_ids)) for s in samples if s.trace is not None]
+def _each(
+    samples: Sequence[RoutedSample], change: Callable[[np.ndarray], np.ndarray]
+) -> list[RoutedSample]:
+    return [with_routes(s, change(s.trace.expert_ids)) for s in samples]
 
 
-def shift_tokens(samples: Sequence[Sample], by: int) -> list[Sample]:
+def shift_tokens(samples: Sequence[RoutedSample], by: int) -> list[RoutedSample]:
     """Give every row the routes of the row ``by`` before it; the first and last rows wrap around."""
     return _each(samples, lambda ids: np.roll(ids, by, axis=0))
 
 
-def shift_layers(samples: Sequence[Sample], by: int) -> list[Sample]:
+def shift_layers(samples: Sequence[RoutedSample], by: int) -> list[RoutedSample]:
     """Give every layer the routes of the layer ``by`` before it; the first and last layers wrap around."""
     return _each(samples, lambda ids: np.roll(ids, by, axis=1))
 
 
-def swap_samples(samples: Sequence[Sample]) -> list[Sample]:
+def swap_samples(samples: Sequence[RoutedSample]) -> list[RoutedSample]:
     """Give every sample the routes of the next one, repeated or cut to its own length."""
     swapped = []
     for sample, other in zip(samples, [*samples[1:], samples[0]], strict=True):
-        assert other.trace is not None
         ids = np.resize(
             other.trace.expert_ids, (len(sample.token_ids), *other.trace.expert_ids.shape[1:])
         )
@@ -96,8 +108,7 @@ def swap_samples(samples: Sequence[Sample]) -> list[Sample]:
     return swapped
 
 
-def randomise_routes(samples: Sequence[Sample], *, seed: int) -> list[Sample]:
+def randomise_routes(samples: Sequence[RoutedSample], *, seed: int) -> list[RoutedSample]:
     """Give every row random experts."""
     rng = np.random.default_rng(seed)
-    num_experts = samples[0].trace.num_experts if samples[0].trace is not None else 0
-    return _each(samples, lambda ids: random_routes(rng, ids, num_experts))
+    return _each(samples, lambda ids: random_routes(rng, ids, samples[0].trace.num_experts))

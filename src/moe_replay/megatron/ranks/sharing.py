@@ -1,6 +1,6 @@
 """What the ranks of a replica give one another: sampled tokens to all, routes to the rank that replays them.
 
-In: completions and traces of this rank. Out: samples of the whole replica; microbatches with this rank's routes.
+In: completions and traces of this rank. Out: completions of the replica; this rank's routes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,12 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from moe_replay.batch import Microbatch, RouteForm
-from moe_replay.batch.routes import (
-    SampleRows,
-    cut_routes,
-    empty_slice,
-    narrowed,
-    num_packed_bytes,
-    pack_rows,
-    unpack_rows,
-)
+from moe_replay.batch.routes import cut_routes, empty_slice, fill_routes, rows_of
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import TraceError
 from moe_replay.megatron.ranks.messages import PIECE_BYTES
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.routing import RoutingTrace
+from moe_replay.routing import RouteSlice, RoutingTrace
 
 _COMPLETION_BYTES = 512  # of a completion beside its two arrays, generously
 _NOTHING = np.empty(0, dtype=np.uint8)
@@ -62,41 +54,40 @@ def share_routes(
     replica: Replica,
     microbatches: Sequence[Microbatch],
     traces: MutableMapping[int, RoutingTrace],
-) -> list[Microbatch]:
-    """Return the microbatches with the routes of this rank's layers and rows; collective over the replica.
+) -> dict[int, RouteSlice]:
+    """Return this rank's routes of each microbatch, by its key; collective over the replica.
 
-    ``traces`` (sample id -> trace) are those of the samples that this rank sampled. Each rank cuts, for every other,
-    the layers and rows which that rank owns, so nobody ever holds the routes of the whole batch. Microbatches go one
-    after another, as many at once as fill `PIECE_BYTES`, and ``traces`` is emptied as they go: what a rank gives away
-    makes room for what it receives.
+    ``traces`` (sample id -> trace) are those of the samples that this rank sampled. Each rank cuts,
+    for every other, the layers and rows which that rank owns, so no rank ever holds the routes of
+    the whole batch. Microbatches go one after another, as many at once as fill `PIECE_BYTES`, and
+    ``traces`` is emptied as they go: what a rank sends makes room for what it receives.
 
-    Worked example: 8,192 samples of 32,768 tokens, 48 layers, top-8 of 128 experts, on 64 ranks in 8 replicas of 8.
-    A token takes 48 x 8 = 384 bytes, a sample 12.6 MB, the step 103 GB. Each rank sampled 128 samples (1.6 GB of
-    traces) and replays an eighth of the rows and layers of its replica's 1,024 samples (1.6 GB). A piece is five
-    samples, 63 MB: at most that leaves a rank, in two copies, and an eighth comes in. So a rank holds 1.6 GB and less
-    than 150 MB beside them, where one exchange of everything would take 1.6 GB for each of traces, parts, what leaves,
-    what comes in and slices: 8 GB. There are 205 exchanges.
+    Worked example of one microbatch: samples 4 and 5 of 3 and 2 tokens, two ranks under context
+    parallelism. Padded to 4 tokens each, rank 0 holds the first and last quarter of each sample.
+
+        rows of rank 0     0  -1   3  -1      rows of rank 1     1   2   4  -1
+        sample             4       5                             4   4   5
+        rank 0 sampled 4: it keeps row 0, and sends rows 1 and 2 to rank 1
+        rank 1 sampled 5: it keeps row 4, and sends row 3 to rank 0
+
+    Worked example of a large step: 8,192 samples of 32,768 tokens, 48 layers, top-8 of 128 experts,
+    on 64 ranks in 8 replicas of 8. A token takes 48 x 8 = 384 bytes, a sample 12.6 MB, the step
+    103 GB. Each rank sampled 128 samples (1.6 GB of traces) and replays an eighth of the rows and
+    layers of its replica's 1,024 samples (1.6 GB). A piece is five samples, 63 MB: at most that
+    leaves a rank, in two copies, and an eighth comes in. So a rank holds 1.6 GB and less than
+    150 MB beside them, where one exchange of everything would take 1.6 GB for each of traces,
+    parts, what leaves, what comes in and slices: 8 GB. There are 205 exchanges.
 
     Raises:
-        TraceError: when the traces differ in form, or some sample has a trace on no rank or on several.
+        TraceError: when traces differ in form, lack a layer that a rank routes, or some sample has
+            a trace on no rank or on several.
+        TokenMismatchError: when a trace was recorded for other tokens than its sample has.
     """
     form = _common_form(replica, traces)
     holders = _holders(replica, microbatches, traces)
-    shared = []
+    shared: dict[int, RouteSlice] = {}
     for piece in _pieces(microbatches, form.row_bytes):
-        if replica.size == 1:
-            shared += [
-                replace(
-                    m,
-                    routes=cut_routes(
-                        [traces[s.sample_id] for s in m.samples], m.router_index, replica.layers
-                    ),
-                )
-                for m in piece
-            ]
-        else:
-            outgoing = _outgoing(replica, piece, traces, form)
-            shared += _exchange(replica, piece, outgoing, holders, form)
+        shared |= _exchange(replica, piece, _outgoing(replica, piece, traces), holders, form)
         for microbatch in piece:
             for sample in microbatch.samples:
                 traces.pop(sample.sample_id, None)
@@ -104,14 +95,14 @@ def share_routes(
 
 
 def _pieces(microbatches: Sequence[Microbatch], row_bytes: int) -> Iterator[list[Microbatch]]:
-    """Yield consecutive microbatches whose routes, of all ranks together, fill `PIECE_BYTES`; at least one at a time.
+    """Yield consecutive microbatches whose routes, over all ranks, fill `PIECE_BYTES`; at least one.
 
-    Every rank of a replica has microbatches of the same samples, so all cut alike.
+    Every rank of a replica has microbatches of the same samples, so all ranks cut alike.
     """
     piece: list[Microbatch] = []
     held = 0
     for microbatch in microbatches:
-        size = sum(microbatch.lengths) * (1 + row_bytes)
+        size = sum(microbatch.lengths) * row_bytes
         if piece and held + size > PIECE_BYTES:
             yield piece
             piece, held = [], 0
@@ -122,32 +113,27 @@ def _pieces(microbatches: Sequence[Microbatch], row_bytes: int) -> Iterator[list
 
 
 def _outgoing(
-    replica: Replica,
-    piece: Sequence[Microbatch],
-    traces: MutableMapping[int, RoutingTrace],
-    form: RouteForm,
+    replica: Replica, piece: Sequence[Microbatch], traces: Mapping[int, RoutingTrace]
 ) -> list[UInt8[np.ndarray, " _"]]:
     """Return what this rank sends to every rank of the replica, itself included."""
-    parts: list[list[UInt8[np.ndarray, " _"]]] = [[] for _ in replica.peers]
+    parts: list[list[UInt8[np.ndarray, " _"]]] = [[_NOTHING] for _ in replica.peers]
     for microbatch in piece:
-        held = {
-            number: traces[sample.sample_id]
-            for number, sample in enumerate(microbatch.samples)
-            if sample.sample_id in traces
-        }
+        held = {}
+        for number, sample in enumerate(microbatch.samples):
+            if sample.sample_id in traces:
+                held[number] = traces[sample.sample_id]
+                held[number].check_tokens(sample.token_ids, where=f"sample {sample.sample_id}")
         if not held:
             continue
+        lengths = microbatch.lengths
         # Pipeline stages hold the same rows of different layers.
         rows = {
-            place: SampleRows(
-                place.router_index(microbatch.lengths, row_multiple=microbatch.row_multiple),
-                microbatch.lengths,
-            )
+            place: place.router_index(lengths, row_multiple=microbatch.row_multiple)
             for place in {peer.place for peer in replica.peers}
         }
         for peer, part in zip(replica.peers, parts, strict=True):
-            part += pack_rows(rows[peer.place], held, narrowed(form, peer.layers).layers)
-    return [np.concatenate([_NOTHING, *part]) for part in parts]
+            part += cut_routes(held, rows[peer.place], lengths, peer.layers)
+    return [np.concatenate(part) for part in parts]
 
 
 def _exchange(
@@ -156,39 +142,57 @@ def _exchange(
     outgoing: Sequence[UInt8[np.ndarray, " _"]],
     holders: Sequence[Set[int]],
     form: RouteForm,
-) -> list[Microbatch]:
-    """Return the microbatches with what the ranks of the replica send to this one."""
-    kept = narrowed(form, replica.layers)
-    rows = [SampleRows(m.router_index, m.lengths) for m in piece]
-    numbers = [
-        [[n for n, s in enumerate(m.samples) if s.sample_id in held] for m in piece]
+) -> dict[int, RouteSlice]:
+    """Send what is ``outgoing``, and return the routes that the ranks of the replica send here."""
+    own = replace(form, layers=replica.layers)
+    place = replica.peers[replica.own].place
+    rows = [place.router_index(m.lengths, row_multiple=m.row_multiple) for m in piece]
+    # For each sender, the local rows of each microbatch that it has the routes of.
+    landing = [
+        [
+            rows_of(
+                index,
+                m.lengths,
+                [n for n, sample in enumerate(m.samples) if sample.sample_id in held],
+            )[0]
+            for index, m in zip(rows, piece, strict=True)
+        ]
         for held in holders
     ]
     incoming = replica.ranks.exchange(
-        outgoing,
-        [
-            sum(num_packed_bytes(r, n, kept) for r, n in zip(rows, of, strict=True))
-            for of in numbers
-        ],
+        outgoing, [sum(map(len, of_sender)) * own.row_bytes for of_sender in landing]
     )
-    routes = [empty_slice(kept, len(m.router_index.rows)) for m in piece]
-    for payload, of_sender in zip(incoming, numbers, strict=True):
-        at = 0
-        for into, r, n in zip(routes, rows, of_sender, strict=True):
-            at += unpack_rows(into, r, n, payload[at:])
-    return [replace(m, routes=r) for m, r in zip(piece, routes, strict=True)]
+    routes = [empty_slice(own, len(index.rows)) for index in rows]
+    for payload, of_sender in zip(incoming, landing, strict=True):
+        start = 0
+        for into, local in zip(routes, of_sender, strict=True):
+            stop = start + len(local) * own.row_bytes
+            fill_routes(into, local, payload[start:stop])
+            start = stop
+    return {m.key: slice_ for m, slice_ in zip(piece, routes, strict=True)}
 
 
 def _common_form(replica: Replica, traces: Mapping[int, RoutingTrace]) -> RouteForm:
     """Agree on the form of all traces; a rank that sampled nothing learns it from the others."""
-    own = RouteForm.of(list(traces.values())) if traces else None
-    forms = {form for form in replica.ranks.gather(own) if form is not None}
+    own = {
+        RouteForm(layers=trace.layers, num_experts=trace.num_experts, topk=trace.topk)
+        for trace in traces.values()
+    }
+    forms = set().union(*replica.ranks.gather(own))
     if len(forms) != 1:
         raise TraceError(
-            f"the ranks of replica {replica.number} hold traces of {len(forms)} forms {sorted(map(str, forms))}, "
-            "expected one; their engines run different models, or no engine recorded routes"
+            f"the ranks of replica {replica.number} hold traces of {len(forms)} forms "
+            f"{sorted(map(str, forms))}, expected one; their engines run different models, or no "
+            "engine recorded routes"
         )
-    return forms.pop()
+    (form,) = forms
+    missing = sorted({layer for peer in replica.peers for layer in peer.layers} - set(form.layers))
+    if missing:
+        raise TraceError(
+            f"the routes hold layers {list(form.layers)}, the model also routes in {missing}; the "
+            "engine's model and this one differ, or the engine numbers MoE layers only"
+        )
+    return form
 
 
 def _holders(
