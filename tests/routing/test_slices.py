@@ -156,10 +156,16 @@ def test_slice_reads_traces_of_any_memory_order():
     assert made.expert_ids.transpose(1, 0, 2).tolist() == trace.expert_ids.tolist()
 
 
-@pytest.mark.parametrize("layers", [(1, 3), (0,), ()])
+@pytest.mark.parametrize("layers", [(1, 3), (0,)])
 def test_slice_refuses_layers_that_the_traces_do_not_hold(layers):
     with pytest.raises(TraceError, match="were asked for, the traces hold"):
         slice_routes(batch([3]), RowIndex.packed([3]), layers=layers)
+
+
+def test_slice_of_a_stage_of_dense_layers_says_only_which_rows_have_routes():
+    made = slice_routes(batch([3]), RowIndex.packed([3], pad_multiple=4), layers=())
+    assert made.expert_ids.shape[:2] == (0, 4)
+    assert made.valid.tolist() == [*spelled(0, 3).valid.tolist(), False]
 
 
 def test_slice_refuses_layers_in_another_order():
@@ -174,10 +180,10 @@ def test_slice_refuses_traces_of_another_batch():
 
 def test_slice_refuses_traces_of_two_models():
     mixed = [spelled(0, 3), spelled(1, 2, topk=4)]
-    with pytest.raises(TraceError, match="traces of one batch differ"):
+    with pytest.raises(TraceError, match="traces of 2 forms"):
         slice_routes(mixed, RowIndex.packed([3, 2]))
 
 
 def test_slice_refuses_an_empty_batch():
-    with pytest.raises(TraceError, match="no traces to cut"):
+    with pytest.raises(TraceError, match="traces of 0 forms"):
         slice_routes([], RowIndex.packed([1]))

@@ -239,12 +239,12 @@ def test_concat_of_two_versions_keeps_both_spans():
 
 
 def test_concat_refuses_traces_of_two_models():
-    with pytest.raises(TraceError, match="part 1 has"):
+    with pytest.raises(TraceError, match="traces of 2 forms"):
         RoutingTrace.concat([synthetic_trace(TOKENS, seed=1), record()])
 
 
 def test_concat_refuses_nothing():
-    with pytest.raises(TraceError, match="zero traces"):
+    with pytest.raises(TraceError, match="traces of 0 forms"):
         RoutingTrace.concat([])
 
 

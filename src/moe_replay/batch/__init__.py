@@ -6,13 +6,11 @@ In: rollouts with advantages. Out: microbatches.
 from moe_replay.batch.microbatch import Microbatch, build_microbatch
 from moe_replay.batch.packing import plan_microbatches
 from moe_replay.batch.place import RankPlace
-from moe_replay.batch.routes import RouteForm
 from moe_replay.batch.samples import Sample
 
 __all__ = [
     "Microbatch",
     "RankPlace",
-    "RouteForm",
     "Sample",
     "build_microbatch",
     "plan_microbatches",

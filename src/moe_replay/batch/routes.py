@@ -10,30 +10,24 @@ In: traces, row indices. Out: the bytes of one rank's rows, and the slices that 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from moe_replay.routing import RouteSlice, RoutingTrace, RowIndex, expert_dtype, slice_routes
+from moe_replay.routing import (
+    RouteForm,
+    RouteSlice,
+    RoutingTrace,
+    RowIndex,
+    expert_dtype,
+    slice_routes,
+)
 from moe_replay.routing.slices import as_sets
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteForm:
-    """What the routes of one model have in common."""
-
-    layers: tuple[int, ...]
-    """Global decoder indices of the layers."""
-    num_experts: int
-    """Routed experts a layer."""
-    topk: int
-    """Experts per token."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that one token takes: its valid flag, and its ids over all ``layers``."""
-        return 1 + len(self.layers) * self.topk * expert_dtype(self.num_experts).itemsize
+def row_bytes(form: RouteForm) -> int:
+    """Return the bytes that one token takes: its valid flag, and its ids over all layers."""
+    return 1 + len(form.layers) * form.topk * expert_dtype(form.num_experts).itemsize
 
 
 def empty_slice(form: RouteForm, num_rows: int) -> RouteSlice:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from moe_replay.batch import RouteForm, Sample, build_microbatch
+from moe_replay.batch import Sample, build_microbatch
 from moe_replay.checkpoint.facts import read_facts
 from moe_replay.engines.recording import GivenTokens
 from moe_replay.errors import RecipeError
@@ -20,7 +20,7 @@ from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.routing import Routing, RoutingTrace
+from moe_replay.routing import RouteForm, Routing, RoutingTrace
 
 
 @contextmanager

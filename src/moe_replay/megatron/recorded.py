@@ -15,10 +15,10 @@ import torch.distributed as dist
 from jaxtyping import Integer
 from megatron.core import parallel_state
 
-from moe_replay.batch import Microbatch, RouteForm
+from moe_replay.batch import Microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.upstream.compat import VERSION
-from moe_replay.routing import Origin, RouteSlice, RoutingTrace, expert_dtype
+from moe_replay.routing import Origin, RouteForm, RouteSlice, RoutingTrace, expert_dtype
 
 
 def gather_traces(
@@ -63,7 +63,12 @@ def gather_traces(
 def _whole(
     microbatch: Microbatch, held: RouteSlice | None, form: RouteForm, device: torch.device
 ) -> Integer[np.ndarray, "rows layers topk"]:
-    """Add up what every rank holds, and check that every row and layer came from exactly one."""
+    """Add up what every rank holds, and check that every row and layer came from exactly one.
+
+    Worked example, 2 CP ranks, one layer, top-1: rank 0 recorded row 0 with expert 5, rank 1 row 1
+    with expert 0. Ids ``[5 0]`` and ``[0 0]`` add up to ``[5 0]``; the counts ``[1 0]`` and ``[0 1]``
+    to ``[1 1]``, which says that the 0 was recorded, and is not a row that nobody brought.
+    """
     shape = (microbatch.index.num_rows, len(form.layers), form.topk)
     mine = np.zeros((2, *shape[:2], form.topk), dtype=np.int32)
     if held is not None:

@@ -20,14 +20,14 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from moe_replay.batch import Microbatch, RankPlace, RouteForm
+from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
 from moe_replay.megatron.model import moe_layers, unwrap
 from moe_replay.megatron.overlap import RowOwners, WatchedRoutes
 from moe_replay.megatron.replay import RecordScope, ReplayScope
-from moe_replay.routing import RouteSlice, Routing
+from moe_replay.routing import RouteForm, RouteSlice, Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

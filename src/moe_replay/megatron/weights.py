@@ -313,7 +313,17 @@ def _local_view(rule: Rule, parameter: Tensor, shape: ModelShape) -> Tensor:
 
 
 def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
-    """Join Hugging Face tensors so that a tensor-parallel cut is one chunk along one dim."""
+    """Join Hugging Face tensors so that a tensor-parallel cut is one chunk along one dim.
+
+    Worked example of ``QKV``: 4 query heads in 2 groups, head size 8, hidden size 32.
+
+        q [32, 32] -> [2, 16, 32]    k [16, 32] -> [2, 8, 32]    v as k
+        joined along dim 1: [2, 32, 32], a group's queries, key and value together
+        tensor-parallel rank r of 2 holds [r]: q heads 2r and 2r + 1, k and v head r
+
+    Worked example of ``GATED``: gate and up ``[96, 32]`` become ``[2, 96, 32]``, cut along dim 1, so
+    that each rank holds the same rows of both.
+    """
     if rule.kind is Kind.QKV:
         return torch.cat(
             [t.reshape(shape.num_query_groups, -1, *t.shape[1:]) for t in tensors], dim=1

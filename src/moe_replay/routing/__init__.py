@@ -34,7 +34,13 @@ from moe_replay.routing.stitch import (
     merge_partial,
     stitch_turns,
 )
-from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
+from moe_replay.routing.trace import (
+    Origin,
+    PolicySpan,
+    RouteForm,
+    RoutingTrace,
+    expert_dtype,
+)
 
 __all__ = [
     "Coverage",
@@ -49,6 +55,7 @@ __all__ = [
     "Passes",
     "PolicySpan",
     "ReplayMode",
+    "RouteForm",
     "RouteReport",
     "RouteSlice",
     "RoutedModel",

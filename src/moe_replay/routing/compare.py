@@ -18,17 +18,10 @@ import numpy as np
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import first_difference, recover_tokens
 from moe_replay.routing.format.slots import row_chunks, sort_planes, to_planes
-from moe_replay.routing.trace import RoutingTrace
+from moe_replay.routing.trace import RouteForm, RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64, UInt16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Model:
-    layers: tuple[int, ...]
-    num_experts: int
-    topk: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,8 +75,8 @@ def compare_traces(pairs: Iterable[tuple[RoutingTrace, RoutingTrace]]) -> TraceC
     tally: _Tally | None = None
     for number, pair in enumerate(pairs):
         if tally is None:
-            tally = _Tally(pair[0])
-        _check_pair(number, pair, tally.model)
+            tally = _Tally(pair[0].form)
+        _check_pair(number, pair, tally.form)
         tally.add(*pair)
     if tally is None:
         raise TraceError("no traces to compare")
@@ -93,10 +86,10 @@ def compare_traces(pairs: Iterable[tuple[RoutingTrace, RoutingTrace]]) -> TraceC
 class _Tally:
     """Sums over the pairs seen so far, in memory of the order of tokens, not of routes."""
 
-    def __init__(self, first: RoutingTrace) -> None:
-        self.model = _Model(layers=first.layers, num_experts=first.num_experts, topk=first.topk)
-        self.num_flips = np.zeros(len(first.layers), dtype=np.int64)
-        self.num_shared = np.zeros(len(first.layers), dtype=np.int64)
+    def __init__(self, form: RouteForm) -> None:
+        self.form = form
+        self.num_flips = np.zeros(len(form.layers), dtype=np.int64)
+        self.num_shared = np.zeros(len(form.layers), dtype=np.int64)
         self.num_skipped = 0
         self.longest = 0
         self.flips: list[Int64[np.ndarray, " held"]] = []
@@ -120,10 +113,10 @@ class _Tally:
 
     def comparison(self) -> TraceComparison:
         flips = np.concatenate(self.flips)
-        num_tokens, num_layers = len(flips), len(self.model.layers)
+        num_tokens, num_layers = len(flips), len(self.form.layers)
         lengths = [len(part) for part in self.flips]
         by_layer = _shares(self.num_flips, num_tokens)
-        overlap = _shares(self.num_shared, num_tokens * self.model.topk)
+        overlap = _shares(self.num_shared, num_tokens * self.form.topk)
         num_tokens_by_flips = np.bincount(flips, minlength=num_layers + 1)
         by_flips = _shares(num_tokens_by_flips, num_tokens)
         different, token = np.unique(np.concatenate(self.tokens), return_inverse=True)
@@ -135,7 +128,7 @@ class _Tally:
         )
         by_token, tokens_of = _grouped(flips, token, len(different), num_layers)
         return TraceComparison(
-            layers=self.model.layers,
+            layers=self.form.layers,
             num_tokens=num_tokens,
             num_skipped=self.num_skipped,
             flip_frac=float(by_layer.mean()),
@@ -163,8 +156,7 @@ def flipped(
     Raises:
         TraceError: as `compare_traces`.
     """
-    model = _Model(layers=ours.layers, num_experts=ours.num_experts, topk=ours.topk)
-    _check_pair(0, (ours, theirs), model)
+    _check_pair(0, (ours, theirs), ours.form)
     held = ours.valid & theirs.valid
     flips = np.zeros((len(ours), len(ours.layers)), dtype=bool)
     for rows in row_chunks(len(ours), len(ours.layers), 2 * ours.topk):
@@ -201,14 +193,12 @@ def _grouped(
     return np.where(count > 0, total / np.maximum(count * num_layers, 1), np.nan), count
 
 
-def _check_pair(number: int, pair: tuple[RoutingTrace, RoutingTrace], model: _Model) -> None:
-    wanted = (model.layers, model.num_experts, model.topk)
+def _check_pair(number: int, pair: tuple[RoutingTrace, RoutingTrace], form: RouteForm) -> None:
     for side, trace in zip(("first", "second"), pair, strict=True):
-        got = (trace.layers, trace.num_experts, trace.topk)
-        if got != wanted:
+        if trace.form != form:
             raise TraceError(
-                f"sequence {number}, {side} trace: (layers, experts, topk) are {got}, expected {wanted}; recordings of "
-                "one model compare, after select_layers when one of them holds more layers"
+                f"sequence {number}, {side} trace: {trace.form}, expected {form}; recordings of one model "
+                "compare, after select_layers when one of them holds more layers"
             )
     ours, theirs = pair
     if len(ours) != len(theirs):

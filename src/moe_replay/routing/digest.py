@@ -5,6 +5,12 @@ with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix
 divide by ``B**start``) and joining (multiply by ``B**length`` and add) linear in the rows, without the tokens.
 It guards against mistakes, not against an adversary.
 
+Worked example in decimal, mod 100, with ``mix(t) = t`` and ``B = 3`` (``1/3 = 67``): tokens 5 7 4.
+
+    digest        5,  5 + 7*3 = 26,  26 + 4*9 = 62
+    crop(1, 3)    (26 - 5) * 67 = 7,  (62 - 5) * 67 = 19     = the digest of 7 4:  7,  7 + 4*3 = 19
+    join          5;  7*3 + 5 = 26,  19*3 + 5 = 62           = the digest of 5 7 4
+
 In: token ids. Out: uint64 digests.
 """
 

@@ -53,10 +53,20 @@ class RowIndex:
         cp_partition: CpPartition = "zigzag",
         pad_multiple: int = 1,
     ) -> RowIndex:
-        """Lay sequences end to end; under CP pad each to ``2 * cp_size`` and cut it.
+        """Lay sequences end to end; under CP pad each to a multiple of ``2 * cp_size`` and cut it.
 
-        ``pad_multiple`` pads the *local* rows (sequence parallelism needs a multiple of the TP size); the padding is
-        appended to the last sequence, whose queries it cannot disturb because attention is causal.
+        ``pad_multiple`` pads the *local* rows (sequence parallelism needs a multiple of the TP size);
+        the padding is appended to the last sequence, whose queries it cannot disturb because
+        attention is causal.
+
+        Worked example: sequences of 7 and 3 tokens on two CP ranks under the zigzag. They are padded
+        to 8 and 4, and cut into 2 * 2 chunks of 2 and 1 rows. Rank r takes the chunks r and 3 - r,
+        so that both see as much of the causal triangle:
+
+            batch rows    0  1 | 2  3 | 4  5 | 6 -1      7 | 8 | 9 | -1
+            rank          0      1      1      0         0   1   1   0
+            rank 0 holds  0  1   6 -1   7 -1
+            rank 1 holds  2  3   4  5   8  9
         """
         _check_lengths(lengths)
         _check_rank("cp", cp_rank, cp_size)
@@ -179,7 +189,7 @@ def _chunks_of(
 def _stretches(
     starts: Int64[np.ndarray, " stretches"], counts: Int64[np.ndarray, " stretches"]
 ) -> Int64[np.ndarray, " entries"]:
-    """Return ``starts[0], starts[0] + 1, ...`` for ``counts[0]`` entries, then from ``starts[1]`` on, and so forth."""
+    """Count up from each of ``starts``: ``[5, 0]`` and ``[2, 3]`` give ``[5, 6, 0, 1, 2]``."""
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.rows import RowIndex
-from moe_replay.routing.trace import RoutingTrace
+from moe_replay.routing.trace import RouteForm, RoutingTrace, expert_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64, Integer
@@ -51,18 +51,31 @@ def slice_routes(
 ) -> RouteSlice:
     """Return the routes of the rows of ``index`` in ``layers`` (global indices; None for all of the traces').
 
-    ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the batch's size is made on the
-    way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of the batch. Of one sequence of 3 tokens padded to 4,
-    the slice has the rows 0 to 2 and a fourth with ``valid=False``.
+    ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the batch's
+    size is made on the way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of the batch.
+    ``layers`` may be empty, on a stage of dense layers: then only ``valid`` says anything.
+
+    Worked example: traces of 3 and 2 tokens in the layers 1 to 4, a rank of the layers 2 and 4.
+
+        index.rows           1  2  3 -1        row 3 of the batch is row 0 of the second trace
+        copied as            trace 0, rows 1:3 -> rows 0:2   trace 1, rows 0:1 -> row 2
+        of layers            entry 1 -> entry 0              entry 3 -> entry 1
+        valid                v1 v2 v0  F       row 3 of the slice is padding, and stays zero
 
     Raises:
         TraceError: when the traces do not have the rows of the batch, differ in their models, or lack a layer.
     """
-    _check_traces(traces, index)
-    first = traces[0]
-    wanted = first.layers if layers is None else tuple(layers)
-    blocks = _layer_blocks(wanted, first.layers)
-    ids = np.zeros((len(wanted), len(index.rows), first.topk), dtype=first.expert_ids.dtype)
+    form = RouteForm.common(traces, "traces of a batch")
+    total = sum(len(trace) for trace in traces)
+    if total != index.num_rows:
+        raise TraceError(
+            f"{len(traces)} traces have {total} rows, the batch of the row index has {index.num_rows}; a sample was left "
+            "out, or index and traces are of different batches"
+        )
+    wanted = form.layers if layers is None else tuple(layers)
+    blocks = _layer_blocks(wanted, form.layers)
+    dtype = expert_dtype(form.num_experts)
+    ids = np.zeros((len(wanted), len(index.rows), form.topk), dtype=dtype)
     valid = np.zeros(len(index.rows), dtype=bool)
     into = as_sets(ids)
     views = [as_sets(_contiguous_sets(trace)) for trace in traces]
@@ -74,7 +87,7 @@ def slice_routes(
             there = slice(start + at, start + at + rows)
             for to, taken in blocks:
                 into[to, here] = views[number][there, taken].T
-    return RouteSlice(expert_ids=ids, valid=valid, layers=wanted, num_experts=first.num_experts)
+    return RouteSlice(expert_ids=ids, valid=valid, layers=wanted, num_experts=form.num_experts)
 
 
 def as_sets(ids: Integer[np.ndarray, "... topk"]) -> np.ndarray:
@@ -90,7 +103,12 @@ def as_sets(ids: Integer[np.ndarray, "... topk"]) -> np.ndarray:
 def _runs(
     rows: Int64[np.ndarray, " local_rows"], lengths: Sequence[int]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first local row, trace, first row of the trace, rows) for each stretch of consecutive rows of one trace."""
+    """Yield (first local row, trace, first row of the trace, rows) for each stretch of one trace.
+
+    Worked example: ``rows = [4 5 6 -1 0 1]`` and traces of 5 and 2 rows. Rows 4 to 6 follow one
+    another, but row 5 belongs to the second trace, so there are three stretches: ``(0, 0, 4, 1)``,
+    ``(1, 1, 0, 2)`` and, after the padding, ``(4, 0, 0, 2)``.
+    """
     starts = np.cumsum([0, *lengths])
     begins = np.diff(rows, prepend=-3) != 1
     begins |= rows == 0  # padding is -1, so row 0 behind it looks like its continuation
@@ -108,7 +126,11 @@ def _runs(
 
 
 def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[slice, slice]]:
-    """Return (entries of the slice, entries of the traces) for each stretch of layers that lie together in both."""
+    """Return (entries of the slice, entries of the traces) for each stretch of layers together in both.
+
+    Layers 2, 3 and 7 of traces that hold 1, 2, 3, 5 and 7 are ``0:2`` from ``1:3``, and ``2:3`` from
+    ``4:5``: two copies instead of three.
+    """
     missing = sorted(set(wanted) - set(held))
     if missing:
         raise TraceError(
@@ -127,20 +149,3 @@ def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[
 def _contiguous_sets(trace: RoutingTrace) -> Integer[np.ndarray, "tokens layers topk"]:
     ids = trace.expert_ids
     return ids if ids.strides[2] == ids.itemsize else np.ascontiguousarray(ids)
-
-
-def _check_traces(traces: Sequence[RoutingTrace], index: RowIndex) -> None:
-    if not traces:
-        raise TraceError("no traces to cut; a batch has at least one sample")
-    shapes = sorted({(trace.layers, trace.num_experts, trace.topk) for trace in traces})
-    if len(shapes) > 1:
-        raise TraceError(
-            f"traces of one batch differ in (layers, experts, topk): {shapes}; they were recorded on several models, or "
-            "some were restricted to fewer layers"
-        )
-    total = sum(len(trace) for trace in traces)
-    if total != index.num_rows:
-        raise TraceError(
-            f"{len(traces)} traces have {total} rows, the batch of the row index has {index.num_rows}; a sample was left "
-            "out, or index and traces are of different batches"
-        )

@@ -148,7 +148,12 @@ def stitch_turns(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
 def _owned_rows(
     calls: Sequence[EngineCall], tokens: Integer[np.ndarray, " tokens"]
 ) -> tuple[RoutingTrace, int]:
-    """Take every row from the call that fed its token first, and count the routes left over."""
+    """Take every row from the call that fed its token first, and count the routes left over.
+
+    Worked example, the two calls of the module's picture: call 0 owns rows 0 to 3, as its row 4 was
+    never fed. Call 1 returned 9 rows; rows 0 to 3 are superseded, and it owns rows 4 to 8. Had it
+    returned its new rows alone, the last 5, ``offset`` would be 4 and nothing superseded.
+    """
     model = calls[0].trace
     ids = np.zeros((len(tokens), *model.expert_ids.shape[1:]), dtype=model.expert_ids.dtype)
     valid = np.zeros(len(tokens), dtype=bool)
@@ -224,12 +229,11 @@ def _check_continues(
 def _check_trace(
     trace: RoutingTrace, model: RoutingTrace, expected: np.ndarray, number: int, where: str
 ) -> None:
-    ours = (model.layers, model.num_experts, model.topk, model.origin.engine)
-    theirs = (trace.layers, trace.num_experts, trace.topk, trace.origin.engine)
+    ours, theirs = (model.form, model.origin.engine), (trace.form, trace.origin.engine)
     if ours != theirs:
         raise TraceError(
-            f"{where}: the trace of call {number} has (layers, experts, topk, engine) {theirs}, that of call 0 {ours}; "
-            "one rollout is sampled by one model and engine"
+            f"{where}: the trace of call {number} has form and engine {theirs}, that of call 0 {ours}; one rollout is "
+            "sampled by one model and engine"
         )
     if not 1 <= len(trace) <= len(expected):
         raise TokenMismatchError(

@@ -43,6 +43,29 @@ def expert_dtype(num_experts: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class RouteForm:
+    """What the routes of one model have in common."""
+
+    layers: tuple[int, ...]
+    """Global decoder-layer indices, strictly increasing."""
+    num_experts: int
+    """Routed experts a layer."""
+    topk: int
+    """Experts per token and layer."""
+
+    @classmethod
+    def common(cls, traces: Sequence[RoutingTrace], where: str) -> RouteForm:
+        """Return the form of all ``traces``; raise `TraceError` when there is none or several."""
+        forms = {trace.form for trace in traces}
+        if len(forms) != 1:
+            raise TraceError(
+                f"{where}: traces of {len(forms)} forms {sorted(forms)}, expected one; they were "
+                "recorded on several models, or some were restricted to fewer layers"
+            )
+        return forms.pop()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpan:
     """Rows ``start:stop`` were routed by the weights of ``policy_version``."""
@@ -126,6 +149,11 @@ class RoutingTrace:
     def topk(self) -> int:
         """Experts per token and layer."""
         return self.expert_ids.shape[2]
+
+    @property
+    def form(self) -> RouteForm:
+        """Layers, experts and top-k."""
+        return RouteForm(layers=self.layers, num_experts=self.num_experts, topk=self.topk)
 
     @property
     def num_valid(self) -> int:
@@ -216,16 +244,13 @@ class RoutingTrace:
     @staticmethod
     def concat(parts: Sequence[RoutingTrace]) -> RoutingTrace:
         """Join traces of consecutive tokens of one sequence, recorded by one engine on one model."""
-        if not parts:
-            raise TraceError("cannot concat zero traces: layers and experts would be unknown")
+        RouteForm.common(parts, "parts of a sequence")
         first = parts[0]
         for number, part in enumerate(parts):
-            ours = (first.layers, first.num_experts, first.topk, first.origin.engine)
-            theirs = (part.layers, part.num_experts, part.topk, part.origin.engine)
-            if ours != theirs:
+            if part.origin.engine != first.origin.engine:
                 raise TraceError(
-                    f"part {number} has (layers, experts, topk, engine) {theirs}, part 0 has {ours}; "
-                    "only traces of one model and engine can be joined"
+                    f"part {number} was recorded by {part.origin.engine}, part 0 by "
+                    f"{first.origin.engine}; only traces of one model and engine can be joined"
                 )
         spans: list[PolicySpan] = []
         rows = 0

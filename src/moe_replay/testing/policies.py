@@ -16,7 +16,6 @@ import torch.distributed as dist
 from moe_replay.batch import (
     Microbatch,
     RankPlace,
-    RouteForm,
     Sample,
     build_microbatch,
     plan_microbatches,
@@ -31,6 +30,7 @@ from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer, Routing
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.routing import RouteForm
 from moe_replay.testing.samples import RoutedSample, with_trace
 
 SETTINGS = OptimizerSettings(

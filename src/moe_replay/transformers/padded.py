@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt
 from torch import nn
 
 from moe_replay.errors import TraceError
-from moe_replay.routing import RoutingTrace
+from moe_replay.routing import RouteForm, RoutingTrace
 from moe_replay.routing.arrays import as_array
 from moe_replay.transformers.replay import replay_routes
 
@@ -47,13 +47,8 @@ def place_traces(
             f"attention_mask holds {np.unique(mask)[:4].tolist()}, expected 1 at tokens and 0 at padding; additive masks and "
             "masks that number packed sequences do not tell where tokens are"
         )
+    RouteForm.common(traces, "sequences of a batch")
     first = traces[0]
-    forms = {(trace.layers, trace.num_experts, trace.topk) for trace in traces}
-    if len(forms) > 1:
-        raise TraceError(
-            f"the traces have (layers, experts, topk) {sorted(forms)}, expected one for all: they were recorded by different "
-            "models"
-        )
     expert_ids = np.zeros((*tokens.shape, *first.expert_ids.shape[1:]), first.expert_ids.dtype)
     valid = np.zeros(tokens.shape, dtype=bool)
     for number, (trace, held) in enumerate(zip(traces, mask.astype(bool), strict=True)):

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from moe_replay.batch import Microbatch, RouteForm
-from moe_replay.batch.routes import cut_routes, empty_slice, fill_routes, rows_of
+from moe_replay.batch import Microbatch
+from moe_replay.batch.routes import cut_routes, empty_slice, fill_routes, row_bytes, rows_of
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import TraceError
 from moe_replay.megatron.ranks.messages import PIECE_BYTES
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.routing import RouteSlice, RoutingTrace
+from moe_replay.routing import RouteForm, RouteSlice, RoutingTrace
 
 _COMPLETION_BYTES = 512  # of a completion beside its two arrays, generously
 _NOTHING = np.empty(0, dtype=np.uint8)
@@ -86,7 +86,7 @@ def share_routes(
     form = _common_form(replica, traces)
     holders = _holders(replica, microbatches, traces)
     shared: dict[int, RouteSlice] = {}
-    for piece in _pieces(microbatches, form.row_bytes):
+    for piece in _pieces(microbatches, form):
         shared |= _exchange(replica, piece, _outgoing(replica, piece, traces), holders, form)
         for microbatch in piece:
             for sample in microbatch.samples:
@@ -94,7 +94,7 @@ def share_routes(
     return shared
 
 
-def _pieces(microbatches: Sequence[Microbatch], row_bytes: int) -> Iterator[list[Microbatch]]:
+def _pieces(microbatches: Sequence[Microbatch], form: RouteForm) -> Iterator[list[Microbatch]]:
     """Yield consecutive microbatches whose routes, over all ranks, fill `PIECE_BYTES`; at least one.
 
     Every rank of a replica has microbatches of the same samples, so all ranks cut alike.
@@ -102,7 +102,7 @@ def _pieces(microbatches: Sequence[Microbatch], row_bytes: int) -> Iterator[list
     piece: list[Microbatch] = []
     held = 0
     for microbatch in microbatches:
-        size = sum(microbatch.lengths) * row_bytes
+        size = sum(microbatch.lengths) * row_bytes(form)
         if piece and held + size > PIECE_BYTES:
             yield piece
             piece, held = [], 0
@@ -160,13 +160,13 @@ def _exchange(
         for held in holders
     ]
     incoming = replica.ranks.exchange(
-        outgoing, [sum(map(len, of_sender)) * own.row_bytes for of_sender in landing]
+        outgoing, [sum(map(len, of_sender)) * row_bytes(own) for of_sender in landing]
     )
     routes = [empty_slice(own, len(index.rows)) for index in rows]
     for payload, of_sender in zip(incoming, landing, strict=True):
         start = 0
         for into, local in zip(routes, of_sender, strict=True):
-            stop = start + len(local) * own.row_bytes
+            stop = start + len(local) * row_bytes(own)
             fill_routes(into, local, payload[start:stop])
             start = stop
     return {m.key: slice_ for m, slice_ in zip(piece, routes, strict=True)}
@@ -174,11 +174,7 @@ def _exchange(
 
 def _common_form(replica: Replica, traces: Mapping[int, RoutingTrace]) -> RouteForm:
     """Agree on the form of all traces; a rank that sampled nothing learns it from the others."""
-    own = {
-        RouteForm(layers=trace.layers, num_experts=trace.num_experts, topk=trace.topk)
-        for trace in traces.values()
-    }
-    forms = set().union(*replica.ranks.gather(own))
+    forms = set().union(*replica.ranks.gather({trace.form for trace in traces.values()}))
     if len(forms) != 1:
         raise TraceError(
             f"the ranks of replica {replica.number} hold traces of {len(forms)} forms "
