@@ -63,22 +63,6 @@ def test_slice_holds_the_layers_that_were_asked_for(layers):
     assert landed(made) == [(s, r, n) for n in layers for s, r in ((0, 0), (0, 1), (1, 0))]
 
 
-@pytest.mark.parametrize("layers", [(1, 2), (1, 7), (2, 5, 7)])
-def test_layers_of_a_slice_are_those_cut_from_the_traces(layers):
-    index = RowIndex.packed([3, 2], pad_multiple=4)
-    selected = slice_routes(batch([3, 2]), index).select_layers(layers)
-    cut = slice_routes(batch([3, 2]), index, layers=layers)
-    assert selected.expert_ids.tolist() == cut.expert_ids.tolist()
-    assert (selected.layers, selected.valid.tolist()) == (cut.layers, cut.valid.tolist())
-
-
-def test_neighbouring_layers_of_a_slice_are_a_view_and_contiguous():
-    whole = slice_routes(batch([3, 2]), RowIndex.packed([3, 2]))
-    stage = whole.select_layers((2, 5))
-    assert np.shares_memory(stage.expert_ids, whole.expert_ids)
-    assert stage.expert_ids.flags.c_contiguous
-
-
 @given(
     st.lists(st.integers(1, 13), min_size=1, max_size=5),
     st.sampled_from([1, 2, 4]),
