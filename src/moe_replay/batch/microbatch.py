@@ -5,7 +5,7 @@ In: samples. Out: Microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float32, Int64
 
 from moe_replay.batch.place import RankPlace
 from moe_replay.batch.samples import Sample
-from moe_replay.errors import TraceError
 from moe_replay.routing import RouteSlice, RowIndex
 
 
@@ -67,30 +66,27 @@ class Microbatch:
     def place(self, values: Sequence[np.ndarray], *, fill: float) -> Float32[np.ndarray, " rows"]:
         """Put one array of ``[T]`` per sample (one value for each sampled token) into the local rows.
 
-        Raises:
-            TraceError: when an array does not have one value for each sampled token of its sample.
+        Samples with prompts of 2 and 1 tokens and 2 sampled ones each: the value of the first sampled
+        token stands in the row of the last prompt token, so ``[a b]`` and ``[c d]`` become the batch
+        rows ``[- a b - c d -]``, of which a rank takes its own.
         """
-        whole = np.full(self.index.num_rows, fill, dtype=np.float32)
-        for (start, sample), array in zip(self._spans(), values, strict=True):
-            if len(array) != sample.completion_length:
-                raise TraceError(
-                    f"sample {sample.sample_id}: {len(array)} values for {sample.completion_length} sampled tokens"
-                )
-            first = start + sample.prompt_length - 1
-            whole[first : first + len(array)] = array
-        return self.index.gather(whole, fill=fill)
+        rows = np.full(self.index.num_rows, fill, dtype=np.float32)
+        for span, array in zip(self._spans(), values, strict=True):
+            assert len(array) == span.stop - span.start, "one value for each sampled token"
+            rows[span] = array
+        return self.index.gather(rows, fill=fill)
 
-    def collect(self, whole: Float32[np.ndarray, " batch_rows"]) -> list[np.ndarray]:
-        """Return each sample's ``[T]`` values from an array over the concatenated batch; the inverse of `place`."""
-        out = []
-        for start, sample in self._spans():
-            first = start + sample.prompt_length - 1
-            out.append(whole[first : first + sample.completion_length])
-        return out
+    def collect(self, rows: Float32[np.ndarray, " batch_rows"]) -> list[np.ndarray]:
+        """Return each sample's ``[T]`` values from all batch rows; the inverse of `place`."""
+        return [rows[span] for span in self._spans()]
 
-    def _spans(self) -> list[tuple[int, Sample]]:
-        starts = np.cumsum([0] + [len(sample.token_ids) for sample in self.samples[:-1]])
-        return list(zip((int(start) for start in starts), self.samples, strict=True))
+    def _spans(self) -> Iterator[slice]:
+        """Yield for each sample the batch rows that predict its sampled tokens."""
+        start = 0
+        for sample in self.samples:
+            first = start + sample.prompt_length - 1
+            yield slice(first, first + sample.completion_length)
+            start += len(sample.token_ids)
 
 
 def build_microbatch(

@@ -1,4 +1,4 @@
-"""What a model may be configured to do that no replay can be exact with, and routes of another model.
+"""Refuses configurations with which no replay can be exact, and routes of another model.
 
 In: TransformerConfigs; routes. Out: verdicts, UnsupportedError or TraceError with the reason.
 """
@@ -40,14 +40,14 @@ class Refusal:
     why: str
     """Why no replay can be exact with it."""
     remedy: str
-    """What to set in its place."""
+    """What to set instead."""
 
 
 _GRAPHS_WITHOUT_ROUTER = frozenset({"attn", "mlp", "mamba"})
 
 
 def _captures_router(config: Any) -> bool:
-    """Tell whether a CUDA graph would hold a router; an empty list of modules means whole layers."""
+    """Whether a CUDA graph would hold a router; an empty list of modules means complete layers."""
     if config.cuda_graph_impl == "none":
         return False
     modules = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope or ()
@@ -170,7 +170,7 @@ def refuse_bypasses(layer: int, router: TopKRouter) -> None:
     """Raise `UnsupportedError` if the router of ``layer`` chooses, weighs or drops without asking a scope."""
     if not hasattr(router, "router_replay"):
         raise UnsupportedError(
-            f"layer {layer}: the {type(router).__name__} has no place to replay at, which routers of Megatron-Core have "
+            f"layer {layer}: the {type(router).__name__} has no `router_replay`, which routers of Megatron-Core have "
             "since 0.16; give the routers of moe_layers(chunks)"
         )
     for refusal, verdict in judge(router.config):
@@ -195,18 +195,12 @@ def refuse_foreign_routes(
         )
     config = next(iter(routers.values())).config
     _, rows, topk = routes.expert_ids.shape
-    if topk != config.moe_router_topk:
+    got = (routes.num_experts, topk, str(routes.expert_ids.dtype))
+    num_experts = config.num_moe_experts
+    expected = (num_experts, config.moe_router_topk, str(expert_dtype(num_experts)))
+    if got != expected or len(routes.valid) != rows:
         raise TraceError(
-            f"microbatch {key}: routes name {topk} experts per token, the model uses {config.moe_router_topk}"
-        )
-    if routes.expert_ids.dtype != expert_dtype(config.num_moe_experts) or len(routes.valid) != rows:
-        raise TraceError(
-            f"microbatch {key}: routes are {routes.expert_ids.dtype} with {rows} rows and {len(routes.valid)} valid "
-            f"flags, expected {expert_dtype(config.num_moe_experts)} and one flag a row for a model of "
-            f"{config.num_moe_experts} experts"
-        )
-    if routes.num_experts != config.num_moe_experts:
-        raise TraceError(
-            f"microbatch {key}: the routes come from a model of {routes.num_experts} experts, this one has "
-            f"{config.num_moe_experts}; the engine runs another checkpoint than the trainer"
+            f"microbatch {key}: routes of (experts, topk, dtype) {got} with {rows} rows and "
+            f"{len(routes.valid)} valid flags, expected {expected} and one flag a row; the engine "
+            "runs another checkpoint than the trainer, or ids were widened on the way"
         )

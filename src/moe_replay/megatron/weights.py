@@ -31,7 +31,7 @@ from moe_replay.megatron.families.family import Kind, ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.model import unwrap
-from moe_replay.megatron.ranks.together import raise_everywhere
+from moe_replay.megatron.ranks.messages import all_ranks, raise_everywhere
 
 # Dim of a merged tensor that tensor parallelism cuts.
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
@@ -53,7 +53,7 @@ class _Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Transfer:
-    """How one key travels: whole already on every rank, or broadcast by one of its holders."""
+    """How one key travels: every rank has it already, or one of its holders broadcasts it."""
 
     source_rank: int
     num_holders: int
@@ -100,11 +100,11 @@ def export_hf_weights(
     dtype: torch.dtype | None = None,
     read: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight of the whole model, on every rank, under its name in a Hugging Face checkpoint.
+    """Yield every weight of the model, on every rank, under its name in a Hugging Face checkpoint.
 
     Each tensor is a contiguous copy on the parameters' device, cast to `dtype` if given. Gathering is collective:
     every rank iterates, to the end. At any time one parameter of one layer is held, for experts those of one
-    expert-parallel rank. `read` turns a parameter into what is exported in place of its values, for example
+    expert-parallel rank. `read` turns a parameter into what is exported instead of its values, for example
     `lambda p: p.main_grad` for gradients.
     """
     shape = _shape_of(chunks)
@@ -122,7 +122,7 @@ def export_hf_weights(
         # Entered again for every key: a generator must not change the grad mode of its consumer.
         with torch.no_grad():
             merged = _gather_cut(rule, local_part(key)) if key in held else None
-            if transfer.num_holders < _world_size():
+            if transfer.num_holders < all_ranks().size:
                 if merged is None:
                     merged = torch.empty(transfer.shape, dtype=transfer.dtype, device=device)
                 dist.broadcast(merged, src=transfer.source_rank)
@@ -162,13 +162,14 @@ def save_hf_checkpoint(
     """
     shape, write = _shape_of(chunks), SharedWrite(Path(output_dir))
     refusal = None
-    if _rank() == 0 and Path(output_dir).exists():
+    is_first = all_ranks().rank == 0
+    if is_first and Path(output_dir).exists():
         refusal = CheckpointError(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
     raise_everywhere(refusal)
     tensors = export_hf_weights(chunks, dtype=dtype)
-    if _rank() == 0:
+    if is_first:
         if shape.num_mtp_layers:
             tensors = chain(tensors, _untrained(source_dir, shape))
         with write.part():
@@ -176,14 +177,6 @@ def save_hf_checkpoint(
     for _ in tensors:  # After a failure too: gathering is collective.
         pass
     write.finish()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _shape_of(chunks: Sequence[torch.nn.Module]) -> ModelShape:
@@ -234,7 +227,7 @@ def _held_parameters(
 def _named_weights(
     chunk: torch.nn.Module, patterns: Sequence[re.Pattern[str]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter, and the buffers that a rule names: a router's expert bias is no parameter."""
+    """Yield every parameter, and the buffers that a rule names: a router's expert bias is a buffer."""
     yield from chunk.named_parameters()
     for name, buffer in chunk.named_buffers():
         if any(pattern.fullmatch(name) for pattern in patterns):
@@ -260,13 +253,9 @@ def _hf_names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:
 def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key]) -> None:
     """Compare the names in the source with those that all ranks together need."""
     rules = family_of(shape.family).rules
-    everywhere: list[list[_Key]] = [keys]
-    if _world_size() > 1:
-        everywhere = [[] for _ in range(_world_size())]
-        dist.all_gather_object(everywhere, keys)
     needed = {
         name
-        for key in chain.from_iterable(everywhere)
+        for key in chain.from_iterable(all_ranks().gather(keys))
         for expert in key.experts
         for name in _hf_names(rules[key.rule], key.layer, expert)
     }
@@ -395,10 +384,7 @@ def _plan_transfers(local: Mapping[_Key, tuple[Rule, Tensor]]) -> dict[_Key, _Tr
         key: ((part.shape[0], *_whole_shape(rule, part[0])), part.dtype)
         for key, (rule, part) in local.items()
     }
-    everywhere = [mine]
-    if _world_size() > 1:
-        everywhere = [{} for _ in range(_world_size())]
-        dist.all_gather_object(everywhere, mine)
+    everywhere = all_ranks().gather(mine)
     transfers: dict[_Key, _Transfer] = {}
     for key in {key for held in everywhere for key in held}:
         holders = [rank for rank, held in enumerate(everywhere) if key in held]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import UInt8
 
-from moe_replay.errors import RankError
+from moe_replay.errors import MoeReplayError, RankError
 
 T = TypeVar("T")
 WAIT_LIMIT = timedelta(hours=24)
@@ -29,7 +29,7 @@ WAIT_LIMIT = timedelta(hours=24)
 A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one that hangs.
 """
 PIECE_BYTES = 64 * 2**20
-"""What a rank receives at most in one piece of a long message, unless a single item is larger."""
+"""What a rank receives at most in one piece of a long message, unless one item is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class HostGroup:
     def own_part(cls, parts: Sequence[Sequence[int]], *, name: str) -> HostGroup:
         """Make a group of each of ``parts``, which share out the world's ranks; return that of this rank.
 
-        Every rank of the world calls this with the same parts. ``name`` stands before the number of the part.
+        Every rank of the world calls this with the same parts. The index of the part follows ``name``.
         """
         if len(parts) == 1:
             return replace(all_ranks(), name=f"{name} 0")
@@ -65,7 +65,7 @@ class HostGroup:
 
     @property
     def rank(self) -> int:
-        """Place of this rank among them."""
+        """Index of this rank among them."""
         return 0 if self.group is None else self.group.rank()
 
     def barrier(self) -> None:
@@ -142,8 +142,8 @@ class HostGroup:
     def first(self, text: str | None) -> tuple[int, str] | None:
         """Return the lowest rank whose ``text`` is not None and its text, on every rank; None where all are None.
 
-        Ranks that tell one another what went wrong before they go on stop together, instead of waiting for the one that
-        failed.
+        Ranks that share what went wrong before they go on stop together, instead of waiting for the
+        one that failed.
         """
         for rank, given in enumerate(self.gather(text)):
             if given is not None:
@@ -166,7 +166,7 @@ class HostGroup:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Say in our words what torch says when a rank is gone or silent."""
+        """Explain what torch reports when a rank is gone or silent."""
         try:
             yield
         except RuntimeError as error:
@@ -189,6 +189,16 @@ def all_ranks() -> HostGroup:
     """
     world = dist.group.WORLD
     return HostGroup(group=None if world is None else _host_group(world), name="all ranks")
+
+
+def raise_everywhere(refusal: MoeReplayError | None) -> None:
+    """Raise the refusal of any rank on all of them; collective, and without effect if none refuses.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+    for found in all_ranks().gather(refusal):
+        if found is not None:
+            raise found
 
 
 def forget_groups() -> None:
