@@ -290,7 +290,7 @@ def test_a_name_used_twice_is_refused(pair):
 def test_another_magic_is_refused(pair, at):
     altered = bytearray(pair[0])
     altered[at] ^= 1
-    with pytest.raises(CodecError, match="these bytes are no traces"):
+    with pytest.raises(CodecError, match="these bytes are not traces"):
         decode_traces(with_fitting_checksums(bytes(altered)))
 
 

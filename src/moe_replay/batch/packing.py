@@ -22,21 +22,21 @@ def split_to(groups: list[list[int]], lengths: Sequence[int], count: int) -> lis
     """
     parts = list(groups)
     while len(parts) < count:
-        splittable = [number for number, part in enumerate(parts) if len(part) > 1]
+        splittable = [index for index, part in enumerate(parts) if len(part) > 1]
         if not splittable:
             raise RecipeError(
                 f"{sum(map(len, parts))} samples of a rank's mini-batch cannot be split into the {count} microbatches "
                 "that the pipeline or another rank needs; raise batch.global_batch_size"
             )
-        number = max(splittable, key=lambda n: (sum(lengths[p] for p in parts[n]), -n))
-        whole = parts[number]
+        largest = max(splittable, key=lambda i: (sum(lengths[p] for p in parts[i]), -i))
+        group = parts[largest]
         half, tokens = 0, 0
-        while half < len(whole) - 1 and (
-            half == 0 or 2 * (tokens + lengths[whole[half]]) <= sum(lengths[p] for p in whole)
+        while half < len(group) - 1 and (
+            half == 0 or 2 * (tokens + lengths[group[half]]) <= sum(lengths[p] for p in group)
         ):
-            tokens += lengths[whole[half]]
+            tokens += lengths[group[half]]
             half += 1
-        parts[number : number + 1] = [whole[:half], whole[half:]]
+        parts[largest : largest + 1] = [group[:half], group[half:]]
     return parts
 
 

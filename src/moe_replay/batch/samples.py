@@ -23,7 +23,7 @@ class Sample:
     """
 
     sample_id: int
-    """Position in the rollout batch; unique in a step."""
+    """Index among the samples of the replica in this step."""
     token_ids: Int32[np.ndarray, " tokens"]
     """``[P + T]``."""
     prompt_length: int
@@ -31,7 +31,7 @@ class Sample:
     rollout_logprobs: Float32[np.ndarray, " completion"]
     """``[T]``, in nats, from the engine."""
     advantage: float
-    """One number for the whole completion."""
+    """The same for every token of the completion."""
     trains: bool
     """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
     server: str = ""

@@ -1,4 +1,4 @@
-"""MegatronActor: the policy that is trained: scoring, the update, and its weights for everybody else.
+"""MegatronActor: the policy in training, with its gradients, optimizer and learning-rate schedule.
 
 In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights, gradient norms.
 """
@@ -64,7 +64,7 @@ class Gradient:
     """What a backward pass found, the same on every rank but for the balancing loss."""
 
     norm: float
-    """Norm of the whole gradient before clipping; finite."""
+    """Norm of the gradient over all ranks before clipping; finite."""
     balancing_loss: float | None
     """This rank's part of the auxiliary load-balancing loss before its weight, a mean over MoE layers and microbatches
     when summed over ranks; None when the recipe has none."""
@@ -75,7 +75,7 @@ class UpdateResult:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the gradient over all ranks before clipping."""
     learning_rate: float
     """Learning rate that the step used."""
 
@@ -117,7 +117,7 @@ class MegatronActor(MegatronScorer):
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            # Megatron starts the warm-up from here; a start at 0 would throw a whole rollout away.
+            # Megatron starts the warm-up from here; a start at 0 would waste a rollout.
             init_lr=settings.lr / (settings.warmup_steps + 1),
             max_lr=settings.lr,
             min_lr=settings.min_lr,
@@ -198,7 +198,7 @@ class MegatronActor(MegatronScorer):
         return learning_rate
 
     def skip(self) -> None:
-        """Let the schedule of the learning rate go on without a step, so that it depends on the step's number alone."""
+        """Advance the learning-rate schedule without a step, so that it depends on the step count alone."""
         self.scheduler.step(increment=1)
 
     @property
@@ -213,12 +213,12 @@ class MegatronActor(MegatronScorer):
 
     def _broken_gradient(self, work: BackwardWork, norm: float, where: str) -> DivergedError:
         found = find_broken(self, work)
-        places = "\n  ".join(found[:8]) or (
+        culprits = "\n  ".join(found[:8]) or (
             "no microbatch alone: each is finite, their sum or the square of its norm overflows"
         )
         return DivergedError(
             f"{where}: the norm of the gradient is {norm}, expected a finite number. No weight was changed by this update, "
-            f"nothing was pushed to the engine, and the checkpoints are as they were.\n  {places}\nLikely causes: a reward "
+            f"nothing was pushed to the engine, and the checkpoints are as they were.\n  {culprits}\nLikely causes: a reward "
             "or an advantage of extreme size, a learning rate that made the model diverge (look at grad_norm, "
             "policy_ratio/* and rollout_correction/* of the steps before), or a fault in a layer. Resume from the last "
             "checkpoint with a lower optimizer.lr or a bounded reward"

@@ -2,7 +2,7 @@
 
 Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it counts loads for the expert bias: it raises,
 or leaves out experts where there are as many rows. With a mask, the token count by which it weighs the auxiliary loss
-is that of all ranks that share a sequence (its reduction works in place); 0.19 multiplies it by their number once more.
+is that of all ranks that share a sequence (its reduction works in place); 0.19 multiplies it by their count again.
 
 In: routers. Out: the same routers, fixed, and what the auxiliary loss was.
 """
@@ -57,7 +57,7 @@ class BalancingLoss:
     """
 
     def __init__(self, routers: Iterable[TopKRouter], *, num_layers: int) -> None:
-        """Listen to the ``routers`` of this rank, of ``num_layers`` MoE layers in the whole model."""
+        """Listen to the ``routers`` of this rank, of ``num_layers`` MoE layers in the model."""
         self._num_layers = num_layers
         self._total: torch.Tensor | None = None
         for router in routers:

@@ -1,4 +1,4 @@
-"""Writes that fail: found on whichever rank they fail, explained once, and raised on all ranks together.
+"""Writes that fail on any rank are explained once and raised on all ranks together.
 
 In: what is written, by each rank. Out: `CheckpointError` on every rank, or nothing.
 """
@@ -23,7 +23,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class SharedWrite:
     """One write in which every rank has a part.
 
-    A rank whose part fails goes on to `finish`, where all of them learn of it: a rank that raised alone would leave the
+    A rank whose part fails goes on to `finish`, where all ranks learn of it: a rank that raised alone would leave the
     others waiting in their next collective.
     """
 
@@ -54,9 +54,9 @@ class SharedWrite:
         ranks = all_ranks()
         failed = ranks.first(text)
         if failed is not None:
-            rank, told = failed
+            rank, reason = failed
             where = f" on rank {rank}" if ranks.size > 1 else ""
-            raise CheckpointError(f"writing {self._path} failed{where}: {told}") from self._error
+            raise CheckpointError(f"writing {self._path} failed{where}: {reason}") from self._error
 
 
 def explain(path: Path, error: BaseException) -> str:

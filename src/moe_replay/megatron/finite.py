@@ -21,12 +21,12 @@ _LARGEST_WEIGHT = 1e18
 
 
 def check_weights(modules: Iterable[torch.nn.Module], ranks: HostGroup) -> None:
-    """Raise unless every weight of the model, on all ranks, is a number to compute with; collective.
+    """Raise unless every weight of the model, on all ranks, is finite and not too large; collective.
 
     Each tensor is read once, and the answers of all are fetched together.
 
     Raises:
-        DivergedError: when one is infinite, not a number, or so large that its square is infinite.
+        DivergedError: when one is infinite, NaN, or so large that its square is infinite.
     """
     _check(_weights(modules), "weights", _LARGEST_WEIGHT, ranks)
 
@@ -47,7 +47,7 @@ def check_optimizer(optimizer: Any, ranks: HostGroup) -> None:
     A second moment that overflowed freezes its weight for ever, and the weight itself looks healthy.
 
     Raises:
-        DivergedError: when a value is infinite or not a number.
+        DivergedError: when a value is infinite or NaN.
     """
     _check(_moments(optimizer), "optimizer state", math.inf, ranks)
 
@@ -100,8 +100,8 @@ def _moments(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if inner is None:
             continue
         held = [weight for group in inner.param_groups for weight in group["params"]]
-        for place, weight in enumerate(held):
-            yield f"main weight {place} of optimizer {number}", weight
+        for index, weight in enumerate(held):
+            yield f"main weight {index} of optimizer {number}", weight
             for name, value in inner.state.get(weight, {}).items():
                 if isinstance(value, torch.Tensor):
-                    yield f"{name} {place} of optimizer {number}", value
+                    yield f"{name} {index} of optimizer {number}", value

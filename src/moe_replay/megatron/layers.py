@@ -63,10 +63,10 @@ class AllHeadsKeyNorm(_AllHeadsRMSNorm):
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """The down projections of latent attention: whole on every tensor-parallel rank, run on its rows alone.
+    """The down projections of latent attention: complete on every tensor-parallel rank, run on its rows.
 
     Megatron's local layers cut them instead and gather the result, and the backward of that gather drops what the other
-    ranks' heads say about the shared rotary key: gradients are then silently wrong (0.16.1, relative error 0.4).
+    ranks' heads contribute to the shared rotary key: gradients are then silently wrong (0.16.1, relative error 0.4).
     """
 
     def __init__(

@@ -17,7 +17,7 @@ def with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
     Transformer Engine's the experts of all other stages would begin at step 1 with old moments.
 
     Example:
-        Steps ``3`` of the dense part and ``0`` of an empty one, which is no step at all, become ``3`` and ``3``.
+        Steps ``3`` of the dense part and ``0`` of an empty one, which has never stepped, become ``3`` and ``3``.
     """
     # A chain of one part, which is what a dense model has, is that part's own state.
     parts = [state] if "optimizer" in state else list(state.values())

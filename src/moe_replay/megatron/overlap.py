@@ -1,4 +1,4 @@
-"""Overlap of live and replayed routes, counted where the routers run: the guard sees every row, and no live id leaves the device.
+"""Counts the overlap of live and replayed routes on the device: the guard sees every row, and no live id is copied.
 
 In: replayed routes of a microbatch, live ids of one layer after the other. Out: OverlapCounts, RouteUse.
 """
@@ -23,7 +23,7 @@ from moe_replay.routing.guard.counts import (
 )
 
 _MAX_BYTES = 2**26
-"""Most bytes of the mask over experts and of the ids looked up in it, for the rows of a layer that are taken at once."""
+"""Maximum bytes of the mask over experts and of the ids looked up in it, for the rows taken at once."""
 _NUM_PLACES = len(PLACES)
 # Rows of the running sums: own, others, flips, nearer and farther at each place, layers in which the live and in which the
 # replayed set is that of the row before.
@@ -49,7 +49,7 @@ class RouteUse:
     num_rows: int
     """Rows counted."""
     favourite: Int64[np.ndarray, "layers topk"]
-    """The experts that most rows choose, in increasing order."""
+    """The experts chosen by the largest count of rows, in increasing order."""
     favourite_times: Int64[np.ndarray, " layers"]
     """Rows that choose exactly these."""
 
@@ -94,7 +94,7 @@ class OverlapCounter:
         )
         self._layers, self._topk = layers, expert_ids.shape[2]
         self._num_experts = routes.num_experts
-        self._place = [routes.layers.index(layer) for layer in layers]
+        self._entry = [routes.layers.index(layer) for layer in layers]
         self._left = set(layers)
         self._ids, self._rows = expert_ids, upload(rows, device)
         self._bounds = upload(np.append(starts, len(rows)), device)
@@ -179,7 +179,7 @@ class OverlapCounter:
         )
 
     def _replayed(self, number: int) -> Int64[torch.Tensor, "valid topk"]:
-        return self._ids[self._place[number]].index_select(0, self._rows).long()
+        return self._ids[self._entry[number]].index_select(0, self._rows).long()
 
     def _places(
         self, number: int, live: Int64[torch.Tensor, "valid topk"]
@@ -210,7 +210,7 @@ class OverlapCounter:
         return used.take(live + start).sum(1)
 
     def _favourite(self, live: Int64[torch.Tensor, "valid topk"]) -> Int64[torch.Tensor, " topk"]:
-        """Return the most chosen experts: where one set is chosen by most rows, it is these."""
+        """Return the experts chosen most often; where one set dominates, it is this set."""
         flat = live.flatten()
         times = torch.zeros(self._num_experts, dtype=torch.int64, device=live.device)
         times.scatter_add_(0, flat, torch.ones_like(flat))

@@ -1,8 +1,8 @@
-"""Recorded routes of all ranks put together again: traces in global layer and token order.
+"""Joins the recorded routes of all ranks into traces, in global layer and token order.
 
 Training never needs this: routes are replayed where they were recorded. Export, comparison and tests do.
 
-In: RouteSlice of every rank of a replica. Out: traces of whole samples.
+In: RouteSlice of every rank of a replica. Out: traces of complete samples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gather_traces(
 ) -> dict[int, RoutingTrace]:
     """Return sample id -> its trace, on every rank of the replica; collective over it.
 
-    ``form`` names the layers of the whole model. Each rank brings its ``routes`` (microbatch key -> routes); a stage
+    ``form`` names the layers of the model. Each rank brings its ``routes`` (microbatch key -> routes); a stage
     without routers brings none.
 
     Raises:
@@ -39,12 +39,12 @@ def gather_traces(
     """
     traces: dict[int, RoutingTrace] = {}
     for microbatch in microbatches:
-        whole = _whole(microbatch, routes.get(microbatch.key), form, device)
+        ids = _all_ids(microbatch, routes.get(microbatch.key), form, device)
         start = 0
         for sample in microbatch.samples:
             stop = start + len(sample.token_ids)
             traces[sample.sample_id] = RoutingTrace.record(
-                whole[start:stop],
+                ids[start:stop],
                 token_ids=sample.token_ids,
                 valid=np.ones(stop - start, dtype=bool),
                 layers=form.layers,
@@ -60,7 +60,7 @@ def gather_traces(
     return traces
 
 
-def _whole(
+def _all_ids(
     microbatch: Microbatch, held: RouteSlice | None, form: RouteForm, device: torch.device
 ) -> Integer[np.ndarray, "rows layers topk"]:
     """Add up what every rank holds, and check that every row and layer came from exactly one.
@@ -75,9 +75,9 @@ def _whole(
         index = microbatch.router_index
         rows = index.rows[index.is_token]
         for number, layer in enumerate(held.layers):
-            place = form.layers.index(layer)
-            mine[0, rows, place] = held.expert_ids[number][index.is_token]
-            mine[1, rows, place] = 1
+            entry = form.layers.index(layer)
+            mine[0, rows, entry] = held.expert_ids[number][index.is_token]
+            mine[1, rows, entry] = 1
     total = torch.from_numpy(mine).to(device)
     for group in (
         parallel_state.get_tensor_model_parallel_group(),
@@ -88,10 +88,10 @@ def _whole(
             dist.all_reduce(total, group=group)
     ids, times = total.cpu().numpy()
     if not (times == 1).all():
-        row, place, _ = np.argwhere(times != 1)[0]
+        row, entry, _ = np.argwhere(times != 1)[0]
         raise ReplayScopeError(
-            f"microbatch {microbatch.key}: row {row}, layer {form.layers[place]} was recorded by "
-            f"{times[row, place, 0]} ranks, expected one; the ranks packed different microbatches, or a pipeline stage "
+            f"microbatch {microbatch.key}: row {row}, layer {form.layers[entry]} was recorded by "
+            f"{times[row, entry, 0]} ranks, expected one; the ranks packed different microbatches, or a pipeline stage "
             "is missing"
         )
     return ids.astype(expert_dtype(form.num_experts))

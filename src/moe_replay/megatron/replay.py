@@ -147,7 +147,7 @@ class RouterScope(ABC):
 
     @contextmanager
     def microbatch(self, key: int) -> Iterator[None]:
-        """Say that the forward pass inside the block is that of microbatch ``key``."""
+        """Mark the forward pass inside the block as that of microbatch ``key``."""
         before, self._key = self._key, key
         try:
             yield
@@ -254,13 +254,13 @@ class ReplayScope(RouterScope):
         ``keeps_live`` keeps the live ids of every row too, [rows, layers, topk] for each microbatch on the device.
 
         Raises:
-            TraceError: when routes lack a layer of the model, or have another number of experts per token.
+            TraceError: when routes lack a layer of the model, or are of a model of another shape.
         """
         super().__init__(routers, may_be_empty=may_be_empty)
         self._routes = dict(routes)
         self._owners = dict(owners or {})
         self._keeps_live = keeps_live
-        self._place: dict[int, dict[int, int]] = {}
+        self._entry: dict[int, dict[int, int]] = {}
         self._counters: dict[int, OverlapCounter] = {}
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
         # Of the microbatch that is running and, while a recomputation interrupts it, of the recomputed one.
@@ -268,7 +268,7 @@ class ReplayScope(RouterScope):
         for key, held in self._routes.items():
             if routers:
                 refuse_foreign_routes(key, held, routers)
-            self._place[key] = {layer: i for i, layer in enumerate(held.layers)}
+            self._entry[key] = {layer: i for i, layer in enumerate(held.layers)}
 
     def _keys(self) -> Sequence[int]:
         return tuple(self._routes)
@@ -307,7 +307,7 @@ class ReplayScope(RouterScope):
                 f"{len(routes.valid)}; tokens and routes were cut for different ranks or padded differently"
             )
         uploaded = self._upload_once(key, routes, scores.device)
-        ids = uploaded.expert_ids[self._place[key][layer]].long()
+        ids = uploaded.expert_ids[self._entry[key][layer]].long()
         if key in self._owners and not self._recomputing:
             # One top-k of all rows serves the rows without a route and the guard.
             live = choice.live_ids(None)

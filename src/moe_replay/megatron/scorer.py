@@ -52,7 +52,7 @@ class ScoredSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a forward pass found out."""
+    """What a forward pass found."""
 
     samples: Mapping[int, ScoredSample]
     """Sample id -> its values, for all samples of this rank's replica."""
@@ -236,16 +236,16 @@ class MegatronScorer:
         self, microbatch: Microbatch, local: tuple[torch.Tensor, torch.Tensor] | None
     ) -> Float32[np.ndarray, "2 batch_rows"]:
         """Return log-probabilities and entropies over the concatenated batch, on every rank of the replica."""
-        whole = np.zeros((2, microbatch.index.num_rows), dtype=np.float32)
+        found = np.zeros((2, microbatch.index.num_rows), dtype=np.float32)
         if local is not None:
             rows = microbatch.index.rows[np.flatnonzero(microbatch.predicts_sampled)]
-            for place, values in zip(whole, local, strict=True):
-                place[rows] = values.float().cpu().numpy()
+            for into, values in zip(found, local, strict=True):
+                into[rows] = values.float().cpu().numpy()
         cp_group = parallel_state.get_context_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         if cp_group.size() == 1 and pp_group.size() == 1:
-            return whole
-        shared = self._tensor(whole)
+            return found
+        shared = self._tensor(found)
         if cp_group.size() > 1:
             dist.all_reduce(shared, group=cp_group)
         if pp_group.size() > 1:

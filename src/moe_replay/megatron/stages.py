@@ -1,6 +1,6 @@
-"""Which decoder layers each pipeline stage will hold, told before any process is started.
+"""Which decoder layers each pipeline stage will hold, known before any process is started.
 
-Training never asks: it reads the layers of the built model.
+Training does not use it: it reads the layers of the built model.
 
 In: a TransformerConfig. Out: layers of each stage.
 """

@@ -70,7 +70,7 @@ def compare_traces(pairs: Iterable[tuple[RoutingTrace, RoutingTrace]]) -> TraceC
 
     Raises:
         TokenMismatchError: when the two traces of a pair are bound to different tokens.
-        TraceError: when there is no pair, or layers, experts or topk differ.
+        TraceError: when there are no pairs, or layers, experts or topk differ.
     """
     tally: _Tally | None = None
     for number, pair in enumerate(pairs):
@@ -93,7 +93,7 @@ class _Tally:
         self.num_skipped = 0
         self.longest = 0
         self.flips: list[Int64[np.ndarray, " held"]] = []
-        self.places: list[Int64[np.ndarray, " held"]] = []
+        self.positions: list[Int64[np.ndarray, " held"]] = []
         self.tokens: list[Int64[np.ndarray, " held"]] = []
 
     def add(self, ours: RoutingTrace, theirs: RoutingTrace) -> None:
@@ -106,7 +106,7 @@ class _Tally:
             self.num_flips += flips.sum(axis=0)
             flips_per_row.append(flips.sum(axis=1))
         self.flips.append(np.concatenate([np.zeros(0, dtype=np.int64), *flips_per_row]))
-        self.places.append(np.flatnonzero(held))
+        self.positions.append(np.flatnonzero(held))
         self.tokens.append(recover_tokens(ours.token_digest)[held].astype(np.int64))
         self.num_skipped += int(len(held) - held.sum())
         self.longest = max(self.longest, len(held))
@@ -121,7 +121,7 @@ class _Tally:
         by_flips = _shares(num_tokens_by_flips, num_tokens)
         different, token = np.unique(np.concatenate(self.tokens), return_inverse=True)
         by_position, tokens_at = _grouped(
-            flips, np.concatenate(self.places), self.longest, num_layers
+            flips, np.concatenate(self.positions), self.longest, num_layers
         )
         by_sequence, _ = _grouped(
             flips, np.repeat(np.arange(len(lengths)), lengths), len(lengths), num_layers

@@ -1,4 +1,4 @@
-"""What inference engines send, made into traces: every known form is told apart by its shape, none by a guess.
+"""Makes traces of what inference engines send: each known form is recognised by its shape, none by a guess.
 
 Engines differ in four ways, and each difference shows in the shape. *Layers*: all decoder layers (dense ones hold zeros
 or leftovers) or MoE layers only. *Parts*: one array for prompt and completion, or two. *Rows*: one for each token that
@@ -107,8 +107,8 @@ def trace_from_payload(
     An engine keeps one ``layer_order`` for all that it reads, so that short payloads add up to a judgement.
 
     Raises:
-        TraceError: when there is no payload, its type cannot hold the model's ids, rows, layers or topk have another number
-            than the model and the tokens imply, rows are unwritten and not allowed to be, or a row is not a possible route.
+        TraceError: when there is no payload, its type cannot hold the model's ids, the rows, layers or topk are not as many
+            as the model and the tokens imply, rows are unwritten and not allowed to be, or a row is not a possible route.
     """
     token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
@@ -150,7 +150,7 @@ def trace_from_split_payload(
     ``valid=False``, and coverage counts them.
 
     Raises:
-        TraceError: as `trace_from_payload`, and when either part has another number of rows.
+        TraceError: as `trace_from_payload`, and when either part has too few or too many rows.
     """
     token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
@@ -206,8 +206,8 @@ def _check_lengths(
 ) -> None:
     if not 1 <= num_prompt_tokens <= len(token_ids):
         raise TraceError(
-            f"{where}: {num_prompt_tokens} prompt tokens of {len(token_ids)}, expected at least one, and no more than there "
-            "are tokens; token_ids must hold prompt and completion"
+            f"{where}: {num_prompt_tokens} prompt tokens of {len(token_ids)}, expected 1 to {len(token_ids)}; "
+            "token_ids must hold prompt and completion"
         )
     last = min(num_prompt_tokens, len(token_ids) - 1)
     if not 0 <= start <= last:
@@ -287,8 +287,8 @@ def _of_empty_call(
     """Return the rows of a call that sampled nothing, without the last, and which were given: any part may have been fed."""
     if len(rows) > num_fed:
         raise TraceError(
-            f"{where}: the payload has {len(rows)} rows, expected at most {num_fed}: nothing was sampled, and no more than the "
-            f"prompt can have been fed from token {start} on"
+            f"{where}: the payload has {len(rows)} rows, expected at most {num_fed}: nothing was sampled, and only the "
+            f"prompt can have been fed, from token {start} on"
         )
     kept = rows[: num_fed - 1]
     missing = np.zeros((num_fed - 1 - len(kept), *rows.shape[1:]), dtype=rows.dtype)
@@ -365,7 +365,7 @@ def _unwritten_of_one(
     if unwritten == "invalid":
         raise TraceError(
             f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "
-            "cannot be told apart; turn the engine's prefix cache off"
+            "cannot be distinguished; turn the engine's prefix cache off"
         )
     blank = (rows == 0).all(axis=(1, 2)) & given
     if blank.any() and unwritten == "refuse":

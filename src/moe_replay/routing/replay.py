@@ -105,9 +105,9 @@ class LiveReason(StrEnum):
     PADDING = "padding"
     """The row holds no token."""
     PROMPT_OMITTED = "prompt_omitted"
-    """The engine left the routes of prompt rows out."""
+    """The engine omitted the routes of prompt rows."""
     ENVIRONMENT_OMITTED = "environment_omitted"
-    """The engine left the routes of tokens out that an environment gave it between turns."""
+    """The engine omitted the routes of tokens that an environment gave it between turns."""
     ENGINE_GAVE_NONE = "engine_gave_none"
     """The engine returned no route for a sampled token that it must have run."""
 
@@ -134,7 +134,7 @@ class Coverage:
 
     @staticmethod
     def total(parts: Iterable[Coverage]) -> Coverage:
-        """Add coverages up."""
+        """Add up coverages."""
         replayed = 0
         live = dict.fromkeys(LiveReason, 0)
         for part in parts:
@@ -153,20 +153,20 @@ class Coverage:
     ) -> Coverage:
         """Count the rows of one sample: those with a route, and the others by reason.
 
-        ``is_sampled`` tells sampled tokens from an environment's; None says that all after the prompt were sampled.
+        ``is_sampled`` is False at tokens of an environment; None says that all after the prompt were sampled.
         Of a prompt of 2 and 3 sampled tokens with ``valid=[F, T, T, F, F]`` 2 rows are replayed, and one each is live
         for ``prompt_omitted``, ``engine_gave_none`` and ``last_token``.
 
         Raises:
-            TraceError: when there are fewer rows than prompt tokens, or none, or ``is_sampled`` has another number of rows.
+            TraceError: when there are fewer rows than prompt tokens, or none, or flags and rows differ in count.
         """
         if not 0 <= prompt_length <= len(valid) > 0 or len(valid) != len(
             valid if is_sampled is None else is_sampled
         ):
             flags = "" if is_sampled is None else f" and {len(is_sampled)} is_sampled flags"
             raise TraceError(
-                f"a prompt of {prompt_length} tokens in {len(valid)} rows{flags}; expected no more than the rows, of which "
-                "there is one at least, and one flag a row"
+                f"a prompt of {prompt_length} tokens in {len(valid)} rows{flags}; expected at least one row, a prompt no "
+                "longer than the rows, and one flag a row"
             )
         missing = ~valid
         last = int(missing[-1])

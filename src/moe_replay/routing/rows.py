@@ -169,7 +169,7 @@ class RowIndex:
         local: Shaped[np.ndarray, "local_rows ..."],
         out: Shaped[np.ndarray, "rows ..."],
     ) -> None:
-        """Write local rows to their places in ``out`` ``[num_rows, ...]``; padding is left out."""
+        """Write local rows to the rows of ``out`` ``[num_rows, ...]`` that they hold; padding is omitted."""
         if len(local) != len(self.rows) or len(out) != self.num_rows:
             raise TraceError(
                 f"got {len(local)} local and {len(out)} global rows, expected {len(self.rows)} and {self.num_rows}"
@@ -180,7 +180,7 @@ class RowIndex:
 def _chunks_of(
     cp_size: int, cp_rank: int, partition: CpPartition
 ) -> tuple[Int64[np.ndarray, " held"], int]:
-    """Return the chunks of each sequence that a rank holds, in order, and the number of chunks of a sequence."""
+    """Return the chunks of each sequence that a rank holds, in order, and how many a sequence has."""
     if partition == "contiguous" or cp_size == 1:
         return np.array([cp_rank]), cp_size
     return np.array([cp_rank, 2 * cp_size - 1 - cp_rank]), 2 * cp_size
@@ -201,7 +201,7 @@ def _common_multiple(a: int, b: int) -> int:
 def _check_lengths(lengths: Sequence[int]) -> None:
     if not lengths or min(lengths) < 1:
         raise TraceError(
-            f"sequence lengths must be at least 1 and there must be one, got {list(lengths)}"
+            f"expected at least one sequence length, and each at least 1, got {list(lengths)}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Rollouts that took several engine calls, aborted and resumed or in several turns, made into one trace.
+"""Makes one trace of a rollout that took several engine calls, aborted and resumed or in several turns.
 
-Each call feeds the whole sequence so far, so a token is fed many times: once for real, and again whenever a later call
+Each call feeds the sequence so far, so a token is fed many times: once for real, and again whenever a later call
 prefills what came before. Later weights choose other experts. The row of a token therefore comes from the call that
 fed it *first*: for a sampled token that is the call in which the next one was sampled from it, for a token of the
 environment the call that prefilled it. The token sampled last in a call was not fed by that call; its row comes from
@@ -41,7 +41,7 @@ class RowKind(StrEnum):
     """Where the token of a row came from."""
 
     PROMPT = "prompt"
-    """It stood in the prompt of the first call."""
+    """It was in the prompt of the first call."""
     ENVIRONMENT = "environment"
     """A later call was given it: a tool's answer, the next user turn, a template's separators."""
     SAMPLED = "sampled"
@@ -63,7 +63,7 @@ class EngineCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StitchedRollout:
-    """One sequence with one trace, whatever number of calls it took."""
+    """One sequence with one trace, however many calls it took."""
 
     token_ids: Integer[np.ndarray, " tokens"]
     """``[tokens]``, everything fed and sampled."""
@@ -96,7 +96,7 @@ def merge_partial(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout
 
     Raises:
         TokenMismatchError: when a call was fed something else, or a trace is bound to other tokens than its call's.
-        TraceError: when there is no call, or a trace claims a route for the token that its call sampled last.
+        TraceError: when there are no calls, or a trace claims a route for the token that its call sampled last.
     """
     for number, (before, call) in enumerate(pairwise(calls), start=1):
         so_far = len(before.fed_ids) + len(before.sampled_ids)
@@ -114,7 +114,7 @@ def stitch_turns(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
 
     Raises:
         TokenMismatchError: when a call was not fed all that came before it, or a trace is bound to other tokens.
-        TraceError: when there is no call, or a trace claims a route for the token that its call sampled last.
+        TraceError: when there are no calls, or a trace claims a route for the token that its call sampled last.
     """
     if not calls:
         raise TraceError(f"{where}: no engine call to stitch; a rollout takes at least one")

@@ -25,8 +25,8 @@ from moe_replay.routing.format.slots import repeating_sets, row_chunks
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64
 
-# A layer that routes this many different tokens all alike has a collapsed router, or its buffer was never written. Fewer
-# can be chance, and a stretch of one repeated token, however long, rightly has constant routes.
+# A layer that gives this many different tokens the same experts has a collapsed router, or its buffer was never written.
+# Fewer can be chance, and one repeated token, however often, rightly has constant routes.
 MIN_TOKENS_FOR_CONSTANT_CHECK = 32
 
 
@@ -177,7 +177,7 @@ class RoutingTrace:
         they are narrowed. All three may be numpy arrays, lists, or tensors of torch, and may be reused once this returns.
 
         Raises:
-            TraceError: when rows, tokens and ``valid`` differ in number, or a valid row is not a possible route.
+            TraceError: when rows, tokens and ``valid`` differ in length, or a valid row is not a possible route.
         """
         ids, token_ids, valid = as_array(expert_ids), as_array(token_ids), as_array(valid)
         if not np.issubdtype(ids.dtype, np.integer):
@@ -295,7 +295,7 @@ class RoutingTrace:
         """Return the layers in which all valid rows, of at least 32 different tokens, hold the same experts.
 
         The router of such a layer has collapsed, which is legal and happens in reinforcement learning, or the engine never
-        wrote the layer. The routes cannot tell which. `Guard` can: the live routes of a collapsed router are the same.
+        wrote the layer. The routes cannot show which. `Guard` can: the live routes of a collapsed router are the same.
         """
         held = np.flatnonzero(self.valid)
         if len(held) < MIN_TOKENS_FOR_CONSTANT_CHECK:
@@ -303,21 +303,21 @@ class RoutingTrace:
         # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
         first = self.expert_ids[held[0]]
         some = self.expert_ids[held[:MIN_TOKENS_FOR_CONSTANT_CHECK]]
-        places = [
-            place
-            for place in np.flatnonzero((some == first).all(axis=(0, 2)))
-            if (self.expert_ids[held, place] == first[place]).all()
+        constant = [
+            entry
+            for entry in np.flatnonzero((some == first).all(axis=(0, 2)))
+            if (self.expert_ids[held, entry] == first[entry]).all()
         ]
-        if not places or (
+        if not constant or (
             num_different_tokens(self.token_digest, self.valid) < MIN_TOKENS_FOR_CONSTANT_CHECK
         ):
             return ()
-        return tuple(self.layers[place] for place in places)
+        return tuple(self.layers[entry] for entry in constant)
 
     def select_layers(self, layers: Sequence[int]) -> RoutingTrace:
         """Return the trace restricted to ``layers`` (global decoder indices, increasing), each looked up by number."""
-        place = {layer: index for index, layer in enumerate(self.layers)}
-        missing = [layer for layer in layers if layer not in place]
+        entry = {layer: index for index, layer in enumerate(self.layers)}
+        missing = [layer for layer in layers if layer not in entry]
         if missing:
             raise TraceError(
                 f"layers {missing} are not in the trace, which holds {list(self.layers)}; the recording model and "
@@ -327,7 +327,7 @@ class RoutingTrace:
             return self
         return RoutingTrace(
             expert_ids=owned(
-                np.array(self.expert_ids[:, [place[layer] for layer in layers]], order="C")
+                np.array(self.expert_ids[:, [entry[layer] for layer in layers]], order="C")
             ),
             valid=self.valid,
             layers=tuple(layers),

@@ -154,7 +154,7 @@ class Seen:
     layer: int
     """Global decoder index."""
     hidden: np.ndarray
-    """``[rows, hidden]``, its input: it tells which token a row holds without asking any row index."""
+    """``[rows, hidden]``, its input, from which a token is recognised without any row index."""
     chosen: np.ndarray
     """``[rows, experts]`` bool, the experts that then ran."""
 
@@ -170,7 +170,7 @@ class Step:
     grad_norm: float
     """Before clipping."""
     gradients: dict[str, torch.Tensor]
-    """Of the whole model, by checkpoint name."""
+    """Of the model, by checkpoint name."""
     seen: list[Seen]
     """Of the replayed pass, on this rank."""
     rows: list[tuple[np.ndarray, np.ndarray]]

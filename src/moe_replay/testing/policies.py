@@ -140,7 +140,7 @@ def with_own_routes(
 
 
 def route_form(scorer: MegatronScorer) -> RouteForm:
-    """Return the layers, experts and top-k of the whole model, as its configuration states them."""
+    """Return the layers, experts and top-k of the model, as its configuration states them."""
     shape = unwrap(scorer.chunks[0]).model_shape
     return RouteForm(layers=shape.moe_layers, num_experts=shape.num_experts, topk=shape.topk)
 
@@ -151,7 +151,7 @@ def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tenso
 
 
 def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    """Return the reduced gradient of the whole model by checkpoint name, on every rank; collective.
+    """Return the reduced gradient of the model by checkpoint name, on every rank; collective.
 
     The distributed optimizer leaves each data-parallel rank with the sum of its own shard; the shards are gathered.
     """

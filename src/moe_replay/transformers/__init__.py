@@ -1,4 +1,4 @@
-"""Hugging Face models: record the routes that their routers choose, and replay routes in their place.
+"""Hugging Face models: record the routes that their routers choose, and replay given ones.
 
 In: a transformers model. Out: `record_routes`, `replay_routes`, `replay_traces`, `find_routers`, `routed_model`.
 """

@@ -32,7 +32,7 @@ def place_traces(
         which row 0 is padding, and rows 2 and 5, each the last of its trace, are ``valid=False`` too.
 
     Raises:
-        TraceError: when shapes or numbers differ, or the traces are of different models.
+        TraceError: when shapes or counts differ, or the traces are of different models.
         TokenMismatchError: when a trace is bound to other tokens than its sequence has.
     """
     tokens = as_array(input_ids)
@@ -40,12 +40,12 @@ def place_traces(
     if tokens.ndim != 2 or mask.shape != tokens.shape or len(traces) != len(tokens) or not traces:
         raise TraceError(
             f"{len(traces)} traces, input_ids {list(tokens.shape)} and attention_mask {list(mask.shape)}, expected one trace "
-            "a sequence, and both of [batch, length]; masks of [batch, 1, length, length] do not tell where tokens are"
+            "a sequence, and both of [batch, length]; masks of [batch, 1, length, length] do not say where tokens are"
         )
     if not np.isin(mask, (0, 1)).all():
         raise TraceError(
             f"attention_mask holds {np.unique(mask)[:4].tolist()}, expected 1 at tokens and 0 at padding; additive masks and "
-            "masks that number packed sequences do not tell where tokens are"
+            "masks that number packed sequences do not say where tokens are"
         )
     RouteForm.common(traces, "sequences of a batch")
     first = traces[0]
@@ -75,7 +75,7 @@ def replay_traces(
         ...     logits = model(ids, attention_mask=mask).logits
 
     Raises:
-        TraceError: when traces and batch differ in number or shape, or the routes cannot be this model's.
+        TraceError: when traces and batch differ in count or shape, or the routes cannot be this model's.
         TokenMismatchError: when a trace is bound to other tokens than its sequence has.
         UnsupportedError: when the model is dense, or of a family whose score function is not known here.
         ReplayScopeError: when a forward has another number of rows, a router never ran, or recomputation happened outside

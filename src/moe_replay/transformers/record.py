@@ -37,10 +37,10 @@ class RouterSite:
 def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     """Return the routers of ``model`` in the order of their layers; empty for a dense model.
 
-    A layer's number is its place in the list of decoder layers that holds it, read from the built model.
+    A layer's number is its index in the list of decoder layers that holds it, read from the built model.
 
     Raises:
-        UnsupportedError: when an expert block has no router module of its own, its router tells neither experts nor
+        UnsupportedError: when an expert block has no router module of its own, its router states neither experts nor
             top-k, or the routers differ in them or sit in more than one stack of layers.
     """
     sites = []
@@ -101,8 +101,8 @@ class RouteRecorder:
         if rows[0] == 0 or len(set(rows)) > 1:
             seen = dict(zip(self.layers, rows, strict=True))
             raise ReplayScopeError(
-                f"routers recorded these numbers of rows by layer: {seen}; expected one number above 0 for all: run "
-                "whole forward passes of the recorded model between two calls"
+                f"routers recorded these counts of rows by layer: {seen}; expected one count above 0 for all: run "
+                "complete forward passes of the recorded model between two calls"
             )
         columns = [layer[0] if len(layer) == 1 else torch.cat(layer) for layer in parts]
         return torch.stack(columns, dim=1).to(self._dtype)
@@ -180,9 +180,9 @@ def _router_of(path: str, block: nn.Module) -> tuple[str, nn.Module]:
 
 def _decoder_layer(path: str) -> tuple[str, int]:
     parts = path.split(".")
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if part.isdigit():
-            return ".".join(parts[:place]), int(part)
+            return ".".join(parts[:index]), int(part)
     raise UnsupportedError(
         f"expert block {path} lies in no list of layers, so it has no layer number"
     )
@@ -197,6 +197,6 @@ def _dimensions(path: str, router: nn.Module, model: nn.Module) -> tuple[int, in
     topk = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", None)
     if not isinstance(num_experts, int) or not isinstance(topk, int):
         raise UnsupportedError(
-            f"router {path} ({type(router).__name__}) does not tell its experts and top-k (got {num_experts}, {topk})"
+            f"router {path} ({type(router).__name__}) does not state its experts and top-k (got {num_experts}, {topk})"
         )
     return num_experts, topk

@@ -100,7 +100,7 @@ def decode_trace(
     """Return the trace of a payload that holds exactly one.
 
     Raises:
-        CodecError: as `decode_traces`, and when the payload holds another number of traces.
+        CodecError: as `decode_traces`, and when the payload holds none or several traces.
     """
     names = [place.name for place in read_index(memoryview(payload).cast("B"), "payload")]
     if len(names) != 1:
@@ -125,7 +125,7 @@ def from_text(text: str) -> bytes:
         payload = binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
         raise CodecError(
-            f"a text of {len(text)} characters is no base64 of a payload ({error}); it was cut off or altered, or "
+            f"a text of {len(text)} characters is not valid base64 of a payload ({error}); it was cut off or altered, or "
             "written in another alphabet: use to_text"
         ) from error
     # The last character may hold bits that belong to no byte; altered, they would go unnoticed.
@@ -139,7 +139,7 @@ def write_payload(
     encoding: Encoding,
     write: Callable[[bytes | memoryview], object],
 ) -> list[FramePlace]:
-    """Hand a whole payload to ``write`` in pieces, so that no more than a chunk of rows is held besides the traces.
+    """Pass a payload to ``write`` in pieces, so that no more than a chunk of rows is held beside the traces.
 
     Raises:
         CodecError: when a name is empty, repeated or too long, or a number does not fit the format.
@@ -164,7 +164,7 @@ def write_named(
     at: int,
     taken: set[str],
 ) -> FramePlace:
-    """Write one frame of a payload, which begins at byte ``at`` of it, and add its name to those ``taken``.
+    """Write one frame, which begins at byte ``at`` of its payload, and add its name to ``taken``.
 
     Raises:
         CodecError: when the name is empty, repeated or too long, or a number does not fit the format.
@@ -176,7 +176,7 @@ def write_named(
 
 
 def pack_index(places: Sequence[FramePlace]) -> bytes:
-    """Return what ends a payload of these frames, which follow one another from its preamble on: index and footer."""
+    """Return index and footer of a payload whose frames are at ``places``."""
     entries = [
         _ENTRY.pack(place.start, place.stop - place.start, place.checksum, len(place.name.encode()))
         + place.name.encode()
@@ -243,21 +243,21 @@ def read_place(
     frame = stored[place.start : place.stop]
     if frame[-CHECKSUM_BYTES:] != place.checksum:
         raise CodecError(
-            f"{where}, trace {place.name!r}: its checksum is not the one in the index; altered, or exchanged for another"
+            f"{where}, trace {place.name!r}: its checksum is not the one in the index; it was altered or replaced"
         )
     return read_frame(frame, f"{where}, trace {place.name!r}", max_bytes=max_bytes)
 
 
 def _check_preamble(stored: memoryview, where: str) -> None:
-    least = _PREAMBLE.size + _FOOTER.size
-    if len(stored) < least:
+    minimum = _PREAMBLE.size + _FOOTER.size
+    if len(stored) < minimum:
         raise CodecError(
-            f"{where}: {len(stored)} bytes, expected at least {least}: empty, or cut off in transport"
+            f"{where}: {len(stored)} bytes, expected at least {minimum}: empty, or cut off in transport"
         )
     magic, version, *reserved = _PREAMBLE.unpack_from(stored)
     if magic != _MAGIC:
         raise CodecError(
-            f"{where}: starts with {magic.hex(' ')}, expected {_MAGIC.hex(' ')}: these bytes are no traces, or were "
+            f"{where}: starts with {magic.hex(' ')}, expected {_MAGIC.hex(' ')}: these bytes are not traces, or were "
             "still in a text form: use from_text"
         )
     if version != FORMAT_VERSION:
@@ -273,7 +273,7 @@ def _encoded_name(name: str, taken: set[str]) -> bytes:
     try:
         encoded = name.encode()
     except UnicodeEncodeError as error:
-        raise CodecError(f"trace name {name!r} is no text: {error}") from error
+        raise CodecError(f"trace name {name!r} is not valid text: {error}") from error
     if not 1 <= len(encoded) < 1 << 16 or name in taken:
         raise CodecError(
             f"trace name {name[:80]!r} is {'taken' if name in taken else f'{len(encoded)} bytes long'}; expected a name "
@@ -286,7 +286,7 @@ def _decoded_name(encoded: memoryview, size: int, taken: set[str], where: str) -
     try:
         name = str(encoded, "utf-8")
     except UnicodeDecodeError as error:
-        raise CodecError(f"{where}: the name is no UTF-8: {error}") from error
+        raise CodecError(f"{where}: the name is not valid UTF-8: {error}") from error
     if len(encoded) != size or not name or name in taken:
         raise CodecError(
             f"{where}: the name {name[:80]!r} is cut off, empty or not the only one of its kind"

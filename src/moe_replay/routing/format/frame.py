@@ -99,7 +99,7 @@ class TraceHeader:
 def write_frame(
     trace: RoutingTrace, encoding: Encoding, write: Callable[[bytes | memoryview], object]
 ) -> tuple[int, bytes]:
-    """Hand the bytes of ``trace`` to ``write``, a chunk of rows at a time; return their number and checksum.
+    """Pass the bytes of ``trace`` to ``write``, a chunk of rows at a time; return their count and checksum.
 
     Raises:
         CodecError: when a count, a policy version or a name does not fit its field.
@@ -140,7 +140,7 @@ def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
     """Return the header at the start of ``frame`` and its length; nothing is checked against a checksum.
 
     Raises:
-        CodecError: when the header is cut off, or says what cannot be.
+        CodecError: when the header is cut off, or holds impossible values.
     """
     if len(frame) < _FIXED.size:
         raise CodecError(f"{where}: {len(frame)} bytes, a trace starts with {_FIXED.size}")
@@ -149,8 +149,8 @@ def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
     if magic != _MAGIC or code >= len(_CODES) or reserved or more or not 1 <= token_bytes <= 8:
         raise CodecError(
             f"{where}: starts with {bytes(frame[:8]).hex(' ')}, expected {_MAGIC.hex(' ')}, an encoding below "
-            f"{len(_CODES)}, an item size, 1 to 8 bytes a token and zeros where nothing is defined: these bytes are no "
-            "trace of this version"
+            f"{len(_CODES)}, an item size, 1 to 8 bytes a token and zeros where nothing is defined: these bytes are "
+            "not a trace of this version"
         )
     end = _FIXED.size + 4 * num_layers + 12 * num_spans + engine + version
     if end > len(frame):
@@ -182,7 +182,7 @@ def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
         )
         wanted = expert_dtype(experts).itemsize
     except (TraceError, UnicodeDecodeError) as error:
-        raise CodecError(f"{where}: the header holds what cannot be: {error}") from error
+        raise CodecError(f"{where}: the header holds impossible values: {error}") from error
     if itemsize != wanted or not num_layers or not topk or valid > rows:
         raise CodecError(
             f"{where}: {itemsize} bytes an id, {num_layers} layers, top-{topk}, {valid} of {rows} rows valid; expected "
@@ -192,7 +192,7 @@ def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
 
 
 def read_frame(frame: memoryview, where: str, *, max_bytes: int) -> RoutingTrace:
-    """Return the trace of a whole frame, after its checksum; ``max_bytes`` limits what it may take in memory.
+    """Check a frame and return its trace; ``max_bytes`` limits what it may take in memory.
 
     Memory grows only as far as the bytes present prove: at most `set_coding.MAX_EXPANSION` expert slots a stored byte.
     Raw routes are a view of ``frame``.
@@ -289,7 +289,7 @@ def _route_pieces(trace: RoutingTrace, header: TraceHeader) -> Iterator[bytes | 
 
 
 def _keeps_order(header: TraceHeader, valid: Bool[np.ndarray, " rows"]) -> bool:
-    """Whether a chunk holds ids in their order: as asked for, or because rows of zeros among them are no sets."""
+    """Whether a chunk holds ids in their order: as asked for, or because rows of zeros among them are not sets."""
     return header.encoding is Encoding.ORDERED or not (header.leaves_rows_out or valid.all())
 
 

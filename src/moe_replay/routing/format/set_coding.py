@@ -3,7 +3,7 @@
 A set is sorted and written as the gaps between its members. Equal-sized sets drawn evenly have gaps that are all
 distributed alike, close to geometric, so a Huffman code over the gaps comes within 5 % of the limit ``log2(C(E, k))``:
 42.1 bits against 40.4 for top-8 of 128, where plain bytes take 64. Huffman codes symbols of one byte and costs at
-least one bit each; ids that need more than eight bits therefore leave their low bits, which are as good as random,
+least one bit each. Of ids that need more than eight bits, the low bits, which are as good as random, therefore stay
 outside it.
 
 Worked example, top-4 of 512 experts, one set as recorded:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from zstandard import ZstdCompressor, ZstdDecompressor
 
 MAX_EXPANSION = 32
-"""Most symbols that a stored byte may stand for; a writer stores what would shrink further as it is."""
+"""Maximum symbols that a stored byte may stand for; a writer stores what would shrink further uncompressed."""
 
 _CHUNK = struct.Struct("<BI")  # method, bytes of the symbols
 _PLAIN, _ZSTD = 0, 1

@@ -1,4 +1,4 @@
-"""Planes of expert slots: a chunk of routes transposed, so that its sets can be sorted and checked a whole row at a time.
+"""Planes of expert slots: a chunk of routes transposed, so that all its sets are sorted and checked at once.
 
 Sorting the last axis of ``[rows, layers, topk]`` costs one small sort a set. Transposed to ``topk`` planes, plane ``j``
 holding slot ``j`` of every (row, layer), the same sorting network runs over all sets at once, in vector instructions.
@@ -71,7 +71,7 @@ def repeating_sets(
 ) -> Bool[np.ndarray, "rows layers"]:
     """Return True at the sets that name an expert more than once."""
     repeats = np.zeros(expert_ids.shape[:2], dtype=bool)
-    # The first row tells routes that came from the codec from nearly all others.
+    # The first row is enough to see that routes did not come from the codec.
     if _all_increasing(expert_ids[:1]) and _all_increasing(expert_ids):
         return repeats
     ordered = sort_planes(to_planes(expert_ids))
@@ -82,7 +82,7 @@ def repeating_sets(
 
 
 def _all_increasing(expert_ids: UInt[np.ndarray, "rows layers topk"]) -> bool:
-    """Whether every set is in increasing order, as the codec returns them; five times as fast as sorting them."""
+    """Whether every set is in increasing order, as the codec returns it; five times as fast as sorting."""
     slots = expert_ids.reshape(-1)
     not_above = slots[1:] <= slots[:-1]
     between_sets = not_above[expert_ids.shape[2] - 1 :: expert_ids.shape[2]]

@@ -57,9 +57,9 @@ def write_trace_file(
 
 
 class TraceWriter:
-    """A trace file that grows by one trace at a time, and that another process can take up again after a kill.
+    """A trace file that grows by one trace at a time, and that another process can continue after a kill.
 
-    Until `finish` has written the index there is no trace file, only frames that follow one another; whoever takes it up
+    Until `finish` has written the index there is no trace file, only frames that follow one another; whoever continues it
     says which of them to keep. `num_cut_bytes` counts what lay behind them, such as half a frame.
 
     Example:
@@ -92,7 +92,7 @@ class TraceWriter:
             raise
 
     def append(self, name: str, trace: RoutingTrace) -> FramePlace:
-        """Write a trace behind the others and return its place.
+        """Append a trace and return where it lies.
 
         Raises:
             CodecError: when a name or a number does not fit the format.
@@ -108,12 +108,12 @@ class TraceWriter:
         return place
 
     def sync(self) -> None:
-        """Return once everything so far is on the disk."""
+        """Return when everything written so far is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Write the index, which makes these frames a trace file, unless it is there, and close it."""
+        """Write the index, unless it is there, which makes these frames a trace file; close it."""
         if not self._is_finished:
             self._file.write(pack_index(self._places))
             self.sync()
@@ -128,19 +128,19 @@ class TraceWriter:
         return self._places[-1].stop if self._places else len(PREAMBLE)
 
     def _cut_tail(self) -> int:
-        """Cut off everything behind the frames to keep, and return how many bytes that were, an index aside."""
+        """Cut off everything behind the frames to keep; return how many bytes, not counting an index."""
         size = self._file.seek(0, os.SEEK_END)
         if size < self._end and self._places:
             raise CodecError(
                 f"{self._path}: {size} bytes, expected the {len(self._places)} traces of which the last ends at byte "
-                f"{self._end}: the file was cut off or exchanged; remove the rollout and sample it again"
+                f"{self._end}: the file was cut off or replaced; remove the rollout and sample it again"
             )
         for place in self._places:
             self._file.seek(place.stop - CHECKSUM_BYTES)
             if self._file.read(CHECKSUM_BYTES) != place.checksum:
                 raise CodecError(
                     f"{self._path}, trace {place.name!r}: bytes {place.start}:{place.stop} do not end with its checksum; "
-                    "the file was altered or exchanged: remove the rollout and sample it again"
+                    "the file was altered or replaced: remove the rollout and sample it again"
                 )
         self._file.seek(self._end)
         index, num_behind = pack_index(self._places), max(0, size - self._end)
@@ -160,11 +160,11 @@ class TraceFile:
 
     The index is checked when the file is opened, a trace whenever it is read. The file is mapped, not loaded: a
     compact trace is decoded from the mapping, and the routes of a raw one *are* the mapping, read-only. It must not be
-    changed in place while they are in use; `write_trace_file` never does, it puts a new file in the old one's place.
+    changed in place while they are in use; `write_trace_file` never does, it replaces the old file by a new one.
     Several files, such as the shards of a rollout, read as one.
 
     Raises:
-        CodecError: when a file cannot be read, is no intact trace file of this version, or repeats a name of another.
+        CodecError: when a file cannot be read, is not an intact trace file of this version, or repeats a name of another.
     """
 
     def __init__(self, path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> None:
