@@ -153,7 +153,7 @@ def test_f7_traces_exchanged_between_two_payloads_raise():
     index_bytes = 34 + len("trace") + 32  # entry, name, footer
     mixed = second[:-index_bytes] + first[-index_bytes:]
     assert mixed not in (first, second)
-    with pytest.raises(CodecError, match="exchanged for another"):
+    with pytest.raises(CodecError, match="altered or replaced"):
         decode_trace(mixed)
 
 

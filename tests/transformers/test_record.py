@@ -104,7 +104,7 @@ def test_nothing_is_recorded_after_the_scope(qwen, token_ids):
     with record_routes(qwen) as recorder:
         pass
     qwen(token_ids)
-    with pytest.raises(ReplayScopeError, match="numbers of rows"):
+    with pytest.raises(ReplayScopeError, match="counts of rows"):
         recorder.take()
 
 

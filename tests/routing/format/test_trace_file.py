@@ -151,7 +151,7 @@ def test_e7_a_writer_refuses_to_go_on_behind_other_bytes(tmp_path, step):
     with pytest.raises(CodecError, match=r"'sample 1': bytes .* do not end with its checksum"):
         TraceWriter(path, places=places)
     path.write_bytes(stored[: places[2].stop - 1])
-    with pytest.raises(CodecError, match="was cut off or exchanged"):
+    with pytest.raises(CodecError, match="was cut off or replaced"):
         TraceWriter(path, places=places)
 
 
