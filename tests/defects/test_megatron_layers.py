@@ -17,8 +17,9 @@ import torch
 from moe_replay.batch import Microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.actor import MegatronActor, build_policy
+from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.model import build_model, moe_layers, read_model_shape, transformer_config
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.scorer import Routing

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.layout import initialize
-from moe_replay.megatron.model import moe_layers, read_model_shape, transformer_config
+from moe_replay.megatron.model import read_model_shape, transformer_config
 from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.upstream import compat
 from moe_replay.routing import RouteSlice

@@ -15,8 +15,8 @@ import torch
 from moe_replay.errors import CoverageError, RecipeError, UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.model import read_model_shape, transformer_config
-from moe_replay.megatron.refusals import REFUSALS, Verdict, judge
 from moe_replay.megatron.replay import RecordScope
+from moe_replay.megatron.replay.refusals import REFUSALS, Verdict, judge
 from moe_replay.megatron.scorer import Routing
 from moe_replay.recipe.load import recipe_from_table
 from moe_replay.routing import Coverage, LiveReason

@@ -14,7 +14,7 @@ import torch
 from moe_replay.batch import Microbatch
 from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import Routing
 from moe_replay.testing.layouts import FULL, MOE, Case, coded_samples, layout, replayed_step

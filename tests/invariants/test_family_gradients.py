@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import mappings
 from moe_replay.batch import Microbatch
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.actor import MegatronActor, build_policy
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.families.rules import FAMILIES as SUPPORTED
 from moe_replay.megatron.layout import initialize
-from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.scorer import Routing
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.layouts import ALLGATHER, CASES, Case, layout

@@ -11,8 +11,8 @@ import torch
 
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.weights import export_hf_weights

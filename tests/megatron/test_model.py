@@ -20,14 +20,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
 from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.megatron.attention import zigzag_positions
+from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.model import (
-    build_model,
-    moe_layers,
-    read_model_shape,
-    transformer_config,
-)
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.upstream.attention import zigzag_positions
 from moe_replay.megatron.weights import export_hf_weights, load_hf_weights
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

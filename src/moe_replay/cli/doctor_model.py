@@ -15,7 +15,7 @@ import torch
 from moe_replay.grpo.start.preflight import Preflight, ranks_needed
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import ModelShape
-from moe_replay.megatron.refusals import judge
+from moe_replay.megatron.replay.refusals import judge
 from moe_replay.megatron.upstream import compat
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import expert_dtype

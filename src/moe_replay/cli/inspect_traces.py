@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moe_replay.cli.trace_files import open_traces
 from moe_replay.routing import RoutingTrace, TraceFile
-from moe_replay.routing.format.slots import row_chunks
+from moe_replay.routing.slots import row_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

@@ -24,13 +24,15 @@ from megatron.core.transformer.module import Float16Module
 
 from moe_replay.batch import Microbatch
 from moe_replay.errors import DivergedError, UpdateError
-from moe_replay.megatron.backward import BackwardWork, TokenLoss, accumulate, find_broken
+from moe_replay.megatron.backward import BackwardWork, MegatronLearner, TokenLoss
 from moe_replay.megatron.balance import BalancingLoss
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.model import build_model, read_model_shape, transformer_config, unwrap
-from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, Routing
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import load_hf_weights
+from moe_replay.routing import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class UpdateResult:
     """Learning rate that the step used."""
 
 
-class MegatronActor(MegatronScorer):
+class MegatronActor(MegatronLearner):
     """A Megatron model with gradients, the distributed optimizer and a learning-rate schedule."""
 
     def __init__(
@@ -181,7 +183,7 @@ class MegatronActor(MegatronScorer):
         )
         scope = self._scope(microbatches, routing, watch)
         self._balance.clear()
-        accumulate(self, work, scope)
+        self.accumulate(work, scope)
         self._observe(microbatches, scope, watch)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -212,7 +214,7 @@ class MegatronActor(MegatronScorer):
         return bool(flag.item())
 
     def _broken_gradient(self, work: BackwardWork, norm: float, where: str) -> DivergedError:
-        found = find_broken(self, work)
+        found = self.find_broken(work)
         culprits = "\n  ".join(found[:8]) or (
             "no microbatch alone: each is finite, their sum or the square of its norm overflows"
         )

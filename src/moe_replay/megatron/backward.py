@@ -1,13 +1,13 @@
 """Backward passes over microbatches, and the search for the one that breaks a gradient.
 
-In: an actor, microbatches, a loss. Out: gradients in the actor's buffers; the microbatches and samples at fault.
+In: microbatches, a loss. Out: gradients in the buffers; the microbatches and samples at fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,8 @@ from moe_replay.batch import Microbatch
 from moe_replay.megatron.logprobs import token_logprobs
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.replay import RecordScope, ReplayScope
-from moe_replay.megatron.scorer import Routing, opened
-
-if TYPE_CHECKING:
-    from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.scorer import MegatronScorer, opened
+from moe_replay.routing import Routing
 
 TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
 """``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
@@ -41,90 +39,98 @@ class BackwardWork:
     """Whose choice of experts."""
 
 
-def accumulate(
-    actor: MegatronActor,
-    work: BackwardWork,
-    scope: ReplayScope | RecordScope | None,
-    *,
-    inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
-) -> None:
-    """Add the gradient of the loss to the zeroed buffers of ``actor``; every rank calls this together.
+class MegatronLearner(MegatronScorer):
+    """A scorer whose model has gradients and an optimizer."""
 
-    ``inspect`` sees each microbatch with its log-probabilities before the loss does.
-    """
-    for chunk in actor.chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    actor.optimizer.zero_grad()
-    num_tokens = torch.tensor([sum(map(_num_tokens, work.microbatches))], device=actor.device)
-    dist.all_reduce(
-        num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    total_tokens = int(num_tokens)
+    # Any: Megatron declares neither; the actor sets both.
+    optimizer: Any
+    config: Any
 
-    def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        microbatch = next(batches)
-        output = actor._forward(chunk, microbatch, scope)
+    def accumulate(
+        self,
+        work: BackwardWork,
+        scope: ReplayScope | RecordScope | None,
+        *,
+        inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Add the gradient of the loss to the zeroed buffers of the model; every rank calls this together.
 
-        def scaled_loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            rows, next_ids = actor._predicting(microbatch)
-            logprobs = token_logprobs(logits[0, rows], next_ids, temperature=work.temperature)
-            if inspect is not None:
-                inspect(microbatch, logprobs)
-            # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
-            # over tokens: its auxiliary loss is one, `loss` is an average already.
-            part = work.loss(microbatch, logprobs) * total_tokens
-            count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=actor.device)
-            return part, count, {}
-
-        return output, scaled_loss
-
-    with opened(scope):
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=actor._iterators(work.microbatches),
-            model=actor.chunks if len(actor.chunks) > 1 else actor.chunks[0],
-            num_microbatches=len(work.microbatches),
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=False,
+        ``inspect`` sees each microbatch with its log-probabilities before the loss does.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        num_tokens = torch.tensor([sum(map(_num_tokens, work.microbatches))], device=self.device)
+        dist.all_reduce(
+            num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
+        total_tokens = int(num_tokens)
+
+        def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            microbatch = next(batches)
+            output = self._forward(chunk, microbatch, scope)
+
+            def scaled_loss(
+                logits: torch.Tensor,
+            ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                rows, next_ids = self._predicting(microbatch)
+                logprobs = token_logprobs(logits[0, rows], next_ids, temperature=work.temperature)
+                if inspect is not None:
+                    inspect(microbatch, logprobs)
+                # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
+                # over tokens: its auxiliary loss is one, `loss` is an average already.
+                part = work.loss(microbatch, logprobs) * total_tokens
+                count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=self.device)
+                return part, count, {}
+
+            return output, scaled_loss
+
+        with opened(scope):
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=self._iterators(work.microbatches),
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(work.microbatches),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+
+    def find_broken(self, work: BackwardWork) -> list[str]:
+        """Run the backward pass once more, microbatch by microbatch, and say which of them are not finite, and where.
+
+        Collective, and costs as much as the pass did: called when a run is about to stop. With an interleaved schedule
+        the unit is a round of microbatches, because Megatron-Core runs no fewer.
+        """
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        size = stages if len(self.chunks) > 1 else 1
+        finalize = self.config.finalize_model_grads_func
+        found: list[str] = []
+        # What is not reduced over replicas still shows whose microbatch it came from.
+        self.config.finalize_model_grads_func = lambda *_, **__: None
+        try:
+            for start in range(0, len(work.microbatches), size):
+                part = work.microbatches[start : start + size]
+                suspects = _Suspects()
+                alone = BackwardWork(
+                    microbatches=part,
+                    loss=work.loss,
+                    temperature=work.temperature,
+                    routing=work.routing,
+                )
+                scope = self._scope(part, work.routing, None)
+                self.accumulate(alone, scope, inspect=suspects.inspect)
+                found += suspects.sentences(part, _broken_parameter(self.chunks))
+        finally:
+            self.config.finalize_model_grads_func = finalize
+        everyone = all_ranks().gather(found)
+        return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
 
 
 def _num_tokens(microbatch: Microbatch) -> int:
     """Return the rows of this rank that hold a token."""
     return int(microbatch.index.is_token.sum())
-
-
-def find_broken(actor: MegatronActor, work: BackwardWork) -> list[str]:
-    """Run the backward pass once more, microbatch by microbatch, and say which of them are not finite, and where.
-
-    Collective, and costs as much as the pass did: called when a run is about to stop. With an interleaved schedule
-    the unit is a round of microbatches, because Megatron-Core runs no fewer.
-    """
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    size = stages if len(actor.chunks) > 1 else 1
-    finalize = actor.config.finalize_model_grads_func
-    found: list[str] = []
-    # What is not reduced over replicas still shows whose microbatch it came from.
-    actor.config.finalize_model_grads_func = lambda *_, **__: None
-    try:
-        for start in range(0, len(work.microbatches), size):
-            part = work.microbatches[start : start + size]
-            suspects = _Suspects()
-            alone = BackwardWork(
-                microbatches=part,
-                loss=work.loss,
-                temperature=work.temperature,
-                routing=work.routing,
-            )
-            scope = actor._scope(part, work.routing, None)
-            accumulate(actor, alone, scope, inspect=suspects.inspect)
-            found += suspects.sentences(part, _broken_parameter(actor))
-    finally:
-        actor.config.finalize_model_grads_func = finalize
-    everyone = all_ranks().gather(found)
-    return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
 
 
 class _Suspects:
@@ -161,9 +167,9 @@ class _Suspects:
         return [f"microbatch {keys}: {where}{gradient}"]
 
 
-def _broken_parameter(actor: MegatronActor) -> str | None:
+def _broken_parameter(chunks: Sequence[Any]) -> str | None:
     """Return the first parameter of this rank whose gradient is not finite."""
-    for chunk in actor.chunks:
+    for chunk in chunks:
         buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
         # Minimum and maximum show NaN and infinity, and need no memory of the gradient's size.
         if all(_is_finite(buffer.grad_data) for buffer in buffers):

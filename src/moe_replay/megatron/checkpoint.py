@@ -42,8 +42,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite
-from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.optimizer_state import with_one_step
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.upstream.warnings import quiet_megatron

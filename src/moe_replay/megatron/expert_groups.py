@@ -15,10 +15,11 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.megatron.families.family import ExpertGroups
+from moe_replay.megatron.replay.scope import LiveChoice
 
 
-class GroupedChoice:
-    """Sits where Megatron expects its RouterReplay, which it asks for the experts of every row."""
+class GroupedChoice(LiveChoice):
+    """Chooses within groups, whenever Megatron or a replay scope asks for the experts of some rows."""
 
     def __init__(self, groups: ExpertGroups) -> None:
         self._groups = groups

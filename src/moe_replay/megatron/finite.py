@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_replay.errors import DivergedError
-from moe_replay.megatron.model import unwrap
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.ranks.messages import HostGroup
 
 _SHOWN = 3

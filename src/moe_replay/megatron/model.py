@@ -5,7 +5,7 @@ In: a checkpoint directory and a `ParallelLayout`. Out: this rank's model chunks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import (
 from moe_replay.checkpoint.config import load_config, read_config_json, refuse_nested
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.balance import count_tokens_only
+from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.expert_groups import choose_within_groups
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.families.rules import family_of
@@ -31,10 +32,8 @@ from moe_replay.megatron.upstream.warnings import quiet_megatron
 __all__ = [
     "ModelShape",
     "build_model",
-    "moe_layers",
     "read_model_shape",
     "transformer_config",
-    "unwrap",
 ]
 
 
@@ -237,28 +236,6 @@ def build_model(
                     router.expert_bias.fill_(torch.nan)
         chunks.append(chunk)
     return chunks
-
-
-def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    """Return the GPTModel inside DistributedDataParallel and Float16Module wrappers."""
-    inner: Any = chunk
-    while not isinstance(inner, GPTModel):
-        inner = inner.module
-    return inner
-
-
-def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, compat.TopKRouter]:
-    """Return the router of each MoE layer that this rank holds, by global decoder layer.
-
-    The layer comes from the built decoder layer, in every pipeline layout. Routers of multi-token-prediction layers
-    are not in it: they are not decoder layers and keep routing live.
-    """
-    routers = {}
-    for chunk in chunks:
-        for layer in unwrap(chunk).decoder.layers:
-            if isinstance(layer.mlp, compat.MoELayer):
-                routers[layer.layer_number - 1] = layer.mlp.router
-    return dict(sorted(routers.items()))
 
 
 def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:

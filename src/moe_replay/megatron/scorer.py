@@ -23,10 +23,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
+from moe_replay.megatron.chunks import moe_layers, unwrap
 from moe_replay.megatron.logprobs import token_entropies, token_logprobs
-from moe_replay.megatron.model import moe_layers, unwrap
-from moe_replay.megatron.overlap import RowOwners, WatchedRoutes
 from moe_replay.megatron.replay import RecordScope, ReplayScope
+from moe_replay.megatron.replay.overlap import RowOwners, WatchedRoutes
 from moe_replay.routing import RouteForm, RouteSlice, Routing
 
 

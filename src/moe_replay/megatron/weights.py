@@ -26,11 +26,11 @@ from moe_replay.checkpoint.files import (
 )
 from moe_replay.checkpoint.fit import check_names, is_prediction
 from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.families.family import Kind, ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
 from moe_replay.megatron.families.rules import family_of
-from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.ranks.messages import all_ranks, raise_everywhere
 
 # Dim of a merged tensor that tensor parallelism cuts.

@@ -4,6 +4,7 @@ In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, co
 """
 
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
+from moe_replay.routing.form import RouteForm, expert_dtype
 from moe_replay.routing.format.codec import (
     decode_trace,
     decode_traces,
@@ -18,6 +19,7 @@ from moe_replay.routing.guard.check import RouteReport, check_routes
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.verdict import Finding, Owner
 from moe_replay.routing.layer_order import LayerOrder
+from moe_replay.routing.origin import Origin, PolicySpan
 from moe_replay.routing.payload import (
     RoutedModel,
     trace_from_payload,
@@ -34,13 +36,7 @@ from moe_replay.routing.stitch import (
     merge_partial,
     stitch_turns,
 )
-from moe_replay.routing.trace import (
-    Origin,
-    PolicySpan,
-    RouteForm,
-    RoutingTrace,
-    expert_dtype,
-)
+from moe_replay.routing.trace import RoutingTrace
 
 __all__ = [
     "Coverage",

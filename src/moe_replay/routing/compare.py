@@ -17,8 +17,9 @@ import numpy as np
 
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.digest import first_difference, recover_tokens
-from moe_replay.routing.format.slots import row_chunks, sort_planes, to_planes
-from moe_replay.routing.trace import RouteForm, RoutingTrace
+from moe_replay.routing.form import RouteForm
+from moe_replay.routing.slots import row_chunks, sort_planes, to_planes
+from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64, UInt16

@@ -19,12 +19,10 @@ import numpy as np
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.arrays import as_array, check_holds_ids, owned
+from moe_replay.routing.form import expert_dtype
 from moe_replay.routing.layer_order import LayerOrder
-from moe_replay.routing.trace import (
-    Origin,
-    RoutingTrace,
-    expert_dtype,
-)
+from moe_replay.routing.origin import Origin
+from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, Shaped

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import TraceError
+from moe_replay.routing.form import RouteForm, expert_dtype
 from moe_replay.routing.rows import RowIndex
-from moe_replay.routing.trace import RouteForm, RoutingTrace, expert_dtype
+from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64, Integer
@@ -65,7 +66,7 @@ def slice_routes(
     Raises:
         TraceError: when the traces do not have the rows of the batch, differ in their models, or lack a layer.
     """
-    form = RouteForm.common(traces, "traces of a batch")
+    form = RouteForm.common((trace.form for trace in traces), "a batch")
     total = sum(len(trace) for trace in traces)
     if total != index.num_rows:
         raise TraceError(

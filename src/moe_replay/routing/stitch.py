@@ -30,8 +30,9 @@ import numpy as np
 from moe_replay.errors import TokenMismatchError, TraceError
 from moe_replay.routing.arrays import owned
 from moe_replay.routing.digest import crop_digest, digest_tokens, first_difference
+from moe_replay.routing.origin import Origin, PolicySpan
 from moe_replay.routing.replay import Coverage
-from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace
+from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer

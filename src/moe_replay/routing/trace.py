@@ -20,7 +20,9 @@ from moe_replay.routing.digest import (
     join_digests,
     num_different_tokens,
 )
-from moe_replay.routing.format.slots import repeating_sets, row_chunks
+from moe_replay.routing.form import RouteForm, expert_dtype
+from moe_replay.routing.origin import Origin, PolicySpan
+from moe_replay.routing.slots import repeating_sets, row_chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64
@@ -28,86 +30,6 @@ if TYPE_CHECKING:
 # A layer that gives this many different tokens the same experts has a collapsed router, or its buffer was never written.
 # Fewer can be chance, and one repeated token, however often, rightly has constant routes.
 MIN_TOKENS_FOR_CONSTANT_CHECK = 32
-
-
-def expert_dtype(num_experts: int) -> np.dtype[Any]:
-    """Return the dtype of expert ids: uint8 up to 256 experts, uint16 above.
-
-    The dtype follows the model's expert count, never the largest id of a payload: samples of one batch must agree.
-    """
-    if not 2 <= num_experts <= 65_536:
-        raise TraceError(
-            f"num_experts is {num_experts}, expected 2 to 65536: routes need at least two experts to choose from "
-            "and ids are stored in 16 bits"
-        )
-    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class RouteForm:
-    """What the routes of one model have in common."""
-
-    layers: tuple[int, ...]
-    """Global decoder-layer indices, strictly increasing."""
-    num_experts: int
-    """Routed experts a layer."""
-    topk: int
-    """Experts per token and layer."""
-
-    @classmethod
-    def common(cls, traces: Sequence[RoutingTrace], where: str) -> RouteForm:
-        """Return the form of all ``traces``; raise `TraceError` when there is none or several."""
-        forms = {trace.form for trace in traces}
-        if len(forms) != 1:
-            raise TraceError(
-                f"{where}: traces of {len(forms)} forms {sorted(forms)}, expected one; they were "
-                "recorded on several models, or some were restricted to fewer layers"
-            )
-        return forms.pop()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySpan:
-    """Rows ``start:stop`` were routed by the weights of ``policy_version``."""
-
-    start: int
-    """First row, from the start of the trace that holds the span."""
-    stop: int
-    """One past the last row."""
-    policy_version: int
-    """Number of weight pushes that the recording model had received."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Who recorded a trace, and under which weights."""
-
-    engine: str
-    """Short name of the recorder, such as ``embedded`` or ``vllm``."""
-    engine_version: str
-    """Version of the recorder's library."""
-    spans: tuple[PolicySpan, ...]
-    """Contiguous, covering every row in order; several when a rollout crossed a weight push."""
-
-    @classmethod
-    def single(
-        cls, *, engine: str, engine_version: str, policy_version: int, num_rows: int
-    ) -> Origin:
-        """Return an origin whose rows all come from one policy version."""
-        span = PolicySpan(start=0, stop=num_rows, policy_version=policy_version)
-        return cls(engine=engine, engine_version=engine_version, spans=(span,) if num_rows else ())
-
-    def crop(self, start: int, stop: int) -> Origin:
-        """Return the origin of the rows ``start:stop``, counted from ``start``."""
-        spans = _crop_spans(self.spans, start, stop)
-        return Origin(engine=self.engine, engine_version=self.engine_version, spans=spans)
-
-
-def _crop_spans(spans: Sequence[PolicySpan], start: int, stop: int) -> tuple[PolicySpan, ...]:
-    cut = ((max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans)
-    return tuple(
-        PolicySpan(start=a - start, stop=b - start, policy_version=v) for a, b, v in cut if a < b
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -244,7 +166,7 @@ class RoutingTrace:
     @staticmethod
     def concat(parts: Sequence[RoutingTrace]) -> RoutingTrace:
         """Join traces of consecutive tokens of one sequence, recorded by one engine on one model."""
-        RouteForm.common(parts, "parts of a sequence")
+        RouteForm.common((part.form for part in parts), "parts of a sequence")
         first = parts[0]
         for number, part in enumerate(parts):
             if part.origin.engine != first.origin.engine:

@@ -22,8 +22,8 @@ from moe_replay.batch import (
 )
 from moe_replay.batch.packing import split_to
 from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.model import unwrap
 from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.ranks.sharing import share_routes

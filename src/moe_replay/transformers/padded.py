@@ -47,7 +47,7 @@ def place_traces(
             f"attention_mask holds {np.unique(mask)[:4].tolist()}, expected 1 at tokens and 0 at padding; additive masks and "
             "masks that number packed sequences do not say where tokens are"
         )
-    RouteForm.common(traces, "sequences of a batch")
+    RouteForm.common((trace.form for trace in traces), "sequences of a batch")
     first = traces[0]
     expert_ids = np.zeros((*tokens.shape, *first.expert_ids.shape[1:]), first.expert_ids.dtype)
     valid = np.zeros(tokens.shape, dtype=bool)

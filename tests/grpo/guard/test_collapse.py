@@ -17,7 +17,7 @@ from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.guard.collapse import LiveSets
 from moe_replay.grpo.loop import train
-from moe_replay.megatron.overlap import RouteUse
+from moe_replay.megatron.replay.overlap import RouteUse
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.routing import RoutingTrace

@@ -20,7 +20,7 @@ from moe_replay.routing import (
     to_text,
 )
 from moe_replay.routing.digest import digest_tokens, recover_tokens
-from moe_replay.routing.format.slots import chunk_rows
+from moe_replay.routing.slots import chunk_rows
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
 from .any_trace import NAMES, facts, sets, traces

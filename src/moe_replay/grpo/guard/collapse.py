@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from moe_replay.megatron.overlap import RouteUse
+from moe_replay.megatron.replay.overlap import RouteUse
 from moe_replay.recipe.recipe import Recipe
 
 _SHARE, _MIN_ROWS, _MIN_TOKENS = 0.99, 32, 8

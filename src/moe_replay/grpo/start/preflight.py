@@ -271,7 +271,7 @@ def _check_ranks(layout: ParallelLayout, world_size: int) -> None:
 
 
 def _refusals(config: Any, shape: ModelShape, recipe: Recipe) -> Iterator[MoeReplayError]:
-    from moe_replay.megatron.refusals import Verdict, judge
+    from moe_replay.megatron.replay.refusals import Verdict, judge
 
     if not shape.num_moe_layers:
         yield RecipeError(

@@ -24,8 +24,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from moe_replay.megatron.attention import SDPACoreAttention
-from moe_replay.megatron.layers import (
+from moe_replay.megatron.upstream.attention import SDPACoreAttention
+from moe_replay.megatron.upstream.layers import (
     AllHeadsKeyNorm,
     AllHeadsQueryNorm,
     GroupedExperts,

@@ -61,7 +61,7 @@ def replace_transformer_engine() -> None:
     by the name `Linear`. Recomputation of layernorm and moe_act takes its own default, ``fp8=False``, for "fp8 is on", and
     then asks a class that is not there.
     """
-    from moe_replay.megatron.layers import ReplicatedLinear
+    from moe_replay.megatron.upstream.layers import ReplicatedLinear
 
     moe_utils = _module("transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):

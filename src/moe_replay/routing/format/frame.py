@@ -20,6 +20,7 @@ import numpy as np
 from moe_replay.errors import CodecError, TraceError
 from moe_replay.routing.arrays import owned
 from moe_replay.routing.digest import digest_tokens, recover_tokens
+from moe_replay.routing.form import expert_dtype
 from moe_replay.routing.format.set_coding import (
     chunk_size,
     decode_chunk,
@@ -27,8 +28,9 @@ from moe_replay.routing.format.set_coding import (
     new_compressor,
     new_decompressor,
 )
-from moe_replay.routing.format.slots import row_chunks
-from moe_replay.routing.trace import Origin, PolicySpan, RoutingTrace, expert_dtype
+from moe_replay.routing.origin import Origin, PolicySpan
+from moe_replay.routing.slots import row_chunks
+from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt, UInt8, UInt64

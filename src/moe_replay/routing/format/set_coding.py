@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.errors import CodecError
-from moe_replay.routing.format.slots import from_planes, sort_planes, to_planes
-from moe_replay.routing.trace import expert_dtype
+from moe_replay.routing.form import expert_dtype
+from moe_replay.routing.slots import from_planes, sort_planes, to_planes
 
 if TYPE_CHECKING:
     from jaxtyping import UInt, UInt8

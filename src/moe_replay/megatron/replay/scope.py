@@ -24,13 +24,22 @@ from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
-from moe_replay.megatron.expert_groups import GroupedChoice
-from moe_replay.megatron.overlap import OverlapCounter, RowOwners, WatchedRoutes
-from moe_replay.megatron.refusals import refuse_bypasses, refuse_foreign_routes
-from moe_replay.megatron.upload import DeviceRoutes
+from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
+from moe_replay.megatron.replay.refusals import refuse_bypasses, refuse_foreign_routes
+from moe_replay.megatron.replay.upload import DeviceRoutes
 from moe_replay.routing import RouteSlice
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class LiveChoice(ABC):
+    """A live choice of experts other than Megatron's own, which sits where Megatron expects its RouterReplay."""
+
+    @abstractmethod
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and ids of the experts of each row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +78,7 @@ class _RouterSeat:
         assert default_compute_topk is not None
 
         def live(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            if isinstance(self.displaced, GroupedChoice):
+            if isinstance(self.displaced, LiveChoice):
                 return self.displaced.get_replay_topk(
                     scores if rows is None else scores[rows], topk
                 )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int32, Int64, Integer, UInt8
 
-from moe_replay.megatron.upload import Download, upload
+from moe_replay.megatron.replay.upload import Download, upload
 from moe_replay.routing import RouteSlice
 from moe_replay.routing.guard import OverlapCounts
 from moe_replay.routing.guard.counts import (

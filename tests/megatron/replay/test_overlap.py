@@ -13,10 +13,9 @@ import torch
 
 from moe_replay.batch import Microbatch, RankPlace, build_microbatch
 from moe_replay.errors import ReplayScopeError
-from moe_replay.megatron import overlap
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.overlap import OverlapCounter, RowOwners, WatchedRoutes
-from moe_replay.megatron.replay import ReplayScope
+from moe_replay.megatron.replay import ReplayScope, overlap
+from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch, Routing
 from moe_replay.routing import Origin, RouteSlice, RoutingTrace
 from moe_replay.routing.guard import OverlapCounts, count_overlaps

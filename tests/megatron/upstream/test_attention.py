@@ -15,8 +15,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron.attention import SDPACoreAttention, length_buckets, zigzag_positions
 from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.upstream.attention import (
+    SDPACoreAttention,
+    length_buckets,
+    zigzag_positions,
+)
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.testing.ranks import run_ranks
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moe_replay.routing.format.slots import (
+from moe_replay.routing.slots import (
     CHUNK_SLOTS,
     chunk_rows,
     from_planes,
