@@ -1,8 +1,9 @@
 """What replay and recording cost on one GPU, with layers of the shape of Qwen3-30B-A3B and random weights.
 
-Hidden 2048, 128 experts of width 768, top-8; four such layers and their optimizer take about 50 GiB. Live and replayed
-steps alternate in one run, and each ratio is the median over neighbouring pairs. The figures come last, one JSON object a
-line. Without a GPU it runs a small model on the CPU, to show that it runs, and names no `gpu.` figure.
+Hidden 2048, 128 experts of width 768, top-8; four such layers and their optimizer take about 50
+GiB. Live and replayed steps alternate in one run, and each ratio is the median over neighbouring
+pairs. The figures come last, one JSON object a line. Without a GPU it runs a small model on the
+CPU, to show that it runs, and names no `gpu.` figure.
 
     python benchmarks/gpu_replay.py [--quick] [--layers 4] [--tokens 16384]
 """

@@ -1,6 +1,7 @@
 """How far a replayed step in each parallel layout is from that of a single process, in float32 on the CPU.
 
-The tests hold every layout to 1e-5; this prints what the differences are, as a table, then one JSON object a line.
+The tests hold every layout to 1e-5; this prints what the differences are, as a table, then one JSON
+object a line.
 
     python benchmarks/layouts.py [--quick]
 """

@@ -1,8 +1,9 @@
 """What replay and recording cost on the real Megatron-Core, on one CPU process and about 20M parameters.
 
-Live and replayed steps of the same samples, and plain and recording passes, alternate in one run; each ratio is the
-median over neighbouring pairs, so that what else the machine does cancels. The samples carry the routes that the model
-itself would take, so that both sides run the same experts. The figures come last, one JSON object a line.
+Live and replayed steps of the same samples, and plain and recording passes, alternate in one run;
+each ratio is the median over neighbouring pairs, so that what else the machine does cancels. The
+samples carry the routes that the model itself would take, so that both sides run the same experts.
+The figures come last, one JSON object a line.
 
     python benchmarks/megatron_replay.py [--quick] [--pairs 40]
 """

@@ -96,8 +96,8 @@ def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
 def measure_rows(arguments: argparse.Namespace) -> Iterable[Figure]:
     """Yield the time to cut a batch for 32 ranks, row indices included, over that of one copy of its routes.
 
-    The batch has sequences of 1,000 to 4,000 tokens. Slices are new memory, and so is the copy; a second figure
-    compares with a copy into memory that is already there.
+    The batch has sequences of 1,000 to 4,000 tokens. Slices are new memory, and so is the copy; a
+    second figure compares with a copy into memory that is already there.
     """
     rng = np.random.default_rng(0)
     pool = _even_routes(rng, 8192)
@@ -147,8 +147,8 @@ def _cut_for_all_ranks(traces: list[RoutingTrace], lengths: list[int]) -> list[R
 def measure_sharing(arguments: argparse.Namespace) -> Iterable[Figure]:
     """Yield what it takes four ranks of one replica (context 2, pipeline 2) to share the routes of a step.
 
-    The peak is of resident memory beside the traces that a rank holds before, over the bytes of these; what it then
-    keeps is as large as they were.
+    The peak is of resident memory beside the traces that a rank holds before, over the bytes of
+    these; what it then keeps is as large as they were.
     """
     from moe_replay.testing.ranks import run_ranks
 

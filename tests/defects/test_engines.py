@@ -31,7 +31,8 @@ TOKENS = np.arange(4, 46, dtype=np.int32)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Stop tokens of an untrained model end completions early; without a tokenizer there is none that it samples.
+    # Stop tokens of an untrained model end completions early; without a tokenizer there is none
+    # that it samples.
     path = write_tiny_checkpoint(
         tmp_path_factory.mktemp("defects"), num_hidden_layers=3, eos_token_id=99
     )
@@ -148,7 +149,8 @@ def test_d8_an_engine_without_the_capture_flag_is_named():
 
 @pytest.mark.vllm
 def test_f3_preempted_requests_have_the_routes_of_their_tokens(vllm_imported, checkpoint, model):
-    # Room for about three of twelve sequences, so that vLLM throws running ones out and computes them anew.
+    # Room for about three of twelve sequences, so that vLLM throws running ones out and computes
+    # them anew.
     crowded = start(checkpoint, kv_cache_gib=0.0008)
     scheduler = crowded._vllm.engine_core.engine_core.scheduler
     preempted = []

@@ -127,8 +127,8 @@ LOGITS = np.log(np.array([[1.0, 3.0, 1.0, 4.0, 1.0, 1.0, 9.0, 1.0]]))
 @pytest.mark.parametrize(
     ("function", "normalise", "expected"),
     [
-        # By hand, of exp(logit) 1 and 9: softmax of both; 1/21 and 9/21 of all; sigmoid x / (1 + x) = 1/2 and 9/10;
-        # sqrt(softplus) = sqrt(log(1 + x)).
+        # By hand, of exp(logit) 1 and 9: softmax of both; 1/21 and 9/21 of all; sigmoid x / (1 + x)
+        # = 1/2 and 9/10; sqrt(softplus) = sqrt(log(1 + x)).
         (ScoreFunction.SOFTMAX, True, [1 / 10, 9 / 10]),
         (ScoreFunction.SOFTMAX, False, [1 / 21, 9 / 21]),
         (ScoreFunction.SIGMOID, True, [5 / 14, 9 / 14]),

@@ -1,7 +1,7 @@
 """Every gradient of every family is that of a single process, in every kind of layout that the family can run in.
 
-One forked world runs all families in one layout: its process groups are made once, since every group keeps threads, and
-building a tiny model and one update take a third of a second.
+One forked world runs all families in one layout: its process groups are made once, since every
+group keeps threads, and building a tiny model and one update take a third of a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Padded batches through the replay scope equal packed ones: samples side by side, padding on either side of them.
 
-The trainer packs; trainers that do not can use the scope all the same. The rows of a rectangle come from
-`RowIndex.padded`, its tokens go through Megatron's own schedule.
+The trainer packs; trainers that do not can use the scope all the same. The rows of a rectangle come
+from `RowIndex.padded`, its tokens go through Megatron's own schedule.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def forward_rectangle(side: Side, chunk: Any, microbatch: Microbatch, scope: Any
             position_ids=rectangle(microbatch.positions),
             attention_mask=None,
         )
-    # The last stage gives [samples, columns, vocabulary], the others [columns, samples, hidden] to the next one.
+    # The last stage gives [samples, columns, vocabulary], the others [columns, samples, hidden] to
+    # the next one.
     return output.transpose(0, 1).flatten(0, 1)[None] if unwrap(chunk).post_process else output
 
 

@@ -121,7 +121,8 @@ def test_a_misaligned_update_shows_in_its_counts_before_any_weight_moves(checkpo
     assert said["none"] == ""
     for name in ("token +1", "layer +1", "token -1", "layer -1"):
         kind, shift = name.split()
-        # `shift_tokens(by=1)` gives a row the route of the row before, so that its own lies in the next one.
+        # `shift_tokens(by=1)` gives a row the route of the row before, so that its own lies in the
+        # next one.
         assert f"{kind} shift {shift}" in said[name] or f"'{name}'" in said[name]
     for name in ("swap", "random"):
         assert "hardly better than those of any other row" in said[name]
@@ -162,7 +163,8 @@ def test_update_over_two_data_parallel_ranks_equals_that_of_one(checkpoint: Path
     first, second = run_ranks(_update_in_data_parallel, 2, checkpoint, 2)
     assert torch.equal(first[0], second[0])
     assert first[1] == pytest.approx(norm, rel=1e-5)
-    # Adam divides by the gradient's size, so a gradient of rounding noise moves a weight by up to the learning rate.
+    # Adam divides by the gradient's size, so a gradient of rounding noise moves a weight by up to
+    # the learning rate.
     assert (first[0] - alone).abs().mean() < 1e-6
 
 

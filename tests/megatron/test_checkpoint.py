@@ -80,7 +80,8 @@ def assert_goes_on(checkpoint: Path, folder: Path, first: str, then: str) -> Non
         assert next_norm == pytest.approx(norm, rel=1e-5)
         moved = torch.cat([(after[n] - saved[n]).flatten() for n in saved]).norm()
         apart = torch.cat([(went_on[n] - after[n]).flatten() for n in saved]).norm()
-        # Adam moves a weight by about the learning rate whatever its gradient's size, so noise in tiny gradients shows.
+        # Adam moves a weight by about the learning rate whatever its gradient's size, so noise in
+        # tiny gradients shows.
         assert apart < 1e-3 * moved
 
 

@@ -113,7 +113,8 @@ def agreement(checkpoint: Path, rounded: bool) -> float:
 def test_t2_bfloat16_policy_chooses_the_experts_of_the_float32_one(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
     tensors = load_file(path / "model.safetensors")
-    # As large as in released checkpoints: bfloat16 has steps of 1/16 there, and biases differ by less.
+    # As large as in released checkpoints: bfloat16 has steps of 1/16 there, and biases differ by
+    # less.
     tensors |= {name: value / 2 + 11.9 for name, value in tensors.items() if name.endswith(BIAS)}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     print("seed", SEED)

@@ -45,7 +45,8 @@ LAYOUTS = {
     "pp2_vpp2": (PP2_VPP2, 2),
     "cp2": (CP2, 2),
 }
-# Every layout is compared with a single process in tests/invariants; here one of each kind, packed or not.
+# Every layout is compared with a single process in tests/invariants; here one of each kind, packed
+# or not.
 CASES = [
     *((name, False, False) for name in ("one", "tp2", "pp2_vpp2", "cp2")),
     *((name, True, False) for name in ("one", "tp2_ep2_etp2")),

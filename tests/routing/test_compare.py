@@ -24,7 +24,8 @@ def trace(ids, *, tokens=None, valid=None) -> RoutingTrace:
 
 
 OURS = [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]], [[4, 5], [6, 7]]]
-# Row 0: equal, one of them in another order. Row 1: one slot of layer 5. Row 2: both layers. Row 3: not held.
+# Row 0: equal, one of them in another order. Row 1: one slot of layer 5. Row 2: both layers. Row 3:
+# not held.
 THEIRS = [[[1, 0], [2, 3]], [[0, 1], [2, 4]], [[4, 0], [0, 1]], [[0, 1], [2, 3]]]
 
 

@@ -132,7 +132,8 @@ def test_the_gate_gets_its_gradient_through_the_replayed_experts(qwen, token_ids
         down = loss()
     slope = float(up - down) / (2 * step)
     assert slope == pytest.approx(float(gate.grad[expert].norm()), rel=0.02)
-    # Experts that no row was sent to have no say in the weights that were renormalised over the others.
+    # Experts that no row was sent to have no say in the weights that were renormalised over the
+    # others.
     assert gate.grad[4:].abs().max() < 1e-6 * gate.grad[:4].abs().max()
 
 

@@ -66,9 +66,9 @@ class Microbatch:
     def place(self, values: Sequence[np.ndarray], *, fill: float) -> Float32[np.ndarray, " rows"]:
         """Put one array of ``[T]`` per sample (one value for each sampled token) into the local rows.
 
-        Samples with prompts of 2 and 1 tokens and 2 sampled ones each: the value of the first sampled
-        token stands in the row of the last prompt token, so ``[a b]`` and ``[c d]`` become the batch
-        rows ``[- a b - c d -]``, of which a rank takes its own.
+        Samples with prompts of 2 and 1 tokens and 2 sampled ones each: the value of the first
+        sampled token stands in the row of the last prompt token, so ``[a b]`` and ``[c d]`` become
+        the batch rows ``[- a b - c d -]``, of which a rank takes its own.
         """
         rows = np.full(self.index.num_rows, fill, dtype=np.float32)
         for span, array in zip(self._spans(), values, strict=True):

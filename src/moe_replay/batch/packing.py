@@ -14,8 +14,8 @@ def split_to(groups: list[list[int]], lengths: Sequence[int], count: int) -> lis
     """Return ``groups`` split until there are ``count``: every rank runs as many microbatches.
 
     The group of most tokens is halved first, by tokens. Worked example: a rank has one group of
-    lengths 3 1 2, another rank two. ``split_to([[0, 1, 2]], [3, 1, 2], 2)`` gives ``[[0], [1, 2]]``,
-    3 tokens each.
+    lengths 3 1 2, another rank two. ``split_to([[0, 1, 2]], [3, 1, 2], 2)`` gives
+    ``[[0], [1, 2]]``, 3 tokens each.
 
     Raises:
         RecipeError: when there are fewer samples than microbatches wanted.
@@ -48,8 +48,8 @@ def plan_microbatches(
     First-fit in decreasing length, ties by position: deterministic, and at most 11/9 of the minimum
     number of groups.
 
-    Worked example: lengths 4 1 3 2 with ``max_tokens=5``. In the order 4, 3, 2, 1: the 4 opens group
-    0, the 3 opens group 1, the 2 fits group 1 (5 tokens), the 1 fits group 0 (5 tokens):
+    Worked example: lengths 4 1 3 2 with ``max_tokens=5``. In the order 4, 3, 2, 1: the 4 opens
+    group 0, the 3 opens group 1, the 2 fits group 1 (5 tokens), the 1 fits group 0 (5 tokens):
     ``[[0, 1], [2, 3]]``.
 
     Raises:

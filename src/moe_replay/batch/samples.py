@@ -18,8 +18,8 @@ from moe_replay.routing.arrays import kept
 class Sample:
     """P prompt tokens followed by T sampled ones; T is 0 for one that was aborted before its first, and does not train.
 
-    Row ``t`` predicts token ``t + 1``; rows ``P-1 .. P+T-2`` therefore carry the log-probabilities of the T sampled
-    tokens, and the last row predicts nothing.
+    Row ``t`` predicts token ``t + 1``; rows ``P-1 .. P+T-2`` therefore carry the log-probabilities
+    of the T sampled tokens, and the last row predicts nothing.
     """
 
     sample_id: int

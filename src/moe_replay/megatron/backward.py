@@ -78,8 +78,9 @@ class MegatronLearner(MegatronScorer):
                 logprobs = token_logprobs(logits[0, rows], next_ids, temperature=work.temperature)
                 if inspect is not None:
                     inspect(microbatch, logprobs)
-                # Megatron divides the summed gradient by the summed count, which is meant for losses that are sums
-                # over tokens: its auxiliary loss is one, `loss` is an average already.
+                # Megatron divides the summed gradient by the summed count, which is meant for
+                # losses that are sums over tokens: its auxiliary loss is one, `loss` is an average
+                # already.
                 part = work.loss(microbatch, logprobs) * total_tokens
                 count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=self.device)
                 return part, count, {}
@@ -100,8 +101,9 @@ class MegatronLearner(MegatronScorer):
     def find_broken(self, work: BackwardWork) -> list[str]:
         """Run the backward pass once more, microbatch by microbatch, and say which of them are not finite, and where.
 
-        Collective, and costs as much as the pass did: called when a run is about to stop. With an interleaved schedule
-        the unit is a round of microbatches, because Megatron-Core runs no fewer.
+        Collective, and costs as much as the pass did: called when a run is about to stop. With an
+        interleaved schedule the unit is a round of microbatches, because Megatron-Core runs no
+        fewer.
         """
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         size = stages if len(self.chunks) > 1 else 1

@@ -1,8 +1,9 @@
 """Padding never counts: not in the loads of experts, not in the auxiliary loss, and that loss is the same in every layout.
 
-Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it counts loads for the expert bias: it raises,
-or leaves out experts where there are as many rows. With a mask, the token count by which it weighs the auxiliary loss
-is that of all ranks that share a sequence (its reduction works in place); 0.19 multiplies it by their count again.
+Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it counts loads for the
+expert bias: it raises, or leaves out experts where there are as many rows. With a mask, the token
+count by which it weighs the auxiliary loss is that of all ranks that share a sequence (its
+reduction works in place); 0.19 multiplies it by their count again.
 
 In: routers. Out: the same routers, fixed, and what the auxiliary loss was.
 """
@@ -21,7 +22,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 def count_tokens_only(routers: Iterable[TopKRouter], *, scaled_by_group: bool) -> None:
     """Fix these routers, and no other of the process.
 
-    ``scaled_by_group`` says that this Megatron-Core multiplies the token count by the ranks that share a sequence.
+    ``scaled_by_group`` says that this Megatron-Core multiplies the token count by the ranks that
+    share a sequence.
     """
     for router in routers:
         fixed: Any = router

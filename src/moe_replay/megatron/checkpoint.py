@@ -1,8 +1,9 @@
 """Checkpoints to resume from: Megatron's distributed format, made visible only when they are whole.
 
-A checkpoint is written into a folder whose name no reader looks for, flushed to the disk, and renamed; a process that
-is killed at any moment leaves either a whole checkpoint or an ignored folder behind. A write that fails on one rank fails
-on all of them, and takes what it left unfinished with it.
+A checkpoint is written into a folder whose name no reader looks for, flushed to the disk, and
+renamed; a process that is killed at any moment leaves either a whole checkpoint or an ignored
+folder behind. A write that fails on one rank fails on all of them, and takes what it left
+unfinished with it.
 
 In: an actor and the loop's own position. Out: folders ``step-000040``.
 """
@@ -49,7 +50,8 @@ from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
-# 0.19 saves through a package of its own by default, which it does not require; we write in this process in any case.
+# 0.19 saves through a package of its own by default, which it does not require; we write in this
+# process in any case.
 _SAVE_OPTIONS: dict[str, Any] = (
     {"async_strategy": "mcore"}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
@@ -101,7 +103,8 @@ class CheckpointFolder:
         """Write the checkpoint of ``position.step``; every rank calls this together.
 
         Raises:
-            CheckpointError: when the disk is full or cannot be written; the previous checkpoint stays whole.
+            CheckpointError: when the disk is full or cannot be written; the previous checkpoint
+                stays whole.
         """
         unfinished = self.path / f"{_UNFINISHED}step-{position.step:06d}"
         finished = self.path / f"step-{position.step:06d}"
@@ -194,16 +197,19 @@ class CheckpointFolder:
                 _sharded_state(actor, is_loading=False),
                 str(folder),
                 sharded_strategy=strategy,
-                # Which rank writes what does not change during a run, and checking it takes a third of the time.
+                # Which rank writes what does not change during a run, and checking it takes a third
+                # of the time.
                 validate_access_integrity=not self._layout_is_checked,
                 **_SAVE_OPTIONS,
-                # Nothing runs at the side; the request is taken apart, so that ranks learn of a failure between its parts.
+                # Nothing runs at the side; the request is taken apart, so that ranks learn of a
+                # failure between its parts.
                 async_sharded_save=True,
             )
             with write.part():
                 request.async_fn()
             write.finish()
-            # The last one writes the format's name on the first rank alone; `save` does so where it may fail.
+            # The last one writes the format's name on the first rank alone; `save` does so where it
+            # may fail.
             for finalize in request.finalize_fns[:-1]:
                 finalize()
         self._layout_is_checked = True
@@ -232,7 +238,8 @@ def _load_optimizer(
 ) -> None:
     """Take up moments and step counts; rates, decay and schedule are those of the recipe.
 
-    Without this the checkpoint's would be taken in silence, whatever the recipe says that is resumed with a change.
+    Without this the checkpoint's would be taken in silence, whatever the recipe says that is
+    resumed with a change.
     """
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "step")}
@@ -274,8 +281,8 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
 class _SaveInThisProcess(TorchDistSaveShardedStrategy):
     """Megatron's distributed format, written by the rank itself.
 
-    The stock strategy forks writers and keeps a manager process for their results: unsafe once CUDA has started,
-    impossible in a daemon, and a killed trainer leaves the manager behind.
+    The stock strategy forks writers and keeps a manager process for their results: unsafe once CUDA
+    has started, impossible in a daemon, and a killed trainer leaves the manager behind.
     """
 
     shared_write: SharedWrite
@@ -327,7 +334,8 @@ def _results_in_this_process() -> Iterator[None]:
         filesystem_async._results_queue = before
 
 
-# 0.19 has no file of its own for what all ranks share: it is written with the rest, and heard of with it.
+# 0.19 has no file of its own for what all ranks share: it is written with the rest, and heard of
+# with it.
 _HAS_COMMON_FILE = hasattr(common, "TorchCommonSaveStrategy")
 _CommonFile: Any = getattr(common, "TorchCommonSaveStrategy", object)
 

@@ -25,8 +25,8 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 def moe_layers(chunks: Sequence[torch.nn.Module]) -> dict[int, TopKRouter]:
     """Return the router of each MoE layer that this rank holds, by global decoder layer.
 
-    The layer comes from the built decoder layer, in every pipeline layout. Routers of multi-token-prediction layers
-    are not in it: they are not decoder layers and keep routing live.
+    The layer comes from the built decoder layer, in every pipeline layout. Routers of
+    multi-token-prediction layers are not in it: they are not decoder layers and keep routing live.
     """
     routers = {}
     for chunk in chunks:

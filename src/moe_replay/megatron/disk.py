@@ -23,8 +23,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class SharedWrite:
     """One write in which every rank has a part.
 
-    A rank whose part fails goes on to `finish`, where all ranks learn of it: a rank that raised alone would leave the
-    others waiting in their next collective.
+    A rank whose part fails goes on to `finish`, where all ranks learn of it: a rank that raised
+    alone would leave the others waiting in their next collective.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,8 @@ class SharedWrite:
 def explain(path: Path, error: BaseException) -> str:
     """Say in one line what kept ``path`` from being written, and what to do.
 
-    torch's zip writer raises a `RuntimeError` of its own over the system's error, and safetensors puts it into a text.
+    torch's zip writer raises a `RuntimeError` of its own over the system's error, and safetensors
+    puts it into a text.
     """
     cause = _system_error(error)
     if cause is None:

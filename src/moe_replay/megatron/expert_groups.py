@@ -1,9 +1,10 @@
 """Choose experts within groups as the model does where Megatron-Core's own choice would score the groups otherwise.
 
-Megatron scores a group by the sum of its best `topk // group_topk` experts. DeepSeek-V2 scores it by its best one, and
-chooses 6 experts from 3 groups, which Megatron would score by their best two.
+Megatron scores a group by the sum of its best `topk // group_topk` experts. DeepSeek-V2 scores it
+by its best one, and chooses 6 experts from 3 groups, which Megatron would score by their best two.
 
-In: routers, the groups of a model. Out: the same routers, choosing within these groups, live and for a replay scope.
+In: routers, the groups of a model. Out: the same routers, choosing within these groups, live and
+for a replay scope.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class GroupedChoice(LiveChoice):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and ids of the best experts within the best groups of each row.
 
-        With 6 experts in 3 groups, 2 groups and 2 experts a token, groups scored by their best expert: scores
-        .1 .2 | .5 .0 | .3 .3 keep the last two groups, and choose experts 2 and 4.
+        With 6 experts in 3 groups, 2 groups and 2 experts a token, groups scored by their best
+        expert: scores .1 .2 | .5 .0 | .3 .3 keep the last two groups, and choose experts 2 and 4.
         """
         groups = self._groups
         grouped = scores.unflatten(-1, (groups.num_groups, -1))

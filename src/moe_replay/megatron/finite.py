@@ -16,7 +16,8 @@ from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.ranks.messages import HostGroup
 
 _SHOWN = 3
-# The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a weight is lost as well.
+# The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a
+# weight is lost as well.
 _LARGEST_WEIGHT = 1e18
 
 
@@ -44,7 +45,8 @@ def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
 def check_optimizer(optimizer: Any, ranks: HostGroup) -> None:
     """Raise unless Adam's moments and main weights, on all ranks, are finite; collective.
 
-    A second moment that overflowed freezes its weight for ever, and the weight itself looks healthy.
+    A second moment that overflowed freezes its weight for ever, and the weight itself looks
+    healthy.
 
     Raises:
         DivergedError: when a value is infinite or NaN.

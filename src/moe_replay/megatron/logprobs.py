@@ -36,7 +36,8 @@ def token_entropies(
     if tp_group.size() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp_group)
     shifted = scaled - top
-    # A logit of minus infinity has no share: 0, where 0 times minus infinity is NaN. exp(-1000) is 0 already.
+    # A logit of minus infinity has no share: 0, where 0 times minus infinity is NaN. exp(-1000) is
+    # 0 already.
     shifted.clamp_(min=-1000.0)
     weight = shifted.exp()
     sums = torch.stack([weight.sum(dim=-1), (weight * shifted).sum(dim=-1)])

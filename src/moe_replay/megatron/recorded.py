@@ -1,6 +1,7 @@
 """Joins the recorded routes of all ranks into traces, in global layer and token order.
 
-Training never needs this: routes are replayed where they were recorded. Export, comparison and tests do.
+Training never needs this: routes are replayed where they were recorded. Export, comparison and
+tests do.
 
 In: RouteSlice of every rank of a replica. Out: traces of complete samples.
 """
@@ -31,8 +32,8 @@ def gather_traces(
 ) -> dict[int, RoutingTrace]:
     """Return sample id -> its trace, on every rank of the replica; collective over it.
 
-    ``form`` names the layers of the model. Each rank brings its ``routes`` (microbatch key -> routes); a stage
-    without routers brings none.
+    ``form`` names the layers of the model. Each rank brings its ``routes`` (microbatch key ->
+    routes); a stage without routers brings none.
 
     Raises:
         ReplayScopeError: when no rank brings the routes of some row and layer, or two ranks do.
@@ -66,8 +67,8 @@ def _all_ids(
     """Add up what every rank holds, and check that every row and layer came from exactly one.
 
     Worked example, 2 CP ranks, one layer, top-1: rank 0 recorded row 0 with expert 5, rank 1 row 1
-    with expert 0. Ids ``[5 0]`` and ``[0 0]`` add up to ``[5 0]``; the counts ``[1 0]`` and ``[0 1]``
-    to ``[1 1]``, which says that the 0 was recorded, and is not a row that nobody brought.
+    with expert 0. Ids ``[5 0]`` and ``[0 0]`` add up to ``[5 0]``; the counts ``[1 0]`` and
+    ``[0 1]`` to ``[1 1]``, which says that the 0 was recorded, and is not a row that nobody brought.
     """
     shape = (microbatch.index.num_rows, len(form.layers), form.topk)
     mine = np.zeros((2, *shape[:2], form.topk), dtype=np.int32)

@@ -1,6 +1,7 @@
 """MegatronScorer: forward passes of a Megatron model over packed microbatches, live, recording or replaying.
 
-In: microbatches. Out: log-probabilities and entropies per sample, recorded traces, evidence for the guard.
+In: microbatches. Out: log-probabilities and entropies per sample, recorded traces, evidence for the
+guard.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ class MegatronScorer:
         if not self.num_experts:
             return None
         is_padding = ~microbatch.index.is_token
-        # The first stage cuts the mask for sequence parallelism as it cuts the tokens; later ones take it as it is.
+        # The first stage cuts the mask for sequence parallelism as it cuts the tokens; later ones
+        # take it as it is.
         rows = slice(None) if unwrap(chunk).pre_process else microbatch.router_rows
         return self._tensor(is_padding[rows])[None]
 
@@ -256,7 +258,8 @@ class MegatronScorer:
     def _recorded(self, microbatch: Microbatch, scope: RecordScope) -> RouteSlice:
         """Return what was recorded as routes to replay; every row of a token has one."""
         if not scope.layers:
-            # As engine routes arrive at such a stage: a slice of no layers, for the update that replays it.
+            # As engine routes arrive at such a stage: a slice of no layers, for the update that
+            # replays it.
             topk = unwrap(self.chunks[0]).config.moe_router_topk
             form = RouteForm(layers=(), num_experts=self.num_experts, topk=topk)
             return empty_slice(form, len(microbatch.router_index.rows))

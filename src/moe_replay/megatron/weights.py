@@ -1,7 +1,7 @@
 """Move weights between a Hugging Face checkpoint and Megatron model chunks, in any parallel layout.
 
-In: model chunks from `build_model`, and a checkpoint. Out: loaded chunks; a stream of tensors under the names that
-transformers, vLLM and SGLang read from disk; a checkpoint directory.
+In: model chunks from `build_model`, and a checkpoint. Out: loaded chunks; a stream of tensors under
+the names that transformers, vLLM and SGLang read from disk; a checkpoint directory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class _Key:
-    """One line of a family's table in one layer: what is exported together. Sorts in export order."""
+    """One line of a family's table in one layer: what is exported together.
+
+    Sorts in export order.
+    """
 
     section: int
     """0 before the layers, 1 in a layer, 2 after the layers."""
@@ -67,12 +70,13 @@ def load_hf_weights(
 ) -> None:
     """Copy a Hugging Face checkpoint into the model chunks of this rank, one tensor at a time.
 
-    `source` is a checkpoint directory, or tensors by checkpoint name; multi-token-prediction layers are left out. Every rank calls this; each reads only the
-    tensors that it holds a part of, and casts them to its parameters' dtype.
+    `source` is a checkpoint directory, or tensors by checkpoint name; multi-token-prediction layers
+    are left out. Every rank calls this; each reads only the tensors that it holds a part of, and
+    casts them to its parameters' dtype.
 
     Raises:
-        CheckpointError: a tensor is missing or unexpected (nothing was copied yet), has another shape, or holds a value
-            that is not finite; raised on every rank.
+        CheckpointError: a tensor is missing or unexpected (nothing was copied yet), has another
+            shape, or holds a value that is not finite; raised on every rank.
     """
     if isinstance(source, str | Path):
         with SafetensorsCheckpoint(source) as checkpoint:
@@ -102,10 +106,10 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight of the model, on every rank, under its name in a Hugging Face checkpoint.
 
-    Each tensor is a contiguous copy on the parameters' device, cast to `dtype` if given. Gathering is collective:
-    every rank iterates, to the end. At any time one parameter of one layer is held, for experts those of one
-    expert-parallel rank. `read` turns a parameter into what is exported instead of its values, for example
-    `lambda p: p.main_grad` for gradients.
+    Each tensor is a contiguous copy on the parameters' device, cast to `dtype` if given. Gathering
+    is collective: every rank iterates, to the end. At any time one parameter of one layer is held,
+    for experts those of one expert-parallel rank. `read` turns a parameter into what is exported
+    instead of its values, for example `lambda p: p.main_grad` for gradients.
     """
     shape = _shape_of(chunks)
     rules = family_of(shape.family).rules
@@ -154,8 +158,9 @@ def save_hf_checkpoint(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; every rank calls it, the first one writes.
 
-    Everything but trained weights (config, tokenizer, generation config, and the tensors of multi-token-prediction
-    layers) is copied from `source_dir`. The directory appears under its name only when it is complete.
+    Everything but trained weights (config, tokenizer, generation config, and the tensors of
+    multi-token-prediction layers) is copied from `source_dir`. The directory appears under its name
+    only when it is complete.
 
     Raises:
         CheckpointError: `output_dir` exists already, or cannot be written; raised on every rank.
@@ -210,7 +215,8 @@ def _held_parameters(
         for name, parameter in _named_weights(chunk, patterns):
             rule, groups = _match(name, patterns, shape)
             if shape.tie_word_embeddings and name == "output_layer.weight":
-                # The last pipeline stage keeps a copy of the embedding, which the checkpoint holds once.
+                # The last pipeline stage keeps a copy of the embedding, which the checkpoint holds
+                # once.
                 rule = embedding
             layer = layer_of[groups["layer"]] if "layer" in groups else -1
             section = 1 if layer >= 0 else 0 if rule < first_in_layer else 2
@@ -310,8 +316,8 @@ def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
         joined along dim 1: [2, 32, 32], a group's queries, key and value together
         tensor-parallel rank r of 2 holds [r]: q heads 2r and 2r + 1, k and v head r
 
-    Worked example of ``GATED``: gate and up ``[96, 32]`` become ``[2, 96, 32]``, cut along dim 1, so
-    that each rank holds the same rows of both.
+    Worked example of ``GATED``: gate and up ``[96, 32]`` become ``[2, 96, 32]``, cut along dim 1,
+    so that each rank holds the same rows of both.
     """
     if rule.kind is Kind.QKV:
         return torch.cat(

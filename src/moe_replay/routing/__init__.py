@@ -1,6 +1,7 @@
 """The core: traces, alignment and comparison in numpy, importable without torch.
 
-In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec, reference router.
+In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec, reference
+router.
 """
 
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped

@@ -27,8 +27,9 @@ def as_array(values: Any) -> Shaped[np.ndarray, "..."]:
 def kept(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """Return an array of the same values that nobody writes to any more: itself if that is certain, else a copy.
 
-    It is certain when the array and all that its memory belongs to are read-only: what `owned` returns, a slice of it, bytes,
-    a file mapped for reading. An engine's buffer is not, and is copied: it will hold the next answer soon.
+    It is certain when the array and all that its memory belongs to are read-only: what `owned`
+    returns, a slice of it, bytes, a file mapped for reading. An engine's buffer is not, and is
+    copied: it will hold the next answer soon.
     """
     return array if _is_read_only(array) else owned(np.array(array))
 
@@ -65,7 +66,8 @@ def check_holds_ids(
 ) -> None:
     """Raise `TraceError` when the dtype of ``rows`` cannot hold every expert id, whatever is in it.
 
-    An engine that narrowed the ids has wrapped those that did not fit: id 300 came as 44, which is a possible route.
+    An engine that narrowed the ids has wrapped those that did not fit: id 300 came as 44, which is
+    a possible route.
     """
     largest = int(np.iinfo(rows.dtype).max)
     if largest < num_experts - 1:

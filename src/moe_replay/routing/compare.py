@@ -1,7 +1,7 @@
 """Comparison of two recordings of the same tokens: how often, where and for which tokens the routers differ.
 
-A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer are flips by router.
-Fractions are over pairs of rows that both traces hold.
+A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer
+are flips by router. Fractions are over pairs of rows that both traces hold.
 
 In: pairs of traces. Out: TraceComparison.
 """

@@ -1,9 +1,9 @@
 """A rolling digest of token ids, so that routes can be bound to their tokens after any cut, join or transport.
 
-The digest of row ``r`` covers the tokens of rows ``0..r``: ``d[r] = sum_{i<=r} mix(token[i]) * B**i  (mod 2**64)``,
-with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix sums make cropping (subtract and
-divide by ``B**start``) and joining (multiply by ``B**length`` and add) linear in the rows, without the tokens.
-It guards against mistakes, not against an adversary.
+The digest of row ``r`` covers the tokens of rows ``0..r``: ``d[r] = sum_{i<=r} mix(token[i]) * B**i
+(mod 2**64)``, with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix sums
+make cropping (subtract and divide by ``B**start``) and joining (multiply by ``B**length`` and add)
+linear in the rows, without the tokens. It guards against mistakes, not against an adversary.
 
 Worked example in decimal, mod 100, with ``mix(t) = t`` and ``B = 3`` (``1/3 = 67``): tokens 5 7 4.
 

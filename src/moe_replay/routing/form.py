@@ -17,7 +17,8 @@ from moe_replay.errors import TraceError
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
     """Return the dtype of expert ids: uint8 up to 256 experts, uint16 above.
 
-    The dtype follows the model's expert count, never the largest id of a payload: samples of one batch must agree.
+    The dtype follows the model's expert count, never the largest id of a payload: samples of one
+    batch must agree.
     """
     if not 2 <= num_experts <= 65_536:
         raise TraceError(

@@ -1,8 +1,8 @@
 """Whether a payload of all decoder layers has them in order or is shifted by a layer, which the count cannot show.
 
-A model with one dense layer in front whose engine leaves that layer out and appends the routes of a multi-token-prediction
-layer sends as many layers as the model has decoder layers, each of them one position too early. Then a column that should
-belong to a dense layer holds routes.
+A model with one dense layer in front whose engine leaves that layer out and appends the routes of a
+multi-token-prediction layer sends as many layers as the model has decoder layers, each of them one
+position too early. Then a column that should belong to a dense layer holds routes.
 
 In: the columns of dense layers. Out: `TraceError`, or nothing.
 """
@@ -21,11 +21,14 @@ from moe_replay.errors import TraceError
 if TYPE_CHECKING:
     from jaxtyping import Integer
 
-# A payload of so many rows is judged by itself, whatever others of the engine looked like: a server may be replaced.
+# A payload of so many rows is judged by itself, whatever others of the engine looked like: a server
+# may be replaced.
 _ROWS_TO_JUDGE_ALONE = 32
-# Minimum share of the written rows in which the column of a dense layer holds what a router could have chosen.
+# Minimum share of the written rows in which the column of a dense layer holds what a router could
+# have chosen.
 _SHARE_OF_ROUTES = 0.5
-# Minimum share of those rows that differ from one of them: tokens are routed differently, a constant filler is not.
+# Minimum share of those rows that differ from one of them: tokens are routed differently, a
+# constant filler is not.
 _SHARE_OF_OTHERS = 0.1
 
 
@@ -51,8 +54,8 @@ class _Column:
     def holds_routes(self) -> bool:
         """Whether a router wrote this column.
 
-        Example: zeros are possible in no row; 0, 1, 2, 3 in every row never differ; 199 routes of 200 rows, of which one
-        was not written and 150 differ from the first, are routes.
+        Example: zeros are possible in no row; 0, 1, 2, 3 in every row never differ; 199 routes of
+        200 rows, of which one was not written and 150 differ from the first, are routes.
         """
         return (
             self.num_other > 0
@@ -64,8 +67,9 @@ class _Column:
 class LayerOrder:
     """What the columns of dense layers have held in all payloads of one engine so far; threads may share it.
 
-    One row proves nothing, and a short payload whose tokens are all routed alike does not either: such rows add up, so the
-    first rows that differ refuse the engine. A reader of single payloads needs none of this: each is then judged by its own rows.
+    One row proves nothing, and a short payload whose tokens are all routed alike does not either:
+    such rows add up, so the first rows that differ refuse the engine. A reader of single payloads
+    needs none of this: each is then judged by its own rows.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,10 @@
 """Makes traces of what inference engines send: each known form is recognised by its shape, none by a guess.
 
-Engines differ in four ways, and each difference shows in the shape. *Layers*: all decoder layers (dense ones hold zeros
-or leftovers) or MoE layers only. *Parts*: one array for prompt and completion, or two. *Rows*: one for each token that
-was fed, which is every token but the last sampled one, from the first token or from a later ``start``. *Width*: any
-integer type. Whatever fits no form raises with the count that was expected.
+Engines differ in four ways, and each difference shows in the shape. *Layers*: all decoder layers
+(dense ones hold zeros or leftovers) or MoE layers only. *Parts*: one array for prompt and
+completion, or two. *Rows*: one for each token that was fed, which is every token but the last
+sampled one, from the first token or from a later ``start``. *Width*: any integer type. Whatever
+fits no form raises with the count that was expected.
 
 In: arrays as an engine sent them. Out: RoutingTrace.
 """
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Unwritten = Literal["refuse", "invalid", "trust"]
 """What to do with rows that look as if nobody wrote them: raise, keep them as ``valid=False`` so that coverage counts them, or,
-with one expert per token only, where expert 0 looks the same, trust the engine to have written every row."""
+with one expert per token only, where expert 0 looks the same, trust the engine to have written
+every row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +68,11 @@ class RoutedModel:
         Raises:
             TraceError: when the model is dense.
             RecipeError: when the directory holds no config.json.
-            UnsupportedError: when transformers has no such model, or its routes cannot be read at its routers.
+            UnsupportedError: when transformers has no such model, or its routes cannot be read at
+                its routers.
         """
-        # By name, because this package stands below the one that knows Hugging Face models and loads without torch.
+        # By name, because this package stands below the one that knows Hugging Face models and
+        # loads without torch.
         found = import_module("moe_replay.transformers").routed_model(config)
         if found is None:
             raise TraceError(
@@ -92,21 +96,24 @@ def trace_from_payload(
 ) -> RoutingTrace:
     """Return the trace of the tokens from ``start`` on, out of one array for prompt and completion.
 
-    With P prompt and T sampled tokens, ``rows`` is ``[rows, layers, topk]`` for the P - start + T - 1 tokens that were
-    fed from ``start`` on. The trace has one row more, for the token sampled last, which is ``valid=False``. A prompt of 3
-    tokens with 2 sampled ones comes as 4 rows and becomes a trace of 5. ``rows`` and ``token_ids`` may be numpy arrays,
-    lists, or tensors of torch on any device.
+    With P prompt and T sampled tokens, ``rows`` is ``[rows, layers, topk]`` for the P - start + T -
+    1 tokens that were fed from ``start`` on. The trace has one row more, for the token sampled
+    last, which is ``valid=False``. A prompt of 3 tokens with 2 sampled ones comes as 4 rows and
+    becomes a trace of 5. ``rows`` and ``token_ids`` may be numpy arrays, lists, or tensors of torch
+    on any device.
 
-    A call that was aborted before it sampled anything has T = 0, and up to P - start rows, as far as the engine had fed the
-    prompt; what it had not fed, and the last row, are ``valid=False``.
+    A call that was aborted before it sampled anything has T = 0, and up to P - start rows, as far
+    as the engine had fed the prompt; what it had not fed, and the last row, are ``valid=False``.
 
-    ``token_ids`` and the spans of ``origin`` cover all P + T tokens, whatever ``start`` is. ``where`` names the request
-    in messages. A row is unwritten when each of its layers names one expert K times: a prefix-cache hit that left zeros.
-    An engine keeps one ``layer_order`` for all that it reads, so that short payloads add up to a judgement.
+    ``token_ids`` and the spans of ``origin`` cover all P + T tokens, whatever ``start`` is.
+    ``where`` names the request in messages. A row is unwritten when each of its layers names one
+    expert K times: a prefix-cache hit that left zeros. An engine keeps one ``layer_order`` for all
+    that it reads, so that short payloads add up to a judgement.
 
     Raises:
-        TraceError: when there is no payload, its type cannot hold the model's ids, the rows, layers or topk are not as many
-            as the model and the tokens imply, rows are unwritten and not allowed to be, or a row is not a possible route.
+        TraceError: when there is no payload, its type cannot hold the model's ids, the rows, layers
+            or topk are not as many as the model and the tokens imply, rows are unwritten and not
+            allowed to be, or a row is not a possible route.
     """
     token_ids = as_array(token_ids)
     _check_lengths(token_ids, num_prompt_tokens, start, where)
@@ -143,9 +150,9 @@ def trace_from_split_payload(
 ) -> RoutingTrace:
     """Return the trace of the tokens from ``start`` on, out of one array for the prompt and one for the completion.
 
-    ``prompt_rows`` holds P - start rows and ``completion_rows`` T - 1, as vLLM 0.21 sends them; everything else is as in
-    `trace_from_payload`. Pass ``prompt_rows=None`` when the engine leaves prompt routes out: these rows are
-    ``valid=False``, and coverage counts them.
+    ``prompt_rows`` holds P - start rows and ``completion_rows`` T - 1, as vLLM 0.21 sends them;
+    everything else is as in `trace_from_payload`. Pass ``prompt_rows=None`` when the engine leaves
+    prompt routes out: these rows are ``valid=False``, and coverage counts them.
 
     Raises:
         TraceError: as `trace_from_payload`, and when either part has too few or too many rows.

@@ -1,8 +1,9 @@
 """Router math in plain float64: the oracle that every backend's live and replayed gates are tested against.
 
-Replay fixes which experts run. Their gate weights always come from the current logits: the model's own score
-function, gathered at the replayed ids. For a softmax router that is ``g_i = I_i exp(s_i) / sum_j I_j exp(s_j)`` with the
-replayed mask ``I``; the logits of experts that were not replayed then get no gradient from the normalised weights.
+Replay fixes which experts run. Their gate weights always come from the current logits: the model's
+own score function, gathered at the replayed ids. For a softmax router that is ``g_i = I_i exp(s_i)
+/ sum_j I_j exp(s_j)`` with the replayed mask ``I``; the logits of experts that were not replayed
+then get no gradient from the normalised weights.
 
 In: logits and ids. Out: ids, gate weights, gradients.
 """
@@ -35,8 +36,9 @@ class ScoreFunction(StrEnum):
 class RouterRule:
     """How one model's routers choose experts and weigh them.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437), equations 13 to 16: scores, biased selection, unbiased and normalised
-    weights. R3 (arXiv 2510.11370): replayed softmax weights. megatron-core 0.16.1, topk_routing_with_score_function.
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 13 to 16: scores, biased selection, unbiased
+    and normalised weights. R3 (arXiv 2510.11370): replayed softmax weights. megatron-core 0.16.1,
+    topk_routing_with_score_function.
     """
 
     num_experts: int
@@ -47,7 +49,8 @@ class RouterRule:
     """How logits become scores."""
     normalise: bool
     """True: weights of the chosen experts sum to ``scaling_factor``; a softmax is taken over the chosen alone.
-    False: the scores themselves are the weights; a softmax is taken over all experts, before choosing."""
+    False: the scores themselves are the weights; a softmax is taken over all experts, before
+    choosing."""
     scaling_factor: float = 1.0
     """Multiplies every weight."""
     num_groups: int | None = None
@@ -168,7 +171,8 @@ def dense_weights(
 def _selection_scores(
     logits: Float64[np.ndarray, "tokens experts"], rule: RouterRule
 ) -> Float64[np.ndarray, "tokens experts"]:
-    # Logits and their softmax rank experts alike, but the group limit adds scores up, and sums differ.
+    # Logits and their softmax rank experts alike, but the group limit adds scores up, and sums
+    # differ.
     if rule.score_function is ScoreFunction.SOFTMAX and rule.normalise:
         return logits
     return _scores(logits, rule.score_function)

@@ -153,12 +153,14 @@ class Coverage:
     ) -> Coverage:
         """Count the rows of one sample: those with a route, and the others by reason.
 
-        ``is_sampled`` is False at tokens of an environment; None says that all after the prompt were sampled.
-        Of a prompt of 2 and 3 sampled tokens with ``valid=[F, T, T, F, F]`` 2 rows are replayed, and one each is live
-        for ``prompt_omitted``, ``engine_gave_none`` and ``last_token``.
+        ``is_sampled`` is False at tokens of an environment; None says that all after the prompt
+        were sampled. Of a prompt of 2 and 3 sampled tokens with ``valid=[F, T, T, F, F]`` 2 rows
+        are replayed, and one each is live for ``prompt_omitted``, ``engine_gave_none`` and
+        ``last_token``.
 
         Raises:
-            TraceError: when there are fewer rows than prompt tokens, or none, or flags and rows differ in count.
+            TraceError: when there are fewer rows than prompt tokens, or none, or flags and rows
+                differ in count.
         """
         if not 0 <= prompt_length <= len(valid) > 0 or len(valid) != len(
             valid if is_sampled is None else is_sampled

@@ -1,8 +1,8 @@
 """RowIndex: where every token of a batch goes on one rank, as one gather vector for tokens and routes alike.
 
-Packing or padding, context parallelism (CP), sequence parallelism (SP) and padding multiples are composed once, here.
-Whatever has a value per token (ids, masks, log-probabilities, advantages, routes) moves through the same vector,
-so no two of them can disagree.
+Packing or padding, context parallelism (CP), sequence parallelism (SP) and padding multiples are
+composed once, here. Whatever has a value per token (ids, masks, log-probabilities, advantages,
+routes) moves through the same vector, so no two of them can disagree.
 
 In: sequence lengths and a rank's coordinates. Out: gather vectors.
 """
@@ -30,8 +30,8 @@ CpPartition = Literal["zigzag", "contiguous"]
 class RowIndex:
     """Rows of one rank, each naming the row of the concatenated batch that it holds.
 
-    The concatenated batch is the sequences end to end, without padding. ``RowIndex.packed([3, 2], pad_multiple=4).rows``
-    is ``[0 1 2 3 4 -1 -1 -1]``.
+    The concatenated batch is the sequences end to end, without padding. ``RowIndex.packed([3, 2],
+    pad_multiple=4).rows`` is ``[0 1 2 3 4 -1 -1 -1]``.
     """
 
     rows: Int64[np.ndarray, " local_rows"]
@@ -41,7 +41,10 @@ class RowIndex:
     padded_lengths: tuple[int, ...]
     """Length of each sequence with its padding, before CP; their sum is the rows of all CP ranks."""
     num_side_by_side: int = 1
-    """Rows that share a position: the samples of a padded batch, 1 when packed. No shard separates them."""
+    """Rows that share a position: the samples of a padded batch, 1 when packed.
+
+    No shard separates them.
+    """
 
     @classmethod
     def packed(
@@ -55,13 +58,13 @@ class RowIndex:
     ) -> RowIndex:
         """Lay sequences end to end; under CP pad each to a multiple of ``2 * cp_size`` and cut it.
 
-        ``pad_multiple`` pads the *local* rows (sequence parallelism needs a multiple of the TP size);
-        the padding is appended to the last sequence, whose queries it cannot disturb because
+        ``pad_multiple`` pads the *local* rows (sequence parallelism needs a multiple of the TP
+        size); the padding is appended to the last sequence, whose queries it cannot disturb because
         attention is causal.
 
-        Worked example: sequences of 7 and 3 tokens on two CP ranks under the zigzag. They are padded
-        to 8 and 4, and cut into 2 * 2 chunks of 2 and 1 rows. Rank r takes the chunks r and 3 - r,
-        so that both see as much of the causal triangle:
+        Worked example: sequences of 7 and 3 tokens on two CP ranks under the zigzag. They are
+        padded to 8 and 4, and cut into 2 * 2 chunks of 2 and 1 rows. Rank r takes the chunks r and
+        3 - r, so that both see as much of the causal triangle:
 
             batch rows    0  1 | 2  3 | 4  5 | 6 -1      7 | 8 | 9 | -1
             rank          0      1      1      0         0   1   1   0

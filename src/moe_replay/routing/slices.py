@@ -1,8 +1,9 @@
 """RouteSlice: the routes that one rank replays, cut straight out of the traces: its layers, its rows, its bytes.
 
-The routes of a global batch are tens of gigabytes when every rank is sent all of them, or when they are widened first. A
-rank holds the layers of its pipeline stage times the rows of its context and sequence shard, as wide as a trace's. The
-layer comes first, so a slice is uploaded at once and each router reads one contiguous block.
+The routes of a global batch are tens of gigabytes when every rank is sent all of them, or when they
+are widened first. A rank holds the layers of its pipeline stage times the rows of its context and
+sequence shard, as wide as a trace's. The layer comes first, so a slice is uploaded at once and each
+router reads one contiguous block.
 
 In: traces, a rank's RowIndex and layers. Out: RouteSlice.
 """
@@ -52,9 +53,10 @@ def slice_routes(
 ) -> RouteSlice:
     """Return the routes of the rows of ``index`` in ``layers`` (global indices; None for all of the traces').
 
-    ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the batch's
-    size is made on the way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of the batch.
-    ``layers`` may be empty, on a stage of dense layers: then only ``valid`` says anything.
+    ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the
+    batch's size is made on the way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of
+    the batch. ``layers`` may be empty, on a stage of dense layers: then only ``valid`` says
+    anything.
 
     Worked example: traces of 3 and 2 tokens in the layers 1 to 4, a rank of the layers 2 and 4.
 
@@ -64,7 +66,8 @@ def slice_routes(
         valid                v1 v2 v0  F       row 3 of the slice is padding, and stays zero
 
     Raises:
-        TraceError: when the traces do not have the rows of the batch, differ in their models, or lack a layer.
+        TraceError: when the traces do not have the rows of the batch, differ in their models, or
+            lack a layer.
     """
     form = RouteForm.common((trace.form for trace in traces), "a batch")
     total = sum(len(trace) for trace in traces)
@@ -129,8 +132,8 @@ def _runs(
 def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[slice, slice]]:
     """Return (entries of the slice, entries of the traces) for each stretch of layers together in both.
 
-    Layers 2, 3 and 7 of traces that hold 1, 2, 3, 5 and 7 are ``0:2`` from ``1:3``, and ``2:3`` from
-    ``4:5``: two copies instead of three.
+    Layers 2, 3 and 7 of traces that hold 1, 2, 3, 5 and 7 are ``0:2`` from ``1:3``, and ``2:3``
+    from ``4:5``: two copies instead of three.
     """
     missing = sorted(set(wanted) - set(held))
     if missing:

@@ -1,7 +1,8 @@
 """Planes of expert slots: a chunk of routes transposed, so that all its sets are sorted and checked at once.
 
-Sorting the last axis of ``[rows, layers, topk]`` costs one small sort a set. Transposed to ``topk`` planes, plane ``j``
-holding slot ``j`` of every (row, layer), the same sorting network runs over all sets at once, in vector instructions.
+Sorting the last axis of ``[rows, layers, topk]`` costs one small sort a set. Transposed to ``topk``
+planes, plane ``j`` holding slot ``j`` of every (row, layer), the same sorting network runs over all
+sets at once, in vector instructions.
 
 In: routes in chunks of rows. Out: planes, in any order or sorted; repeated experts.
 """
@@ -93,7 +94,8 @@ def _all_increasing(expert_ids: UInt[np.ndarray, "rows layers topk"]) -> bool:
 def _network(width: int) -> tuple[tuple[int, int], ...]:
     """Return the comparators of Batcher's odd-even merge sort.
 
-    Source: Batcher, "Sorting networks and their applications" (1968), in the iterative form of Knuth's algorithm 5.2.2M.
+    Source: Batcher, "Sorting networks and their applications" (1968), in the iterative form of
+    Knuth's algorithm 5.2.2M.
     """
     comparators = []
     merged = 1

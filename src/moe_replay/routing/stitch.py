@@ -1,12 +1,13 @@
 """Makes one trace of a rollout that took several engine calls, aborted and resumed or in several turns.
 
-Each call feeds the sequence so far, so a token is fed many times: once for real, and again whenever a later call
-prefills what came before. Later weights choose other experts. The row of a token therefore comes from the call that
-fed it *first*: for a sampled token that is the call in which the next one was sampled from it, for a token of the
-environment the call that prefilled it. The token sampled last in a call was not fed by that call; its row comes from
-the next one. A call that was aborted before it sampled anything owns nothing, as nothing was sampled from its rows: they
-belong to the next call that samples. When the call that owns a row has no route for it, the row is ``valid=False``: a later
-prefill's route is not the one that the rollout used.
+Each call feeds the sequence so far, so a token is fed many times: once for real, and again whenever
+a later call prefills what came before. Later weights choose other experts. The row of a token
+therefore comes from the call that fed it *first*: for a sampled token that is the call in which the
+next one was sampled from it, for a token of the environment the call that prefilled it. The token
+sampled last in a call was not fed by that call; its row comes from the next one. A call that was
+aborted before it sampled anything owns nothing, as nothing was sampled from its rows: they belong
+to the next call that samples. When the call that owns a row has no route for it, the row is
+``valid=False``: a later prefill's route is not the one that the rollout used.
 
 ::
 
@@ -96,8 +97,10 @@ def merge_partial(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout
     Each call is fed exactly what the calls before it fed and sampled.
 
     Raises:
-        TokenMismatchError: when a call was fed something else, or a trace is bound to other tokens than its call's.
-        TraceError: when there are no calls, or a trace claims a route for the token that its call sampled last.
+        TokenMismatchError: when a call was fed something else, or a trace is bound to other tokens
+            than its call's.
+        TraceError: when there are no calls, or a trace claims a route for the token that its call
+            sampled last.
     """
     for number, (before, call) in enumerate(pairwise(calls), start=1):
         so_far = len(before.fed_ids) + len(before.sampled_ids)
@@ -114,8 +117,10 @@ def stitch_turns(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
     """Stitch the turns of a trajectory: each call is fed all before it, and then tokens of the environment, if any.
 
     Raises:
-        TokenMismatchError: when a call was not fed all that came before it, or a trace is bound to other tokens.
-        TraceError: when there are no calls, or a trace claims a route for the token that its call sampled last.
+        TokenMismatchError: when a call was not fed all that came before it, or a trace is bound to
+            other tokens.
+        TraceError: when there are no calls, or a trace claims a route for the token that its call
+            sampled last.
     """
     if not calls:
         raise TraceError(f"{where}: no engine call to stitch; a rollout takes at least one")

@@ -27,8 +27,9 @@ from moe_replay.routing.slots import repeating_sets, row_chunks
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64
 
-# A layer that gives this many different tokens the same experts has a collapsed router, or its buffer was never written.
-# Fewer can be chance, and one repeated token, however often, rightly has constant routes.
+# A layer that gives this many different tokens the same experts has a collapsed router, or its
+# buffer was never written. Fewer can be chance, and one repeated token, however often, rightly has
+# constant routes.
 MIN_TOKENS_FOR_CONSTANT_CHECK = 32
 
 
@@ -36,17 +37,21 @@ MIN_TOKENS_FOR_CONSTANT_CHECK = 32
 class RoutingTrace:
     """Routes of consecutive tokens in some layers of one model.
 
-    Row ``t`` holds the experts that ran when token ``t`` was fed to the model. The token sampled last was never
-    fed, so the last row of a rollout exists and is ``valid=False``.
+    Row ``t`` holds the experts that ran when token ``t`` was fed to the model. The token sampled
+    last was never fed, so the last row of a rollout exists and is ``valid=False``.
 
-    Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a row. ``RoutingTrace(...)``
-    therefore raises `TraceError` instead of holding nonsense. What only live routes can judge is left to the guard: see
-    `constant_layers`. Arrays are read-only, and are copied unless nobody else can write to them (see `arrays.kept`), so
-    what was checked stays as it was.
+    Everything is checked when a trace is made: shapes, dtype, ids in range, no expert twice in a
+    row. ``RoutingTrace(...)`` therefore raises `TraceError` instead of holding nonsense. What only
+    live routes can judge is left to the guard: see `constant_layers`. Arrays are read-only, and are
+    copied unless nobody else can write to them (see `arrays.kept`), so what was checked stays as it
+    was.
     """
 
     expert_ids: Integer[np.ndarray, "tokens layers topk"]
-    """``[tokens, layers, topk]``, uint8 up to 256 experts, uint16 above. Rows with ``valid=False`` hold anything."""
+    """``[tokens, layers, topk]``, uint8 up to 256 experts, uint16 above.
+
+    Rows with ``valid=False`` hold anything.
+    """
     valid: Bool[np.ndarray, " tokens"]
     """``[tokens]``; False where no route was recorded. Nothing may read the ids of such a row."""
     layers: tuple[int, ...]
@@ -95,11 +100,13 @@ class RoutingTrace:
     ) -> RoutingTrace:
         """Bind freshly recorded routes to the tokens that they were recorded for.
 
-        ``expert_ids`` may come in any integer dtype that can hold every expert; ids outside the model's experts raise before
-        they are narrowed. All three may be numpy arrays, lists, or tensors of torch, and may be reused once this returns.
+        ``expert_ids`` may come in any integer dtype that can hold every expert; ids outside the
+        model's experts raise before they are narrowed. All three may be numpy arrays, lists, or
+        tensors of torch, and may be reused once this returns.
 
         Raises:
-            TraceError: when rows, tokens and ``valid`` differ in length, or a valid row is not a possible route.
+            TraceError: when rows, tokens and ``valid`` differ in length, or a valid row is not a
+                possible route.
         """
         ids, token_ids, valid = as_array(expert_ids), as_array(token_ids), as_array(valid)
         if not np.issubdtype(ids.dtype, np.integer):
@@ -132,8 +139,8 @@ class RoutingTrace:
     def check_tokens(self, token_ids: Any, *, where: str) -> None:
         """Raise `TokenMismatchError` unless this trace was recorded for exactly these tokens.
 
-        ``where`` names the sample in the message. A row count proves nothing: a rollout of 7 tokens has 6 routed
-        rows, and so has the same rollout after one token was lost to re-tokenisation.
+        ``where`` names the sample in the message. A row count proves nothing: a rollout of 7 tokens
+        has 6 routed rows, and so has the same rollout after one token was lost to re-tokenisation.
         """
         ids = as_array(token_ids)
         if len(ids) != len(self):
@@ -151,7 +158,10 @@ class RoutingTrace:
             )
 
     def crop(self, start: int, stop: int) -> RoutingTrace:
-        """Return the rows ``start:stop``, still bound to their tokens. Indices must lie inside the trace."""
+        """Return the rows ``start:stop``, still bound to their tokens.
+
+        Indices must lie inside the trace.
+        """
         if not 0 <= start <= stop <= len(self):
             raise TraceError(f"cannot crop rows {start}:{stop} of a trace of {len(self)} rows")
         return RoutingTrace(
@@ -216,13 +226,15 @@ class RoutingTrace:
     def constant_layers(self) -> tuple[int, ...]:
         """Return the layers in which all valid rows, of at least 32 different tokens, hold the same experts.
 
-        The router of such a layer has collapsed, which is legal and happens in reinforcement learning, or the engine never
-        wrote the layer. The routes cannot show which. `Guard` can: the live routes of a collapsed router are the same.
+        The router of such a layer has collapsed, which is legal and happens in reinforcement
+        learning, or the engine never wrote the layer. The routes cannot show which. `Guard` can:
+        the live routes of a collapsed router are the same.
         """
         held = np.flatnonzero(self.valid)
         if len(held) < MIN_TOKENS_FOR_CONSTANT_CHECK:
             return ()
-        # Nearly every layer differs within its first rows; only what is left is worth a look at every row.
+        # Nearly every layer differs within its first rows; only what is left is worth a look at
+        # every row.
         first = self.expert_ids[held[0]]
         some = self.expert_ids[held[:MIN_TOKENS_FOR_CONSTANT_CHECK]]
         constant = [

@@ -217,7 +217,8 @@ def replayed_step(
     actor = start_policy(checkpoint, case.layout, **case.overrides)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(layers), replica)
-    # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the dispatcher wants it.
+    # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the
+    # dispatcher wants it.
     packed = pack(
         samples,
         scorer=actor,

@@ -75,8 +75,9 @@ def pack(
 ) -> list[Microbatch]:
     """Pack samples into microbatches of at most ``max_tokens`` tokens, at least ``count`` of them, rows padded.
 
-    The rows and layers are those of ``scorer``'s rank; without one, those of a single process. If ``routed``, the
-    routes of samples that have some are shared as in training; with a ``scorer`` that is collective over all ranks.
+    The rows and layers are those of ``scorer``'s rank; without one, those of a single process. If
+    ``routed``, the routes of samples that have some are shared as in training; with a ``scorer``
+    that is collective over all ranks.
     """
     lengths = [len(sample.token_ids) for sample in samples]
     plan = split_to(
@@ -153,7 +154,8 @@ def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tenso
 def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
     """Return the reduced gradient of the model by checkpoint name, on every rank; collective.
 
-    The distributed optimizer leaves each data-parallel rank with the sum of its own shard; the shards are gathered.
+    The distributed optimizer leaves each data-parallel rank with the sum of its own shard; the
+    shards are gathered.
     """
     for chunk in actor.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:

@@ -57,7 +57,8 @@ def with_routes(
 ) -> RoutedSample:
     """Return ``sample`` with other routes, bound to its tokens as if an engine had reported them.
 
-    The binding holds, so that only a comparison with the model's own routing can find out that they are wrong.
+    The binding holds, so that only a comparison with the model's own routing can find out that they
+    are wrong.
     """
     before = sample.trace
     trace = RoutingTrace.record(

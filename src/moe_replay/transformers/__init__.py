@@ -1,6 +1,7 @@
 """Hugging Face models: record the routes that their routers choose, and replay given ones.
 
-In: a transformers model. Out: `record_routes`, `replay_routes`, `replay_traces`, `find_routers`, `routed_model`.
+In: a transformers model. Out: `record_routes`, `replay_routes`, `replay_traces`, `find_routers`,
+`routed_model`.
 """
 
 from moe_replay.transformers.model_config import routed_model

@@ -19,12 +19,14 @@ from moe_replay.transformers.record import find_routers
 def routed_model(config: Any) -> RoutedModel | None:
     """Return layers, experts and top-k of the model that ``config`` describes; None when it is dense.
 
-    ``config`` is a transformers config or the directory of a checkpoint. Nothing is downloaded and no code of a checkpoint
-    runs. The numbers are read from the model, built without memory, and not computed from the config's fields.
+    ``config`` is a transformers config or the directory of a checkpoint. Nothing is downloaded and
+    no code of a checkpoint runs. The numbers are read from the model, built without memory, and not
+    computed from the config's fields.
 
     Raises:
         RecipeError: when the directory holds no config.json.
-        UnsupportedError: when transformers has no such model, or its routes cannot be read at its routers.
+        UnsupportedError: when transformers has no such model, or its routes cannot be read at its
+            routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,6 +1,7 @@
 """Replay in a padded batch: traces of single sequences, laid into the rows of ``input_ids`` by its attention mask.
 
-In: traces, ``input_ids``, ``attention_mask``. Out: routes of all rows of the batch, and a replay scope over them.
+In: traces, ``input_ids``, ``attention_mask``. Out: routes of all rows of the batch, and a replay
+scope over them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def place_traces(
 ) -> tuple[UInt[np.ndarray, "rows layers topk"], Bool[np.ndarray, " rows"]]:
     """Return the routes of every row of a batch, batch first, and which rows have one.
 
-    ``input_ids`` is ``[batch, length]``, ``attention_mask`` the same with 1 at tokens and 0 at padding, on either side;
-    without it there is no padding. A trace must be bound to the very tokens of its sequence.
+    ``input_ids`` is ``[batch, length]``, ``attention_mask`` the same with 1 at tokens and 0 at
+    padding, on either side; without it there is no padding. A trace must be bound to the very
+    tokens of its sequence.
 
     Example:
-        Tokens ``[[0, 5, 6], [7, 8, 9]]`` with mask ``[[0, 1, 1], [1, 1, 1]]`` and traces of 2 and 3 rows give 6 rows, of
-        which row 0 is padding, and rows 2 and 5, each the last of its trace, are ``valid=False`` too.
+        Tokens ``[[0, 5, 6], [7, 8, 9]]`` with mask ``[[0, 1, 1], [1, 1, 1]]`` and traces of 2 and 3
+        rows give 6 rows, of
+        which row 0 is padding, and rows 2 and 5, each the last of its trace, are ``valid=False``
+        too.
 
     Raises:
         TraceError: when shapes or counts differ, or the traces are of different models.
@@ -75,11 +79,13 @@ def replay_traces(
         ...     logits = model(ids, attention_mask=mask).logits
 
     Raises:
-        TraceError: when traces and batch differ in count or shape, or the routes cannot be this model's.
+        TraceError: when traces and batch differ in count or shape, or the routes cannot be this
+            model's.
         TokenMismatchError: when a trace is bound to other tokens than its sequence has.
-        UnsupportedError: when the model is dense, or of a family whose score function is not known here.
-        ReplayScopeError: when a forward has another number of rows, a router never ran, or recomputation happened outside
-            the scope.
+        UnsupportedError: when the model is dense, or of a family whose score function is not known
+            here.
+        ReplayScopeError: when a forward has another number of rows, a router never ran, or
+            recomputation happened outside the scope.
     """
     expert_ids, valid = place_traces(traces, input_ids, attention_mask)
     with replay_routes(model, expert_ids, valid, layers=traces[0].layers):

@@ -37,11 +37,13 @@ class RouterSite:
 def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     """Return the routers of ``model`` in the order of their layers; empty for a dense model.
 
-    A layer's number is its index in the list of decoder layers that holds it, read from the built model.
+    A layer's number is its index in the list of decoder layers that holds it, read from the built
+    model.
 
     Raises:
-        UnsupportedError: when an expert block has no router module of its own, its router states neither experts nor
-            top-k, or the routers differ in them or sit in more than one stack of layers.
+        UnsupportedError: when an expert block has no router module of its own, its router states
+            neither experts nor top-k, or the routers differ in them or sit in more than one stack
+            of layers.
     """
     sites = []
     stacks = set()
@@ -77,7 +79,8 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
 class RouteRecorder:
     """Collects the expert ids that the routers of one model choose, in the order in which rows reach them.
 
-    Rows are the tokens of ``input_ids`` flattened, batch first: row ``b * length + t``, padding included.
+    Rows are the tokens of ``input_ids`` flattened, batch first: row ``b * length + t``, padding
+    included.
     """
 
     def __init__(self, sites: tuple[RouterSite, ...]) -> None:
@@ -91,10 +94,12 @@ class RouteRecorder:
     def take(self) -> Integer[torch.Tensor, "rows layers topk"]:
         """Return the routes of all forward passes since the last call, and forget them.
 
-        The ids are uint8 up to 256 experts and int32 above; entry ``i`` of the layer dim is ``self.layers[i]``.
+        The ids are uint8 up to 256 experts and int32 above; entry ``i`` of the layer dim is
+        ``self.layers[i]``.
 
         Raises:
-            ReplayScopeError: when nothing was recorded, or the routers saw different numbers of rows.
+            ReplayScopeError: when nothing was recorded, or the routers saw different numbers of
+                rows.
         """
         parts, self._parts = self._parts, [[] for _ in self._sites]
         rows = [sum(len(part) for part in layer) for layer in parts]
@@ -117,9 +122,9 @@ class RouteRecorder:
 def record_routes(model: nn.Module) -> Iterator[RouteRecorder]:
     """Record the routes of every forward pass of ``model`` inside the scope.
 
-    The hooks live on this model's routers alone and go when the scope ends, also after an exception. Recomputation
-    in a backward pass is not recorded again. Opened inside a replay scope, it sees the replayed routes; opened
-    around one, the live ones.
+    The hooks live on this model's routers alone and go when the scope ends, also after an
+    exception. Recomputation in a backward pass is not recorded again. Opened inside a replay scope,
+    it sees the replayed routes; opened around one, the live ones.
 
     Example:
         >>> with record_routes(model) as recorder:
@@ -128,7 +133,8 @@ def record_routes(model: nn.Module) -> Iterator[RouteRecorder]:
         torch.Size([20, 4, 2])
 
     Raises:
-        UnsupportedError: when the model is dense, or its routers cannot be recorded (see `find_routers`).
+        UnsupportedError: when the model is dense, or its routers cannot be recorded (see
+            `find_routers`).
     """
     sites = find_routers(model)
     if not sites:

@@ -1,7 +1,8 @@
 """Replay routes in a Hugging Face model: its routers keep their scores and their gradient, and lose their choice.
 
-The forward methods of these models accept any keyword, so routes passed as one are dropped without a word. Here the
-routers' outputs are replaced, and a scope that ends without having replayed is an error.
+The forward methods of these models accept any keyword, so routes passed as one are dropped without
+a word. Here the routers' outputs are replaced, and a scope that ends without having replayed is an
+error.
 
 In: a transformers model, routes. Out: replay_routes.
 """
@@ -38,11 +39,12 @@ def replay_routes(
 ) -> Iterator[None]:
     """Force the experts of every forward pass of ``model`` inside the scope.
 
-    ``expert_ids`` is ``[rows, layers, topk]`` and ``valid`` ``[rows]``, arrays or tensors. Rows are the tokens of
-    ``input_ids`` flattened, batch first, padding included; `replay_traces` makes them of traces. ``layers`` names the global
-    decoder-layer index of each entry of the layer dim, as `RoutingTrace.layers` does; the model's routers must be
-    among them. Rows with ``valid=False`` are routed live, and their ids are never read. The weights of the experts
-    come from the model's current logits by its own score function, so the router keeps its gradient. With gradient
+    ``expert_ids`` is ``[rows, layers, topk]`` and ``valid`` ``[rows]``, arrays or tensors. Rows are
+    the tokens of ``input_ids`` flattened, batch first, padding included; `replay_traces` makes them
+    of traces. ``layers`` names the global decoder-layer index of each entry of the layer dim, as
+    `RoutingTrace.layers` does; the model's routers must be among them. Rows with ``valid=False``
+    are routed live, and their ids are never read. The weights of the experts come from the model's
+    current logits by its own score function, so the router keeps its gradient. With gradient
     checkpointing the backward pass must run inside the scope too, since it recomputes the forward.
 
     Example:
@@ -50,10 +52,11 @@ def replay_routes(
         ...     logits = model(torch.from_numpy(token_ids)[None]).logits
 
     Raises:
-        UnsupportedError: when the model is dense, or of a family whose score function is not known here.
+        UnsupportedError: when the model is dense, or of a family whose score function is not known
+            here.
         TraceError: when the routes cannot be routes of this model.
-        ReplayScopeError: when a forward has another number of rows, a router never ran, or recomputation happened
-            outside the scope.
+        ReplayScopeError: when a forward has another number of rows, a router never ran, or
+            recomputation happened outside the scope.
     """
     scope = _Scope(model, as_array(expert_ids), as_array(valid), tuple(layers))
     with ExitStack() as hooks:
@@ -181,7 +184,8 @@ def _check_routes(
 def _weigh_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Softmax in float32, renormalised if the config says so, in the model's dtype.
 
-    Source: transformers 5, `Qwen3MoeTopKRouter.forward`; the Qwen2-MoE and OLMoE routers are the same.
+    Source: transformers 5, `Qwen3MoeTopKRouter.forward`; the Qwen2-MoE and OLMoE routers are the
+    same.
     """
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, ids)
     if router.norm_topk_prob:
@@ -201,7 +205,8 @@ def _weigh_mixtral(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torc
 def _weigh_scaled_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Softmax in float32, scaled, never renormalised.
 
-    Source: transformers 5, `DeepseekV2TopkRouter.forward`; groups limit the choice, not the weights.
+    Source: transformers 5, `DeepseekV2TopkRouter.forward`; groups limit the choice, not the
+    weights.
     """
     weights = logits.softmax(dim=-1, dtype=torch.float32).gather(1, ids)
     return weights * router.routed_scaling_factor

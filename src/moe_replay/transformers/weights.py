@@ -1,8 +1,9 @@
 """Write checkpoint tensors into a built Hugging Face model, without the disk and without a second copy of it.
 
-transformers fuses and renames tensors when it loads a checkpoint (the experts of a layer become one tensor) and
-publishes the way back. Run on the model's own tensors with copies left out, that way back yields, for every name on
-disk, a view on the memory that holds it: a push is then one copy into each view.
+transformers fuses and renames tensors when it loads a checkpoint (the experts of a layer become one
+tensor) and publishes the way back. Run on the model's own tensors with copies left out, that way
+back yields, for every name on disk, a view on the memory that holds it: a push is then one copy
+into each view.
 
 In: a transformers model, checkpoint tensors. Out: CheckpointViews.
 """
@@ -26,8 +27,8 @@ class CheckpointViews:
     """The tensors of a model's checkpoint by their names on disk, as views on the model's own memory.
 
     Raises:
-        UnsupportedError: when the family's conversion computes new values, so that a tensor on disk has no memory
-            of its own in the model.
+        UnsupportedError: when the family's conversion computes new values, so that a tensor on disk
+            has no memory of its own in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,11 +40,12 @@ class CheckpointViews:
     def copy(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace every tensor of the model by ``weights``, cast to the model's own dtype.
 
-        Of tied tensors one name is enough; if more are given they must be equal. After an error the model holds a
-        mixture of old and new weights.
+        Of tied tensors one name is enough; if more are given they must be equal. After an error the
+        model holds a mixture of old and new weights.
 
         Raises:
-            EngineError: when a name is unknown, given twice or missing, a shape differs, or tied tensors do.
+            EngineError: when a name is unknown, given twice or missing, a shape differs, or tied
+                tensors do.
         """
         written: dict[tuple[Any, ...], str] = {}
         seen: set[str] = set()

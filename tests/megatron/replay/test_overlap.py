@@ -151,7 +151,8 @@ def test_rows_that_repeat_the_row_before_are_seen_through_any_order_of_ids() -> 
     owners = RowOwners(sample=np.zeros(4, dtype=np.int64), position=np.arange(4))
     live = ids.astype(np.int64).copy()
     live[1, 1] = [0, 7]
-    # Row 1 repeats row 0 while its live route does not; row 3 repeats row 2 and so does its live route.
+    # Row 1 repeats row 0 while its live route does not; row 3 repeats row 2 and so does its live
+    # route.
     assert counted(routes, owners, live, (0, 1)).repeats.tolist() == [False, True, False, False]
 
 
@@ -199,7 +200,8 @@ def _passes(checkpoint: Path, where: ParallelLayout, overrides: dict[str, Any]) 
     """Compare the counts of both kinds of pass with the reference; return the agreement of own and shifted routes."""
     actor = start_policy(checkpoint, where, **overrides)
     print("seed", seed := 23)
-    # Two samples of 20 tokens a microbatch: four of them, as the interleaved schedule wants an even number.
+    # Two samples of 20 tokens a microbatch: four of them, as the interleaved schedule wants an even
+    # number.
     own = with_own_routes(actor, make_samples(8, seed=seed, min_length=20, max_length=20))
     agreement = []
     seen: list[tuple[Microbatch, WatchedRoutes]] = []
@@ -245,7 +247,8 @@ def test_passes_of_the_model_count_as_the_reference_in_every_layout(
 ) -> None:
     ranks, where, overrides = LAYOUTS[name]
     for own, shifted in run_ranks(_passes, ranks, checkpoint, where, overrides):
-        # Rounding differs between the passes that record and replay, and may flip a row that is nearly tied.
+        # Rounding differs between the passes that record and replay, and may flip a row that is
+        # nearly tied.
         assert own > 0.99
         assert shifted < 0.9
 

@@ -92,7 +92,8 @@ def _gradients_under(
 ) -> tuple[dict[str, torch.Tensor], float]:
     actor = start_policy(checkpoint, **recompute)
     samples = randomly_routed(actor)
-    # A forward-only pass first: it must leave nothing behind that a recomputation could pick up (defect E1).
+    # A forward-only pass first: it must leave nothing behind that a recomputation could pick up
+    # (defect E1).
     logprobs(actor, list(reversed(samples)), Routing.REPLAY)
     actor.optimizer.step = lambda: (True, 0.0, 0)
     calls = []
@@ -342,7 +343,8 @@ def _record_under_recompute(checkpoint: Path) -> bool:
         chunk.zero_grad_buffer()
     with scope.open():
         outputs = [actor._forward(actor.chunks[0], batch, scope) for batch in batches]
-        # Backwards in reverse order: an older microbatch recomputes last and must not overwrite anything.
+        # Backwards in reverse order: an older microbatch recomputes last and must not overwrite
+        # anything.
         for output in reversed(outputs):
             output.sum().backward()
     return all(

@@ -49,7 +49,10 @@ def take_away(*names: str) -> None:
 
 @contextmanager
 def cuda_is_there() -> Iterator[None]:
-    """Let a block see CUDA. The stand-ins for it stay, so what was repaired in the block then runs on the CPU."""
+    """Let a block see CUDA.
+
+    The stand-ins for it stay, so what was repaired in the block then runs on the CPU.
+    """
     is_available = torch.cuda.is_available
     torch.cuda.is_available = lambda: True
     try:

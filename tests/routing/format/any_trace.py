@@ -15,7 +15,8 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 def traces(draw) -> Callable[[], RoutingTrace]:
     """Draw a function that makes a trace, whose invalid rows hold what no router chooses.
 
-    Making it checks annotations, which looks at items of sequences at random; hypothesis allows that outside a strategy.
+    Making it checks annotations, which looks at items of sequences at random; hypothesis allows
+    that outside a strategy.
     """
     num_experts = draw(st.sampled_from(EXPERTS) | st.integers(2, 65_536))
     topk = draw(st.integers(1, min(num_experts - 1, 12)) | st.just(min(num_experts - 1, 70)))

@@ -72,7 +72,10 @@ class ModelShape:
     rotary_frac: float = 1.0
     """Part of each head that is rotated."""
     num_mtp_layers: int = 0
-    """Multi-token-prediction layers in the checkpoint, numbered after the decoder layers. They are not trained."""
+    """Multi-token-prediction layers in the checkpoint, numbered after the decoder layers.
+
+    They are not trained.
+    """
     tie_word_embeddings: bool
     """The output layer is the embedding."""
     ffn_size: int

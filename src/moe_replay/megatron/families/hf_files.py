@@ -1,7 +1,7 @@
 """Write a Hugging Face checkpoint directory from a stream of named tensors.
 
-In: tensors one at a time, and the checkpoint that the model came from. Out: a complete directory, with experts stacked
-as that checkpoint stacks them.
+In: tensors one at a time, and the checkpoint that the model came from. Out: a complete directory,
+with experts stacked as that checkpoint stacks them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as safetensors beside copies of the source checkpoint's other files, in the source's layout.
 
-    Holds at most one shard in memory, and the experts of one layer where the source stacks them. Works in `<output_dir>.partial` and renames it at the end.
+    Holds at most one shard in memory, and the experts of one layer where the source stacks them.
+    Works in `<output_dir>.partial` and renames it at the end.
 
     Raises:
         CheckpointError: `output_dir` exists already.

@@ -1,7 +1,7 @@
 """Which Megatron parameter holds which Hugging Face tensors: one table for each model family.
 
-A family is a list of `Rule`s and a function of `shapes` that reads its Hugging Face config. Adding a family
-means adding both; `weights.py` knows no architecture.
+A family is a list of `Rule`s and a function of `shapes` that reads its Hugging Face config. Adding
+a family means adding both; `weights.py` knows no architecture.
 
 In: a Hugging Face model type. Out: a `Family`.
 """
@@ -143,7 +143,8 @@ def _projection(megatron: str, hf: str, kind: Kind = Kind.COLUMN) -> Rule:
     )
 
 
-# Multi-head latent attention. As everywhere, Transformer Engine names a norm after the linear layer behind it.
+# Multi-head latent attention. As everywhere, Transformer Engine names a norm after the linear layer
+# behind it.
 _MLA = (
     _projection("linear_q_proj", "q_proj"),
     _projection("linear_q_down_proj", "q_a_proj", Kind.WHOLE),

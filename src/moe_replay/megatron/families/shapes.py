@@ -143,7 +143,8 @@ def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
         "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size,
     }
-    # Megatron scores a group by the sum of its best topk // group_topk experts; the models by a fixed number.
+    # Megatron scores a group by the sum of its best topk // group_topk experts; the models by a
+    # fixed number.
     as_megatron = (
         groups is not None
         and hf.num_experts_per_tok // groups.groups_per_token == groups.num_scored
@@ -158,7 +159,8 @@ def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
         megatron_fields |= {
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
-            # The bias is a weight of the policy here: as loaded, and the same in trainer and engine.
+            # The bias is a weight of the policy here: as loaded, and the same in trainer and
+            # engine.
             "moe_router_bias_update_rate": 0.0,
         }
     return {

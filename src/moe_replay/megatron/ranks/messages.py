@@ -1,7 +1,7 @@
 """How the ranks of one job talk: plain objects and bytes, from host to host, beside the devices' own collectives.
 
-Objects travel through torch's object collectives over gloo, which pickles: ranks of one job run the same program and
-trust each other. What comes from outside the job never takes this way.
+Objects travel through torch's object collectives over gloo, which pickles: ranks of one job run the
+same program and trust each other. What comes from outside the job never takes this way.
 
 In: values of this rank. Out: those of the other ranks.
 """
@@ -26,7 +26,8 @@ T = TypeVar("T")
 WAIT_LIMIT = timedelta(hours=24)
 """How long a rank waits in a message for the others: one of them may sample for hours when this one has finished.
 
-A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one that hangs.
+A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one
+that hangs.
 """
 PIECE_BYTES = 64 * 2**20
 """What a rank receives at most in one piece of a long message, unless one item is larger."""
@@ -45,7 +46,8 @@ class HostGroup:
     def own_part(cls, parts: Sequence[Sequence[int]], *, name: str) -> HostGroup:
         """Make a group of each of ``parts``, which share out the world's ranks; return that of this rank.
 
-        Every rank of the world calls this with the same parts. The index of the part follows ``name``.
+        Every rank of the world calls this with the same parts. The index of the part follows
+        ``name``.
         """
         if len(parts) == 1:
             return replace(all_ranks(), name=f"{name} 0")
@@ -77,7 +79,8 @@ class HostGroup:
     def gather(self, value: T) -> list[T]:
         """Return every rank's ``value``, in rank order, on every rank.
 
-        The value is any plain object: numbers, texts, bytes, numpy arrays, and lists, dicts and dataclasses of them.
+        The value is any plain object: numbers, texts, bytes, numpy arrays, and lists, dicts and
+        dataclasses of them.
         """
         if self.size == 1:
             return [value]
@@ -89,8 +92,8 @@ class HostGroup:
     def gather_items(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
         """Return every rank's ``items``, on every rank, sent in pieces of bounded size.
 
-        torch pads what each rank sends to the longest, so one long message takes ranks x longest on each of them: 64
-        ranks with 16 MB each take 1 GB at once in one piece, and 64 MiB here.
+        torch pads what each rank sends to the longest, so one long message takes ranks x longest on
+        each of them: 64 ranks with 16 MB each take 1 GB at once in one piece, and 64 MiB here.
         """
         pieces = self._pieces(items, num_bytes)
         everyone: list[list[T]] = [[] for _ in range(self.size)]

@@ -1,7 +1,7 @@
 """Replica: the ranks that hold one copy of the policy together, and what each of them routes.
 
-The ranks of a replica train on the same samples. Each samples its own part of them, and gives every other rank just
-what that rank needs.
+The ranks of a replica train on the same samples. Each samples its own part of them, and gives every
+other rank just what that rank needs.
 
 In: this rank's routers. Out: Replica.
 """

@@ -1,6 +1,7 @@
 """Counts the overlap of live and replayed routes on the device: the guard sees every row, and no live id is copied.
 
-In: replayed routes of a microbatch, live ids of one layer after the other. Out: OverlapCounts, RouteUse.
+In: replayed routes of a microbatch, live ids of one layer after the other. Out: OverlapCounts,
+RouteUse.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from moe_replay.routing.guard.counts import (
 _MAX_BYTES = 2**26
 """Maximum bytes of the mask over experts and of the ids looked up in it, for the rows taken at once."""
 _NUM_PLACES = len(PLACES)
-# Rows of the running sums: own, others, flips, nearer and farther at each place, layers in which the live and in which the
-# replayed set is that of the row before.
+# Rows of the running sums: own, others, flips, nearer and farther at each place, layers in which
+# the live and in which the replayed set is that of the row before.
 _SAME_LIVE, _SAME_REPLAYED = 3 + 2 * _NUM_PLACES, 4 + 2 * _NUM_PLACES
 
 
@@ -85,7 +86,8 @@ class OverlapCounter:
         """Count the valid rows of ``routes``, whose ids lie on the device as ``expert_ids``, in ``layers``."""
         device = expert_ids.device
         rows = np.flatnonzero(routes.valid)
-        # Packed rows are in this order already, but for the two stretches of a context-parallel shard.
+        # Packed rows are in this order already, but for the two stretches of a context-parallel
+        # shard.
         rows = rows[np.lexsort((owners.position[rows], owners.sample[rows]))]
         sample, position = owners.sample[rows], owners.position[rows]
         self._position = position.astype(np.int32)
@@ -103,7 +105,8 @@ class OverlapCounter:
         self._table_start = upload(number * self._num_experts, device)
         follows = np.zeros(len(rows) + 1, dtype=bool)
         follows[1:-1] = (np.diff(sample) == 0) & (np.diff(position) == 1)
-        # follows[i]: row i holds the token after that of row i - 1; so follows[i + 1] says that row i has a next one.
+        # follows[i]: row i holds the token after that of row i - 1; so follows[i + 1] says that row
+        # i has a next one.
         self._follows = upload(follows, device)
         self._row_sums = torch.zeros(
             (_SAME_REPLAYED + 1, len(rows)), dtype=torch.int32, device=device
@@ -199,7 +202,8 @@ class OverlapCounter:
     ) -> Int64[torch.Tensor, " valid"]:
         """Return the slots that live routes share with all replayed ones of their samples, their own included.
 
-        A live expert meets as many of them as the expert occurs in, so that a table of uses says it without any pairs.
+        A live expert meets as many of them as the expert occurs in, so that a table of uses says it
+        without any pairs.
         """
         start = self._table_start[:, None]
         used = torch.zeros(
@@ -225,7 +229,8 @@ class OverlapCounter:
         for column, (place, distance) in enumerate(TOKEN_PLACES, start=1):
             held = self._follows[has[distance]]
             gains[place] = (shared[:, column] - shared[:, 0]) * held
-        # At the first and the last layer the route itself was looked up once more, and nothing is gained.
+        # At the first and the last layer the route itself was looked up once more, and nothing is
+        # gained.
         for column, (place, _) in enumerate(LAYER_PLACES, start=4):
             gains[place] = shared[:, column] - shared[:, 0]
         return gains

@@ -1,9 +1,10 @@
 """Replay and recording scopes for Megatron-Core routers.
 
-A scope owns the routers of the model it was given and nothing else in the process. While it is open, each of its
-routers asks it which experts to use; the answer depends on the microbatch that is running, by key, never on the order
-of calls. Recomputation gets the routes of its own forward pass, because the key travels inside the checkpointed
-function, whatever the pipeline schedule does in between.
+A scope owns the routers of the model it was given and nothing else in the process. While it is
+open, each of its routers asks it which experts to use; the answer depends on the microbatch that is
+running, by key, never on the order of calls. Recomputation gets the routes of its own forward pass,
+because the key travels inside the checkpointed function, whatever the pipeline schedule does in
+between.
 
 In: routers by global layer, routes by microbatch key. Out: forced or recorded experts.
 """
@@ -102,8 +103,8 @@ class RouterScope(ABC):
         ``may_be_empty`` is for a pipeline stage that holds dense layers only.
 
         Raises:
-            UnsupportedError: when a router's configuration chooses experts without asking the scope, or there is
-                no router.
+            UnsupportedError: when a router's configuration chooses experts without asking the
+                scope, or there is no router.
         """
         if not routers and not may_be_empty:
             raise UnsupportedError(
@@ -131,8 +132,8 @@ class RouterScope(ABC):
         """Own the routers for the time of the block; on a normal exit, check that the contract was kept.
 
         Raises:
-            ReplayScopeError: when another open scope owns a router, or a router did not run exactly once for each
-                microbatch.
+            ReplayScopeError: when another open scope owns a router, or a router did not run exactly
+                once for each microbatch.
         """
         for seat in self._seats:
             held = getattr(seat.router, "router_replay", None)
@@ -245,7 +246,8 @@ class _KeyedFunction:
 class ReplayScope(RouterScope):
     """Forces the experts of every valid row; other rows are routed by the current weights.
 
-    The scores are always the model's own, gathered at the replayed ids, so the router keeps its gradient.
+    The scores are always the model's own, gathered at the replayed ids, so the router keeps its
+    gradient.
     """
 
     def __init__(
@@ -259,8 +261,9 @@ class ReplayScope(RouterScope):
     ) -> None:
         """Prepare to replay ``routes`` (microbatch key -> its routes in the rows of this rank's routers).
 
-        With ``owners`` (key -> whose token each of these rows holds) live and replayed routes are counted for `watched`;
-        ``keeps_live`` keeps the live ids of every row too, [rows, layers, topk] for each microbatch on the device.
+        With ``owners`` (key -> whose token each of these rows holds) live and replayed routes are
+        counted for `watched`; ``keeps_live`` keeps the live ids of every row too, [rows, layers,
+        topk] for each microbatch on the device.
 
         Raises:
             TraceError: when routes lack a layer of the model, or are of a model of another shape.
@@ -272,7 +275,8 @@ class ReplayScope(RouterScope):
         self._entry: dict[int, dict[int, int]] = {}
         self._counters: dict[int, OverlapCounter] = {}
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
-        # Of the microbatch that is running and, while a recomputation interrupts it, of the recomputed one.
+        # Of the microbatch that is running and, while a recomputation interrupts it, of the
+        # recomputed one.
         self._uploaded: dict[bool, tuple[int, DeviceRoutes]] = {}
         for key, held in self._routes.items():
             if routers:
@@ -369,7 +373,8 @@ class RecordScope(RouterScope):
         """Return the routes of microbatch ``key`` in this rank's rows, in the order of `layers`; each key once.
 
         Raises:
-            ReplayScopeError: when the scope owns no router, or the microbatch did not run or was taken before.
+            ReplayScopeError: when the scope owns no router, or the microbatch did not run or was
+                taken before.
         """
         missing = [layer for layer in self.layers if (layer, key) not in self._recorded]
         if missing or not self.layers:

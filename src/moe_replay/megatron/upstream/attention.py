@@ -1,7 +1,8 @@
 """Causal core attention by PyTorch's SDPA, for where Transformer Engine is not installed.
 
-Megatron's own local attention refuses packed sequences and context parallelism. This one does both, on any
-device, and attends within each sequence only, so a packed run equals the unpacked runs to rounding.
+Megatron's own local attention refuses packed sequences and context parallelism. This one does both,
+on any device, and attends within each sequence only, so a packed run equals the unpacked runs to
+rounding.
 
 In: query, key, value of this rank. Out: the attended values.
 """
@@ -29,8 +30,8 @@ _MIN_FILL_FRAC = 0.75
 class SDPACoreAttention(MegatronModule):
     """Attend causally over `[s b heads d]` or packed `[t heads d]` tensors.
 
-    Under context parallelism keys and values are gathered over Megatron's zigzag split: of `2 * cp` equal chunks
-    of each sequence, rank r holds chunks r and `2 * cp - 1 - r`.
+    Under context parallelism keys and values are gathered over Megatron's zigzag split: of `2 * cp`
+    equal chunks of each sequence, rank r holds chunks r and `2 * cp - 1 - r`.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class SDPACoreAttention(MegatronModule):
             ).unsqueeze(1)
         else:
             out = self._attend(query, key, value)
-        # Packed without the batch dim, as Transformer Engine does: Megatron puts it back, after cutting padded heads off.
+        # Packed without the batch dim, as Transformer Engine does: Megatron puts it back, after
+        # cutting padded heads off.
         return out.flatten(2).squeeze(1) if packed else out.flatten(2)
 
     def _attend(
@@ -115,9 +117,9 @@ class SDPACoreAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """Attend over `[t heads d]`, sequences of like length together in one padded call.
 
-        On one CPU thread, 128 sequences of 20-40 rows, fp32, forward and backward: 2.1 times as fast as one call
-        a sequence. Padding everything to the longest is up to 90 times slower where one sequence is long, a
-        block mask over the whole pack 30 times.
+        On one CPU thread, 128 sequences of 20-40 rows, fp32, forward and backward: 2.1 times as
+        fast as one call a sequence. Padding everything to the longest is up to 90 times slower
+        where one sequence is long, a block mask over the whole pack 30 times.
         """
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         outs, rows = [], []
@@ -125,7 +127,8 @@ class SDPACoreAttention(MegatronModule):
             index, valid = _bucket_rows([starts[i] for i in bucket], [lengths[i] for i in bucket])
             index, valid = index.to(query.device), valid.to(query.device)
             shape = (len(bucket), -1)
-            # Padding repeats the sequence's last row: later than every real query, so none attends to it.
+            # Padding repeats the sequence's last row: later than every real query, so none attends
+            # to it.
             out = self._attend(
                 *(
                     x.index_select(0, index).unflatten(0, shape).transpose(0, 1)

@@ -48,7 +48,8 @@ __all__ = [
 ]
 
 VERSION = check_installed()
-# From 0.19 on the tokens that weigh the auxiliary loss are multiplied by the ranks that share a sequence.
+# From 0.19 on the tokens that weigh the auxiliary loss are multiplied by the ranks that share a
+# sequence.
 AUX_LOSS_SCALED_BY_GROUP = VERSION >= (0, 19)
 
 
@@ -60,9 +61,9 @@ def transformer_engine_usable() -> bool:
 def mark_cut_parameters(chunk: torch.nn.Module) -> None:
     """Mark the parameters that tensor parallelism cuts.
 
-    Megatron's local layers do it only while they initialise their weights, which a model that waits for a checkpoint
-    skips. Unmarked, the parts of all ranks but the first are taken for copies: they count nothing in the gradient's
-    norm, and gradients are clipped too little.
+    Megatron's local layers do it only while they initialise their weights, which a model that waits
+    for a checkpoint skips. Unmarked, the parts of all ranks but the first are taken for copies:
+    they count nothing in the gradient's norm, and gradients are clipped too little.
     """
     dims: dict[type, int] = {
         ColumnParallelLinear: 0,
@@ -79,9 +80,10 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
 def mark_expert_gradients(chunk: torch.nn.Module) -> None:
     """Have expert gradients summed over the ranks that hold the same experts, and their optimizer state kept apart.
 
-    Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are silently wrong if experts
-    are cut over another number of ranks than dense layers, and the optimizer's state does not load into a layout with
-    expert parallelism. To be called before the chunk is wrapped in DistributedDataParallel.
+    Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are
+    silently wrong if experts are cut over another number of ranks than dense layers, and the
+    optimizer's state does not load into a layout with expert parallelism. To be called before the
+    chunk is wrapped in DistributedDataParallel.
     """
     experts: list[Any] = [p for name, p in chunk.named_parameters() if ".mlp.experts." in name]
     for parameter in experts:
@@ -93,8 +95,8 @@ def decoder_block_spec(
 ) -> Any:
     """Return the layer specs of one model chunk of this rank.
 
-    Without Transformer Engine: Megatron's local layers with our norm, core attention and, if asked for,
-    grouped experts.
+    Without Transformer Engine: Megatron's local layers with our norm, core attention and, if asked
+    for, grouped experts.
     """
     transformer_engine = transformer_engine_usable()
     with quiet_megatron():

@@ -65,8 +65,9 @@ class AllHeadsKeyNorm(_AllHeadsRMSNorm):
 class ReplicatedLinear(torch.nn.Linear):
     """The down projections of latent attention: complete on every tensor-parallel rank, run on its rows.
 
-    Megatron's local layers cut them instead and gather the result, and the backward of that gather drops what the other
-    ranks' heads contribute to the shared rotary key: gradients are then silently wrong (0.16.1, relative error 0.4).
+    Megatron's local layers cut them instead and gather the result, and the backward of that gather
+    drops what the other ranks' heads contribute to the shared rotary key: gradients are then
+    silently wrong (0.16.1, relative error 0.4).
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class ReplicatedLinear(torch.nn.Linear):
 class GroupedExperts(SequentialMLP):
     """Run all local SwiGLU experts in two grouped matrix products instead of a loop of small ones.
 
-    Parameters, their names and their distributed-checkpoint layout are those of SequentialMLP. Each forward copies
-    the local expert weights once, which is cheap next to the products for small experts and many rows.
+    Parameters, their names and their distributed-checkpoint layout are those of SequentialMLP. Each
+    forward copies the local expert weights once, which is cheap next to the products for small
+    experts and many rows.
     """
 
     def forward(

@@ -1,7 +1,8 @@
 """What Megatron-Core needs where an optional package of its own is not installed: Triton, Transformer Engine, Apex.
 
-None of this has to do with CUDA: `pip install moe-replay` on a GPU machine brings neither Transformer Engine nor Apex, and
-Megatron then falls back to torch's Adam there as on a CPU. Each function says what breaks without it.
+None of this has to do with CUDA: `pip install moe-replay` on a GPU machine brings neither
+Transformer Engine nor Apex, and Megatron then falls back to torch's Adam there as on a CPU. Each
+function says what breaks without it.
 
 In: nothing. Out: patched Megatron modules.
 """
@@ -56,10 +57,11 @@ def replace_paged_stash() -> None:
 def replace_transformer_engine() -> None:
     """Let routers, latent attention and selective recomputation run without Transformer Engine.
 
-    0.16 reads `te_general_gemm` in the router's gating and defines it only where Transformer Engine is installed. Latent
-    attention takes the stand-ins of missing classes for the real ones, tests for them, and accepts one replicated layer
-    by the name `Linear`. Recomputation of layernorm and moe_act takes its own default, ``fp8=False``, for "fp8 is on", and
-    then asks a class that is not there.
+    0.16 reads `te_general_gemm` in the router's gating and defines it only where Transformer Engine
+    is installed. Latent attention takes the stand-ins of missing classes for the real ones, tests
+    for them, and accepts one replicated layer by the name `Linear`. Recomputation of layernorm and
+    moe_act takes its own default, ``fp8=False``, for "fp8 is on", and then asks a class that is not
+    there.
     """
     from moe_replay.megatron.upstream.layers import ReplicatedLinear
 
@@ -76,10 +78,10 @@ def replace_transformer_engine() -> None:
 def keep_torch_adam_state() -> None:
     """Let the distributed optimizer save and load the state of torch's Adam.
 
-    torch's Adam creates its state at the first step and keeps `step` in it. Megatron expects the state to exist
-    when it saves, has no `step` in what it loads, and gives every parameter the *same* step tensor, to which
-    Adam then adds one per parameter: after a resume at step 3 the next update is step 20 of one parameter, 67 of
-    another, and training goes on silently wrong.
+    torch's Adam creates its state at the first step and keeps `step` in it. Megatron expects the
+    state to exist when it saves, has no `step` in what it loads, and gives every parameter the
+    *same* step tensor, to which Adam then adds one per parameter: after a resume at step 3 the next
+    update is step 20 of one parameter, 67 of another, and training goes on silently wrong.
     """
     optimizer_class = _module("optimizer.distrib_optimizer").DistributedOptimizer
     if hasattr(optimizer_class, _MARK):
@@ -124,8 +126,8 @@ def keep_torch_adam_state() -> None:
 def _state_without_parameters(optimizer: Any) -> dict[str, Any]:
     """Return the state of a part that holds nothing on this rank, such as the experts' part on a stage of dense layers.
 
-    Megatron would ask its parameters for their one step. The step here is a placeholder; `optimizer_state` puts that of
-    the other parts in its place.
+    Megatron would ask its parameters for their one step. The step here is a placeholder;
+    `optimizer_state` puts that of the other parts in its place.
     """
     groups = optimizer.optimizer.state_dict()["param_groups"]
     kept = [{name: value for name, value in g.items() if name != "params"} for g in groups]

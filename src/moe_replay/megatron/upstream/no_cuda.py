@@ -1,9 +1,10 @@
 """Stand-ins that let the unmodified Megatron-Core run without CUDA, over gloo.
 
-Each stand-in is one function whose docstring says what breaks without it. Nothing here runs where CUDA is
-available; what Megatron needs for any other reason is in `missing_packages`. Where it can, a stand-in replaces a name
-inside the Megatron modules that use it and leaves torch alone: wrapping `torch.tensor` and friends globally would
-break `with torch.device(...)` and with it transformers' `from_pretrained`.
+Each stand-in is one function whose docstring says what breaks without it. Nothing here runs where
+CUDA is available; what Megatron needs for any other reason is in `missing_packages`. Where it can,
+a stand-in replaces a name inside the Megatron modules that use it and leaves torch alone: wrapping
+`torch.tensor` and friends globally would break `with torch.device(...)` and with it transformers'
+`from_pretrained`.
 
 In: nothing. Out: a patched `torch.cuda` and patched Megatron modules.
 """
@@ -53,8 +54,8 @@ _FACTORIES = (
 def install() -> None:
     """Make Megatron-Core importable and runnable on a machine without CUDA.
 
-    Idempotent. Best before the first import of `megatron.core`: Megatron compiles its fused functions while it is
-    imported, which takes seconds and is undone here.
+    Idempotent. Best before the first import of `megatron.core`: Megatron compiles its fused
+    functions while it is imported, which takes seconds and is undone here.
     """
     if getattr(torch.cuda, _MARK, False):
         return
@@ -148,8 +149,8 @@ def _use_cpu_generator_as_cuda_generator() -> None:
 def _run_megatron_uncompiled() -> None:
     """Leave Megatron's fused functions plain Python: it decorates them with torch.compile on import.
 
-    Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an identity
-    only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
+    Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an
+    identity only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
     """
     compile_function = torch.compile
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)
@@ -206,8 +207,8 @@ def _called_by_megatron() -> bool:
 def _keep_tensors_on_cpu() -> None:
     """Give Megatron `tensor.cuda()` as identity and `tensor.type()` under its CUDA name.
 
-    The optimizers compare the type name with 'torch.cuda.FloatTensor' and refuse anything else. Callers outside
-    Megatron get what torch answers.
+    The optimizers compare the type name with 'torch.cuda.FloatTensor' and refuse anything else.
+    Callers outside Megatron get what torch answers.
     """
     move, name_type = torch.Tensor.cuda, torch.Tensor.type
 
@@ -255,11 +256,12 @@ def _pad_uneven_collectives() -> None:
 def _order_two_stage_p2p() -> None:
     """Pair sends with receives where gloo, unlike nccl, matches strictly in order and sends only once it is received.
 
-    Both ranks post (previous, next), so with two stages the second rank's order has to be reversed: nccl groups the
-    batch and does not care, gloo would swap activations silently. And these are the shapes of what follows: a rank that
-    waits for its own to be received before it takes the tensor of the other one waits for ever where that one has no
-    more to send (interleaving, one microbatch a stage). Sends are therefore waited for at the next exchange, when the
-    tensor behind each of them has been received.
+    Both ranks post (previous, next), so with two stages the second rank's order has to be reversed:
+    nccl groups the batch and does not care, gloo would swap activations silently. And these are the
+    shapes of what follows: a rank that waits for its own to be received before it takes the tensor
+    of the other one waits for ever where that one has no more to send (interleaving, one microbatch
+    a stage). Sends are therefore waited for at the next exchange, when the tensor behind each of
+    them has been received.
     """
     communication = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     post = torch.distributed.batch_isend_irecv

@@ -1,7 +1,8 @@
 """The one form of traces on a wire and on a disk: versioned, checksummed to the last byte, refused when altered.
 
-A payload is a preamble, one frame for each trace (`frame`), and an index with names and checksums. Nothing is
-unpickled, nothing is trusted: every size is compared with the bytes that are there before memory is taken for it.
+A payload is a preamble, one frame for each trace (`frame`), and an index with names and checksums.
+Nothing is unpickled, nothing is trusted: every size is compared with the bytes that are there
+before memory is taken for it.
 
 In: named RoutingTraces. Out: bytes, or text for JSON; and back.
 """
@@ -76,10 +77,12 @@ def decode_traces(
 ) -> dict[str, RoutingTrace]:
     """Return the traces of a payload by name, in the order in which they were encoded.
 
-    ``max_bytes`` limits the memory of all traces together. Raw routes stay a read-only view of ``payload``.
+    ``max_bytes`` limits the memory of all traces together. Raw routes stay a read-only view of
+    ``payload``.
 
     Raises:
-        CodecError: when the payload is not an intact one of this version, or larger than ``max_bytes``.
+        CodecError: when the payload is not an intact one of this version, or larger than
+            ``max_bytes``.
     """
     stored = memoryview(payload).cast("B")
     traces: dict[str, RoutingTrace] = {}
@@ -167,7 +170,8 @@ def write_named(
     """Write one frame, which begins at byte ``at`` of its payload, and add its name to ``taken``.
 
     Raises:
-        CodecError: when the name is empty, repeated or too long, or a number does not fit the format.
+        CodecError: when the name is empty, repeated or too long, or a number does not fit the
+            format.
     """
     _encoded_name(name, taken)
     size, checksum = write_frame(trace, encoding, write)
@@ -192,7 +196,8 @@ def read_index(stored: memoryview, where: str) -> list[FramePlace]:
     """Return where each trace of a payload lies, after checking preamble, index and footer.
 
     Raises:
-        CodecError: when they are not those of an intact payload of this version. Frames are checked when they are read.
+        CodecError: when they are not those of an intact payload of this version. Frames are checked
+            when they are read.
     """
     _check_preamble(stored, where)
     footer = stored[len(stored) - _FOOTER.size :]
@@ -238,7 +243,8 @@ def read_place(
     """Return the trace at ``place``.
 
     Raises:
-        CodecError: as `frame.read_frame`, and when the frame is intact but another one than the index names.
+        CodecError: as `frame.read_frame`, and when the frame is intact but another one than the
+            index names.
     """
     frame = stored[place.start : place.stop]
     if frame[-CHECKSUM_BYTES:] != place.checksum:

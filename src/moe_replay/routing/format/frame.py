@@ -1,7 +1,8 @@
 """The bytes of one trace: header, valid rows, tokens, routes, checksum; docs/trace-format.md describes each of them.
 
-Tokens travel as the ids that the rolling digest was made of, in as few bytes as the largest needs: three for every
-vocabulary in use where the digest takes eight, and nothing is lost, because the digest can be undone (`recover_tokens`).
+Tokens travel as the ids that the rolling digest was made of, in as few bytes as the largest needs:
+three for every vocabulary in use where the digest takes eight, and nothing is lost, because the
+digest can be undone (`recover_tokens`).
 
 In: RoutingTrace. Out: bytes; and back.
 """
@@ -42,8 +43,8 @@ CHECKSUM_BYTES = 16
 
 _MAGIC = b"RTRC"
 _FIXED = struct.Struct("<4sBBBBIIIIIIHHI")
-# Rows without a route are left out up to this width. A few bytes of token then stand for at most this many zeros, so
-# a small payload cannot ask for much memory; wider rows carry their zeros.
+# Rows without a route are left out up to this width. A few bytes of token then stand for at most
+# this many zeros, so a small payload cannot ask for much memory; wider rows carry their zeros.
 _WIDEST_ROW_LEFT_OUT = 4096
 
 
@@ -196,11 +197,12 @@ def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
 def read_frame(frame: memoryview, where: str, *, max_bytes: int) -> RoutingTrace:
     """Check a frame and return its trace; ``max_bytes`` limits what it may take in memory.
 
-    Memory grows only as far as the bytes present prove: at most `set_coding.MAX_EXPANSION` expert slots a stored byte.
-    Raw routes are a view of ``frame``.
+    Memory grows only as far as the bytes present prove: at most `set_coding.MAX_EXPANSION` expert
+    slots a stored byte. Raw routes are a view of ``frame``.
 
     Raises:
-        CodecError: when the bytes are not an intact trace of this version, or it is larger than ``max_bytes``.
+        CodecError: when the bytes are not an intact trace of this version, or it is larger than
+            ``max_bytes``.
     """
     end = len(frame) - CHECKSUM_BYTES
     if end < 0 or hashlib.sha256(frame[:end]).digest()[:CHECKSUM_BYTES] != frame[end:]:
@@ -335,7 +337,8 @@ def _read_routes(
             chunks.append((rows, held, stored[at : at + size]))
             at += size
     _check_rest(stored, at, where)
-    # Every chunk has proven by its size that its routes can be there; only now is memory taken for them.
+    # Every chunk has proven by its size that its routes can be there; only now is memory taken for
+    # them.
     ids = np.zeros(shape, dtype=dtype)
     decompressor = new_decompressor()
     for rows, held, chunk in chunks:

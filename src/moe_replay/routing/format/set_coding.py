@@ -1,10 +1,10 @@
 """Set coding: one chunk of routes in nearly as few bits as its sets of experts have choices.
 
-A set is sorted and written as the gaps between its members. Equal-sized sets drawn evenly have gaps that are all
-distributed alike, close to geometric, so a Huffman code over the gaps comes within 5 % of the limit ``log2(C(E, k))``:
-42.1 bits against 40.4 for top-8 of 128, where plain bytes take 64. Huffman codes symbols of one byte and costs at
-least one bit each. Of ids that need more than eight bits, the low bits, which are as good as random, therefore stay
-outside it.
+A set is sorted and written as the gaps between its members. Equal-sized sets drawn evenly have gaps
+that are all distributed alike, close to geometric, so a Huffman code over the gaps comes within 5 %
+of the limit ``log2(C(E, k))``: 42.1 bits against 40.4 for top-8 of 128, where plain bytes take 64.
+Huffman codes symbols of one byte and costs at least one bit each. Of ids that need more than eight
+bits, the low bits, which are as good as random, therefore stay outside it.
 
 Worked example, top-4 of 512 experts, one set as recorded:
 
@@ -114,7 +114,8 @@ def decode_chunk(
     """Write the routes of a chunk, whose size `chunk_size` has proven, to ``out``.
 
     Raises:
-        CodecError: when the symbols do not decompress to the slots of ``out``, or a set leaves the model's experts.
+        CodecError: when the symbols do not decompress to the slots of ``out``, or a set leaves the
+            model's experts.
     """
     sets, topk = out.shape[0] * out.shape[1], out.shape[2]
     method, packed_bytes = _CHUNK.unpack_from(stored)

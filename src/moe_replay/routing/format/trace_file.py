@@ -33,8 +33,8 @@ def write_trace_file(
 ) -> int:
     """Write (name, trace) pairs and return the bytes of the file; a reader sees all of it or none.
 
-    The pairs may come from a generator, so that one trace at a time is held. `Encoding.RAW` makes a file whose routes are
-    mapped into memory instead of read.
+    The pairs may come from a generator, so that one trace at a time is held. `Encoding.RAW` makes a
+    file whose routes are mapped into memory instead of read.
 
     Raises:
         CodecError: when a name or a number does not fit the format, or the file cannot be written.
@@ -59,8 +59,9 @@ def write_trace_file(
 class TraceWriter:
     """A trace file that grows by one trace at a time, and that another process can continue after a kill.
 
-    Until `finish` has written the index there is no trace file, only frames that follow one another; whoever continues it
-    says which of them to keep. `num_cut_bytes` counts what lay behind them, such as half a frame.
+    Until `finish` has written the index there is no trace file, only frames that follow one
+    another; whoever continues it says which of them to keep. `num_cut_bytes` counts what lay behind
+    them, such as half a frame.
 
     Example:
         >>> writer = TraceWriter(Path("step.traces"))
@@ -158,13 +159,15 @@ class TraceWriter:
 class TraceFile:
     """A trace file, opened for reading: names and headers without the routes, then one trace at a time.
 
-    The index is checked when the file is opened, a trace whenever it is read. The file is mapped, not loaded: a
-    compact trace is decoded from the mapping, and the routes of a raw one *are* the mapping, read-only. It must not be
-    changed in place while they are in use; `write_trace_file` never does, it replaces the old file by a new one.
-    Several files, such as the shards of a rollout, read as one.
+    The index is checked when the file is opened, a trace whenever it is read. The file is mapped,
+    not loaded: a compact trace is decoded from the mapping, and the routes of a raw one *are* the
+    mapping, read-only. It must not be changed in place while they are in use; `write_trace_file`
+    never does, it replaces the old file by a new one. Several files, such as the shards of a
+    rollout, read as one.
 
     Raises:
-        CodecError: when a file cannot be read, is not an intact trace file of this version, or repeats a name of another.
+        CodecError: when a file cannot be read, is not an intact trace file of this version, or
+            repeats a name of another.
     """
 
     def __init__(self, path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> None:
