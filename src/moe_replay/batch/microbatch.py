@@ -1,4 +1,4 @@
-"""Microbatch: the samples of one forward pass, with every per-token value in the rows of one RowIndex.
+"""Microbatch: the samples of one forward pass, each per-token value in the rows of one RowIndex.
 
 In: samples. Out: Microbatch.
 """
@@ -27,7 +27,7 @@ class Microbatch:
     index: RowIndex
     """Where each local row comes from."""
     token_ids: Int64[np.ndarray, " rows"]
-    """Input ids; padding repeats those of the batch, so that it spreads over the experts as tokens do."""
+    """Input ids; padding repeats those of the batch, so that it uses experts as tokens do."""
     positions: Int64[np.ndarray, " rows"]
     """Position of the token in its own sequence, 0 at padding."""
     sample_ids: Int64[np.ndarray, " rows"]
@@ -37,7 +37,7 @@ class Microbatch:
     predicts_sampled: Bool[np.ndarray, " rows"]
     """True where the following token was sampled: the rows that have log-probabilities."""
     router_rows: slice
-    """The local rows that this rank's routers see: all of them, or its part under sequence parallelism."""
+    """The local rows that this rank's routers see: all, or its part under sequence parallelism."""
     row_multiple: int
     """The rows of every rank are padded to a multiple of this."""
     routes: RouteSlice | None
@@ -64,7 +64,7 @@ class Microbatch:
         return len(self.token_ids)
 
     def place(self, values: Sequence[np.ndarray], *, fill: float) -> Float32[np.ndarray, " rows"]:
-        """Put one array of ``[T]`` per sample (one value for each sampled token) into the local rows.
+        """Put an array of ``[T]`` per sample (a value for each sampled token) into the local rows.
 
         Samples with prompts of 2 and 1 tokens and 2 sampled ones each: the value of the first
         sampled token stands in the row of the last prompt token, so ``[a b]`` and ``[c d]`` become
@@ -129,7 +129,7 @@ def build_microbatch(
 def _fed_ids(
     index: RowIndex, tokens: Int64[np.ndarray, " batch_rows"]
 ) -> Int64[np.ndarray, " rows"]:
-    """Return the input ids of one rank; one id in every padding row would send them all to the same experts."""
+    """Return the input ids of one rank; padding of one id would all go to the same experts."""
     ids = index.gather(tokens, fill=0)
     padding = np.flatnonzero(~index.is_token)
     ids[padding] = tokens[padding % len(tokens)]

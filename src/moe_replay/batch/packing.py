@@ -43,7 +43,7 @@ def split_to(groups: list[list[int]], lengths: Sequence[int], count: int) -> lis
 def plan_microbatches(
     lengths: Sequence[int], *, max_tokens: int | None, max_samples: int | None
 ) -> list[list[int]]:
-    """Return positions of ``lengths`` grouped so that no group exceeds ``max_tokens`` or ``max_samples``.
+    """Return positions of ``lengths`` grouped within ``max_tokens`` and ``max_samples``.
 
     First-fit in decreasing length, ties by position: deterministic, and at most 11/9 of the minimum
     number of groups.

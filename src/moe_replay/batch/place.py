@@ -1,4 +1,4 @@
-"""RankPlace: where a rank stands among those that share each sequence, and which rows follow from that.
+"""RankPlace: which part of each sequence a rank holds, and which rows follow from that.
 
 In: tensor- and context-parallel coordinates. Out: RankPlace.
 """
@@ -17,7 +17,7 @@ class RankPlace:
     """Coordinates of a rank on the axes that cut rows."""
 
     tp_size: int = 1
-    """Tensor-parallel ranks; above 1 the routers see one sequence-parallel part of the rows each."""
+    """Tensor-parallel ranks; above 1 the routers see one sequence-parallel part of the rows."""
     tp_rank: int = 0
     """From 0."""
     cp_size: int = 1
@@ -26,7 +26,7 @@ class RankPlace:
     """From 0."""
 
     def row_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
-        """Return the rows of packed sequences that this rank feeds to its model, padded to ``row_multiple``."""
+        """Return the rows of packed sequences that this rank feeds, padded to ``row_multiple``."""
         return RowIndex.packed(
             lengths,
             cp_size=self.cp_size,
@@ -35,7 +35,7 @@ class RankPlace:
         )
 
     def router_rows(self, num_rows: int) -> slice:
-        """Return which of ``num_rows`` fed rows this rank's routers see; sequence parallelism cuts in equal parts."""
+        """Return which of ``num_rows`` fed rows its routers see: one of ``tp_size`` equal parts."""
         size = num_rows // self.tp_size
         return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
 

@@ -16,7 +16,7 @@ from moe_replay.routing.arrays import kept
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """P prompt tokens followed by T sampled ones; T is 0 for one that was aborted before its first, and does not train.
+    """P prompt tokens followed by T sampled ones; with T = 0 it cannot train.
 
     Row ``t`` predicts token ``t + 1``; rows ``P-1 .. P+T-2`` therefore carry the log-probabilities
     of the T sampled tokens, and the last row predicts nothing.
@@ -33,11 +33,11 @@ class Sample:
     advantage: float
     """The same for every token of the completion."""
     trains: bool
-    """False when the sample is kept for metrics but left out of the loss (an overlong completion, say)."""
+    """False when the sample is kept for metrics but not in the loss (an overlong one, say)."""
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
     sampled_here: bool = True
-    """Whether this rank sampled it: of all ranks that train on a sample, one speaks for it in the metrics."""
+    """Whether this rank sampled it: one of those that train on it reports its metrics."""
 
     def __post_init__(self) -> None:
         # What is checked here must stay: a caller's buffer may hold the next sample soon.

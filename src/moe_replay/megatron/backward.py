@@ -22,7 +22,7 @@ from moe_replay.megatron.scorer import MegatronScorer, opened
 from moe_replay.routing import Routing
 
 TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
-"""``(microbatch, new_logprobs of its predicting rows) -> its part of the mini-batch loss``, a differentiable scalar."""
+"""``(microbatch, new_logprobs of its predicting rows) -> its part of the loss``, a scalar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class MegatronLearner(MegatronScorer):
         *,
         inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
     ) -> None:
-        """Add the gradient of the loss to the zeroed buffers of the model; every rank calls this together.
+        """Add the gradient of the loss to the model's zeroed buffers; all ranks call this together.
 
         ``inspect`` sees each microbatch with its log-probabilities before the loss does.
         """
@@ -99,7 +99,7 @@ class MegatronLearner(MegatronScorer):
             )
 
     def find_broken(self, work: BackwardWork) -> list[str]:
-        """Run the backward pass once more, microbatch by microbatch, and say which of them are not finite, and where.
+        """Run the backward pass again, microbatch by microbatch, and say which are not finite.
 
         Collective, and costs as much as the pass did: called when a run is about to stop. With an
         interleaved schedule the unit is a round of microbatches, because Megatron-Core runs no
@@ -142,7 +142,7 @@ class _Suspects:
         self._samples: dict[int, str] = {}
 
     def inspect(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> None:
-        """Look at the log-probabilities of a microbatch now, and at their gradient when it comes."""
+        """Look at the log-probabilities of a microbatch now, at their gradient when it comes."""
         owners = microbatch.sample_ids[microbatch.predicts_sampled].tolist()
 
         def look(values: torch.Tensor, what: str) -> None:

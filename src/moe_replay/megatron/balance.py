@@ -1,4 +1,4 @@
-"""Padding never counts: not in the loads of experts, not in the auxiliary loss, and that loss is the same in every layout.
+"""Padding never counts, neither in the loads of experts nor in the auxiliary loss of any layout.
 
 Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it counts loads for the
 expert bias: it raises, or leaves out experts where there are as many rows. With a mask, the token
@@ -73,7 +73,7 @@ class BalancingLoss:
         self._total = None
 
     def mean(self, num_microbatches: int) -> float | None:
-        """Return this rank's part of the mean over layers, microbatches and replicas; None when no router here had a loss.
+        """Return this rank's part of the mean over layers, microbatches and replicas, if any.
 
         A router sees the rows of its own rank: the parts of all ranks sum to the mean.
         """

@@ -64,7 +64,7 @@ _FORMAT = CheckpointingConfig("torch_dist", 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPosition:
-    """Where a run stands after a step; with the weights and the optimizer, all that a resumed run needs."""
+    """The position of a run after a step: what a resumed run needs beside weights and optimizer."""
 
     step: int
     """Finished steps."""
@@ -145,7 +145,7 @@ class CheckpointFolder:
 
     @quiet_megatron()
     def load(self, actor: MegatronActor, step: int) -> RunPosition:
-        """Load weights, optimizer and schedule of ``step`` into ``actor``; every rank calls this together.
+        """Load weights, optimizer and schedule of ``step`` into ``actor``; all ranks call this.
 
         Raises:
             CheckpointError: when the checkpoint is not whole or belongs to another model.
@@ -215,7 +215,7 @@ class CheckpointFolder:
         self._layout_is_checked = True
 
     def _publish(self, unfinished: Path, finished: Path) -> None:
-        """Give a whole checkpoint its name; one of the same step goes only when the new one is there."""
+        """Give a complete checkpoint its name; the old one of the same step goes after that."""
         replaced = finished.with_name(f"{_UNFINISHED}{finished.name}-replaced")
         if finished.exists():
             finished.rename(replaced)
@@ -341,7 +341,7 @@ _CommonFile: Any = getattr(common, "TorchCommonSaveStrategy", object)
 
 
 class _CommonInPart(_CommonFile):
-    """Megatron's file of what all ranks share, whose failure on the first rank is kept for all to hear."""
+    """Megatron's file of what all ranks share; a failure of the first rank is kept for all."""
 
     def __init__(self, write: SharedWrite) -> None:
         super().__init__("torch", 1)
@@ -368,7 +368,7 @@ def _common_part_in(write: SharedWrite) -> Iterator[None]:
 
 @contextmanager
 def _nothing_to_collect() -> Iterator[None]:
-    """Hide what exists from the collector: the distributed optimizer forces a full collection at every save."""
+    """Hide live objects from the collector: the distributed optimizer collects at every save."""
     gc.freeze()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The chunks of a built model on one rank: what is inside their wrappers, and where their routers are.
+"""The chunks of a built model on one rank: what their wrappers hold, and where their routers are.
 
 In: model chunks, wrapped or not. Out: GPTModel; routers by global layer.
 """

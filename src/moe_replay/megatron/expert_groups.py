@@ -1,4 +1,4 @@
-"""Choose experts within groups as the model does where Megatron-Core's own choice would score the groups otherwise.
+"""Choose experts within groups as the model does, where Megatron-Core scores groups otherwise.
 
 Megatron scores a group by the sum of its best `topk // group_topk` experts. DeepSeek-V2 scores it
 by its best one, and chooses 6 experts from 3 groups, which Megatron would score by their best two.
@@ -20,7 +20,7 @@ from moe_replay.megatron.replay.scope import LiveChoice
 
 
 class GroupedChoice(LiveChoice):
-    """Chooses within groups, whenever Megatron or a replay scope asks for the experts of some rows."""
+    """Chooses within groups, whenever Megatron or a replay scope asks for the experts of rows."""
 
     def __init__(self, groups: ExpertGroups) -> None:
         self._groups = groups

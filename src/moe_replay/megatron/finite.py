@@ -1,4 +1,4 @@
-"""Weights and optimizer state that overflowed are found before they are saved or given to an engine.
+"""Finds weights and optimizer state that overflowed, before they are saved or pushed.
 
 In: a model and its optimizer. Out: nothing, or `DivergedError` on every rank.
 """
@@ -22,7 +22,7 @@ _LARGEST_WEIGHT = 1e18
 
 
 def check_weights(modules: Iterable[torch.nn.Module], ranks: HostGroup) -> None:
-    """Raise unless every weight of the model, on all ranks, is finite and not too large; collective.
+    """Raise unless all weights of the model, on all ranks, are finite and small enough; collective.
 
     Each tensor is read once, and the answers of all are fetched together.
 
@@ -33,7 +33,7 @@ def check_weights(modules: Iterable[torch.nn.Module], ranks: HostGroup) -> None:
 
 
 def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
-    """Return the median, over this rank's matrices, of the root mean square of their values; 0 without any."""
+    """Return the median over this rank's matrices of their root mean square; 0 without any."""
     scales = [
         weight.detach().float().square().mean().sqrt()
         for _, weight in _weights(modules)
@@ -75,7 +75,7 @@ def _check(
 
 
 def _beyond(named: Iterable[tuple[str, torch.Tensor]], limit: float) -> list[str]:
-    """Return the names of tensors with a value that is not below ``limit``; NaN is below nothing."""
+    """Return the names of tensors with a value not below ``limit``; NaN is below nothing."""
     names: list[str] = []
     ends: list[torch.Tensor] = []
     with torch.no_grad():

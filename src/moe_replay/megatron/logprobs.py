@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens from logits whose vocabulary is split over tensor-parallel ranks.
+"""Log-probabilities and entropies of tokens; the logits are split over tensor-parallel ranks.
 
 In: logits of this rank. Out: log-probabilities (differentiable) and entropies, in nats.
 """
@@ -30,7 +30,7 @@ def token_entropies(
     temperature: float,
     tp_group: dist.ProcessGroup,
 ) -> Float[torch.Tensor, " tokens"]:
-    """Return the entropy of ``softmax(logits / temperature)``, in nats: ``log Z - sum(p * logit)``."""
+    """Return the entropy of ``softmax(logits / temperature)``, ``log Z - sum(p * logit)``."""
     scaled = logits.float() / temperature
     top = scaled.amax(dim=-1, keepdim=True)
     if tp_group.size() > 1:

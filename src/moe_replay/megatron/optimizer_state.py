@@ -1,4 +1,4 @@
-"""The state of a chained optimizer, made the same on every rank where ranks hold different parts of the model.
+"""Makes the state of a chained optimizer the same on ranks that hold different parts of a model.
 
 In: the sharded state of an optimizer. Out: the same state with one step.
 """

@@ -68,7 +68,7 @@ def _all_ids(
 
     Worked example, 2 CP ranks, one layer, top-1: rank 0 recorded row 0 with expert 5, rank 1 row 1
     with expert 0. Ids ``[5 0]`` and ``[0 0]`` add up to ``[5 0]``; the counts ``[1 0]`` and
-    ``[0 1]`` to ``[1 1]``, which says that the 0 was recorded, and is not a row that nobody brought.
+    ``[0 1]`` to ``[1 1]``, which says that the 0 was recorded, and is not a missing row.
     """
     shape = (microbatch.index.num_rows, len(form.layers), form.topk)
     mine = np.zeros((2, *shape[:2], form.topk), dtype=np.int32)

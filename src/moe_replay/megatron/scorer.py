@@ -1,4 +1,4 @@
-"""MegatronScorer: forward passes of a Megatron model over packed microbatches, live, recording or replaying.
+"""MegatronScorer: forward passes over packed microbatches, live, recording or replaying.
 
 In: microbatches. Out: log-probabilities and entropies per sample, recorded traces, evidence for the
 guard.
@@ -33,7 +33,7 @@ from moe_replay.routing import RouteForm, RouteSlice, Routing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteWatch:
-    """Looks at live next to replayed experts of every row, after a pass and before anything is learned from it."""
+    """Looks at live next to replayed experts of every row, before anything is learned from them."""
 
     observe: Callable[[Microbatch, WatchedRoutes], None]
     """Called for each microbatch of which this rank replays a row."""
@@ -58,7 +58,7 @@ class Scores:
     samples: Mapping[int, ScoredSample]
     """Sample id -> its values, for all samples of this rank's replica."""
     routes: Mapping[int, RouteSlice]
-    """Microbatch key -> its recorded routes in this rank's layers and rows, of which a pipeline stage without routers
+    """Microbatch key -> recorded routes of this rank, of which a pipeline stage without routers
     has none; empty unless the pass recorded."""
 
 
@@ -66,7 +66,7 @@ class MegatronScorer:
     """A Megatron model that scores samples."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, num_experts: int) -> None:
-        """Take the model chunks of this rank, wrapped for precision or data parallelism as may be."""
+        """Take the model chunks of this rank, with whatever wrappers they have."""
         # Any: Megatron's wrappers have methods that torch's Module does not declare.
         self.chunks: list[Any] = list(chunks)
         self.routers = moe_layers(self.chunks)
@@ -186,7 +186,7 @@ class MegatronScorer:
             )
 
     def _padding_mask(self, chunk: torch.nn.Module, microbatch: Microbatch) -> torch.Tensor | None:
-        """Return ``[1, rows]``, True at padding: what routers leave out when they count the loads of experts."""
+        """Return ``[1, rows]``, True at padding, which routers omit from the loads of experts."""
         if not self.num_experts:
             return None
         is_padding = ~microbatch.index.is_token
@@ -237,7 +237,7 @@ class MegatronScorer:
     def _assemble(
         self, microbatch: Microbatch, local: tuple[torch.Tensor, torch.Tensor] | None
     ) -> Float32[np.ndarray, "2 batch_rows"]:
-        """Return log-probabilities and entropies over the concatenated batch, on every rank of the replica."""
+        """Return log-probabilities and entropies of all batch rows, on all ranks of a replica."""
         found = np.zeros((2, microbatch.index.num_rows), dtype=np.float32)
         if local is not None:
             rows = microbatch.index.rows[np.flatnonzero(microbatch.predicts_sampled)]

@@ -51,7 +51,7 @@ class _Key:
     rule: int
     """Index in the family's table."""
     experts: tuple[int, ...]
-    """Global numbers of the experts that one expert-parallel rank holds; (-1,) where there are none."""
+    """Global numbers of the experts that one expert-parallel rank holds; (-1,) without experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +233,7 @@ def _held_parameters(
 def _named_weights(
     chunk: torch.nn.Module, patterns: Sequence[re.Pattern[str]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter, and the buffers that a rule names: a router's expert bias is a buffer."""
+    """Yield every parameter, and the buffers that a rule names, such as a router's expert bias."""
     yield from chunk.named_parameters()
     for name, buffer in chunk.named_buffers():
         if any(pattern.fullmatch(name) for pattern in patterns):
@@ -375,7 +375,7 @@ def _read_shard(
 
 
 def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
-    """Join the tensor-parallel parts of stacked merged tensors; collective over the rule's group."""
+    """Join the tensor-parallel parts of stacked merged tensors; collective over their group."""
     group = _cut_group(rule)
     if rule.kind not in _CUT_DIM or group.size() == 1:
         return local

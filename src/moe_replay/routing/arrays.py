@@ -1,4 +1,4 @@
-"""Arrays as callers hold them: numpy, nested lists, or tensors of torch on any device, made into numpy once at the border.
+"""Arrays as callers hold them (numpy, lists, tensors of torch), converted once at the border.
 
 torch itself is never imported here: a tensor is known by what it can do.
 
@@ -25,7 +25,7 @@ def as_array(values: Any) -> Shaped[np.ndarray, "..."]:
 
 
 def kept(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """Return an array of the same values that nobody writes to any more: itself if that is certain, else a copy.
+    """Return an array of the same values that nobody writes to: itself if certain, or a copy.
 
     It is certain when the array and all that its memory belongs to are read-only: what `owned`
     returns, a slice of it, bytes, a file mapped for reading. An engine's buffer is not, and is
@@ -35,7 +35,7 @@ def kept(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
 
 
 def owned(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    """Make an array that was just made read-only and return it, so that `kept` need not copy it; its maker writes no more."""
+    """Make a new array read-only and return it, so that `kept` does not copy it."""
     memory = array
     while isinstance(memory, np.ndarray):
         memory.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Comparison of two recordings of the same tokens: how often, where and for which tokens the routers differ.
+"""Compares two recordings of the same tokens: how often, where and for which tokens they differ.
 
 A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer
 are flips by router. Fractions are over pairs of rows that both traces hold.
@@ -36,7 +36,7 @@ class TraceComparison:
     num_skipped: int
     """Rows that at least one recording does not hold."""
     flip_frac: float
-    """Share of (token, layer) pairs whose expert sets differ; nan without tokens, like every mean here."""
+    """Share of (token, layer) pairs whose expert sets differ; nan without tokens, as all means."""
     flip_frac_by_layer: Float64[np.ndarray, " layers"]
     """``[layers]``."""
     flip_frac_by_position: Float64[np.ndarray, " positions"]
@@ -58,7 +58,7 @@ class TraceComparison:
     tokens_with_flip_frac: float
     """Share of tokens with a flip in at least one layer."""
     tokens_with_flip_if_independent_frac: float
-    """What that share would be if layers flipped independently: ``1 - prod(1 - flip_frac_by_layer)``. A smaller
+    """That share if layers flipped independently: ``1 - prod(1 - flip_frac_by_layer)``. A smaller
     measured share means that flips gather on few tokens."""
     mean_flips_per_token: float
     """Layers that flip, per token."""
@@ -67,7 +67,7 @@ class TraceComparison:
 
 
 def compare_traces(pairs: Iterable[tuple[RoutingTrace, RoutingTrace]]) -> TraceComparison:
-    """Compare two recordings of each of several sequences; of a generator one pair at a time is held.
+    """Compare two recordings of each of several sequences; one pair at a time is held.
 
     Raises:
         TokenMismatchError: when the two traces of a pair are bound to different tokens.
@@ -152,7 +152,7 @@ class _Tally:
 def flipped(
     ours: RoutingTrace, theirs: RoutingTrace
 ) -> tuple[Bool[np.ndarray, "tokens layers"], Bool[np.ndarray, " tokens"]]:
-    """Return which (token, layer) pairs flip, and which tokens both hold; nothing is said about the others.
+    """Return which (token, layer) pairs flip, and which tokens both traces hold.
 
     Raises:
         TraceError: as `compare_traces`.
@@ -169,7 +169,7 @@ def flipped(
 def _shared_slots(
     ours: RoutingTrace, theirs: RoutingTrace, rows: slice, held: Bool[np.ndarray, " rows"]
 ) -> UInt16[np.ndarray, "held layers"]:
-    """Count the experts in common; both sets have ``topk`` distinct members, so equal sets share ``topk``."""
+    """Count the experts in common; equal sets share ``topk``."""
     together = np.concatenate([ours.expert_ids[rows][held], theirs.expert_ids[rows][held]], axis=2)
     shared = np.zeros(together.shape[:2], dtype=np.uint16)
     flat = shared.reshape(-1)

@@ -1,4 +1,4 @@
-"""A rolling digest of token ids, so that routes can be bound to their tokens after any cut, join or transport.
+"""A rolling digest of token ids binds routes to their tokens after any cut, join or transport.
 
 The digest of row ``r`` covers the tokens of rows ``0..r``: ``d[r] = sum_{i<=r} mix(token[i]) * B**i
 (mod 2**64)``, with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix sums

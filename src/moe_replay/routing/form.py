@@ -41,7 +41,7 @@ class RouteForm:
 
     @classmethod
     def common(cls, forms: Iterable[RouteForm], what: str) -> RouteForm:
-        """Return the one form of several ``forms``; raise `TraceError` when there is none or several."""
+        """Return the one form of all ``forms``; raise `TraceError` for none or several."""
         forms = set(forms)
         if len(forms) != 1:
             raise TraceError(

@@ -1,4 +1,4 @@
-"""Whether a payload of all decoder layers has them in order or is shifted by a layer, which the count cannot show.
+"""Whether a payload of all decoder layers is in order or shifted by one, which no count shows.
 
 A model with one dense layer in front whose engine leaves that layer out and appends the routes of a
 multi-token-prediction layer sends as many layers as the model has decoder layers, each of them one
@@ -65,7 +65,7 @@ class _Column:
 
 
 class LayerOrder:
-    """What the columns of dense layers have held in all payloads of one engine so far; threads may share it.
+    """What the columns of dense layers have held in an engine's payloads; threads may share it.
 
     One row proves nothing, and a short payload whose tokens are all routed alike does not either:
     such rows add up, so the first rows that differ refuse the engine. A reader of single payloads

@@ -1,4 +1,4 @@
-"""Makes traces of what inference engines send: each known form is recognised by its shape, none by a guess.
+"""Makes traces of what inference engines send: each form is recognised by its shape alone.
 
 Engines differ in four ways, and each difference shows in the shape. *Layers*: all decoder layers
 (dense ones hold zeros or leftovers) or MoE layers only. *Parts*: one array for prompt and
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, Shaped
 
 Unwritten = Literal["refuse", "invalid", "trust"]
-"""What to do with rows that look as if nobody wrote them: raise, keep them as ``valid=False`` so that coverage counts them, or,
+"""What to do with rows that look unwritten: raise, keep them as ``valid=False`` and count them, or,
 with one expert per token only, where expert 0 looks the same, trust the engine to have written
 every row."""
 
@@ -61,7 +61,7 @@ class RoutedModel:
 
     @classmethod
     def from_config(cls, config: Any) -> RoutedModel:
-        """Return the numbers of the model that a Hugging Face config, or the directory of a checkpoint, describes.
+        """Return the numbers of the model of a Hugging Face config, or of a checkpoint's folder.
 
         Needs transformers and torch, which are imported only here.
 
@@ -148,7 +148,7 @@ def trace_from_split_payload(
     unwritten: Unwritten = "refuse",
     layer_order: LayerOrder | None = None,
 ) -> RoutingTrace:
-    """Return the trace of the tokens from ``start`` on, out of one array for the prompt and one for the completion.
+    """Return the trace of the tokens from ``start`` on, out of arrays for prompt and completion.
 
     ``prompt_rows`` holds P - start rows and ``completion_rows`` T - 1, as vLLM 0.21 sends them;
     everything else is as in `trace_from_payload`. Pass ``prompt_rows=None`` when the engine leaves
@@ -193,7 +193,7 @@ def trace_from_split_payload(
 
 
 def unrouted_trace(token_ids: Any, *, model: RoutedModel, origin: Origin) -> RoutingTrace:
-    """Return a trace without any route: what a call that gave none must have, so that its rows are counted."""
+    """Return a trace without any route, for a call that gave none, so that its rows are counted."""
     token_ids = as_array(token_ids)
     count = len(token_ids)
     return RoutingTrace.record(
@@ -289,7 +289,7 @@ def _check_rows(
 def _of_empty_call(
     rows: Integer[np.ndarray, "rows layers topk"], num_fed: int, start: int, where: str
 ) -> tuple[Integer[np.ndarray, "fed layers topk"], Bool[np.ndarray, " fed"]]:
-    """Return the rows of a call that sampled nothing, without the last, and which were given: any part may have been fed."""
+    """Return the rows of a call that sampled nothing, without the last, and which were given."""
     if len(rows) > num_fed:
         raise TraceError(
             f"{where}: the payload has {len(rows)} rows, expected at most {num_fed}: nothing was sampled, and only the "
@@ -366,7 +366,7 @@ def _unwritten_of_one(
     unwritten: Unwritten,
     where: str,
 ) -> Bool[np.ndarray, " rows"]:
-    """Return that no row is unwritten, or raise: of one expert per token, zeros are a route to expert 0."""
+    """Return that all rows are written, or raise: with top-1, zeros are a route to expert 0."""
     if unwritten == "invalid":
         raise TraceError(
             f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "

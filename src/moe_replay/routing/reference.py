@@ -1,4 +1,4 @@
-"""Router math in plain float64: the oracle that every backend's live and replayed gates are tested against.
+"""Router math in plain float64: the oracle for every backend's live and replayed gates.
 
 Replay fixes which experts run. Their gate weights always come from the current logits: the model's
 own score function, gathered at the replayed ids. For a softmax router that is ``g_i = I_i exp(s_i)
@@ -48,7 +48,7 @@ class RouterRule:
     score_function: ScoreFunction
     """How logits become scores."""
     normalise: bool
-    """True: weights of the chosen experts sum to ``scaling_factor``; a softmax is taken over the chosen alone.
+    """True: weights of the chosen experts sum to ``scaling_factor``; a softmax is over the chosen.
     False: the scores themselves are the weights; a softmax is taken over all experts, before
     choosing."""
     scaling_factor: float = 1.0
@@ -109,7 +109,7 @@ def gate_weights(
     expert_ids: Integer[np.ndarray, "tokens topk"],
     rule: RouterRule,
 ) -> Float64[np.ndarray, "tokens topk"]:
-    """Return the weight of each chosen expert under the current logits, wherever the choice came from.
+    """Return the weight of each chosen expert under the current logits, whatever chose them.
 
     Neither the bias nor the group limit enters: both only restrict the choice.
 
@@ -162,7 +162,7 @@ def dense_weights(
     weights: Float64[np.ndarray, "tokens topk"],
     num_experts: int,
 ) -> Float64[np.ndarray, "tokens experts"]:
-    """Spread weights over all experts, 0 where an expert is not used; the form in which Megatron-Core returns them."""
+    """Spread weights over all experts, 0 where one is not used: the form of Megatron-Core."""
     out = np.zeros((len(weights), num_experts))
     np.put_along_axis(out, expert_ids.astype(np.int64), weights, axis=1)
     return out
@@ -184,7 +184,7 @@ def _within_groups(
     groups_per_token: int,
     topk: int,
 ) -> Float64[np.ndarray, "tokens experts"]:
-    """Put -inf on experts outside the best groups; a group is worth its ``topk / groups_per_token`` best experts."""
+    """Put -inf on experts outside the best groups, by ``topk / groups_per_token`` experts each."""
     tokens, experts = selection.shape
     grouped = selection.reshape(tokens, num_groups, experts // num_groups)
     worth = np.sort(grouped, axis=2)[..., -(topk // groups_per_token) :].sum(axis=2)

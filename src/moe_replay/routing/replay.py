@@ -1,4 +1,4 @@
-"""What is replayed, what runs live and why: the modes, the reasons, and the coverage that every run reports.
+"""What is replayed, what runs live and why: modes, reasons, and the coverage of every run.
 
 In: rows with and without routes. Out: ReplayMode and its Passes, LiveReason, Coverage.
 """
@@ -48,14 +48,14 @@ class Passes:
 
 
 class ReplayMode(StrEnum):
-    """Where the routes of a training step come from; the values are those of ``router_replay_mode``."""
+    """Where the routes of a training step come from; the values of ``router_replay_mode``."""
 
     DISABLED = "disabled"
     """Every pass routes by its own weights."""
     R2 = "R2"
     """Routes are recorded in the trainer's old-logprob pass and replayed in the update."""
     R3 = "R3"
-    """Routes are recorded by the engine while it samples and replayed in every trainer pass of the sample."""
+    """Routes are recorded by the engine while it samples and replayed in every trainer pass."""
 
     @property
     def passes(self) -> Passes:
@@ -94,7 +94,7 @@ PASSES: Mapping[ReplayMode, Passes] = {
         replayed_in="old-logprobs, update and recomputation",
     ),
 }
-"""What a mode means: every station, `doctor` and the README's table read it here and nowhere else."""
+"""What a mode means; every station, `doctor` and the README's table read it here alone."""
 
 
 class LiveReason(StrEnum):
@@ -192,7 +192,7 @@ class Coverage:
         return cls(num_replayed=num_replayed, num_live=live)
 
     def require(self, min_coverage: float) -> None:
-        """Raise `CoverageError` when less than ``min_coverage`` of the replayable rows was replayed."""
+        """Raise `CoverageError` when the share of replayed rows is below ``min_coverage``."""
         if self.fraction >= min_coverage:
             return
         reasons = ", ".join(f"{reason}: {n}" for reason, n in self.num_live.items() if n)

@@ -1,4 +1,4 @@
-"""RowIndex: where every token of a batch goes on one rank, as one gather vector for tokens and routes alike.
+"""RowIndex: where each token of a batch goes on one rank, one gather vector for tokens and routes.
 
 Packing or padding, context parallelism (CP), sequence parallelism (SP) and padding multiples are
 composed once, here. Whatever has a value per token (ids, masks, log-probabilities, advantages,
@@ -39,7 +39,7 @@ class RowIndex:
     num_rows: int
     """Rows of the concatenated batch, over all ranks."""
     padded_lengths: tuple[int, ...]
-    """Length of each sequence with its padding, before CP; their sum is the rows of all CP ranks."""
+    """Length of each sequence with padding, before CP; their sum is the rows of all CP ranks."""
     num_side_by_side: int = 1
     """Rows that share a position: the samples of a padded batch, 1 when packed.
 
@@ -102,7 +102,7 @@ class RowIndex:
         cp_rank: int = 0,
         cp_partition: CpPartition = "zigzag",
     ) -> RowIndex:
-        """Lay sequences in a rectangle of ``max_length`` columns, flattened sequence-major (position, then sample).
+        """Lay sequences in a rectangle of ``max_length`` columns, by position, then sample.
 
         Sequence-major is Megatron's order: with two samples, local row 1 is position 0 of sample 1.
         """
@@ -172,7 +172,7 @@ class RowIndex:
         local: Shaped[np.ndarray, "local_rows ..."],
         out: Shaped[np.ndarray, "rows ..."],
     ) -> None:
-        """Write local rows to the rows of ``out`` ``[num_rows, ...]`` that they hold; padding is omitted."""
+        """Write local rows to the rows of ``out`` ``[num_rows, ...]`` that they hold."""
         if len(local) != len(self.rows) or len(out) != self.num_rows:
             raise TraceError(
                 f"got {len(local)} local and {len(out)} global rows, expected {len(self.rows)} and {self.num_rows}"
@@ -183,7 +183,7 @@ class RowIndex:
 def _chunks_of(
     cp_size: int, cp_rank: int, partition: CpPartition
 ) -> tuple[Int64[np.ndarray, " held"], int]:
-    """Return the chunks of each sequence that a rank holds, in order, and how many a sequence has."""
+    """Return the chunks of each sequence that a rank holds, and how many a sequence has."""
     if partition == "contiguous" or cp_size == 1:
         return np.array([cp_rank]), cp_size
     return np.array([cp_rank, 2 * cp_size - 1 - cp_rank]), 2 * cp_size

@@ -1,4 +1,4 @@
-"""RouteSlice: the routes that one rank replays, cut straight out of the traces: its layers, its rows, its bytes.
+"""RouteSlice: the routes that one rank replays, its layers and rows, cut straight from the traces.
 
 The routes of a global batch are tens of gigabytes when every rank is sent all of them, or when they
 are widened first. A rank holds the layers of its pipeline stage times the rows of its context and
@@ -34,7 +34,7 @@ class RouteSlice:
     """Routes of one rank in the order in which its routers see the rows."""
 
     expert_ids: Integer[np.ndarray, "layers rows topk"]
-    """``[layers, rows, topk]``, uint8 or uint16, contiguous; rows with ``valid=False`` are never read."""
+    """``[layers, rows, topk]``, uint8 or uint16, contiguous; not read where ``valid`` is False."""
     valid: Bool[np.ndarray, " rows"]
     """``[rows]``; False at padding and where the trace has no route."""
     layers: tuple[int, ...]
@@ -51,7 +51,7 @@ class RouteSlice:
 def slice_routes(
     traces: Sequence[RoutingTrace], index: RowIndex, *, layers: Sequence[int] | None = None
 ) -> RouteSlice:
-    """Return the routes of the rows of ``index`` in ``layers`` (global indices; None for all of the traces').
+    """Return the routes of the rows of ``index`` in ``layers`` (global indices; None for all).
 
     ``traces`` are those of the batch that ``index`` was made for, in its order. Nothing of the
     batch's size is made on the way: with 4 stages, 4 CP and 2 SP ranks, a rank's slice is 1/32 of
@@ -95,7 +95,7 @@ def slice_routes(
 
 
 def as_sets(ids: Integer[np.ndarray, "... topk"]) -> np.ndarray:
-    """Return a view with one element for each set of ``topk`` ids, so that numpy moves a set at a time.
+    """Return a view with one element for each set of ``topk`` ids: numpy then moves sets.
 
     Ids of shape ``[3, 5, 8]``, one byte each, become ``[3, 5]`` numbers of 8 bytes.
     """
@@ -130,7 +130,7 @@ def _runs(
 
 
 def _layer_blocks(wanted: tuple[int, ...], held: tuple[int, ...]) -> list[tuple[slice, slice]]:
-    """Return (entries of the slice, entries of the traces) for each stretch of layers together in both.
+    """Return (entries of the slice, of the traces) for each stretch of layers together in both.
 
     Layers 2, 3 and 7 of traces that hold 1, 2, 3, 5 and 7 are ``0:2`` from ``1:3``, and ``2:3``
     from ``4:5``: two copies instead of three.

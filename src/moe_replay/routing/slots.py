@@ -1,4 +1,4 @@
-"""Planes of expert slots: a chunk of routes transposed, so that all its sets are sorted and checked at once.
+"""Planes of expert slots: a chunk of routes transposed, so that its sets are sorted at once.
 
 Sorting the last axis of ``[rows, layers, topk]`` costs one small sort a set. Transposed to ``topk``
 planes, plane ``j`` holding slot ``j`` of every (row, layer), the same sorting network runs over all
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, UInt
 
 CHUNK_SLOTS = 1 << 19
-"""Expert slots that are handled at a time: small enough for a cache, large enough to hide the cost of each call."""
+"""Expert slots handled at a time: few enough for a cache, enough to hide the cost of a call."""
 _WIDEST_NETWORK = 64  # slots; beyond it a network has more steps than numpy's sort takes time
 
 
@@ -37,7 +37,7 @@ def row_chunks(num_rows: int, num_layers: int, topk: int) -> Iterator[slice]:
 
 
 def to_planes(expert_ids: UInt[np.ndarray, "rows layers topk"]) -> UInt[np.ndarray, "topk sets"]:
-    """Return a copy whose plane ``j`` holds slot ``j`` of every set; sets are (row, layer) pairs, row by row."""
+    """Return a copy whose plane ``j`` holds slot ``j`` of every (row, layer) pair."""
     return expert_ids.reshape(-1, expert_ids.shape[2]).T.copy(order="C")
 
 
@@ -83,7 +83,7 @@ def repeating_sets(
 
 
 def _all_increasing(expert_ids: UInt[np.ndarray, "rows layers topk"]) -> bool:
-    """Whether every set is in increasing order, as the codec returns it; five times as fast as sorting."""
+    """Whether every set is increasing, as the codec returns it; five times as fast as sorting."""
     slots = expert_ids.reshape(-1)
     not_above = slots[1:] <= slots[:-1]
     between_sets = not_above[expert_ids.shape[2] - 1 :: expert_ids.shape[2]]

@@ -1,4 +1,4 @@
-"""Makes one trace of a rollout that took several engine calls, aborted and resumed or in several turns.
+"""Makes one trace of a rollout of several engine calls, in turns or aborted and resumed.
 
 Each call feeds the sequence so far, so a token is fed many times: once for real, and again whenever
 a later call prefills what came before. Later weights choose other experts. The row of a token
@@ -59,7 +59,7 @@ class EngineCall:
     sampled_ids: Integer[np.ndarray, " sampled"]
     """``[sampled]``, the tokens that this call sampled; none when it was aborted at once."""
     trace: RoutingTrace
-    """Bound to the last ``len(trace)`` tokens of ``fed_ids + sampled_ids``: all of them, or those from some start on.
+    """Bound to the last ``len(trace)`` tokens of ``fed_ids + sampled_ids``, all of them or fewer.
     A call that returned no routes has an `unrouted_trace`. The last row is ``valid=False``."""
 
 
@@ -80,7 +80,7 @@ class StitchedRollout:
     num_routed: Mapping[RowKind, int]
     """Rows by kind that hold a route."""
     num_superseded: int
-    """Routes that calls returned for rows which another call owns: prefills of what was there already, and those of calls
+    """Routes that calls returned for rows of another call: prefills, and those of calls
     that sampled nothing."""
 
     @property
@@ -114,7 +114,7 @@ def merge_partial(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout
 
 
 def stitch_turns(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
-    """Stitch the turns of a trajectory: each call is fed all before it, and then tokens of the environment, if any.
+    """Stitch the turns of a trajectory: each call is fed all before it, then an environment's tokens.
 
     Raises:
         TokenMismatchError: when a call was not fed all that came before it, or a trace is bound to
@@ -197,7 +197,7 @@ def _owned_rows(
 def _append_spans(
     spans: list[PolicySpan], origin: Origin, offset: int, start: int, stop: int
 ) -> None:
-    """Append the spans of rows ``start:stop``, where row 0 of ``origin`` is row ``offset`` of the sequence.
+    """Append the spans of rows ``start:stop``; row 0 of ``origin`` is row ``offset``.
 
     Rows before ``offset`` hold no route; they ran under the weights that the call began with.
     """

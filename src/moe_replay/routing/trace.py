@@ -175,7 +175,7 @@ class RoutingTrace:
 
     @staticmethod
     def concat(parts: Sequence[RoutingTrace]) -> RoutingTrace:
-        """Join traces of consecutive tokens of one sequence, recorded by one engine on one model."""
+        """Join traces of consecutive tokens of one sequence, recorded by one engine on a model."""
         RouteForm.common((part.form for part in parts), "parts of a sequence")
         first = parts[0]
         for number, part in enumerate(parts):
@@ -224,7 +224,7 @@ class RoutingTrace:
         return self.expert_ids[rows]
 
     def constant_layers(self) -> tuple[int, ...]:
-        """Return the layers in which all valid rows, of at least 32 different tokens, hold the same experts.
+        """Return the layers in which all valid rows, of at least 32 tokens, hold the same experts.
 
         The router of such a layer has collapsed, which is legal and happens in reinforcement
         learning, or the engine never wrote the layer. The routes cannot show which. `Guard` can:
@@ -249,7 +249,7 @@ class RoutingTrace:
         return tuple(self.layers[entry] for entry in constant)
 
     def select_layers(self, layers: Sequence[int]) -> RoutingTrace:
-        """Return the trace restricted to ``layers`` (global decoder indices, increasing), each looked up by number."""
+        """Return the trace of some ``layers`` (global decoder indices, increasing)."""
         entry = {layer: index for index, layer in enumerate(self.layers)}
         missing = [layer for layer in layers if layer not in entry]
         if missing:

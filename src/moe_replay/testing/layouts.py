@@ -113,7 +113,7 @@ CASES = {
 
 
 def coded_samples(layers: tuple[int, ...]) -> list[RoutedSample]:
-    """Return samples whose routes depend on sample, position and layer, and on nothing that the model thinks.
+    """Return samples whose routes depend on sample, position and layer, never on the model.
 
     The last row of each, and every ninth, has no route: it runs live.
     """
@@ -192,7 +192,7 @@ class Plant:
     samples: Callable[[list[RoutedSample]], list[RoutedSample]] = lambda samples: samples
     """Changes what the engine returned."""
     peer: Callable[[Peer], Peer] = lambda peer: peer
-    """Changes the rows or the layers that a rank is taken to need; it then takes the routes for its own."""
+    """Changes the rows or the layers that a rank seems to need; it then gets those routes."""
 
 
 def planted(

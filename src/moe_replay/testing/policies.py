@@ -55,7 +55,7 @@ def start_policy(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> MegatronActor:
-    """Build the policy of ``checkpoint`` in ``layout`` over the ranks that exist, data-parallel over what is left.
+    """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
 
     ``overrides`` are further TransformerConfig fields, such as ``recompute_granularity``.
     """
@@ -73,7 +73,7 @@ def pack(
     row_multiple: int = 1,
     routed: bool = True,
 ) -> list[Microbatch]:
-    """Pack samples into microbatches of at most ``max_tokens`` tokens, at least ``count`` of them, rows padded.
+    """Pack samples into at least ``count`` microbatches of at most ``max_tokens`` tokens.
 
     The rows and layers are those of ``scorer``'s rank; without one, those of a single process. If
     ``routed``, the routes of samples that have some are shared as in training; with a ``scorer``
@@ -105,7 +105,7 @@ def shared(
     samples: Sequence[RoutedSample],
     replica: Replica | None = None,
 ) -> list[Microbatch]:
-    """Bring each rank the routes that it replays, as training does: a rank has the traces of a part of the samples.
+    """Bring each rank the routes that it replays, as training does: each has some traces.
 
     Without a ``replica`` this process is one, holds all rows and routes all layers.
     """
@@ -116,7 +116,7 @@ def shared(
 
 
 def lone_replica(layers: Sequence[int], place: RankPlace = RankPlace()) -> Replica:  # noqa: B008 - frozen
-    """Return a replica of this process alone, which routes ``layers`` and holds the rows of ``place``."""
+    """Return a replica of this process alone, which routes ``layers`` in the rows of ``place``."""
     return Replica(
         number=0,
         num_replicas=1,

@@ -89,12 +89,12 @@ def _each(
 
 
 def shift_tokens(samples: Sequence[RoutedSample], by: int) -> list[RoutedSample]:
-    """Give every row the routes of the row ``by`` before it; the first and last rows wrap around."""
+    """Give every row the routes of the row ``by`` before it; first and last rows wrap around."""
     return _each(samples, lambda ids: np.roll(ids, by, axis=0))
 
 
 def shift_layers(samples: Sequence[RoutedSample], by: int) -> list[RoutedSample]:
-    """Give every layer the routes of the layer ``by`` before it; the first and last layers wrap around."""
+    """Give every layer the routes of the layer ``by`` before it; the ends wrap around."""
     return _each(samples, lambda ids: np.roll(ids, by, axis=1))
 
 

@@ -1,4 +1,4 @@
-"""Traces of random routes, for tests that need some. Steps with the habits of a trained router: `drawn_steps`.
+"""Traces of random routes, for tests. `drawn_steps` has the habits of a trained router.
 
 In: token ids and a seed. Out: a trace.
 """
@@ -22,7 +22,7 @@ def synthetic_trace(
     policy_version: int = 0,
     valid: Bool[np.ndarray, " tokens"] | None = None,
 ) -> RoutingTrace:
-    """Return a trace of random routes for ``token_ids``; by default only the last row is ``valid=False``."""
+    """Return a trace of random routes for ``token_ids``; by default without one in the last row."""
     generator = np.random.default_rng(seed)
     order = generator.random((len(token_ids), num_layers, num_experts)).argsort(axis=2)
     return RoutingTrace.record(

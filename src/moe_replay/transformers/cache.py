@@ -17,7 +17,7 @@ States = Float[torch.Tensor, "batch heads _ _"]
 
 
 def growing_cache(config: Any, *, num_tokens: int) -> DynamicCache:
-    """Return a cache for a model of ``config`` whose full-attention layers have room for ``num_tokens``.
+    """Return a cache for ``config`` whose full-attention layers have room for ``num_tokens``.
 
     Layers of another kind (sliding windows) stay transformers' own.
     """

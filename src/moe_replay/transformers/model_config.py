@@ -1,4 +1,4 @@
-"""What a model of Hugging Face would route, found in the model itself, built from its config without memory.
+"""What a Hugging Face model would route, found in a model built from its config without memory.
 
 In: a config, or a checkpoint directory. Out: RoutedModel.
 """
@@ -17,7 +17,7 @@ from moe_replay.transformers.record import find_routers
 
 
 def routed_model(config: Any) -> RoutedModel | None:
-    """Return layers, experts and top-k of the model that ``config`` describes; None when it is dense.
+    """Return layers, experts and top-k of the model of ``config``; None when it is dense.
 
     ``config`` is a transformers config or the directory of a checkpoint. Nothing is downloaded and
     no code of a checkpoint runs. The numbers are read from the model, built without memory, and not

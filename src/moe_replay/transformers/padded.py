@@ -1,4 +1,4 @@
-"""Replay in a padded batch: traces of single sequences, laid into the rows of ``input_ids`` by its attention mask.
+"""Replay in a padded batch: traces of sequences, laid into its rows by the attention mask.
 
 In: traces, ``input_ids``, ``attention_mask``. Out: routes of all rows of the batch, and a replay
 scope over them.
@@ -70,7 +70,7 @@ def replay_traces(
     input_ids: Any,
     attention_mask: Any = None,
 ) -> Iterator[None]:
-    """Force the experts of a batch, padded or not, by the traces of its sequences; see `place_traces`, `replay_routes`.
+    """Force the experts of a batch, padded or not, by its traces; see `place_traces`.
 
     Padding rows, and rows whose trace has no route, are routed live.
 

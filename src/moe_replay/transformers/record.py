@@ -77,7 +77,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
 
 
 class RouteRecorder:
-    """Collects the expert ids that the routers of one model choose, in the order in which rows reach them.
+    """Collects the expert ids that the routers of one model choose, in the order of the rows.
 
     Rows are the tokens of ``input_ids`` flattened, batch first: row ``b * length + t``, padding
     included.
@@ -169,7 +169,7 @@ def chosen_ids(site: RouterSite, output: Any) -> Integer[torch.Tensor, "rows top
 
 
 def in_backward() -> bool:
-    """Tell whether autograd is running a backward pass on this thread, so that a forward here is a recomputation."""
+    """Whether autograd runs a backward pass here, so that a forward is a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 

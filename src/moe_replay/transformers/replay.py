@@ -1,4 +1,4 @@
-"""Replay routes in a Hugging Face model: its routers keep their scores and their gradient, and lose their choice.
+"""Replay routes in a Hugging Face model, whose routers keep their scores and their gradient.
 
 The forward methods of these models accept any keyword, so routes passed as one are dropped without
 a word. Here the routers' outputs are replaced, and a scope that ends without having replayed is an
@@ -120,7 +120,7 @@ class _Scope:
         return logits, weigh(module, logits, ids), ids
 
     def check_consumed(self) -> None:
-        """Raise `ReplayScopeError` unless every router replayed, in the forward and in its recomputation."""
+        """Raise `ReplayScopeError` unless every router replayed, forward and recomputed."""
         idle = [layer for layer, count in self._num_forwards.items() if count == 0]
         if idle:
             raise ReplayScopeError(
@@ -213,7 +213,7 @@ def _weigh_scaled_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) 
 
 
 def _weigh_sigmoid(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sigmoid without the expert bias, which only takes part in the choice; renormalised if the router says so.
+    """Sigmoid without the expert bias, which only takes part in the choice; renormalised if set so.
 
     Source: transformers 5, `DeepseekV3TopkRouter.forward`; the GLM-4-MoE router is the same.
     """

@@ -1,4 +1,4 @@
-"""Write checkpoint tensors into a built Hugging Face model, without the disk and without a second copy of it.
+"""Write checkpoint tensors into a built Hugging Face model, without disk or a second copy.
 
 transformers fuses and renames tensors when it loads a checkpoint (the experts of a layer become one
 tensor) and publishes the way back. Run on the model's own tensors with copies left out, that way
@@ -24,7 +24,7 @@ _MAX_NAMES = 8
 
 
 class CheckpointViews:
-    """The tensors of a model's checkpoint by their names on disk, as views on the model's own memory.
+    """The tensors of a model's checkpoint by name, as views on the model's own memory.
 
     Raises:
         UnsupportedError: when the family's conversion computes new values, so that a tensor on disk
@@ -87,7 +87,7 @@ class CheckpointViews:
 
 
 class _CopiesLeftOut(TorchDispatchMode):
-    """Makes ``contiguous()`` and ``clone()`` return their input, so that what is cut from a tensor stays a view."""
+    """Makes ``contiguous()`` and ``clone()`` return their input, so that parts stay views."""
 
     def __torch_dispatch__(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Kind(enum.Enum):
-    """How the Hugging Face tensors lie in the Megatron parameter, and where tensor parallelism cuts it."""
+    """How the Hugging Face tensors lie in the Megatron parameter, and where it is cut."""
 
     WHOLE = "one tensor, the same on every tensor-parallel rank"
     COLUMN = "one tensor, cut along dim 0"
@@ -26,13 +26,13 @@ class Rule:
     """One line of a family's table."""
 
     megatron: str
-    """Name of the parameter or buffer inside a model chunk; `{layer}` and `{expert}` stand for this rank's local numbers."""
+    """Name of a parameter or buffer in a chunk, with this rank's own `{layer}` and `{expert}`."""
     hf: tuple[str, ...]
     """Checkpoint names of the tensors in it; `{layer}` and `{expert}` stand for global numbers."""
     kind: Kind = Kind.WHOLE
     """How they lie in it."""
     keep_dtype: bool = False
-    """Never cast, such as a router's expert bias: checkpoints hold it in float32 beside bfloat16 weights."""
+    """Never cast, such as a router's expert bias: float32 in checkpoints of bfloat16 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class ModelShape:
     moe_layers: tuple[int, ...]
     """Global decoder indices of the layers that the config says are MoE layers."""
     expert_groups: ExpertGroups | None = None
-    """Groups that Megatron would score otherwise than the model; None where it needs none, or its own will do."""
+    """Groups that Megatron would score differently from the model; None where there are none."""
     megatron_fields: Mapping[str, Any] = field(default_factory=dict)
     """TransformerConfig fields that only this family sets."""
 
@@ -106,6 +106,6 @@ class Family:
     rules: tuple[Rule, ...]
     """In the order in which tensors are exported."""
     shape: Callable[[Any], ModelShape]
-    """Reads the Hugging Face config; raises UnsupportedError for what Megatron cannot do exactly."""
+    """Reads the Hugging Face config; refuses what Megatron cannot do exactly (UnsupportedError)."""
     all_heads_qk_norm: bool = False
     """The query and key norms span all heads."""

@@ -33,7 +33,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Write tensors as safetensors beside copies of the source checkpoint's other files, in the source's layout.
+    """Write tensors as safetensors, in the layout of the source, beside copies of its other files.
 
     Holds at most one shard in memory, and the experts of one layer where the source stacks them.
     Works in `<output_dir>.partial` and renames it at the end.

@@ -1,4 +1,4 @@
-"""What the Hugging Face config of each model family means, and what of it has no exact Megatron counterpart.
+"""What the Hugging Face config of each family means, and which options Megatron cannot match.
 
 In: a Hugging Face config. Out: a `ModelShape`.
 """
@@ -136,7 +136,7 @@ def olmoe(hf: Any) -> ModelShape:
 
 
 def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
-    """Return what the families share that begin with dense layers and add shared experts to the routed ones."""
+    """Return what families with leading dense layers and shared experts have in common."""
     groups = _groups(hf, num_scored=2 if sigmoid else 1)
     _refuse(hf, moe_layer_freq=(1,), scoring_func=("sigmoid" if sigmoid else "softmax",))
     megatron_fields = {
@@ -175,7 +175,7 @@ def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
 
 
 def _groups(hf: Any, *, num_scored: int) -> ExpertGroups | None:
-    """Return the groups of experts that a token's choice is limited to, or None where there is one group."""
+    """Return the groups that limit the experts of a token, or None where there is one group."""
     num_groups, chosen, topk = hf.n_group or 1, hf.topk_group or 1, hf.num_experts_per_tok
     if num_groups == 1:
         return None
@@ -229,7 +229,7 @@ def _deepseek(hf: Any, *, sigmoid: bool) -> ModelShape:
 
 
 def deepseek_v2(hf: Any) -> ModelShape:
-    """Read a DeepSeek-V2 config: latent attention, softmax router, dense layers first, shared experts."""
+    """Read a DeepSeek-V2 config: latent attention, softmax router, dense and shared experts."""
     _refuse(hf, norm_topk_prob=(False,), mlp_bias=(False,))
     _refuse(hf, topk_method=("greedy", "group_limited_greedy"))
     if hf.topk_method == "greedy":

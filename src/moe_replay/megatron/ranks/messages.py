@@ -1,4 +1,4 @@
-"""How the ranks of one job talk: plain objects and bytes, from host to host, beside the devices' own collectives.
+"""How the ranks of one job talk, host to host, beside the collectives of their devices.
 
 Objects travel through torch's object collectives over gloo, which pickles: ranks of one job run the
 same program and trust each other. What comes from outside the job never takes this way.
@@ -24,7 +24,7 @@ from moe_replay.errors import MoeReplayError, RankError
 
 T = TypeVar("T")
 WAIT_LIMIT = timedelta(hours=24)
-"""How long a rank waits in a message for the others: one of them may sample for hours when this one has finished.
+"""How long a rank waits in a message: another may sample for hours when this one has finished.
 
 A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one
 that hangs.
@@ -44,7 +44,7 @@ class HostGroup:
 
     @classmethod
     def own_part(cls, parts: Sequence[Sequence[int]], *, name: str) -> HostGroup:
-        """Make a group of each of ``parts``, which share out the world's ranks; return that of this rank.
+        """Make a group of each of ``parts``, which divide the world's ranks; return this rank's.
 
         Every rank of the world calls this with the same parts. The index of the part follows
         ``name``.
@@ -71,7 +71,7 @@ class HostGroup:
         return 0 if self.group is None else self.group.rank()
 
     def barrier(self) -> None:
-        """Wait until every rank is here; the barrier of a device's world gives up after ten minutes."""
+        """Wait until every rank is here; the device's own barrier gives up after ten minutes."""
         if self.size > 1:
             with self._waiting():
                 dist.barrier(group=self.group)
@@ -106,7 +106,7 @@ class HostGroup:
     def gather_items_to_first(
         self, items: Sequence[T], num_bytes: Callable[[T], int]
     ) -> list[list[T]]:
-        """Return every rank's ``items`` on the first rank, and nothing on the others; as `gather_items` otherwise."""
+        """Return every rank's ``items`` on the first rank alone; see `gather_items`."""
         if self.size == 1:
             return [list(items)]
         pieces = self._pieces(items, num_bytes)
@@ -127,7 +127,7 @@ class HostGroup:
     def exchange(
         self, outgoing: Sequence[UInt8[np.ndarray, " _"]], incoming: Sequence[int]
     ) -> list[UInt8[np.ndarray, " _"]]:
-        """Send ``outgoing[i]`` to rank i, and return the ``incoming[i]`` bytes that rank i sends here, in rank order."""
+        """Send ``outgoing[i]`` to rank i; return the ``incoming[i]`` bytes that it sends here."""
         assert len(outgoing) == len(incoming) == self.size
         if self.group is None:
             return list(outgoing)
@@ -143,7 +143,7 @@ class HostGroup:
         return np.split(received, np.cumsum(incoming)[:-1])
 
     def first(self, text: str | None) -> tuple[int, str] | None:
-        """Return the lowest rank whose ``text`` is not None and its text, on every rank; None where all are None.
+        """Return the lowest rank with a ``text`` and that text, on every rank; None without any.
 
         Ranks that share what went wrong before they go on stop together, instead of waiting for the
         one that failed.
@@ -154,7 +154,7 @@ class HostGroup:
         return None
 
     def _pieces(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
-        """Cut ``items`` so that one piece of every rank together stays below `PIECE_BYTES`, where items allow it."""
+        """Cut ``items`` so that the pieces of all ranks stay below `PIECE_BYTES`, if possible."""
         limit = PIECE_BYTES // self.size
         pieces: list[list[T]] = []
         held = limit
@@ -216,7 +216,7 @@ def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 @lru_cache(maxsize=1)
 def _beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Make a gloo group beside the device's, whose limit of ten minutes is too short for a rollout."""
+    """Make a gloo group beside the device's, whose ten minutes are too short for a rollout."""
     assert world is dist.group.WORLD
     group = dist.new_group(timeout=WAIT_LIMIT, backend="gloo")
     assert isinstance(group, dist.ProcessGroup)

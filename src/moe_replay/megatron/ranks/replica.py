@@ -25,7 +25,7 @@ class Peer:
     place: RankPlace
     """Which rows it holds."""
     layers: tuple[int, ...]
-    """Global decoder indices of the layers whose routers it runs; empty on a stage of dense layers."""
+    """Global decoder indices of the layers that it routes; empty on a stage of dense layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class Replica:
     own: int
     """This rank's place among them."""
     computes_loss: bool
-    """Whether this rank speaks for its rows in the loss: last pipeline stage, first tensor-parallel rank."""
+    """Whether it reports its rows' loss: last pipeline stage, first tensor-parallel rank."""
     is_last_stage: bool
     """Whether this rank is on the last pipeline stage."""
     ranks: HostGroup
@@ -49,7 +49,7 @@ class Replica:
 
     @classmethod
     def find(cls, layers: Sequence[int], *, place: RankPlace) -> Replica:
-        """Find out who shares a copy with this rank; every rank of the world calls this together."""
+        """Find the ranks that share a copy with this one; every rank of the world calls this."""
         number = parallel_state.get_data_parallel_rank()
         everyone = all_ranks().gather((number, Peer(place=place, layers=tuple(layers))))
         members: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What the ranks of a replica give one another: sampled tokens to all, routes to the rank that replays them.
+"""What the ranks of a replica exchange: tokens to all, routes to the rank that replays them.
 
 In: completions and traces of this rank. Out: completions of the replica; this rank's routes.
 """
@@ -43,7 +43,7 @@ class SharedCompletion:
 
 
 def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list[SharedCompletion]:
-    """Return the completions of all ranks of the replica, ordered by prompt and number; collective over it."""
+    """Return the completions of all ranks of the replica in the prompts' order; collective."""
     gathered = replica.ranks.gather_items(
         own, lambda c: c.token_ids.nbytes + c.rollout_logprobs.nbytes + _COMPLETION_BYTES
     )
@@ -95,7 +95,7 @@ def share_routes(
 
 
 def _pieces(microbatches: Sequence[Microbatch], form: RouteForm) -> Iterator[list[Microbatch]]:
-    """Yield consecutive microbatches whose routes, over all ranks, fill `PIECE_BYTES`; at least one.
+    """Yield consecutive microbatches whose routes, of all ranks, fill `PIECE_BYTES`, or one alone.
 
     Every rank of a replica has microbatches of the same samples, so all ranks cut alike.
     """
@@ -194,7 +194,7 @@ def _common_form(replica: Replica, traces: Mapping[int, RoutingTrace]) -> RouteF
 def _holders(
     replica: Replica, microbatches: Sequence[Microbatch], traces: Mapping[int, RoutingTrace]
 ) -> list[frozenset[int]]:
-    """Return which samples each rank of the replica has a trace of, once all agree on what they train on."""
+    """Return the samples that each rank has a trace of, once all ranks agree on the batch."""
     packed = [([s.sample_id for s in m.samples], m.lengths, m.row_multiple) for m in microbatches]
     gathered = replica.ranks.gather((frozenset(traces), packed))
     # Sizes of messages are computed from these, by both sides.

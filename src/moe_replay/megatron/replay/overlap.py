@@ -1,4 +1,4 @@
-"""Counts the overlap of live and replayed routes on the device: the guard sees every row, and no live id is copied.
+"""Counts the overlap of live and replayed routes on the device: every row, and no id is copied.
 
 In: replayed routes of a microbatch, live ids of one layer after the other. Out: OverlapCounts,
 RouteUse.
@@ -24,7 +24,7 @@ from moe_replay.routing.guard.counts import (
 )
 
 _MAX_BYTES = 2**26
-"""Maximum bytes of the mask over experts and of the ids looked up in it, for the rows taken at once."""
+"""Maximum bytes of the mask over experts and of the ids looked up in it, for one batch of rows."""
 _NUM_PLACES = len(PLACES)
 # Rows of the running sums: own, others, flips, nearer and farther at each place, layers in which
 # the live and in which the replayed set is that of the row before.
@@ -43,7 +43,7 @@ class RowOwners:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RouteUse:
-    """Which experts the replayed rows of a microbatch would choose by themselves, layer by layer."""
+    """Which experts the replayed rows of a microbatch would choose live, layer by layer."""
 
     layers: tuple[int, ...]
     """Global decoder indices."""
@@ -64,15 +64,15 @@ class WatchedRoutes:
     use: RouteUse
     """Flips and favourites, for the metrics."""
     live_ids: Integer[np.ndarray, "rows layers topk"] | None
-    """Live ids of all router rows, in the order of `RouterScope.layers`; None unless they were kept."""
+    """Live ids of all router rows, in the order of `RouterScope.layers`; None unless kept."""
 
 
 class OverlapCounter:
-    """Counts one microbatch on one rank as `count_overlaps` does; `add` takes its layers in any order, each once.
+    """Counts one microbatch on one rank as `count_overlaps` does; layers come in any order, once.
 
-    Worked example, one layer, top-2, four rows of a sample as live | replayed: (1 2 | 1 2), (3 4 | 1 2), (3 5 | 3 4), (6 7 | 3
-    5). ``own`` is 2, 0, 1, 0. The replayed route of the row behind shares 0, 1, 2 slots with the live routes of the first
-    three, so "token +1" is nearer by 0, 1, 1 and farther by 2, 0, 0; the last row has none behind it: 0 and 0.
+    Worked example, one layer, top-2, four rows of a sample as live | replayed: (1 2 | 1 2),
+    (3 4 | 1 2), (3 5 | 3 4), (6 7 | 3 5). ``own`` is 2, 0, 1, 0. The replayed route of the next row
+    shares 0, 1, 2 slots with the first three live ones: "token +1" gains 0, 1, 1 and loses 2, 0, 0.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class OverlapCounter:
         *,
         layers: tuple[int, ...],
     ) -> None:
-        """Count the valid rows of ``routes``, whose ids lie on the device as ``expert_ids``, in ``layers``."""
+        """Count the valid rows of ``routes``, which are on the device as ``expert_ids``."""
         device = expert_ids.device
         rows = np.flatnonzero(routes.valid)
         # Packed rows are in this order already, but for the two stretches of a context-parallel
@@ -118,7 +118,7 @@ class OverlapCounter:
         self._down: tuple[Download, ...] = ()
 
     def add(self, layer: int, live_ids: Int64[torch.Tensor, "rows topk"]) -> None:
-        """Take the live ids of all router rows in ``layer``; with the last layer, the counts start for the host."""
+        """Take the live ids of all router rows in ``layer``; the last layer sends the counts."""
         self._left.remove(layer)
         number = self._layers.index(layer)
         live = live_ids.index_select(0, self._rows)
@@ -187,7 +187,7 @@ class OverlapCounter:
     def _places(
         self, number: int, live: Int64[torch.Tensor, "valid topk"]
     ) -> list[Int64[torch.Tensor, "valid topk"]]:
-        """Return the routes to look up in the live sets: own, of the next and the last token, and of layers, live before."""
+        """Return the routes to look up: own, next and last token, live before, other layers."""
         mine = self._replayed(number)
         found = [mine, *(_moved(mine, distance) for _, distance in TOKEN_PLACES), _moved(live, -1)]
         for _, distance in LAYER_PLACES:
@@ -200,7 +200,7 @@ class OverlapCounter:
     def _others(
         self, mine: Int64[torch.Tensor, "valid topk"], live: Int64[torch.Tensor, "valid topk"]
     ) -> Int64[torch.Tensor, " valid"]:
-        """Return the slots that live routes share with all replayed ones of their samples, their own included.
+        """Return the slots that live routes share with all replayed ones of their samples.
 
         A live expert meets as many of them as the expert occurs in, so that a table of uses says it
         without any pairs.
@@ -244,7 +244,7 @@ class OverlapCounter:
         here: slice,
         values: Int64[torch.Tensor, "values valid"],
     ) -> None:
-        """Add some rows of a layer to the sums by row, and write what is summed by sample into ``values``."""
+        """Add some rows of a layer to the sums by row; ``values`` is for the sums by sample."""
         own = shared[:, 0]
         parts = values[:, here]
         parts[0], parts[1], parts[2], parts[3] = own, met - own, own < self._topk, own * own
@@ -278,14 +278,14 @@ class OverlapCounter:
 def _moved(
     ids: Int64[torch.Tensor, "rows topk"], distance: int
 ) -> Int64[torch.Tensor, "rows topk"]:
-    """Return for each row the ids of the next (1) or last (-1) one; a row without one gets its own."""
+    """Return the ids of the next (1) or last (-1) row for each row; at the end, the row's own."""
     return torch.cat([ids[1:], ids[-1:]] if distance == 1 else [ids[:1], ids[:-1]])
 
 
 def _wrapped_overlap(
     chosen: UInt8[torch.Tensor, "rows experts"], ids: Int64[torch.Tensor, "rows topk"]
 ) -> Int64[torch.Tensor, " rows"]:
-    """Return the slots shared when live ids are taken modulo 256; a replayed id above 255 was not wrapped, and shares none."""
+    """Return the slots shared modulo 256; a replayed id above 255 shares none."""
     wrapped = chosen[:, :WRAP].clone()
     for part in chosen[:, WRAP:].split(WRAP, dim=1):
         wrapped[:, : part.shape[1]] |= part
@@ -296,6 +296,6 @@ def _wrapped_overlap(
 def _sums_between(
     values: Int64[torch.Tensor, "values rows"], bounds: Int64[torch.Tensor, " bounds"]
 ) -> Int64[torch.Tensor, "values stretches"]:
-    """Return the sums of the rows between neighbouring ``bounds``: exact integers, in no order that could matter."""
+    """Return the sums of the rows between neighbouring ``bounds``: exact, in whatever order."""
     totals = torch.nn.functional.pad(values.cumsum(1), (1, 0))
     return totals.index_select(1, bounds).diff(dim=1)

@@ -32,7 +32,7 @@ class Refusal:
     """One line of the table."""
 
     option: str
-    """What the message calls it: a TransformerConfig field, with its value where only some are refused."""
+    """Name in messages: a TransformerConfig field, with its value where only some are refused."""
     fields: tuple[str, ...]
     """TransformerConfig fields of which this Megatron-Core needs one to know the option."""
     is_set: Callable[[Any], bool]
@@ -167,7 +167,7 @@ def judge(config: Any) -> Iterator[tuple[Refusal, Verdict]]:
 
 
 def refuse_bypasses(layer: int, router: TopKRouter) -> None:
-    """Raise `UnsupportedError` if the router of ``layer`` chooses, weighs or drops without asking a scope."""
+    """Raise `UnsupportedError` if the router of ``layer`` can bypass a scope."""
     if not hasattr(router, "router_replay"):
         raise UnsupportedError(
             f"layer {layer}: the {type(router).__name__} has no `router_replay`, which routers of Megatron-Core have "
@@ -186,7 +186,7 @@ def refuse_foreign_routes(
     routes: RouteSlice,
     routers: Mapping[int, TopKRouter],
 ) -> None:
-    """Raise `TraceError` when the routes of a microbatch are not those of a model with these routers."""
+    """Raise `TraceError` when routes cannot belong to a model with these routers."""
     missing = sorted(routers.keys() - set(routes.layers))
     if missing:
         raise TraceError(

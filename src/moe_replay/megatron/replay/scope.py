@@ -34,7 +34,7 @@ TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class LiveChoice(ABC):
-    """A live choice of experts other than Megatron's own, which sits where Megatron expects its RouterReplay."""
+    """A live choice of experts other than Megatron's own, in the router's RouterReplay."""
 
     @abstractmethod
     def get_replay_topk(
@@ -60,7 +60,7 @@ class _Choice:
 
 
 class _RouterSeat:
-    """Sits where Megatron expects its RouterReplay, and passes the choice of experts on to the scope."""
+    """Sits where Megatron expects its RouterReplay, and lets the scope choose the experts."""
 
     def __init__(self, scope: RouterScope, layer: int, router: TopKRouter) -> None:
         self.scope = scope
@@ -95,7 +95,7 @@ class _RouterSeat:
 
 
 class RouterScope(ABC):
-    """What replaying and recording share: taking the routers over, knowing the microbatch, counting the calls."""
+    """What replaying and recording share: owning routers, the microbatch, the count of calls."""
 
     def __init__(self, routers: Mapping[int, TopKRouter], *, may_be_empty: bool = False) -> None:
         """Prepare to own ``routers`` (global layer -> TopKRouter); `open` takes them over.
@@ -129,7 +129,7 @@ class RouterScope(ABC):
 
     @contextmanager
     def open(self) -> Iterator[RouterScope]:
-        """Own the routers for the time of the block; on a normal exit, check that the contract was kept.
+        """Own the routers for the time of the block; check on a normal exit that each did its part.
 
         Raises:
             ReplayScopeError: when another open scope owns a router, or a router did not run exactly
@@ -219,7 +219,7 @@ class RouterScope(ABC):
 
 
 class _KeyedFunction:
-    """A checkpointed function that remembers its microbatch: its second call is the recomputation of the first."""
+    """A checkpointed function that knows its microbatch: its second call is the recomputation."""
 
     def __init__(self, scope: RouterScope, key: int, function: Callable[..., Any]) -> None:
         self.scope = scope
@@ -259,7 +259,7 @@ class ReplayScope(RouterScope):
         keeps_live: bool = False,
         may_be_empty: bool = False,
     ) -> None:
-        """Prepare to replay ``routes`` (microbatch key -> its routes in the rows of this rank's routers).
+        """Prepare to replay ``routes`` (microbatch key -> routes of this rank's router rows).
 
         With ``owners`` (key -> whose token each of these rows holds) live and replayed routes are
         counted for `watched`; ``keeps_live`` keeps the live ids of every row too, [rows, layers,
@@ -287,7 +287,7 @@ class ReplayScope(RouterScope):
         return tuple(self._routes)
 
     def watched(self, key: int) -> WatchedRoutes | None:
-        """Return what was counted of microbatch ``key``, once; None when this rank replays none of its rows.
+        """Return the counts of microbatch ``key``, once; None when this rank replays no row.
 
         Raises:
             ReplayScopeError: when it was not counted, did not run, or was taken before.
@@ -352,7 +352,7 @@ class ReplayScope(RouterScope):
 
 
 class RecordScope(RouterScope):
-    """Records the experts that each microbatch uses, routed live; recomputation is not recorded again."""
+    """Records the experts of each microbatch, routed live; recomputation is not recorded again."""
 
     def __init__(
         self,
@@ -370,7 +370,7 @@ class RecordScope(RouterScope):
         return self._wanted
 
     def expert_ids(self, key: int) -> Integer[np.ndarray, "layers rows topk"]:
-        """Return the routes of microbatch ``key`` in this rank's rows, in the order of `layers`; each key once.
+        """Return the routes of microbatch ``key`` in this rank's rows and `layers`; once each.
 
         Raises:
             ReplayScopeError: when the scope owns no router, or the microbatch did not run or was

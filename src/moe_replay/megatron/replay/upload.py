@@ -1,4 +1,4 @@
-"""Routes from the host to the device, once for each microbatch and in their own narrow dtype; counts from there to the host.
+"""Routes from host to device, once a microbatch, in their narrow dtype; counts back to the host.
 
 In: RouteSlice. Out: tensors on the device, arrays on the host.
 """

@@ -73,7 +73,7 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_unused: Any,
     ) -> Tensor:
-        """Return the attended values with heads and head dim merged, as `[s b heads*d]` (packed: `[t heads*d]`)."""
+        """Return attended values with heads and head dim merged: `[s b heads*d]`, `[t heads*d]`."""
         if attention_mask is not None or attention_bias is not None:
             raise UnsupportedError(
                 "core attention got an attention mask or bias; it is causal within each sequence and takes "
@@ -207,7 +207,7 @@ def _packed_lengths(packed: PackedSeqParams | None) -> list[int]:
 def _bucket_rows(
     starts: list[int], lengths: list[int]
 ) -> tuple[Int[Tensor, " padded_rows"], Int[Tensor, " rows"]]:
-    """Return the packed row behind each row of a padded bucket, and which of the bucket's rows are real."""
+    """Return the packed row of each row of a padded bucket, and which of its rows are real."""
     length = torch.tensor(lengths)[:, None]
     offset = torch.arange(max(lengths))[None]
     index = torch.tensor(starts)[:, None] + torch.minimum(offset, length - 1)

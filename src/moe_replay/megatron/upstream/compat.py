@@ -1,4 +1,4 @@
-"""Every import and call of Megatron-Core that differs between 0.16 and 0.19, or with Transformer Engine.
+"""Imports and calls of Megatron-Core that differ from 0.16 to 0.19, or with Transformer Engine.
 
 What has to be repaired in Megatron's own modules is in `missing_packages` and `cpu`.
 
@@ -54,7 +54,7 @@ AUX_LOSS_SCALED_BY_GROUP = VERSION >= (0, 19)
 
 
 def transformer_engine_usable() -> bool:
-    """Tell whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
+    """Whether Transformer Engine's layers can be built here: it is installed and there is CUDA."""
     return torch.cuda.is_available() and has_transformer_engine()
 
 
@@ -78,7 +78,7 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
 
 
 def mark_expert_gradients(chunk: torch.nn.Module) -> None:
-    """Have expert gradients summed over the ranks that hold the same experts, and their optimizer state kept apart.
+    """Sum expert gradients over the ranks that hold the same experts; separate their optimizer state.
 
     Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are
     silently wrong if experts are cut over another number of ranks than dense layers, and the

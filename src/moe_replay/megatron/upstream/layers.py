@@ -63,7 +63,7 @@ class AllHeadsKeyNorm(_AllHeadsRMSNorm):
 
 
 class ReplicatedLinear(torch.nn.Linear):
-    """The down projections of latent attention: complete on every tensor-parallel rank, run on its rows.
+    """The down projections of latent attention, complete on each tensor-parallel rank for its rows.
 
     Megatron's local layers cut them instead and gather the result, and the backward of that gather
     drops what the other ranks' heads contribute to the shared rotary key: gradients are then

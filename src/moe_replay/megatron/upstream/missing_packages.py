@@ -1,4 +1,4 @@
-"""What Megatron-Core needs where an optional package of its own is not installed: Triton, Transformer Engine, Apex.
+"""Replaces optional packages that Megatron-Core needs: Triton, Transformer Engine, Apex.
 
 None of this has to do with CUDA: `pip install moe-replay` on a GPU machine brings neither
 Transformer Engine nor Apex, and Megatron then falls back to torch's Adam there as on a CPU. Each
@@ -34,12 +34,12 @@ def has_transformer_engine() -> bool:
 
 
 def has_fused_adam() -> bool:
-    """Tell whether Megatron found an Adam of Transformer Engine or Apex; it asks for them on import."""
+    """Whether Megatron found an Adam of Transformer Engine or Apex; it imports them if it can."""
     return bool(_module("optimizer.distrib_optimizer").HAVE_APEX_OR_TE)
 
 
 def replace_paged_stash() -> None:
-    """Provide an empty `paged_stash`: from 0.18 the schedules import it, and it imports Triton unguarded."""
+    """Provide an empty `paged_stash`: schedules import it from 0.18 on, and it imports Triton."""
     module = types.ModuleType("megatron.core.transformer.moe.paged_stash")
     for name in (
         "check_paged_stash_overflow",
@@ -124,7 +124,7 @@ def keep_torch_adam_state() -> None:
 
 
 def _state_without_parameters(optimizer: Any) -> dict[str, Any]:
-    """Return the state of a part that holds nothing on this rank, such as the experts' part on a stage of dense layers.
+    """Return the state of an empty part, such as the experts' part on a stage of dense layers.
 
     Megatron would ask its parameters for their one step. The step here is a placeholder;
     `optimizer_state` puts that of the other parts in its place.

@@ -72,7 +72,7 @@ def install() -> None:
 
 
 def _name_the_cpu_as_current_device() -> None:
-    """Answer `device=torch.cuda.current_device()`, which Megatron writes everywhere, with the CPU."""
+    """Answer `device=torch.cuda.current_device()`, which Megatron often asks, with the CPU."""
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda *args, **kwargs: None
 
@@ -119,7 +119,7 @@ class _NoStream:
 
 
 def _ignore_streams_and_events() -> None:
-    """Run side-stream work in line: token dispatchers and schedules create streams unconditionally."""
+    """Run side-stream work in line: dispatchers and schedules create streams unconditionally."""
     stream = _NoStream()
     torch.cuda.Event = _NoEvent
     torch.cuda.Stream = _NoStream
@@ -130,7 +130,7 @@ def _ignore_streams_and_events() -> None:
 
 
 def _use_cpu_generator_as_cuda_generator() -> None:
-    """Let Megatron's RNG-state tracker fork the CPU generator, since initialisation and dropout draw from it."""
+    """Let Megatron's RNG-state tracker fork the CPU generator, which initialisation draws from."""
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: (
         torch.get_rng_state()
     )
@@ -147,7 +147,7 @@ def _use_cpu_generator_as_cuda_generator() -> None:
 
 
 def _run_megatron_uncompiled() -> None:
-    """Leave Megatron's fused functions plain Python: it decorates them with torch.compile on import.
+    """Leave Megatron's fused functions plain Python: on import it passes them to torch.compile.
 
     Compiling them on a CPU needs a C++ compiler and minutes, and gains nothing. torch.compile is an
     identity only while the import runs; `TORCHDYNAMO_DISABLE` is neither read nor set.
@@ -172,7 +172,7 @@ def _run_megatron_uncompiled() -> None:
 
 
 class _Overlay:
-    """A module seen through some replaced names; everything else is looked up in the module itself."""
+    """A module in which some names are replaced; the others are looked up in the module itself."""
 
     def __init__(self, module: Any, **replaced: Any) -> None:
         self.__dict__.update(replaced)
@@ -225,7 +225,7 @@ def _keep_tensors_on_cpu() -> None:
 
 
 def _return_numpy_split_sizes() -> None:
-    """Hand all-to-all its split sizes as numpy: Megatron converts only tensors that come from a GPU."""
+    """Pass split sizes to all-to-all as numpy: Megatron converts only tensors from a GPU."""
     utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     original = utils.maybe_move_tensor_to_cpu
@@ -242,7 +242,7 @@ def _return_numpy_split_sizes() -> None:
 
 
 def _pad_uneven_collectives() -> None:
-    """Gather and scatter tensors of unequal sizes: gloo has no such collectives, expert parallelism needs them."""
+    """Gather and scatter tensors of unequal sizes, which gloo lacks and experts need."""
     from moe_replay.megatron.upstream import uneven
 
     distributed = _Overlay(
@@ -254,7 +254,7 @@ def _pad_uneven_collectives() -> None:
 
 
 def _order_two_stage_p2p() -> None:
-    """Pair sends with receives where gloo, unlike nccl, matches strictly in order and sends only once it is received.
+    """Pair sends with receives: gloo matches strictly in order and sends only once it is received.
 
     Both ranks post (previous, next), so with two stages the second rank's order has to be reversed:
     nccl groups the batch and does not care, gloo would swap activations silently. And these are the

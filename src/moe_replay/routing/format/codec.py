@@ -1,4 +1,4 @@
-"""The one form of traces on a wire and on a disk: versioned, checksummed to the last byte, refused when altered.
+"""The form of traces on a wire and on disk: versioned, checksummed, refused when altered.
 
 A payload is a preamble, one frame for each trace (`frame`), and an index with names and checksums.
 Nothing is unpickled, nothing is trusted: every size is compared with the bytes that are there
@@ -60,7 +60,7 @@ class FramePlace:
 def encode_traces(
     traces: Mapping[str, RoutingTrace], *, encoding: Encoding = Encoding.COMPACT
 ) -> bytes:
-    """Return one payload of several named traces, such as those of a step, or a prompt and its completions.
+    """Return one payload of several named traces, such as those of a step.
 
     `Encoding.COMPACT` sorts the experts of each set; `Encoding.ORDERED` keeps them as recorded.
 
@@ -93,7 +93,7 @@ def decode_traces(
 
 
 def encode_trace(trace: RoutingTrace, *, encoding: Encoding = Encoding.COMPACT) -> bytes:
-    """Return the payload of a single trace; it is a payload like any other, with one trace named ``trace``."""
+    """Return the payload of a single trace: one like any other, with a trace named ``trace``."""
     return encode_traces({"trace": trace}, encoding=encoding)
 
 
@@ -114,7 +114,7 @@ def decode_trace(
 
 
 def to_text(payload: bytes) -> str:
-    """Return a payload as base64, for a field of a JSON message; a third longer than the payload."""
+    """Return a payload as base64, for a field of a JSON message; a third longer."""
     return base64.b64encode(payload).decode()
 
 
@@ -142,7 +142,7 @@ def write_payload(
     encoding: Encoding,
     write: Callable[[bytes | memoryview], object],
 ) -> list[FramePlace]:
-    """Pass a payload to ``write`` in pieces, so that no more than a chunk of rows is held beside the traces.
+    """Pass a payload to ``write`` in pieces, of which one is held beside the traces.
 
     Raises:
         CodecError: when a name is empty, repeated or too long, or a number does not fit the format.

@@ -1,4 +1,4 @@
-"""The bytes of one trace: header, valid rows, tokens, routes, checksum; docs/trace-format.md describes each of them.
+"""The bytes of one trace: header, valid rows, tokens, routes, checksum; see docs/trace-format.md.
 
 Tokens travel as the ids that the rolling digest was made of, in as few bytes as the largest needs:
 three for every vocabulary in use where the digest takes eight, and nothing is lost, because the
@@ -54,7 +54,7 @@ class Encoding(StrEnum):
     RAW = "raw"
     """Every row in C order, one or two bytes an id; can be memory-mapped."""
     COMPACT = "compact"
-    """Sets without their order, at two thirds of raw or less: ids come back increasing within each set."""
+    """Sets without their order, at two thirds of raw or less: each set comes back increasing."""
     ORDERED = "ordered"
     """As compact, but in the order of recording, which costs ``log2(k!)`` bits a set."""
 
@@ -102,7 +102,7 @@ class TraceHeader:
 def write_frame(
     trace: RoutingTrace, encoding: Encoding, write: Callable[[bytes | memoryview], object]
 ) -> tuple[int, bytes]:
-    """Pass the bytes of ``trace`` to ``write``, a chunk of rows at a time; return their count and checksum.
+    """Pass the bytes of ``trace`` to ``write``, a chunk of rows at a time; return size and checksum.
 
     Raises:
         CodecError: when a count, a policy version or a name does not fit its field.
@@ -140,7 +140,7 @@ def write_frame(
 
 
 def read_header(frame: memoryview, where: str) -> tuple[TraceHeader, int]:
-    """Return the header at the start of ``frame`` and its length; nothing is checked against a checksum.
+    """Return the header at the start of ``frame`` and its length; no checksum is checked.
 
     Raises:
         CodecError: when the header is cut off, or holds impossible values.
@@ -293,7 +293,7 @@ def _route_pieces(trace: RoutingTrace, header: TraceHeader) -> Iterator[bytes | 
 
 
 def _keeps_order(header: TraceHeader, valid: Bool[np.ndarray, " rows"]) -> bool:
-    """Whether a chunk holds ids in their order: as asked for, or because rows of zeros among them are not sets."""
+    """Whether a chunk keeps the order of ids: as asked, or because rows of zeros are not sets."""
     return header.encoding is Encoding.ORDERED or not (header.leaves_rows_out or valid.all())
 
 

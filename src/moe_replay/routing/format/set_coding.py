@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from zstandard import ZstdCompressor, ZstdDecompressor
 
 MAX_EXPANSION = 32
-"""Maximum symbols that a stored byte may stand for; a writer stores what would shrink further uncompressed."""
+"""Maximum symbols that a stored byte stands for; what would shrink further is not compressed."""
 
 _CHUNK = struct.Struct("<BI")  # method, bytes of the symbols
 _PLAIN, _ZSTD = 0, 1
 
 
 def new_compressor() -> ZstdCompressor:
-    """Return the compressor of every chunk; zstd finds no matches in gaps, so its fastest level only does Huffman."""
+    """Return the compressor of every chunk; gaps have no matches: the fastest level is enough."""
     from zstandard import ZstdCompressor
 
     return ZstdCompressor(level=1)
@@ -78,7 +78,7 @@ def encode_chunk(
 
 
 def chunk_size(stored: memoryview, num_slots: int, num_experts: int, where: str) -> int:
-    """Return the bytes of the chunk at the start of ``stored``, after proving that they are there and are enough.
+    """Return the bytes of the chunk at the start of ``stored``, after proving that they are there.
 
     Raises:
         CodecError: when the chunk is cut off, or too small to hold ``num_slots`` expert ids.
@@ -139,7 +139,7 @@ def _num_low_bits(num_experts: int) -> int:
 
 
 def _gaps(planes: UInt[np.ndarray, "topk sets"]) -> UInt[np.ndarray, "topk sets"]:
-    """Return the smallest id of each set, then how many experts lie between each id and the next."""
+    """Return the smallest id of each set, then how many experts lie between neighbouring ids."""
     ordered = sort_planes(planes)
     gaps = np.empty_like(planes)
     gaps[0] = ordered[0]

@@ -1,4 +1,4 @@
-"""Trace files: a step's traces on disk, written at once or trace by trace, and read one trace at a time.
+"""Trace files: traces on disk, written at once or one by one, and read one at a time.
 
 In: named RoutingTraces. Out: a file; headers and traces from it.
 """
@@ -57,7 +57,7 @@ def write_trace_file(
 
 
 class TraceWriter:
-    """A trace file that grows by one trace at a time, and that another process can continue after a kill.
+    """A trace file that grows by one trace at a time; another process can continue it after a kill.
 
     Until `finish` has written the index there is no trace file, only frames that follow one
     another; whoever continues it says which of them to keep. `num_cut_bytes` counts what lay behind
@@ -129,7 +129,7 @@ class TraceWriter:
         return self._places[-1].stop if self._places else len(PREAMBLE)
 
     def _cut_tail(self) -> int:
-        """Cut off everything behind the frames to keep; return how many bytes, not counting an index."""
+        """Cut off all behind the frames to keep; return how many bytes, not counting an index."""
         size = self._file.seek(0, os.SEEK_END)
         if size < self._end and self._places:
             raise CodecError(
@@ -157,7 +157,7 @@ class TraceWriter:
 
 
 class TraceFile:
-    """A trace file, opened for reading: names and headers without the routes, then one trace at a time.
+    """A trace file, opened for reading: names and headers without the routes, then trace by trace.
 
     The index is checked when the file is opened, a trace whenever it is read. The file is mapped,
     not loaded: a compact trace is decoded from the mapping, and the routes of a raw one *are* the
@@ -227,7 +227,7 @@ class TraceFile:
 
 
 def map_file(path: Path) -> memoryview:
-    """Return the bytes of a file without loading them: the system reads a page when it is used, once for all processes.
+    """Return the bytes of a file as a mapping: the system reads a page when it is used, once.
 
     Raises:
         CodecError: when it cannot be read.
