@@ -33,7 +33,8 @@ from measure import alternate
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing import Routing
 from moe_replay.routing.guard import Guard, OverlapCounts, Verdict, join_evidence, judge, summarise
 from moe_replay.testing.drawn_steps import DrawnSteps, planted
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes

@@ -25,7 +25,8 @@ from measure import alternate
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.samples import RoutedSample, make_samples
 from moe_replay.testing.tiny_models import write_tiny_checkpoint

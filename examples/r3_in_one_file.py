@@ -20,11 +20,12 @@ from moe_replay.batch import Microbatch, Sample, build_microbatch
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.types import Engine, Request, SamplingParams
 from moe_replay.grpo.advantage import group_advantages
+from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.logprobs import token_logprobs
-from moe_replay.megatron.model import build_model, moe_layers, read_model_shape, transformer_config
-from moe_replay.megatron.overlap import RowOwners
+from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.replay import ReplayScope
+from moe_replay.megatron.replay.overlap import RowOwners
 from moe_replay.megatron.scorer import packed_rows
 from moe_replay.megatron.weights import export_hf_weights, load_hf_weights
 from moe_replay.routing import Coverage, Guard, check_routes, slice_routes

@@ -22,8 +22,7 @@ from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.layouts import Plant, layout, planted
 from moe_replay.testing.policies import SETTINGS, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks

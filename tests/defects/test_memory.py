@@ -17,8 +17,7 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import RouteSlice, RoutingTrace
+from moe_replay.routing import RouteSlice, Routing, RoutingTrace
 from moe_replay.testing.layouts import coded_samples, layout
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

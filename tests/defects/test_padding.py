@@ -17,7 +17,7 @@ import torch
 from moe_replay.batch import Microbatch, Sample, build_microbatch
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay import ReplayScope
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import coded_samples
 from moe_replay.testing.policies import gradients, mean_loss, pack, shared, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -9,7 +9,7 @@ import pytest
 
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.types import Request, SamplingParams
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import pack, start_policy
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import RoutedSample

@@ -17,9 +17,8 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.model import read_model_shape, transformer_config
 from moe_replay.megatron.replay import RecordScope
 from moe_replay.megatron.replay.refusals import REFUSALS, Verdict, judge
-from moe_replay.megatron.scorer import Routing
 from moe_replay.recipe.load import recipe_from_table
-from moe_replay.routing import Coverage, LiveReason
+from moe_replay.routing import Coverage, LiveReason, Routing
 from moe_replay.testing.layouts import coded_samples, layout
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -16,7 +16,7 @@ from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.replay import RecordScope, ReplayScope
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import FULL, MOE, Case, coded_samples, layout, replayed_step
 from moe_replay.testing.policies import gradients, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -13,8 +13,9 @@ from moe_replay.batch import Microbatch, Sample
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.replay.upload import upload
-from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.megatron.upstream.compat import transformer_engine_usable
+from moe_replay.routing import Routing
 from moe_replay.routing.guard import OverlapCounts, count_overlaps
 from moe_replay.testing.policies import mean_loss, pack, with_own_routes
 from moe_replay.testing.samples import make_samples, randomise_routes, shift_tokens

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import CASES, Case, coded_samples, layout, replica_share
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -21,8 +21,7 @@ from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.families.rules import FAMILIES as SUPPORTED
 from moe_replay.megatron.layout import initialize
-from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.layouts import ALLGATHER, CASES, Case, layout
 from moe_replay.testing.policies import SETTINGS, gradients, mean_loss, pack
 from moe_replay.testing.ranks import run_ranks

@@ -22,9 +22,8 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.upstream.attention import SDPACoreAttention
-from moe_replay.routing import RouteSlice, RowIndex, slice_routes
+from moe_replay.routing import RouteSlice, Routing, RowIndex, slice_routes
 from moe_replay.testing.layouts import coded_samples, layout
 from moe_replay.testing.policies import gradients, mean_loss, pack, shared, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -13,7 +13,8 @@ import torch
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay.overlap import WatchedRoutes
-from moe_replay.megatron.scorer import RouteWatch, Routing
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing import Routing
 from moe_replay.routing.guard import Guard, join_evidence, judge, summarise
 from moe_replay.testing import samples as planted
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy, with_own_routes

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples, random_routes, with_routes

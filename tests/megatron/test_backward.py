@@ -16,7 +16,7 @@ from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.backward import TokenLoss
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.policies import SETTINGS, mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

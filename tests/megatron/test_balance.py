@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_replay.megatron.scorer import Routing
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples

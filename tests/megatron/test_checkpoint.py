@@ -14,8 +14,8 @@ from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.ranks.replica import Replica
-from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import SEED, coded_samples, layout, replica_share
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.ranks import run_ranks

@@ -15,8 +15,9 @@ from moe_replay.megatron.actor import build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout
-from moe_replay.megatron.scorer import MegatronScorer, Routing
+from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights, save_hf_checkpoint
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples

@@ -20,8 +20,7 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.recorded import gather_traces
-from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.policies import (
     gradients,
     mean_loss,

@@ -28,9 +28,9 @@ from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
-from moe_replay.megatron.scorer import MegatronScorer, Routing
+from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights
-from moe_replay.routing import RouteForm
+from moe_replay.routing import RouteForm, Routing
 from moe_replay.testing.samples import RoutedSample, with_trace
 
 SETTINGS = OptimizerSettings(

@@ -16,8 +16,8 @@ from moe_replay.errors import ReplayScopeError
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.replay import ReplayScope, overlap
 from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
-from moe_replay.megatron.scorer import RouteWatch, Routing
-from moe_replay.routing import Origin, RouteSlice, RoutingTrace
+from moe_replay.megatron.scorer import RouteWatch
+from moe_replay.routing import Origin, RouteSlice, Routing, RoutingTrace
 from moe_replay.routing.guard import OverlapCounts, count_overlaps
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.policies import (

@@ -15,8 +15,7 @@ from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.replay import RecordScope, ReplayScope
-from moe_replay.megatron.scorer import Routing
-from moe_replay.routing import RouteSlice
+from moe_replay.routing import RouteSlice, Routing
 from moe_replay.testing.policies import gradients, mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import RoutedSample, make_samples, random_routes, with_routes

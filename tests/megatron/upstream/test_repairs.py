@@ -18,9 +18,9 @@ from megatron.core.transformer.moe import moe_utils
 
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
-from moe_replay.megatron.scorer import Routing
 from moe_replay.megatron.upstream import missing_packages, repairs
 from moe_replay.megatron.upstream.version import check_installed
+from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples

@@ -17,8 +17,8 @@ from moe_replay.batch import Microbatch, Sample
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
 from moe_replay.grpo.types import StepBatch
 from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.ranks.messages import HostGroup
+from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch, ScoredSample
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing

@@ -14,8 +14,8 @@ from jaxtyping import Int64
 from moe_replay.batch import Microbatch
 from moe_replay.grpo.guard.collapse import LiveSets
 from moe_replay.grpo.types import SampleOrigin
-from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.ranks.messages import HostGroup
+from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
 
