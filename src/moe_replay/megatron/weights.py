@@ -39,10 +39,7 @@ _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class _Key:
-    """One line of a family's table in one layer: what is exported together.
-
-    Sorts in export order.
-    """
+    """One line of a family's table in one layer, exported together; sorts in export order."""
 
     section: int
     """0 before the layers, 1 in a layer, 2 after the layers."""
@@ -215,8 +212,7 @@ def _held_parameters(
         for name, parameter in _named_weights(chunk, patterns):
             rule, groups = _match(name, patterns, shape)
             if shape.tie_word_embeddings and name == "output_layer.weight":
-                # The last pipeline stage keeps a copy of the embedding, which the checkpoint holds
-                # once.
+                # The last stage keeps a copy of the embedding, which the checkpoint holds once.
                 rule = embedding
             layer = layer_of[groups["layer"]] if "layer" in groups else -1
             section = 1 if layer >= 0 else 0 if rule < first_in_layer else 2
