@@ -1,4 +1,4 @@
-"""What replay and recording cost on one GPU, with layers of the shape of Qwen3-30B-A3B and random weights.
+"""What replay and recording cost on one GPU, with layers shaped as in Qwen3-30B-A3B.
 
 Hidden 2048, 128 experts of width 768, top-8; four such layers and their optimizer take about 50
 GiB. Live and replayed steps alternate in one run, and each ratio is the median over neighbouring
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def random_policy(fields: dict[str, Any], num_layers: int) -> MegatronActor:
-    """Build a policy in bfloat16 with float32 main weights (float32 on the CPU) from a config alone."""
+    """Build a policy in bfloat16 with float32 main weights (float32 on the CPU) from a config."""
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     initialize(ParallelLayout())
@@ -140,7 +140,7 @@ def contest(
 
 
 def memory_ratio(actor: MegatronActor, batches: list[Microbatch], samples: list[Sample]) -> float:
-    """Return the device memory that a replayed step takes beyond a live one, over the routes' own bytes."""
+    """Return the device memory of a replayed step beyond a live one, over the routes' bytes."""
 
     def peak(routing: Routing) -> int:
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""How far a replayed step in each parallel layout is from that of a single process, in float32 on the CPU.
+"""How far a replayed step in each layout is from that of a single process, in float32 on the CPU.
 
 The tests hold every layout to 1e-5; this prints what the differences are, as a table, then one JSON
 object a line.
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def errors(steps: list[Step], expected: Step) -> tuple[float, float, float]:
-    """Return the largest relative errors of log-probabilities, of any gradient, and of the gradient norm."""
+    """Return the largest relative errors of log-probabilities, gradients and gradient norm."""
     logprob = max(
         float(
             np.abs(values - expected.old_logprobs[i]).max() / np.abs(expected.old_logprobs[i]).max()

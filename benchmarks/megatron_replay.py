@@ -1,4 +1,4 @@
-"""What replay and recording cost on the real Megatron-Core, on one CPU process and about 20M parameters.
+"""What replay and recording cost on Megatron-Core, on one CPU process and about 20M parameters.
 
 Live and replayed steps of the same samples, and plain and recording passes, alternate in one run;
 each ratio is the median over neighbouring pairs, so that what else the machine does cancels. The
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def step_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> float:
-    """Return the time of a replayed step, guard evidence of every row included, over that of a live one."""
+    """Return the time of a replayed step, with guard evidence of every row, over that of a live one."""
     watch = RouteWatch(observe=lambda *_: None)
 
     def step(routing: Routing) -> None:
@@ -99,7 +99,7 @@ def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> f
 
 
 def resident_bytes_ratio(actor: MegatronActor, samples: list[RoutedSample]) -> float:
-    """Return what the routes add to the memory of a step's microbatches, over rows x layers x top-k bytes."""
+    """Return what routes add to the memory of a step's microbatches, over their bare bytes."""
 
     def held(*, routed: bool) -> int:
         gc.collect()

@@ -1,4 +1,4 @@
-"""Measure the routing core: the codec beside other forms of routes, cutting and sharing for ranks beside a plain copy.
+"""Measure the routing core: the codec beside other forms, cutting and sharing beside a plain copy.
 
 Example:
     $ python benchmarks/routing.py --quick
@@ -71,7 +71,7 @@ def _figures_of(number: int, arguments: argparse.Namespace) -> list[Figure]:
 
 
 def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
-    """Yield size, speed and memory of the codec, on routes that no code can shrink further: even draws."""
+    """Yield size, speed and memory of the codec, on routes that no code can shrink: even draws."""
     rng = np.random.default_rng(0)
     trace = _trace(rng, _even_routes(rng, arguments.rows))
     raw_bytes = trace.expert_ids.nbytes
@@ -94,7 +94,7 @@ def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
 
 
 def measure_rows(arguments: argparse.Namespace) -> Iterable[Figure]:
-    """Yield the time to cut a batch for 32 ranks, row indices included, over that of one copy of its routes.
+    """Yield the time to cut a batch for 32 ranks, row indices included, over one copy of its routes.
 
     The batch has sequences of 1,000 to 4,000 tokens. Slices are new memory, and so is the copy; a
     second figure compares with a copy into memory that is already there.
@@ -145,7 +145,7 @@ def _cut_for_all_ranks(traces: list[RoutingTrace], lengths: list[int]) -> list[R
 
 
 def measure_sharing(arguments: argparse.Namespace) -> Iterable[Figure]:
-    """Yield what it takes four ranks of one replica (context 2, pipeline 2) to share the routes of a step.
+    """Yield what it takes four ranks of a replica (context 2, pipeline 2) to share a step's routes.
 
     The peak is of resident memory beside the traces that a rank holds before, over the bytes of
     these; what it then keeps is as large as they were.
@@ -158,7 +158,7 @@ def measure_sharing(arguments: argparse.Namespace) -> Iterable[Figure]:
 
 
 def _share(num_samples: int) -> tuple[float, float]:
-    """Share samples of 8,192 tokens, two a microbatch; return this rank's peak and MB of its routes a second."""
+    """Share samples of 8,192 tokens, two a microbatch; return this rank's peak and MB/s of routes."""
     import torch.distributed as dist
 
     from moe_replay.batch import RankPlace, Sample, build_microbatch
@@ -247,7 +247,7 @@ def _even_routes(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def _skewed_routes(rng: np.random.Generator, rows: int) -> np.ndarray:
-    """Return routes whose experts are as unevenly used as a trained router's on one domain: Zipf with exponent 1."""
+    """Return routes as uneven as a trained router's on one domain: Zipf with exponent 1."""
     popularity = -np.log(np.arange(1, NUM_EXPERTS + 1, dtype=np.float32))
     by_layer = np.stack([rng.permutation(popularity) for _ in range(NUM_LAYERS)])
 
@@ -299,7 +299,7 @@ def _speeds(trace: RoutingTrace, payload: bytes, rounds: int) -> Iterable[Figure
 
 
 def _memory(trace: RoutingTrace) -> Iterable[Figure]:
-    """Yield peaks over the bytes of raw routes; what the caller holds anyway is counted where the metric says held."""
+    """Yield peaks over the bytes of raw routes; the metric says where held ones are included."""
     raw_bytes = trace.expert_ids.nbytes
     payload = encode_trace(trace)
     encoding, decoding = _peak(lambda: encode_trace(trace)), _peak(lambda: decode_trace(payload))
@@ -330,7 +330,7 @@ def _peak(run: Callable[[], object]) -> int:
 
 
 def _other_forms(trace: RoutingTrace, payload_bytes: int) -> Iterable[Figure]:
-    """Yield our payload, everything that binds it to its tokens included, over the routes alone in other forms."""
+    """Yield our payload, with all that binds it to its tokens, over other forms of bare routes."""
     ids = trace.expert_ids[:1024]
     share = len(trace) / len(ids)
     forms = {

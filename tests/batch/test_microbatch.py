@@ -17,7 +17,7 @@ ALONE = RankPlace()
 
 
 def spelled_trace(number: int, ids: np.ndarray) -> RoutingTrace:
-    """Routes that spell where they belong: layer 3 of row t of sample i holds experts {i, 20 + t}."""
+    """Routes that spell where they belong: layer 3 of row t of sample i has experts {i, 20 + t}."""
     rows = np.arange(len(ids))
     route = np.stack([np.full(len(ids), number), 20 + rows], axis=1)
     return RoutingTrace.record(

@@ -1,4 +1,4 @@
-"""Defects of routing replay that the core makes impossible or loud; one id of the catalogue in each test's name."""
+"""Defects of routing replay that the core makes impossible or loud."""
 
 import numpy as np
 import pytest
@@ -163,7 +163,7 @@ def test_a9_control_mixing_the_partitions_would_misplace_routes():
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 def test_a10_padding_of_each_sequence_moves_routes_with_their_tokens(cp_size):
-    """Lengths that need different padding; the built microbatch is asked where each route landed."""
+    """Lengths that need different padding; the microbatch is asked where each route landed."""
     lengths = [3, 8, 5, 2]
     samples = [
         sample(
@@ -206,7 +206,7 @@ def test_a11_control_the_right_sample_is_accepted():
 
 @pytest.mark.parametrize("fill", ["zeros", "arange"])
 def test_a12_tail_rows_filled_with_a_constant_are_not_taken_for_routes(fill):
-    """Expert 0 in every slot is refused; rows marked invalid are counted and their filler is never read."""
+    """Expert 0 in every slot is refused; rows marked invalid are counted and never read."""
     tokens = np.arange(60, 72)
     ids = routes(12)
     ids[8:] = 0 if fill == "zeros" else np.arange(4)

@@ -77,7 +77,7 @@ def prompts(count: int, length: int) -> list[Request]:
 
 
 def misplaced(groups: list[RolloutGroup], model: torch.nn.Module) -> tuple[int, float]:
-    """Return how many routes differ from those of the model itself, and the largest gap of log-probabilities."""
+    """Return how many routes differ from the model's own, and the largest log-probability gap."""
     num_wrong, gaps = 0, []
     for group in groups:
         for completion in group.completions:

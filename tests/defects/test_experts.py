@@ -1,4 +1,4 @@
-"""Defects of the choice and weight of experts, where the core alone decides; one id of the catalogue in each name."""
+"""Defects of the choice and weight of experts, where the core alone decides."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_c7_experts_outside_the_live_choice_keep_weight_and_gradient(function, n
 
 
 def test_c7_control_scores_zeroed_after_the_live_choice_lose_them():
-    """Gathered from the routing map of the live choice, replayed experts weigh nothing, whatever the logits are."""
+    """Gathered from the map of the live choice, replayed experts weigh nothing, ever."""
     chosen = rule(ScoreFunction.SOFTMAX)
     logits = logits_of(1)
     live = live_ids(logits, chosen)

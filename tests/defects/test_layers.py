@@ -67,7 +67,7 @@ def test_b1_control_taking_the_first_layers_would_shift_every_route():
 
 
 def test_b2_as_many_prediction_layers_as_dense_ones_raise_although_the_count_fits():
-    """46 decoder layers, the first one dense; the engine appends its MTP layer to the 45 routed ones."""
+    """46 decoder layers, the first one dense; the engine appends its MTP layer to the 45."""
     appended = spelled(39, [k % 16 for k in range(1, 47)])
     assert appended.shape[1] == 46
     with pytest.raises(TraceError, match=r"layer 0 is dense, .* multi-token-prediction layers"):

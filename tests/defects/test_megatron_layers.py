@@ -1,4 +1,4 @@
-"""Defects by which the routers of a Megatron model take the routes of other layers; one id of the catalogue in each name.
+"""Defects by which the routers of a Megatron model take the routes of other layers.
 
 The routes spell their decoder layer, so the experts that ran tell whose routes a router took.
 """
@@ -104,7 +104,7 @@ def own_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ran_with(checkpoint: Path, where: ParallelLayout, choose: Layers = own_layers) -> list[Ran]:
-    """Return what ran on each rank of two: routes are shared as in training, each rank's of its ``choose``."""
+    """Return what ran on each rank of two: routes are shared as in training, as ``choose`` says."""
     return run_ranks(_ran_on_this_rank, 2, checkpoint, where, choose)
 
 

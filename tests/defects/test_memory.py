@@ -1,4 +1,4 @@
-"""Defects by which routes take or keep more memory than their own bytes; one id of the catalogue in each name."""
+"""Defects by which routes take or keep more memory than their own bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bytes_held(root: Any) -> int:
-    """Return the bytes of every distinct array and tensor that ``root`` leads to, models and classes left out."""
+    """Return the bytes of every distinct array and tensor that ``root`` leads to, without models."""
     seen: set[int] = set()
     storages: dict[int, int] = {}
     pending = [root]
@@ -74,7 +74,7 @@ def repeated(actor: MegatronActor, count: int) -> list[Microbatch]:
 
 
 def _scope_bytes(checkpoint: Path, count: int) -> int:
-    """Return what a scope holds beside the routes themselves after so many microbatches, forward and backward."""
+    """Return what a scope holds beside the routes after so many microbatches, both passes."""
     actor = start_policy(checkpoint)
     microbatches = repeated(actor, count)
     for chunk in actor.chunks:
@@ -116,7 +116,7 @@ WHERE = {
 
 
 def _resident(checkpoint: Path, name: str) -> tuple[int, int, int, int]:
-    """Return bytes of this rank's routes, on the host and where its routers run, its rows, and the rows of all."""
+    """Return the bytes of this rank's routes on host and device, its rows, and those of all."""
     where, _ = WHERE[name]
     actor = start_policy(checkpoint, where)
     samples = coded_samples(LAYERS)

@@ -1,4 +1,4 @@
-"""Defects by which padding counts: in the loads of experts, in what balances them; one id of the catalogue in each name.
+"""Defects by which padding counts: in the loads of experts, in what balances them.
 
 Padding rows are routed live. They never count: not for the expert bias, not for the auxiliary loss.
 """
@@ -57,7 +57,7 @@ def half_padding(samples: Sequence[Sample], actor: MegatronActor, key: int = 0) 
 
 
 def forwarded(actor: MegatronActor, microbatch: Microbatch) -> dict[int, Any]:
-    """Run one replayed training pass; return layer -> (loads counted for the bias, what every row ran)."""
+    """Run one replayed training pass; return layer -> (loads counted, what every row ran)."""
     assert microbatch.routes is not None
     ran: dict[int, Any] = {}
     hooks = [
@@ -149,7 +149,7 @@ def test_c5_control_megatrons_default_rate_would_move_it(biased):
 
 
 def _hottest(checkpoint: Path, one_id: bool) -> list[tuple[float, float]]:
-    """Return for each layer the load of the hottest expert over the mean: of the tokens, of all rows."""
+    """Return each layer's load of the hottest expert over the mean: of tokens, of all rows."""
     actor = start_policy(checkpoint)
     microbatch = half_padding(make_samples(40, seed=SEED), actor)
     is_token = microbatch.index.is_token

@@ -1,4 +1,4 @@
-"""Defects by which multi-token-prediction layers are taken for decoder layers; one id of the catalogue in each name."""
+"""Defects by which multi-token-prediction layers are taken for decoder layers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def spelled(layer: int) -> tuple[int, ...]:
 
 @pytest.fixture(scope="session")
 def dense_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a Qwen3-MoE checkpoint of four layers, the first dense: as many dense layers as MTP layers will be."""
+    """Return a Qwen3-MoE checkpoint of four layers, one dense, as many as there will be MTP layers."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("four"), mlp_only_layers=[0])
 
 
 def _mtp_model(checkpoint: Path) -> Any:
-    """Build a model with one multi-token-prediction layer behind its decoder, with random weights."""
+    """Build a model with one multi-token-prediction layer after its decoder, at random."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
@@ -68,7 +68,7 @@ def _mtp_router(model: Any) -> Any:
 
 
 def _replayed_beside_mtp(checkpoint: Path, also_own_mtp: bool) -> dict[str, Any]:
-    """Replay the decoder, or, planted, also give the prediction layer the routes of decoder layer 1."""
+    """Replay the decoder, or, planted, give the prediction layer the routes of layer 1 too."""
     model = _mtp_model(checkpoint)
     routers, extra = moe_layers([model]), _mtp_router(model)
     owned = {**routers, 4: extra} if also_own_mtp else routers
@@ -130,7 +130,7 @@ def test_b2_the_routers_of_a_model_with_as_many_prediction_as_dense_layers_are_i
 def test_b2_control_counted_with_the_prediction_layer_its_routers_are_as_many_as_its_layers(
     beside_mtp,
 ):
-    """Four routers and four layers of routes: the number fits, and every router would take its neighbour's."""
+    """Four routers and four layers of routes: the count fits, yet each takes its neighbour's."""
     routers = [name for name in beside_mtp if f"{name} live" in beside_mtp]
     assert sorted(routers) == ["1", "2", "3", "mtp"]
     assert all(name != str(layer) for layer, name in enumerate(sorted(routers)))

@@ -1,4 +1,4 @@
-"""The defect of sending the rows of a prompt again and again; its id of the catalogue in each test's name."""
+"""The defect of sending the rows of a prompt again and again."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ MODEL = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=64, top
 
 
 def trace_of(tokens, num_prompt_tokens: int, *, start: int = 0) -> RoutingTrace:
-    """Return what an engine gives for ``tokens``: the same routes for the same prompt, others for other tokens."""
+    """Return what an engine gives for ``tokens``: equal routes for equal prompts alone."""
     tokens = np.asarray(tokens)
     order = np.stack(
         [np.random.default_rng(int(t)).random((2, 64)).argsort(axis=1)[:, :4] for t in tokens]

@@ -1,4 +1,4 @@
-"""Log-probabilities of engine and trainer are of the same tokens and of the same distribution: their ratio starts at 1."""
+"""The ratio of trainer to engine starts at 1: same tokens, same distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPERATURE = 0.7
 
 
 def both(checkpoint: Path, scored_at: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the engine's and the trainer's log-probabilities of sampled tokens, with equal weights."""
+    """Return the engine's and the trainer's log-probabilities with equal weights."""
     actor = start_policy(checkpoint)
     engine = EmbeddedEngine(checkpoint, dtype="float32", device="cpu", record_routes=True)
     prompt = np.arange(10, 20, dtype=np.int32)

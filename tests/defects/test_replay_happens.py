@@ -1,4 +1,4 @@
-"""Defects by which replay does not happen, or does not end; one id of the catalogue in each name."""
+"""Defects by which replay does not happen, or does not end."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ ACCEPTED = {
 
 
 def _opened(checkpoint: Path, changes: dict[str, Callable[[Any], None]]) -> dict[str, str]:
-    """Return what a scope says to each change of the configuration of a model that was built before."""
+    """Return what a scope says to each change of the configuration of a built model."""
     actor = start_policy(checkpoint)
     plain = actor.config
     said = {}
@@ -114,7 +114,7 @@ def _opened(checkpoint: Path, changes: dict[str, Callable[[Any], None]]) -> dict
 
 
 def replace_fields(config: Any, change: Callable[[Any], None]) -> Any:
-    """Return a copy with changed fields; Megatron itself would refuse some of them without a GPU."""
+    """Return a copy with changed fields; Megatron would refuse some without a GPU."""
     changed = SimpleNamespace(**vars(config))
     change(changed)
     return changed
@@ -137,7 +137,7 @@ def test_d1_control_options_beside_them_are_accepted(checkpoint):
 
 @pytest.mark.ranks
 def test_d1_control_a_sinkhorn_router_never_asks(checkpoint):
-    """What the refusal is about: the stock router returns another choice before it comes to the hook."""
+    """Why it is refused: the stock router returns another choice before it calls the hook."""
 
     def asked(kind: str) -> bool:
         actor = start_policy(checkpoint)

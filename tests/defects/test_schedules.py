@@ -1,4 +1,4 @@
-"""Defects of recomputation and schedules: routes of another microbatch; one id of the catalogue in each name."""
+"""Defects of recomputation and schedules: routes of another microbatch."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_e1_a_scoring_pass_leaves_nothing_that_recomputation_could_pick_up(check
 
 
 def _stock_trained(checkpoint: Path, recompute: dict[str, Any], scores: bool) -> Any:
-    """Train on one microbatch with Megatron's own replay, perhaps after scoring one of equal length."""
+    """Train on one microbatch with Megatron's own replay, perhaps after scoring another."""
     actor = start_policy(checkpoint, **recompute)
     (microbatch, *_) = batches(actor)
     assert microbatch.routes is not None
@@ -142,7 +142,7 @@ INTERLEAVED = {"full": FULL, "selective": MOE}
 
 @pytest.mark.parametrize("kind", INTERLEAVED)
 def test_e3_recomputation_under_an_interleaved_schedule_takes_its_own_microbatch(kind, checkpoint):
-    """Four microbatches over two stages of two chunks; a step of a single process is the measure."""
+    """Four microbatches over two stages of two chunks, against a step of one process."""
     expected = alone(checkpoint)
     case = Case(layout=layout(pp=2, vpp=2), ranks=2, overrides=INTERLEAVED[kind])
     for step in run_ranks(replayed_step, 2, checkpoint, case, LAYERS):
@@ -150,7 +150,7 @@ def test_e3_recomputation_under_an_interleaved_schedule_takes_its_own_microbatch
 
 
 class _LatestMicrobatch(ReplayScope):
-    """The planted defect: recomputation takes the routes of whichever microbatch ran forward last."""
+    """The planted defect: recomputation takes the routes of the last forward pass."""
 
     latest = 0
 
@@ -191,7 +191,7 @@ def test_e3_control_a_scope_that_knew_only_the_latest_microbatch_is_seen(checkpo
 
 
 def _recorded(checkpoint: Path, stock: bool) -> list[bool]:
-    """Record two microbatches under full recomputation; tell for each whether its forward routes were kept."""
+    """Record two microbatches under full recomputation; return whether each kept its routes."""
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
     actor = start_policy(checkpoint, **FULL)

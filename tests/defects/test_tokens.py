@@ -1,4 +1,4 @@
-"""Defects by which routes land on other tokens when a rollout takes several calls or comes in parts."""
+"""Defects by which routes land on other tokens when a rollout takes several calls."""
 
 import numpy as np
 import pytest

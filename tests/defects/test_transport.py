@@ -1,4 +1,4 @@
-"""Defects of transport that the codec makes impossible or loud; one id of the catalogue in each test's name."""
+"""Defects of transport that the codec makes impossible or loud."""
 
 import base64
 import json
@@ -75,7 +75,7 @@ def test_c2_control_a_payload_with_another_item_size_is_refused():
 
 
 def test_f1_a_token_takes_two_thirds_of_a_byte_an_id_on_the_wire():
-    """384 ids a token: 256 bytes as sets, where int32 in base64 takes 2048; routes that no code shrinks further."""
+    """384 ids a token: 256 bytes as sets, where int32 in base64 takes 2048."""
     trace = trace_of(even_routes(1024, 48, 128, 8), 128)
     ids = trace.expert_ids
     per_token = {
@@ -162,7 +162,7 @@ def test_f7_control_intact_payloads_decode(payloads):
 
 
 def test_f7_control_damage_under_a_fitting_checksum_would_go_through(payloads):
-    """What refuses a flipped route is its checksum: with one that fits, the payload decodes to other routes."""
+    """A flipped route is refused by its checksum: with a fitting one it decodes to others."""
     raw = payloads[0]
     altered = bytearray(raw)
     routes = raw.index(decode_trace(raw).expert_ids.tobytes())

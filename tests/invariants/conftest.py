@@ -20,5 +20,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def latent_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a random DeepSeek-V3 checkpoint: 4 layers, the first dense, biased sigmoid routers with groups."""
+    """Return a random DeepSeek-V3 checkpoint: 4 layers, the first dense, biased sigmoid groups."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("latent"), "deepseek_v3")

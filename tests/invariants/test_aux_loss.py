@@ -35,7 +35,7 @@ NAMES = (
 def _gradients(
     checkpoint: Path, case: Case, coeff: float, masked: bool
 ) -> tuple[dict[str, torch.Tensor], float | None]:
-    """Return the gradient of two microbatches of each half of the samples, whatever the number of replicas.
+    """Return the gradient of two microbatches of each half of the samples, for any replicas.
 
     And this rank's part of the auxiliary loss itself.
     """

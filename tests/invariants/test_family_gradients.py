@@ -1,4 +1,4 @@
-"""Every gradient of every family is that of a single process, in every kind of layout that the family can run in.
+"""Every gradient of every family is that of a single process, in every kind of layout.
 
 One forked world runs all families in one layout: its process groups are made once, since every
 group keeps threads, and building a tiny model and one update take a third of a second.
@@ -63,7 +63,7 @@ class Found:
 
 
 def routed_samples(layers: tuple[int, ...], num_experts: int, topk: int) -> list[RoutedSample]:
-    """Return four samples with routes that no model would choose; every seventh row has none and runs live."""
+    """Return four samples with routes that no model would choose; every seventh row is live."""
     samples = []
     for sample in make_samples(4, seed=SEED, min_length=10, max_length=16):
         length = len(sample.token_ids)
@@ -155,7 +155,7 @@ def alone(checkpoints: dict[str, Path]) -> dict[str, Found]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a checkpoint of four layers of each family; the first is dense where the family has dense layers."""
+    """Return a checkpoint of four layers of each family, the first dense where it can be."""
     folder = tmp_path_factory.mktemp("checkpoints")
     dense: dict[str, dict[str, list[int]]] = {
         family: {"mlp_only_layers": [0]} for family in ("qwen3_moe", "qwen2_moe")

@@ -1,4 +1,4 @@
-"""A replayed step is the same step in every layout, schedule and recomputation, and every route lands on its token."""
+"""A replayed step is the same in every layout and schedule, and each route meets its token."""
 
 from __future__ import annotations
 

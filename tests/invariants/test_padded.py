@@ -1,4 +1,4 @@
-"""Padded batches through the replay scope equal packed ones: samples side by side, padding on either side of them.
+"""Padded batches through the replay scope equal packed ones, with padding on either side.
 
 The trainer packs; trainers that do not can use the scope all the same. The rows of a rectangle come
 from `RowIndex.padded`, its tokens go through Megatron's own schedule.
@@ -63,7 +63,7 @@ def attend(
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend causally to tokens alone, where the trainer's attention knows no padding before a token."""
+    """Attend causally to tokens alone; the trainer's attention knows no padding before one."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     causal = (
         torch.ones(query.size(2), key.size(2), dtype=torch.bool).tril() if mask is None else mask
@@ -117,7 +117,7 @@ def batch_major(microbatch: Microbatch, actor: MegatronActor) -> Microbatch:
 
 
 def _trained(checkpoint: Path, where: ParallelLayout, side: Side | None, planted: bool) -> Found:
-    """Return gradients and old log-probabilities of rectangles of two samples; packed without ``side``."""
+    """Return gradients and old log-probabilities of rectangles; packed without ``side``."""
     actor = start_policy(checkpoint, where)
     samples = coded_samples(LAYERS)
     if side is None:
@@ -150,7 +150,7 @@ def packed(checkpoint: Path) -> Found:
 
 
 def error(found: Found, expected: Found) -> float:
-    """Return the largest relative error of a parameter's gradient or a sample's log-probabilities."""
+    """Return the largest relative error of a gradient or a sample's log-probabilities."""
     gradient_errors = [
         float((found[0][name] - gradient).norm() / (gradient.norm() + 1e-12))
         for name, gradient in expected[0].items()

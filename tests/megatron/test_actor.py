@@ -74,7 +74,7 @@ def test_recorded_routes_do_not_depend_on_the_packing_and_cover_every_row(checkp
 
 
 def _judged(actor: MegatronActor, samples: list[Sample]) -> tuple[str, bool]:
-    """Return what a guard says of an update's backward pass, and whether the weights are as before."""
+    """Return what a guard says of a backward pass, and whether the weights are as before."""
     before = _weights(actor)
     seen: list[WatchedRoutes] = []
     actor.backward(

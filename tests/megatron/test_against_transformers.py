@@ -1,4 +1,4 @@
-"""The same routes forced in Megatron and in transformers give the same log-probabilities and gradients."""
+"""The same routes in Megatron and transformers give equal log-probabilities and gradients."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SEED = 40
 
 
 def _differences(checkpoint: Path, shift: int) -> tuple[float, float]:
-    """Compare both models; ``shift`` moves the routes that transformers replays by so many tokens."""
+    """Compare both models; ``shift`` moves the routes of transformers by so many tokens."""
     from transformers import AutoModelForCausalLM
 
     actor = start_policy(checkpoint)

@@ -1,4 +1,4 @@
-"""A gradient that is not finite is found before the optimizer moves, on every rank, and its microbatch is named."""
+"""A gradient that is not finite is found before the optimizer moves; its microbatch is named."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _refused(actor: MegatronActor, packed: list[Microbatch], loss: TokenLoss) ->
 
 
 def _poison(sample_id: int) -> TokenLoss:
-    """Return a loss with a finite value whose gradient is NaN in one sample: the square root of 0 times its tokens."""
+    """Return a finite loss whose gradient is NaN in one sample: the square root of 0."""
 
     def loss(microbatch: Microbatch, logprobs: torch.Tensor) -> torch.Tensor:
         owners = torch.from_numpy(microbatch.sample_ids[microbatch.predicts_sampled])
@@ -64,7 +64,7 @@ def _poison(sample_id: int) -> TokenLoss:
 
 
 def _break_a_layer(actor: MegatronActor, key: int) -> TokenLoss:
-    """Make one layer's gradient infinite in the microbatch ``key``, and return the loss that says which one runs."""
+    """Make a layer's gradient infinite in microbatch ``key``; return a loss that says which runs."""
     running = {}
 
     def loss(microbatch: Microbatch, logprobs: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_a_run_goes_on_in_another_layout(
 
 @pytest.fixture(scope="module")
 def dense_ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return checkpoints whose first or last two of four layers are dense, so that a stage of two holds no expert."""
+    """Return checkpoints with two dense layers at an end, so that a stage has no expert."""
     return {
         end: write_tiny_checkpoint(tmp_path_factory.mktemp(end), mlp_only_layers=layers)
         for end, layers in (("first", [0, 1]), ("last", [2, 3]))
@@ -131,7 +131,7 @@ def test_t6_a_run_with_a_stage_of_dense_layers_is_saved_and_goes_on(
 
 
 def record_and_replay(checkpoint: Path, where: ParallelLayout) -> tuple[float, int, int]:
-    """Take an R2 step: record, replay what was recorded, return the norm and the shape of this rank's routes."""
+    """Take an R2 step: record, replay, return the norm and the shape of this rank's routes."""
     actor = start_policy(checkpoint, where)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples((2, 3)), replica)

@@ -1,4 +1,4 @@
-"""A router's expert bias is the same float32 numbers on disk, in the policy, in the engine and in the export."""
+"""A router's expert bias is the same float32 numbers on disk, in policy, engine and export."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_t2_expert_bias_is_bit_equal_wherever_a_bfloat16_run_brings_it(
 
 
 def agreement(checkpoint: Path, rounded: bool) -> float:
-    """Return the share of experts that a bfloat16 policy chooses as the float32 one does, over all rows and layers."""
+    """Return the share of experts that a bfloat16 policy chooses as the float32 one does."""
     samples = make_samples(24, seed=SEED, min_length=20, max_length=40)
     exact = with_own_routes(start_policy(checkpoint), samples)
     scorer = build_scorer(checkpoint, ParallelLayout(), dtype=torch.bfloat16)

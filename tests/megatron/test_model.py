@@ -62,7 +62,7 @@ def sequences() -> list[torch.Tensor]:
 
 @cache
 def reference(checkpoint: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Return transformers' log-probabilities, and gradients of their negated mean by checkpoint name."""
+    """Return transformers' log-probabilities, and gradients of their negated mean by name."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     logprobs = []
     for tokens in sequences():

@@ -1,4 +1,4 @@
-"""What a checkpoint holds on disk beside plain tensors: stacked experts come out stacked, broken numbers do not go in."""
+"""Stacked experts of a checkpoint come out stacked, and broken numbers do not go in."""
 
 from __future__ import annotations
 

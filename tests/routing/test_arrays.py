@@ -49,7 +49,7 @@ def built(held: dict[str, np.ndarray]) -> RoutingTrace:
 
 
 def sliced(held: dict[str, np.ndarray]) -> RoutingTrace:
-    """Build from views of the buffers that are read-only themselves, while their owner still writes."""
+    """Build from read-only views of the buffers, while their owner still writes."""
     views = {name: array[:] for name, array in held.items()}
     for view in views.values():
         view.flags.writeable = False

@@ -68,7 +68,7 @@ def test_compare_counts_tokens_by_their_number_of_flips(comparison):
 
 
 def test_compare_counts_flips_by_token_id():
-    """Token 7 stands in rows 0 and 2 and in another sequence, token 3 in row 1; row 3 is not held."""
+    """Token 7 is in rows 0 and 2 and in another sequence, token 3 in row 1; row 3 is not held."""
     tokens = [7, 3, 7, 9]
     first = (trace(OURS, tokens=tokens), trace(THEIRS, tokens=tokens, valid=[True] * 3 + [False]))
     second = (trace(OURS[:1], tokens=[7]), trace(OURS[1:2], tokens=[7]))

@@ -1,4 +1,4 @@
-"""Payloads whose checksums fit but whose content is invented: a possible trace or CodecError, in bounded memory."""
+"""Invented payloads with fitting checksums give a possible trace or CodecError, in bounded memory."""
 
 import random
 import struct
@@ -45,7 +45,7 @@ def trace_of(ids: np.ndarray, num_experts: int, valid: np.ndarray | None = None)
 
 
 def forged(trace: RoutingTrace, fields: dict[int, tuple[str, int]], routes: bytes | None) -> bytes:
-    """Return a compact payload with header fields (offset: format, value) and, unless None, routes put in its place."""
+    """Return a compact payload with header fields (offset: format, value) and routes replaced."""
     body = bytearray(frames(encode_trace(trace))[0][1])
     if routes is not None:
         del body[routes_at(trace, body) :]
@@ -166,7 +166,7 @@ def test_a_forged_header_field_is_refused(offset, form, value, message):
 
 @pytest.mark.parametrize("num_experts", [16, 256, 300, 65_536])
 def test_gaps_that_leave_the_experts_are_refused(num_experts):
-    """The largest symbols wrap around in one and two bytes alike, and must not come back as small ids."""
+    """The largest symbols wrap around in one and two bytes, and must not give small ids."""
     trace = synthetic_trace(np.arange(30), seed=3, num_experts=num_experts)
     shift = max(0, (num_experts - 1).bit_length() - 8)
     chunk = struct.pack("<BI", 0, 348) + b"\xff" * (348 + shift * -(-348 // 8) * (shift > 0))

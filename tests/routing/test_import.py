@@ -1,4 +1,4 @@
-"""The core is cheap to import: it loads numpy, and nothing of what makes other packages slow to start."""
+"""The core is cheap to import: it loads numpy, and no package that is slow to start."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A payload shifted by a whole layer is refused from its first rows on, and one in order never is, whatever its dense columns hold."""
+"""A payload shifted by a layer is refused from its first rows on; one in order never is."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_e12_models_without_dense_layers_are_not_judged():
 
 
 def test_e12_random_payloads_are_read_right_or_refused():
-    """Of any number of rows, dense layers in any place, some rows unwritten: a layer never lands in another's place."""
+    """Any count of rows, dense layers anywhere, unwritten rows: no layer lands in another's place."""
     seed = 3
     print("seed", seed)
     rng = np.random.default_rng(seed)

@@ -15,7 +15,7 @@ LIVE, RECORD, REPLAY = Routing.LIVE, Routing.RECORD, Routing.REPLAY
 
 
 def rows(page: str) -> dict[str, tuple[str, str]]:
-    """Return mode -> (where routes come from, where they are replayed) of a page's table of modes."""
+    """Return mode -> (where routes come from, where they are replayed) of a page's table."""
     table = page.partition("\n`router_replay_mode` |")[2].partition("\n\n")[0]
     found = re.findall(r"^`(\w+)` \| (.+) \| (.+)$", table, re.MULTILINE)
     return {mode: (source, where) for mode, source, where in found}

@@ -263,7 +263,7 @@ WIDE = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=512, top
 
 
 def wrapped(dtype) -> np.ndarray:
-    """Return ids above the type's range, wrapped, that name no expert twice in a row: a possible route, and a wrong one."""
+    """Return wrapped ids above the type's range that name no expert twice: a wrong route."""
     ids = np.arange(5 * 2 * 3).reshape(5, 2, 3) + 300
     return ids.astype(dtype)
 

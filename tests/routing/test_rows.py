@@ -1,4 +1,4 @@
-"""RowIndex: by hand, and as a property: every global row lands once, on the rank that holds its token."""
+"""RowIndex by hand, and as a property: every global row lands once, where its token is."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Slices of ranks: each route lands once, on the rank, row and layer that it names, in no more bytes than that."""
+"""Slices of ranks: each route lands once, on the rank, row and layer that it names."""
 
 from dataclasses import replace
 from itertools import product
@@ -38,7 +38,7 @@ def batch(lengths, **options) -> list[RoutingTrace]:
 
 
 def landed(made: RouteSlice) -> list[tuple[int, int, int]]:
-    """Return (sample, row, layer) of every valid route, after checking that it lies in the layer it names."""
+    """Return (sample, row, layer) of every valid route, after checking its layer."""
     found = []
     for place, layer in enumerate(made.layers):
         ids = made.expert_ids[place, made.valid].astype(int)

@@ -38,7 +38,7 @@ def test_repeating_sets_leaves_the_routes_as_they_are(num_rows):
 
 @pytest.mark.parametrize("width", range(1, 11))
 def test_sort_planes_sorts_every_pattern_of_zeros_and_ones(width):
-    """A comparator network that sorts all zeros and ones sorts everything (Knuth 5.3.4, theorem Z)."""
+    """A network that sorts all zeros and ones sorts everything (Knuth 5.3.4, theorem Z)."""
     patterns = np.array(list(itertools.product([0, 1], repeat=width)), dtype=np.uint8)
     ordered = np.stack(sort_planes(np.ascontiguousarray(patterns.T)))
     assert ordered.T.tolist() == [sorted(pattern) for pattern in patterns.tolist()]

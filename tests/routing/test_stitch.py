@@ -1,4 +1,4 @@
-"""Rollouts of several calls: each row comes from the call that fed its token first, and every other row is counted."""
+"""Rollouts of several calls: each row is from the call that fed its token first."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def call(
 
 
 def owners(made: StitchedRollout) -> list[int | None]:
-    """Return the call that each row came from, after checking that the row lies on its own token."""
+    """Return the call that each row came from, after checking that it is on its token."""
     trace = made.trace
     trace.check_tokens(made.token_ids, where="stitched")
     assert (trace.expert_ids[trace.valid, 1, 0] == 2 * np.flatnonzero(trace.valid)).all()
@@ -71,7 +71,7 @@ ABC, DE, FG, HI = [1, 2, 3], [4, 5], [6, 7], [8, 9]
 
 @pytest.mark.parametrize("start", [0, 2, 4])
 def test_resumed_rows_come_from_the_call_that_fed_them_first(start):
-    """The second call returns everything so far, a part of it, or its own rows and the boundary row."""
+    """The second call returns everything so far, a part of it, or its own rows and one more."""
     made = merge_partial([call(0, ABC, DE), call(1, ABC + DE, FG, start=start)], where="s")
     assert made.token_ids.tolist() == ABC + DE + FG
     assert owners(made) == [0, 0, 0, 0, 1, 1, None]
@@ -230,7 +230,7 @@ def test_no_call_is_refused():
 
 @given(st.data())
 def test_every_row_comes_from_the_first_call_that_fed_its_token(data):
-    """Whatever the turns are; the owner of each row is worked out token by token, calls that sampled nothing left out."""
+    """Whatever the turns are, the owner of each row is worked out token by token."""
     tokens, calls, first_fed = list(range(10, 13)), [], {}
     count = data.draw(st.integers(1, 4))
     for number in range(count):

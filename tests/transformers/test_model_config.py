@@ -1,4 +1,4 @@
-"""A model that exists only as a config tells what its payloads look like, from the model that would be built."""
+"""A model that exists only as a config shows what its payloads look like."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every family, and the variants of its config, computes in Megatron what it computes in transformers."""
+"""Every family and variant computes in Megatron what it computes in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs of released models are read, and what the documentation calls refused is refused by the config's own field."""
+"""Configs of released models are read, and the documented refusals name the config's field."""
 
 from __future__ import annotations
 

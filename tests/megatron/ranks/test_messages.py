@@ -107,7 +107,7 @@ def test_parts_of_the_world_talk_apart_and_exchange_unequal_bytes() -> None:
 
 
 def _rounds(to_first: bool, limit: int) -> tuple[Any, int, int]:
-    """Send lists of different lengths; return what came, the messages with items, and the longest of them."""
+    """Send lists of different lengths; return what came, and the longest of the messages."""
     messages.PIECE_BYTES = limit
     sizes: list[int] = []
     name = "gather_object" if to_first else "all_gather_object"

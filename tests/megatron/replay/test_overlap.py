@@ -1,4 +1,4 @@
-"""Overlaps counted on the device are those of the reference, whatever the shapes, the holes and the shards."""
+"""Overlaps counted on the device are those of the reference, whatever the shapes and shards."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def routed(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[Routed
 
 
 def near(rng: np.random.Generator, routes: RouteSlice) -> np.ndarray:
-    """Return live routes of all rows: many are the replayed ones in another order, some of any other row."""
+    """Return live routes of all rows: many are the replayed ones, some of any other row."""
     layers, rows, topk = routes.expert_ids.shape
     live = routes.expert_ids[:, rng.integers(0, rows, rows)].astype(np.int64)
     kept = rng.random((layers, rows)) < 0.6
@@ -197,7 +197,7 @@ def expected_of(
 
 
 def _passes(checkpoint: Path, where: ParallelLayout, overrides: dict[str, Any]) -> list[float]:
-    """Compare the counts of both kinds of pass with the reference; return the agreement of own and shifted routes."""
+    """Compare the counts of both kinds of pass with the reference; return both agreements."""
     actor = start_policy(checkpoint, where, **overrides)
     print("seed", seed := 23)
     # Two samples of 20 tokens a microbatch: four of them, as the interleaved schedule wants an even

@@ -1,4 +1,4 @@
-"""The replay scope on the real Megatron-Core: what it forces, what it leaves live, and when it refuses."""
+"""The replay scope on the real Megatron-Core: what it forces, leaves live and refuses."""
 
 from __future__ import annotations
 

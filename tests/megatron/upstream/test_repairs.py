@@ -75,7 +75,7 @@ def adam_steps(actor: MegatronActor) -> set[float]:
 
 
 def resumed_steps(checkpoint: Path, folder: Path, missing: tuple[str, ...]) -> set[float]:
-    """Update three times, save, load into another policy without the repairs ``missing``, and update once more."""
+    """Update three times, save, load into a policy without the repairs ``missing``, update."""
     first = start_policy(checkpoint)
     for _ in range(3):
         learn(first)
@@ -154,7 +154,7 @@ def test_t7_without_its_repair_selective_recomputation_asks_a_class_that_is_not_
 
 
 def table(present: set[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Install by a table whose causes are all made up, and return what was installed and what was reported."""
+    """Install by a table of invented causes; return what was installed and reported."""
     installed: list[str] = []
     made_up = tuple(
         repairs.Repair(

@@ -81,7 +81,7 @@ def test_several_traces_keep_names_and_order(drawn):
 @pytest.mark.parametrize("invalid", [(), (0, 1, 1500, 2047)])
 @pytest.mark.parametrize("encoding", Encoding)
 def test_codec_keeps_routes_across_chunks(invalid, encoding):
-    """Each row's id in each layer says which row and layer it is, so a row that moved cannot hide."""
+    """Each row's id in each layer names row and layer, so a row that moved cannot hide."""
     num_rows, num_layers = 2048, 600
     rows, layers = np.arange(num_rows)[:, None], np.arange(num_layers)
     ids = np.stack([(rows * 7 + layers) % 4096, (rows * 7 + layers + 1 + layers % 2) % 4096], 2)

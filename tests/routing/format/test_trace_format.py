@@ -1,4 +1,4 @@
-"""docs/trace-format.md is true: its example is what the codec writes, and a second reader made from the page agrees."""
+"""docs/trace-format.md is true: its example is the codec's, and a second reader agrees."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "trace-format.md"
 
 
 def example(name: str) -> bytes:
-    """Return the bytes of an example of the page; each line holds up to 16, then two spaces and a remark."""
+    """Return the bytes of an example of the page: up to 16 a line, then a remark."""
     block = re.search(rf"```hex {name}\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert block is not None
     return bytes.fromhex("".join(line.split("  ")[0] for line in block[1].splitlines()))
@@ -65,7 +65,7 @@ def test_the_example_decodes_to_the_routes_that_it_names(trace):
 
 
 def read_compact(frame: bytes) -> dict:
-    """Read tokens, flags and sets of a compact frame as the page says, in plain Python and row by row."""
+    """Read tokens, flags and sets of a compact frame as the page says, in plain Python."""
     w = frame[6]
     rows, _, layers, k, experts, spans, engine, version = struct.unpack_from("<6I2H", frame, 8)
     at = 40 + 4 * layers + 12 * spans + engine + version
