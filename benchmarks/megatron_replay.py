@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def step_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> float:
-    """Return the time of a replayed step, with guard evidence of every row, over that of a live one."""
+    """Return the time of a replayed step, guard evidence included, over that of a live one."""
     watch = RouteWatch(observe=lambda *_: None)
 
     def step(routing: Routing) -> None:

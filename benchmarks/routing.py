@@ -94,7 +94,7 @@ def measure_codec(arguments: argparse.Namespace) -> Iterable[Figure]:
 
 
 def measure_rows(arguments: argparse.Namespace) -> Iterable[Figure]:
-    """Yield the time to cut a batch for 32 ranks, row indices included, over one copy of its routes.
+    """Yield the time to cut a batch for 32 ranks, row indices included, over a copy of its routes.
 
     The batch has sequences of 1,000 to 4,000 tokens. Slices are new memory, and so is the copy; a
     second figure compares with a copy into memory that is already there.
@@ -158,7 +158,7 @@ def measure_sharing(arguments: argparse.Namespace) -> Iterable[Figure]:
 
 
 def _share(num_samples: int) -> tuple[float, float]:
-    """Share samples of 8,192 tokens, two a microbatch; return this rank's peak and MB/s of routes."""
+    """Share samples of 8,192 tokens, 2 a microbatch; return this rank's peak and MB/s of routes."""
     import torch.distributed as dist
 
     from moe_replay.batch import RankPlace, Sample, build_microbatch

@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bytes_held(root: Any) -> int:
-    """Return the bytes of every distinct array and tensor that ``root`` leads to, without models."""
+    """Return the bytes of each distinct array and tensor that ``root`` leads to, without models."""
     seen: set[int] = set()
     storages: dict[int, int] = {}
     pending = [root]

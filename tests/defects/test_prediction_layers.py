@@ -31,7 +31,7 @@ def spelled(layer: int) -> tuple[int, ...]:
 
 @pytest.fixture(scope="session")
 def dense_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a Qwen3-MoE checkpoint of four layers, one dense, as many as there will be MTP layers."""
+    """Return a Qwen3-MoE checkpoint of four layers, one dense, as many as MTP layers."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("four"), mlp_only_layers=[0])
 
 

@@ -64,7 +64,7 @@ def _poison(sample_id: int) -> TokenLoss:
 
 
 def _break_a_layer(actor: MegatronActor, key: int) -> TokenLoss:
-    """Make a layer's gradient infinite in microbatch ``key``; return a loss that says which runs."""
+    """Make a layer's gradient infinite in microbatch ``key``; return a loss that sees it run."""
     running = {}
 
     def loss(microbatch: Microbatch, logprobs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Invented payloads with fitting checksums give a possible trace or CodecError, in bounded memory."""
+"""Invented payloads with fitting checksums give a trace or CodecError, in bounded memory."""
 
 import random
 import struct

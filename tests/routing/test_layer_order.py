@@ -138,7 +138,7 @@ def test_e12_models_without_dense_layers_are_not_judged():
 
 
 def test_e12_random_payloads_are_read_right_or_refused():
-    """Any count of rows, dense layers anywhere, unwritten rows: no layer lands in another's place."""
+    """Any count of rows, dense layers anywhere, unwritten rows: no layer lands on another."""
     seed = 3
     print("seed", seed)
     rng = np.random.default_rng(seed)
