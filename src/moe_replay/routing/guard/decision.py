@@ -26,6 +26,7 @@ from moe_replay.routing.guard.sample_tests import (
     CERTAIN,
     STRICT,
     STRONG,
+    SUSPECT_NATS,
     SampleTests,
 )
 from moe_replay.routing.guard.sums import ServerSums
@@ -153,6 +154,8 @@ class Guard:
         strong, strong_test = tests.best(STRONG)
         weak, weak_test = tests.best(STRICT)
         asked = tests.asks_for_a_look()
+        stray_nats = tests.nats[ALL_TESTS.index("strict stray rows")]
+        strewn = set(baseline.table.sample_ids[stray_nats > SUSPECT_NATS].tolist())
         agreement = baseline.table.agreement
         # Above all tests: what a place search must show.
         threshold = float(tests.thresholds[ALL_TESTS.index("paired sample")])
@@ -187,7 +190,12 @@ class Guard:
             finding = _finding(tests, row, entry, number, status, look, owners, agreement)
             found.append((margin, finding))
         found.sort(key=lambda pair: -pair[0])
-        weak_looks = [pair for pair in found if pair[0] <= 0 and pair[1].status is Status.SUSPECT]
+        weak_looks = [
+            pair
+            for pair in found
+            # Strewn rows show in all samples that they have hit, or in none, so that all are looked at.
+            if pair[0] <= 0 and pair[1].status is Status.SUSPECT and pair[1].sample not in strewn
+        ]
         spared = {id(pair[1]) for pair in weak_looks[MAX_LOOKS:]}
         return tuple(finding for _, finding in found if id(finding) not in spared)
 
@@ -237,7 +245,7 @@ def _cause(test: str, tests: SampleTests, row: int, entry: int) -> str:
         return f"{rows} rows in a row have one route, which their routers do not choose: a stale stretch of the engine's buffer"
     if test == "siblings":
         return "other experts than its siblings' for the tokens that they have in common"
-    if test == "stray rows":
+    if test.endswith("stray rows"):
         return (
             f"{int(tests.stray[entry])} rows, strewn over the sample, have routes of other tokens"
         )

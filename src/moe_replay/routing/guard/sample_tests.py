@@ -27,7 +27,7 @@ CERTAIN = ("paired sample", "paired layer", "paired window", "equal rows", "sibl
 """Tests that name a misalignment by themselves."""
 STRONG = ("lost sample", "lost layer", "lost window", "stray rows")
 """Tests that name one unless a second look clears the sample."""
-STRICT = ("strict sample", "strict layer", "strict window")
+STRICT = ("strict sample", "strict layer", "strict window", "strict stray rows")
 """Tests that only ask for a second look."""
 SUSPECT_NATS = 7.0
 """Nats of a strict test from which a sample is looked at again."""
@@ -39,6 +39,15 @@ _BOTH_NATS = 9.0  # of a strict test and the gap together, for a second look
 _RARE_NATS = 4.0  # beyond what the largest gap of a step has by chance: one step in 50
 _MIN_GAPS = 8  # of samples, to know what is usual
 _CLEAN_SHARE = 0.95  # of the samples, those with the fewest stray rows
+_FEWEST_SHARE = 0.5  # the same, where a fault may have hit up to half of them
+_STRAY_DRIFT = (
+    3.0,
+    5e-4,
+)  # times the stray rows of earlier steps, and a share of all rows, that drift may add
+_LOSS_A_STRAY_ROW = (
+    5.0  # rows' worth of information: random rows took 1 to 6 for each clear one, drift 18 and more
+)
+_STRAY_TESTS = 3  # that name a sample: against nearly all samples, the cleaner half, earlier steps
 
 
 class SampleTests:
@@ -84,9 +93,9 @@ class SampleTests:
             self._take(part)
         self.stray = self._stray_counts(held)
         """``[samples]``, rows that clearly fit nowhere."""
-        self.record_stray = _clean_stray(self.stray, baseline.table.num_rows)
+        self.record_stray = _clean_stray(self.stray, baseline.table.num_rows, _CLEAN_SHARE)
         """What later steps remember of the stray rows."""
-        self._set("stray rows", self._stray_nats(history))
+        self._set_stray_rows(history)
         if siblings:
             self._set("siblings", np.array([siblings.get(int(number), 0.0) for number in samples]))
         self.gap = self._gap_nats(gaps)
@@ -179,13 +188,46 @@ class SampleTests:
             total[np.searchsorted(samples, part.sample_ids)] += part.stray
         return np.max([np.zeros(len(samples), np.int64), *by_layers.values()], axis=0)
 
-    def _stray_nats(self, history: Sequence[StepRecord]) -> Float64[np.ndarray, " samples"]:
-        steps = [*(step.stray for step in history), self.record_stray]
+    def _set_stray_rows(self, history: Sequence[StepRecord]) -> None:
+        """Compare the stray rows of each sample with three measures of what is usual.
+
+        Against nearly all samples, a fault in more than those left out makes itself the usual. The cleaner half, and the steps
+        before, do not know it; but where clean samples differ in drift, they call the upper ones wrong. So they name only
+        samples whose other rows are as usual, which no drift leaves behind; of the rest they ask for a second look.
+
+        Example: 20 of 100 samples of 128 rows have 12 stray ones, the others none. Nearly all: 15 * 12 / (95 * 128) of the rows
+        are stray, 1.9 a sample, and 12 are no surprise. The half: 1 / (50 * 128), 0.02 a sample, and 12 are 39 nats. These
+        samples lost a tenth of their information, as much as a tenth of their rows holds.
+        """
+        rows = self._baseline.table.num_rows
+        earlier = [step.stray for step in history]
+        upper = self._stray_nats([_clean_stray(self.stray, rows, _FEWEST_SHARE)])
+        past = self._stray_nats(earlier, *_STRAY_DRIFT) if earlier else upper
+        named = np.maximum(upper, past) - math.log(_STRAY_TESTS)
+        nats = self._stray_nats([*earlier, self.record_stray])
+        self._set(
+            "stray rows", np.where(self._is_else_usual(history), np.maximum(nats, named), nats)
+        )
+        self._set("strict stray rows", np.minimum(upper, past))
+
+    def _stray_nats(
+        self, steps: Sequence[tuple[int, int, float, float]], times: float = 1.0, more: float = 0.0
+    ) -> Float64[np.ndarray, " samples"]:
+        """Return nats of so many stray rows where ``times`` those of ``steps`` and a share ``more`` of the rows are usual."""
         count, rows = sum(step[0] for step in steps), sum(step[1] for step in steps)
         mean, variance = np.mean([step[2:] for step in steps], axis=0)
         shape = mean**2 / (variance - mean) if variance > mean else 0.5
-        due = self._baseline.table.num_rows * (count + 1) / max(rows, 1)
+        due = self._baseline.table.num_rows * (times * (count + 1) / max(rows, 1) + more)
         return excess_nats(self.stray.astype(np.float64), due, float(np.clip(shape, 0.1, 0.5)))
+
+    def _is_else_usual(self, history: Sequence[StepRecord]) -> Bool[np.ndarray, " samples"]:
+        """Tell which samples lost no more information than their stray rows held, and than usual samples differ by."""
+        table, record = self._baseline.table, self._baseline.record
+        before = [step.information for step in history] or [0.0]
+        usual = max(record.information, float(np.mean(before)))
+        lost = 1 - table.information() / usual
+        held = _LOSS_A_STRAY_ROW * self.stray / np.maximum(table.num_rows, 1)
+        return np.asarray(lost <= held + 1 - record.kept)
 
     def _gap_nats(self, gaps: Mapping[int, float] | None) -> Float64[np.ndarray, " samples"]:
         samples = self._baseline.table.sample_ids
@@ -205,10 +247,11 @@ class SampleTests:
 
 
 def _clean_stray(
-    stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"]
+    stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"], share: float
 ) -> tuple[int, int, float, float]:
+    """Return `StepRecord.stray` of the ``share`` of the samples that have the fewest."""
     order = np.argsort(stray / np.maximum(num_rows, 1), kind="stable")
-    clean = order[: max(1, int(len(order) * _CLEAN_SHARE))]
+    clean = order[: max(1, int(len(order) * share))]
     count = stray[clean]
     return int(count.sum()), int(num_rows[clean].sum()), float(count.mean()), float(count.var())
 
