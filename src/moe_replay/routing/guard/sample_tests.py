@@ -40,13 +40,11 @@ _RARE_NATS = 4.0  # beyond what the largest gap of a step has by chance: one ste
 _MIN_GAPS = 8  # of samples, to know what is usual
 _CLEAN_SHARE = 0.95  # of the samples, those with the fewest stray rows
 _FEWEST_SHARE = 0.5  # the same, where a fault may have hit up to half of them
-_STRAY_DRIFT = (
-    3.0,
-    5e-4,
-)  # times the stray rows of earlier steps, and a share of all rows, that drift may add
-_LOSS_A_STRAY_ROW = (
-    5.0  # rows' worth of information: random rows took 1 to 6 for each clear one, drift 18 and more
-)
+# Times the stray rows of earlier steps, and a share of all rows, that drift may add.
+_STRAY_DRIFT = (3.0, 2e-4)
+# Rows' worth of information lost for each stray row, above which drift has hit the others as well. Random rows took 1 to 2.3 of
+# 64 experts, and 4 to 15 of 8, where most of them are not clearly stray; drift alone took 18 and more.
+_LOSS_A_STRAY_ROW = 3.0
 _STRAY_TESTS = 3  # that name a sample: against nearly all samples, the cleaner half, earlier steps
 
 
@@ -222,12 +220,14 @@ class SampleTests:
 
     def _is_else_usual(self, history: Sequence[StepRecord]) -> Bool[np.ndarray, " samples"]:
         """Tell which samples lost no more information than their stray rows held, and than usual samples differ by."""
-        table, record = self._baseline.table, self._baseline.record
+        table = self._baseline.table
+        information = table.information()
+        cleaner = information[_fewest(self.stray, table.num_rows, _FEWEST_SHARE)]
+        low, middle = np.maximum(np.quantile(cleaner, [0.1, 0.5]), 1e-6)
         before = [step.information for step in history] or [0.0]
-        usual = max(record.information, float(np.mean(before)))
-        lost = 1 - table.information() / usual
+        lost = 1 - information / max(middle, float(np.mean(before)))
         held = _LOSS_A_STRAY_ROW * self.stray / np.maximum(table.num_rows, 1)
-        return np.asarray(lost <= held + 1 - record.kept)
+        return np.asarray(lost <= held + 1 - low / middle)
 
     def _gap_nats(self, gaps: Mapping[int, float] | None) -> Float64[np.ndarray, " samples"]:
         samples = self._baseline.table.sample_ids
@@ -246,12 +246,19 @@ class SampleTests:
         return found
 
 
+def _fewest(
+    stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"], share: float
+) -> Int64[np.ndarray, " chosen"]:
+    """Return the entries of the ``share`` of the samples that have the fewest stray rows."""
+    order = np.argsort(stray / np.maximum(num_rows, 1), kind="stable")
+    return order[: max(1, int(len(order) * share))]
+
+
 def _clean_stray(
     stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"], share: float
 ) -> tuple[int, int, float, float]:
-    """Return `StepRecord.stray` of the ``share`` of the samples that have the fewest."""
-    order = np.argsort(stray / np.maximum(num_rows, 1), kind="stable")
-    clean = order[: max(1, int(len(order) * share))]
+    """Return `StepRecord.stray` of these."""
+    clean = _fewest(stray, num_rows, share)
     count = stray[clean]
     return int(count.sum()), int(num_rows[clean].sum()), float(count.mean()), float(count.var())
 
