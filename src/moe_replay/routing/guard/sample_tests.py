@@ -206,7 +206,8 @@ class SampleTests:
         self._set(
             "stray rows", np.where(self._is_else_usual(history), np.maximum(nats, named), nats)
         )
-        self._set("strict stray rows", np.minimum(upper, past))
+        known = self._stray_nats(earlier) if earlier else upper
+        self._set("strict stray rows", np.minimum(upper, known))
 
     def _stray_nats(
         self, steps: Sequence[tuple[int, int, float, float]], times: float = 1.0, more: float = 0.0
