@@ -33,12 +33,19 @@ def verdict_of(replayed, live, guard: Guard, **more) -> Verdict:
 def guard_after(steps: int) -> Guard:
     """Return a guard that remembers so many clean steps."""
     guard = Guard()
+    guard.restore(remembered(steps))
+    return guard
+
+
+@cache
+def remembered(steps: int):
+    guard = Guard()
     for seed in range(steps):
         recorded, live, _ = drawn(101 + seed)
         verdict = verdict_of(recorded, live, guard)
         assert verdict.is_clean
         guard.accept(verdict)
-    return guard
+    return guard.to_plain()
 
 
 @pytest.mark.parametrize("steps", [0, 2])
