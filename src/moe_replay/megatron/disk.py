@@ -31,11 +31,6 @@ class SharedWrite:
         self._path = path
         self._error: Exception | None = None
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether this rank's part has failed."""
-        return self._error is not None
-
     @contextmanager
     def part(self) -> Iterator[None]:
         """Keep the first failure of what is inside, which must not be collective."""

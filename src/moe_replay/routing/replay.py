@@ -185,12 +185,6 @@ class Coverage:
             },
         )
 
-    @classmethod
-    def from_counts(cls, num_replayed: int, num_live: Mapping[str, int]) -> Coverage:
-        """Rebuild a coverage from plain counts whose reasons are spelled as in `LiveReason`."""
-        live = {LiveReason(reason): count for reason, count in num_live.items()}
-        return cls(num_replayed=num_replayed, num_live=live)
-
     def require(self, min_coverage: float) -> None:
         """Raise `CoverageError` when the share of replayed rows is below ``min_coverage``."""
         if self.fraction >= min_coverage:

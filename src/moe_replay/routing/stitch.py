@@ -114,7 +114,7 @@ def merge_partial(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout
 
 
 def stitch_turns(calls: Sequence[EngineCall], *, where: str) -> StitchedRollout:
-    """Stitch the turns of a trajectory: each call is fed all before it, then an environment's tokens.
+    """Stitch the turns of a trajectory: each call is fed all before it, then the environment's.
 
     Raises:
         TokenMismatchError: when a call was not fed all that came before it, or a trace is bound to

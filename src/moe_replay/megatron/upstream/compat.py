@@ -78,7 +78,7 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
 
 
 def mark_expert_gradients(chunk: torch.nn.Module) -> None:
-    """Sum expert gradients over the ranks that hold the same experts; separate their optimizer state.
+    """Sum expert gradients over the ranks of the same experts, with optimizer state of their own.
 
     Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are
     silently wrong if experts are cut over another number of ranks than dense layers, and the

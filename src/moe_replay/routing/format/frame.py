@@ -102,7 +102,7 @@ class TraceHeader:
 def write_frame(
     trace: RoutingTrace, encoding: Encoding, write: Callable[[bytes | memoryview], object]
 ) -> tuple[int, bytes]:
-    """Pass the bytes of ``trace`` to ``write``, a chunk of rows at a time; return size and checksum.
+    """Pass the bytes of ``trace`` to ``write``, a chunk of rows at a time; return size, checksum.
 
     Raises:
         CodecError: when a count, a policy version or a name does not fit its field.
