@@ -1,4 +1,4 @@
-"""Check what `make demo` left behind: every step, the gain on held-out items, and a model that transformers loads."""
+"""Check what `make demo` left: every step, the held-out gain, and a model that loads."""
 
 import json
 import sys

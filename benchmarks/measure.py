@@ -1,4 +1,4 @@
-"""Two ways of doing one thing, timed side by side: what else the machine does cancels in neighbouring pairs.
+"""Time two ways of doing one thing side by side, so that other load on the machine cancels.
 
 In: two functions. Out: the ratio of their times.
 """
@@ -37,7 +37,7 @@ class Contest:
 
 
 def alternate(first: Callable[[], None], second: Callable[[], None], *, pairs: int) -> Contest:
-    """Run both once, unmeasured, then in ``pairs`` (at least 2) whose order changes from one to the next."""
+    """Run both once unmeasured, then in ``pairs`` (2 or more) whose order alternates."""
     first()
     second()
     took: tuple[list[float], list[float]] = ([], [])

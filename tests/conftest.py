@@ -1,4 +1,4 @@
-"""What every test gets: one thread, checked annotations, repeatable examples, and skips that say what is missing."""
+"""What every test gets: one thread, checked annotations, repeatable examples, clear skips."""
 
 import importlib.util
 import os
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
-# Before the first import of torch, which reads it once. Two test processes on two cores leave nothing to share.
+# Before the first import of torch, which reads it once. Two test processes on two cores leave
+# nothing to share.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# As `moe-replay train` does on a CPU. Compiling starts processes, after which ranks must not be forked.
+# As `moe-replay train` does on a CPU. Compiling starts processes, after which ranks must not be
+# forked.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,9 +24,10 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Every signature of these packages is checked at every call, array shapes and dtypes included. With the tower an int
-# is accepted where a float is annotated, as type checkers do. moe_replay.megatron.upstream.no_cuda is left out: it asks who called
-# it, and a checked function is called by its checker.
+# Every signature of these packages is checked at every call, array shapes and dtypes included. With
+# the tower an int is accepted where a float is annotated, as type checkers do.
+# moe_replay.megatron.upstream.no_cuda is left out: it asks who called it, and a checked function is
+# called by its checker.
 hook = install_import_hook(
     [
         "moe_replay.batch",
@@ -51,8 +54,8 @@ hook = install_import_hook(
 class TypedCore(MetaPathFinder):
     """Loads the modules of moe_replay.routing as a type checker reads them.
 
-    The core imports jaxtyping for type checkers only, because that takes longer than importing all of the core. Where
-    its annotations are to be checked their names are needed in earnest.
+    The core imports jaxtyping for type checkers only, because that takes longer than importing all
+    of the core. Where its annotations are to be checked their names are needed in earnest.
     """
 
     def __init__(self, checked: MetaPathFinder) -> None:
@@ -71,8 +74,8 @@ class TypedCore(MetaPathFinder):
 
 sys.meta_path.insert(0, TypedCore(hook.hook))
 
-# The default profile tries the same examples on every run; `--hypothesis-profile explore` looks for new ones.
-# Both print the blob that repeats a failure.
+# The default profile tries the same examples on every run; `--hypothesis-profile explore` looks for
+# new ones. Both print the blob that repeats a failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
@@ -141,7 +144,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="session")
 def vllm_imported() -> None:
-    """Import vLLM, whose import and start warn of things in torch that are none of ours."""
+    """Import vLLM without the warnings that its import raises about torch."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,7 +152,8 @@ def vllm_imported() -> None:
         import vllm.v1.worker.cpu_worker  # noqa: F401
     from moe_replay.engines.vllm.plugin import register
 
-    # As vLLM itself does when it starts: until then its stand-ins for CUDA fail Megatron-Core in this process.
+    # As vLLM itself does when it starts: until then its stand-ins for CUDA fail Megatron-Core in
+    # this process.
     register()
 
 

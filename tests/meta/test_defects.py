@@ -1,6 +1,7 @@
-"""Every defect of docs/defects.md has a test that its name starts, and every such id of a test is in the catalogue.
+"""Every id in docs/defects.md starts the name of a test, and every such id is in the page.
 
-A page of two halves: the tests of the first are in tests/defects, those of the second ("Found by use") elsewhere.
+A page of two halves: the tests of the first are in tests/defects, those of the second ("Found by
+use") elsewhere.
 """
 
 import ast

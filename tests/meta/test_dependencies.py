@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is enough: for the imports in the sources, and for a whole training run with nothing else."""
+"""What pyproject.toml declares is enough for every import, and for a training run."""
 
 import ast
 import json
@@ -59,7 +59,7 @@ def declared(root: Path, *extras: str) -> list[Requirement]:
 
 
 def brought(requirements: Iterable[Requirement]) -> set[str]:
-    """Return the installed distributions that pip installs for these requirements, all the way down."""
+    """Return the distributions that pip installs for these requirements, recursively."""
     found: set[str] = set()
     left = list(requirements)
     while left:
@@ -80,7 +80,7 @@ def brought(requirements: Iterable[Requirement]) -> set[str]:
 
 
 def environment_of(folder: Path, names: set[str]) -> Path:
-    """Make a virtual environment in which only these distributions are installed; return its Python."""
+    """Make a virtual environment of these distributions alone; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
@@ -134,7 +134,7 @@ def test_t1_a_run_needs_nothing_but_what_is_declared(root, tmp_path):
 
 
 def test_t1_that_environment_holds_nothing_else(root, tmp_path):
-    """A package that is left out of the declaration is missed there, and so are the tools of the tests."""
+    """A package that is not declared is missing there, and so are the tools of the tests."""
     python = environment_of(tmp_path / "venv", brought(declared(root)) - {"psutil"})
     given = [import_in(python, name) for name in ("torch.distributed", "psutil", "pytest")]
     assert given == [True, False, False]
@@ -148,7 +148,7 @@ def import_in(python: Path, name: str) -> bool:
 def train_with(
     names: set[str], root: Path, folder: Path
 ) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
-    """Train a step in an environment of these distributions alone, checkpoint and export included."""
+    """Train a step, save and export in an environment of these distributions alone."""
     python = environment_of(folder / "venv", names)
     write_tiny_checkpoint(folder / "model")
     (folder / "recipe.toml").write_text(RECIPE)

@@ -1,22 +1,13 @@
-"""Modules say where they stand, data says what each field holds. (Public docstrings as such are ruff's D rules.)"""
+"""Data says what each field holds. (That docstrings are there at all is ruff's D rules.)"""
 
 import ast
 
 import pytest
 
-REQUIRED = ("In:", "Out:")
 DATA = {"frozen", "slots", "kw_only"}
 
 # Objects with a lifetime, whose fields change while they live.
 STATEFUL = {"grpo/run.py": ["Run"], "tasks/prompts.py": ["GeneratedPrompts"]}
-
-
-def missing_headings(tree: ast.Module) -> list[str]:
-    """Return the parts of the module docstring that are missing; a package that only names a folder needs none."""
-    text = ast.get_docstring(tree) or ""
-    if len(tree.body) == 1 and text:
-        return []
-    return [heading for heading in REQUIRED if heading not in text]
 
 
 def dataclasses_of(tree: ast.Module) -> list[tuple[ast.ClassDef, set[str]]]:
@@ -56,21 +47,12 @@ def complaints(package, check):
     return {path: found for path, tree in package.items() if (found := check(tree))}
 
 
-def test_modules_say_what_goes_in_and_out(package):
-    modules = {path: tree for path, tree in package.items() if path != "__init__.py"}
-    assert complaints(modules, missing_headings) == {}
-
-
 def test_data_is_frozen_slotted_and_keyword_only(package):
     assert complaints(package, loose_dataclasses) == STATEFUL
 
 
 def test_fields_are_described(package):
     assert complaints(package, silent_fields) == {}
-
-
-def test_missing_headings_finds_the_missing_one():
-    assert missing_headings(ast.parse('"""Why.\n\nIn: a.\n"""\nX = 1')) == ["Out:"]
 
 
 @pytest.mark.parametrize(

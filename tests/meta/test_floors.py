@@ -1,9 +1,9 @@
-"""No folder is a tower: a chain of imports inside one has at most five floors, and none is a circle.
+"""A chain of imports inside a folder has at most five floors, and none is a circle.
 
-The nodes of a folder are its own modules and its sub-folders, each sub-folder one node whatever lies in it (it is
-measured by itself). Every import counts: late ones, and those for type checkers. A name that a package only passes on
-counts as an import of the module that defines it. The folders below src/moe_replay itself are layers, which
-import-linter holds.
+The nodes of a folder are its own modules and its sub-folders, each sub-folder one node whatever
+lies in it (it is measured by itself). Every import counts: late ones, and those for type checkers.
+A name that a package only passes on counts as an import of the module that defines it. The folders
+below src/moe_replay itself are layers, which import-linter holds.
 """
 
 import ast
@@ -26,7 +26,7 @@ def module_name(path: str) -> str:
 
 
 def imported_names(tree: ast.Module) -> list[tuple[str, str]]:
-    """Return (module, name) of each import of this package, anywhere in a module; '' where all of it is meant."""
+    """Return (module, name) of each import of this package; '' for a whole module."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The core loads without torch. (What each package may import is import-linter's, see pyproject.toml.)"""
+"""The core loads without torch; import-linter holds what each package imports."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""One word a thing: names that say nothing are refused, and so are names that could mean several things."""
+"""Names that say nothing, or could mean several things, are refused."""
 
 import ast
 
@@ -24,7 +24,7 @@ def empty_names(path: str, tree: ast.Module) -> list[str]:
 
 
 def bare_logprobs(tree: ast.Module) -> list[str]:
-    """Return public functions with a parameter, and classes with a field, named just ``logprobs``."""
+    """Return public functions and classes with a parameter or field named just ``logprobs``."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, Function) and not node.name.startswith("_"):

@@ -1,4 +1,4 @@
-"""State lives in objects, and a broad except names its seam. (Environment, pickle and global are ruff's, see pyproject.toml.)"""
+"""State lives in objects, and a broad except names its seam; ruff bans the rest."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ UPPER = re.compile(r"_?_?[A-Z][A-Z0-9_]*|__all__")
 
 
 def mutable_globals(tree: ast.Module) -> list[str]:
-    """Return names at module level that hold a list, dict or set without being spelled as a constant."""
+    """Return names at module level of a list, dict or set not spelled as a constant."""
     found = []
     for node in tree.body:
         if isinstance(node, ast.Assign):

@@ -10,7 +10,7 @@ LONG_ON_PURPOSE: frozenset[str] = frozenset()
 
 
 def long_places(files: dict[str, tuple[int, ast.Module]]) -> set[str]:
-    """Return the files and functions over the cap; ``files`` maps a path to (number of lines, tree)."""
+    """Return the files and functions over the cap of ``{path: (number of lines, tree)}``."""
     places = {path for path, (num_lines, _) in files.items() if num_lines > MAX_FILE_LINES}
     for path, (_, tree) in files.items():
         for node in ast.walk(tree):

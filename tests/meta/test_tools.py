@@ -1,4 +1,4 @@
-"""The tools of scripts/check do check: each one is shown planted faults and must refuse every one of them."""
+"""The tools of scripts/check refuse planted faults."""
 
 import re
 import shutil

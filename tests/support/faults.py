@@ -1,6 +1,7 @@
 """Servers that fail on purpose, for tests of whatever must survive that.
 
-In: an ASGI application, or the URL of a server. Out: one that dies, stalls, fails, and damages its answers.
+In: an ASGI application, or the URL of a server. Out: one that dies, stalls, fails, and damages its
+answers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import httpx2
 
 FAULTS = ("die", "stall", "fail", "flip", "cut")
-"""Ways to fail: break the connection, say nothing at all, answer 500, flip one bit of a piece of the answer, cut it."""
+"""Break the connection, be silent, answer 500, flip a bit of each piece, cut each piece."""
 
 Send = Callable[[Any], Awaitable[None]]
 
@@ -78,11 +79,13 @@ async def _departure(receive: Any) -> None:
 class Faulty:
     """An ASGI application that answers some generate calls wrongly, by a seeded choice.
 
-    ``share`` of the calls fail, each in one of ``kinds``; `made` counts them. A stalled call is silent for ``stall_s`` and
-    then gives no answer. Answers that come in pieces are damaged in each of them.
+    ``share`` of the calls fail, each in one of ``kinds``; `made` counts them. A stalled call is
+    silent for ``stall_s`` and then gives no answer. Answers that come in pieces are damaged in each
+    of them.
 
     Example:
-        >>> with served(engine, around=lambda application: Faulty(application, FAULTS, share=0.3)) as url: ...
+        >>> faulty = lambda application: Faulty(application, FAULTS, share=0.3)
+        >>> with served(engine, around=faulty) as url: ...
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""Damaged and hostile payloads of traces: what a bad wire, a full disk or a bad peer may hand to the codec.
+"""Damaged and hostile payloads: what a bad wire, a full disk or a bad peer sends the codec.
 
-Damage leaves the checksums as they are, so every damaged payload must be refused. Hostile payloads carry checksums that
-fit what was altered; they must be refused too, or decode to traces that are possible. The places in a payload are those
-of docs/trace-format.md, written down here a second time.
+Damage leaves the checksums as they are, so every damaged payload must be refused. Hostile payloads
+carry checksums that fit what was altered; they must be refused too, or decode to traces that are
+possible. The places in a payload are those of docs/trace-format.md, written down here a second
+time.
 
 In: an intact payload and a generator. Out: altered payloads.
 """
@@ -27,7 +28,7 @@ _FIXED_BYTES = 40
 
 
 def damaged(payload: bytes, rng: random.Random) -> bytes:
-    """Return ``payload`` with bits flipped, bytes cut, doubled, inserted, zeroed or exchanged; never ``payload`` itself."""
+    """Return ``payload`` with bits flipped, bytes cut, inserted or exchanged; never unchanged."""
     while True:
         altered = bytearray(payload)
         for _ in range(rng.choice((1, 1, 1, 2, 8))):
@@ -68,7 +69,7 @@ def frames(payload: bytes) -> list[tuple[str, bytes]]:
 
 
 def payload_of(parts: list[tuple[str, bytes]]) -> bytes:
-    """Return the payload of frames without checksums, which `frames` took apart; frames are padded as they must be."""
+    """Return the payload of the frames that `frames` took apart, padded and with checksums."""
     payload = bytearray(b"\x93MOETRC\n" + struct.pack("<HHI", 1, 0, 0))
     index = bytearray()
     for name, body in parts:
@@ -83,7 +84,7 @@ def payload_of(parts: list[tuple[str, bytes]]) -> bytes:
 
 
 def with_fitting_checksums(payload: bytes) -> bytes:
-    """Return ``payload`` with every checksum that can be found computed anew, whatever lies under it."""
+    """Return ``payload`` with every checksum that can be found computed again."""
     altered = bytearray(payload)
     if len(altered) < _PREAMBLE_BYTES + _FOOTER.size:
         return payload
@@ -128,7 +129,7 @@ def _alter(altered: bytearray, rng: random.Random) -> None:
 
 
 def _set_field(altered: bytearray, rng: random.Random) -> None:
-    """Set a number of the frame's header, or one of the bytes right behind it, to a telling value."""
+    """Set a field of the frame's header, or a byte after it, to a revealing value."""
     if len(altered) < _FIXED_BYTES:
         return
     if rng.random() < 0.3:

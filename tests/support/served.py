@@ -1,4 +1,4 @@
-"""Rollout servers for tests of whatever talks to one, in this process and in processes that can be killed.
+"""Rollout servers that tests talk to, in this process and in processes that can be killed.
 
 In: an engine, any ASGI application, or a checkpoint. Out: the URL of a server.
 """
@@ -46,8 +46,9 @@ def served(
 ) -> Iterator[str]:
     """Serve ``engine`` on a free port of this machine while the scope is open, and yield the URL.
 
-    ``around`` wraps the ASGI application, for instance in one that injects faults. ``limits`` are those of `EngineServer`,
-    ``web`` those of `web_server`. An `Engine` samples one request at a time, and stays open.
+    ``around`` wraps the ASGI application, for instance in one that injects faults. ``limits`` are
+    those of `EngineServer`, ``web`` those of `web_server`. An `Engine` samples one request at a
+    time, and stays open.
     """
     from moe_replay.engines.serve.app import EngineServer
     from moe_replay.engines.serve.engine import ServedEngine, ThreadedEngine
@@ -69,7 +70,7 @@ def served(
 def listening(
     application: Any, *, at_end: Callable[[], None] = lambda: None, **web: Any
 ) -> Iterator[str]:
-    """Serve an ASGI application on a free port of this machine while the scope is open, and yield the URL.
+    """Serve an ASGI application on a free port while the scope is open, and yield the URL.
 
     ``at_end`` is called in the server's event loop when the scope is left, before the server ends.
     """
@@ -83,7 +84,8 @@ def listening(
 
     async def end() -> None:
         at_end()
-        # One turn, in which calls that were ended answer; whatever hangs on purpose is not waited for.
+        # One turn, in which calls that were ended answer; whatever hangs on purpose is not waited
+        # for.
         await asyncio.sleep(0)
         server.should_exit = server.force_exit = True
 
@@ -101,11 +103,12 @@ def listening(
 
 
 class ServerProcess:
-    """`moe-replay serve` in a process of its own, which can be killed, stopped, and started again at the same address.
+    """`moe-replay serve` in a process that can be killed and started again at its address.
 
-    ``program`` is another command that serves a model: it is called with the model, ``--port`` and the options, in
-    ``environment`` (default: that of this process). What it writes goes to the file ``log`` (default: where this process
-    writes). When the scope ends, whatever the command started ends too.
+    ``program`` is another command that serves a model: it is called with the model, ``--port`` and
+    the options, in ``environment`` (default: that of this process). What it writes goes to the file
+    ``log`` (default: where this process writes). When the scope ends, whatever the command started
+    ends too.
 
     Example:
         >>> with ServerProcess("checkpoints/tiny", "--dtype", "float32") as server:
@@ -174,7 +177,7 @@ class ServerProcess:
         return answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE
 
     def restart(self) -> None:
-        """Kill it and start it again, with the weights of its checkpoint; returns before it answers."""
+        """Kill it and start it again from its checkpoint; return before it answers."""
         self._kill()
         self._process = self._start()
 
@@ -189,7 +192,7 @@ class ServerProcess:
         return self.ended()
 
     def kill(self) -> None:
-        """Kill it alone (SIGKILL), and leave what it has started to itself; calling it twice is allowed."""
+        """Kill it (SIGKILL) but not the processes it started; calling it twice is allowed."""
         self._process.kill()
         self._process.wait()
 

@@ -1,9 +1,10 @@
-"""A server that speaks SGLang's HTTP API as recorded from SGLang 0.5.23, over any engine: SGLang itself needs a GPU.
+"""A server that speaks the HTTP API of SGLang 0.5.23 over any engine: SGLang needs a GPU.
 
-It answers ``/server_info``, ``/model_info``, ``/health``, ``/health_generate``, ``/generate``, ``/abort_request``,
-``/update_weights_from_disk``, ``/flush_cache`` with the fields, types and status codes of the real one, refuses fields
-that the real one does not know, and does what surprises there: completions are cut short where the context ends, and a
-failed update leaves the weight version alone.
+It answers ``/server_info``, ``/model_info``, ``/health``, ``/health_generate``, ``/generate``,
+``/abort_request``, ``/update_weights_from_disk``, ``/flush_cache`` with the fields, types and
+status codes of the real one, refuses fields that the real one does not know, and does what
+surprises there: completions are cut short where the context ends, and a failed update leaves the
+weight version alone.
 
 In: an engine. Out: an ASGI application.
 """
@@ -58,11 +59,12 @@ _TAIL, _LEAST_SAMPLED = 1, 5
 class SglangLike:
     """The server. ``options`` are entries of ``/server_info`` to answer otherwise.
 
-    It draws by the seeds of requests, unless ``enable_deterministic_inference`` is False among the options: then each
-    completion has noise of its own, whatever was asked before.
+    It draws by the seeds of requests, unless ``enable_deterministic_inference`` is False among the
+    options: then each completion has noise of its own, whatever was asked before.
 
-    ``original_logprobs`` imitates ``SGLANG_RETURN_ORIGINAL_LOGPROB`` for greedy requests. Completions whose number, counted
-    over all calls, is in ``retracted`` are said to have been retracted once, and their routes come back otherwise.
+    ``original_logprobs`` imitates ``SGLANG_RETURN_ORIGINAL_LOGPROB`` for greedy requests.
+    Completions whose number, counted over all calls, is in ``retracted`` are said to have been
+    retracted once, and their routes come back otherwise.
 
     Example:
         >>> with listening(SglangLike(engine, num_decoder_layers=3).application()) as url: ...
@@ -114,7 +116,7 @@ class SglangLike:
 
     async def _server_info(self, request: HttpRequest) -> Response:
         description = self._engine.description
-        told = {
+        fields = {
             "dtype": description.dtype,
             "enable_return_routed_experts": description.records_routes,
             "speculative_algorithm": None,
@@ -127,11 +129,11 @@ class SglangLike:
             "internal_states": [{}],
             "version": VERSION,
         }
-        return self._refusal(request) or JSONResponse({**told, **self._options})
+        return self._refusal(request) or JSONResponse({**fields, **self._options})
 
     async def _model_info(self, request: HttpRequest) -> Response:
-        told = {"is_generation": True, "weight_version": self._weight_version}
-        return self._refusal(request) or JSONResponse(told)
+        fields = {"is_generation": True, "weight_version": self._weight_version}
+        return self._refusal(request) or JSONResponse(fields)
 
     async def _health(self, request: HttpRequest) -> Response:
         return Response()
@@ -166,8 +168,8 @@ class SglangLike:
                 self._weight_version = call.get("weight_version") or self._weight_version
             except (MoeReplayError, OSError) as error:
                 success, message = False, f"Failed to update weights: {error}."
-        told = {"success": success, "message": message, "num_paused_requests": 0}
-        return JSONResponse(told, 200 if success else 400)
+        fields = {"success": success, "message": message, "num_paused_requests": 0}
+        return JSONResponse(fields, 200 if success else 400)
 
     def _answer(self, call: dict[str, Any]) -> Response:
         params = call["sampling_params"]
@@ -203,9 +205,9 @@ class SglangLike:
         )
         (group,) = self._engine.generate([request], sampling)
         (completion,) = group.completions
-        return self._told(completion, len(prompt), number in self._retracted, call)
+        return self._answer_of(completion, len(prompt), number in self._retracted, call)
 
-    def _told(
+    def _answer_of(
         self,
         completion: Completion,
         num_prompt_tokens: int,

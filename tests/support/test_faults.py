@@ -24,7 +24,7 @@ SAMPLING = SamplingParams(max_completion_length=6, seed=3)
 
 
 class SlowEngine(FakeEngine):
-    """A fake engine that samples when it is told to."""
+    """A fake engine that samples once ``may_sample`` is set."""
 
     def __init__(self) -> None:
         super().__init__()

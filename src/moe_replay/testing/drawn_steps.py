@@ -1,7 +1,8 @@
 """Whole steps of routes with the habits of real ones, and misalignments planted into them.
 
-Tokens remember their predecessor, samples of a prompt share a topic, some experts are popular, and drift comes in bursts and
-differs between samples with a long tail. `DrawnSteps` draws such steps; `planted` spoils them.
+Tokens remember their predecessor, samples of a prompt share a topic, some experts are popular, and
+drift comes in bursts and differs between samples with a long tail. `DrawnSteps` draws such steps;
+`planted` spoils them.
 
 In: shapes and a generator. Out: replayed and live expert ids by (sample, row, layer, slot).
 """
@@ -17,12 +18,12 @@ from jaxtyping import Bool, Float, Int64
 from moe_replay.routing.guard import OverlapCounts, count_overlaps
 
 MAX_HEAT = 6.0
-"""Scale of the drift at which hardly anything of a route is left."""
+"""Scale of the drift at which almost nothing of a route remains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnSteps:
-    """A source of steps; the scale of its drift is found once, so that the median sample reaches ``agreement``."""
+    """A source of steps whose drift is scaled so that the median sample reaches ``agreement``."""
 
     num_experts: int
     """Experts a layer."""
@@ -82,7 +83,7 @@ class DrawnSteps:
         first_sample: int = 0,
         positions: Int64[np.ndarray, " rows"] | None = None,
     ) -> OverlapCounts:
-        """Return the counts of a step, as one rank would that holds these rows; ``positions`` of those of each sample."""
+        """Return the counts of one rank that holds the rows at ``positions`` of each sample."""
         samples, rows = replayed.shape[:2]
         return count_overlaps(
             replayed.reshape(samples * rows, *replayed.shape[2:]),
@@ -95,7 +96,7 @@ class DrawnSteps:
         )
 
     def gaps(self, rng: np.random.Generator) -> dict[int, float]:
-        """Return a mean k3 for each sample, as of healthy ones: Student-t tokens, samples that differ."""
+        """Return the mean k3 of healthy samples: Student-t tokens, samples that differ."""
         scale = 0.02 * np.exp(0.5 * rng.standard_t(4, (self.num_samples, 1)))
         ratio = np.clip(scale * rng.standard_t(2.5, (self.num_samples, self.num_rows)), -8, 8)
         k3 = (np.exp(ratio) - 1 - ratio).mean(axis=1)

@@ -1,7 +1,4 @@
-"""An engine that returns wrong routes for some of its completions, with the right tokens: what the guard is there for.
-
-In: an engine, which completions, what becomes of their routes. Out: an engine.
-"""
+"""An engine that returns wrong routes with the right tokens, for the guard to find."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from moe_replay.engines.types import Completion, Engine, Request, RolloutGroup, 
 
 Ids = Integer[np.ndarray, "rows layers topk"]
 Plant = Callable[[Ids, Sequence[Ids]], Ids]
-"""``(routes of a completion, those of the other completions of the call) -> the routes that are returned in their place``."""
+"""``(routes of a completion, routes of the other completions of the call) -> wrong routes``."""
 
 
 def one_row_late(ids: Ids, others: Sequence[Ids]) -> Ids:
@@ -25,13 +22,13 @@ def one_row_late(ids: Ids, others: Sequence[Ids]) -> Ids:
 
 
 def of_another(ids: Ids, others: Sequence[Ids]) -> Ids:
-    """Give the routes of another completion, of another prompt if there is one; its last row fills what it lacks."""
+    """Return the routes of another completion; its last row is repeated where it is shorter."""
     other = others[len(others) // 2]
     return other[np.minimum(np.arange(len(ids)), len(other) - 1)]
 
 
 def one_layer_late(layer: int) -> Plant:
-    """Return what gives every row the route of the row before it in one layer (by its place among MoE layers)."""
+    """Return a plant that shifts one layer by a row; ``layer`` counts MoE layers from 0."""
 
     def plant(ids: Ids, others: Sequence[Ids]) -> Ids:
         found = ids.copy()
@@ -42,12 +39,14 @@ def one_layer_late(layer: int) -> Plant:
 
 
 class MisroutingEngine:
-    """An engine whose routes are wrong for the completions that ``chosen`` picks; tokens and digests stay right.
+    """An engine whose routes are wrong for the completions that ``chosen`` picks.
 
-    `planted` lists (policy version, request id, number of the completion) of those that were changed.
+    Tokens and digests stay right. `planted` lists (policy version, request id, index of the
+    completion) of those that were changed.
 
     Example:
-        >>> engine = MisroutingEngine(engine, one_row_late, lambda group, number: group.request.request_id == 3)
+        >>> third = lambda group, index: group.request.request_id == 3
+        >>> engine = MisroutingEngine(engine, one_row_late, third)
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class MisroutingEngine:
         self._inner, self._plant, self._chosen = inner, plant, chosen
         self.planted: list[tuple[int, int, int]] = []
 
-    # What else the engine can do (progress, counts of faults) is the inner one's.
+    # Progress and counts of faults are those of the inner engine.
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 

@@ -1,8 +1,8 @@
 """Run one function on several gloo ranks of forked processes, in well under a second.
 
-Forking after Megatron is imported saves the seconds that every spawned interpreter pays for imports, and a
-process of its own keeps Megatron's global state from leaking between tests, so it is worth it for one rank
-too. Never use it after CUDA was started.
+Forking after Megatron is imported saves the seconds that every spawned interpreter pays for
+imports, and a process of its own keeps Megatron's global state from leaking between tests, so it is
+worth it for one rank too. Never use it after CUDA was started.
 
 In: a function. Out: what it returned on each rank.
 """
@@ -47,16 +47,18 @@ def run_ranks(
 ) -> list[Any]:
     """Call `fn(*args)` on every rank of a fresh gloo world and return the results in rank order.
 
-    The default process group exists when `fn` starts; `torch.distributed.get_rank()` tells the rank. `fn` and
-    `args` are inherited by the fork and may be anything; a result is pickled, tensors by value. The first
-    exception of a rank is raised here with the rank's traceback as a note, and the other ranks are killed.
+    The default process group exists when `fn` starts; `torch.distributed.get_rank()` tells the
+    rank. `fn` and `args` are inherited by the fork and may be anything; a result is pickled,
+    tensors by value. The first exception of a rank is raised here with the rank's traceback as a
+    note, and the other ranks are killed.
 
     Example:
         >>> run_ranks(lambda: torch.distributed.get_rank() * 10, 2)
         [0, 10]
 
     Raises:
-        TimeoutError: a rank was still running after `timeout_s`; the message holds the ranks' stacks.
+        TimeoutError: a rank was still running after `timeout_s`; the message holds the ranks'
+            stacks.
         RankFailure: a rank died without a result.
     """
     fork = multiprocessing.get_context("fork")
@@ -164,7 +166,8 @@ def _run_rank(
             report = _Report(error=raised, trace=traceback.format_exc(), time_s=time.monotonic())
         sender.send_bytes(_pickled(report))
         sender.close()
-        # A rank that left would break collectives that others are still in; the parent kills all together.
+        # A rank that left would break collectives that others are still in; the parent kills all
+        # together.
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()

@@ -1,6 +1,7 @@
-"""Small mixture-of-experts checkpoints in Hugging Face format, written locally, for tests and examples.
+"""Tiny MoE checkpoints in Hugging Face format, written locally, for tests and examples.
 
-In: a family name and a seed. Out: a directory that transformers, vLLM and `moe_replay.megatron` can load.
+In: a family name and a seed. Out: a directory that transformers, vLLM and `moe_replay.megatron` can
+load.
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ def write_tiny_checkpoint(
     max_shard_size: str = "1GB",
     **overrides: Any,
 ) -> Path:
-    """Write config, safetensors, generation config and character tokenizer of a random model into `path`.
+    """Write config, safetensors and character tokenizer of a random model into `path`.
 
-    The default `initializer_range` is ten times the usual one: with usual weights all experts and all router
-    logits of an untrained model are nearly alike, and wrong routes would change nothing that a test could see.
-    The norm weights and expert biases are random too, so that one loaded into the wrong place shows. As in released
-    checkpoints, the expert biases are float32 whatever `dtype` is. `overrides` are fields of the family's transformers config.
+    The default `initializer_range` is ten times the usual one: with usual weights all experts and
+    all router logits of an untrained model are nearly alike, and wrong routes would change nothing
+    that a test could see. The norm weights and expert biases are random too, so that one loaded
+    into the wrong place shows. As in released checkpoints, the expert biases are float32 whatever
+    `dtype` is. `overrides` are fields of the family's transformers config.
 
     Example:
         >>> write_tiny_checkpoint(tmp_path, num_hidden_layers=2, num_experts=32)
@@ -139,7 +141,7 @@ def _cast_all_but_expert_biases(model: torch.nn.Module, dtype: torch.dtype) -> N
 
 
 def write_zero_weights(path: str | Path) -> None:
-    """Write the safetensors that the config.json in `path` calls for, all zeros: enough for whatever reads no values."""
+    """Write zeros for every tensor that the config.json in `path` calls for."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -156,7 +158,7 @@ def write_zero_weights(path: str | Path) -> None:
 
 
 def character_tokenizer() -> Any:
-    """Build a transformers tokenizer with one token a character; lossless on printable ASCII and newlines.
+    """Build a tokenizer with one token a character; lossless on printable ASCII and newlines.
 
     Example:
         >>> tokenizer = character_tokenizer()
