@@ -12,7 +12,7 @@ import pytest
 
 from moe_replay.routing.guard import check_routes
 
-from .test_library import blocks, packed_rows, run
+from .test_library import blocks, run
 
 PAGE = Path(__file__).parents[2] / "docs" / "check-your-routes.md"
 FRAMEWORKS = ("verl", "Megatron-SWIFT", "slime", "NeMo-RL", "prime-rl")
@@ -65,6 +65,7 @@ def _watched(checkpoint: Path) -> tuple[list[int], list[int]]:
     import torch
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
+    from moe_replay.megatron.scorer import packed_rows
     from moe_replay.testing.policies import start_policy
 
     names = run(PAGE.read_text(), None, {})
@@ -84,7 +85,7 @@ def _watched(checkpoint: Path) -> tuple[list[int], list[int]]:
                 tokens[number][None],
                 torch.arange(LENGTH)[None],
                 None,
-                packed_seq_params=packed_rows(LENGTH),
+                packed_seq_params=packed_rows([LENGTH]),
             )
 
     recorded: list[list[Any]] = []
