@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,8 @@ def random_policy(fields: dict[str, Any], num_layers: int) -> MegatronActor:
         wrap_precision(chunks, config),
         config=config,
         num_experts=shape.num_experts,
-        settings=replace(SETTINGS, lr=1e-6),
+        settings=SETTINGS.model_copy(update={"lr": 1e-6}),
+        num_updates=10,
     )
 
 

@@ -205,8 +205,12 @@ def test_b8_control_the_order_of_the_ranks_would_swap_layers(checkpoint):
 
 def _second_model(checkpoint: Path) -> tuple[Ran, bool, bool]:
     initialize(layout())
-    orphan = build_policy(checkpoint, layout(), dtype=torch.float32, settings=SETTINGS)
-    actor = build_policy(checkpoint, layout(), dtype=torch.float32, settings=SETTINGS)
+    orphan = build_policy(
+        checkpoint, layout(), dtype=torch.float32, settings=SETTINGS, num_updates=10
+    )
+    actor = build_policy(
+        checkpoint, layout(), dtype=torch.float32, settings=SETTINGS, num_updates=10
+    )
     microbatches = pack(spelled_samples(), scorer=actor)
     live = orphan.score(microbatches, temperature=1.0, routing=Routing.LIVE).samples
     seats: list[Any] = []

@@ -10,7 +10,6 @@ import torch
 
 from moe_replay.grpo.loss import (
     LossInputs,
-    LossSettings,
     LossStatistics,
     bounded_exp,
     policy_loss,
@@ -18,8 +17,9 @@ from moe_replay.grpo.loss import (
 )
 from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
+from moe_replay.recipe.sections.training import GrpoSection
 
-SETTINGS = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
+SETTINGS = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
 
 
 def _inputs(new: list[float], **changes: list[float] | None) -> LossInputs:
@@ -84,7 +84,7 @@ def test_statistics_count_clipped_tokens_by_side_and_leave_untrained_ones_out() 
 
 
 def test_kl_term_is_k3_of_new_against_reference() -> None:
-    settings = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
+    settings = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
     difference = math.log(2.0)
     loss, statistics = policy_loss(
         _inputs([0.0], ref_logprobs=[difference], advantages=[0.0]), settings
@@ -95,7 +95,7 @@ def test_kl_term_is_k3_of_new_against_reference() -> None:
 
 
 def test_kl_term_vanishes_for_equal_models() -> None:
-    settings = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
+    settings = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
     loss, _ = policy_loss(
         _inputs([-1.0], old_logprobs=[-1.0], ref_logprobs=[-1.0], advantages=[0.0]), settings
     )
@@ -138,11 +138,11 @@ def test_token_weights_of_an_averaging_loss_sum_to_one(loss_type: str) -> None:
     assert float(weights @ np.array(lengths)) == pytest.approx(1.0)
 
 
-WITH_KL = LossSettings(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.1)
+WITH_KL = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.1)
 FAR = [100.0, 1e4, math.inf, math.nan]
 
 
-def _run(inputs: LossInputs, settings: LossSettings) -> tuple[float, list[float], LossStatistics]:
+def _run(inputs: LossInputs, settings: GrpoSection) -> tuple[float, list[float], LossStatistics]:
     loss, statistics = policy_loss(inputs, settings)
     loss.backward()
     assert inputs.new_logprobs.grad is not None

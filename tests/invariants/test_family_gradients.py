@@ -87,7 +87,12 @@ def routed_samples(layers: tuple[int, ...], num_experts: int, topk: int) -> list
 def update(checkpoint: Path, case: Case) -> Found:
     """Return what one replayed update of ``checkpoint`` computes in the layout of this world."""
     actor = build_policy(
-        checkpoint, case.layout, dtype=torch.float32, settings=SETTINGS, overrides=case.overrides
+        checkpoint,
+        case.layout,
+        dtype=torch.float32,
+        settings=SETTINGS,
+        num_updates=10,
+        overrides=case.overrides,
     )
     grad_norms: list[float] = []
 

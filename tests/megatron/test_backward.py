@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +159,10 @@ def test_t11_an_interleaved_pipeline_names_the_round(checkpoint: Path) -> None:
 
 def _rates(checkpoint: Path, steps: int, warmup: int, skipped: int) -> list[float]:
     initialize(ParallelLayout())
-    settings = replace(SETTINGS, lr=1.0, warmup_steps=warmup, num_steps=steps)
-    actor = build_policy(checkpoint, ParallelLayout(), dtype=torch.float32, settings=settings)
+    settings = SETTINGS.model_copy(update={"lr": 1.0, "warmup_steps": warmup})
+    actor = build_policy(
+        checkpoint, ParallelLayout(), dtype=torch.float32, settings=settings, num_updates=steps
+    )
     packed = pack(make_samples(2, seed=SEED))
     rates = []
     for number in range(steps):

@@ -46,7 +46,8 @@ def test_missing_key_says_what_it_is():
     broken = table()
     del broken["rollout"]["max_completion_length"]
     with pytest.raises(
-        RecipeError, match=r"rollout.max_completion_length: missing.*Most tokens sampled"
+        RecipeError,
+        match=r"rollout.max_completion_length: missing.*Maximum number of tokens sampled",
     ):
         recipe_from_table(broken)
 

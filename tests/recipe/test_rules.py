@@ -1,10 +1,22 @@
 """Rules between keys: contradictions, keys without effect and layouts without a test are refused."""
 
+import inspect
+import re
+
 import pytest
 
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.recipe import rules
+from moe_replay.recipe.keys import FIELDS
 from moe_replay.recipe.load import recipe_from_table
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.base import sections_for
+from moe_replay.recipe.sections.rollout import (
+    EmbeddedEngineSection,
+    RolloutSection,
+    VllmEngineSection,
+)
+from moe_replay.recipe.sections.run import EvalSection
 
 from ..grpo.smallest_recipe import problems_of, recipe, table
 
@@ -60,26 +72,6 @@ from ..grpo.smallest_recipe import problems_of, recipe, table
             "is 'selective', not 'full'",
         ),
         (
-            {"rollout": {"kv_cache_gib": 2.0}},
-            "rollout.kv_cache_gib",
-            "rollout.engine is 'embedded', not 'vllm'",
-        ),
-        (
-            {"rollout": {"gpu_memory_utilization": 0.5}},
-            "rollout.gpu_memory_utilization",
-            "rollout.engine is 'embedded', not 'vllm'",
-        ),
-        (
-            {"rollout": {"engine": "vllm", "urls": ["http://127.0.0.1:8000"]}},
-            "rollout.urls",
-            "not a server",
-        ),
-        (
-            {"rollout": {"ca_file": "ca.pem"}},
-            "rollout.ca_file",
-            "not a server",
-        ),
-        (
             {
                 "rollout": {
                     "engine": "vllm-server",
@@ -130,6 +122,34 @@ def test_certificates_are_accepted_as_soon_as_one_server_has_tls():
     mixed = ["http://127.0.0.1:8000", "HTTPS://127.0.0.1:8001"]
     loaded = recipe(rollout={"engine": "sglang-server", "urls": mixed, "ca_file": "ca.pem"})
     assert loaded.rollout.ca_file is not None and loaded.rollout.ca_file.name == "ca.pem"
+
+
+def test_a_rule_runs_where_the_sections_that_it_names_are_there_and_of_its_classes():
+    asked = []
+
+    def over_vllm(rollout: VllmEngineSection, eval: EvalSection) -> None:
+        asked.append(rollout.engine)
+
+    def run(rollout: RolloutSection, **more: object) -> None:
+        needed = sections_for(over_vllm, {"rollout": rollout, **more})
+        if needed is not None:
+            over_vllm(**needed)
+
+    vllm = VllmEngineSection(engine="vllm", max_completion_length=1)
+    run(EmbeddedEngineSection(max_completion_length=1), eval=EvalSection())
+    run(vllm)
+    assert asked == []
+    run(vllm, eval=EvalSection())
+    assert asked == ["vllm"]
+
+
+def test_rules_name_keys_that_exist():
+    """A key that is renamed in its section alone would switch off the rule about it."""
+    source = inspect.getsource(rules)
+    named = set(re.findall(r'"((?:' + "|".join(FIELDS) + r')\.[a-z_]+)"', source))
+    unknown = {path for path in named if path.split(".")[1] not in FIELDS[path.split(".")[0]]}
+    assert unknown == set()
+    assert {"batch.micro_batch_size", "rollout.ca_file"} <= named
 
 
 def test_key_without_effect_is_refused_even_at_its_default():
@@ -270,11 +290,3 @@ def test_recipe_built_directly_keeps_the_rules_between_sections():
     sections["rollout"] = sections["rollout"].model_copy(update={"num_generations": 5})
     with pytest.raises(ValueError, match=r"not a multiple of"):
         Recipe(**sections)
-
-
-def test_resolved_toml_holds_defaults_but_no_key_without_effect():
-    text = recipe().resolved_toml()
-    assert "min_coverage = 0.95" in text
-    assert "epsilon_high = 0.2" in text
-    assert "reference_routes" not in text
-    assert "min_lr" not in text

@@ -82,7 +82,7 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
             guard = guard.replace("stop", f"drop, at most {replay.max_dropped_frac:.3g} of a step")
     return {
         "mode": replay.router_replay_mode.value,
-        "engine": f"{recipe.rollout.engine}, {recipe.rollout.dtype}",
+        "engine": recipe.rollout.describe_engine(),
         "sampling": describe_drawing(recipe),
         "trainer": recipe.model.dtype,
         "recompute": recompute,

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from moe_replay.grpo.start.preflight import Preflight, ranks_needed
-from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import ModelShape
 from moe_replay.megatron.replay.refusals import judge
 from moe_replay.megatron.upstream import compat
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.routing import expert_dtype
 
 
 def add_model(report: dict[str, Any], found: Preflight) -> None:
     """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as no problem was in the way."""
-    shape, layout = found.shape, found.layout
+    shape, layout = found.shape, found.recipe.megatron
     assert shape is not None
     report["model"] = model_of(shape, found.recipe)
-    if layout is None or found.config is None:
+    if found.config is None:
         return
     num_ranks = found.process.world_size
     report["layout"] = layout_of(layout, shape, found.stages, num_ranks)

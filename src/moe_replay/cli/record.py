@@ -21,6 +21,7 @@ from moe_replay.engines.types import Engine
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.rollout import SamplingEngineSection
 from moe_replay.routing import Routing, RoutingTrace, write_trace_file
 
 Recorder = Callable[[Sequence[GivenTokens]], Iterator[tuple[str, RoutingTrace]]]
@@ -44,16 +45,20 @@ def run_record(
     """
     set_defaults(os.environ)
     recipe = load_recipe(recipe_path, with_values(overrides))
-    name = f"{recipe.rollout.engine}-{recipe.rollout.dtype}"
+    section = recipe.rollout
     if by == "trainer":
         name = f"trainer-{recipe.model.dtype}"
-    elif recipe.rollout.engine == "files":
-        raise RecipeError("rollout.engine is 'files', which runs no model; choose another engine")
+    elif not isinstance(section, SamplingEngineSection):
+        raise RecipeError(
+            f"rollout.engine is {section.engine!r}, which runs no model; choose another engine"
+        )
     elif recipe.replay.router_replay_mode.passes.engine is not Routing.RECORD:
         raise RecipeError(
             f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}, in which engines record no routes: "
             "add --replay.router_replay_mode R3"
         )
+    else:
+        name = f"{section.engine}-{section.dtype}"
     rollout = RolloutFile(_manifest_of(Path(source)))
     target = Path(output) / f"{name}.traces"
     if target.exists():

@@ -21,6 +21,7 @@ from moe_replay.engines.types import Engine, RolloutGroup, check_groups
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.rollout import SamplingEngineSection
 
 if TYPE_CHECKING:
     from moe_replay.cli.rollout_ranks import Ranks
@@ -87,8 +88,10 @@ def run_rollout(
 
 
 def _check_options(recipe: Recipe, *, count: int, first: int, policy_version: int) -> None:
-    if recipe.rollout.engine == "files":
-        raise RecipeError("rollout.engine is 'files', which samples nothing; choose another engine")
+    if not isinstance(recipe.rollout, SamplingEngineSection):
+        raise RecipeError(
+            f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing; choose another engine"
+        )
     for option, value, least in (
         ("--num-prompts", count, 1),
         ("--first-prompt", first, 0),
@@ -195,7 +198,7 @@ def _groups(
     from moe_replay.grpo.engines import recipe_sampling, training_request
 
     vocab_size, sampling = read_facts(recipe.model.path).vocab_size, recipe_sampling(recipe)
-    shares_engine = recipe.rollout.tensor_parallel_size > 1
+    shares_engine = recipe.rollout.ranks_per_engine > 1
     for numbers in calls:
         if not numbers and not shares_engine:
             continue

@@ -20,6 +20,7 @@ from moe_replay.grpo.start.preflight import Preflight, preflight
 from moe_replay.grpo.stopping import StopRequest, StopRequested
 from moe_replay.recipe.bearer import exposure
 from moe_replay.recipe.load import load_recipe
+from moe_replay.recipe.sections.rollout import ServersEngineSection
 
 if TYPE_CHECKING:
     from moe_replay.report import RunDirectory
@@ -183,8 +184,10 @@ def _notes(checked: Preflight) -> list[str]:
     """Return what is worth knowing about what a recipe points to."""
     assert checked.inputs is not None
     notes = [*checked.inputs.notes, *checked.notes]
-    warning = exposure(checked.recipe.rollout.token_file)
-    return notes if warning is None else [*notes, warning]
+    rollout = checked.recipe.rollout
+    if isinstance(rollout, ServersEngineSection) and (warning := exposure(rollout.token_file)):
+        notes.append(warning)
+    return notes
 
 
 def _train(

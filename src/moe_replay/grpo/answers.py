@@ -18,6 +18,7 @@ from moe_replay.engines.types import (
     check_groups,
 )
 from moe_replay.grpo.run import Run
+from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.tasks.prompts import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
@@ -35,9 +36,9 @@ def ask_engine(
     rollout = run.recipe.rollout
     # The ranks of one vLLM take their steps together, so none of them may leave alone.
     groups = run.droppable(
-        lambda: run.engine.generate(requests, sampling), alone=rollout.tensor_parallel_size == 1
+        lambda: run.engine.generate(requests, sampling), alone=rollout.ranks_per_engine == 1
     )
-    stale = rollout.engine == "files" and rollout.allow_stale
+    stale = isinstance(rollout, FilesEngineSection) and rollout.allow_stale
 
     def checked() -> list[tuple[RolloutGroup, int]]:
         check_groups(

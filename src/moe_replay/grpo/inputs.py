@@ -15,11 +15,11 @@ from moe_replay.checkpoint.config import count_experts, read_config_json, refuse
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.rules import GENERATED
+from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
 from moe_replay.tasks.datasets.arrow_rows import read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache, Progress
-from moe_replay.tasks.datasets.files import HUB, dataset_files
+from moe_replay.tasks.datasets.files import dataset_files
 from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.generated import GeneratedTask
@@ -30,7 +30,7 @@ from moe_replay.tasks.prompts import (
     draw_held_out,
 )
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
-from moe_replay.tasks.rewards.rewards import RewardSet, RewardSpec
+from moe_replay.tasks.rewards.rewards import RewardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +63,7 @@ def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
     """
     check_checkpoint_config(recipe)
     with ExitStack() as closing:
-        rewards = closing.enter_context(
-            RewardSet.load(
-                [RewardSpec(**r.model_dump()) for r in recipe.rewards], folders=[str(Path.cwd())]
-            )
-        )
+        rewards = closing.enter_context(RewardSet.load(recipe.rewards, folders=[str(Path.cwd())]))
         inputs = _open_prompts(recipe, rewards, progress)
         closing.pop_all()
     return inputs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,22 +15,7 @@ from jaxtyping import Float, Float64
 from moe_replay.grpo import losses
 from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO, Tally
-
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossSettings:
-    """What the recipe says about the loss."""
-
-    loss_type: LossType
-    """How tokens are averaged, see `sample_weights`."""
-    epsilon: float
-    """Lower clip of the importance ratio: ``1 - epsilon``."""
-    epsilon_high: float
-    """Upper clip: ``1 + epsilon_high``."""
-    beta: float
-    """Weight of the KL penalty to the reference model; 0 leaves it out."""
+from moe_replay.recipe.sections.training import GrpoSection, LossType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +60,7 @@ CERTAIN = -1e-3
 """Log-probability from which on a token is certain: its gradient may vanish in float32."""
 
 
-def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[torch.Tensor, LossStatistics]:
+def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor, LossStatistics]:
     """Return the microbatch's part of the loss, and its statistics.
 
     Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)`` and

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 from moe_replay.batch import Sample, build_microbatch
 from moe_replay.checkpoint.facts import read_facts
 from moe_replay.engines.recording import GivenTokens
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.model_settings import TRAINER_DTYPES, run_layout
 from moe_replay.megatron.actor import build_scorer
 from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.recorded import gather_traces
@@ -37,13 +37,12 @@ def trainer_recorder(
     if routed is None:
         raise RecipeError(f"{recipe.model.path} is a dense model: it has no routes to record")
     form = RouteForm(layers=routed.moe_layers, num_experts=routed.num_experts, topk=routed.topk)
-    layout = run_layout(recipe)
-    initialize(layout, seed=recipe.run.seed)
+    initialize(recipe.megatron, seed=recipe.run.seed)
     try:
         scorer = build_scorer(
             recipe.model.path,
-            layout,
-            dtype=TRAINER_DTYPES[recipe.model.dtype],
+            recipe.megatron,
+            dtype=getattr(torch, recipe.model.dtype),
             grouped_experts=recipe.model.grouped_experts,
         )
         yield lambda samples: _record(scorer, form, samples)

@@ -17,7 +17,6 @@ from moe_replay.grpo.guard.judging import judge_own_packing
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.loss import (
     LossInputs,
-    LossSettings,
     LossStatistics,
     policy_loss,
     sample_weights,
@@ -148,12 +147,7 @@ class MinibatchLoss:
     ) -> None:
         """Weight this replica's ``samples`` by the size of the mini-batch of all replicas; collective."""
         grpo = run.recipe.grpo
-        self.settings = LossSettings(
-            loss_type=grpo.loss_type,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
-            beta=grpo.beta,
-        )
+        self.section = grpo
         self.old, self.reference = old, reference
         self.statistics: list[LossStatistics] = []
         self.samples = samples
@@ -199,7 +193,7 @@ class MinibatchLoss:
                 [np.full(s.completion_length, self.weights[s.sample_id]) for s in samples]
             ),
         )
-        loss, statistics = policy_loss(inputs, self.settings)
+        loss, statistics = policy_loss(inputs, self.section)
         self.statistics.append(statistics)
         return loss
 

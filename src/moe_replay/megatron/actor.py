@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,38 +27,12 @@ from moe_replay.errors import DivergedError, UpdateError
 from moe_replay.megatron.backward import BackwardWork, MegatronLearner, TokenLoss
 from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.chunks import unwrap
-from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import load_hf_weights
+from moe_replay.recipe.sections.training import OptimizerSection, ParallelLayout
 from moe_replay.routing import Routing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSettings:
-    """Adam with decoupled weight decay, and its learning-rate schedule."""
-
-    lr: float
-    """Peak learning rate."""
-    min_lr: float
-    """Learning rate at the end of a decaying schedule."""
-    lr_scheduler: Literal["constant", "linear", "cosine"]
-    """Shape of the decay."""
-    warmup_steps: int
-    """Optimizer steps of linear warm-up: step n of w, from 0, has (n + 1) / (w + 1) of ``lr``."""
-    num_steps: int
-    """Optimizer steps of the whole run, warm-up included."""
-    weight_decay: float
-    """Decoupled weight decay."""
-    beta1: float
-    """Decay of the first moment."""
-    beta2: float
-    """Decay of the second moment."""
-    eps: float
-    """Adam's epsilon."""
-    clip_grad: float
-    """Largest norm of the gradient; 0 does not clip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +65,13 @@ class MegatronActor(MegatronLearner):
         *,
         config: Any,
         num_experts: int,
-        settings: OptimizerSettings,
+        settings: OptimizerSection,
+        num_updates: int,
     ) -> None:
-        """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config`` for training."""
+        """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config``.
+
+        The schedule of the learning rate ends after ``num_updates`` optimizer steps.
+        """
         self.modules = list(modules)
         self.config = config
         wrapping = DistributedDataParallelConfig(
@@ -124,11 +102,11 @@ class MegatronActor(MegatronLearner):
             max_lr=settings.lr,
             min_lr=settings.min_lr,
             lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=max(settings.num_steps, settings.warmup_steps + 1),
+            lr_decay_steps=max(num_updates, settings.warmup_steps + 1),
             lr_decay_style=settings.lr_scheduler,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
-            wd_incr_steps=settings.num_steps,
+            wd_incr_steps=num_updates,
             wd_incr_style="constant",
         )
         self._balance = BalancingLoss(
@@ -232,7 +210,8 @@ def build_policy(
     layout: ParallelLayout,
     *,
     dtype: torch.dtype,
-    settings: OptimizerSettings,
+    settings: OptimizerSection,
+    num_updates: int,
     grouped_experts: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> MegatronActor:
@@ -243,7 +222,11 @@ def build_policy(
     """
     modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     return MegatronActor(
-        modules, config=config, num_experts=config.num_moe_experts or 0, settings=settings
+        modules,
+        config=config,
+        num_experts=config.num_moe_experts or 0,
+        settings=settings,
+        num_updates=num_updates,
     )
 
 

@@ -1,11 +1,6 @@
-"""How the ranks are divided, and Megatron's global parallel state set up accordingly.
-
-In: a `ParallelLayout`. Out: initialised process groups and RNG streams.
-"""
+"""Megatron's global parallel state, set up for a layout: process groups and RNG streams."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,76 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.ranks.messages import WAIT_LIMIT, all_ranks, forget_groups
 from moe_replay.megatron.upstream.warnings import ignore_upstream_warnings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelLayout:
-    """Degrees of model parallelism; data parallelism is what is left of the world."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share each dense matrix; above 1 with sequence parallelism."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are dealt over."""
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks a pipeline rank; None without interleaving."""
-    context_parallel_size: int = 1
-    """Ranks that share each sequence, zigzag."""
-    expert_model_parallel_size: int = 1
-    """Ranks that the experts of a layer are dealt over."""
-    expert_tensor_parallel_size: int | None = None
-    """None: the same as `tensor_model_parallel_size`."""
-    num_layers_in_first_pipeline_stage: int | None = None
-    """None: the first stage has as many layers as the others."""
-    num_layers_in_last_pipeline_stage: int | None = None
-    """None: the last stage has as many layers as the others."""
-    pipeline_model_parallel_layout: str | None = None
-    """Megatron's string of what each stage and chunk holds, such as ``Et*3|t*4|tL``; None deals layers evenly."""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            size = getattr(self, name)
-            if isinstance(size, int) and size < 1:
-                raise UnsupportedError(f"{name} = {size}; a degree of parallelism is at least 1")
-        if (
-            self.virtual_pipeline_model_parallel_size is not None
-            and self.pipeline_model_parallel_size == 1
-        ):
-            raise UnsupportedError(
-                f"virtual_pipeline_model_parallel_size = {self.virtual_pipeline_model_parallel_size} needs "
-                "pipeline_model_parallel_size > 1"
-            )
-
-    def describe(self) -> str:
-        """Return the degrees above 1 in words, such as ``tensor 2, pipeline 2 x 2 chunks``."""
-        words = []
-        for size, word in (
-            (self.tensor_model_parallel_size, "tensor"),
-            (self.pipeline_model_parallel_size, "pipeline"),
-            (self.context_parallel_size, "context"),
-            (self.expert_model_parallel_size, "expert"),
-        ):
-            if size > 1:
-                words.append(f"{word} {size}")
-            if size > 1 and word == "pipeline" and self.virtual_pipeline_model_parallel_size:
-                words[-1] += f" x {self.virtual_pipeline_model_parallel_size} chunks"
-        if self.expert_tensor_parallel_size is not None:
-            words.append(f"expert tensor {self.expert_tensor_parallel_size}")
-        return ", ".join(words) or "no model parallelism"
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that one copy of the dense layers takes, context parallelism included."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
-
-    @property
-    def expert_parallel_size(self) -> int:
-        """Ranks that one copy of the expert layers takes."""
-        expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
-        return expert_tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+from moe_replay.recipe.sections.training import ParallelLayout
 
 
 def initialize(
@@ -126,8 +52,8 @@ def initialize(
     ):
         if world % size:
             raise UnsupportedError(
-                f"{world} ranks do not divide into copies of {size} ranks ({what} parallelism of {layout}); "
-                f"start a multiple of {size} ranks, or lower a degree"
+                f"{world} ranks do not divide into copies of {size} ranks ({what} parallelism of "
+                f"{layout.describe()}); start a multiple of {size} ranks, or lower a degree"
             )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,

@@ -25,9 +25,9 @@ from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.expert_groups import choose_within_groups
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.families.rules import family_of
-from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.upstream import compat
 from moe_replay.megatron.upstream.warnings import quiet_megatron
+from moe_replay.recipe.sections.training import ParallelLayout
 
 __all__ = [
     "ModelShape",
@@ -149,16 +149,9 @@ def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
 
 def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
     return {
-        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        # The layout's keys bear Megatron's own names.
+        **layout.model_dump(include=set(ParallelLayout.model_fields)),
         "sequence_parallel": layout.tensor_model_parallel_size > 1,
-        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": layout.context_parallel_size,
-        "expert_model_parallel_size": layout.expert_model_parallel_size,
-        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
-        "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_pipeline_stage,
-        "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage,
-        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
         "variable_seq_lengths": True,
         # With batched p2p, interleaving over two stages mixes up activations silently.
         "batch_p2p_comm": False,
@@ -245,14 +238,13 @@ def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
             f"{shape.family}: the query and key norms span all heads, which tensor parallelism {tensor} would split; use "
             "tensor_model_parallel_size = 1"
         )
-    expert_tensor = layout.expert_tensor_parallel_size or tensor
     for name, size, axis, degree in (
         ("vocab_size", shape.vocab_size, "tensor", tensor),
         ("num_attention_heads", shape.num_attention_heads, "tensor", tensor),
         ("num_query_groups", shape.num_query_groups, "tensor", tensor),
         ("ffn_size", shape.ffn_size, "tensor", tensor),
         ("num_experts", shape.num_experts, "expert", layout.expert_model_parallel_size),
-        ("expert_ffn_size", shape.expert_ffn_size, "expert tensor", expert_tensor),
+        ("expert_ffn_size", shape.expert_ffn_size, "expert tensor", layout.expert_tensor_size),
     ):
         if size % degree:
             raise UnsupportedError(

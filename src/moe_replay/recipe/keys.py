@@ -1,20 +1,18 @@
-"""Every key of a recipe by name: what the help lists, and which key a wrong name probably meant.
-
-In: the sections of a recipe. Out: `RecipeKey`, `recipe_keys`, nearest keys.
-"""
+"""Every key of a recipe by name: what the help lists, and which key a wrong name probably meant."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
-from pydantic_core import PydanticUndefined
+from pydantic.fields import FieldInfo
 
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.sections import RewardSection, Section, is_list
+from moe_replay.recipe.sections.base import Section, is_list, key_of, types_in
+from moe_replay.recipe.sections.rollout import ENGINES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,101 +31,73 @@ class RecipeKey:
     """What it does."""
 
 
-def _section_types() -> dict[str, type[Section]]:
-    sections: dict[str, type[Section]] = {"rewards": RewardSection}
-    for name, field in Recipe.model_fields.items():
-        if get_origin(field.annotation) is not tuple:
-            assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            sections[name] = field.annotation
-    return {name: sections[name] for name in Recipe.model_fields}
+def section_classes(name: str) -> tuple[type[Section], ...]:
+    """Return the class of a section; for ``rollout`` also those of the engines' keys."""
+    own = tuple(
+        kind
+        for kind in types_in(Recipe.model_fields[name].annotation)
+        if isinstance(kind, type) and issubclass(kind, Section)
+    )
+    return own + tuple(dict.fromkeys(ENGINES.values())) * (name == "rollout")
 
 
-SECTIONS = _section_types()
-"""Name of a table -> its model; ``rewards`` is a list of them."""
+def _fields_by_section() -> dict[str, dict[str, FieldInfo]]:
+    fields: dict[str, dict[str, FieldInfo]] = {}
+    for name in Recipe.model_fields:
+        fields[name] = {}
+        for section in section_classes(name):
+            # Of a key that several have, such as `engine`, the first is that of all engines.
+            fields[name] = section.model_fields | fields[name]
+    return fields
 
-_DERIVED_DEFAULTS = {
-    ("rewards", "name"): "the function's name",
-    ("grpo", "epsilon_high"): "epsilon",
-}
 
-# What other trainers call it -> our key.
-_OTHER_NAMES = {
-    "learning_rate": "optimizer.lr",
-    "max_grad_norm": "optimizer.clip_grad",
-    "batch_size": "batch.global_batch_size",
-    "train_batch_size": "batch.global_batch_size",
-    "per_device_train_batch_size": "batch.micro_batch_size",
-    "num_iterations": "batch.steps_per_generation",
-    "n": "rollout.num_generations",
-    "group_size": "rollout.num_generations",
-    "max_new_tokens": "rollout.max_completion_length",
-    "max_tokens": "rollout.max_completion_length",
-    "max_response_length": "rollout.max_completion_length",
-    "steps": "run.max_steps",
-    "output": "run.output_dir",
-    "model": "model.path",
-    "dataset": "data.train",
-    "reward": "rewards.0.function",
-    "kl_coef": "grpo.beta",
-    "clip_ratio": "grpo.epsilon",
-    "mode": "replay.router_replay_mode",
-    "report_to": "logging.sinks",
-    "tp": "megatron.tensor_model_parallel_size",
-    "pp": "megatron.pipeline_model_parallel_size",
-    "ep": "megatron.expert_model_parallel_size",
-    "cp": "megatron.context_parallel_size",
-}
+FIELDS: Mapping[str, Mapping[str, FieldInfo]] = _fields_by_section()
+"""Section -> key -> its definition; those of ``[rollout]`` of every engine."""
 
 
 def recipe_keys() -> Iterator[RecipeKey]:
     """Yield every key that a recipe may set, in the order of the sections."""
-    for name, section in SECTIONS.items():
+    for name, fields in FIELDS.items():
         prefix = f"{name}.N" if name == "rewards" else name
-        for key, field in section.model_fields.items():
-            default = field.default
-            if field.default_factory is not None:
-                spelling = "{}"
-            elif default is PydanticUndefined:
-                spelling = _DERIVED_DEFAULTS.get((name, key), "required")
-            elif default is None:
-                spelling = "none"
-            else:
-                spelling = _spell(default)
+        for key, field in fields.items():
             yield RecipeKey(
                 path=f"{prefix}.{key}",
-                default=spelling,
-                choices=choices_of(field.annotation),
+                default=_default_of(field),
+                choices=choices(name, key),
                 is_list=is_list(field.annotation),
-                text=(field.description or "").strip(),
+                text=text_of(field),
             )
 
 
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """Return the texts that a type admits, inside lists and optional ones too; empty unless they are few.
+def text_of(field: FieldInfo) -> str:
+    """Return what a key does, in one line."""
+    return " ".join((field.description or "").split())
 
-    Example:
-        >>> choices_of(tuple[Literal["a", "b"], ...])
-        ('a', 'b')
+
+def choices(section: str, key: str) -> tuple[str, ...]:
+    """Return the texts that a key takes, inside lists and optional ones too; empty unless few.
+
+    Example: a key of type ``tuple[Literal["a", "b"], ...]`` takes ``a`` and ``b``.
     """
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return tuple(str(member.value) for member in annotation)
-    arguments = get_args(annotation)
-    own = [choice for choice in arguments if isinstance(choice, str)]
-    inner = [choice for argument in arguments for choice in choices_of(argument)]
-    return tuple(own + inner)
+    found: list[str] = []
+    for fields in (owner.model_fields for owner in section_classes(section)):
+        for kind in types_in(fields[key].annotation) if key in fields else ():
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                found += [str(member.value) for member in kind]
+            found += [choice for choice in get_args(kind) if isinstance(choice, str)]
+    return tuple(dict.fromkeys(found))
 
 
 def nearest(path: str) -> str:
-    """Say which known key a wrong one probably meant: the same name elsewhere, or the most similar one."""
+    """Say which known key a wrong one probably meant: the same name elsewhere, or a similar one."""
     section, _, leaf = path.rpartition(".")
     if not section:
-        close = difflib.get_close_matches(leaf, SECTIONS, n=1)
-        hint = (
-            f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(SECTIONS)}."
-        )
+        close = difflib.get_close_matches(leaf, FIELDS, n=1)
+        hint = f"did you mean [{close[0]}]?" if close else f"the sections are {', '.join(FIELDS)}."
         return f"{hint} Rename it, or remove it"
-    known = [key.path for key in recipe_keys()]
-    own = [_leaf(key) for key in known if key.partition(".")[0] == path.partition(".")[0]]
+    # [rollout.engine] is [rollout] written in another way.
+    section = section.removesuffix(".engine")
+    own = list(FIELDS[path.partition(".")[0]])
     close = difflib.get_close_matches(leaf, own, n=1, cutoff=0.7)
     if close:
         return f"did you mean {section}.{close[0]}? Rename it, or remove it"
@@ -138,25 +108,34 @@ def nearest(path: str) -> str:
 
 
 def nearest_keys(name: str) -> Sequence[str]:
-    """Return the dotted keys that a name without a section may mean, the likeliest first; empty when none is near.
+    """Return the dotted keys that a name without a section may mean, the likeliest first.
 
     Example:
         >>> nearest_keys("lr")
         ['optimizer.lr']
     """
     leaf = name.replace("-", "_").lower()
-    known = [key.path.replace(".N.", ".0.") for key in recipe_keys()]
-    equal = [key for key in known if _leaf(key) == leaf]
+    known = {
+        f"{section}.0.{key}" if section == "rewards" else f"{section}.{key}": (key, field)
+        for section, fields in FIELDS.items()
+        for key, field in fields.items()
+    }
+    equal = [path for path, (key, _) in known.items() if key == leaf]
     if equal:
         return equal
-    if leaf in _OTHER_NAMES:
-        return [_OTHER_NAMES[leaf]]
-    leaves = {_leaf(key): key for key in reversed(known)}
+    called = [path for path, (_, field) in known.items() if leaf in key_of(field).also_called]
+    if called:
+        return called
+    leaves = {key: path for path, (key, _) in reversed(known.items())}
     return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
 
 
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
+def _default_of(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "{}"
+    if field.is_required():
+        return key_of(field).default or "required"
+    return "none" if field.default is None else _spell(field.default)
 
 
 def _spell(value: Any) -> str:

@@ -21,7 +21,7 @@ from moe_replay.batch import (
     plan_microbatches,
 )
 from moe_replay.batch.packing import split_to
-from moe_replay.megatron.actor import MegatronActor, OptimizerSettings, build_policy
+from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.ranks.messages import HostGroup
@@ -30,21 +30,11 @@ from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.recipe.sections.training import OptimizerSection
 from moe_replay.routing import RouteForm, Routing
 from moe_replay.testing.samples import RoutedSample, with_trace
 
-SETTINGS = OptimizerSettings(
-    lr=1e-3,
-    min_lr=0.0,
-    lr_scheduler="constant",
-    warmup_steps=0,
-    num_steps=10,
-    weight_decay=0.0,
-    beta1=0.9,
-    beta2=0.999,
-    eps=1e-8,
-    clip_grad=1.0,
-)
+SETTINGS = OptimizerSection(lr=1e-3)
 """Constant learning rate 1e-3, no weight decay."""
 
 
@@ -61,7 +51,9 @@ def start_policy(
     """
     layout = layout or ParallelLayout()
     initialize(layout)
-    return build_policy(checkpoint, layout, dtype=dtype, settings=SETTINGS, overrides=overrides)
+    return build_policy(
+        checkpoint, layout, dtype=dtype, settings=SETTINGS, num_updates=10, overrides=overrides
+    )
 
 
 def pack(

@@ -190,7 +190,9 @@ def start_policy_again(checkpoint: Path) -> MegatronActor:
     from moe_replay.megatron.layout import ParallelLayout
     from moe_replay.testing.policies import SETTINGS
 
-    return build_policy(checkpoint, ParallelLayout(), dtype=torch.float32, settings=SETTINGS)
+    return build_policy(
+        checkpoint, ParallelLayout(), dtype=torch.float32, settings=SETTINGS, num_updates=10
+    )
 
 
 def _whole(microbatch: Microbatch, **changes: Any) -> RouteSlice:

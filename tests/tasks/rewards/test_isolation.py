@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError, RewardError
+from moe_replay.recipe.sections.run import RewardSection
 from moe_replay.tasks.prompts import Prompt
 from moe_replay.tasks.rewards.client import RewardProcess
-from moe_replay.tasks.rewards.rewards import RewardSet, RewardSpec
+from moe_replay.tasks.rewards.rewards import RewardSet
 
 WAITS_S = 120.0
 """How long a test waits for what must come soon, on a machine that may be busy."""
@@ -34,7 +35,7 @@ def load(tmp_path: Path) -> Iterator[Callable[..., RewardSet]]:
     def load(code: str, *names: str, **options: Any) -> RewardSet:
         path = tmp_path / "reward.py"
         path.write_text(code)
-        specs = [RewardSpec(function=f"{path}:{n}", name=n, **options) for n in names or ("f",)]
+        specs = [RewardSection(function=f"{path}:{n}", name=n, **options) for n in names or ("f",)]
         opened.append(RewardSet.load(specs))
         return opened[-1]
 
@@ -271,7 +272,7 @@ def load_files(folder: Path, *functions: str, **files: str) -> RewardSet:
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
     return RewardSet.load(
-        [RewardSpec(function=f"{folder}/{f}:f", name=f"r{n}") for n, f in enumerate(functions)]
+        [RewardSection(function=f"{folder}/{f}:f", name=f"r{n}") for n, f in enumerate(functions)]
     )
 
 
@@ -307,7 +308,7 @@ def test_d7_two_files_of_one_name_and_one_named_like_a_library(tmp_path: Path) -
 
 def test_d7_working_directory_can_be_imported_from(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def f(completions): return [3.0]\n")
-    spec = RewardSpec(function="mine:f", name="f")
+    spec = RewardSection(function="mine:f", name="f")
     with RewardSet.load([spec], folders=[str(tmp_path)]) as rewards:
         assert score(rewards, ["a"]) == [3.0]
 
@@ -353,10 +354,11 @@ def f(completions): return [os.getpid(), child.pid]
 
 TRAINER = """
 import sys
-from moe_replay.tasks.rewards.rewards import RewardSet, RewardSpec
+from moe_replay.recipe.sections.run import RewardSection
+from moe_replay.tasks.rewards.rewards import RewardSet
 from moe_replay.tasks.prompts import Prompt
 import numpy as np
-rewards = RewardSet.load([RewardSpec(function=sys.argv[1], name="f")])
+rewards = RewardSet.load([RewardSection(function=sys.argv[1], name="f")])
 asked = [Prompt(index=0, prompt_ids=np.array([1], dtype=np.int32), text="?", columns={})]
 rewards.score(asked, ["a"], [[1]])
 """

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError, RewardError
+from moe_replay.recipe.sections.run import RewardSection
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import GeneratedPrompts, Prompt
 from moe_replay.tasks.rewards.functions import Signature, load_function
-from moe_replay.tasks.rewards.rewards import RewardSet, RewardSpec
+from moe_replay.tasks.rewards.rewards import RewardSet
 from moe_replay.tasks.rewards.worker import WrongAnswer, checked_scores
 from moe_replay.testing.tiny_models import character_tokenizer
 
@@ -40,7 +41,7 @@ def load(tmp_path: Path) -> Iterator[Callable[..., RewardSet]]:
     def load(code: str, **options) -> RewardSet:
         path = tmp_path / "reward.py"
         path.write_text(code)
-        spec = RewardSpec(function=f"{path}:f", name="mine", **options)
+        spec = RewardSection(function=f"{path}:f", name="mine", **options)
         opened.append(RewardSet.load([spec]))
         return opened[-1]
 
@@ -65,7 +66,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 def builtin(function: str, **options) -> RewardSet:
     """Return a built-in, whose process ends with it."""
-    return RewardSet.load([RewardSpec(function=function, name=function, **options)])
+    return RewardSet.load([RewardSection(function=function, name=function, **options)])
 
 
 def score(rewards: RewardSet, completions: list[str], **columns: list) -> list[float]:
@@ -108,8 +109,8 @@ def test_total_is_the_weighted_sum(tmp_path):
         "def length(completions): return [len(c) for c in completions]\n"
     )
     specs = [
-        RewardSpec(function=f"{tmp_path}/r.py:one", name="one", weight=0.5),
-        RewardSpec(function=f"{tmp_path}/r.py:length", name="length", weight=-2.0),
+        RewardSection(function=f"{tmp_path}/r.py:one", name="one", weight=0.5),
+        RewardSection(function=f"{tmp_path}/r.py:length", name="length", weight=-2.0),
     ]
     with RewardSet.load(specs) as rewards:
         batch = rewards.score(prompts(2), ["a", "bbb"], [[1], [2]])
@@ -131,7 +132,7 @@ def test_async_functions_run_together(tmp_path):
         "async def one(completions): return await wait(completions, 1)\n"
         "async def two(completions): return await wait(completions, 2)\n"
     )
-    specs = [RewardSpec(function=f"{tmp_path}/r.py:{n}", name=n) for n in ("one", "two")]
+    specs = [RewardSection(function=f"{tmp_path}/r.py:{n}", name=n) for n in ("one", "two")]
     with RewardSet.load(specs) as rewards:
         assert score(rewards, ["a"]) == [2.0]
 
@@ -262,7 +263,7 @@ def test_r13_column_that_rewards_could_not_see_is_refused(name):
 
 def test_name_used_twice_is_refused():
     with pytest.raises(RecipeError, match=r"the name x is used more than once"):
-        RewardSet.load([RewardSpec(function="exact_match", name="x")] * 2)
+        RewardSet.load([RewardSection(function="exact_match", name="x")] * 2)
 
 
 def test_check_accepts_a_dataset_with_the_columns():

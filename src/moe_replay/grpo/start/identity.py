@@ -26,8 +26,7 @@ from moe_replay.errors import RecipeError
 from moe_replay.grpo.inputs import recipe_dataset_files
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.rules import GENERATED
-from moe_replay.tasks.datasets.files import HUB
+from moe_replay.recipe.sections.locations import GENERATED, HUB
 
 LARGE = 64 << 20
 """Files above this many bytes are not read at every start: weights are sampled, and what was read is remembered."""

@@ -14,12 +14,6 @@ from moe_replay.engines.types import Engine, ShowsProgress
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.checkpoint import load_checkpoint
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.model_settings import (
-    TRAINER_DTYPES,
-    optimizer_settings,
-    override_fields,
-    run_layout,
-)
 from moe_replay.grpo.push import give_weights
 from moe_replay.grpo.records import FollowsRollouts, Reporter
 from moe_replay.grpo.run import Run
@@ -28,7 +22,7 @@ from moe_replay.grpo.start.preflight import Preflight, preflight
 from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
-from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
+from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
@@ -58,7 +52,7 @@ def open_run(
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
-    inputs, layout, checkpoints = checked.cleared(), run_layout(recipe), _checkpoints(recipe)
+    inputs, checkpoints = checked.cleared(), _checkpoints(recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
         # Before the minutes that loading takes; the lock is given back after everything else is closed.
@@ -68,14 +62,14 @@ def open_run(
                 recipe, checkpoints, closing, restart=restart, allow_changed=allow_changed
             )
         initialize(
-            layout,
+            recipe.megatron,
             from_environment=process.launched_by_torchrun,
             local_rank=process.local_rank,
             seed=recipe.run.seed,
         )
         closing.callback(shutdown)
         step = _agreed_step(admission)
-        actor = _build_actor(recipe, layout, reporter)
+        actor = _build_actor(recipe, reporter)
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
@@ -88,7 +82,7 @@ def open_run(
             engine=engine,
             actor=actor,
             replica=Replica.find(tuple(actor.routers), place=actor.place),
-            reference=_build_reference(recipe, layout),
+            reference=_build_reference(recipe),
             guard=Guard() if recipe.replays and recipe.replay.guard else None,
             checkpoints=checkpoints,
             identity=admission.identity,
@@ -130,15 +124,16 @@ def _agreed_step(admission: Admission) -> int | None:
     return step
 
 
-def _build_actor(recipe: Recipe, layout: ParallelLayout, reporter: Reporter) -> MegatronActor:
+def _build_actor(recipe: Recipe, reporter: Reporter) -> MegatronActor:
     reporter.station(0, "loading the model into the trainer")
     return build_policy(
         recipe.model.path,
-        layout,
-        dtype=TRAINER_DTYPES[recipe.model.dtype],
-        settings=optimizer_settings(recipe),
+        recipe.megatron,
+        dtype=getattr(torch, recipe.model.dtype),
+        settings=recipe.optimizer,
+        num_updates=recipe.num_updates,
         grouped_experts=recipe.model.grouped_experts,
-        overrides=override_fields(recipe),
+        overrides=recipe.megatron.config_fields(),
     )
 
 
@@ -149,12 +144,12 @@ def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
         reporter.follow(lambda: engine.progress, whose=whose)
 
 
-def _build_reference(recipe: Recipe, layout: ParallelLayout) -> MegatronScorer | None:
+def _build_reference(recipe: Recipe) -> MegatronScorer | None:
     if recipe.grpo.beta == 0:
         return None
     return build_scorer(
         recipe.model.path,
-        layout,
-        dtype=TRAINER_DTYPES[recipe.model.dtype],
+        recipe.megatron,
+        dtype=getattr(torch, recipe.model.dtype),
         grouped_experts=recipe.model.grouped_experts,
     )

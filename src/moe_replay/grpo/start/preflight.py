@@ -20,12 +20,12 @@ from packaging.specifiers import SpecifierSet
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.grpo.start.packages import installed
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.tasks.datasets.cache import Progress
 
 if TYPE_CHECKING:
     from moe_replay.checkpoint.facts import ModelFacts
     from moe_replay.grpo.inputs import Inputs
-    from moe_replay.megatron.layout import ParallelLayout
     from moe_replay.megatron.model import ModelShape
 
 _PYTHON = ">=3.11"
@@ -49,8 +49,6 @@ class Preflight:
         """What is installed of what the recipe needs."""
         self.shape: ModelShape | None = None
         """What the checkpoint's config says of the model."""
-        self.layout: ParallelLayout | None = None
-        """How the ranks are divided."""
         self.config: Any = None
         """Megatron's TransformerConfig of the model in that layout."""
         self.stages: Sequence[Sequence[int]] = ()
@@ -133,8 +131,8 @@ def preflight(
     for version in found.versions:
         found.ask(lambda version=version: _check_version(version))
     announce("loading torch and Megatron-Core ...")
-    if any_ranks and (layout := found.ask(lambda: _layout(recipe))) is not None:
-        found.process = replace(process, world_size=ranks_needed(layout))
+    if any_ranks:
+        found.process = replace(process, world_size=ranks_needed(recipe.megatron))
     found.ask(lambda: recipe.check_world(found.process.world_size))
     _ask_checkpoint(found)
     if found.shape is not None:
@@ -230,21 +228,20 @@ def _ask_checkpoint(found: Preflight) -> None:
 
 def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     """Translate model and layout into Megatron's configuration, and judge that."""
-    from moe_replay.grpo.model_settings import TRAINER_DTYPES, override_fields
+    import torch
+
     from moe_replay.megatron.model import transformer_config
     from moe_replay.megatron.stages import stage_layers
 
     recipe = found.recipe
-    found.layout = layout = found.ask(lambda: _layout(recipe))
-    if layout is None:
-        return
+    layout = recipe.megatron
     found.ask(lambda: _check_ranks(layout, found.process.world_size))
     found.config = found.ask(
         lambda: transformer_config(
             shape,
             layout,
-            dtype=TRAINER_DTYPES[recipe.model.dtype],
-            overrides=override_fields(recipe),
+            dtype=getattr(torch, recipe.model.dtype),
+            overrides=layout.config_fields(),
         )
     )
     if found.config is None:
@@ -252,13 +249,6 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     found.stages = stage_layers(found.config)
     if recipe.replays:
         found.problems += _refusals(found.config, shape, recipe)
-
-
-def _layout(recipe: Recipe) -> ParallelLayout:
-    # Loads Megatron-Core, which takes seconds and refuses a release that it was not verified on.
-    from moe_replay.grpo.model_settings import run_layout
-
-    return run_layout(recipe)
 
 
 def _check_ranks(layout: ParallelLayout, world_size: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from moe_replay.engines.vllm.capacity import HasCache
 from moe_replay.grpo.inputs import data_lines
-from moe_replay.grpo.model_settings import run_layout
 from moe_replay.grpo.records import RunSummary
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
@@ -27,7 +26,7 @@ def run_summary(run: Run) -> RunSummary:
             ],
             "Layout": [
                 f"{replica.num_replicas} data-parallel replica(s) of {replica.size} rank(s): "
-                f"{run_layout(recipe).describe()}"
+                f"{recipe.megatron.describe()}"
             ],
             "Engine": [
                 f"{engine.name} {engine.version}, {engine.dtype}, context "

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import RecipeError, shortened
+from moe_replay.recipe.sections.locations import HUB
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
-from moe_replay.tasks.datasets.files import HUB
 
 _BATCH_ROWS = 2048
 

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_replay.errors import RecipeError, shortened
-
-HUB = "hf:"
-"""Prefix of a dataset of the Hugging Face hub, read by the package ``datasets``."""
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
-"""Endings of files that can be read."""
+from moe_replay.recipe.sections.locations import HUB, SUFFIXES
 
 # What Hugging Face writes beside the rows.
 _NOT_ROWS = frozenset(
@@ -64,11 +60,6 @@ def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles
             f"files, {HUB}ORG/NAME, or reasoning_gym:<family>"
         )
     return DatasetFiles(location=str(path), paths=(path,))
-
-
-def has_splits(location: str) -> bool:
-    """Return whether a location may hold several splits: all but single files."""
-    return location.startswith(HUB) or Path(location).suffix not in SUFFIXES
 
 
 def _nothing_there(path: Path) -> str:

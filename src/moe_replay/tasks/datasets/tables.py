@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moe_replay.errors import RecipeError, shortened
+from moe_replay.recipe.sections.locations import HUB
 from moe_replay.tasks.datasets.arrow_rows import ArrowRows, open_arrow_rows, read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache
-from moe_replay.tasks.datasets.files import HUB, dataset_files
+from moe_replay.tasks.datasets.files import dataset_files
 from moe_replay.tasks.datasets.json_lines import open_json_rows
 
 

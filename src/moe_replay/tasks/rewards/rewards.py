@@ -19,13 +19,14 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
 from moe_replay.errors import RecipeError, RewardError
+from moe_replay.recipe.sections.run import RewardSection
 from moe_replay.tasks.prompts import Prompt, PromptSource
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.client import Failure, RewardProcess, Scores
@@ -45,22 +46,6 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSpec:
-    """What a recipe says about one reward function."""
-
-    function: str
-    """Name of a built-in, ``module:function`` or ``file.py:function``."""
-    weight: float = 1.0
-    """Factor of its score in the total."""
-    name: str
-    """Name in metrics and messages."""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments passed on every call."""
-    timeout_s: float = 1800.0
-    """Longest time that its import, or one call, may take."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
     """What a batch of n completions earned."""
 
@@ -74,7 +59,10 @@ class RewardSet:
     """The reward functions of a run, and the process in which they are called. Close it, or use it in ``with``."""
 
     def __init__(
-        self, specs: Sequence[RewardSpec], signatures: Sequence[Signature], process: RewardProcess
+        self,
+        specs: Sequence[RewardSection],
+        signatures: Sequence[Signature],
+        process: RewardProcess,
     ) -> None:
         self._specs = tuple(specs)
         self._signatures = tuple(signatures)
@@ -90,7 +78,7 @@ class RewardSet:
         return any(signature.takes(name) for signature in self._signatures)
 
     @staticmethod
-    def load(specs: Sequence[RewardSpec], *, folders: Sequence[str] = ()) -> RewardSet:
+    def load(specs: Sequence[RewardSection], *, folders: Sequence[str] = ()) -> RewardSet:
         """Find every function; modules and files are imported in the reward process, from ``folders`` first.
 
         Built-ins alone start no process before the first call of `score`.
@@ -108,7 +96,7 @@ class RewardSet:
             [
                 {
                     "function": spec.function,
-                    "args": encode_value(dict(spec.args)),
+                    "args": encode_value(spec.args),
                     "timeout_s": spec.timeout_s,
                 }
                 for spec in specs
@@ -135,7 +123,7 @@ class RewardSet:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def needs(self) -> Iterator[tuple[RewardSpec, str]]:
+    def needs(self) -> Iterator[tuple[RewardSection, str]]:
         """Yield each function with each dataset column that it does not do without."""
         for spec, signature in zip(self._specs, self._signatures, strict=True):
             for name in signature.required:
@@ -229,7 +217,7 @@ def _cause(failure: Failure) -> Exception | None:
     return _RewardTraceback(failure.trace) if failure.trace else None
 
 
-def _load_error(spec: RewardSpec, failure: Failure) -> RecipeError:
+def _load_error(spec: RewardSection, failure: Failure) -> RecipeError:
     if failure.kind == "refused":
         return RecipeError(failure.text)
     return RecipeError(
@@ -290,7 +278,7 @@ def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
     return row
 
 
-def _weighted(specs: Sequence[RewardSpec], outcomes: Sequence[Scores]) -> ScoredBatch:
+def _weighted(specs: Sequence[RewardSection], outcomes: Sequence[Scores]) -> ScoredBatch:
     scores = {
         spec.name: np.array(outcome.values, dtype=np.float64)
         for spec, outcome in zip(specs, outcomes, strict=True)
@@ -307,7 +295,7 @@ def _weighted(specs: Sequence[RewardSpec], outcomes: Sequence[Scores]) -> Scored
     return ScoredBatch(scores=scores, total=total)
 
 
-def _check_columns(spec: RewardSpec, signature: Signature, source: PromptSource) -> None:
+def _check_columns(spec: RewardSection, signature: Signature, source: PromptSource) -> None:
     clash = sorted(set(spec.args) & source.columns)
     if clash:
         raise RecipeError(
@@ -323,15 +311,15 @@ def _check_columns(spec: RewardSpec, signature: Signature, source: PromptSource)
         )
 
 
-def _try_on_nothing(spec: RewardSpec, signature: Signature) -> None:
+def _try_on_nothing(spec: RewardSection, signature: Signature) -> None:
     """Call a built-in on an empty batch, so that a wrong argument, such as a broken regex, shows at the start."""
     names = {*signature.required, *OWN_NAMES}
-    arguments = {name: [] for name in names if signature.takes(name)} | dict(spec.args)
+    arguments = {name: [] for name in names if signature.takes(name)} | spec.args
     try:
         BUILTIN_REWARDS[spec.function](**arguments)
     except Exception as error:
         raise RecipeError(
-            f"reward {spec.name}: [rewards.args] {dict(spec.args)!r} is refused: {type(error).__name__}: {error}"
+            f"reward {spec.name}: [rewards.args] {spec.args!r} is refused: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -1,0 +1,113 @@
+"""The engines that a recipe may name: the class of an engine's keys chooses the folder that opens it.
+
+A new engine is a folder, a section in `recipe.sections.rollout` and a line here. The folder's
+``entry.py`` holds two functions, which take what they need of these arguments::
+
+    open_engine(section, use, *, device, ranks) -> Engine
+    check_engine(section, use, facts, *, num_ranks, num_attention_heads, tries_push) -> list[str]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+
+from moe_replay.engines.types import Engine
+from moe_replay.recipe.sections.rollout import (
+    EmbeddedEngineSection,
+    FilesEngineSection,
+    RolloutSection,
+    ServersEngineSection,
+    VllmEngineSection,
+)
+
+if TYPE_CHECKING:
+    from moe_replay.checkpoint.facts import ModelFacts
+
+T = TypeVar("T")
+
+_FOLDERS: Mapping[type[RolloutSection], str] = {
+    EmbeddedEngineSection: "embedded",
+    VllmEngineSection: "vllm",
+    ServersEngineSection: "servers",
+    FilesEngineSection: "files",
+}
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """The ranks of the job; each holds an engine, or a part of one."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Index of this one, from 0."""
+        ...
+
+    def gather(self, value: T, /) -> list[T]:
+        """Return every rank's value, in rank order; collective."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUse:
+    """What a run asks of its engine, beside the engine's own keys."""
+
+    model_dir: Path
+    """Directory of the checkpoint."""
+    max_context_length: int
+    """Maximum number of tokens of prompt and completion together."""
+    record_routes: bool
+    """Whether completions must come with their routes."""
+
+
+def open_engine(section: RolloutSection, use: EngineUse, *, device: str, ranks: Ranks) -> Engine:
+    """Return the engine of a ``[rollout]`` section, started; only its own folder is imported.
+
+    Raises:
+        RecipeError: when its library is not installed or an option does not fit it.
+        UnsupportedError: when its release cannot keep the contract of an engine.
+        EngineError: when it does not start, or cannot return what ``use`` needs.
+    """
+    return _entry(section).open_engine(section, use, device=device, ranks=ranks)
+
+
+def check_engine(
+    section: RolloutSection,
+    use: EngineUse,
+    facts: ModelFacts,
+    *,
+    num_ranks: int,
+    num_attention_heads: int,
+    tries_push: bool = False,
+) -> list[str]:
+    """Ask what would keep an engine from starting, without starting it; return what is worth knowing.
+
+    Servers and files are asked. With ``tries_push`` servers are also given the checkpoint and
+    sample by it, unless another run may be at work on them.
+
+    Raises:
+        RecipeError: when an option, a server or a file does not fit the model or the ranks.
+        UnsupportedError: when the engine cannot load the checkpoint's layout.
+        EngineError: when a server does not answer.
+    """
+    return _entry(section).check_engine(
+        section,
+        use,
+        facts,
+        num_ranks=num_ranks,
+        num_attention_heads=num_attention_heads,
+        tries_push=tries_push,
+    )
+
+
+def _entry(section: RolloutSection) -> ModuleType:
+    return import_module(f"moe_replay.engines.{_FOLDERS[type(section)]}.entry")

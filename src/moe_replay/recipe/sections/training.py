@@ -1,0 +1,214 @@
+"""Sections of the algorithm and the trainer: replay, batches, loss, optimizer, layout."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from moe_replay.recipe.sections.base import Key, Section, Several
+from moe_replay.routing import ReplayMode
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+
+
+class ReplaySection(Section):
+    """``[replay]``: whose expert choice the trainer uses, and how closely that is watched."""
+
+    router_replay_mode: Annotated[ReplayMode, Field(strict=False), Key(also_called=("mode",))] = (
+        ReplayMode.R3
+    )
+    """``disabled``, ``R2`` (routes of the trainer's old-logprob pass) or ``R3`` (routes of the
+    engine)."""
+    min_coverage: Annotated[float, Key(may_change=True)] = Field(default=0.95, ge=0, le=1)
+    """Minimum fraction of replayable rows, of completions that train, that must be replayed; the
+    run stops below it."""
+    guard: Annotated[bool, Key(may_change=True)] = True
+    """Compare replayed with live routes of every row in each step, and act when those of a sample
+    are not its own."""
+    on_misaligned: Annotated[Literal["stop", "drop"], Key(may_change=True)] = "stop"
+    """What to do with a sample whose engine routes are not its own (R3): stop the run, or train
+    without it and count it."""
+    max_dropped_frac: Annotated[float, Key(may_change=True)] = Field(default=0.05, ge=0, lt=1)
+    """With ``on_misaligned = "drop"``: a step that would drop a larger fraction of its samples
+    stops the run."""
+    reference_routes: Literal["live", "replay"] = "replay"
+    """Routing of the reference model: the policy's replayed routes, or its own live ones."""
+    live_gap_every: Annotated[int, Key(may_change=True)] = Field(default=0, ge=0)
+    """Measure the engine gap with live routing too, every so many steps (R3: by one more pass); 0
+    never does."""
+
+
+class BatchSection(Section):
+    """``[batch]``: how samples become optimizer updates."""
+
+    global_batch_size: Annotated[int, Key(also_called=("batch_size", "train_batch_size"))] = Field(
+        gt=0
+    )
+    """Samples per optimizer update, over all data-parallel ranks."""
+    steps_per_generation: Annotated[int, Key(also_called=("num_iterations",))] = Field(
+        default=1, gt=0
+    )
+    """Optimizer updates per rollout batch."""
+    max_tokens_per_microbatch: Annotated[int | None, Key(may_change=True)] = Field(
+        default=None, gt=0
+    )
+    """Token budget of a packed microbatch; give this or ``micro_batch_size``."""
+    micro_batch_size: Annotated[
+        int | None, Key(may_change=True, also_called=("per_device_train_batch_size",))
+    ] = Field(default=None, gt=0)
+    """Samples of a packed microbatch; give this or ``max_tokens_per_microbatch``."""
+
+
+class GrpoSection(Section):
+    """``[grpo]``: advantage and loss."""
+
+    loss_type: LossType = "grpo"
+    """How token losses are averaged."""
+    epsilon: Annotated[float, Key(also_called=("clip_ratio",))] = Field(default=0.2, gt=0, lt=1)
+    """The importance ratio is clipped below at 1 - epsilon."""
+    epsilon_high: Annotated[float, Key(default="epsilon")] = Field(gt=0)
+    """The importance ratio is clipped above at 1 + epsilon_high; ``epsilon`` by default."""
+    beta: Annotated[float, Key(also_called=("kl_coef",))] = Field(default=0.0, ge=0)
+    """Weight of the KL term towards the reference model; 0 loads no reference model."""
+    advantage_estimator: Literal["grpo", "rloo"] = "grpo"
+    """What a reward is compared with: the mean of its prompt's completions (``grpo``), or of the
+    others (``rloo``)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation the advantages are divided by."""
+    overlong_filter: bool = False
+    """Keep completions that were cut off by ``rollout.max_completion_length`` out of the loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_epsilon_high_from_epsilon(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "epsilon_high" not in table:
+            epsilon = table.get("epsilon", cls.model_fields["epsilon"].default)
+            return {**table, "epsilon_high": epsilon}
+        return table
+
+
+class OptimizerSection(Section):
+    """``[optimizer]``: AdamW and its schedule, counted in optimizer updates."""
+
+    lr: Annotated[float, Key(also_called=("learning_rate",))] = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of a linear or cosine schedule."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up: the n-th of w has n / (w + 1) of ``lr``, so that the first one
+    learns too."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    clip_grad: Annotated[float, Key(also_called=("max_grad_norm",))] = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+
+
+class ParallelLayout(Section):
+    """How the ranks are divided; data parallelism is what is left of the world."""
+
+    may_change: ClassVar[bool] = True
+
+    tensor_model_parallel_size: Annotated[int, Key(also_called=("tp",))] = Field(default=1, gt=0)
+    """Ranks that share each matrix."""
+    pipeline_model_parallel_size: Annotated[int, Key(also_called=("pp",))] = Field(default=1, gt=0)
+    """Stages of layers."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=0)
+    """Model chunks per stage."""
+    context_parallel_size: Annotated[int, Key(also_called=("cp",))] = Field(default=1, gt=0)
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: Annotated[int, Key(also_called=("ep",))] = Field(default=1, gt=0)
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = Field(default=None, gt=0)
+    """Ranks that share each expert's matrices."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Layers of the first stage; the others share the rest evenly."""
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Layers of the last stage; the others share the rest evenly."""
+    pipeline_model_parallel_layout: str | None = None
+    """Megatron's layout string: stages separated by ``|``, ``E`` embedding, ``t`` a layer, ``L``
+    loss, ``*`` repeats."""
+
+    def describe(self) -> str:
+        """Return the degrees above 1 in words, such as ``tensor 2, pipeline 2 x 2 chunks``."""
+        words = []
+        for size, word in (
+            (self.tensor_model_parallel_size, "tensor"),
+            (self.pipeline_model_parallel_size, "pipeline"),
+            (self.context_parallel_size, "context"),
+            (self.expert_model_parallel_size, "expert"),
+        ):
+            if size > 1:
+                words.append(f"{word} {size}")
+            if size > 1 and word == "pipeline" and self.virtual_pipeline_model_parallel_size:
+                words[-1] += f" x {self.virtual_pipeline_model_parallel_size} chunks"
+        if self.expert_tensor_parallel_size is not None:
+            words.append(f"expert tensor {self.expert_tensor_parallel_size}")
+        return ", ".join(words) or "no model parallelism"
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices; by default those that share any other matrix."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that one copy of the dense layers takes, context parallelism included."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """Ranks that one copy of the expert layers takes."""
+        return (
+            self.expert_tensor_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+
+class MegatronSection(ParallelLayout):
+    """``[megatron]``: layout and recomputation, under Megatron-Core's own names."""
+
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to the ranks of their experts."""
+    moe_aux_loss_coeff: Annotated[float, Key(may_change=False)] = Field(default=0.0, ge=0)
+    """Weight of the loss that balances the live experts of a microbatch, padding excluded; 0
+    switches it off."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers or chosen modules in the backward pass; nothing by default."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With ``full``: how recomputed layers are chosen."""
+    recompute_num_layers: int | None = Field(default=None, gt=0)
+    """With ``full``: layers per recomputed unit (uniform) or recomputed layers per stage
+    (block)."""
+    recompute_modules: Several[str] | None = None
+    """With ``selective``: names of modules, such as ``moe``."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return the keys beside the layout's: each is a TransformerConfig field of that name."""
+        return self.model_dump(
+            mode="json", exclude_none=True, exclude=set(ParallelLayout.model_fields)
+        )
+
+    def round_up_microbatches(self, count: int) -> int:
+        """Return the lowest number of microbatches from ``count`` on that the schedule takes.
+
+        Example: interleaving runs rounds of as many microbatches as there are stages, so with 4
+        stages 5 microbatches become 8; without interleaving 5 stay 5.
+        """
+        if self.virtual_pipeline_model_parallel_size is None:
+            return count
+        stages = self.pipeline_model_parallel_size
+        return -(-count // stages) * stages
