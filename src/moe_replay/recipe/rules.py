@@ -7,8 +7,7 @@ by themselves and of the classes it names: a rule over `VllmEngineSection` is on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_replay.recipe.bearer import MASK
 from moe_replay.recipe.sections.base import sections_for
@@ -51,8 +50,7 @@ _START_SERVER = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong with a recipe."""
 
     path: str
@@ -63,32 +61,25 @@ class Problem:
     """Whether the value makes sense but cannot be honoured."""
 
 
-Rule = Callable[..., Iterator[Problem]]
-EffectRule = Callable[..., Iterator[tuple[str, str]]]
+class Rule(NamedTuple):
+    """Makes a function a rule: it yields what is wrong with the sections its parameters name."""
 
-_RULES: list[Rule] = []
-_EFFECT_RULES: list[EffectRule] = []
-
-
-def rule(function: Rule) -> Rule:
-    """Register a rule: it yields what is wrong with the sections that its parameters name."""
-    _RULES.append(function)
-    return function
+    check: Callable[..., Iterator[Problem]]
 
 
-def effect_rule(function: EffectRule) -> EffectRule:
-    """Register a rule that yields dotted keys without effect, each with the reason."""
-    _EFFECT_RULES.append(function)
-    return function
+class EffectRule(NamedTuple):
+    """Makes a function a rule that yields dotted keys without effect, each with the reason."""
+
+    check: Callable[..., Iterator[tuple[str, str]]]
 
 
 def rule_problems(sections: Mapping[str, Any]) -> list[Problem]:
     """Check every rule whose sections are all there; the caller omits those that are invalid."""
     return [
         problem
-        for check in _RULES
-        if (needed := sections_for(check, sections)) is not None
-        for problem in check(**needed)
+        for rule in _RULES
+        if (needed := sections_for(rule.check, sections)) is not None
+        for problem in rule.check(**needed)
     ]
 
 
@@ -96,13 +87,13 @@ def effect_free_keys(sections: Mapping[str, Any]) -> dict[str, str]:
     """Dotted key -> reason, for every key that changes nothing given the other keys."""
     return {
         path: reason
-        for check in _EFFECT_RULES
-        if (needed := sections_for(check, sections)) is not None
-        for path, reason in check(**needed)
+        for rule in _EFFECT_RULES
+        if (needed := sections_for(rule.check, sections)) is not None
+        for path, reason in rule.check(**needed)
     }
 
 
-@rule
+@Rule
 def _batch_against_generations(batch: BatchSection, rollout: RolloutSection) -> Iterator[Problem]:
     if batch.global_batch_size % rollout.num_generations:
         yield Problem(
@@ -113,7 +104,7 @@ def _batch_against_generations(batch: BatchSection, rollout: RolloutSection) -> 
         )
 
 
-@rule
+@Rule
 def _one_way_to_split_a_batch(batch: BatchSection) -> Iterator[Problem]:
     budget, micro = batch.max_tokens_per_microbatch, batch.micro_batch_size
     if (budget is None) == (micro is None):
@@ -132,7 +123,7 @@ def _one_way_to_split_a_batch(batch: BatchSection) -> Iterator[Problem]:
         )
 
 
-@rule
+@Rule
 def _budget_holds_a_sample(
     batch: BatchSection, data: DataSection, rollout: RolloutSection
 ) -> Iterator[Problem]:
@@ -147,7 +138,7 @@ def _budget_holds_a_sample(
         )
 
 
-@rule
+@Rule
 def _schedule_falls(optimizer: OptimizerSection) -> Iterator[Problem]:
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
@@ -156,7 +147,7 @@ def _schedule_falls(optimizer: OptimizerSection) -> Iterator[Problem]:
         )
 
 
-@rule
+@Rule
 def _warmup_ends(
     run: RunSection, batch: BatchSection, optimizer: OptimizerSection
 ) -> Iterator[Problem]:
@@ -169,7 +160,7 @@ def _warmup_ends(
         )
 
 
-@rule
+@Rule
 def _layers_are_dealt_over_stages(megatron: MegatronSection) -> Iterator[Problem]:
     if megatron.pipeline_model_parallel_size == 1:
         for key in (
@@ -195,7 +186,7 @@ def _layers_are_dealt_over_stages(megatron: MegatronSection) -> Iterator[Problem
         )
 
 
-@rule
+@Rule
 def _grouped_experts_are_not_cut(
     model: ModelSection, megatron: MegatronSection
 ) -> Iterator[Problem]:
@@ -209,7 +200,7 @@ def _grouped_experts_are_not_cut(
         )
 
 
-@rule
+@Rule
 def _recompute_is_complete(megatron: MegatronSection) -> Iterator[Problem]:
     if megatron.recompute_granularity == "full":
         for key in ("recompute_method", "recompute_num_layers"):
@@ -222,7 +213,7 @@ def _recompute_is_complete(megatron: MegatronSection) -> Iterator[Problem]:
                 )
 
 
-@rule
+@Rule
 def _servers_are_named(rollout: ServersEngineSection) -> Iterator[Problem]:
     if not rollout.urls or len(set(rollout.urls)) < len(rollout.urls):
         yield Problem(
@@ -232,7 +223,7 @@ def _servers_are_named(rollout: ServersEngineSection) -> Iterator[Problem]:
         )
 
 
-@rule
+@Rule
 def _secrets_are_filled_in(rollout: ServersEngineSection) -> Iterator[Problem]:
     for url in rollout.urls:
         if f"{MASK}@" in url or f"={MASK}" in url:
@@ -243,7 +234,7 @@ def _secrets_are_filled_in(rollout: ServersEngineSection) -> Iterator[Problem]:
             )
 
 
-@rule
+@Rule
 def _files_answer_no_evaluation(
     rollout: FilesEngineSection, data: DataSection
 ) -> Iterator[Problem]:
@@ -256,7 +247,7 @@ def _files_answer_no_evaluation(
         )
 
 
-@rule
+@Rule
 def _one_size_of_vllms_cache(rollout: VllmEngineSection) -> Iterator[Problem]:
     gib, share = rollout.kv_cache_gib, rollout.gpu_memory_utilization
     if gib is not None and share is not None:
@@ -267,7 +258,7 @@ def _one_size_of_vllms_cache(rollout: VllmEngineSection) -> Iterator[Problem]:
         )
 
 
-@rule
+@Rule
 def _reward_names_differ(rewards: tuple[RewardSection, ...]) -> Iterator[Problem]:
     names = [reward.name for reward in rewards]
     for index, name in enumerate(names):
@@ -279,7 +270,7 @@ def _reward_names_differ(rewards: tuple[RewardSection, ...]) -> Iterator[Problem
             )
 
 
-@rule
+@Rule
 def _eval_samples_differ(eval: EvalSection) -> Iterator[Problem]:
     if eval.temperature == 0 and eval.num_generations > 1:
         yield Problem(
@@ -289,7 +280,7 @@ def _eval_samples_differ(eval: EvalSection) -> Iterator[Problem]:
         )
 
 
-@rule
+@Rule
 def _live_gap_needs_replay(replay: ReplaySection) -> Iterator[Problem]:
     if not replay.router_replay_mode.replays and replay.live_gap_every:
         yield Problem(
@@ -300,13 +291,13 @@ def _live_gap_needs_replay(replay: ReplaySection) -> Iterator[Problem]:
         )
 
 
-@effect_rule
+@EffectRule
 def _certificates_without_tls(rollout: ServersEngineSection) -> Iterator[tuple[str, str]]:
     if not any(url.lower().startswith("https://") for url in rollout.urls):
         yield "rollout.ca_file", "no address in rollout.urls begins with https://"
 
 
-@effect_rule
+@EffectRule
 def _replay_without_effect(replay: ReplaySection) -> Iterator[tuple[str, str]]:
     if not replay.router_replay_mode.replays:
         for key in type(replay).model_fields:
@@ -327,13 +318,13 @@ def _replay_without_effect(replay: ReplaySection) -> Iterator[tuple[str, str]]:
         yield "replay.max_dropped_frac", "replay.on_misaligned is 'stop'"
 
 
-@effect_rule
+@EffectRule
 def _reference_without_effect(grpo: GrpoSection) -> Iterator[tuple[str, str]]:
     if grpo.beta == 0:
         yield "replay.reference_routes", "grpo.beta is 0, so there is no reference model"
 
 
-@effect_rule
+@EffectRule
 def _data_without_effect(data: DataSection) -> Iterator[tuple[str, str]]:
     locations = [location for location in (data.train, data.eval) if location is not None]
     if not any(location.startswith(GENERATED) for location in locations):
@@ -359,20 +350,20 @@ def _data_without_effect(data: DataSection) -> Iterator[tuple[str, str]]:
         yield "data.eval_split", "data.eval is neither a folder nor a dataset of the hub"
 
 
-@effect_rule
+@EffectRule
 def _eval_without_effect(data: DataSection, eval: EvalSection) -> Iterator[tuple[str, str]]:
     if data.eval is None:
         for key in type(eval).model_fields:
             yield f"eval.{key}", "data.eval is not set, so nothing is evaluated"
 
 
-@effect_rule
+@EffectRule
 def _optimizer_without_effect(optimizer: OptimizerSection) -> Iterator[tuple[str, str]]:
     if optimizer.lr_scheduler == "constant":
         yield "optimizer.min_lr", "optimizer.lr_scheduler is 'constant'"
 
 
-@effect_rule
+@EffectRule
 def _recompute_without_effect(megatron: MegatronSection) -> Iterator[tuple[str, str]]:
     granularity = megatron.recompute_granularity
     given = "is not set" if granularity is None else f"is {granularity!r}"
@@ -384,3 +375,7 @@ def _recompute_without_effect(megatron: MegatronSection) -> Iterator[tuple[str, 
             "megatron.recompute_modules",
             f"megatron.recompute_granularity {given}, not 'selective'",
         )
+
+
+_RULES = tuple(value for value in list(globals().values()) if isinstance(value, Rule))
+_EFFECT_RULES = tuple(value for value in list(globals().values()) if isinstance(value, EffectRule))
