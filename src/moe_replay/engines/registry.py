@@ -17,24 +17,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from moe_replay.engines.types import Engine
-from moe_replay.recipe.sections.rollout import (
-    EmbeddedEngineSection,
-    FilesEngineSection,
-    RolloutSection,
-    ServersEngineSection,
-    VllmEngineSection,
-)
+from moe_replay.recipe.sections import rollout
 
 if TYPE_CHECKING:
     from moe_replay.checkpoint.facts import ModelFacts
 
 T = TypeVar("T")
 
-_FOLDERS: Mapping[type[RolloutSection], str] = {
-    EmbeddedEngineSection: "embedded",
-    VllmEngineSection: "vllm",
-    ServersEngineSection: "servers",
-    FilesEngineSection: "files",
+_FOLDERS: Mapping[type[rollout.RolloutSection], str] = {
+    rollout.EmbeddedEngineSection: "embedded",
+    rollout.VllmEngineSection: "vllm",
+    rollout.ServersEngineSection: "servers",
+    rollout.FilesEngineSection: "files",
 }
 
 
@@ -69,7 +63,9 @@ class EngineUse:
     """Whether completions must come with their routes."""
 
 
-def open_engine(section: RolloutSection, use: EngineUse, *, device: str, ranks: Ranks) -> Engine:
+def open_engine(
+    section: rollout.RolloutSection, use: EngineUse, *, device: str, ranks: Ranks
+) -> Engine:
     """Return the engine of a ``[rollout]`` section, started; only its own folder is imported.
 
     Raises:
@@ -81,7 +77,7 @@ def open_engine(section: RolloutSection, use: EngineUse, *, device: str, ranks: 
 
 
 def check_engine(
-    section: RolloutSection,
+    section: rollout.RolloutSection,
     use: EngineUse,
     facts: ModelFacts,
     *,
@@ -109,5 +105,5 @@ def check_engine(
     )
 
 
-def _entry(section: RolloutSection) -> ModuleType:
+def _entry(section: rollout.RolloutSection) -> ModuleType:
     return import_module(f"moe_replay.engines.{_FOLDERS[type(section)]}.entry")

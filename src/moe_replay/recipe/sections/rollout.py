@@ -141,7 +141,10 @@ def _by_name(*sections: type[RolloutSection]) -> dict[str, type[RolloutSection]]
 
 
 ENGINES: Mapping[str, type[RolloutSection]] = _by_name(
-    EmbeddedEngineSection, VllmEngineSection, ServersEngineSection, FilesEngineSection
+    EmbeddedEngineSection,
+    VllmEngineSection,
+    ServersEngineSection,
+    FilesEngineSection,
 )
 """``rollout.engine`` -> the class of its keys."""
 
