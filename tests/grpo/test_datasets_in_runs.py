@@ -114,7 +114,7 @@ def test_r11_row_without_a_column_that_an_own_reward_needs_is_pointed_out(
     inputs.close()
     assert len(inputs.notes) == 1
     assert "1 of 2 rows have no answer" in inputs.notes[0]
-    assert inputs.notes[0].endswith("reward own is given None for these")
+    assert inputs.notes[0].endswith("reward own gets None for these")
 
 
 def test_t24_only_the_files_of_the_split_count(recipe: Recipes, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_e19_the_start_of_a_run_shows_what_ends_completions(
     tokens, strings = describe_ends(made, load_tokenizer(workspace / "model"))
     assert tokens.startswith("stops at <eos> (1: generation_config.json, config.json, tokenizer); ")
     assert tokens.endswith("(7: rollout.stop_token_ids)")
-    assert strings.startswith("and behind '</answer>'")
+    assert strings.startswith("and after '</answer>'")
 
 
 @pytest.mark.ranks

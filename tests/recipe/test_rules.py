@@ -1,4 +1,4 @@
-"""Rules between keys: contradictions, keys without effect and layouts without a test are refused."""
+"""Rules between keys: contradictions, keys without effect and untested layouts are refused."""
 
 import inspect
 import re

@@ -1,7 +1,4 @@
-"""The options of every command, and what a wrong one probably meant; nothing heavy is imported to read them.
-
-In: arguments. Out: options and recipe overrides.
-"""
+"""The options of every command, and what a wrong one probably meant, without a heavy import."""
 
 from __future__ import annotations
 
@@ -30,14 +27,16 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     """Return the options of a command line, and the recipe keys that it overrides.
 
     Raises:
-        SystemExit: after help and version (0), and after a usage error (2), which names the nearest option or key.
+        SystemExit: after help and version (0), and after a usage error (2), which names the nearest
+            option or key.
     """
     arguments, overrides = split_overrides(argv)
     parser = _parser()
     try:
         options, unknown = parser.parse_known_args(arguments)
     except BrokenPipeError:
-        # The reader of the help has closed the pipe; without this the interpreter complains again when it ends.
+        # The reader of the help has closed the pipe; without this the interpreter complains again
+        # when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     if overrides and options.command not in _TAKE_KEYS:
@@ -48,9 +47,9 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments; None stands for no value.
+    """Take ``--section.key value`` and ``--section.key=value`` out of the arguments.
 
-    A value that begins with ``--`` needs the second form.
+    None stands for no value. A value that begins with ``--`` needs the second form.
 
     Example:
         >>> split_overrides(["train", "--grpo.beta", "-0.1", "r.toml"])
@@ -67,7 +66,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
         elif equals:
             overrides.append((name[2:], value))
         elif not rest or rest[0].startswith("--"):
-            # An option that was taken for a value, such as --dry-run, would be lost without a word.
+            # An option taken for a value, such as --dry-run, would be lost without a word.
             overrides.append((name[2:], None))
         else:
             overrides.append((name[2:], rest.pop(0)))
@@ -165,7 +164,7 @@ def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argume
         allow_abbrev=False,
     )
     doctor.add_argument("recipe", metavar="RECIPE", help="TOML file")
-    doctor.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return doctor
 
 
@@ -237,7 +236,7 @@ def _add_compare(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
     )
     compare.add_argument("first", metavar="A", help="trace file")
     compare.add_argument("second", metavar="B", help="trace file")
-    compare.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return compare
 
 
@@ -249,7 +248,7 @@ def _add_inspect(commands: _Commands[argparse.ArgumentParser]) -> argparse.Argum
         allow_abbrev=False,
     )
     inspect.add_argument("file", metavar="FILE", help="trace file")
-    inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return inspect
 
 

@@ -1,4 +1,4 @@
-"""The engines that a recipe may name: the class of an engine's keys chooses the folder that opens it.
+"""The engines that a recipe may name: the class of an engine's keys chooses its folder.
 
 A new engine is a folder, a section in `recipe.sections.rollout` and a line here. The folder's
 ``entry.py`` holds two functions, which take what they need of these arguments::
@@ -85,10 +85,10 @@ def check_engine(
     num_attention_heads: int,
     tries_push: bool = False,
 ) -> list[str]:
-    """Ask what would keep an engine from starting, without starting it; return what is worth knowing.
+    """Refuse what would keep an engine from starting, and return what is worth knowing.
 
-    Servers and files are asked. With ``tries_push`` servers are also given the checkpoint and
-    sample by it, unless another run may be at work on them.
+    Nothing is started. Servers and files are asked; with ``tries_push`` servers also load the
+    checkpoint and sample by it, unless another run may be at work on them.
 
     Raises:
         RecipeError: when an option, a server or a file does not fit the model or the ranks.

@@ -1,7 +1,4 @@
-"""What a recipe points to, opened and checked together: tokenizer, prompts, held-out prompts, reward functions.
-
-In: a recipe. Out: `Inputs`.
-"""
+"""What a recipe points to, opened and checked together: tokenizer, prompts, reward functions."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ class Inputs:
     rewards: RewardSet
     """Reward functions, whose columns both sources have."""
     notes: tuple[str, ...]
-    """What a person should know about the datasets, one sentence each."""
+    """What is worth knowing about the datasets, one sentence each."""
 
     def close(self) -> None:
         """End the process of the reward functions."""
@@ -54,9 +51,9 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
-    """Open everything that a recipe points to, the weights aside; close it in the end.
+    """Open everything that a recipe points to except the weights; the caller closes it.
 
-    ``progress`` is told how far the work on large datasets has come.
+    ``progress`` follows the work on large datasets.
 
     Raises:
         RecipeError: when something is missing, malformed, or does not fit the rest.
@@ -99,10 +96,10 @@ def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None)
 
 
 def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
-    """Yield what reward functions will get as None, because some rows lack it.
+    """Yield the columns that reward functions get as None, because some rows lack them.
 
     Raises:
-        RecipeError: when a built-in function needs it, for which a row without it cannot be scored.
+        RecipeError: when a built-in function needs one: it cannot score a row without it.
     """
     if not isinstance(source, FilePrompts):
         return
@@ -110,11 +107,11 @@ def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
         gap = source.gap(column)
         if gap is not None and spec.function in BUILTIN_REWARDS:
             raise RecipeError(
-                f"{key}: {gap}, which reward {spec.name} needs to score a completion: fill these rows, remove them, or "
-                "write a reward function that returns None for them"
+                f"{key}: {gap}, which reward {spec.name} needs to score a completion: fill these "
+                "rows, remove them, or write a reward function that returns None for them"
             )
         if gap is not None:
-            yield f"{key}: {gap}; reward {spec.name} is given None for these"
+            yield f"{key}: {gap}; reward {spec.name} gets None for these"
 
 
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
@@ -136,9 +133,9 @@ def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
 
 
 def check_checkpoint_config(recipe: Recipe) -> None:
-    """Raise `RecipeError` unless the checkpoint's config.json fits the recipe's replay mode and lengths.
+    """Raise `RecipeError` unless the checkpoint's config.json fits the replay mode and lengths.
 
-    Reads only that file; what the trainer supports of it is checked when the model is built.
+    Reads that file only; building the model checks what the trainer supports of it.
     """
     if not recipe.model.path.is_dir():
         raise RecipeError(no_checkpoint(recipe.model.path))
@@ -147,35 +144,37 @@ def check_checkpoint_config(recipe: Recipe) -> None:
     refuse_nested(config, path)
     if recipe.replays and count_experts(config) == 0:
         raise RecipeError(
-            f"{path} describes a dense model (model_type {config.get('model_type')!r}, no experts), but "
-            f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}: a dense model has no routes to "
-            "replay. Choose a mixture-of-experts checkpoint, or set replay.router_replay_mode = 'disabled'"
+            f"{path} describes a dense model (model_type {config.get('model_type')!r}, no "
+            "experts), but replay.router_replay_mode is "
+            f"{recipe.replay.router_replay_mode.value!r}: a dense model has no routes to replay. "
+            "Choose a mixture-of-experts checkpoint, or set replay.router_replay_mode = 'disabled'"
         )
     size = config.get("vocab_size")
     if beyond := [t for t in recipe.rollout.stop_token_ids if isinstance(size, int) and t >= size]:
         raise RecipeError(
-            f"rollout.stop_token_ids holds {beyond}, expected ids below {size}, the vocab_size of {path}: such tokens are "
-            "never sampled"
+            f"rollout.stop_token_ids holds {beyond}, expected ids below {size}, the vocab_size of "
+            f"{path}: such tokens are never sampled"
         )
     context = config.get("max_position_embeddings")
     if isinstance(context, int) and context < recipe.max_sequence_length:
         raise RecipeError(
-            f"the context of {recipe.model.path} is too short: max_position_embeddings is {context} in its "
-            f"config.json, but data.max_prompt_length {recipe.data.max_prompt_length} + "
-            f"rollout.max_completion_length {recipe.rollout.max_completion_length} = {recipe.max_sequence_length} "
-            f"tokens. Lower one of them by {recipe.max_sequence_length - context} or more"
+            f"the context of {recipe.model.path} is too short: max_position_embeddings is "
+            f"{context} in its config.json, but data.max_prompt_length "
+            f"{recipe.data.max_prompt_length} + rollout.max_completion_length "
+            f"{recipe.rollout.max_completion_length} = {recipe.max_sequence_length} tokens. Lower "
+            f"one of them by {recipe.max_sequence_length - context} or more"
         )
 
 
 def check_tokenizer(tokenizer: Any, model_dir: Path) -> None:
-    """Raise `RecipeError` if the tokenizer can make token ids that the model has no embedding for."""
+    """Raise `RecipeError` if the tokenizer makes token ids that the model has no embedding for."""
     num_rows = read_config_json(model_dir).get("vocab_size")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if isinstance(num_rows, int) and largest >= num_rows:
         raise RecipeError(
-            f"the tokenizer in {model_dir} has token ids up to {largest}, but vocab_size is {num_rows} in config.json, so "
-            "the model has no embedding for some of them; copy the tokenizer files of the original checkpoint, or resize "
-            "the embeddings"
+            f"the tokenizer in {model_dir} has token ids up to {largest}, but vocab_size is "
+            f"{num_rows} in config.json, so the model has no embedding for some of them; copy the "
+            "tokenizer files of the original checkpoint, or resize the embeddings"
         )
 
 

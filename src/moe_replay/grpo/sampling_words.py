@@ -1,7 +1,4 @@
-"""What a run's sampling amounts to, in words: what is drawn from, what ends a completion, and what no metric can see.
-
-In: a recipe, its tokenizer. Out: lines for the start of a run and for doctor.
-"""
+"""How a run samples, in words: what tokens are drawn from, and what ends a completion."""
 
 from __future__ import annotations
 
@@ -13,16 +10,16 @@ from moe_replay.recipe.recipe import Recipe
 
 
 def describe_drawing(recipe: Recipe) -> str:
-    """Return what tokens are drawn from, and what follows when that is not the full vocabulary."""
+    """Return what tokens are drawn from, and what it means when that is not all of them."""
     rollout = recipe.rollout
     limits = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1)
     limits += [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
     if not limits:
         return f"temperature {rollout.temperature:g}, the full vocabulary"
     return (
-        f"temperature {rollout.temperature:g}, truncated by {' and '.join(limits)}: importance ratios and "
-        "rollout_correction/* are those of the full vocabulary, and do not see that tokens were drawn from a part of it; "
-        "top_p = 1 and top_k = 0 train what is sampled"
+        f"temperature {rollout.temperature:g}, truncated by {' and '.join(limits)}: importance "
+        "ratios and rollout_correction/* are those of the full vocabulary, and do not see that "
+        "tokens were drawn from a part of it; top_p = 1 and top_k = 0 train what is sampled"
     )
 
 
@@ -35,6 +32,7 @@ def describe_ends(recipe: Recipe, tokenizer: Any) -> list[str]:
     lines = [describe_stop_tokens(tokens, tokenizer)]
     if recipe.rollout.stop:
         lines.append(
-            f"and behind {', '.join(map(repr, recipe.rollout.stop))}; what the engine samples beyond is cut off"
+            f"and after {', '.join(map(repr, recipe.rollout.stop))}; what the engine samples "
+            "beyond is cut off"
         )
     return lines

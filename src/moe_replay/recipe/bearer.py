@@ -1,7 +1,4 @@
-"""Secrets of rollout servers: the bearer token, kept in a file so that no command line shows it, and texts that hide them.
-
-In: a path; a text. Out: a token; the text without credentials.
-"""
+"""Secrets of rollout servers: the file with the bearer token, and texts without credentials."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from pathlib import Path
 
 from moe_replay.errors import RecipeError
 
-_LEAST_LENGTH = 16
+_MIN_LENGTH = 16
 MASK = "***"
 """What stands for a secret in everything that is printed or written."""
-# user:password@ of an address; a slash or a quote ends the part of an address in which they can stand.
+# user:password@ of an address; a slash or a quote ends the part that can hold them.
 _USER = re.compile(r"(?<=://)[^\s/'\"]+(?=@)")
 _QUERY = re.compile(
     r"([?&][^=&\s]*(?:key|token|secret|password|signature)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
@@ -33,10 +30,11 @@ def read_token(path: Path | None) -> str | None:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the bearer token cannot be read: {error}") from error
-    if len(token) < _LEAST_LENGTH or not token.isascii() or len(token.split()) != 1:
+    if len(token) < _MIN_LENGTH or not token.isascii() or len(token.split()) != 1:
         raise RecipeError(
-            f"{path} holds a bearer token of {len(token)} characters, expected at least {_LEAST_LENGTH} ASCII "
-            "characters without spaces, such as the output of `openssl rand -hex 32`"
+            f"{path} holds a bearer token of {len(token)} characters, expected at least "
+            f"{_MIN_LENGTH} ASCII characters without spaces, such as the output of "
+            "`openssl rand -hex 32`"
         )
     return token
 
@@ -50,8 +48,8 @@ def exposure(path: Path | None) -> str | None:
     if not mode & (stat.S_IRGRP | stat.S_IROTH):
         return None
     return (
-        f"warning: {path} holds a bearer token and has mode {stat.S_IMODE(mode):04o}, so other users of this machine can "
-        f"read it: chmod 600 {path}"
+        f"warning: {path} holds a bearer token and has mode {stat.S_IMODE(mode):04o}, so other "
+        f"users of this machine can read it: chmod 600 {path}"
     )
 
 

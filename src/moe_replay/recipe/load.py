@@ -1,4 +1,4 @@
-"""From a TOML file and dotted overrides to a `Recipe`, with every problem of it reported at once."""
+"""From a TOML file and dotted overrides to a `Recipe`, with all its problems reported at once."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from moe_replay.recipe.bearer import read_token
 from moe_replay.recipe.sections.rollout import ServersEngineSection
 
 _TRIAL = "trial"
-"""In place of a run's name while a push is tried."""
+"""Stands for a run's name while a push is tried."""
 
 
 def open_engine(

@@ -1,12 +1,12 @@
-"""What a run is, by content: what decides its results, with digests in place of the paths that a recipe names.
+"""What a run is, by content: the keys that decide its results, with digests instead of paths.
 
-A run resumes only where this is unchanged, so a file that was edited under the same name is noticed, and a folder that was
-moved is not. Guaranteed: every byte of datasets, of reward files and the modules beside them that they import, and of
-every file of the checkpoint up to 64 MiB. Of larger files of weights the header with all names, shapes and dtypes, the
-size, and the first 4 KiB of every tensor: another model or another training of it always shows, an edit of single
-numbers in the middle of a tensor does not. Not covered: what a reward loads by a path of its own or over a network.
-
-In: a recipe. Out: dotted key -> value or digest, and what differs between two of them.
+A run resumes only where this is unchanged, so a file that was edited under the same name is
+noticed, and a folder that was moved is not. Covered is every byte of datasets, of reward files and
+the modules beside them that they import, and of every file of the checkpoint up to 64 MiB. Of
+larger files of weights: the header with all names, shapes and dtypes, the size, and the first 4 KiB
+of every tensor. That always shows another model or another training of it, and does not show an
+edit of single numbers in the middle of a tensor. Not covered: what a reward loads by a path of its
+own or over a network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.locations import GENERATED, HUB
 
 LARGE = 64 << 20
-"""Files above this many bytes are not read at every start: weights are sampled, and what was read is remembered."""
+"""Files above this many bytes are not read at every start: weights are sampled, and the digests
+of others are remembered."""
 _SAMPLE = 4096
 # Of a checkpoint's folder, what a run reads: config, weights, tokenizer, chat template.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -41,11 +42,11 @@ class Difference:
     """One key that is not what it was."""
 
     key: str
-    """Dotted key, for a file in a folder with its name behind a slash."""
+    """Dotted key; for a file in a folder, followed by a slash and its name."""
     old: Any
     """Value or digest that the checkpoint was trained with; None where there was none."""
     new: Any
-    """Value or digest of today; None where there is none any more."""
+    """Value or digest of now; None where there is none any more."""
 
     def __str__(self) -> str:
         return f"{self.key}: was {_shown(self.old)}, is {_shown(self.new)}"
@@ -71,17 +72,17 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
         del items["model.path"]
         for name, digest in model_digests(recipe.model.path, cache).items():
             items[f"model.path/{name}"] = digest
-        for number, reward in enumerate(recipe.rewards):
-            items |= _reward_items(f"rewards.{number}.function", reward.function, cache)
+        for index, reward in enumerate(recipe.rewards):
+            items |= _reward_items(f"rewards.{index}.function", reward.function, cache)
     except OSError as error:
         raise RecipeError(
-            f"{error.filename} cannot be read to find out whether it has changed: {error.strerror}"
+            f"{error.filename} cannot be read, to see whether it has changed: {error.strerror}"
         ) from error
     return items
 
 
 def model_digests(folder: Path, cache: DigestCache) -> dict[str, str]:
-    """Return file -> digest of what a run reads of a checkpoint: config, weights, tokenizer, chat template."""
+    """Return file -> digest of what a run reads of a checkpoint; see `_MODEL_SUFFIXES`."""
     return {path.name: cache.digest(path, _weights_digest) for path in _model_files(folder)}
 
 
@@ -97,7 +98,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
 
 
 def is_allowed(key: str, allowed: Iterable[str]) -> bool:
-    """Tell whether a key is one of ``allowed``, or lies below one: ``model.path`` allows all files of the folder."""
+    """Return whether a key is one of ``allowed``, or below one.
+
+    Example: ``model.path`` allows ``model.path/config.json``.
+    """
     return any(
         key == name or key.startswith((f"{name}.", f"{name}/", f"{name} ")) for name in allowed
     )
@@ -128,7 +132,10 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _weights_digest(path: Path, size: int) -> str | None:
-    """Digest a large safetensors file by its header and the first bytes of each tensor; None for any other file."""
+    """Digest a large safetensors file by its header and the first bytes of each tensor.
+
+    None for any other file, of which every byte is read.
+    """
     if size <= LARGE or path.suffix != ".safetensors":
         return None
     digest = hashlib.sha256(struct.pack("<Q", size))
@@ -156,9 +163,9 @@ def _extents(header: bytes) -> list[tuple[int, int]]:
 
 
 def _reward_items(key: str, function: str, cache: DigestCache) -> dict[str, str]:
-    """Return a reward function's name and the digests of its file and of the modules beside it that it imports."""
-    place, _, name = function.rpartition(":")
-    file = Path(place) if place.endswith(".py") else _module_file(place)
+    """Return a reward function's name, and digests of its file and the modules it imports there."""
+    module, _, name = function.rpartition(":")
+    file = Path(module) if module.endswith(".py") else _module_file(module)
     if file is None or not file.is_file():
         return {key: function}
     items = {key: f"{name} in {cache.digest(file)}"}
@@ -169,7 +176,7 @@ def _reward_items(key: str, function: str, cache: DigestCache) -> dict[str, str]
 
 
 def _module_file(name: str) -> Path | None:
-    """Return the file of a module without importing anything; None for what has no source file."""
+    """Return the file of a module without importing it; None for one without a source file."""
     first, *rest = name.split(".")
     try:
         found = importlib.util.find_spec(first) if first else None
@@ -182,7 +189,7 @@ def _module_file(name: str) -> Path | None:
 
 
 def _imported(file: Path) -> Sequence[Path]:
-    """Return the files below a file's folder that it imports, directly or through one another."""
+    """Return the files below a file's folder that it imports, directly or through others."""
     found: set[Path] = set()
     waiting = [file]
     while waiting:

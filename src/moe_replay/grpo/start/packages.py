@@ -1,7 +1,4 @@
-"""Which packages are installed, under whatever name their builds are published.
-
-In: a package's name. Out: its version, or None.
-"""
+"""Which packages are installed, under whatever name their builds are published."""
 
 from __future__ import annotations
 

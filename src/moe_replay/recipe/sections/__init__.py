@@ -1,1 +1,1 @@
-"""Every key of a recipe, written once: its type, default, range, text, and what else is true of it."""
+"""Every key of a recipe, written once: type, default, range, text and what else is true of it."""

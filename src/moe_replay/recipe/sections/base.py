@@ -1,4 +1,4 @@
-"""What every section is made of: strict frozen tables, and marks on keys that need more than a type.
+"""What every section is made of: strict frozen tables, and marks on keys.
 
 A key is one line in its section. What the program must know of it beyond type, default and range
 stands on it too, as `Key`::
@@ -112,7 +112,7 @@ def is_path(field: FieldInfo) -> bool:
 def sections_for(
     function: Callable[..., Any], sections: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Return the sections that a function takes by name, or None where one is missing or of another class.
+    """Return the sections that a function names, or None where one is missing or of another class.
 
     Example:
         >>> def files_only(rollout: FilesEngineSection): ...

@@ -1,4 +1,4 @@
-"""Where datasets and reward functions are: prefixes of datasets, and paths that start at a folder."""
+"""Where datasets and reward functions are: prefixes, and paths that start at a folder."""
 
 from __future__ import annotations
 

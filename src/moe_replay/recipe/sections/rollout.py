@@ -1,4 +1,4 @@
-"""The section of the rollout: how completions are sampled, and one class for the keys of each engine.
+"""The section of the rollout: how completions are sampled, and a class for each engine's keys.
 
 ``engine`` chooses the class, so a key of another engine is an unknown key. A new engine is a class
 here, in `ENGINES`, and a line of `engines.registry`.
@@ -65,7 +65,7 @@ class SamplingEngineSection(RolloutSection):
     dtype: Dtype = "bfloat16"
     """Number format of the engine's weights; a server that was started with another is refused."""
     max_batch_size: Annotated[int, Key(may_change=True)] = Field(default=64, gt=0)
-    """Sequences sampled at once; each server's share out among the ranks, a group at least for
+    """Sequences sampled at once; those of a server are shared by the ranks, at least one group
     each."""
 
     def describe_engine(self) -> str:
@@ -157,7 +157,7 @@ def owners(key: str) -> list[str]:
 
 
 def engine_section(table: Any) -> Any:
-    """Return the section of the engine that a ``[rollout]`` table names; other values as they are."""
+    """Make the section of the engine that a ``[rollout]`` table names; return what is not a table."""
     if not isinstance(table, Mapping):
         return table
     engine = table.get("engine", RolloutSection.model_fields["engine"].default)
