@@ -35,7 +35,7 @@ def check_engine(section: ParrotEngineSection, use: EngineUse, *_: object, **__:
 '''
 PROGRAM = """
 from pathlib import Path
-from moe_replay.engines.registry import EngineUse, check_engine, open_engine
+from moe_replay.engines.registry import EngineUse, engine_entry
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.keys import recipe_keys
 from moe_replay.recipe.load import recipe_from_table
@@ -48,8 +48,9 @@ class OneRank:
 table = TABLE
 recipe = recipe_from_table(table)
 use = EngineUse(model_dir=Path("m"), max_context_length=8, record_routes=True)
-print(open_engine(recipe.rollout, use, device="cpu", ranks=OneRank()))
-print(check_engine(recipe.rollout, use, None, num_ranks=1, num_attention_heads=1))
+entry = engine_entry(recipe.rollout)
+print(entry.open_engine(recipe.rollout, use, device="cpu", ranks=OneRank()))
+print(entry.check_engine(recipe.rollout, use, None, num_ranks=1))
 keys = {key.path: key for key in recipe_keys()}
 print(keys["rollout.phrase"].default, keys["rollout.engine"].choices)
 table["rollout"]["engine"] = "embedded"

@@ -1,10 +1,7 @@
 """The engines that a recipe may name: the class of an engine's keys chooses its folder.
 
 A new engine is a folder, a section in `recipe.sections.rollout` and a line here. The folder's
-``entry.py`` holds two functions, which take what they need of these arguments::
-
-    open_engine(section, use, *, device, ranks) -> Engine
-    check_engine(section, use, facts, *, num_ranks, num_attention_heads, tries_push) -> list[str]
+``entry.py`` holds the two functions of `EngineEntry`, which take what they need of the arguments.
 """
 
 from __future__ import annotations
@@ -13,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
 
 from moe_replay.engines.types import Engine
 from moe_replay.recipe.sections import rollout
@@ -63,47 +59,45 @@ class EngineUse:
     """Whether completions must come with their routes."""
 
 
-def open_engine(
-    section: rollout.RolloutSection, use: EngineUse, *, device: str, ranks: Ranks
-) -> Engine:
-    """Return the engine of a ``[rollout]`` section, started; only its own folder is imported.
+@runtime_checkable
+class EngineEntry(Protocol):
+    """``entry.py`` of an engine's folder, whose ``section`` is of the engine's own class."""
 
-    Raises:
-        RecipeError: when its library is not installed or an option does not fit it.
-        UnsupportedError: when its release cannot keep the contract of an engine.
-        EngineError: when it does not start, or cannot return what ``use`` needs.
-    """
-    return _entry(section).open_engine(section, use, device=device, ranks=ranks)
+    def open_engine(
+        self, section: rollout.RolloutSection, use: EngineUse, *, device: str, ranks: Ranks
+    ) -> Engine:
+        """Return the engine, started.
 
+        Raises:
+            RecipeError: when its library is not installed or an option does not fit it.
+            UnsupportedError: when its release cannot keep the contract of an engine.
+            EngineError: when it does not start, or cannot return what ``use`` needs.
+        """
+        ...
 
-def check_engine(
-    section: rollout.RolloutSection,
-    use: EngineUse,
-    facts: ModelFacts,
-    *,
-    num_ranks: int,
-    num_attention_heads: int,
-    tries_push: bool = False,
-) -> list[str]:
-    """Refuse what would keep an engine from starting, and return what is worth knowing.
+    def check_engine(
+        self,
+        section: rollout.RolloutSection,
+        use: EngineUse,
+        facts: ModelFacts,
+        *,
+        num_ranks: int,
+        num_attention_heads: int,
+        tries_push: bool,
+    ) -> list[str]:
+        """Refuse what would keep the engine from starting, and return what is worth knowing.
 
-    Nothing is started. Servers and files are asked; with ``tries_push`` servers also load the
-    checkpoint and sample by it, unless another run may be at work on them.
+        Nothing is started. Servers and files are asked; with ``tries_push`` servers also load the
+        checkpoint and sample by it, unless another run may be at work on them.
 
-    Raises:
-        RecipeError: when an option, a server or a file does not fit the model or the ranks.
-        UnsupportedError: when the engine cannot load the checkpoint's layout.
-        EngineError: when a server does not answer.
-    """
-    return _entry(section).check_engine(
-        section,
-        use,
-        facts,
-        num_ranks=num_ranks,
-        num_attention_heads=num_attention_heads,
-        tries_push=tries_push,
-    )
+        Raises:
+            RecipeError: when an option, a server or a file does not fit the model or the ranks.
+            UnsupportedError: when the engine cannot load the checkpoint's layout.
+            EngineError: when a server does not answer.
+        """
+        ...
 
 
-def _entry(section: rollout.RolloutSection) -> ModuleType:
-    return import_module(f"moe_replay.engines.{_FOLDERS[type(section)]}.entry")
+def engine_entry(section: rollout.RolloutSection) -> EngineEntry:
+    """Return what opens the engine of a ``[rollout]`` section; only its own folder is imported."""
+    return cast(EngineEntry, import_module(f"moe_replay.engines.{_FOLDERS[type(section)]}.entry"))

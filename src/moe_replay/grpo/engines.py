@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from moe_replay.engines import registry
+from moe_replay.engines.registry import EngineUse, engine_entry
 from moe_replay.engines.types import Engine, Request, SamplingParams
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing
 from moe_replay.tasks.prompts import Prompt
 
-if TYPE_CHECKING:
-    from moe_replay.checkpoint.facts import ModelFacts
+
+def engine_use(recipe: Recipe) -> EngineUse:
+    """Return what a recipe asks of its engine beside the engine's own keys."""
+    return EngineUse(
+        model_dir=recipe.model.path,
+        max_context_length=recipe.max_sequence_length,
+        record_routes=recipe.replay.router_replay_mode.passes.engine is Routing.RECORD,
+    )
 
 
 def recipe_engine(recipe: Recipe, device: torch.device) -> Engine:
-    """Return the engine of ``[rollout]``, started, as `registry.open_engine` does."""
-    return registry.open_engine(recipe.rollout, _use(recipe), device=str(device), ranks=all_ranks())
-
-
-def check_engine(
-    recipe: Recipe,
-    facts: ModelFacts,
-    *,
-    world_size: int,
-    num_attention_heads: int,
-    tries_push: bool = False,
-) -> list[str]:
-    """Check the engine of ``[rollout]`` without starting it, as `registry.check_engine` does."""
-    return registry.check_engine(
-        recipe.rollout,
-        _use(recipe),
-        facts,
-        num_ranks=world_size,
-        num_attention_heads=num_attention_heads,
-        tries_push=tries_push,
+    """Return the engine of ``[rollout]``, started, as `EngineEntry.open_engine` does."""
+    return engine_entry(recipe.rollout).open_engine(
+        recipe.rollout, engine_use(recipe), device=str(device), ranks=all_ranks()
     )
 
 
@@ -60,12 +47,4 @@ def training_request(recipe: Recipe, position: int, prompt: Prompt) -> Request:
         request_id=position,
         prompt_ids=prompt.prompt_ids,
         num_generations=recipe.rollout.num_generations,
-    )
-
-
-def _use(recipe: Recipe) -> registry.EngineUse:
-    return registry.EngineUse(
-        model_dir=recipe.model.path,
-        max_context_length=recipe.max_sequence_length,
-        record_routes=recipe.replay.router_replay_mode.passes.engine is Routing.RECORD,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from moe_replay.engines.registry import engine_entry
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.grpo.start.packages import installed
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
@@ -276,13 +277,15 @@ def _refusals(config: Any, shape: ModelShape, recipe: Recipe) -> Iterator[MoeRep
 
 
 def _check_engine(found: Preflight, *, tries_push: bool) -> None:
-    from moe_replay.grpo.engines import check_engine
+    from moe_replay.grpo.engines import engine_use
 
     assert found.facts is not None and found.shape is not None
-    found.notes += check_engine(
-        found.recipe,
+    section = found.recipe.rollout
+    found.notes += engine_entry(section).check_engine(
+        section,
+        engine_use(found.recipe),
         found.facts,
-        world_size=found.process.world_size,
+        num_ranks=found.process.world_size,
         num_attention_heads=found.shape.num_attention_heads,
         tries_push=tries_push and found.process.rank == 0,
     )
