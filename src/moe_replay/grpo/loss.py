@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from moe_replay.grpo import losses
 from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO, Tally
-from moe_replay.recipe.sections.training import GrpoSection, LossType
+from moe_replay.recipe.sections.training import GrpoSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
