@@ -48,6 +48,14 @@ def dead_links(page: Path) -> list[str]:
     return [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
+def missing_paths(text: str, root: Path) -> list[str]:
+    """Return the paths that a page names in backticks and that do not exist."""
+    named = re.findall(
+        r"`((?:src/moe_replay|tests|docs|scripts|examples|benchmarks|recipes)/[\w./-]+)`", text
+    )
+    return [path for path in named if not (root / path).exists()]
+
+
 def machine_places(text: str) -> list[str]:
     """Return traces of one machine: absolute paths and addresses of package registries."""
     return MACHINE.findall(text)
@@ -83,6 +91,12 @@ def test_readme_names_every_make_target(root):
 def test_links_between_pages_lead_somewhere(root):
     pages = [*root.glob("*.md"), *(root / "docs").rglob("*.md")]
     assert {page.name: dead for page in pages if (dead := dead_links(page))} == {}
+
+
+def test_pages_name_files_that_exist(root):
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
+    found = {page.name: missing_paths(page.read_text(), root) for page in pages}
+    assert {page: paths for page, paths in found.items() if paths} == {}
 
 
 def test_every_page_is_in_the_navigation(root):
@@ -137,6 +151,13 @@ def test_dead_links_finds_one(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("[a](page.md) [b](https://example.org) [c](#here) [d](gone.md#there)")
     assert dead_links(page) == ["gone.md"]
+
+
+def test_missing_paths_finds_one(tmp_path):
+    (tmp_path / "docs").mkdir()
+    assert missing_paths("`docs/` and `src/moe_replay/gone.py`, not `other/x`", tmp_path) == [
+        "src/moe_replay/gone.py"
+    ]
 
 
 @pytest.mark.parametrize(
