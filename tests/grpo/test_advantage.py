@@ -147,6 +147,7 @@ def test_d2_scores_that_are_no_opinion_enter_no_mean_and_are_counted() -> None:
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("size", [1e200, 1.7e308])
 def test_t12_rewards_whose_squares_overflow_are_refused_by_value(scale: str, size: float) -> None:
-    # Divided by an infinite standard deviation they would all become 0, and nothing would be learned.
+    # Divided by an infinite standard deviation they would all become 0, and nothing would be
+    # learned.
     with pytest.raises(RewardError, match=r"rewards reach .* \(group 0, completion 1\)"):
         group_advantages(np.array([[0.0, size], [0.0, size]]), scale_rewards=scale)

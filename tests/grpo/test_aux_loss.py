@@ -1,4 +1,4 @@
-"""A recipe with an auxiliary loss: it reaches the gradient and leaves the policy's loss and the replay alone."""
+"""An auxiliary loss reaches the gradient, and leaves the policy's loss and the replay alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def test_auxiliary_loss_moves_the_gradient_and_nothing_else_of_the_first_step(
     without = first_step(recipe(**settings))
     balanced = first_step(recipe(megatron__moe_aux_loss_coeff=10.0, **settings))
     assert balanced["grad_norm"] > 1.5 * without["grad_norm"]
-    # T16: before its weight. 1 is perfect balance; it cannot exceed the number of experts over top-k.
+    # T16: before its weight. 1 is perfect balance; it cannot exceed the number of experts over
+    # top-k.
     assert 1.0 < balanced["load_balancing_loss"] < 4.0
     assert "load_balancing_loss" not in without
     for key in ("loss", "reward", "replay/agreement", "replay/coverage", "entropy/mean"):

@@ -1,4 +1,4 @@
-"""A run over real vLLM servers of which one is stalled, killed and started again while the other's answers are damaged."""
+"""A run over two real vLLM servers: one is killed and restarted, one damages answers."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def test_a_run_survives_vllm_servers_that_stall_die_and_lie(
     assert counted["rollout/faults_slow"] and counted["rollout/faults_unreachable"], counted
     assert counted["rollout/faults_corrupt"] and sum(liar.made.values()) >= 10, counted
     for record in records:
-        # Equal numerics on both sides, so routes that belonged to other tokens would not agree everywhere.
+        # Equal numerics on both sides, so routes that belonged to other tokens would not agree
+        # everywhere.
         assert record["replay/agreement"] == record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9

@@ -1,4 +1,4 @@
-"""Runs over two real vLLM servers of which one answers with wrong routes for some completions, tokens and digests right."""
+"""Runs over two real vLLM servers, one of which gives some completions wrong routes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
 
 
 class Lying:
-    """Wraps the recipe's engine: of the answers of the server at ``url``, every so many come with wrong routes."""
+    """Wraps the recipe's engine: every so many answers of the server at ``url`` are misrouted."""
 
     def __init__(self, url: str, plant: Plant) -> None:
         self.url, self.plant, self.answers = url, plant, 0
@@ -86,7 +86,8 @@ def test_e1_three_percent_wrong_answers_of_one_server_stop_the_run_and_name_it(
     model, urls = servers
     with pytest.raises(MisalignmentError) as caught:
         run(chaotic(recipe, model, urls), make_engine=Lying(urls[1], plant))
-    # About 32 of the 64 samples of a step are the liar's, so its 16th answer comes in the first step, or the second.
+    # About 32 of the 64 samples of a step are the liar's, so its 16th answer comes in the first
+    # step, or the second.
     assert re.search(r"step [12], old_logprobs", str(caught.value)), str(caught.value)
     assert urls[1] in str(caught.value) and urls[0] not in str(caught.value)
 

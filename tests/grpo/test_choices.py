@@ -1,4 +1,4 @@
-"""A loss and an advantage estimator are each one function in one file, and one name in the recipe."""
+"""A loss, like an advantage estimator, is one function in a file and one name in the recipe."""
 
 from __future__ import annotations
 

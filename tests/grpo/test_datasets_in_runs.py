@@ -1,4 +1,4 @@
-"""Whole runs on datasets as they come: folders, chats that begin the answer, cut prompts, rows that lack a column."""
+"""Runs on datasets as they come: folders, chats that begin the answer, cut prompts, gaps."""
 
 from __future__ import annotations
 

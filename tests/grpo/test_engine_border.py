@@ -1,4 +1,4 @@
-"""What an engine of one's own returns is held to the contract before anything is learned from it."""
+"""What a user's engine returns is held to the contract before anything is learned from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Change = Callable[[Request, int, Completion], Completion]
 
 
 class OwnEngine:
-    """The embedded engine, with completions changed as an engine of a user's own might return them."""
+    """The embedded engine, with completions changed as a user's engine might return them."""
 
     def __init__(self, inner: Engine, change: Change) -> None:
         self.inner = inner

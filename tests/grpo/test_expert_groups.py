@@ -1,4 +1,4 @@
-"""The router of the released DeepSeek-V2, whose groups Megatron-Core would score otherwise, in whole runs."""
+"""Runs with the released DeepSeek-V2's router, whose groups Megatron-Core scores otherwise."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_r5_an_export_that_finds_no_room_leaves_the_one_before(
     run(recipe(run__max_steps=2, checkpoint__export="false", **settings))
     filler = fill(disk, free=len(exported) // 2)
     with pytest.raises(
-        CheckpointError, match=r"export\.new failed.*the disk is full.*step 2 is whole"
+        CheckpointError, match=r"export\.new failed.*the disk is full.*step 2 is complete"
     ):
         run(recipe(run__max_steps=2, **settings))
     assert (output / "export" / "model.safetensors").read_bytes() == exported

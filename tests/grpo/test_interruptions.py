@@ -1,4 +1,4 @@
-"""Runs that are killed, or whose disk fills up, as a person would meet them: through the command line."""
+"""Runs that are killed, or whose disk fills up, through the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its completions: which ones, beside which columns, in steps and in evaluations."""
+"""Which completions a run keeps, beside which columns, in steps and in evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def near(completions, *, answer, level=None):
 
 @pytest.fixture
 def asked(recipe: Recipes, tmp_path: Path) -> Recipes:
-    """Return a function that loads a recipe whose dataset has columns that its reward reads, and one that it does not."""
+    """Return a loader of a recipe whose reward reads all columns of its dataset but one."""
     rows = [
         {"prompt": f"{n} + 1 =", "answer": n + 1, "level": {"digits": [n]}, "unread": "x" * 99}
         for n in range(40)

@@ -35,7 +35,7 @@ def _train(recipe: Recipe, world_size: int, **options: Any) -> None:
 
 
 def run(recipe: Recipe, *, world_size: int = 1, **options: Any) -> list[dict[str, Any]]:
-    """Train in processes of their own and return the lines of metrics.jsonl without their seconds."""
+    """Train in separate processes; return the lines of metrics.jsonl without their seconds."""
 
     def call() -> None:
         _train(recipe, world_size, **options)

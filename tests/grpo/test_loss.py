@@ -170,7 +170,8 @@ def test_t12_a_clipped_token_has_gradient_zero_whatever_its_ratio(far: float) ->
 def test_t12_far_tokens_that_are_not_clipped_keep_a_finite_pull_in_the_right_direction(
     far: float,
 ) -> None:
-    # A bad token that became likelier is pushed down; a token that the reference thinks likelier is pulled up.
+    # A bad token that became likelier is pushed down; a token that the reference thinks likelier is
+    # pulled up.
     _, (pushed,), _ = _run(_inputs([far], advantages=[-1.0]), SETTINGS)
     assert pushed == pytest.approx(math.exp(MAX_LOG_RATIO), rel=1e-6)
     _, (pulled,), statistics = _run(_inputs([0.0], advantages=[0.0], ref_logprobs=[far]), WITH_KL)

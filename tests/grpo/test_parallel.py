@@ -1,4 +1,7 @@
-"""A whole training run goes on in another layout. (Those that stay in one are in test_whole_runs.py.)"""
+"""A whole training run goes on in another layout.
+
+(Those that stay in one are in test_whole_runs.py.)
+"""
 
 from __future__ import annotations
 

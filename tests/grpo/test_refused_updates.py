@@ -1,4 +1,4 @@
-"""Whole runs whose updates must not be taken: broken gradients stop them, empty mini-batches are skipped and counted."""
+"""Updates that must not be taken: broken gradients stop a run, empty mini-batches are counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from moe_replay.testing.ranks import run_ranks
 pytestmark = pytest.mark.ranks
 Recipes = Callable[..., Recipe]
 
-# What a step earns is read from a file beside the function: one word a step, the last one for all that follow.
+# What a step earns is read from a file beside the function: one word a step, the last one for all
+# that follow.
 REWARD = """
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Keeping(BaseReporter):
 
 @pytest.fixture
 def planned(recipe: Recipes, tmp_path: Path) -> Recipes:
-    """Return a function that loads the recipe with a plan of rewards, such as ``plan="usual equal"``."""
+    """Return a loader of the recipe with a plan of rewards, such as ``plan="usual equal"``."""
     (tmp_path / "planned.py").write_text(REWARD)
 
     def load(*, plan: str, **overrides: Any) -> Recipe:
@@ -178,7 +179,8 @@ def test_t14_a_step_in_which_nothing_trains_moves_no_weight_and_says_so(planned:
     run(first)
     export = first.run.output_dir / "export" / "model.safetensors"
     before = export.read_bytes()
-    # Adam has momentum now, and there is decay: a step along a gradient of 0 would move every weight.
+    # Adam has momentum now, and there is decay: a step along a gradient of 0 would move every
+    # weight.
     (record,) = run(planned(plan="equal", run__max_steps=2, **settings))
     assert record.step == 2
     assert record.metrics["update/num_skipped"] == 2

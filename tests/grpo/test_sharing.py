@@ -1,4 +1,4 @@
-"""What ranks give one another in a step: routes in bounded pieces to the ranks that replay them, texts to rank 0."""
+"""What ranks exchange in a step: routes in bounded pieces, texts to rank 0 alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def replica_of(name: str) -> Replica:
 
 
 def batch(num_experts: int = 64) -> tuple[list[Sample], dict[int, RoutingTrace]]:
-    """Return 12 samples of 5 to 40 tokens and their traces, in which a tenth of the rows has no route."""
+    """Return 12 samples of 5 to 40 tokens and their traces; a tenth of the rows has no route."""
     rng = np.random.default_rng(SEED)
     samples, traces = [], {}
     for number in range(12):
@@ -95,7 +95,7 @@ Plant = Callable[[dict[int, RoutingTrace], int], None]
 
 
 def _differing(name: str, piece: int, num_experts: int, plant: Plant | None) -> Any:
-    """Share routes; return the rows that differ from those cut out of all traces, what is left, and bytes of exchanges."""
+    """Share routes; return rows that differ from those of all traces, the rest, bytes exchanged."""
     sharing.PIECE_BYTES = piece
     replica = replica_of(name)
     samples, traces = batch(num_experts)
@@ -252,7 +252,7 @@ def test_completions_of_all_ranks_are_the_same_on_all_in_the_order_of_the_prompt
 
 
 def texts_heard(recipe: Recipe, change: Callable[[], None] | None = None) -> tuple[list[str], list]:
-    """Train on two ranks; return what was written, and what each rank received in messages between ranks."""
+    """Train on two ranks; return what was written, and what each rank received from the other."""
 
     def call() -> tuple[bytes, list[int]]:
         if change is not None:

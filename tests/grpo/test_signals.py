@@ -1,4 +1,4 @@
-"""Runs that schedulers and people stop, as a command: exit codes, what is said, and what the next start makes of it."""
+"""Commands that schedulers and people stop: exit codes, messages, and the next start."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def likes_digits(completions, **columns):
 
 
 class Home:
-    """A folder with a recipe, whose second reward of every process hangs while the file ``hang`` is there."""
+    """A folder with a recipe, in which rewards hang from the second on while ``hang`` exists."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

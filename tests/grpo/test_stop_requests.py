@@ -1,4 +1,4 @@
-"""Requests to stop, at every moment of a run: what is kept, what is dropped, and that all ranks do the same."""
+"""Requests to stop, at every moment of a run: what is kept and dropped, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Recipes = Callable[..., Recipe]
 
 
 class StoppingEngine:
-    """The recipe's engine; one of its calls asks the run to stop, as the case says, and may then never return."""
+    """The recipe's engine; one of its calls asks the run to stop, and may then never return."""
 
     def __init__(self, inner: Engine, case: str, stop: StopRequest) -> None:
         self.inner, self.case, self.stop = inner, case, stop
@@ -45,7 +45,7 @@ class StoppingEngine:
         return getattr(self.inner, name)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        """Sample, or ask to stop in the second rollout or in the evaluation that follows the first."""
+        """Sample, or ask to stop in the second rollout or the evaluation after the first."""
         is_evaluation = sampling.temperature == 0
         self.num_rollouts += not is_evaluation
         speaks = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -104,7 +104,7 @@ def settings_of(workspace: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Return a function that gives the run directory of an uninterrupted run, made once for each world size."""
+    """Return world size -> directory of an uninterrupted run, made once for each."""
     from moe_replay.recipe.load import load_recipe
 
     made: dict[int, Path] = {}

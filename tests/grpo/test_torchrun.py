@@ -1,4 +1,4 @@
-"""Two torchrun agents on loopback, as two machines would be: one rank each, tensor parallelism between them."""
+"""Two torchrun agents on loopback, like two machines: one rank each, tensor parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that checkpoints, stops, resumes and exports is the run of one process, in every layout and replay mode."""
+"""A run that stops, resumes and exports is that of one process, in every layout and mode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ELSEWHERE = {
     "deepseek_v3": ("cp2", WITHOUT_ROUTERS, "tp2 ep2 etp1"),
     "glm4_moe": ("ep2 allgather", "cp2", WITHOUT_ROUTERS),
 }
-"""Family -> its layouts in the order of `MODES`; every gradient in every layout is in tests/invariants."""
+"""Family -> its layouts in the order of `MODES`; tests/invariants has every gradient."""
 TAKEN = [
     (family, name, mode)
     for family, names in ELSEWHERE.items()
@@ -67,7 +67,7 @@ OTHERS = [
     (name, MODES[-1 - number % len(MODES)])
     for number, name in enumerate(name for name in CASES if name not in LAYOUTS)
 ]
-"""Every further layout that single steps are tested in, on eight layers, each in one of the modes in turn."""
+"""Every other layout that single steps are tested in, on eight layers, in alternating modes."""
 # What must be equal on every rank's own count of rows, and what a sum in another order may move.
 EXACT = ("reward", "completions/mean_length", "policy_version", "step")
 CLOSE = ("grad_norm", "entropy/mean")
@@ -75,7 +75,7 @@ CLOSE = ("grad_norm", "entropy/mean")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a checkpoint of four layers of each family, the first dense where the family has dense layers."""
+    """Return a checkpoint of four layers of each family, the first dense where there are such."""
     folder = tmp_path_factory.mktemp("families")
     dense = {"qwen3_moe": {"mlp_only_layers": [0]}, "qwen2_moe": {"mlp_only_layers": [0]}}
     return {
@@ -113,7 +113,7 @@ def go(recipe: Recipe, world_size: int) -> None:
 def whole_run(
     recipe: Recipes, model: Path, case: Case, mode: str, folder: str, **more: Any
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Run one step, stop after its checkpoint, resume for another; return metrics and the exported weights."""
+    """Run a step, stop after its checkpoint, resume for another; return metrics and weights."""
     default = asdict(layout())
     sizes = {k: size for k, size in asdict(case.layout).items() if size != default[k]}
     keys = {f"megatron__{key}": value for key, value in (sizes | case.overrides).items()}
@@ -156,7 +156,8 @@ def assert_same_run(found: Any, expected: Any, source: Path, mode: str) -> None:
     moved = torch.cat([(expected_weights[n] - before[n]).flatten() for n in before]).norm()
     apart = torch.cat([(weights[n] - expected_weights[n]).flatten() for n in before]).norm()
     assert moved > 0
-    # Adam moves a weight by the learning rate whatever its gradient's size, so noise in tiny gradients shows.
+    # Adam moves a weight by the learning rate whatever its gradient's size, so noise in tiny
+    # gradients shows.
     assert apart < 0.02 * moved
 
 

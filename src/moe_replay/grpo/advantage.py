@@ -26,12 +26,12 @@ class GroupAdvantages:
     """Advantages of a rollout batch, and the spread of the rewards that they came from."""
 
     advantages: Float64[np.ndarray, "groups generations"]
-    """Reward minus what it is compared with, divided as ``scale_rewards`` says; exactly 0 in a group
-    of equal rewards, and for a completion that does not count."""
+    """Reward minus what it is compared with, divided as ``scale_rewards`` says; exactly 0 in a
+    group of equal rewards, and for a completion that does not count."""
     reward_mean: float | None
     """Mean reward of all completions that count; None when none does."""
     reward_std: float | None
-    """Mean over groups of the standard deviation in a group; with ``batch``, that of all rewards."""
+    """Mean over groups of their standard deviation; with ``batch``, that of all rewards."""
     equal_rewards: Bool[np.ndarray, " groups"]
     """True for a group whose rewards are all equal: its completions teach nothing."""
     counts: Bool[np.ndarray, "groups generations"]

@@ -96,7 +96,7 @@ def _make_samples(
 
 
 def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[MiniBatch, ...]:
-    """Pack mini-batches into microbatches, equally many on every rank, for experts may span replicas.
+    """Pack mini-batches into microbatches, equally many on every rank: experts may span replicas.
 
     Example: a mini-batch fills 3 microbatches on one replica and 5 on another. Both run 5; with an
     interleaved pipeline of 2 stages both run 6.
@@ -133,7 +133,7 @@ def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[MiniBatch, ...]:
 def _row_multiple(
     run: Run, plans: Sequence[Sequence[Sequence[int]]], lengths: Sequence[Sequence[int]]
 ) -> int:
-    """Return what each microbatch's rows are padded to: 1, or for an all-gather the longest of all ranks."""
+    """Return what rows are padded to: 1, or for an all-gather the longest of all ranks."""
     if run.recipe.megatron.moe_token_dispatcher_type != "allgather":
         return 1
     longest = max(
@@ -160,6 +160,9 @@ def _rows(
 
 
 def _padding(run: Run, minibatches: Sequence[MiniBatch]) -> Coverage:
-    """Count this rank's padding rows. Pipeline stages all see the same rows, so the last one counts."""
+    """Count this rank's padding rows.
+
+    Pipeline stages all see the same rows, so the last one counts.
+    """
     rows = sum(m.num_padding_rows for part in minibatches for m in part.microbatches)
     return Coverage(num_live={LiveReason.PADDING: rows if run.replica.is_last_stage else 0})

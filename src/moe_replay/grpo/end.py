@@ -18,7 +18,7 @@ from moe_replay.megatron.weights import save_hf_checkpoint
 
 
 def finish(run: Run) -> RunEnd:
-    """Write the trained model if the recipe asks for it; say where everything is and what to do next."""
+    """Write the trained model if the recipe asks for it; say where all is and what to do next."""
     samples = f"what it wrote: {run.directory / 'completions.jsonl'}"
     more = f"train on: the same command with --run.max_steps {2 * run.recipe.run.max_steps}"
     # Another last step changes the schedule of the learning rate, and with it the run.
@@ -37,7 +37,7 @@ def finish(run: Run) -> RunEnd:
 
 
 def write_end(run: Run, *, stopped_by: str | None) -> RunEnd:
-    """Write down how the run ended, for programs that see a launcher's exit code instead of ours."""
+    """Write down how the run ended, for programs that see a launcher's exit code, not ours."""
     end = RunEnd(step=run.step, max_steps=run.recipe.run.max_steps, stopped_by=stopped_by)
     if run.process.rank == 0:
         # A full disk must not turn a run that is saved into one that failed.

@@ -1,4 +1,4 @@
-"""What a reward is compared with: one function for each `grpo.advantage_estimator`, found by its name.
+"""What a reward is compared with: one function for each `grpo.advantage_estimator`, by name.
 
 To add one, write its function here and its name in `GrpoSection.advantage_estimator`. Example: the
 rewards 1, 0, 0 of a group have the mean 1/3. The first has the advantage 2/3 in ``grpo``, and 1 in

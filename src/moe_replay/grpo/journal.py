@@ -1,4 +1,4 @@
-"""Journal: the warnings and seconds of a step, collected by its stations until its record takes them.
+"""Journal: the warnings and seconds that stations collect until the step's record takes them.
 
 In: warnings, timed blocks. Out: what the step's record holds.
 """
@@ -53,6 +53,6 @@ class Journal:
         return warnings
 
     def take_seconds(self) -> dict[str, float]:
-        """Return each station's seconds since the last call; what follows a record counts to the next."""
+        """Return seconds by station since the last call; after a record they count to the next."""
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -44,11 +44,12 @@ def train(
 ) -> RunEnd:
     """Run the recipe to its last step, resuming from the newest checkpoint in its output directory.
 
-    Every rank of the run calls this. ``restart`` discards what the output directory holds. A run whose inputs are not what
-    its checkpoint was trained with is refused, except for the keys ``allow_changed``, such as ``optimizer.lr``.
-    ``stop`` lets another thread, or a signal while `StopRequest.listening`, end the run early and saved.
-    ``make_engine`` is called once with the recipe and the trainer's device; any `Engine` will do.
-    ``checked`` is the recipe's `preflight` in this process, for a caller who has asked already.
+    Every rank of the run calls this. ``restart`` discards what the output directory holds. A run
+    whose inputs are not what its checkpoint was trained with is refused, except for the keys
+    ``allow_changed``, such as ``optimizer.lr``. ``stop`` lets another thread, or a signal while
+    `StopRequest.listening`, end the run early and saved. ``make_engine`` is called once with the
+    recipe and the trainer's device; any `Engine` will do. ``checked`` is the recipe's `preflight`
+    in this process, for a caller who has asked already.
 
     Raises:
         StopRequested: when it was asked to stop before it began.

@@ -1,6 +1,7 @@
 """The policy loss: clipped surrogate and KL penalty; microbatches and ranks sum up to the loss.
 
-In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and its statistics.
+In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and
+its statistics.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ CERTAIN = -1e-3
 def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor, LossStatistics]:
     """Return the microbatch's part of the loss, and its statistics.
 
-    Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)`` and
-    ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has
+    Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)``
+    and ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has
     gradient 0 for any ratio. Above `MAX_LOG_RATIO` an exponential continues along its tangent, so
-    value and gradient stay finite and keep their direction; up to there nothing changes, to the last
-    bit. Example: ratio 1.5, advantage 1, eps_high 0.2: the surrogate is -1.2 and the token clipped;
-    with advantage -1 it is 1.5 and not clipped.
+    value and gradient stay finite and keep their direction; up to there nothing changes, to the
+    last bit. Example: ratio 1.5, advantage 1, eps_high 0.2: the surrogate is -1.2 and the token
+    clipped; with advantage -1 it is 1.5 and not clipped.
 
-    Source: GRPO, arXiv 2402.03300, equations 3 and 4; asymmetric clip from DAPO, arXiv 2503.14476, equation 10.
+    Source: GRPO, arXiv 2402.03300, equations 3 and 4; asymmetric clip from DAPO, arXiv 2503.14476,
+    equation 10.
     """
     trains = inputs.weights > 0
     log_ratio = _where(trains, inputs.new_logprobs - inputs.old_logprobs)
@@ -109,7 +111,7 @@ def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor
 
 
 def bounded_exp(values: Float[torch.Tensor, " tokens"]) -> Float[torch.Tensor, " tokens"]:
-    """Return ``exp(values)`` up to `MAX_LOG_RATIO`, and above it the tangent there: ``exp(M) (1 + x - M)``.
+    """Return ``exp(x)`` up to M = `MAX_LOG_RATIO`, above it the tangent: ``exp(M) (1 + x - M)``.
 
     Clamping alone would remove the gradient just where a policy has moved farthest.
     """
@@ -136,7 +138,7 @@ def sample_weights(
 
 
 def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:
-    """Tally one rank's microbatches of an update; ``kl`` only ``with_kl``, or it would be a false 0."""
+    """Tally one rank's microbatches of an update; ``kl`` only ``with_kl``, else it would be 0."""
     tally = Tally()
     for part in statistics:
         tokens = part.num_tokens

@@ -49,5 +49,5 @@ def dapo(length: int, batch: BatchSize) -> float:
 
 
 def bnpo(length: int, batch: BatchSize) -> float:
-    """As `dapo`: frameworks differ in what they call a batch, here it is the mini-batch of all ranks."""
+    """As `dapo`: elsewhere the two differ in what is called a batch, here the mini-batch."""
     return dapo(length, batch)

@@ -115,8 +115,8 @@ def engine_gap(
     Both take one array per sample. With ``r = exp(old - rollout)`` of a token and ``m`` the mean
     log-probability of a sample's tokens:
 
-    - over tokens: ``kl`` mean(-log r), ``k3_kl`` mean(r - 1 - log r), ``ratio_mean`` mean(r), ``chi2_token``
-      mean(r^2) - 1, ``extreme_frac_tau_<tau>`` fraction with max(r, 1/r) > tau;
+    - over tokens: ``kl`` mean(-log r), ``k3_kl`` mean(r - 1 - log r), ``ratio_mean`` mean(r),
+      ``chi2_token`` mean(r^2) - 1, ``extreme_frac_tau_<tau>`` fraction with max(r, 1/r) > tau;
     - over samples: ``{training,rollout}_log_ppl`` mean(-m), ``{training,rollout}_ppl``
       mean(exp(-m)), ``log_ppl_{diff,abs_diff,diff_max,diff_min}`` of m_rollout - m_training,
       ``ppl_ratio`` its mean exp, ``chi2_seq`` mean((product of r)^2) - 1.

@@ -1,4 +1,4 @@
-"""The station that writes a step down: its metrics over all ranks, and the completions that are kept.
+"""The station that writes a step down: its metrics over all ranks, and the kept completions.
 
 In: what the stations before returned. Out: StepRecord, CompletionRecords.
 """
@@ -19,7 +19,8 @@ def step_record(
     run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
-    # What a dropped sample's log-probabilities are under wrong routes says nothing about the engine.
+    # What a dropped sample's log-probabilities are under wrong routes says nothing about the
+    # engine.
     dropped = old.judged.dropped_here(old.batch)
     own = [s for s in old.samples if s.sampled_here and s.sample_id not in dropped]
     endings = completion_tally(

@@ -25,11 +25,11 @@ class RunSummary:
 
 
 END_FILE = "ended.json"
-"""File of the run directory with the `RunEnd` of a run that ended by itself; a running one has none."""
+"""File of the run directory with the `RunEnd` of a run that ended by itself."""
 EXPORT_FOLDER = "export"
 """Folder of the run directory with the trained model as a Hugging Face checkpoint."""
 NEW_EXPORT = "export.new"
-"""Folder of an export that is being written; a killed writer leaves this name, or it with ``.partial``."""
+"""Folder of an export being written; a killed writer leaves it, or it with ``.partial``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +41,12 @@ class RunEnd:
     max_steps: int
     """Steps of the run from start to end."""
     stopped_by: str | None
-    """What asked the run to stop before its end, such as ``SIGTERM``; None for a run that is done."""
+    """What asked the run to stop early, such as ``SIGTERM``; None for a run that is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRecord:
-    """A completion and what it earned: a line of ``completions.jsonl`` or ``eval_completions.jsonl``."""
+    """A completion and what it earned: a line of ``[eval_]completions.jsonl``."""
 
     step: int
     """Step that sampled it, from 1; of an evaluation, the steps before it."""
@@ -73,8 +73,8 @@ class CompletionRecord:
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
     dropped: str | None = None
-    """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or ``lost``
-    (drift has left too little of them); usually None."""
+    """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or
+    ``lost`` (drift has left too little of them); usually None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class StepRecord:
     metrics: Mapping[str, float]
     """Metric (``reward``, ``rollout_correction/k3_kl``...) -> value; deterministic."""
     seconds: Mapping[str, float]
-    """Station (``rollout``, ``reward``, ``old_logprobs``, ``update``, ``sync``...) -> wall seconds."""
+    """Station (``rollout``, ``reward``, ``update``, ``sync``...) -> wall seconds."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What belongs to a metric and is not a number, under its name: the sample behind
     ``replay/agreement_min_sample``, for one. Plain values, in ``metrics.jsonl`` only."""

@@ -68,7 +68,7 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
 
 
 def _cut_prompts(run: Run, rollout: Rollout) -> dict[str, float]:
-    """Return the share of prompts that lost tokens at their start; nothing where none may be cut."""
+    """Return the share of prompts that lost tokens at their start, where the recipe cuts them."""
     if run.recipe.data.truncation != "left":
         return {}
     return {"prompts/cut_ratio": float(np.mean([prompt.num_cut > 0 for prompt in rollout.prompts]))}

@@ -42,9 +42,9 @@ def roll_out(run: Run) -> Rollout:
 def own_prompts(recipe: Recipe, replica: Replica) -> tuple[int, ...]:
     """Return the indices of the prompts that this rank samples: its part of its replica's.
 
-    A replica gets an equal part of every mini-batch, so that a mini-batch holds the same prompts for
-    any number of ranks. Example: 2 mini-batches of 4 prompts, 2 replicas of 2 ranks. Replica 1 has
-    prompts 2, 3, 6, 7 of the 8; its first rank samples 2 and 6, its second 3 and 7.
+    A replica gets an equal part of every mini-batch, so that a mini-batch holds the same prompts
+    for any number of ranks. Example: 2 mini-batches of 4 prompts, 2 replicas of 2 ranks. Replica 1
+    has prompts 2, 3, 6, 7 of the 8; its first rank samples 2 and 6, its second 3 and 7.
     """
     num_updates = recipe.batch.steps_per_generation
     per_update = recipe.prompts_per_step // num_updates

@@ -121,7 +121,7 @@ class Run:
         return asked is not None
 
     def droppable(self, work: Callable[[], T], *, alone: bool = True) -> T:
-        """Return the result of ``work`` unless a rank fails or is asked to stop; see `droppable`."""
+        """Return what ``work`` returns unless a rank fails or is asked to stop; see `droppable`."""
         return droppable(work, self.stop, self.ranks.gather, alone=alone)
 
     def begin_step(self) -> None:

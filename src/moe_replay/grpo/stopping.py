@@ -1,7 +1,8 @@
-"""A run that is asked to stop: by a scheduler's signal, Ctrl-C, its time limit, or the program that calls it.
+"""A run that is asked to stop: by a signal, Ctrl-C, its time limit, or the calling program.
 
-Signals are received at once, also while the main thread is inside a long call of torch. What they do waits for a safe
-point: between two steps, or at once while nothing but sampling and rewards is under way, which is then dropped.
+Signals are received at once, also while the main thread is inside a long call of torch. What they
+do waits for a safe point: between two steps, or at once while nothing but sampling and rewards is
+under way, which is then dropped.
 
 In: signals, a time limit. Out: `StopRequest`, which the loop asks; `listening`, for the command.
 """
@@ -24,7 +25,7 @@ from moe_replay import errors
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
-"""What asks a run to stop: schedulers send the first or the last, a lost terminal the second, Ctrl-C the third."""
+"""Requests to stop: schedulers send the first or last, a lost terminal the second."""
 # Wakes the main thread for a request that came from another one. Nothing else here uses it.
 _WAKE = signal.SIGUSR2
 # A launcher passes on what the whole group of processes has received already.
@@ -32,15 +33,15 @@ _SAME_REQUEST_S = 10.0
 
 
 class StopRequested(KeyboardInterrupt):
-    """Breaks off sampling; a kind of Ctrl-C, so that libraries clean up and no retry swallows it."""
+    """Breaks off sampling; a kind of Ctrl-C, so libraries clean up and no retry swallows it."""
 
 
 class StepDropped(Exception):
-    """All ranks have agreed to leave the step in flight, and its state is that of the step before."""
+    """All ranks have agreed to drop the step in flight; the state is that of the step before."""
 
 
 class StopRequest:
-    """Whether a run shall stop, and why. Any thread may ask for it; the main thread runs the run."""
+    """Whether a run should stop, and why. Any thread may ask; the main thread runs the run."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -62,7 +63,7 @@ class StopRequest:
             signal.pthread_kill(main.ident, _WAKE)
 
     def ask_after(self, seconds: float, reason: str) -> None:
-        """Ask it to stop so many seconds after this object was made."""
+        """Ask it to stop ``seconds`` after this object was made."""
         left = max(0.0, self._started + seconds - time.monotonic())
         self._timer = threading.Timer(left, self.ask, [reason])
         self._timer.daemon = True
@@ -77,7 +78,8 @@ class StopRequest:
     def breaking_off(self) -> Iterator[None]:
         """Let a request break off what is inside, at any moment, by `StopRequested`.
 
-        Nothing inside may be needed afterwards, be collective, or belong to another thread than the main one.
+        Nothing inside may be needed afterwards, be collective, or belong to another thread than the
+        main one.
         """
         self._may_break_off = True
         try:
@@ -87,7 +89,7 @@ class StopRequest:
             self._may_break_off = False
 
     def break_off(self) -> None:
-        """Raise `StopRequested` if a request is there and may break off; called by signal handlers."""
+        """Raise `StopRequested` if there is a request and it may break off; for signal handlers."""
         if self._may_break_off and self._reason is not None:
             # Once: what cleans up after the exception must not be broken off in its turn.
             self._may_break_off = False
@@ -95,10 +97,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self, *, forwards: bool, say: Callable[[str], None]) -> Iterator[None]:
-        """Take `SIGNALS` as requests; the second one ends the process at once. For the main thread only.
+        """Take `SIGNALS` as requests; the second ends the process at once. Main thread only.
 
-        ``forwards`` tells that a launcher is above this process: what comes shortly after the first signal is then the
-        same request, passed on.
+        ``forwards`` tells that a launcher is above this process: what comes shortly after the first
+        signal is then the same request, passed on.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
@@ -152,14 +154,24 @@ class StopRequest:
                     say(f"{name}: stopping; a second signal ends the process at once")
                 elif not (forwards and now - first < _SAME_REQUEST_S):
                     end_at_once(
-                        number, f"{name}: ended at once, unsaved; checkpoints from before are whole"
+                        number, f"{name}: ended at once, unsaved; earlier checkpoints are complete"
                     )
 
 
 def droppable(
     work: Callable[[], T], stop: StopRequest, gather: Callable[[Any], list[Any]], *, alone: bool
 ) -> T:
-    """Return the result of ``work`` unless a rank fails or is asked to stop meanwhile; see `Run.droppable`."""
+    """Return the result of ``work`` unless a rank fails or is asked to stop; collective at its end.
+
+    ``alone`` says that ``work`` is not collective: a request breaks it off on the rank that
+    receives it, and an error of one rank is raised on all, after the others have done their part.
+    Errors are not reported when some rank was asked to stop: the signal may have reached what they
+    work with too.
+
+    Raises:
+        StepDropped: on every rank, when one of them was asked to stop.
+        MoeReplayError: of the kind that another rank raised.
+    """
     result: T | None = None
     try:
         with stop.breaking_off() if alone else nullcontext():
@@ -167,7 +179,7 @@ def droppable(
     except StopRequested:
         pass
     except Exception as error:
-        # Ranks that wait for this one inside ``work`` would never come to hear of it.
+        # Ranks that wait for this one inside ``work`` would never hear of it.
         if not alone and stop.reason is None:
             raise
         # In here, so that a connection that breaks now does not hide the error.
@@ -183,7 +195,7 @@ def _agree(
     failure: Exception | None, stop: StopRequest, gather: Callable[[Any], list[Any]]
 ) -> None:
     """Leave on every rank when one of them was asked to stop, or has failed; collective."""
-    gathered = gather([stop.reason, _told(failure)])
+    gathered = gather([stop.reason, _as_text(failure)])
     asked = next((reason for reason, _ in gathered if reason is not None), None)
     if asked is not None:
         stop.ask(asked)
@@ -193,23 +205,23 @@ def _agree(
 
 def raise_together(failure: Exception | None, gather: Callable[[Any], list[Any]]) -> None:
     """Raise ``failure``, or one of its kind where another rank has failed; collective."""
-    _raise_first(failure, gather(_told(failure)))
+    _raise_first(failure, gather(_as_text(failure)))
 
 
-def _told(failure: Exception | None) -> tuple[str, str] | None:
+def _as_text(failure: Exception | None) -> tuple[str, str] | None:
     return None if failure is None else (type(failure).__name__, str(failure))
 
 
-def _raise_first(failure: Exception | None, told: Sequence[tuple[str, str] | None]) -> None:
+def _raise_first(failure: Exception | None, failures: Sequence[tuple[str, str] | None]) -> None:
     if failure is not None:
         raise failure
-    for rank, failed in enumerate(told):
+    for rank, failed in enumerate(failures):
         if failed is not None:
             raise _of_kind(*failed, rank=rank)
 
 
 def _of_kind(name: str, text: str, *, rank: int) -> errors.MoeReplayError:
-    """Return an error of another rank as one of ours; of a foreign kind, its name is told."""
+    """Return an error of another rank as one of ours, with the name of a foreign kind."""
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, errors.MoeReplayError):
         return kind(f"on rank {rank}: {text}")
@@ -217,7 +229,7 @@ def _of_kind(name: str, text: str, *, rank: int) -> errors.MoeReplayError:
 
 
 def end_at_once(number: int, message: str) -> None:
-    """End this process as a signal would, from any thread; nothing is cleaned up but the terminal."""
+    """End this process as a signal would, from any thread; only the terminal is cleaned up."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h\n")

@@ -1,4 +1,4 @@
-"""The trainer as a recorder: the routes that Megatron's model of a recipe takes for given tokens, in one process.
+"""The trainer as a recorder of the routes that its model takes for given tokens, in one process.
 
 In: a recipe, tokens. Out: traces.
 """

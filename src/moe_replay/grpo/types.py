@@ -126,7 +126,7 @@ class StepBatch:
     origins: tuple[SampleOrigin, ...]
     """By ``sample_id``."""
     coverage: Coverage
-    """Rows of the tokens sampled here and of this rank's padding: with a route, or live by reason."""
+    """Rows of tokens sampled here and of this rank's padding: replayed, or live by reason."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -118,7 +118,7 @@ def _update_once(
 
 
 def _update_metrics(reports: Sequence[_UpdateReport]) -> dict[str, float]:
-    """Return gradient norms and learning rates: of the step, and of each update if it has several."""
+    """Return gradient norms and learning rates: of the step, and of each of several updates."""
     norms = [report.grad_norm for report in reports if report.grad_norm is not None]
     metrics = {
         # The gradient of a mini-batch in which nothing trains is 0.
@@ -145,7 +145,7 @@ class MinibatchLoss:
         reference: Mapping[int, ScoredSample] | None,
         samples: Sequence[Sample],
     ) -> None:
-        """Weight this replica's ``samples`` by the size of the mini-batch of all replicas; collective."""
+        """Weight this replica's ``samples`` by the size of the whole mini-batch; collective."""
         grpo = run.recipe.grpo
         self.section = grpo
         self.old, self.reference = old, reference
@@ -198,7 +198,7 @@ class MinibatchLoss:
         return loss
 
     def require_pull(self, run: Run, grad_norm: float, *, where: str) -> None:
-        """Raise `UpdateError` when the gradient is 0 although samples pull at the weights; collective.
+        """Raise `UpdateError` when the gradient is 0 although samples pull at weights; collective.
 
         It is rightly 0 where every token is clipped or certain, or where equal completions with
         opposite advantages cancel: such a step goes on.

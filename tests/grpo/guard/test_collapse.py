@@ -1,4 +1,4 @@
-"""A router that collapsed is counted and trained on; an engine that did not capture a layer is refused before it teaches."""
+"""A collapsed router is counted and trained on; an engine that missed a layer is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(recipe: Recipe, **options: Any) -> list[dict[str, Any]]:
 
 
 def collapsed_checkpoint(source: Path, folder: Path) -> Path:
-    """Return a copy whose tokens all look alike to its routers: one channel of the embedding drowns the others."""
+    """Return a copy whose tokens look alike to its routers: one channel drowns the others."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(source, folder)

@@ -1,4 +1,4 @@
-"""Training stops at routes that are not those of their tokens, or goes on without them, in whole runs and in parts of them."""
+"""Training stops at routes that are not those of their tokens, or goes on without them."""
 
 from __future__ import annotations
 
@@ -87,9 +87,10 @@ def layers_rolled(ids: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def contiguous_under_zigzag(ids: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
-    """Give two context-parallel ranks the routes of a contiguous cut, where their tokens are cut in zigzag.
+    """Give two context-parallel ranks the routes of a contiguous cut, and tokens cut in zigzag.
 
-    Of four quarters rank 0 holds tokens 0 and 3 and gets the routes of 0 and 1; rank 1 holds 1 and 2 and gets 2 and 3.
+    Of four quarters rank 0 holds tokens 0 and 3 and gets the routes of 0 and 1; rank 1 holds 1 and
+    2 and gets 2 and 3.
     """
     quarter = -(-len(ids) // 4)
     padded = np.concatenate([ids, ids[: 4 * quarter - len(ids)]])
@@ -180,7 +181,7 @@ def test_e1_more_wrong_samples_than_may_be_dropped_stop_the_run(recipe: Recipes)
 
 
 class TwoServers(MisroutingEngine):
-    """Says that one of two servers sampled each prompt, and that all the completions it changes came from the second."""
+    """Says which of two servers sampled each prompt: all that it changes came from the second."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Sample, and name a server."""
@@ -197,7 +198,7 @@ class TwoServers(MisroutingEngine):
 
 
 class OtherWeights(MisroutingEngine):
-    """Samples completions as if by other weights: neither their routes nor their probabilities are the trainer's."""
+    """Samples as if by other weights: neither routes nor probabilities are the trainer's."""
 
     def _changed(
         self, groups: Sequence[RolloutGroup], group: RolloutGroup, number: int

@@ -108,10 +108,10 @@ def judge_own_packing(
 ) -> Judged:
     """Judge the routes of an update before its optimizer moves; collective.
 
-    They are the trainer's own (R2), or its own packing of the engine's (R3): what is misaligned here
-    is a fault of the trainer and always stops. ``before`` is what the pass of old log-probabilities
-    found (R3): what it dropped is not judged again, and what drift had hit then, it hits as much
-    now, under the same weights.
+    They are the trainer's own (R2), or its own packing of the engine's (R3): what is misaligned
+    here is a fault of the trainer and always stops. ``before`` is what the pass of old
+    log-probabilities found (R3): what it dropped is not judged again, and what drift had hit then,
+    it hits as much now, under the same weights.
 
     Raises:
         MisalignmentError: on every rank.
@@ -163,9 +163,9 @@ def _guard_metrics(
 def _drifted(run: Run, again: SecondLooks, verdict: Verdict) -> frozenset[tuple[str, str]]:
     """Return the groups whose routes drift has left no information; collective.
 
-    Costs a pass only if there could be one. Wrong routes raise the engine gap under replay alone: of
-    steps in which all routes were wrong, the median rho was 2 to 7. Where engine and trainer are far
-    apart, with or without replay, it is near 0.
+    Costs a pass only if there could be one. Wrong routes raise the engine gap under replay alone:
+    of steps in which all routes were wrong, the median rho was 2 to 7. Where engine and trainer are
+    far apart, with or without replay, it is near 0.
     """
     asked = [fault for fault in verdict.faults if fault.may_be_drift]
     # With ruined weights both sides have lost their routes, and a run must not go on with them.
@@ -236,7 +236,7 @@ def _owners(run: Run, origins: Origins) -> dict[int, Owner]:
 
 
 def _gaps(run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]) -> dict[int, float]:
-    """Return the mean engine gap of every sample that has tokens, by index in the step; collective."""
+    """Return the mean engine gap of samples that have tokens, by index in the step; collective."""
     mine = {
         batch.origins[sample.sample_id].index: mean_gap(sample, scored)
         for sample in batch.samples
@@ -246,7 +246,7 @@ def _gaps(run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]) -> dic
 
 
 def _may_drop(run: Run, verdict: Verdict) -> bool:
-    """Whether a step goes on without its misaligned samples: they are few, and nothing else is wrong."""
+    """Whether a step goes on without its misaligned samples: few, and nothing else is wrong."""
     replay = run.recipe.replay
     limit = replay.max_dropped_frac * len(verdict.sample_ids)
     return (

@@ -116,8 +116,8 @@ class SecondLooks:
     def _parts(self, mine: Collection[int]) -> Iterator[list[Microbatch]]:
         """Yield the microbatches that hold a suspect on some rank, a few at once.
 
-        An interleaved pipeline runs multiples of its stages, so others are run beside them. Example:
-        2 stages, suspects in microbatches 1, 4 and 6 of 8: 0, 1, 4 and 6.
+        An interleaved pipeline runs multiples of its stages, so others are run beside them.
+        Example: 2 stages, suspects in microbatches 1, 4 and 6 of 8: 0, 1, 4 and 6.
         """
         microbatches, round_up = self.batch.microbatches, self.recipe.megatron.round_up_microbatches
         held = {m.key for m in microbatches if any(s.sample_id in mine for s in m.samples)}
@@ -137,14 +137,14 @@ def _kept_in(
 
 
 def mean_gap(sample: Sample, scored: Mapping[int, ScoredSample]) -> float:
-    """Return the mean k3 of a sample's tokens: exp(x) - 1 - x, x = trainer's minus engine's logprob."""
+    """Return the mean k3, exp(x) - 1 - x, of a sample; x = trainer's minus engine's logprob."""
     found = scored[sample.sample_id].token_logprobs.astype(np.float64)
     x = found - sample.rollout_logprobs
     return float((np.expm1(np.minimum(x, MAX_LOG_RATIO)) - x).mean())
 
 
 def _rows(batch: StepBatch, seen: Sequence[tuple[Microbatch, WatchedRoutes]]) -> RouteRows:
-    """Join the rows of some microbatches, in the layers of this rank, under their indices in the step."""
+    """Join the rows of microbatches, in this rank's layers, under their samples' step indices."""
     layers = seen[0][1].counts.layers
     indices = np.array([origin.index for origin in batch.origins], dtype=np.int64)
     parts = []
@@ -171,7 +171,7 @@ def _rows(batch: StepBatch, seen: Sequence[tuple[Microbatch, WatchedRoutes]]) ->
 
 
 def _joined(found: Iterable[tuple[int, SecondLook]]) -> dict[int, SecondLook]:
-    """Join what ranks found of one sample: each saw some layers and rows of it, and one its gaps."""
+    """Join what ranks found of a sample: each saw some layers and rows of it, one its gaps."""
     looks: dict[int, SecondLook] = {}
     for index, look in found:
         before = looks.get(index, SecondLook())

@@ -32,7 +32,7 @@ class Seen:
     """Layers that send every token to the same experts."""
 
     def metrics(self, origins: Mapping[int, SampleOrigin]) -> dict[str, float]:
-        """Return ``replay/agreement`` and the like; ``origins`` of all ranks, by index in the step."""
+        """Return ``replay/agreement`` and the like; ``origins`` are those of all ranks."""
         table = self.table
         own, slots = table.own.sum(axis=1), table.slots.sum(axis=1)
         # A row counts once on each pipeline stage, so these are shares of what the stages saw.

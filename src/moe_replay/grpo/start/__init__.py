@@ -1,1 +1,1 @@
-"""What happens before the first step: whether a run can start, may start here, and how it is opened."""
+"""What happens before the first step: whether a run can and may start, and how it is opened."""

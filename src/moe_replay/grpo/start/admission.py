@@ -1,6 +1,7 @@
-"""Whether a run may start in its directory, decided by rank 0 before anything is loaded, and told to all ranks.
+"""Whether a run may start in its directory, decided by rank 0 before anything is loaded.
 
-In: a recipe, its run directory. Out: the locked directory, the step to resume from, what the run is by content.
+In: a recipe, its run directory. Out: the locked directory, the step to resume from, what the run is
+by content.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.recipe.recipe import Recipe
 
 CHANGES_FILE = "changes.jsonl"
-"""Where differences that were accepted are kept: one line each, with the step from which they hold."""
+"""Where accepted differences are kept: one line each, with the step from which they hold."""
 _DIGESTS_FILE = "digests.json"
 _SHOWN = 20
 
@@ -51,9 +52,10 @@ def admit(
     restart: bool,
     allow_changed: Collection[str],
 ) -> Admission:
-    """Lock the run directory until ``closing`` ends, sweep it, and compare its newest checkpoint with the recipe.
+    """Lock the run directory until ``closing`` ends; compare its newest checkpoint with the recipe.
 
-    Differences in the keys ``allow_changed``, and below them, are accepted and written down.
+    Leftovers of killed writers are removed. Differences in the keys ``allow_changed``, and below
+    them, are accepted and written down.
     """
     directory = recipe.run.output_dir
     try:
@@ -75,7 +77,7 @@ def admit(
                 _write_down(directory / CHANGES_FILE, position.step, changed)
             notes += [f"changed from step {position.step + 1} on: {change}" for change in changed]
     except (MoeReplayError, OSError) as error:
-        # All ranks hear of it; one that raised alone would leave the others waiting.
+        # All ranks learn of it: one that raised alone would leave the others waiting.
         return Admission(refusal=str(error))
     return Admission(step=steps[-1] if steps else None, identity=identity, notes=tuple(notes))
 
@@ -86,8 +88,8 @@ def check_admission(
     """Raise what `admit` would refuse a start for, and keep nothing; for a dry run.
 
     Raises:
-        CheckpointError: when the directory cannot be one, another process holds it, or its newest checkpoint is of another
-            run.
+        CheckpointError: when the directory cannot be one, another process holds it, or its newest
+            checkpoint is of another run.
         RecipeError: when a file that the recipe names cannot be read.
     """
     directory = recipe.run.output_dir

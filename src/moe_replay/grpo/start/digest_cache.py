@@ -15,15 +15,16 @@ from typing import Any
 
 # Large enough that reading it again at every start would be noticed.
 _REMEMBERED = 64 << 20
-# A file that was written so shortly before it was read may be written again within one tick of its clock.
+# A file that was written so shortly before it was read may be written again within one tick of its
+# clock.
 _SETTLED_NS = 2 * 10**9
 
 
 class DigestCache:
     """Digests of files; `save` keeps those of large ones in a file.
 
-    A remembered digest holds for a path only while size, inode, time of modification and time of change are the same:
-    nobody can set the last of them.
+    A remembered digest holds for a path only while size, inode, time of modification and time of
+    change are the same: nobody can set the last of them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +39,7 @@ class DigestCache:
     def digest(
         self, path: Path, read: Callable[[Path, int], str | None] = lambda path, size: None
     ) -> str:
-        """Return the digest of a file: what ``read`` makes of its path and size, or of every byte where that is None."""
+        """Return a file's digest: what ``read`` makes of path and size, else of all its bytes."""
         status = path.stat()
         mark = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         name = str(path.absolute())
@@ -46,7 +47,7 @@ class DigestCache:
         if isinstance(entry, dict) and entry.get("file") == mark:
             digest = str(entry["digest"])
         else:
-            digest = read(path, status.st_size) or _whole(path)
+            digest = read(path, status.st_size) or _of_bytes(path)
         settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
         if status.st_size > _REMEMBERED and settled:
             self._used[name] = {"file": mark, "digest": digest}
@@ -59,6 +60,6 @@ class DigestCache:
                 self._path.write_text(json.dumps(self._used, indent=1))
 
 
-def _whole(path: Path) -> str:
+def _of_bytes(path: Path) -> str:
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""open_run: every part of a run built from its recipe, resumed, and closed again in the opposite order.
+"""open_run: the parts of a run built from its recipe, resumed, and closed in reverse order.
 
 In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off.
 """
@@ -48,14 +48,16 @@ def open_run(
 
     Raises:
         MoeReplayError: the first refusal of `preflight`, before anything is built.
-        CheckpointError: when another process writes there, or the newest checkpoint is of a run that trains differently.
+        CheckpointError: when another process writes there, or the newest checkpoint is of a run
+            that trains differently.
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
     inputs, checkpoints = checked.cleared(), _checkpoints(recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
-        # Before the minutes that loading takes; the lock is given back after everything else is closed.
+        # Before the minutes that loading takes; the lock is given back after everything else is
+        # closed.
         admission = Admission()
         if process.rank == 0:
             admission = admit(

@@ -1,8 +1,10 @@
-"""Decide whether a run can start, before anything is built: `doctor`, `train --dry-run` and the start all ask here.
+"""Whether a run can start, before anything is built: for `doctor`, `--dry-run` and every start.
 
-In: a recipe, a process. Out: `Preflight`: every refusal that the start would meet, and what was opened on the way.
+In: a recipe, a process. Out: `Preflight`: every refusal that the start would meet, and what was
+opened on the way.
 
-Nothing is loaded: of weights only headers are read, the model is built without memory, servers are asked what they are.
+Nothing is loaded: of weights only headers are read, the model is built without memory, servers are
+asked what they are.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ Answer = TypeVar("Answer")
 
 
 class Preflight:
-    """What is known of a run before it starts. What a problem kept from being found out is None."""
+    """What is known of a run before it starts; None for what a problem kept us from finding."""
 
     def __init__(self, recipe: Recipe, process: ProcessSpec) -> None:
-        """Begin knowing nothing of ``recipe``, and of ``process`` only how many there are."""
+        """Start with nothing known."""
         self.recipe = recipe
         self.process = process
         self.problems: list[MoeReplayError] = []
-        """Every refusal, in the order in which a start would meet them; none twice."""
+        """Every refusal once, in the order in which a start would meet them."""
         self.versions: Sequence[PackageVersion] = ()
         """What is installed of what the recipe needs."""
         self.shape: ModelShape | None = None
@@ -55,14 +57,14 @@ class Preflight:
         self.stages: Sequence[Sequence[int]] = ()
         """Decoder layers of each pipeline stage."""
         self.facts: ModelFacts | None = None
-        """What the engines need to know of the checkpoint, whose tensors were then found to be those of its config."""
+        """What engines need to know of the checkpoint; set once its tensors fit its config."""
         self.inputs: Inputs | None = None
         """Tokenizer, prompts and rewards, opened."""
         self.notes: list[str] = []
-        """What is worth knowing of the engine and keeps no run from starting."""
+        """What is worth knowing of the engine and prevents no start."""
 
     def ask(self, check: Callable[[], Answer]) -> Answer | None:
-        """Return what a check found; take down its refusal and return None in its place."""
+        """Return what a check found, or record its refusal and return None."""
         try:
             return check()
         except MoeReplayError as refusal:
@@ -120,12 +122,13 @@ def preflight(
     announce: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Preflight:
-    """Ask everything that would refuse a start of ``recipe`` in ``process``; cheap questions come first.
+    """Ask everything that would refuse a start of ``recipe`` in ``process``, the cheap first.
 
-    ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for one who will start
-    the lowest number of ranks that the layout allows, ``tries_push`` for one who will not start at all: servers are then
-    given the checkpoint, as a start gives it to them. ``announce`` is told what begins where that takes seconds,
-    ``progress`` how far the work on large datasets has come. Close the answer, or give it to `train`, which does.
+    ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for
+    one who will start the lowest number of ranks that the layout allows, ``tries_push`` for one who
+    will not start at all: servers are then given the checkpoint, as a start gives it to them.
+    ``announce`` is told what begins where that takes seconds, ``progress`` how far the work on
+    large datasets has come. Close the answer, or give it to `train`, which does.
     """
     found = Preflight(recipe, process)
     found.versions = versions_for(recipe)
@@ -146,7 +149,7 @@ def preflight(
 
 
 def versions_for(recipe: Recipe) -> list[PackageVersion]:
-    """Return what is installed of what a recipe needs, beside the range that moe-replay supports."""
+    """Return what is installed of what a recipe needs, beside the range that is supported."""
     ranges = _declared_ranges()
     rows = [PackageVersion(name="Python", found=platform.python_version(), supported=_PYTHON)]
     rows += [
@@ -184,7 +187,7 @@ def versions_for(recipe: Recipe) -> list[PackageVersion]:
 
 
 def _declared_ranges() -> dict[str, str]:
-    """Return package -> range that moe-replay declares; empty where it runs from its sources without being installed."""
+    """Return package -> range that moe-replay declares; empty where it is not installed."""
     try:
         declared = metadata.requires("moe-replay") or []
     except metadata.PackageNotFoundError:
@@ -193,7 +196,7 @@ def _declared_ranges() -> dict[str, str]:
 
 
 def ranks_needed(layout: ParallelLayout) -> int:
-    """Return the least number of ranks; every multiple of it works, if the batch divides by its replicas."""
+    """Return the minimum of ranks; its multiples work if the batch divides by their replicas."""
     return math.lcm(layout.model_parallel_size, layout.expert_parallel_size)
 
 

@@ -1,8 +1,9 @@
-"""RunLock: one run directory has one writer, so that two trainers cannot mix their steps or delete each other's files.
+"""RunLock: a run directory has one writer, so that two trainers cannot mix or delete files.
 
-The lock is the operating system's (a POSIX record lock on ``run.lock``), so it ends with the process that holds it,
-however that ends, and holds across machines wherever the file system passes locks on (NFS does). Where the file system
-has no locks, `RunLock.note` says so and the run goes on unprotected.
+The lock is the operating system's (a POSIX record lock on ``run.lock``), so it ends with the
+process that holds it, however that ends, and holds across machines wherever the file system passes
+locks on (NFS does). Where the file system has no locks, `RunLock.note` says so and the run goes on
+unprotected.
 
 In: a run directory. Out: the lock, or who holds it.
 """
@@ -21,15 +22,15 @@ from pathlib import Path
 from moe_replay.errors import CheckpointError
 
 LOCK_FILE = "run.lock"
-"""Name of the locked file; it stays behind, because removing it would let two processes lock two files."""
+"""Name of the locked file; removing it would let two processes lock two files."""
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 
 
 class RunLock:
     """Holds a run directory; as a context manager it gives it back.
 
-    A record lock and not flock: processes that this one forks, such as those of reward functions, do not inherit it, so
-    an orphan cannot keep the directory after its trainer was killed.
+    A record lock and not flock: processes that this one forks, such as those of reward functions,
+    do not inherit it, so an orphan cannot keep the directory after its trainer was killed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,7 +60,8 @@ class RunLock:
                     "for it, end it, or choose another run.output_dir"
                 ) from error
             self.note = f"{directory} cannot be locked ({error.strerror}): nothing keeps a second trainer out of it"
-        # A full disk must not keep a run from resuming: without this text a second trainer is refused all the same.
+        # A full disk must not keep a run from resuming: without this text a second trainer is
+        # refused all the same.
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, _own_name(), 0)

@@ -13,7 +13,7 @@ from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
 
 
 def run_summary(run: Run) -> RunSummary:
-    """Return what is about to run; a cache that is too small becomes a warning of the first step."""
+    """Return what is about to run; too small a cache becomes a warning of the first step."""
     recipe, engine, replica = run.recipe, run.engine.description, run.replica
     num_parameters = sum(p.numel() for module in run.actor.modules for p in module.parameters())
     return RunSummary(
