@@ -48,16 +48,14 @@ def open_run(
 
     Raises:
         MoeReplayError: the first refusal of `preflight`, before anything is built.
-        CheckpointError: when another process writes there, or the newest checkpoint is of a run
-            that trains differently.
+        CheckpointError: when another process writes there, or the newest checkpoint differs.
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
     inputs, checkpoints = checked.cleared(), _checkpoints(recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
-        # Before the minutes that loading takes; the lock is given back after everything else is
-        # closed.
+        # Before the minutes that loading takes; the lock is released after all else is closed.
         admission = Admission()
         if process.rank == 0:
             admission = admit(
