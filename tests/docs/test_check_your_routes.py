@@ -1,4 +1,4 @@
-"""The examples of the page for other trainers run; those for Megatron-Core's own replay on the real Megatron-Core."""
+"""The examples of the page for other trainers run, those for Megatron-Core on the real one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_row_numbers_shared_out_over_ranks_hold_every_row_with_a_route_once() ->
 
 
 def _watched(checkpoint: Path) -> tuple[list[int], list[int]]:
-    """Replay through Megatron-Core's own RouterReplay; return the samples that are named when clean, and with one late."""
+    """Replay through Megatron-Core's RouterReplay; return samples named clean, and with one late."""
     import torch
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
@@ -74,7 +74,8 @@ def _watched(checkpoint: Path) -> tuple[list[int], list[int]]:
     actor = start_policy(checkpoint)
     seats: list[Any] = []
     for router in actor.routers.values():
-        # What `moe_enable_routing_replay` does; our own model refuses that flag, because a scope replays in it.
+        # What `moe_enable_routing_replay` does; our own model refuses that flag, because a scope
+        # replays in it.
         seats.append(RouterReplay())
         router.router_replay = seats[-1]
     tokens = torch.from_numpy(np.random.default_rng(3).integers(4, 99, (NUM_SAMPLES, LENGTH)))

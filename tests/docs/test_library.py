@@ -48,7 +48,7 @@ def test_example_for_hugging_face_runs(tmp_path):
 
 
 def megatron_example(checkpoint: Path) -> tuple[bool, bool]:
-    """Run the example on one rank; return whether replay changed the logits and the gradients are finite."""
+    """Return whether replay changed the logits, and whether they are finite."""
     import torch
 
     from moe_replay.megatron.scorer import packed_rows

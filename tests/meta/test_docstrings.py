@@ -30,7 +30,7 @@ def loose_dataclasses(tree: ast.Module) -> list[str]:
 
 
 def silent_fields(tree: ast.Module) -> list[str]:
-    """Return ``Class.field`` for fields of public, frozen dataclasses without a string under them."""
+    """Return ``Class.field`` for fields of public data without a string under them."""
     found = []
     for node, on in dataclasses_of(tree):
         if node.name.startswith("_") or "frozen" not in on:

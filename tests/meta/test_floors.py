@@ -13,7 +13,7 @@ import pytest
 
 MAX_FLOORS = 5
 
-# Folder -> floors, and folder -> circles. These may only shrink, and an entry that is no longer needed fails.
+# Folder -> floors, and folder -> circles. These may only shrink; an entry that is not needed fails.
 TALL = {"engines/servers": 6, "routing/guard": 7}
 CIRCLES: dict[str, list[tuple[str, ...]]] = {}
 
