@@ -157,7 +157,7 @@ def owners(key: str) -> list[str]:
 
 
 def engine_section(table: Any) -> Any:
-    """Make the section of the engine that a ``[rollout]`` table names; return what is not a table."""
+    """Make the section of a ``[rollout]`` table's engine; return anything else as it is."""
     if not isinstance(table, Mapping):
         return table
     engine = table.get("engine", RolloutSection.model_fields["engine"].default)

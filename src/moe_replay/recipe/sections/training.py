@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 from moe_replay.recipe.sections.base import Key, Section, Several
 from moe_replay.routing import ReplayMode
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-
 
 class ReplaySection(Section):
     """``[replay]``: whose expert choice the trainer uses, and how closely that is watched."""
@@ -63,7 +61,7 @@ class BatchSection(Section):
 class GrpoSection(Section):
     """``[grpo]``: advantage and loss."""
 
-    loss_type: LossType = "grpo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
     """How token losses are averaged."""
     epsilon: Annotated[float, Key(also_called=("clip_ratio",))] = Field(default=0.2, gt=0, lt=1)
     """The importance ratio is clipped below at 1 - epsilon."""
