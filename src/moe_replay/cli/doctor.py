@@ -1,4 +1,6 @@
-"""`moe-replay doctor`: whether a recipe can run here, what it replays, and what is refused and why, without its weights.
+"""`moe-replay doctor`: whether a recipe can run here, what it replays and what is refused.
+
+The weights are not read.
 
 In: a recipe. Out: tables for people, or JSON.
 """
@@ -9,16 +11,20 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.train import with_values
 from moe_replay.grpo.sampling_words import describe_drawing
-from moe_replay.grpo.start.preflight import preflight
+from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.routing import LiveReason, ReplayMode, Routing
+from moe_replay.routing import LiveReason, ReplayMode, Routing, expert_dtype
+
+if TYPE_CHECKING:
+    from moe_replay.megatron.layout import ParallelLayout
+    from moe_replay.megatron.model import ModelShape
 
 
 def run_doctor(
@@ -27,7 +33,7 @@ def run_doctor(
     """Examine a recipe and print what was found; return 0 if it can run here, else 2.
 
     Raises:
-        RecipeError: the recipe itself is wrong, so that there is nothing to examine.
+        RecipeError: the recipe itself is wrong, so there is nothing to examine.
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
@@ -40,9 +46,9 @@ def run_doctor(
 
 
 def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
-    """Return everything that is known of a recipe before its weights are loaded, as plain JSON.
+    """Return everything that is known about a recipe before its weights are loaded, as plain JSON.
 
-    What could not be found out because of a problem is null, and the problem is in ``problems``.
+    What a problem hides is null, and the problem is in ``problems``.
     """
     found = preflight(recipe, process, any_ranks=not process.launched_by_torchrun, tries_push=True)
     report: dict[str, Any] = {
@@ -59,9 +65,6 @@ def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
         "options": None,
     }
     if found.shape is not None:
-        # Loads Megatron-Core, as the preflight that found a shape has.
-        from moe_replay.cli.doctor_model import add_model
-
         add_model(report, found)
     found.close()
     return report
@@ -87,11 +90,11 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         "trainer": recipe.model.dtype,
         "recompute": recompute,
         "dispatcher": megatron.moe_token_dispatcher_type,
-        "auxiliary loss": f"{megatron.moe_aux_loss_coeff}, of live experts, padding left out"
+        "auxiliary loss": f"{megatron.moe_aux_loss_coeff}, of live experts, without padding"
         if megatron.moe_aux_loss_coeff
         else "none",
         "guard": guard,
-        "least coverage": str(replay.min_coverage) if recipe.replays else "none",
+        "minimum coverage": str(replay.min_coverage) if recipe.replays else "none",
         "checkpoints": f"every {checkpoint.save_steps} steps, {checkpoint.save_total_limit} kept"
         f"{', exported at the end' if checkpoint.export else ''}",
     }
@@ -127,9 +130,9 @@ def passes_of(recipe: Recipe) -> list[dict[str, str]]:
 
 _WHY_LIVE = {
     LiveReason.PADDING: "holds no token; never counts",
-    LiveReason.LAST_TOKEN: "the token sampled last was never fed to the engine; never counts",
-    LiveReason.PROMPT_OMITTED: "the engine left prompt routes out; lowers coverage",
-    LiveReason.ENVIRONMENT_OMITTED: "the engine left an environment's tokens out; lowers coverage",
+    LiveReason.LAST_TOKEN: "the last sampled token is never fed to the engine; never counts",
+    LiveReason.PROMPT_OMITTED: "the engine omitted prompt routes; lowers coverage",
+    LiveReason.ENVIRONMENT_OMITTED: "the engine omitted an environment's tokens; lowers coverage",
     LiveReason.ENGINE_GAVE_NONE: "the engine ran the token and gave no route; lowers coverage",
 }
 
@@ -140,3 +143,97 @@ def live_rows_of(mode: ReplayMode) -> list[dict[str, str]]:
     of_tokens = _WHY_LIVE if mode.passes.engine is Routing.RECORD else [LiveReason.PADDING]
     reasons = of_tokens if mode.replays else []
     return [{"reason": reason.value, "why": _WHY_LIVE[reason]} for reason in reasons]
+
+
+def add_model(report: dict[str, Any], found: Preflight) -> None:
+    """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as problems allow it.
+
+    Loads Megatron-Core, but makes no process group and reads no weight.
+    """
+    from moe_replay.megatron.replay.refusals import judge
+
+    shape, layout = found.shape, found.layout
+    assert shape is not None
+    report["model"] = model_of(shape, found.recipe)
+    if layout is None or found.config is None:
+        return
+    num_ranks = found.process.world_size
+    report["layout"] = layout_of(layout, shape, found.stages, num_ranks)
+    if shape.num_moe_layers:
+        report["routes"] = routes_of(found.recipe, layout, shape, found.stages, num_ranks)
+    report["options"] = [
+        {"option": refusal.option, "state": verdict.value, "why": refusal.why}
+        for refusal, verdict in judge(found.config)
+    ]
+
+
+def model_of(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
+    """Return what the checkpoint's config says of its routers."""
+    dense = sorted(set(range(shape.num_layers)) - set(shape.moe_layers))
+    return {
+        "path": str(recipe.model.path),
+        "family": shape.family,
+        "num_layers": shape.num_layers,
+        "moe_layers": list(shape.moe_layers),
+        "dense_layers": dense,
+        "num_mtp_layers": shape.num_mtp_layers,
+        "num_experts": shape.num_experts,
+        "topk": shape.topk,
+    }
+
+
+def layout_of(
+    layout: ParallelLayout,
+    shape: ModelShape,
+    stages: Sequence[Sequence[int]],
+    num_ranks: int,
+) -> dict[str, Any]:
+    """Return how ranks are divided, and what each pipeline stage holds."""
+    import torch
+
+    from moe_replay.megatron.upstream import compat
+
+    return {
+        "description": layout.describe(),
+        "num_ranks": num_ranks,
+        "multiple_of": ranks_needed(layout),
+        "ranks_per_replica": layout.model_parallel_size,
+        "num_replicas": num_ranks // layout.model_parallel_size,
+        "ranks_per_copy_of_experts": layout.expert_parallel_size,
+        "stages": [
+            {
+                "layers": list(layers),
+                "moe_layers": [layer for layer in layers if layer in shape.moe_layers],
+            }
+            for layers in stages
+        ],
+        "device": f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "CPU",
+        "transformer_engine": compat.transformer_engine_usable(),
+    }
+
+
+def routes_of(
+    recipe: Recipe,
+    layout: ParallelLayout,
+    shape: ModelShape,
+    stages: Sequence[Sequence[int]],
+    num_ranks: int,
+) -> dict[str, Any]:
+    """Return the bytes of routes: of a token, and at most on the rank that holds most of them."""
+    id_bytes = expert_dtype(shape.num_experts).itemsize
+    fullest = max(sum(layer in shape.moe_layers for layer in layers) for layers in stages)
+    # One byte a row says whether it has a route.
+    row_bytes = fullest * shape.topk * id_bytes + 1
+    shards = layout.tensor_model_parallel_size * layout.context_parallel_size
+    batch = recipe.batch
+    tokens = batch.max_tokens_per_microbatch or (
+        (batch.micro_batch_size or 1) * recipe.max_sequence_length
+    )
+    num_replicas = num_ranks // layout.model_parallel_size
+    per_step = -(-recipe.samples_per_step // num_replicas) * recipe.max_sequence_length
+    return {
+        "bytes_per_token": shape.num_moe_layers * shape.topk * id_bytes,
+        "id_bytes": id_bytes,
+        "max_bytes_per_rank_and_microbatch": -(-tokens // shards) * row_bytes,
+        "max_bytes_per_rank_and_step": -(-per_step // shards) * row_bytes,
+    }

@@ -1,4 +1,4 @@
-"""The terminal: a start-up summary, a line a step, live progress where there is a screen, and a closing table.
+"""The terminal: a start-up summary, a line a step, live progress on a screen, a closing table.
 
 In: records. Out: text, for screens from 40 characters on and for logs.
 """
@@ -19,7 +19,6 @@ from rich.text import Text
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 from moe_replay.report.base import BaseReporter
-from moe_replay.report.closing_table import print_line, print_summary
 from moe_replay.report.columns import (
     DASH,
     HEADER_EVERY,
@@ -35,6 +34,7 @@ from moe_replay.report.columns import (
 )
 from moe_replay.report.progress import EVERY_S, Ticker, progress_line
 from moe_replay.report.run_directory import RunDirectory
+from moe_replay.report.summary import print_line, print_summary
 
 _SAMPLING = ("rollout", "eval")
 """Stations that an engine spends sampling."""
@@ -172,7 +172,7 @@ class ConsoleReporter(BaseReporter):
             self._ticker = None
 
     def _sampling(self, now: float) -> str:
-        """Return how far the completions of the running station are; empty when none are sampled or nobody knows."""
+        """Return how far the running station has sampled; empty when it does not, or nothing is known."""
         progress = self._ask()
         if self._station is None or self._station[1] not in _SAMPLING or not progress.num_total:
             return ""
@@ -208,9 +208,9 @@ class ConsoleReporter(BaseReporter):
         for column in self._columns:
             value = record.metrics.get(column.metric) if column.metric else self._average()
             cells.append(f" {DASH if value is None else column.show(value):>{column.width}}")
-        place = f"{record.step}/{self._max_steps}"
+        step = f"{record.step}/{self._max_steps}"
         seconds = f" {sum(record.seconds.values()):>8.2f}" if self._has_seconds else ""
-        return f"{place:>{self._step_width}}{''.join(cells)}{seconds}"
+        return f"{step:>{self._step_width}}{''.join(cells)}{seconds}"
 
     @property
     def _step_width(self) -> int:

@@ -1,20 +1,34 @@
-"""What a run amounts to: the figures of the closing table, from its records.
+"""How a run went: its figures, and the closing table that shows them on a screen of any width.
 
-In: step and evaluation records. Out: RunFigures.
+In: step and evaluation records. Out: figures, printed text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from moe_replay.grpo.records import EvalRecord, StepRecord
+from moe_replay.report.columns import TABLE_ROWS, number, steps_of, tiny
+
+_HEADINGS = (
+    ("first 10 %", "last 10 %", "mean", "min", "max"),
+    ("first 10 %", "last 10 %", "mean"),
+    ("first 10 %", "last 10 %"),
+    ("last 10 %",),
+)
+"""Figures of the table of metrics, from wide to narrow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricFigures:
-    """How one metric went; steps that lack it are left out."""
+    """How one metric went, over the steps that have it."""
 
     first: float
     """Mean of the first 10 % of the steps that have it, at least one."""
@@ -108,14 +122,83 @@ def eval_change(evaluations: Sequence[EvalRecord]) -> EvalChange | None:
 
 def seconds_per_step(steps: Sequence[StepRecord]) -> dict[str, float]:
     """Return station -> mean seconds a step, in the order in which stations first ran."""
-    stations = list(dict.fromkeys(_stations(steps)))
+    stations = dict.fromkeys(name for record in steps for name in record.seconds)
     return {name: _mean([record.seconds.get(name, 0.0) for record in steps]) for name in stations}
-
-
-def _stations(steps: Sequence[StepRecord]) -> Iterator[str]:
-    for record in steps:
-        yield from record.seconds
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def print_line(console: Console, line: str, *, style: str = "") -> None:
+    """Print one line: wrapped at words on a screen, never wrapped in a log."""
+    console.print(Text(line, style=style), soft_wrap=not console.is_terminal)
+
+
+def print_summary(
+    console: Console, steps: Sequence[StepRecord], evaluations: Sequence[EvalRecord]
+) -> None:
+    """Print how a run went: metrics from first to last step, evaluation, replay against live routing, time."""
+    if steps:
+        console.print(_metric_table(steps, console))
+    evaluation = eval_change(evaluations)
+    if evaluation is not None:
+        items = "" if evaluation.num_items is None else f" ({evaluation.num_items} prompts)"
+        print_line(
+            console,
+            f"held-out reward{items}: {number(evaluation.first)} after step {evaluation.first_step}, "
+            f"{number(evaluation.last)} after step {evaluation.last_step}",
+        )
+    comparison = live_comparison(steps)
+    if comparison is not None:
+        live, replay = comparison.live_k3, comparison.replay_k3
+        factor = f", {live / replay:.1f} times less" if replay > 0 else ""
+        print_line(
+            console,
+            f"engine gap (k3) over {steps_of(comparison.num_steps)} that measured both: {tiny(live)} with live routing, "
+            f"{tiny(replay)} with replay{factor}",
+        )
+    seconds = seconds_per_step(steps)
+    total = sum(seconds.values())
+    if total:
+        shares = ", ".join(
+            f"{name} {spent:.2f} ({100 * spent / total:.0f} %)" for name, spent in seconds.items()
+        )
+        print_line(console, f"seconds a step: {total:.2f} = {shares}")
+
+
+def _metric_table(steps: Sequence[StepRecord], console: Console) -> Table:
+    """Return the table of metrics with as many figures as the screen holds beside the names."""
+    *tables, narrowest = (_table_of(steps, headings) for headings in _HEADINGS)
+    for table in tables:
+        wanted = console.measure(table, options=console.options.update(width=10_000)).maximum
+        if wanted <= console.width:
+            return table
+    return narrowest
+
+
+def _table_of(steps: Sequence[StepRecord], headings: Sequence[str]) -> Table:
+    is_full = headings == _HEADINGS[0]
+    table = Table(
+        title=f"steps {steps[0].step} to {steps[-1].step}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if is_full else None,
+        padding=(0, 1) if is_full else (0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        text = heading if is_full else heading.replace(" ", "\n", 1)
+        table.add_column(text, justify="right", no_wrap=True)
+    for label, metric, show in TABLE_ROWS:
+        figures = metric_figures(steps, metric)
+        if figures is not None:
+            values = {
+                "first 10 %": figures.first,
+                "last 10 %": figures.last,
+                "mean": figures.mean,
+                "min": figures.minimum,
+                "max": figures.maximum,
+            }
+            table.add_row(label, *(show(values[heading]) for heading in headings))
+    return table

@@ -17,7 +17,7 @@ from moe_replay.recipe.sections.locations import HUB
 from moe_replay.tasks.datasets.arrow_rows import ArrowRows, open_arrow_rows, read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache
 from moe_replay.tasks.datasets.files import dataset_files
-from moe_replay.tasks.datasets.json_lines import open_json_rows
+from moe_replay.tasks.datasets.json_rows import open_json_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
