@@ -62,7 +62,7 @@ def test_compare_prints_json(write, capsys):
 def test_compare_prints_a_table(write, capsys):
     assert main(["compare", write("a", recorded()), write("b", recorded(flips=True))]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "4 tokens of 2 sequences in 3 layers; 2 rows are not in both" in shown
+    assert "4 tokens of 2 sequences in 3 layers; 2 rows are missing in one of them" in shown
     assert "flips, of (token, layer) pairs 16.67 %" in shown
     assert "tokens with a flip in some layer 25.00 %" in shown
     assert "sequence a 22.22 %" in shown

@@ -122,7 +122,7 @@ def test_e7_one_rank_of_three_is_killed_and_two_go_on(recipe, tmp_path, monkeypa
     with pytest.raises(CodecError, match=r"of 8 prompts are there"):
         RolloutFile(tmp_path / "killed")
     sample(recipe, tmp_path / "killed", ranks=2)
-    assert "going on:" in capfd.readouterr().err
+    assert "continuing:" in capfd.readouterr().err
     sample(recipe, tmp_path / "whole")
     assert completions(tmp_path / "killed") == completions(tmp_path / "whole")
 

@@ -49,7 +49,7 @@ def test_dry_run_prints_a_recipe_that_loads_and_writes_nothing(tmp_path, write_r
     recipe = write_recipe()
     done = command("train", recipe, "--dry-run", "--grpo.beta", "0.1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "dry run: the recipe and everything that it points to are in order" in done.stderr
+    assert "dry run: the recipe and everything it points to are in order" in done.stderr
     assert re.search(r"first training prompt, \d+ tokens:\n\d \+ 1 =\n", done.stderr)
     printed = tmp_path / "printed.toml"
     printed.write_text(done.stdout)

@@ -1,4 +1,4 @@
-"""The command line: the only place that reads the environment.
+"""The command line, which alone reads the environment.
 
 In: arguments. Out: exit codes.
 """

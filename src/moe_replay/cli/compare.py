@@ -1,4 +1,4 @@
-"""`moe-replay compare`: how often two recordings of the same tokens choose other experts, and where.
+"""`moe-replay compare`: how often two recordings of the same tokens use different experts, and where.
 
 In: two trace files. Out: a table for people, or JSON.
 """
@@ -20,19 +20,19 @@ from moe_replay.errors import CodecError, TokenMismatchError, TraceError
 from moe_replay.routing import RoutingTrace, TraceComparison, TraceFile, compare_traces
 
 _NUM_TOKENS_SHOWN = 5
-_NUM_STRETCHES = 8
+_NUM_RANGES = 8
 _BAR_WIDTH = 24
 _RECORD = (
-    "Engines that sample for themselves write different tokens; to see how another engine or number format routes the "
-    "tokens of a rollout, use `moe-replay record RECIPE --from ROLLOUT --output FOLDER`, and compare with what it writes"
+    "Engines that sample by themselves write different tokens; to see how another engine or number format routes the "
+    "tokens of a rollout, use `moe-replay record RECIPE --from ROLLOUT --output FOLDER`, and compare with its output"
 )
 
 
 def run_compare(first: str, second: str, *, as_json: bool) -> int:
-    """Compare the traces of equal name in two files and print what was found.
+    """Compare the traces with equal names in two files and print the result.
 
     Raises:
-        TraceError: when the files hold traces of other names, tokens or models, or cannot be read.
+        TraceError: the files hold traces with other names, tokens or models, or cannot be read.
     """
     files = open_traces(first), open_traces(second)
     names = _shared_names(*files)
@@ -81,7 +81,7 @@ def _shared_names(first: TraceFile, second: TraceFile) -> tuple[str, ...]:
         only = [sorted(ours - theirs)[:4], sorted(theirs - ours)[:4]]
         raise TraceError(
             f"{first.path} holds {len(ours)} traces and {second.path} {len(theirs)}; only in the first: {only[0]}, only in "
-            f"the second: {only[1]}; expected the same names in both, at least one: record both over the same samples. {_RECORD}"
+            f"the second: {only[1]}; expected the same names in both, and at least one: record both over the same samples. {_RECORD}"
         )
     return first.names
 
@@ -102,7 +102,7 @@ def _show(found: TraceComparison, names: tuple[str, ...]) -> None:
     console = Console(highlight=False)
     console.print(
         f"{found.num_tokens} tokens of {len(names)} sequences in {len(found.layers)} layers; "
-        f"{found.num_skipped} rows are not in both"
+        f"{found.num_skipped} rows are missing in one of them"
     )
     console.print(_totals(found))
     console.print(_by_layer(found))
@@ -132,10 +132,10 @@ def _by_layer(found: TraceComparison) -> Table:
 
 
 def _by_position(found: TraceComparison) -> Table:
-    """Show flips over stretches of positions, each weighed by its tokens."""
+    """Show flips over ranges of positions, weighted by tokens."""
     table = Table("positions", "flips", "", "tokens", box=box.SIMPLE)
     positions = np.arange(len(found.num_tokens_by_position))
-    for part in np.array_split(positions, min(_NUM_STRETCHES, len(positions))):
+    for part in np.array_split(positions, min(_NUM_RANGES, len(positions))):
         counts = found.num_tokens_by_position[part]
         if not counts.sum():
             continue
@@ -147,19 +147,19 @@ def _by_position(found: TraceComparison) -> Table:
 
 
 def _worst(found: TraceComparison, names: tuple[str, ...]) -> Table:
-    """Show the sequences and token ids that flip most."""
+    """Show the sequences and token ids with the most flips."""
     table = Table("most flips in", "", "flips", "tokens", box=box.SIMPLE)
     held = np.flatnonzero(np.isfinite(found.flip_frac_by_sequence))
     order = held[np.argsort(-found.flip_frac_by_sequence[held], kind="stable")]
-    for number in order[:_NUM_TOKENS_SHOWN]:
-        table.add_row("sequence", names[number], _percent(found.flip_frac_by_sequence[number]), "")
+    for index in order[:_NUM_TOKENS_SHOWN]:
+        table.add_row("sequence", names[index], _percent(found.flip_frac_by_sequence[index]), "")
     flips = found.flip_frac_by_token_id * found.num_tokens_by_token_id
-    for number in np.argsort(-flips, kind="stable")[:_NUM_TOKENS_SHOWN]:
+    for index in np.argsort(-flips, kind="stable")[:_NUM_TOKENS_SHOWN]:
         table.add_row(
             "token id",
-            str(found.token_ids[number]),
-            _percent(found.flip_frac_by_token_id[number]),
-            str(found.num_tokens_by_token_id[number]),
+            str(found.token_ids[index]),
+            _percent(found.flip_frac_by_token_id[index]),
+            str(found.num_tokens_by_token_id[index]),
         )
     return table
 

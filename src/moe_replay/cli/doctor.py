@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def run_doctor(
     recipe_path: str, overrides: Sequence[tuple[str, str | None]], *, as_json: bool
 ) -> int:
-    """Examine a recipe and print what was found; return 0 if it can run here, else 2.
+    """Examine a recipe and print the report; return 0 if it can run here, else 2.
 
     Raises:
         RecipeError: the recipe itself is wrong, so there is nothing to examine.
@@ -71,7 +71,7 @@ def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
 
 
 def settings_of(recipe: Recipe) -> dict[str, str]:
-    """Return what a recipe turns on, in words."""
+    """Describe what a recipe turns on."""
     replay, megatron, checkpoint = recipe.replay, recipe.megatron, recipe.checkpoint
     recompute = megatron.recompute_granularity or "none"
     if megatron.recompute_modules:
@@ -168,7 +168,7 @@ def add_model(report: dict[str, Any], found: Preflight) -> None:
 
 
 def model_of(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
-    """Return what the checkpoint's config says of its routers."""
+    """Describe the routers of the checkpoint."""
     dense = sorted(set(range(shape.num_layers)) - set(shape.moe_layers))
     return {
         "path": str(recipe.model.path),
@@ -188,7 +188,7 @@ def layout_of(
     stages: Sequence[Sequence[int]],
     num_ranks: int,
 ) -> dict[str, Any]:
-    """Return how ranks are divided, and what each pipeline stage holds."""
+    """Describe how ranks are divided, and what each pipeline stage holds."""
     import torch
 
     from moe_replay.megatron.upstream import compat
@@ -219,10 +219,10 @@ def routes_of(
     stages: Sequence[Sequence[int]],
     num_ranks: int,
 ) -> dict[str, Any]:
-    """Return the bytes of routes: of a token, and at most on the rank that holds most of them."""
+    """Return the bytes of routes per token, and the maximum on any rank."""
     id_bytes = expert_dtype(shape.num_experts).itemsize
     fullest = max(sum(layer in shape.moe_layers for layer in layers) for layers in stages)
-    # One byte a row says whether it has a route.
+    # One byte a row marks whether it has a route.
     row_bytes = fullest * shape.topk * id_bytes + 1
     shards = layout.tensor_model_parallel_size * layout.context_parallel_size
     batch = recipe.batch

@@ -78,10 +78,10 @@ def _layout_lines(layout: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(stages) > 1:
         lines += [
             (
-                f"stage {number}",
+                f"stage {index}",
                 f"layers {ranges(stage['layers'])}; experts in {ranges(stage['moe_layers'])}",
             )
-            for number, stage in enumerate(stages)
+            for index, stage in enumerate(stages)
         ]
     own = "Transformer Engine's" if layout["transformer_engine"] else "Megatron's local"
     return [*lines, ("here", f"{layout['device']}, {own} layers")]
@@ -114,7 +114,7 @@ def _options(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Return increasing numbers as ranges: ``0-2, 5`` for 0, 1, 2, 5."""
+    """Return increasing integers as ranges: ``0-2, 5`` for 0, 1, 2, 5."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and parts[-1][-1] == layer - 1:
@@ -126,7 +126,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Return a number of bytes as people write it: ``1.5 MiB``."""
+    """Return a size in readable units: ``1.5 MiB``."""
     value, unit = float(num_bytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

@@ -1,6 +1,6 @@
-"""The process environment, read and set in one place: which rank this is, and what torch must find when it loads.
+"""The process environment: which rank this is, and the variables that torch and vLLM read on load.
 
-In: environment variables. Out: `ProcessSpec`, defaults for variables that are unset.
+In: environment variables. Out: `ProcessSpec`, defaults for unset variables.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from moe_replay.recipe.recipe import ProcessSpec
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _EVERYWHERE = {
-    # A tokenizer that has used its threads complains at every later fork.
+    # After a tokenizer has used its threads, it warns at every later fork.
     "TOKENIZERS_PARALLELISM": "false",
-    # Idle OpenMP threads that spin take the cores from the other libraries of this process.
+    # Spinning idle OpenMP threads would take cores from the other libraries of this process.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # vLLM in this process says what it does line by line, and tells its makers that it was started.
+    # vLLM in this process logs every step and reports usage to its developers.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     # A server has threads, and a fork copies the locks that they hold.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # vLLM's ten minutes are too short for a large model on a slow disk; a process that dies is noticed at once.
+    # vLLM's ten minutes are too short for a large model on a slow disk; a crash is noticed at once.
     "VLLM_ENGINE_READY_TIMEOUT_S": "7200",
 }
 _ON_CPU = {
-    # vLLM would bind each of its workers to a NUMA node, or to cores, of its own: replicas to the same ones.
+    # vLLM would bind its workers to NUMA nodes or cores, and every replica to the same ones.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs start-up time.
     "TORCHDYNAMO_DISABLE": "1",
-    # Experts see ever new numbers of tokens, and each shape is one entry of oneDNN's caches: 1024 entries thrash.
+    # Experts see ever changing token counts, and each shape is a cache entry: oneDNN's 1024 thrash.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000",
     "LRU_CACHE_CAPACITY": "10000",
 }
 
 
 def read_process(environ: Mapping[str, str]) -> ProcessSpec:
-    """Return which process of the run this is, as torchrun says it; alone where nothing says so.
+    """Return this process's rank as set by torchrun; a single process without torchrun.
 
     Raises:
-        RecipeError: when only some of torchrun's variables are set, or they are no numbers.
+        RecipeError: only some of torchrun's variables are set, or they are not numbers.
     """
     present = [name for name in _TORCHRUN_VARIABLES if name in environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
@@ -67,9 +67,9 @@ def read_process(environ: Mapping[str, str]) -> ProcessSpec:
 
 
 def set_defaults(environ: MutableMapping[str, str], *, num_workers: int = 1) -> None:
-    """Set what torch reads while it loads, unless the user has set it; so call this before torch is imported.
+    """Set variables that torch reads on import, unless the user has; call it before importing torch.
 
-    ``num_workers`` processes will compute on this machine for this one, so each gets a share of the cores.
+    ``num_workers`` processes will compute for this one on this machine; each gets a share of the cores.
     """
     defaults = dict(_EVERYWHERE)
     if not _has_gpu(environ):

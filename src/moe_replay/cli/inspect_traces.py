@@ -1,4 +1,4 @@
-"""`moe-replay inspect`: what a trace file holds, after every byte of it was checked.
+"""`moe-replay inspect`: what a trace file holds, after checking every byte of it.
 
 In: a trace file. Out: tables for people, or JSON.
 """
@@ -6,7 +6,7 @@ In: a trace file. Out: tables for people, or JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_replay.cli.doctor_tables import ranges
 from moe_replay.cli.trace_files import open_traces
 from moe_replay.routing import RoutingTrace, TraceFile
 from moe_replay.routing.slots import row_chunks
@@ -30,7 +31,7 @@ _NARROW = 72
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelLoad:
-    """How often each expert was chosen, over all traces of a file that were recorded on one kind of model."""
+    """How often each expert was chosen, over all traces of a file with the same model shape."""
 
     layers: tuple[int, ...]
     """Global decoder indices."""
@@ -48,7 +49,7 @@ class ModelLoad:
 
     @property
     def relative(self) -> np.ndarray:
-        """``[layers, experts]``, load over the load of even routing: 1 is even, ``experts / topk`` is every token."""
+        """``[layers, experts]``, load relative to even routing: 1 is even, ``experts / topk`` is every token."""
         return self.counts * (self.num_experts / max(1, self.num_tokens * self.topk))
 
 
@@ -56,7 +57,7 @@ def run_inspect(path: str, *, as_json: bool) -> int:
     """Print headers, sizes, checksums and expert loads of a trace file.
 
     Raises:
-        CodecError: when the file cannot be read, or any of its bytes was altered.
+        CodecError: the file cannot be read, or any of its bytes was altered.
     """
     file = open_traces(path)
     traces, loads = _read(file)
@@ -68,7 +69,7 @@ def run_inspect(path: str, *, as_json: bool) -> int:
 
 
 def _read(file: TraceFile) -> tuple[list[dict[str, Any]], list[ModelLoad]]:
-    """Read every trace, which checks it; return what each holds, and the loads of each kind of model."""
+    """Read, and so check, every trace; return their descriptions and the loads per model shape."""
     traces: list[dict[str, Any]] = []
     counts: dict[tuple[tuple[int, ...], int, int], np.ndarray] = {}
     for name, trace in file.items():
@@ -82,8 +83,8 @@ def _read(file: TraceFile) -> tuple[list[dict[str, Any]], list[ModelLoad]]:
 
 
 def _trace_report(file: TraceFile, name: str, trace: RoutingTrace) -> dict[str, Any]:
-    header, place = file.header(name), file.place(name)
-    num_bytes = place.stop - place.start
+    header, extent = file.header(name), file.place(name)
+    num_bytes = extent.stop - extent.start
     return {
         "name": name,
         "encoding": header.encoding.value,
@@ -102,7 +103,7 @@ def _trace_report(file: TraceFile, name: str, trace: RoutingTrace) -> dict[str, 
         "bytes_per_token": num_bytes / len(trace) if len(trace) else None,
         "raw_bytes_per_token": header.row_bytes,
         "token_digest": f"{int(trace.token_digest[-1]):016x}" if len(trace) else None,
-        "checksum": place.checksum.hex(),
+        "checksum": extent.checksum.hex(),
     }
 
 
@@ -159,7 +160,7 @@ def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad])
     console = Console(highlight=False)
     console.print(
         f"{_printable(str(file.path))}: {len(file)} traces, {report['num_rows']} rows, {report['num_valid']} of them valid, "
-        f"{file.num_bytes} bytes, {_per_token(report['bytes_per_token'])} a token; every checksum fits"
+        f"{file.num_bytes} bytes, {_per_token(report['bytes_per_token'])} a token; every checksum matches"
     )
     if traces:
         console.print(_traces_table(traces, console.width))
@@ -170,14 +171,14 @@ def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad])
         console.print(f"recorded by {', '.join(sorted(engines))}")
     for load in loads:
         console.print(
-            f"top-{load.topk} of {load.num_experts} experts in layers {_ranges(load.layers)}, {load.num_tokens} tokens; "
+            f"top-{load.topk} of {load.num_experts} experts in layers {ranges(load.layers)}, {load.num_tokens} tokens; "
             f"load 1 is even, {load.num_experts / load.topk:.1f} is every token"
         )
         console.print(_load_table(load))
 
 
 def _traces_table(traces: list[dict[str, Any]], width: int) -> Table:
-    """Return a line for each of the first traces; a narrow screen shows the columns on the left alone."""
+    """Return a table of the first traces; a narrow screen shows only the left columns."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "trace": lambda trace: _printable(trace["name"]),
         "rows": lambda trace: str(trace["num_rows"]),
@@ -204,7 +205,7 @@ def _load_table(load: ModelLoad) -> Table:
 
 
 def _printable(text: str) -> str:
-    """Return a text from a file so that a terminal shows it and obeys nothing in it."""
+    """Return text from a file without control codes that a terminal would obey."""
     return escape(text if text.isprintable() else ascii(text))
 
 
@@ -216,9 +217,3 @@ def _spans(spans: list[dict[str, int]]) -> str:
     if len(spans) == 1:
         return str(spans[0]["policy_version"])
     return ", ".join(f"{s['policy_version']} (rows {s['start']}:{s['stop']})" for s in spans) or "-"
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Return ``1-3, 5`` for layers 1, 2, 3 and 5."""
-    parts = np.split(np.array(layers), np.flatnonzero(np.diff(layers) != 1) + 1)
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,7 +1,7 @@
-"""The `moe-replay` command: subcommands, overrides, and errors as a person wants to read them.
+"""The `moe-replay` command: subcommands, overrides, and readable errors.
 
-In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run or a
-server that was stopped and goes on when it is started again, 130 interrupted.
+In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run or server
+that was stopped and continues when it is started again, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
 
 
 def _error_block(error: MoeReplayError) -> str:
-    """Return an error as one block: its kind, its message wrapped, and what caused it."""
+    """Return an error as one block: its kind and its wrapped message."""
     kinds = (_KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _KINDS)
     lines = [f"moe-replay: {next(kinds, 'the run stopped')}"]
     for line in without_secrets(str(error)).splitlines():
@@ -123,7 +123,7 @@ def _error_block(error: MoeReplayError) -> str:
 
 
 _KINDS = {
-    "RecipeError": "the recipe, or something that it points to, is wrong",
+    "RecipeError": "the recipe, or something it points to, is wrong",
     "UnsupportedError": "the recipe asks for something that is not supported",
     "RewardError": "a reward function failed",
     "EngineError": "the inference engine failed",
@@ -131,7 +131,7 @@ _KINDS = {
     "CheckpointError": "a checkpoint cannot be used",
     "CodecError": "a trace file cannot be used",
     "TokenMismatchError": "routes belong to other tokens",
-    "TraceError": "routes are not what they should be",
+    "TraceError": "routes are invalid",
 }
 
 

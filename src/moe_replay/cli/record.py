@@ -1,6 +1,6 @@
-"""`moe-replay record`: the routes that another engine, number format or the trainer takes for tokens that are given.
+"""`moe-replay record`: how another engine, number format or the trainer routes given tokens.
 
-In: a recipe, a rollout on disk, a folder. Out: a trace file with the same names and tokens, to be compared.
+In: a recipe, a rollout on disk, a folder. Out: a trace file with the same names and tokens, for comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moe_replay.routing import Routing, RoutingTrace, write_trace_file
 Recorder = Callable[[Sequence[GivenTokens]], Iterator[tuple[str, RoutingTrace]]]
 
 _MAX_TOKENS = 16384
-"""Tokens, padding included, that one call of an engine is given; a longer sample goes alone."""
+"""Maximum tokens, padding included, of one engine call; a longer sample gets its own call."""
 
 
 def run_record(
@@ -38,10 +38,10 @@ def run_record(
     *,
     by: str,
 ) -> int:
-    """Run the tokens of a rollout through a recipe's engine or trainer, and write the routes that it takes.
+    """Run the tokens of a rollout through a recipe's engine or trainer, and write the routes.
 
     Raises:
-        MoeReplayError: of the kind that names what went wrong; no trace file is left then.
+        MoeReplayError: of the matching kind; no trace file is left behind.
     """
     set_defaults(os.environ)
     recipe = load_recipe(recipe_path, with_values(overrides))
@@ -54,7 +54,7 @@ def run_record(
         )
     elif recipe.replay.router_replay_mode.passes.engine is not Routing.RECORD:
         raise RecipeError(
-            f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}, in which engines record no routes: "
+            f"replay.router_replay_mode is {recipe.replay.router_replay_mode.value!r}, which records no routes in the engine: "
             "add --replay.router_replay_mode R3"
         )
     else:
@@ -71,7 +71,7 @@ def run_record(
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"{target.parent} cannot be made: {error}") from error
+            raise RecipeError(f"{target.parent} cannot be created: {error}") from error
         write_trace_file(target, counted.all_of(record, given_tokens(groups)))
     print(
         f"recorded {counted.num_traces} traces, {counted.num_valid} of {counted.num_rows} rows: {target}\n"
@@ -83,7 +83,7 @@ def run_record(
 
 @contextmanager
 def _recorder(recipe: Recipe, rollout: RolloutFile, *, by: str) -> Iterator[Recorder]:
-    """Yield what turns tokens into traces, started."""
+    """Start the engine or trainer, and yield the function that turns tokens into traces."""
     if by == "trainer":
         # Loads Megatron-Core.
         from moe_replay.grpo.trainer_recorder import trainer_recorder
@@ -104,7 +104,7 @@ def _recorder(recipe: Recipe, rollout: RolloutFile, *, by: str) -> Iterator[Reco
 
 
 def _manifest_of(path: Path) -> Path:
-    """Return what a rollout is opened by; each of its shards leads to it as well."""
+    """Return the manifest of a rollout, given it or one of its shards."""
     beside = path.with_name(path.name.rpartition(".shard-")[0] + ".json")
     return beside if path.suffix in (".traces", ".groups") and beside.is_file() else path
 
@@ -113,7 +113,7 @@ def _check_fit(recipe: Recipe, rollout: RolloutFile, engine: Engine) -> None:
     ours, theirs = engine.description, rollout.manifest.engine
     if not ours.records_routes:
         raise RecipeError(
-            f"{recipe.model.path} has no routers that the {ours.name} engine can record; take a mixture-of-experts model"
+            f"{recipe.model.path} has no routers that the {ours.name} engine can record: use a mixture-of-experts model"
         )
     shapes = [(each.moe_layers, each.num_experts, each.topk) for each in (ours, theirs)]
     if theirs.records_routes and shapes[0] != shapes[1]:
@@ -124,7 +124,7 @@ def _check_fit(recipe: Recipe, rollout: RolloutFile, engine: Engine) -> None:
 
 
 class _Counted:
-    """Counts what was recorded while it is written."""
+    """Counts traces and rows while they are written."""
 
     def __init__(self) -> None:
         self.num_traces = self.num_rows = self.num_valid = 0

@@ -1,4 +1,4 @@
-"""`moe-replay rollout`: sample by a recipe's engine, and keep the completions with their routes for training from files.
+"""`moe-replay rollout`: sample with a recipe's engine and write completions with their routes.
 
 In: a recipe path, overrides, a folder. Out: an exit code.
 """
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which prompts are to be sampled, and by which weights."""
+    """Which prompts to sample, and with which weights."""
 
     first: int
     """Position of the first among the training prompts."""
     count: int
-    """How many."""
+    """Number of prompts."""
     policy_version: int
-    """Weight pushes that made the weights of ``model.path``."""
+    """Number of weight pushes behind the weights of ``model.path``."""
 
 
 def run_rollout(
@@ -51,12 +51,12 @@ def run_rollout(
     first_prompt: int = 0,
     policy_version: int = 0,
 ) -> int:
-    """Sample training prompts, those of a step by default, as the trainer would, and keep each as soon as it is there.
+    """Sample training prompts as the trainer would, by default those of one step; write each at once.
 
-    Started again after a kill it samples what is missing. Under torchrun every rank samples its share.
+    When it is started again after a kill, it samples what is missing. Under torchrun every rank samples its share.
 
     Raises:
-        MoeReplayError: of the kind that names what went wrong; whole groups stay.
+        MoeReplayError: of the kind that names what went wrong; finished groups stay.
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
@@ -90,19 +90,19 @@ def run_rollout(
 def _check_options(recipe: Recipe, *, count: int, first: int, policy_version: int) -> None:
     if not isinstance(recipe.rollout, SamplingEngineSection):
         raise RecipeError(
-            f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing; choose another engine"
+            f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing: choose another engine"
         )
-    for option, value, least in (
+    for option, value, minimum in (
         ("--num-prompts", count, 1),
         ("--first-prompt", first, 0),
         ("--policy-version", policy_version, 0),
     ):
-        if value < least:
-            raise RecipeError(f"{option} is {value}, expected at least {least}")
+        if value < minimum:
+            raise RecipeError(f"{option} is {value}, expected at least {minimum}")
 
 
 def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
-    """Let the engine know which version its weights are; it has loaded them as version 0."""
+    """Set the policy version of the engine's weights, which it has loaded as version 0."""
     if policy_version:
         from moe_replay.checkpoint.files import SafetensorsCheckpoint
 
@@ -113,7 +113,7 @@ def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
 def _sample(
     recipe: Recipe, inputs: Inputs, engine: Engine, wanted: Wanted, folder: Path, ranks: Ranks
 ) -> str:
-    """Sample what is missing, and return what was done in a sentence; collective."""
+    """Sample what is missing, and return a summary; collective."""
     from rich.console import Console
 
     from moe_replay.engines.files.format import begin_rollout, rollout_name
@@ -130,7 +130,7 @@ def _sample(
         cut = sum(ranks.gather(writer.num_cut_bytes))
         if present or cut:
             say(
-                f"going on: {len(present)} of {wanted.count} prompts are there, {cut} bytes of an unfinished one were cut off"
+                f"continuing: {len(present)} of {wanted.count} prompts are already there; removed {cut} bytes of an unfinished one"
             )
         calls = list(_calls(wanted, present, recipe.prompts_per_step, ranks))
         done = _Done()
@@ -165,28 +165,28 @@ def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
 
 
 def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where: str) -> None:
-    """Raise `RecipeError` unless the groups that are there were sampled for today's prompts."""
+    """Raise `RecipeError` unless the existing groups were sampled for the prompts of this recipe."""
     for kept in writer.kept_requests():
         (prompt,) = inputs.train.at(kept.request_id, 1)
         asked = prompt.prompt_ids, recipe.rollout.num_generations
         if not np.array_equal(kept.prompt_ids, asked[0]) or kept.num_generations != asked[1]:
             raise RecipeError(
                 f"{where}: request {kept.request_id} was sampled {kept.num_generations} times for the prompt "
-                f"{kept.prompt_ids[:8].tolist()}..., this recipe asks {asked[1]} times for {asked[0][:8].tolist()}...: the "
+                f"{kept.prompt_ids[:8].tolist()}..., this recipe asks for {asked[1]} samples of {asked[0][:8].tolist()}...: the "
                 "dataset, its order (run.seed), the tokenizer or rollout.num_generations changed; choose another folder"
             )
 
 
 def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterator[list[int]]:
-    """Yield the requests of each call of this rank's engine: its share of what is missing of a step.
+    """Yield the requests of each engine call of this rank: its share of the missing prompts of a step.
 
-    Every rank gets as many calls, maybe empty ones, for ranks that share an engine must make them together. Of two steps of 3
-    prompts 2 ranks get ``[0, 2], [4]`` and ``[1], [3, 5]``: the odd ones go round.
+    Every rank makes equally many calls, some of them empty, because ranks that share an engine must call together.
+    Example: two ranks share two steps of 3 prompts as ``[0, 2], [4]`` and ``[1], [3, 5]``: the odd one alternates.
     """
     stop = wanted.first + wanted.count
     for turn, start in enumerate(range(wanted.first, stop, step)):
-        numbers = range(start, min(start + step, stop))
-        missing = [number for number in numbers if number not in present]
+        ids = range(start, min(start + step, stop))
+        missing = [request_id for request_id in ids if request_id not in present]
         if missing:
             yield missing[(ranks.rank - turn * step) % ranks.count :: ranks.count]
 
@@ -199,11 +199,12 @@ def _groups(
 
     vocab_size, sampling = read_facts(recipe.model.path).vocab_size, recipe_sampling(recipe)
     shares_engine = recipe.rollout.ranks_per_engine > 1
-    for numbers in calls:
-        if not numbers and not shares_engine:
+    for ids in calls:
+        if not ids and not shares_engine:
             continue
         requests = [
-            training_request(recipe, number, inputs.train.at(number, 1)[0]) for number in numbers
+            training_request(recipe, request_id, inputs.train.at(request_id, 1)[0])
+            for request_id in ids
         ]
         groups = engine.generate(requests, sampling)
         check_groups(
@@ -218,7 +219,7 @@ def _groups(
 
 
 class _Done:
-    """Counts what the calls of an engine have returned."""
+    """Counts the completions and tokens that engine calls returned."""
 
     def __init__(self) -> None:
         self.num_completions = self.num_tokens = 0

@@ -1,4 +1,4 @@
-"""The ranks that sample one rollout together: who they are, and the little that they tell one another.
+"""The ranks that sample one rollout together.
 
 In: a process as torchrun started it. Out: `Ranks`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,32 +16,34 @@ import torch.distributed as dist
 from moe_replay.megatron.ranks.messages import WAIT_LIMIT, HostGroup, all_ranks, forget_groups
 from moe_replay.recipe.recipe import ProcessSpec
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The processes of this command."""
+    """The processes of this command, and how they exchange values."""
 
     rank: int
-    """Which of them this is."""
+    """Index of this process."""
     count: int
-    """How many there are."""
+    """Number of processes."""
     device: torch.device
-    """Where the engine of this process runs."""
+    """Device of this process's engine."""
     host: HostGroup
-    """How they talk."""
+    """Host group for exchanging values."""
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return every rank's ``value`` in their order; collective."""
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, in rank order; collective."""
         return self.host.gather(value)
 
     def wait(self) -> None:
-        """Return when all ranks are here; collective."""
+        """Wait for all ranks; collective."""
         self.host.barrier()
 
 
 @contextmanager
 def joined_ranks(process: ProcessSpec) -> Iterator[Ranks]:
-    """Join the other processes that torchrun has started; alone, without opening a port, where there are none.
+    """Join the other processes that torchrun started; without torchrun, run alone and open no port.
 
     An existing default process group is used as it is.
     """

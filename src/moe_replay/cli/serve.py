@@ -1,4 +1,4 @@
-"""`moe-replay serve`: a rollout server, on this machine's loopback unless told otherwise.
+"""`moe-replay serve`: a rollout server, by default on the loopback of this machine.
 
 In: options. Out: an exit code.
 """
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("vllm", "embedded"), default="vllm")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--no-record-routes", action="store_true", help="record no routes; R3 is impossible then"
+        "--no-record-routes", action="store_true", help="record no routes, which rules out R3"
     )
     parser.add_argument("--max-batch-size", type=int, default=128, help="sequences sampled at once")
     parser.add_argument(
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="max_context_length",
         metavar="N",
         type=int,
-        help="most tokens, prompt and completion; default: the model's own",
+        help="maximum tokens of prompt and completion; default: the model's own",
     )
     parser.add_argument(
         "--tensor-parallel-size", metavar="N", type=int, default=1, help="GPUs that share the model"
@@ -47,9 +47,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gpu-memory-utilization",
-        metavar="SHARE",
+        metavar="FRACTION",
         type=float,
-        help="share of a GPU's memory that vLLM takes; default: vLLM's own",
+        help="fraction of a GPU's memory that vLLM uses; default: vLLM's own",
     )
     parser.add_argument(
         "--kv-cache-gib",
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--weights-dir",
         metavar="DIR",
         type=Path,
-        help="where pushed weights lie, two copies at most; default: /dev/shm, which is memory",
+        help="folder for pushed weights, at most two copies; default: /dev/shm, which is memory",
     )
     _add_access_options(parser.add_argument_group("who may call"))
 
@@ -80,7 +80,7 @@ def _add_access_options(listen: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="a further name that callers may use for this machine; addresses need none",
+        help="another name that callers may use for this machine; addresses are always allowed",
     )
     listen.add_argument("--ssl-certfile", metavar="FILE", type=Path, help="certificate: serve TLS")
     listen.add_argument("--ssl-keyfile", metavar="FILE", type=Path, help="its key")
@@ -88,12 +88,12 @@ def _add_access_options(listen: argparse._ArgumentGroup) -> None:
         "--ssl-ca-certs",
         metavar="FILE",
         type=Path,
-        help="authorities that callers' certificates must come from",
+        help="authorities that must have issued the callers' certificates",
     )
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve until a signal comes (0), or the engine is lost, so that whoever restarts servers restarts this one (75).
+    """Serve until a signal (exit code 0) or until the engine is lost (75, so that it is restarted).
 
     Raises:
         MoeReplayError: of the kind that names what went wrong.
@@ -120,7 +120,7 @@ def run_serve(options: argparse.Namespace) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise `RecipeError` when an option is out of range, or does not fit the engine."""
+    """Raise `RecipeError` if an option is out of range or does not apply to the engine."""
     ranges = (
         ("--max-batch-size", options.max_batch_size >= 1, "at least 1"),
         ("--tensor-parallel-size", options.tensor_parallel_size >= 1, "at least 1"),
@@ -150,7 +150,7 @@ def check_options(options: argparse.Namespace) -> None:
             if not is_default
         ]
         if given:
-            raise RecipeError(f"{', '.join(given)}: not options of --engine embedded, but of vllm")
+            raise RecipeError(f"{', '.join(given)}: only options of --engine vllm, not of embedded")
 
 
 def _serve(options: argparse.Namespace, token: str | None, listening: socket.socket) -> str | None:
@@ -165,7 +165,7 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
     quiet_transformers()
     tls = tls_options(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)
     facts = read_facts(options.model)
-    # vLLM would answer every request with an error.
+    # With such weights vLLM would answer every request with an error.
     check_finite(options.model)
     weights_dir = options.weights_dir or _memory_folder()
     if warning := room_for_pushes(weights_dir, facts, options.dtype):
@@ -194,11 +194,11 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
 
 
 def room_for_pushes(weights_dir: Path, facts: ModelFacts, dtype: str) -> str | None:
-    """Return a warning when pushes of a model do not fit into a folder; None when they do, or it does not exist."""
+    """Return a warning if pushes of a model do not fit into a folder; None if it does not exist."""
     if not weights_dir.is_dir():
         return None
     values = sum(math.prod(shape) for shape in facts.weight_shapes.values())
-    # The weights that are held, to go back to, and those that come.
+    # The current weights, to roll back to, and the incoming ones.
     needed = 2 * values * (2 if dtype == "bfloat16" else 4)
     free = shutil.disk_usage(weights_dir).free
     if free >= needed:
@@ -215,14 +215,14 @@ def _memory_folder() -> Path:
 
 
 def check_exposure(host: str, token: str | None) -> None:
-    """Raise `RecipeError` when a server would be reachable from other machines without a token."""
+    """Raise `RecipeError` if other machines could reach the server without a token."""
     try:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = host == "localhost"
     if not is_loopback and token is None:
         raise RecipeError(
-            f"--host {host} can be reached from other machines, and whoever reaches the server can replace its weights: "
+            f"--host {host} can be reached from other machines, where anyone could replace the weights of the server: "
             "give --token-file, or listen on 127.0.0.1"
         )
 

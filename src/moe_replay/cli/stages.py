@@ -1,6 +1,6 @@
-"""What a command says while it loads, so that nobody looks at an empty screen.
+"""What a command prints while it loads, so that the screen is never empty.
 
-In: what begins. Out: a line on standard error, at once.
+In: text. Out: a line on standard error, at once.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import sys
 import time
 
 START_AGAIN = 75
-"""Exit code of what was stopped, or lost what it needs, and works when it is started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code that asks for a restart: the run or server was stopped, or lost something it needs (EX_TEMPFAIL)."""
 
 
 def say(text: str) -> None:
-    """Print a line at once; ranks other than the first are silent."""
+    """Print a line at once; ranks other than 0 are silent."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Says every few seconds how far long work has come, and nothing about work that is short."""
+    """Prints the progress of long work every few seconds, and nothing about short work."""
 
     def __init__(self, *, every_s: float = 3.0) -> None:
         self._every_s = every_s
         self._last = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Take note of progress; ``what`` is being done."""
+        """Report progress; ``what`` names the work."""
         now = time.monotonic()
         if now - self._last >= self._every_s:
             self._last = now
@@ -35,7 +35,7 @@ class Progress:
 
 
 def quiet_transformers() -> None:
-    """Keep the progress bars of transformers out of logs and of our own display."""
+    """Keep the progress bars of transformers out of logs and our own display."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -1,6 +1,6 @@
-"""The trace files that a person means: a file, a rollout, or a folder that holds one.
+"""Find the trace files behind a path: a file, a rollout, or a folder that holds one.
 
-In: a path of a command line. Out: an open `TraceFile`.
+In: a path from the command line. Out: an open `TraceFile`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ _WRITERS = "`moe-replay rollout` and `moe-replay record` write trace files"
 
 
 def open_traces(path: str) -> TraceFile:
-    """Open a trace file: the file itself, those of a rollout, or those in a folder that holds no others.
+    """Open a trace file, the shards of a rollout, or the only trace file in a folder.
 
     Raises:
-        CodecError: when there is none, or more than one, or it is not an intact trace file.
+        CodecError: there is none, or more than one, or it is damaged.
     """
     return TraceFile(*find_traces(Path(path)))
 
 
 def find_traces(path: Path) -> list[Path]:
-    """Return the trace file that ``path`` leads to; of a rollout all its shards.
+    """Return the trace file that ``path`` leads to, or all shards of a rollout.
 
     Raises:
-        CodecError: when there is none, or more than one.
+        CodecError: there is none, or more than one.
     """
     if path.is_dir():
         found = sorted(path.glob("*.traces"))
@@ -35,7 +35,7 @@ def find_traces(path: Path) -> list[Path]:
             return sorted(found, key=lambda each: (len(each.name), each.name))
         if found:
             names = ", ".join(each.name for each in found[:8])
-            raise CodecError(f"{path} holds {len(found)} trace files, name one of them: {names}")
+            raise CodecError(f"{path} holds {len(found)} trace files; name one of them: {names}")
         what = "a run directory" if (path / "metrics.jsonl").exists() else "a folder"
         raise CodecError(f"{path} is {what} without trace files (*.traces): {_WRITERS}")
     if path.suffix == ".json" and (shards := shard_files(path, ".traces")):
@@ -43,12 +43,12 @@ def find_traces(path: Path) -> list[Path]:
     if path.suffix == ".groups" and path.with_suffix(".traces").is_file():
         return [path.with_suffix(".traces")]
     if path.is_file() and _is_text(path):
-        raise CodecError(f"{path} holds text, and trace files are binary: {_WRITERS}")
+        raise CodecError(f"{path} is a text file, but trace files are binary: {_WRITERS}")
     return [path]
 
 
 def _owner(path: Path) -> str:
-    """Return the rollout that a trace file is a shard of; its own name where it is none."""
+    """Return the name of the rollout that a trace file is a shard of, or else its own name."""
     return path.name.rpartition(".shard-")[0] or path.name
 
 

@@ -1,4 +1,4 @@
-"""`moe-replay train` and `moe_replay.train`: check everything that can be checked cheaply, then run the loop.
+"""`moe-replay train` and `moe_replay.train`: do all cheap checks, then run the loop.
 
 In: a recipe and overrides. Out: an exit code, or the run directory.
 """
@@ -63,7 +63,7 @@ def run_train(
 
 
 def _check_directory(checked: Preflight, *, restart: bool, allow_changed: Collection[str]) -> None:
-    """Raise `CheckpointError` if a start would be refused for what the run directory holds."""
+    """Raise `CheckpointError` if the contents of the run directory would prevent a start."""
     if checked.process.rank == 0:
         from moe_replay.grpo.start.admission import check_admission
         from moe_replay.megatron.checkpoint import CheckpointFolder
@@ -77,13 +77,13 @@ def _check_directory(checked: Preflight, *, restart: bool, allow_changed: Collec
 
 
 def _show(checked: Preflight) -> None:
-    """Show what a dry run has found."""
+    """Print the result of a dry run."""
     if checked.process.rank == 0:
         assert checked.inputs is not None
         print(checked.recipe.resolved_toml(), flush=True)
         (prompt,) = checked.inputs.train.at(0, 1)
         say(f"first training prompt, {len(prompt.prompt_ids)} tokens:\n{prompt.text}")
-        say("dry run: the recipe and everything that it points to are in order")
+        say("dry run: the recipe and everything it points to are in order")
 
 
 def train_recipe(
@@ -98,8 +98,8 @@ def train_recipe(
 
     ``recipe`` is a TOML file, or its tables as a dictionary; ``overrides`` maps dotted keys to values. A run whose output
     directory holds checkpoints is resumed, unless ``restart`` discards them; ``allow_changed`` names keys that may have changed
-    since. ``stop`` lets another thread end it early and saved. Call it before anything else imports
-    torch: it sets what torch reads from the environment while it loads, where that is unset.
+    since. ``stop`` lets another thread end it early, with a checkpoint. Call it before anything else imports torch:
+    it sets unset environment variables that torch reads on import.
 
     Example:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5})
@@ -125,10 +125,10 @@ def _prepare(
     *,
     tries_push: bool = False,
 ) -> Preflight:
-    """Load a recipe and ask whether it can start, saying what begins and what is worth knowing.
+    """Load a recipe, check that it can start, and print progress and notes.
 
     Raises:
-        MoeReplayError: the first reason why it cannot.
+        MoeReplayError: the first reason why it cannot start.
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
@@ -141,34 +141,34 @@ def _prepare(
 
 
 def _exit_code(stopped_by: str | None) -> int:
-    """Return 0 for a run that is done, 130 for one that a person stopped, and else the code for "start me again"."""
+    """Return 0 for a finished run, 130 after Ctrl-C, else the code that asks for a restart."""
     return 0 if stopped_by is None else 130 if stopped_by == "SIGINT" else START_AGAIN
 
 
 def _farewell(end: RunEnd) -> str:
     if end.step == 0:
         return (
-            f"stopped by {end.stopped_by} before the first of {end.max_steps} steps was finished, so there is no checkpoint: "
+            f"stopped by {end.stopped_by} before the first of {end.max_steps} steps finished, so there is no checkpoint: "
             "the same command starts from the beginning"
         )
     return (
-        f"stopped by {end.stopped_by} after step {end.step} of {end.max_steps}, which is saved: the same command goes on "
+        f"stopped by {end.stopped_by} after step {end.step} of {end.max_steps}, which is saved: the same command continues "
         "from there"
     )
 
 
 def _end_within(seconds: float, code: int) -> None:
-    """End the process after so many seconds even if threads of an engine still wait for a server."""
+    """End the process after some seconds, even if engine threads still wait for a server."""
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
 
 
 def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    """Return the overrides, each with its value.
+    """Return the overrides, after checking that each has a value.
 
     Raises:
-        RecipeError: one has none.
+        RecipeError: an override has no value.
     """
     pairs: list[tuple[str, str]] = []
     for key, value in overrides:
@@ -181,7 +181,7 @@ def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, 
 
 
 def _notes(checked: Preflight) -> list[str]:
-    """Return what is worth knowing about what a recipe points to."""
+    """Return notes about the files that a recipe points to."""
     assert checked.inputs is not None
     notes = [*checked.inputs.notes, *checked.notes]
     rollout = checked.recipe.rollout
