@@ -41,7 +41,7 @@ WRONG = {
     "experts as bool": ({"num_experts": True}, r"num_experts = True \(bool\)"),
     "a billion experts": ({"num_experts": 10**9}, "from 0 to 65536"),
     "negative experts": ({"num_experts": -4}, "from 0 to 65536"),
-    "two numbers of experts": ({"num_local_experts": 16}, "names of one number"),
+    "two numbers of experts": ({"num_local_experts": 16}, "names of the same number"),
     "top-k above experts": ({"num_experts_per_tok": 33}, "num_experts_per_tok = 33 with 32"),
     "top-k 0": ({"num_experts_per_tok": 0}, "from 1 to 32"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads = 0"),
@@ -54,7 +54,7 @@ WRONG = {
     "no model_type": ({"model_type": None}, "model_type None, expected the name"),
     "model_type list": ({"model_type": ["x"]}, r"model_type \['x'\]"),
     "unknown model_type": ({"model_type": "evil"}, "'evil', which transformers .* does not know"),
-    "what transformers refuses": ({"mlp_only_layers": "all"}, "is refused by transformers"),
+    "what transformers refuses": ({"mlp_only_layers": "all"}, "is rejected by transformers"),
 }
 
 

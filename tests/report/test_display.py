@@ -192,7 +192,7 @@ def test_d21_a_run_that_is_done_is_not_resumed_past_its_end(tmp_path: Path) -> N
         ConsoleReporter(console).start(summary)
         said.append(_text(console))
     assert "at step 5 of 5" in said[0]
-    assert "all 5 steps are done already: nothing is left to train" in said[1]
+    assert "all 5 steps are already done: there is nothing left to train" in said[1]
     assert "6" not in said[1]
 
 

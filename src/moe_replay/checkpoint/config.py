@@ -1,7 +1,7 @@
-"""Read the config of a checkpoint by one set of rules, so that trainer, engines and doctor accept and refuse the same.
+"""Read the config of a checkpoint by one set of rules for trainer, engines and doctor.
 
-In: a checkpoint directory. Out: its config.json as checked JSON, and as the transformers config that this describes. No
-code of a checkpoint is ever run, and nobody is asked whether it may be.
+In: a checkpoint directory. Out: its config.json as checked JSON, and as a transformers config. Code of a checkpoint is
+never run, and there is no option to allow it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_replay.errors import RecipeError, UnsupportedError
 
 _LAYERS, _TOPK = "num_hidden_layers", "num_experts_per_tok"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Keys that are whole numbers wherever they stand, and the lowest that makes sense.
+# Keys that are integers wherever they occur, and the lowest sensible value.
 _MINIMUM: Mapping[str, int] = {
     **dict.fromkeys(
         (
@@ -46,10 +46,10 @@ _MINIMUM: Mapping[str, int] = {
         0,
     ),
 }
-# Expert ids are kept in at most 16 bits, and nothing built so far has more layers than that either.
-_MOST = {key: 1 << 16 for key in (_LAYERS, *_EXPERTS)}
-# Without a bound of their own: torch counts elements in 64 bits.
-_MOST_OF_ANY = 1 << 31
+# Expert ids have at most 16 bits, and no existing model has more layers either.
+_MAXIMUM = {key: 1 << 16 for key in (_LAYERS, *_EXPERTS)}
+# Any other size: torch counts elements in 64 bits.
+_MAXIMUM_OF_ANY = 1 << 31
 _POSITIVE = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor")
 
 
@@ -57,7 +57,7 @@ def read_config_json(model_dir: str | Path) -> dict[str, Any]:
     """Return the config.json of a checkpoint directory, after checking every number that decides a size.
 
     Raises:
-        RecipeError: it is missing, is no JSON object, or holds a value that no model can have.
+        RecipeError: it is missing, is not a JSON object, or holds an impossible value.
     """
     path = Path(model_dir) / "config.json"
     config = read_json_object(path)
@@ -93,15 +93,15 @@ def load_config(model_dir: str | Path) -> Any:
         )
         raise UnsupportedError(
             f"{path / 'config.json'} has model_type {model_type!r}, which transformers {__version__} does not know, so "
-            f"there is no model to build.{code} Give a checkpoint of an architecture that is part of transformers"
+            f"no model can be built.{code} Use a checkpoint of an architecture that is part of transformers"
         )
     _refuse_quantized(raw, path)
-    # Whatever transformers, or a class in it, makes of values that our own checks let through.
+    # Values that pass our own checks can still raise anything in transformers.
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise RecipeError(
-            f"{path / 'config.json'} is refused by transformers: {type(error).__name__}: {reason(error)}; restore the "
+            f"{path / 'config.json'} is rejected by transformers: {type(error).__name__}: {reason(error)}; restore the "
             "config of the original checkpoint"
         ) from error
 
@@ -122,8 +122,8 @@ def load_generation_config(model_dir: str | Path) -> Any:
         return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
     except Exception as error:
         raise RecipeError(
-            f"{path} is refused by transformers: {type(error).__name__}: {reason(error)}; restore that of the original "
-            "checkpoint, or remove the file"
+            f"{path} is rejected by transformers: {type(error).__name__}: {reason(error)}; restore the original "
+            "file, or remove it"
         ) from error
 
 
@@ -136,12 +136,12 @@ def refuse_nested(config: Mapping[str, Any], path: Path) -> None:
         raise UnsupportedError(
             f"{path} describes a multimodal model, {config.get('model_type')!r}: its language model is nested in "
             f"text_config (model_type {text.get('model_type')!r}, {what}), beside parts that are not text. Only "
-            "checkpoints of a language model alone can be trained; give one of those"
+            "checkpoints of a pure language model can be trained: use one of those"
         )
 
 
 def count_experts(config: Mapping[str, Any]) -> int:
-    """Return the number of routed experts of a layer that a config names; 0 for a dense model."""
+    """Return the routed experts a layer by a config; 0 for a dense model."""
     given = [config.get(key) for key in _EXPERTS]
     return max((number for number in given if isinstance(number, int)), default=0)
 
@@ -150,8 +150,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        RecipeError: the file is missing, cannot be decoded, holds a number that is not finite, or something else than
-            an object.
+        RecipeError: the file is missing, cannot be decoded, holds a non-finite number, or is not an object.
     """
 
     def finite(text: str) -> float:
@@ -176,7 +175,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError as error:
         raise RecipeError(
-            f"{path} cannot be read: its brackets are nested too deeply; restore the original file"
+            f"{path} cannot be read: it is nested too deeply; restore the original file"
         ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
@@ -197,13 +196,13 @@ def _tables(config: dict[str, Any]) -> list[dict[str, Any]]:
 def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     for key, lowest in _MINIMUM.items():
         value = config.get(key)
-        # One number a layer, in families that only transformers itself runs.
+        # A list has one value a layer, in families that only transformers runs.
         if value is None or isinstance(value, list):
             continue
-        highest = _MOST.get(key, _MOST_OF_ANY)
+        highest = _MAXIMUM.get(key, _MAXIMUM_OF_ANY)
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
             raise RecipeError(
-                f"{path} has {key} = {value!r} ({type(value).__name__}), expected a whole number from {lowest} to "
+                f"{path} has {key} = {value!r} ({type(value).__name__}), expected an integer from {lowest} to "
                 f"{highest}; the file was likely edited or damaged: restore the original"
             )
     for key in _POSITIVE:
@@ -217,14 +216,14 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     named = {key: config[key] for key in _EXPERTS if isinstance(config.get(key), int)}
     if len(set(named.values())) > 1:
         raise RecipeError(
-            f"{path} has {' and '.join(f'{key} = {value}' for key, value in named.items())}, which are names of one "
-            "number: libraries would read different ones; remove the wrong one"
+            f"{path} has {' and '.join(f'{key} = {value}' for key, value in named.items())}, which are names of the "
+            "same number: libraries would read different ones; remove the wrong one"
         )
     num_experts, topk = count_experts(config), config.get(_TOPK)
     if num_experts and isinstance(topk, int) and not 1 <= topk <= num_experts:
         raise RecipeError(
-            f"{path} has {_TOPK} = {topk} with {num_experts} experts, expected from 1 to {num_experts}: a token goes "
-            "through different experts; restore the original file"
+            f"{path} has {_TOPK} = {topk} with {num_experts} experts, expected from 1 to {num_experts}: the experts of a "
+            "token are distinct; restore the original file"
         )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
@@ -242,13 +241,13 @@ def _refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
                 method = found.get("quant_method") if isinstance(found, dict) else None
                 raise UnsupportedError(
                     f"{path} is a quantized checkpoint ({key}, quant_method {method!r}): its weights are codes with scales, "
-                    "and training starts from plain ones; give the bfloat16 checkpoint of the model, or dequantize "
+                    "but training needs plain ones; use the bfloat16 checkpoint of the model, or dequantize "
                     "this one first"
                 )
 
 
 def reason(error: Exception) -> str:
-    """Return what a library said in one line, without its advice to run the code of a checkpoint."""
+    """Return a library's error message in one line, without its advice to run code of the checkpoint."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "it needs code that comes with the checkpoint, which is never run"

@@ -1,6 +1,6 @@
-"""Tell what trainer and engines must know of a checkpoint, and whether it is one, from its files without loading it.
+"""What trainer and engines must know about a checkpoint, read from its files without loading it.
 
-In: a checkpoint directory. Out: ModelFacts, or the refusal that every caller gives.
+In: a checkpoint directory. Out: `ModelFacts`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from moe_replay.errors import RecipeError
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.record import find_routers
 
-# The end of its name in the checkpoints of every family that has one.
+# How its name ends in the checkpoints of every family that has one.
 _EXPERT_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """The numbers of a checkpoint that decide what an engine may be asked for and may answer."""
+    """The facts of a checkpoint that bound what an engine may be asked for and may answer."""
 
     vocab_size: int
     """Token ids are below this."""
     max_context_length: int
-    """Most tokens that the model was made for, prompt and completion together."""
+    """Maximum tokens of prompt and completion together that the model supports."""
     eos_ids: tuple[int, ...]
-    """Tokens that end a completion, by the checkpoint's configs, tokenizer or chat template; empty when none names any."""
+    """Tokens that end a completion, see `stop_tokens`; empty if the checkpoint names none."""
     routed: RoutedModel | None
     """Layers, experts and top-k of its routers; None for a dense model."""
     weight_shapes: Mapping[str, tuple[int, ...]]
@@ -42,19 +42,19 @@ class ModelFacts:
     tied_names: frozenset[str]
     """Names that share one tensor; a push holds at least one of them."""
     float32_names: frozenset[str] = frozenset()
-    """Names that engines hold in float32 whatever their number format: those that a checkpoint of a lower format keeps so."""
+    """Names that engines hold in float32 in any number format, because lower-precision checkpoints do."""
     num_known_ids: int | None = None
-    """Ids from here on are in the model's vocabulary and unknown to its tokenizer; None without a tokenizer."""
+    """Ids from here on are unknown to the tokenizer; None without a tokenizer."""
     family: str = ""
     """The `model_type` of its config."""
     stacks_experts: bool = False
-    """Whether the experts of a layer are one tensor on disk; their names here are those of a push all the same."""
+    """Whether the experts of a layer are one tensor on disk; ``weight_shapes`` has one name an expert anyway."""
 
 
 def read_facts(model_dir: str | Path) -> ModelFacts:
     """Return the facts of a Hugging Face checkpoint directory.
 
-    The routers are found in the model itself, built without memory, not computed from its config.
+    The routers are found in the model itself, built on the meta device, not computed from its config.
 
     Raises:
         RecipeError: config.json is missing or wrong.
@@ -65,8 +65,8 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     config = load_config(model_dir)
     with SafetensorsCheckpoint(model_dir) as checkpoint:
         shapes = dict(checkpoint.shapes)
-        stacks_experts = any(place.expert is not None for place in checkpoint.places.values())
-        formats = {name: place.dtype for name, place in checkpoint.places.items()}
+        stacks_experts = any(stored.expert is not None for stored in checkpoint.stored.values())
+        formats = {name: stored.dtype for name, stored in checkpoint.stored.items()}
     check_counts(shapes, config)
     model = _without_memory(config, model_dir)
     check_fit(shapes, config, model)
@@ -96,9 +96,9 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
 
 
 def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
-    """Return the names that stay in float32, out of name -> number format on disk.
+    """Return the names that stay in float32, given name -> number format on disk.
 
-    A checkpoint whose every tensor is float32 does not say which of them engines keep so; expert biases they do.
+    A checkpoint that is float32 throughout does not show which names engines keep in float32; expert biases are.
     """
     is_lower = any(dtype in ("BF16", "F16") for dtype in formats.values())
     return frozenset(
@@ -116,7 +116,7 @@ def _without_memory(config: Any, model_dir: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    # A config of which no model can be made fails in whatever line meets it first.
+    # A config that describes no possible model may fail in any line of transformers.
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -1,18 +1,18 @@
-"""Say which file of a checkpoint holds which tensor, by one rule for the trainer and every engine.
+"""Which file of a checkpoint holds which tensor, by one rule for the trainer and every engine.
 
-Libraries differ in what they read from a folder that says two things: one takes `model.safetensors`, another the index,
-a third every safetensors file. Such folders are refused, so that all read the same tensors.
+Libraries read different tensors from an ambiguous folder: one reads `model.safetensors`, another the index, a third
+every safetensors file. Such folders are refused, so that all read the same tensors.
 
-transformers 5 keeps the experts of a layer as two stacked tensors in memory, and can write them so
-(`save_original_format=False`). Their parts are offered under the names that the family's checkpoints usually have, one
-tensor an expert, and `StoredLayout` puts them back together:
+transformers 5 stacks the experts of a layer into two tensors in memory, and can write them like that
+(`save_original_format=False`). Here each expert has the usual name of its family, and `in_stored_layout` stacks them
+again:
 
     model.layers.0.mlp.experts.gate_up_proj [experts, 2 x inner, hidden]
         -> model.layers.0.mlp.experts.3.gate_proj.weight  is its [3, :inner]
         -> model.layers.0.mlp.experts.3.up_proj.weight    is its [3, inner:]
 
-In: a checkpoint directory. Out: its tensors by name, each read when it is asked for, with shapes and number formats
-known beforehand.
+In: a checkpoint directory. Out: its tensors by name, each read on access; shapes and number formats are known in
+advance.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from moe_replay.checkpoint.config import read_config_json, read_json_object
-from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.errors import CheckpointError, UnsupportedError, shortened
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 NOT_A_WEIGHT = re.compile(r".*rotary_emb\.inv_freq")
-"""Names of tensors that are in some checkpoints and never a weight."""
+"""Names of tensors in some checkpoints that are never weights."""
 
 _PLAIN_DTYPES = {
     "F64": torch.float64,
@@ -43,17 +43,16 @@ _PLAIN_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Tensors that stand beside the codes of a quantized weight.
+# Tensors that accompany the codes of a quantized weight.
 _SCALES = re.compile(
     r".*[._](weight_scale(_inv)?|input_scale|scales|qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|scale_inv)"
 )
 _STACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<half>gate_up_proj|down_proj)")
-_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ExpertNames:
-    """What a family's checkpoints call the parts of an expert, and its MoE block."""
+    """Names of the parts of an expert, and of the MoE block, in a family's checkpoints."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -72,12 +71,12 @@ _NAMES: Mapping[str, _ExpertNames] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies on disk."""
+    """The location of a tensor on disk."""
 
     file: Path
     """The safetensors file."""
     name: str
-    """What the file calls the tensor that holds it."""
+    """Name in the file of the tensor that contains it."""
     stored_shape: tuple[int, ...]
     """Shape of that tensor."""
     shape: tuple[int, ...]
@@ -91,7 +90,7 @@ class StoredTensor:
 
 
 class SafetensorsCheckpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint directory by name; each is read from disk when it is asked for.
+    """The tensors of a checkpoint directory by name, each read from disk on access.
 
     Example:
         >>> with SafetensorsCheckpoint(path) as checkpoint:
@@ -107,7 +106,7 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
         paths, named = _weight_files(directory)
         with contextlib.ExitStack() as opening:
             self._handles = {path: opening.enter_context(_opened(path)) for path in paths}
-            self._places = _places(directory, self._handles)
+            self._stored = _stored_tensors(directory, self._handles)
             if named is not None:
                 _check_index(directory / INDEX_FILE, named, self._handles)
             self._files = opening.pop_all()
@@ -119,67 +118,67 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
         self._files.close()
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
-        handle = self._handles[place.file]
-        if place.expert is None:
-            return handle.get_tensor(place.name)
-        rows = slice(None) if place.rows is None else place.rows
-        return handle.get_slice(place.name)[place.expert, rows]
+        stored = self._stored[name]
+        handle = self._handles[stored.file]
+        if stored.expert is None:
+            return handle.get_tensor(stored.name)
+        rows = slice(None) if stored.rows is None else stored.rows
+        return handle.get_slice(stored.name)[stored.expert, rows]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._stored)
 
     @property
-    def places(self) -> Mapping[str, StoredTensor]:
-        """Name -> where it lies, with shape and number format."""
-        return self._places
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Name -> location, shape and number format."""
+        return self._stored
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name -> shape."""
-        return {name: place.shape for name, place in self._places.items()}
+        return {name: stored.shape for name, stored in self._stored.items()}
 
 
 def in_stored_layout(
-    tensors: Iterable[tuple[str, Tensor]], places: Mapping[str, StoredTensor]
+    tensors: Iterable[tuple[str, Tensor]], layout: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors under the names, and stacked by the rule, of the checkpoint whose ``places`` are given.
+    """Yield tensors with the names and stacking of a checkpoint, given its `SafetensorsCheckpoint.stored`.
 
-    A stacked tensor is yielded when its last part has come, so at most those of one layer wait if the parts come layer
-    by layer. Tensors that the checkpoint does not hold pass unchanged.
+    A stacked tensor is yielded with its last part, so if parts come layer by layer, at most one layer waits. Tensors
+    that the checkpoint does not hold pass unchanged.
 
     Raises:
-        CheckpointError: a part of a stacked tensor never came.
+        CheckpointError: a part of a stacked tensor is missing.
     """
-    num_parts = Counter((place.file, place.name) for place in places.values())
+    num_parts = Counter((stored.file, stored.name) for stored in layout.values())
     waiting: dict[tuple[Path, str], tuple[Tensor, int]] = {}
     for name, tensor in tensors:
-        place = places.get(name)
-        if place is None or place.expert is None:
-            yield name if place is None else place.name, tensor
+        stored = layout.get(name)
+        if stored is None or stored.expert is None:
+            yield name if stored is None else stored.name, tensor
             continue
-        key = (place.file, place.name)
-        whole, missing = waiting.get(key) or (
-            torch.empty(place.stored_shape, dtype=tensor.dtype),
+        key = (stored.file, stored.name)
+        stack, missing = waiting.get(key) or (
+            torch.empty(stored.stored_shape, dtype=tensor.dtype),
             num_parts[key],
         )
-        whole[place.expert, slice(None) if place.rows is None else place.rows] = tensor.cpu()
-        waiting[key] = (whole, missing - 1)
+        stack[stored.expert, slice(None) if stored.rows is None else stored.rows] = tensor.cpu()
+        waiting[key] = (stack, missing - 1)
         if missing == 1:
             del waiting[key]
-            yield place.name, whole
+            yield stored.name, stack
     if waiting:
-        names = some(name for _, name in waiting)
+        names = shortened(sorted(name for _, name in waiting))
         raise CheckpointError(
-            f"parts of {names} were never given, so they cannot be written as the source checkpoint stacks them"
+            f"parts of {names} are missing, so they cannot be stacked like those of the source checkpoint"
         )
 
 
 def check_finite(directory: str | Path) -> None:
-    """Read every weight of a checkpoint once and refuse values that are not finite.
+    """Read every weight of a checkpoint once and refuse non-finite values.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -196,26 +195,19 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{name} of the checkpoint holds {count} values of {tensor.numel()} that are not finite; every token would "
-            "be sampled from NaN. The run that wrote it likely diverged: take an earlier checkpoint"
+            "be sampled from NaN. The run that wrote it likely diverged: use an earlier checkpoint"
         )
 
 
-def some(names: Iterable[str]) -> str:
-    """Return the first names in order, and how many more there are."""
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:_LISTED])
-    return shown if len(ordered) <= _LISTED else f"{shown} and {len(ordered) - _LISTED} more"
-
-
 def has_usual_names(model_type: str) -> bool:
-    """Tell whether the names that checkpoints of a family usually have are known here."""
+    """Return whether the usual tensor names of a family are known here."""
     return model_type in _NAMES
 
 
 def usual_parts(
     name: str, shape: tuple[int, ...], model_type: str
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of what a tensor of transformers' own layout is on disk, usually."""
+    """Yield the usual name and shape on disk of each part of a tensor in transformers' layout."""
     whole = StoredTensor(file=Path(), name=name, stored_shape=shape, shape=shape, dtype="")
     for usual, part in _parts(whole, _NAMES[model_type]):
         yield usual, part.shape
@@ -227,11 +219,14 @@ def _weight_files(directory: Path) -> tuple[list[Path], list[str] | None]:
     if (directory / "adapter_config.json").is_file():
         raise UnsupportedError(
             f"{directory} holds adapter_config.json: some libraries would add the adapter to the weights and others "
-            "would not; merge it into the checkpoint and give the merged one"
+            "would not; merge it into the checkpoint and use the merged one"
         )
     if not index.is_file():
         if not single.is_file():
-            found = some(path.name for path in directory.iterdir() if path.is_file()) or "nothing"
+            found = (
+                shortened(sorted(path.name for path in directory.iterdir() if path.is_file()))
+                or "nothing"
+            )
             raise CheckpointError(
                 f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}, only {found}; expected a Hugging Face "
                 "checkpoint saved as safetensors"
@@ -240,20 +235,20 @@ def _weight_files(directory: Path) -> tuple[list[Path], list[str] | None]:
             path.name for path in directory.glob("*.safetensors") if path != single
         ):
             raise CheckpointError(
-                f"{directory} holds {SINGLE_FILE} and, without an index, {some(others)}: some libraries read the first "
-                "and others all of them; move the files that do not belong to the checkpoint"
+                f"{directory} holds {SINGLE_FILE} and, without an index, {shortened(others)}: some libraries read the first "
+                "and others all of them; remove the files that do not belong to the checkpoint"
             )
         return [single], None
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
     if single.is_file() and names != [SINGLE_FILE]:
         raise CheckpointError(
-            f"{directory} holds {SINGLE_FILE} and an index of other files ({some(names)}): some libraries read the first "
-            "and others the second; remove those that are not the checkpoint's"
+            f"{directory} holds {SINGLE_FILE} and an index of other files ({shortened(names)}): some libraries read the first "
+            "and others the second; remove the files that do not belong to the checkpoint"
         )
     if absent := [name for name in names if not (directory / name).is_file()]:
         raise CheckpointError(
-            f"{index} names files that are not there: {some(absent)}; copy the checkpoint again"
+            f"{index} names missing files: {shortened(absent)}; copy the checkpoint again"
         )
     return [directory / name for name in names], list(weight_map)
 
@@ -287,7 +282,7 @@ def _opened(path: Path) -> Iterator[Any]:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); it is cut short or of another format: copy it again"
+            f"{path} cannot be read as safetensors ({error}); it is truncated or of another format: copy it again"
         ) from error
     with file:
         yield file
@@ -297,13 +292,13 @@ def _check_index(index: Path, named: Iterable[str], handles: Mapping[Path, Any])
     held = {name for handle in handles.values() for name in list(handle.keys())}
     if absent := sorted(set(named) - held):
         raise CheckpointError(
-            f"{index} names tensors that no file holds: {some(absent)}; copy the checkpoint again"
+            f"{index} names tensors that no file contains: {shortened(absent)}; copy the checkpoint again"
         )
 
 
-def _places(directory: Path, handles: Mapping[Path, Any]) -> dict[str, StoredTensor]:
+def _stored_tensors(directory: Path, handles: Mapping[Path, Any]) -> dict[str, StoredTensor]:
     file_of: dict[str, Path] = {}
-    places: dict[str, StoredTensor] = {}
+    found: dict[str, StoredTensor] = {}
     names: _ExpertNames | None = None
     stored = {path: list(handle.keys()) for path, handle in handles.items()}
     if any(_STACKED.fullmatch(name) for held in stored.values() for name in held):
@@ -312,8 +307,8 @@ def _places(directory: Path, handles: Mapping[Path, Any]) -> dict[str, StoredTen
         for name in held:
             if name in file_of:
                 raise CheckpointError(
-                    f"{file_of[name].name} and {path.name} of {directory} both hold {name}: which one counts differs "
-                    "between libraries; remove the one that does not belong to the checkpoint"
+                    f"{file_of[name].name} and {path.name} of {directory} both hold {name}: libraries differ in "
+                    "which one they read; remove the file that does not belong to the checkpoint"
                 )
             file_of[name] = path
             view = handles[path].get_slice(name)
@@ -321,13 +316,13 @@ def _places(directory: Path, handles: Mapping[Path, Any]) -> dict[str, StoredTen
             _check_plain(directory, name, dtype)
             whole = StoredTensor(file=path, name=name, stored_shape=shape, shape=shape, dtype=dtype)
             for usual, part in _parts(whole, names):
-                if usual in places:
+                if usual in found:
                     raise CheckpointError(
                         f"{directory} holds {usual} twice, once as a part of {name} or of "
-                        f"{places[usual].name}; remove one of the two"
+                        f"{found[usual].name}; remove one of the two"
                     )
-                places[usual] = part
-    return places
+                found[usual] = part
+    return found
 
 
 def _check_plain(directory: Path, name: str, dtype: str) -> None:
@@ -335,13 +330,13 @@ def _check_plain(directory: Path, name: str, dtype: str) -> None:
         return
     if _SCALES.fullmatch(name) or dtype not in _PLAIN_DTYPES:
         raise UnsupportedError(
-            f"{directory} holds {name} as {dtype}: its weights are quantized, or not weights at all, and training starts "
-            f"from {', '.join(_PLAIN_DTYPES)}; give the bfloat16 checkpoint of the model, or dequantize this one first"
+            f"{directory} holds {name} as {dtype}: it is quantized, or not a weight at all, but training needs "
+            f"{', '.join(_PLAIN_DTYPES)}; use the bfloat16 checkpoint of the model, or dequantize this one first"
         )
 
 
 def _parts(whole: StoredTensor, names: _ExpertNames | None) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield what is in a stored tensor by the names that the family's checkpoints usually have."""
+    """Yield the parts of a stored tensor under the usual names of the family."""
     if names is None:
         yield whole.name, whole
         return

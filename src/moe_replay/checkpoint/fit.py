@@ -1,7 +1,7 @@
-"""Tell from headers alone whether a checkpoint holds the tensors that its config calls for.
+"""Check from headers alone that a checkpoint holds the tensors that its config requires.
 
-In: names and shapes on disk, a config, the model that transformers builds from it without memory. Out: nothing, or a
-refusal that names what differs.
+In: names and shapes on disk, a config, the model built from it on the meta device. Out: nothing, or an error that
+names the difference.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from moe_replay.checkpoint.files import NOT_A_WEIGHT, has_usual_names, some, usual_parts
-from moe_replay.errors import CheckpointError
+from moe_replay.checkpoint.files import NOT_A_WEIGHT, has_usual_names, usual_parts
+from moe_replay.errors import CheckpointError, shortened
 
 TIED = frozenset({"lm_head.weight", "model.embed_tokens.weight"})
-"""The two names of one tensor in a model that ties its output layer to its embedding."""
+"""Both names of the shared tensor in a model that ties its output layer to its embedding."""
 
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 _OF_EXPERT = re.compile(r"model\.layers\.\d+\..*\.experts\.(\d+)\..*")
 
 
 def check_counts(shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
-    """Compare the numbers of layers and experts on disk with the config's, before a model of its size is built.
+    """Compare the layer and expert counts on disk with the config, before a model of that size is built.
 
     Raises:
         CheckpointError: they differ.
@@ -36,7 +36,7 @@ def check_counts(shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
         for key in ("num_experts", "num_local_experts", "n_routed_experts")
         if (number := getattr(config, key, None)) is not None
     )
-    # Prediction layers may have been left out, and every layer may be dense.
+    # Checkpoints may omit prediction layers, and every layer may be dense.
     for pattern, expected, what in (
         (_IN_LAYER, {num_layers, num_layers + num_prediction}, "layers"),
         (_OF_EXPERT, {0, num_experts}, "experts a layer"),
@@ -45,7 +45,7 @@ def check_counts(shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
         count = max(held, default=-1) + 1
         if count not in expected:
             raise CheckpointError(
-                f"config.json calls for {max(expected)} {what}, the safetensors hold {count}; the two belong to "
+                f"config.json requires {max(expected)} {what}, the safetensors hold {count}; they belong to "
                 "different checkpoints, or a shard is missing"
             )
 
@@ -57,7 +57,7 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) ->
         CheckpointError: a tensor is missing, unexpected, or of another shape.
     """
     if not has_usual_names(config.model_type):
-        # Of these families transformers itself, which alone runs them, says what is missing.
+        # Only transformers runs these families, and it reports what is missing.
         return
     needed = dict(_usual_shapes(model, config.model_type))
     num_prediction = getattr(config, "num_nextn_predict_layers", None) or 0
@@ -76,23 +76,27 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) ->
     for name, shape in needed.items():
         if got[name] != shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(got[name])}, expected {list(shape)} from config.json; the two likely "
+                f"tensor {name} has shape {list(got[name])}, expected {list(shape)} from config.json; they likely "
                 "belong to different checkpoints"
             )
 
 
 def check_names(needed: AbstractSet[str], got: AbstractSet[str], what: str) -> None:
-    """Raise `CheckpointError` unless the names that a checkpoint holds are those that ``what`` needs."""
-    for names, differs in ((needed - got, "is missing"), (got - needed, "has unexpectedly")):
+    """Raise `CheckpointError` unless a checkpoint has exactly the names that ``what`` needs."""
+    missing, extra = needed - got, got - needed
+    for names, differs in (
+        (missing, f"is missing {len(missing)} of the {len(needed)} tensors of {what}"),
+        (extra, f"has {len(extra)} tensors that do not belong to {what}"),
+    ):
         if names:
             raise CheckpointError(
-                f"the checkpoint {differs} {len(names)} of the {len(needed)} tensors of {what}: {some(names)}. "
+                f"the checkpoint {differs}: {shortened(sorted(names))}. "
                 "Its config.json likely belongs to another checkpoint, or a shard is missing."
             )
 
 
 def is_prediction(name: str, num_layers: int, num_prediction_layers: int) -> bool:
-    """Tell whether a tensor belongs to a multi-token-prediction layer, which follow the decoder layers."""
+    """Return whether a tensor belongs to a multi-token-prediction layer; these follow the decoder layers."""
     match = _IN_LAYER.fullmatch(name)
     return match is not None and 0 <= int(match[1]) - num_layers < num_prediction_layers
 

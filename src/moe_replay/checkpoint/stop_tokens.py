@@ -1,9 +1,9 @@
-"""Which tokens end a completion, gathered from every file of a checkpoint that says so.
+"""Which tokens end a completion, collected from every file of a checkpoint that names one.
 
-Checkpoints disagree with themselves: a base model's config ends documents, its chat template ends turns with another token,
-and a completion that only one of them would end runs to its limit. Each that is named anywhere ends it.
+The files may disagree: a base model's config names the end of a document, its chat template ends turns with another
+token. If only one of them counted, some completions would run to their limit, so all of them count.
 
-In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with who named them.
+In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with their sources.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MARK = "moe-replay"
 
 
 def checkpoint_stop_tokens(model_dir: str | Path) -> dict[int, tuple[str, ...]]:
-    """Return the stop tokens of a checkpoint directory, as `stop_tokens`."""
+    """Return the `stop_tokens` of a checkpoint directory."""
     model_dir = Path(model_dir)
     return stop_tokens(
         load_generation_config(model_dir), load_config(model_dir), find_tokenizer(model_dir)
@@ -29,7 +29,7 @@ def checkpoint_stop_tokens(model_dir: str | Path) -> dict[int, tuple[str, ...]]:
 def stop_tokens(
     generation_config: Any, config: Any, tokenizer: Any | None
 ) -> dict[int, tuple[str, ...]]:
-    """Return the tokens that end a completion, and who names each: both configs, the tokenizer, its chat template."""
+    """Return stop tokens with their sources: both configs, the tokenizer, its chat template."""
     found: dict[int, tuple[str, ...]] = {}
     for source, named in _named(generation_config, config, tokenizer):
         for token in named if isinstance(named, list | tuple) else [named]:
@@ -47,13 +47,13 @@ def _named(generation_config: Any, config: Any, tokenizer: Any | None) -> Iterat
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token that a chat template puts right behind the assistant's answer; None when there is none."""
+    """Return the special token that a chat template puts right after the assistant's answer, or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     from jinja2 import TemplateError
 
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-    # A template may refuse such a chat; it then says nothing about its end, and speaks up when a prompt is rendered.
+    # A template may reject this chat; the error then shows when a prompt is rendered.
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
@@ -65,10 +65,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def describe_stop_tokens(tokens: Mapping[int, tuple[str, ...]], tokenizer: Any | None) -> str:
-    """Return stop tokens in words, such as ``stops at '<|im_end|>' (151645: config.json, chat template)``."""
+    """Describe stop tokens, such as ``stops at '<|im_end|>' (151645: config.json, chat template)``."""
     if not tokens:
         return (
-            "no stop token is named by the checkpoint or rollout.stop_token_ids: every completion runs to "
+            "neither the checkpoint nor rollout.stop_token_ids names a stop token: every completion runs to "
             "rollout.max_completion_length"
         )
     names = []

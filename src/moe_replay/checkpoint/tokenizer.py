@@ -1,6 +1,6 @@
-"""The tokenizer of a checkpoint, loaded without any network and without running code of the checkpoint.
+"""The tokenizer of a checkpoint, loaded without network access and without running its code.
 
-In: a checkpoint directory. Out: a transformers tokenizer, or the refusal that every caller gives.
+In: a checkpoint directory. Out: a transformers tokenizer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from moe_replay.checkpoint.config import reason
 from moe_replay.errors import RecipeError, shortened
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""Files of which a tokenizer has at least one."""
+"""A tokenizer has at least one of these files."""
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """Load the tokenizer of a checkpoint directory, without any network and without running code of the checkpoint.
+    """Load the tokenizer of a checkpoint directory, without network access and without running its code.
 
     Raises:
-        RecipeError: when the directory or its tokenizer is missing or unreadable.
+        RecipeError: the directory or its tokenizer is missing or unreadable.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
@@ -45,30 +45,30 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 def no_checkpoint(model_dir: Path) -> str:
-    """Return what to say where a checkpoint directory is missing; a name of the hub is given back as its download.
+    """Return the message for a missing checkpoint directory; for a hub name, with its download command.
 
     Example:
         >>> no_checkpoint(Path("/recipes/Qwen/Qwen3-30B-A3B")).partition("with `")[2]
         'hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`'
     """
-    # A recipe's paths are absolute: that a name ORG/NAME was meant shows in a folder ORG that does not exist either.
+    # Paths of a recipe are absolute; if the parent folder is missing too, a hub name ORG/NAME was meant.
     is_name = not model_dir.parent.exists()
     name = f"{model_dir.parent.name}/{model_dir.name}" if is_name else "ORG/NAME"
     folder = name.partition("/")[2]
     return (
         f"model.path {model_dir} is not a directory: expected a local Hugging Face checkpoint with config.json, "
-        f"safetensors and tokenizer. A model of the Hugging Face hub is downloaded with `hf download {name} --local-dir "
+        f"safetensors and tokenizer. Download a model of the Hugging Face hub with `hf download {name} --local-dir "
         f"{folder}`"
     )
 
 
 def find_tokenizer(model_dir: Path) -> Any | None:
-    """Return the tokenizer of a checkpoint directory; None when it has none, as a model made for tests."""
+    """Return the tokenizer of a checkpoint directory; None if it has none, like models made for tests."""
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(model_dir)
 
 
 def num_known_ids(tokenizer: Any) -> int:
-    """Return the number of token ids up to the last that a tokenizer knows; a model's vocabulary is often padded beyond."""
+    """Return the highest known token id plus 1; the model's vocabulary is often padded beyond it."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what the run leaves behind.
+"""What a person sees of a run, and the files that a run leaves behind.
 
 In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters.
 """

@@ -1,4 +1,4 @@
-"""The common ground of all reporters: a lifetime, and methods that do nothing.
+"""The base of all reporters: a lifetime, and methods that do nothing.
 
 In: records. Out: BaseReporter, SilentReporter.
 """
@@ -15,30 +15,30 @@ from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, St
 class BaseReporter:
     """A `Reporter` whose methods do nothing, to be overridden; as a context manager it closes itself.
 
-    A reporter that fails raises, and the run stops: a run that is not recorded is a run that cannot be trusted, and
-    it resumes from its last checkpoint.
+    A failing reporter raises and stops the run, which resumes from its last checkpoint: a run that is not recorded
+    cannot be trusted.
     """
 
     def start(self, summary: RunSummary) -> None:
         """Announce the run."""
 
     def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
-        """Ask ``progress`` while completions are sampled."""
+        """Poll ``progress`` while completions are sampled."""
 
     def station(self, step: int, name: str) -> None:
         """Say that ``step`` has entered a station of the flow."""
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step."""
+        """Report a finished step."""
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take an evaluation."""
+        """Report an evaluation."""
 
     def finish(self, message: str) -> None:
-        """Show the summary and ``message``: the run has reached its last step."""
+        """Show the summary and ``message`` after the last step."""
 
     def close(self) -> None:
-        """Give the terminal and files back, after an error too; calling it twice is allowed."""
+        """Release the terminal and files, also after an error; may be called twice."""
 
     def __enter__(self) -> BaseReporter:
         return self
@@ -53,4 +53,4 @@ class BaseReporter:
 
 
 class SilentReporter(BaseReporter):
-    """Reports nothing: for the ranks that do not speak."""
+    """Reports nothing: for ranks other than 0."""

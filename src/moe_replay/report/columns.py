@@ -1,4 +1,4 @@
-"""How numbers are written, and which of them a line or a table of a given width shows.
+"""How metrics are formatted, and which columns fit a given width.
 
 In: a width. Out: columns, formats.
 """
@@ -16,7 +16,7 @@ WINDOW = 10
 """Steps of the moving average, and of the pace from which the remaining time is estimated."""
 
 HEADER_EVERY = 25
-"""Lines after which the column names are repeated."""
+"""Number of lines after which the column names are repeated."""
 
 
 def number(value: float) -> str:
@@ -35,7 +35,7 @@ def tiny(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Format a fraction: ``97.31 %``. Only a whole 1 shows as ``100 %``, and only an exact 0 as ``0 %``."""
+    """Format a fraction: ``97.31 %``. Only exactly 1 shows as ``100 %``, and only exactly 0 as ``0 %``."""
     if value in (0, 1):
         return f"{value * 100:.0f} %"
     if 0 < value < 1e-4:
@@ -54,7 +54,7 @@ class Column:
     width: int
     """Characters."""
     rank: int
-    """Place in the order in which columns are given up as lines get narrower: 1 stays longest."""
+    """Priority when a line gets narrower: 1 is kept longest."""
     show: Callable[[float], str] = number
     """Formatter."""
 
@@ -85,15 +85,15 @@ COLUMNS = (
     Column(heading="loss", metric="loss", width=8, rank=11),
 )
 NORMAL_RANK = 7
-"""Columns up to this rank are in every log, and wherever a screen has 80 characters."""
+"""Columns up to this rank are in every log, and on screens of 80 characters or more."""
 WIDE_WIDTH = 120
-"""Characters from which a line holds all columns."""
+"""Line width from which all columns are shown."""
 SECONDS_WIDTH = 9
-"""Characters of the seconds at the end of a line, its space included."""
+"""Width of the seconds at the end of a line, with the space before them."""
 
 
 def fitting_columns(width: int, *, step_width: int, is_terminal: bool) -> tuple[list[Column], bool]:
-    """Return the columns that fit into a line, and whether the seconds do; a log is never narrower than 80.
+    """Return the columns that fit into a line, and whether the seconds fit; a log has at least 80 characters.
 
     Example:
         >>> columns, with_seconds = fitting_columns(40, step_width=5, is_terminal=True)

@@ -1,6 +1,6 @@
 """The terminal: a start-up summary, a line a step, live progress on a screen, a closing table.
 
-In: records. Out: text, for screens from 40 characters on and for logs.
+In: records. Out: text, for logs and for screens of 40 characters or more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moe_replay.report.run_directory import RunDirectory
 from moe_replay.report.summary import print_line, print_summary
 
 _SAMPLING = ("rollout", "eval")
-"""Stations that an engine spends sampling."""
+"""Stations in which an engine samples."""
 
 
 class ConsoleReporter(BaseReporter):
@@ -85,7 +85,7 @@ class ConsoleReporter(BaseReporter):
         sections = {heading: list(lines) for heading, lines in summary.sections.items()}
         if summary.first_step > summary.max_steps:
             sections["Resumed"] = [
-                f"all {summary.max_steps} steps are done already: nothing is left to train"
+                f"all {summary.max_steps} steps are already done: there is nothing left to train"
             ]
         elif summary.first_step > 1:
             sections["Resumed"] = [f"at step {summary.first_step} of {summary.max_steps}"]
@@ -105,7 +105,7 @@ class ConsoleReporter(BaseReporter):
             self._live.start()
 
     def station(self, step: int, name: str) -> None:
-        """Show which station runs; before the start, say which part of the run is loaded."""
+        """Show which station runs; before the start, which part of the run is loading."""
         self._stop_ticking()
         self._station = (step, name, self._clock())
         if not self._has_started:
@@ -114,7 +114,7 @@ class ConsoleReporter(BaseReporter):
             self._ticker = Ticker(self.tick, every_s=EVERY_S)
 
     def tick(self) -> None:
-        """Print how far the running rollout or evaluation is."""
+        """Print the progress of the running rollout or evaluation."""
         progress = self._sampling(self._clock())
         if progress and self._station is not None:
             self._print(f"{self._station[1]} of step {self._station[0]}{self._whose}: {progress}")
@@ -247,7 +247,7 @@ class ConsoleReporter(BaseReporter):
         return duration(max(0.0, left * pace - (now - recent[-1])))
 
     def _station_line(self, now: float) -> Text:
-        """Show the seconds of each station of the last step, and the one that is running."""
+        """Show the seconds of each station of the last step, and the running station."""
         seconds = dict(self._steps[-1].seconds) if self._steps else {}
         running = self._station[1] if self._station else None
         if running is not None:

@@ -1,6 +1,6 @@
-"""How far a rollout has come, while it runs: a line of text, and a clock that asks for one every so often.
+"""The progress of a running rollout: a line of text, and a timer that prints it.
 
-In: what an engine says about its running call. Out: text.
+In: the progress of an engine's running call. Out: text.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from moe_replay.engines.types import Engine, RolloutProgress, ShowsProgress
 from moe_replay.report.columns import duration
 
 EVERY_S = 30.0
-"""Seconds between two lines about a rollout where there is no screen."""
+"""Seconds between progress lines in a log."""
 
 
 def progress_line(
     progress: RolloutProgress, seconds: float, *, expected_length: float | None = None
 ) -> str:
-    """Return how far a rollout is, at what pace, and when it ends if it goes on like this.
+    """Return the progress, pace and estimated remaining time of a rollout.
 
-    ``expected_length`` is the mean length of completions that is expected, such as that of the last step; without it the
-    end is estimated from the share of completions that have finished.
+    ``expected_length`` is the expected mean length of completions, such as that of the last step; without it the
+    estimate uses the fraction of finished completions.
 
     Example:
         >>> progress = RolloutProgress(num_finished=5, num_total=20, num_tokens=1500)
@@ -47,7 +47,7 @@ def progress_line(
 def seconds_left(
     progress: RolloutProgress, seconds: float, *, expected_length: float | None
 ) -> float | None:
-    """Return the seconds that a rollout still takes at its pace so far; None while nothing tells."""
+    """Return the estimated remaining seconds of a rollout; None while there is nothing to estimate from."""
     if progress.num_finished == progress.num_total:
         return 0.0
     wanted = progress.num_total * (expected_length or 0.0)
@@ -59,7 +59,7 @@ def seconds_left(
 
 
 class Ticker:
-    """Calls a function every so often, in a thread of its own, until it is stopped."""
+    """Calls a function periodically in its own thread, until it is stopped."""
 
     def __init__(self, call: Callable[[], None], *, every_s: float) -> None:
         self._call, self._every_s = call, every_s
@@ -68,7 +68,7 @@ class Ticker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; calling it twice is allowed."""
+        """End the thread; may be called twice."""
         self._is_over.set()
         self._thread.join()
 
@@ -86,9 +86,9 @@ def showing_progress(
     done: Callable[[], tuple[int, int]],
     every_s: float = EVERY_S,
 ) -> Iterator[None]:
-    """Show how far the calls of ``engine`` are, on a screen all the time and in a log every so often.
+    """Show the progress of the calls of ``engine``, live on a screen and periodically in a log.
 
-    ``done`` returns the completions and tokens of the calls that have returned.
+    ``done`` returns the completions and tokens of finished calls.
     """
     if not isinstance(engine, ShowsProgress):
         yield

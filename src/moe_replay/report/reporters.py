@@ -1,4 +1,4 @@
-"""Who is told what the loop says: files first, then the terminal, then the sinks.
+"""Which reporters a recipe asks for: files first, then the terminal, then the sinks.
 
 In: the recipe. Out: a reporter.
 """
@@ -18,14 +18,14 @@ from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbR
 
 
 class JsonlReporter(BaseReporter):
-    """Writes the run directory; a step is on the disk when `step` returns."""
+    """Writes the run directory; a step is on disk when `step` returns."""
 
     def __init__(self, run_directory: RunDirectory, *, recipe_toml: str) -> None:
         self._run_directory = run_directory
         self._recipe_toml = recipe_toml
 
     def start(self, summary: RunSummary) -> None:
-        """Lay out the directory, and cut off records of steps that are run again."""
+        """Create the directory, and drop records of steps that run again."""
         self._run_directory.open(recipe_toml=self._recipe_toml, last_step=summary.first_step - 1)
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
@@ -38,7 +38,7 @@ class JsonlReporter(BaseReporter):
 
 
 class CompositeReporter(BaseReporter):
-    """Tells several reporters, in order; the first that fails ends the run, and all are closed."""
+    """Calls several reporters in order; the first failure ends the run, and all are closed."""
 
     def __init__(self, reporters: Sequence[BaseReporter]) -> None:
         self._reporters = tuple(reporters)
@@ -49,7 +49,7 @@ class CompositeReporter(BaseReporter):
             reporter.start(summary)
 
     def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
-        """Ask ``progress`` while completions are sampled."""
+        """Poll ``progress`` while completions are sampled."""
         for reporter in self._reporters:
             reporter.follow(progress, whose=whose)
 
@@ -59,12 +59,12 @@ class CompositeReporter(BaseReporter):
             reporter.station(step, name)
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step."""
+        """Report a finished step."""
         for reporter in self._reporters:
             reporter.step(record, completions)
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take an evaluation."""
+        """Report an evaluation."""
         for reporter in self._reporters:
             reporter.evaluation(record, completions)
 
@@ -74,17 +74,17 @@ class CompositeReporter(BaseReporter):
             reporter.finish(message)
 
     def close(self) -> None:
-        """Close every reporter, even if one of them fails to."""
+        """Close every reporter, even if closing one fails."""
         with ExitStack() as stack:
             for reporter in self._reporters:
                 stack.callback(reporter.close)
 
 
 def build_reporter(recipe: Recipe, *, rank: int, run_directory: RunDirectory) -> BaseReporter:
-    """Return what the recipe asks for; ranks other than 0 are silent. Use it as a context manager.
+    """Return the reporters of a recipe as a context manager; ranks other than 0 get a silent one.
 
     Raises:
-        RecipeError: when the package of a sink is missing.
+        RecipeError: the package of a sink is missing.
     """
     if rank != 0:
         return SilentReporter()

@@ -1,4 +1,4 @@
-"""The run directory: everything that a run leaves behind, each step exactly once, whatever interrupts it.
+"""The run directory: everything that a run leaves behind, with each step exactly once.
 
 ::
 
@@ -7,9 +7,9 @@
     ├── versions.json       the software that ran it
     ├── run.lock            held by the process that writes here, see `RunLock`
     ├── changes.jsonl       differences from the checkpoint that were accepted with --allow-changed
-    ├── digests.json        digests of large input files, so that they are read once
-    ├── ended.json          how the run ended last; none while it runs, or after it was killed
-    ├── run_id              name under which logging services know the run; a run from the start gets a new one
+    ├── digests.json        digests of large input files, so they are read once
+    ├── ended.json          how the last run ended; missing while it runs, or after a kill
+    ├── run_id              name of the run in logging services; a run from the start gets a new one
     ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`
     ├── eval.jsonl          one line an evaluation
@@ -52,7 +52,7 @@ PACKAGES = (
     "vllm",
     "sglang",
 )
-"""Packages whose versions are written down; one that is not installed is null."""
+"""Packages whose versions are recorded; a missing one is null."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -60,7 +60,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class RunDirectory:
     """Writes and reads the files of one run; only one process may write.
 
-    Nothing is touched before `open`, so that a finished run can be read without changing it.
+    `open` is the first to write anything, so a finished run can be read without changing it.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -80,19 +80,19 @@ class RunDirectory:
         self.export = path / "export"
         """The trained model."""
         self.missing_steps: tuple[int, ...] = ()
-        """Steps before the one that was resumed from of which ``metrics.jsonl`` holds no line; empty as a rule."""
+        """Steps before the resumed one without a line in ``metrics.jsonl``; normally empty."""
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
 
     def open(self, *, recipe_toml: str, last_step: int) -> None:
-        """Lay out the directory, or take it up again after ``last_step`` (0: from the start).
+        """Create the directory, or resume it after ``last_step`` (0: from the start).
 
-        Records of later steps are cut off: those steps are run again. A recipe or version file that differs from the
-        present one is kept as ``<name>.until-step-<last_step>``.
+        Records of later steps are removed, because those steps run again. A recipe or version file that differs from
+        the current one is kept as ``<name>.until-step-<last_step>``.
 
         Raises:
-            CheckpointError: when a record cannot be read, or the directory cannot be written.
+            CheckpointError: a record cannot be read, or the directory cannot be written.
         """
         self._lay_out(recipe_toml, last_step=last_step)
         for file in (self.metrics, self.completions, self.evaluations, self.eval_completions):
@@ -102,15 +102,15 @@ class RunDirectory:
 
     @property
     def run_id(self) -> str:
-        """Name under which logging services know this run; the same after resuming."""
+        """Name of this run in logging services; unchanged by resuming."""
         return (self.path / "run_id").read_text()
 
     def write_step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Append a finished step and put it on the disk; the line in ``metrics.jsonl`` comes last.
+        """Append a finished step and sync it to disk; the line in ``metrics.jsonl`` is written last.
 
         Raises:
-            CheckpointError: when the disk is full or cannot be written; the files are then as before.
-            MoeReplayError: when a metric is not finite.
+            CheckpointError: the disk is full or cannot be written; the files are then unchanged.
+            MoeReplayError: a metric is not finite.
         """
         _append(self.completions, [asdict(completion) for completion in completions])
         line = {"step": record.step, **_sorted(record.metrics), "seconds": dict(record.seconds)}
@@ -124,7 +124,7 @@ class RunDirectory:
         """Append an evaluation and its completions, or replace those of the same step.
 
         Raises:
-            CheckpointError: when the disk is full or cannot be written.
+            CheckpointError: the disk is full or cannot be written.
         """
         if any(known.step == record.step for known in self.read_evaluations()):
             for file in (self.evaluations, self.eval_completions):
@@ -186,7 +186,7 @@ def _sorted(metrics: Mapping[str, float]) -> dict[str, float]:
         if not math.isfinite(value):
             raise MoeReplayError(
                 f"metric {name} is {value}, expected a finite number; training has probably diverged: look at the "
-                "steps before in metrics.jsonl"
+                "previous steps in metrics.jsonl"
             )
     return dict(sorted(metrics.items()))
 
@@ -204,7 +204,7 @@ def _append(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         except OSError as error:
-            # Half a line must not stay: the next one would be appended to it.
+            # Half a line must not stay: the next line would be appended to it.
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, size_before)
             raise _write_error(file, error) from error
@@ -217,11 +217,11 @@ def _encode(line: Mapping[str, Any]) -> str:
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a file, as bytes and parsed; an unfinished last line, left by a crash, is passed over."""
+    """Yield the lines of a file, as bytes and parsed; skip an unfinished last line, left by a crash."""
     if not file.exists():
         return
     with file.open("rb") as raws:
-        for number, raw in enumerate(raws, start=1):
+        for index, raw in enumerate(raws, start=1):
             if not raw.endswith(b"\n"):
                 return
             try:
@@ -230,20 +230,20 @@ def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 line = None
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 raise CheckpointError(
-                    f"{file}, line {number} is not a JSON object with a step: {raw[:60]!r}; something other than "
+                    f"{file}, line {index} is not a JSON object with a step: {raw[:60]!r}; something other than "
                     "moe-replay wrote to it, or the disk lost data: repair or remove that line, then resume"
                 )
             yield raw, line
 
 
 def _keep_lines(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Replace a file by those of its lines that ``keep`` accepts."""
+    """Keep only the lines of a file that ``keep`` accepts."""
     if file.exists():
         _replace(file, (raw for raw, line in _lines(file) if keep(line)))
 
 
 def _replace(file: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that a crash leaves either the old or the new one."""
+    """Write a file atomically: a crash leaves either the old or the new one."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with temporary.open("wb") as out:
@@ -266,9 +266,9 @@ def _write_error(file: Path, error: OSError) -> CheckpointError:
     parent = next((path for path in (file, *file.parents) if path.is_dir()), Path("/"))
     free = shutil.disk_usage(parent).free
     advice = (
-        "free space or a larger quota is needed: then resume, nothing before this step is lost"
+        "free some space or raise the quota, then resume: no earlier step is lost"
         if error.errno in _NO_SPACE
-        else "check that the directory exists and may be written, then resume"
+        else "check that the directory exists and is writable, then resume"
     )
     return CheckpointError(
         f"cannot write {file}: {error.strerror}; {free} bytes are free on that disk; {advice}"

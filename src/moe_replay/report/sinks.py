@@ -1,7 +1,6 @@
 """Sinks: the same records for TensorBoard, Weights & Biases and trackio, each an extra of the package.
 
-When a run is resumed, TensorBoard hides the steps that are run again; Weights & Biases and trackio keep both versions
-of them. ``metrics.jsonl`` holds each step once.
+When a run is resumed, TensorBoard hides the steps that run again; Weights & Biases and trackio keep both versions. ``metrics.jsonl`` holds each step once.
 
 In: records. Out: three reporters.
 """
@@ -32,7 +31,7 @@ class TensorBoardReporter(BaseReporter):
         self._writer: Any = None
 
     def start(self, summary: RunSummary) -> None:
-        """Open the event file; events of steps that are run again are hidden."""
+        """Open the event file; events of steps that run again are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self._run_directory.path / "tensorboard"
@@ -59,7 +58,7 @@ class TensorBoardReporter(BaseReporter):
 
 
 class WandbReporter(BaseReporter):
-    """Logs to Weights & Biases; where and as whom, its own settings and environment decide."""
+    """Logs to Weights & Biases; its own settings and environment choose the server and account."""
 
     def __init__(self, run_directory: RunDirectory, *, recipe_toml: str) -> None:
         self._wandb = _require("wandb", "wandb")
@@ -142,5 +141,5 @@ def _require(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         raise RecipeError(
             f"logging.sinks names {extra!r}, but the package cannot be imported ({error}); "
-            f"pip install 'moe-replay[{extra}]', or take it out of logging.sinks"
+            f"pip install 'moe-replay[{extra}]', or remove it from logging.sinks"
         ) from error

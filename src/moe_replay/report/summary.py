@@ -23,7 +23,7 @@ _HEADINGS = (
     ("first 10 %", "last 10 %"),
     ("last 10 %",),
 )
-"""Figures of the table of metrics, from wide to narrow."""
+"""Columns of the metric table, from wide to narrow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def metric_figures(steps: Sequence[StepRecord], name: str) -> MetricFigures | No
 
 
 def live_comparison(steps: Sequence[StepRecord]) -> LiveComparison | None:
-    """Compare the engine gap with and without replay; None when no step measured two different passes.
+    """Compare the engine gap with and without replay; None if no step measured two different passes.
 
     Without replay, and with R2 (which scores live and replays in the update), the live gap is the gap itself.
     """
@@ -168,7 +168,7 @@ def print_summary(
 
 
 def _metric_table(steps: Sequence[StepRecord], console: Console) -> Table:
-    """Return the table of metrics with as many figures as the screen holds beside the names."""
+    """Return the metric table with as many columns as the screen fits."""
     *tables, narrowest = (_table_of(steps, headings) for headings in _HEADINGS)
     for table in tables:
         wanted = console.measure(table, options=console.options.update(width=10_000)).maximum

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import read_facts
-from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite, some
+from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite
 from moe_replay.engines.divergence import finite_weights
 from moe_replay.engines.embedded.decoding import Batch, Job
 from moe_replay.engines.noise import check_requests, check_sampling
@@ -28,7 +28,7 @@ from moe_replay.engines.types import (
     RolloutProgress,
     SamplingParams,
 )
-from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
+from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.transformers.record import find_routers, record_routes
 from moe_replay.transformers.weights import CheckpointViews
@@ -279,7 +279,7 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     )
     if absent := [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]:
         raise CheckpointError(
-            f"{model_dir} lacks {some(absent)}, or has them in another shape; transformers would fill them with random "
+            f"{model_dir} lacks {shortened(sorted(absent))}, or has them in another shape; transformers would fill them with random "
             "numbers: copy the checkpoint again"
         )
     for name, parameter in model.named_parameters():

@@ -53,8 +53,8 @@ def write_checkpoint(
     file_of: dict[str, str] = {}
     num_bytes, dtypes = 0, set()
     with SafetensorsCheckpoint(source_dir) as source:
-        places = source.places
-    for number, shard in enumerate(_shards(in_stored_layout(tensors, places), max_shard_bytes)):
+        layout = source.stored
+    for number, shard in enumerate(_shards(in_stored_layout(tensors, layout), max_shard_bytes)):
         name = f"shard-{number:05d}"
         save_file(shard, partial / name, metadata={"format": "pt"})
         file_of |= dict.fromkeys(shard, name)
