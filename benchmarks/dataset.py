@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.tasks.datasets.cache import DatasetCache
-from moe_replay.tasks.datasets.prompts import open_file_prompts
+from moe_replay.tasks.datasets.file_prompts import open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 
 TEMPLATE = (

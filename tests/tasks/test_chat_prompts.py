@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
+from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.rewards.builtin import exact_match, format
 from moe_replay.testing.tiny_models import character_tokenizer

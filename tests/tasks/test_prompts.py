@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
+from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder, PromptInput
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import GeneratedPrompts, draw_held_out

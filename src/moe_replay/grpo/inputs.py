@@ -16,8 +16,8 @@ from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
 from moe_replay.tasks.datasets.arrow_rows import read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache, Progress
+from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.datasets.files import dataset_files
-from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import (

@@ -1,1 +1,1 @@
-"""What a policy is trained on: prompts as token ids, and the rewards of what it answers."""
+"""What a policy is trained on: prompts as token ids, and rewards for its completions."""

@@ -1,6 +1,6 @@
-"""Chat messages of a dataset: what they may look like, and what of them a tokenizer's chat template would drop.
+"""Check the chat messages of a dataset, and find what a tokenizer's chat template would drop.
 
-In: prompts, tools and template arguments of a row. Out: the same, checked; what a template reads.
+In: prompts, tools and template arguments of a row. Out: the same, checked; the names that a template reads.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from moe_replay.errors import RecipeError, UnsupportedError, shortened
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values"})
-"""Columns by which datasets pass what is not text."""
+"""Columns in which datasets hold media other than text."""
 
-# Arguments of the rendering that are ours to give; no template may be told otherwise.
+# Arguments of the rendering that only we set.
 _OURS = frozenset(
     {
         *("conversation", "messages", "tools", "tokenize", "add_generation_prompt"),
@@ -31,31 +31,31 @@ _MARK = "a7f3c1"
 
 
 def checked_messages(prompt: object, where: str) -> list[dict[str, Any]]:
-    """Return the messages of a chat, each with a role and something to say.
+    """Return the messages of a chat, after checking that each has a role and content.
 
     Raises:
-        RecipeError: when they are anything else.
-        UnsupportedError: when a message holds an image, a sound or a video.
+        RecipeError: they are anything else.
+        UnsupportedError: a message holds an image, a sound or a video.
     """
     if not isinstance(prompt, list) or not prompt:
         raise RecipeError(
             f"{where}: the prompt is {excerpt(prompt)} ({type(prompt).__name__}), expected a string or a non-empty list of "
             '{"role": ..., "content": ...} messages'
         )
-    for number, message in enumerate(prompt):
+    for index, message in enumerate(prompt):
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
             raise RecipeError(
-                f"{where}: message {number} is {excerpt(message)}, expected an object with the text role"
+                f"{where}: message {index} is {excerpt(message)}, expected an object with a role, which is a string"
             )
-        _check_content(message, f"{where}: message {number}")
+        _check_content(message, f"{where}: message {index}")
     last = prompt[-1]
     if last["role"] == "user" and not message_text(last).strip():
-        raise RecipeError(f"{where}: the last message of the user is empty: remove or fill the row")
+        raise RecipeError(f"{where}: the last user message is empty: remove or fill the row")
     return prompt
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """Return what a message says; its parts are joined by line ends, as vLLM joins them."""
+    """Return the text of a message; parts are joined by newlines, as in vLLM."""
     content = message.get("content")
     if content is None:
         return ""
@@ -63,10 +63,10 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def checked_tools(tools: object, where: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, given as a list of JSON schemas or as its JSON text; None when there are none.
+    """Return the tools of a row, given as a list of JSON schemas or as its JSON text; None without tools.
 
     Raises:
-        RecipeError: when they are anything else.
+        RecipeError: they are anything else.
     """
     if isinstance(tools, str) and tools:
         try:
@@ -87,10 +87,10 @@ def checked_tools(tools: object, where: str) -> list[dict[str, Any]] | None:
 
 
 def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
-    """Return arguments of the chat template, an object or its JSON text, after refusing those that are ours to give.
+    """Return arguments of the chat template, given as an object or its JSON text.
 
     Raises:
-        RecipeError: when they are anything else.
+        RecipeError: they are anything else, or set an argument that only the trainer sets.
     """
     if isinstance(arguments, str) and arguments:
         try:
@@ -108,14 +108,14 @@ def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
     ours = sorted(_OURS & set(arguments))
     if ours:
         raise RecipeError(
-            f"{where} sets {shortened(ours)}, which the trainer decides by itself: remove it (tools belong into a "
-            "column named tools, a chat template into the model directory)"
+            f"{where} sets {shortened(ours)}, which only the trainer sets: remove it (put tools into a "
+            "column named tools, and a chat template into the model directory)"
         )
     return arguments
 
 
 def without_nulls(value: Any) -> Any:
-    """Return nested values without the fields that are None: a table gives every row the fields of all rows."""
+    """Drop nested fields that are None: in a table every row has the fields of all rows."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -125,11 +125,11 @@ def without_nulls(value: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def template_variables(template: str) -> frozenset[str]:
-    """Return the names that a chat template reads, besides what every template is given."""
+    """Return the names that a chat template reads, except those that every template gets."""
     import jinja2.meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # An extension of transformers, which only marks a block.
+    # An extension by transformers that only marks a block.
     source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
@@ -143,15 +143,15 @@ def template_variables(template: str) -> frozenset[str]:
 
 
 def writes_the_date(template: str, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a template puts the day of its use into prompts, as Llama 3's does."""
+    """Return whether a template puts today's date into prompts, like that of Llama 3."""
     return "strftime_now" in template and not {"date_string", "date"} & set(arguments)
 
 
 @lru_cache(maxsize=8)
 def renders_parts(tokenizer: Any, template: str) -> bool:
-    """Return whether a template writes content that is given as parts just as it writes the same text.
+    """Return whether a template renders content in parts just like the same text.
 
-    Many templates of text models write nothing at all for parts, or their spelling in Python.
+    Many templates of text models render nothing for parts, or their Python repr.
     """
     from jinja2 import TemplateError
 
@@ -168,8 +168,8 @@ def renders_parts(tokenizer: Any, template: str) -> bool:
 
 
 def excerpt(value: object) -> str:
-    """Return a value's spelling, cut to what a message can hold."""
-    # Whole values may be megabytes: only their first part is spelled where that is possible.
+    """Return the repr of a value, cut to a length that fits into a message."""
+    # A value may be megabytes, so only its start is formatted where possible.
     text = repr(value[:121] if isinstance(value, str | list | bytes) else value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
@@ -181,13 +181,13 @@ def _check_content(message: dict[str, Any], where: str) -> None:
     if content is None:
         if not any(message.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
             raise RecipeError(
-                f"{where} is {excerpt(message)}, expected an object with the texts role and content; only a message with "
-                "tool_calls may have no content"
+                f"{where} is {excerpt(message)}, expected an object with the strings role and content; only a message with "
+                "tool_calls may lack content"
             )
         return
     if not isinstance(content, list):
         raise RecipeError(
-            f"{where} has the content {excerpt(content)}, expected a text or a list of parts such as "
+            f"{where} has the content {excerpt(content)}, expected a string or a list of parts such as "
             '{"type": "text", "text": ...}'
         )
     for part in content:
@@ -196,7 +196,7 @@ def _check_content(message: dict[str, Any], where: str) -> None:
             continue
         if isinstance(kind, str) and kind not in _TEXTS:
             raise UnsupportedError(
-                f"{where} holds a part of type {excerpt(kind)}: the trainer reads text only; remove such rows"
+                f"{where} holds a part of type {excerpt(kind)}: the trainer reads only text; remove such rows"
             )
         raise RecipeError(
             f'{where} holds the part {excerpt(part)}, expected {{"type": "text", "text": ...}}'
@@ -204,11 +204,11 @@ def _check_content(message: dict[str, Any], where: str) -> None:
 
 
 def ends_every_text(tokenizer: Any) -> tuple[str, ...]:
-    """Return what to say of a tokenizer that puts its end token behind a text that is tokenized as it is; else nothing."""
+    """Return a note for a tokenizer that appends its end token to plain text; otherwise nothing."""
     ids = tokenizer("a").input_ids
     if not ids or ids[-1] != tokenizer.eos_token_id:
         return ()
     return (
-        f"the tokenizer puts {tokenizer.eos_token} behind every prompt, so that the model continues a text that has ended: set "
-        "add_eos_token to false in its tokenizer_config.json, or take the token out of post_processor in its tokenizer.json",
+        f"the tokenizer appends {tokenizer.eos_token} to every prompt, so the model continues a finished text: set "
+        "add_eos_token to false in tokenizer_config.json, or remove the token from post_processor in tokenizer.json",
     )

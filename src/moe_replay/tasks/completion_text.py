@@ -1,4 +1,4 @@
-"""Sampled tokens as the text that reward functions and people see.
+"""Turn sampled tokens into the text that reward functions and people see.
 
 In: a tokenizer, a completion. Out: its text.
 """
@@ -12,17 +12,17 @@ from moe_replay.engines.types import Completion, FinishReason
 
 
 def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[str] = ()) -> str:
-    """Return what the model wrote, without the tokens that only frame it: padding, begin, end, and the stop token.
+    """Return what the model wrote, without padding, begin, end and stop tokens.
 
-    Other special tokens stay, for some tokenizers have their ``<think>``, ``<answer>`` or ``<tool_call>`` among them, and a
-    reward for the form of an answer has to see these. So does a special token that completes one of the recipe's ``stop``
-    strings.
+    Other special tokens stay: in some tokenizers ``<think>``, ``<answer>`` or ``<tool_call>`` are special, and a reward
+    for the format of an answer must see them. A special token that completes one of the recipe's ``stop`` strings stays
+    too.
     """
     ids = completion.token_ids.tolist()
-    whole = exact_text(tokenizer, ids) if stop else ""
+    full_text = exact_text(tokenizer, ids) if stop else ""
     if (
         ids
-        and not any(string in whole for string in stop)
+        and not any(string in full_text for string in stop)
         and completion.finish_reason is FinishReason.STOP
         and ids[-1] in tokenizer.all_special_ids
     ):
@@ -32,9 +32,9 @@ def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[st
 
 
 def exact_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """Return what token ids say, special tokens included and unaltered.
+    """Decode token ids exactly, special tokens included.
 
-    Tokenizers whose config has ``clean_up_tokenization_spaces`` would write ``[1, 2]`` for ``[1 , 2]``, which nobody wrote.
+    Tokenizers with ``clean_up_tokenization_spaces`` would turn ``[1 , 2]`` into ``[1, 2]``.
     """
     return tokenizer.decode(
         token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -1,4 +1,4 @@
-"""Prompts as token ids: a tokenizer, its chat template, and what happens to prompts that are too long.
+"""Turn prompts into token ids: tokenizer, chat template, and the rule for long prompts.
 
 In: a tokenizer, strings or chat messages. Out: `PromptEncoder`.
 """
@@ -34,16 +34,16 @@ FinalAssistantMessage = Literal["continue", "drop", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInput:
-    """What a dataset's row gives to the chat template."""
+    """What a dataset row passes to the chat template."""
 
     where: str
     """File and line, for messages."""
     prompt: object
     """A string, or a list of chat messages."""
     tools: Sequence[Mapping[str, Any]] | None = None
-    """JSON schemas of the tools that the model is told of."""
+    """JSON schemas of the tools that the prompt offers."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Template arguments of this row; they win over those of the recipe."""
+    """Template arguments of this row; they override those of the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ class EncodedPrompt:
     ids: Int32[np.ndarray, " prompt"]
     """``[prompt]`` token ids."""
     text: str
-    """What they encode."""
+    """The text that ``ids`` encode."""
     prefill: str
-    """The part of the assistant's answer that the prompt ends with and the model continues; mostly empty."""
+    """As `Prompt.prefill`."""
     num_cut: int
-    """Tokens that were dropped at its start."""
+    """As `Prompt.num_cut`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class _Rendered:
     where: str
     text: str
     has_special_tokens: bool
-    """Whether the chat template wrote them."""
+    """Whether the chat template added them."""
     prefill: str
 
 
@@ -73,8 +73,8 @@ class _Rendered:
 class PromptEncoder:
     """Turns a prompt into token ids.
 
-    One rule: chat messages are rendered by the tokenizer's chat template, opened for the assistant's turn; a plain
-    string is one user message if the tokenizer has a chat template, and is tokenized as it is if it has none.
+    One rule: chat messages are rendered by the tokenizer's chat template, up to the assistant's turn. With a chat
+    template a plain string is one user message; without one it is tokenized as it is.
     """
 
     tokenizer: Any
@@ -82,13 +82,13 @@ class PromptEncoder:
     max_prompt_length: int
     """Maximum prompt length in tokens."""
     truncation: Truncation = "error"
-    """What is done with a longer one: ``error``, ``delete`` (the source leaves it out) or ``left``."""
+    """Rule for longer prompts: ``error``, ``delete`` (omit the prompt) or ``left`` (drop tokens at its start)."""
     system_prompt: str | None = None
-    """System message put before every chat that has none."""
+    """System message added to every chat that has none."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, such as ``enable_thinking``."""
     final_assistant_message: FinalAssistantMessage = "continue"
-    """What is done with a chat that ends with the assistant: the model continues it, it is dropped, or an error."""
+    """Rule for chats that end with the assistant: the model continues that message, or it is dropped, or an error."""
 
     @property
     def has_template(self) -> bool:
@@ -103,7 +103,7 @@ class PromptEncoder:
             )
 
     def digest(self) -> str | None:
-        """Return a name for all that decides how many tokens a prompt has; None where it cannot be known."""
+        """Return a digest of everything that decides the length of prompts; None if that is unknown."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -120,19 +120,19 @@ class PromptEncoder:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a person should know about how prompts become tokens."""
+        """Return notes about the tokenization of prompts."""
         if self.has_template and writes_the_date(self._template(None), self.chat_template_kwargs):
             return (
-                "the chat template writes the day of its use into prompts, so that a run that goes on tomorrow sees other "
-                "prompts: set data.chat_template_kwargs.date_string, or what the template names it",
+                "the chat template writes today's date into prompts, so a run that continues tomorrow sees other "
+                "prompts: set data.chat_template_kwargs.date_string, or the argument that the template uses",
             )
         return () if self.has_template else ends_every_text(self.tokenizer)
 
     def encode(self, given: PromptInput) -> EncodedPrompt | None:
-        """Return ids and text, or None for a prompt that is to be deleted.
+        """Return ids and text, or None for a prompt to delete.
 
         Raises:
-            RecipeError: when the prompt has another type, cannot be rendered, is empty or is too long.
+            RecipeError: the prompt has another type, cannot be rendered, is empty or is too long.
         """
         rendered = self._render(given)
         ids = self._ids([rendered])[0]
@@ -149,10 +149,10 @@ class PromptEncoder:
         )
 
     def lengths(self, given: Sequence[PromptInput]) -> list[int]:
-        """Return the tokens of each prompt, before any is cut.
+        """Return the length of each prompt in tokens, before any is cut.
 
         Raises:
-            RecipeError: as `encode`, for the first prompt that is unusable.
+            RecipeError: as `encode`, for the first unusable prompt.
         """
         rendered = [self._render(prompt) for prompt in given]
         lengths = [0] * len(rendered)
@@ -168,7 +168,7 @@ class PromptEncoder:
         return lengths
 
     def continues(self, given: PromptInput) -> bool:
-        """Return whether the model continues a message of the assistant that the prompt ends with."""
+        """Return whether the prompt ends with an assistant message that the model continues."""
         prompt = given.prompt
         return (
             self.final_assistant_message == "continue"
@@ -185,7 +185,7 @@ class PromptEncoder:
         ]
 
     def _count(self, rendered: Sequence[_Rendered]) -> list[int]:
-        """Return the tokens of texts that are alike in their special tokens, counted all at once."""
+        """Return the token counts of texts with the same ``has_special_tokens``, in one call."""
         if not rendered:
             return []
         encoded = self.tokenizer(
@@ -206,7 +206,7 @@ class PromptEncoder:
             raise RecipeError(
                 f"{rendered.where}: the prompt has {length} tokens, data.max_prompt_length is "
                 f"{self.max_prompt_length}. It starts {excerpt(rendered.text)}. Raise the limit, or set data.truncation "
-                "to 'delete' (leave such prompts out) or 'left' (drop tokens at their start)"
+                "to 'delete' (omit such prompts) or 'left' (drop tokens at their start)"
             )
 
     def _render(self, given: PromptInput) -> _Rendered:
@@ -214,7 +214,7 @@ class PromptEncoder:
         if isinstance(prompt, str):
             if prompt and not prompt.strip():
                 raise RecipeError(
-                    f"{where}: the prompt {excerpt(prompt)} is only white space: remove or fill the row"
+                    f"{where}: the prompt {excerpt(prompt)} is only whitespace: remove or fill the row"
                 )
             if not prompt:
                 raise RecipeError(f"{where}: the prompt '' has no tokens: remove or fill the row")
@@ -230,7 +230,7 @@ class PromptEncoder:
             raise RecipeError(
                 f"{where}: the prompt needs a chat template ({reason}), but the tokenizer of "
                 f"{self.tokenizer.name_or_path} has none: add chat_template.jinja (or chat_template in "
-                "tokenizer_config.json) to the model directory, or give plain string prompts"
+                "tokenizer_config.json) to the model directory, or use plain string prompts"
             )
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
@@ -244,13 +244,13 @@ class PromptEncoder:
         if given.tools:
             yield "the row has tools"
         if given.arguments or self.chat_template_kwargs:
-            yield "there are arguments for it"
+            yield "template arguments are set"
 
     def _render_chat(self, messages: list[Any], given: PromptInput) -> _Rendered:
         from jinja2 import TemplateError
 
         template = self._template(given.tools)
-        self._check_that_nothing_is_lost(messages, given, template)
+        self._check_template_renders_all(messages, given, template)
         messages, prefill = self._open_end(messages, given.where)
         if not renders_parts(self.tokenizer, template):
             messages = [
@@ -268,38 +268,38 @@ class PromptEncoder:
                 continue_final_message=bool(prefill),
                 **{**self.chat_template_kwargs, **given.arguments},
             )
-        # Templates add texts to what a row lacks (TypeError) and look into what it has (ValueError of transformers).
+        # Templates concatenate missing values (TypeError), and transformers raises ValueError.
         except (TemplateError, TypeError, ValueError) as error:
             roles = [message["role"] for message in messages]
             raise RecipeError(
-                f"{given.where}: the tokenizer's chat template refuses messages with roles {excerpt(roles)}: "
+                f"{given.where}: the tokenizer's chat template rejects messages with roles {excerpt(roles)}: "
                 f"{str(error)[:300]}"
             ) from error
         return _Rendered(where=given.where, text=text, has_special_tokens=True, prefill=prefill)
 
     def _open_end(self, messages: list[Any], where: str) -> tuple[list[Any], str]:
-        """Return the messages up to where the model writes, and the text of a last message that it continues."""
+        """Return the messages before the model's turn, and the last message's text if the model continues it."""
         last = messages[-1]
         if last["role"] != "assistant":
             return messages, ""
         if self.final_assistant_message == "error":
             raise RecipeError(
-                f"{where}: the last message is the assistant's, but the model is to write that one: remove it, or set "
+                f"{where}: the last message is the assistant's, but the model should write that one: remove it, or set "
                 "data.final_assistant_message to 'continue' (the model continues it) or 'drop' (it is a reference "
                 "answer)"
             )
         if self.final_assistant_message == "drop":
             if len(messages) == 1:
-                raise RecipeError(f"{where}: the only message is the assistant's: nothing is left")
+                raise RecipeError(f"{where}: the only message is the assistant's: nothing remains")
             return messages[:-1], ""
         text = message_text(last)
         if last.get("tool_calls") or not text.strip():
             problem = "calls tools" if last.get("tool_calls") else "is empty"
             raise RecipeError(
-                f"{where}: the last message is the assistant's and {problem}, so that there is no text that the model "
-                "could continue: add the tools' answers, or remove it (data.final_assistant_message = 'drop')"
+                f"{where}: the last message is the assistant's and {problem}, so the model has no text to "
+                "continue: add the tools' answers, or remove it (data.final_assistant_message = 'drop')"
             )
-        # The text as it is continued: its parts, if any, are one text from here on.
+        # From here on the parts of the message, if any, are one text.
         return [*messages[:-1], {**last, "content": text}], text
 
     def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -310,18 +310,18 @@ class PromptEncoder:
             )
         return self.tokenizer.get_chat_template(tools=tools)
 
-    def _check_that_nothing_is_lost(
+    def _check_template_renders_all(
         self, messages: Sequence[Mapping[str, Any]], given: PromptInput, template: str
     ) -> None:
         if given.tools and "tools" not in template_variables(template):
             raise RecipeError(
-                f"{given.where}: the row has tools, but the tokenizer's chat template does not write tools into the "
-                "prompt: choose a model whose template does, or drop the column in data.drop_columns"
+                f"{given.where}: the row has tools, but the tokenizer's chat template does not render "
+                "tools: choose a model whose template does, or drop the column in data.drop_columns"
             )
         if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
             raise RecipeError(
-                f"{given.where}: a message has tool_calls, but the tokenizer's chat template does not write them into "
-                "the prompt: choose a model whose template does, or remove such rows"
+                f"{given.where}: a message has tool_calls, but the tokenizer's chat template does not render "
+                "them: choose a model whose template does, or remove such rows"
             )
         if given.arguments:
             self._check_arguments(

@@ -1,8 +1,7 @@
-"""Endless items of a reasoning-gym family, each determined by a seed and its number.
+"""Endless items of a reasoning-gym family, each determined by a seed and its index.
 
-reasoning-gym seeds item i of a dataset with seed + i, so that the datasets of seeds 1 and 2 are the same items shifted
-by one. Here every block of items has a seed of its own, derived from a digest, so that no two sequences overlap other
-than by chance.
+reasoning-gym seeds item i of a dataset with seed + i, so the datasets of seeds 1 and 2 are the same items shifted by
+one. Here every block of items has its own seed, derived from a digest, so sequences overlap only by chance.
 
 In: a family and its configuration. Out: `GeneratedTask`.
 """
@@ -20,7 +19,7 @@ from typing import Any
 from moe_replay.errors import RecipeError, UnsupportedError
 
 _BLOCK = 256
-# Families that pass seed + i on to numpy need it below 2**32.
+# Families that pass seed + i to numpy need it below 2**32.
 _NUM_SEEDS = 2**32 - 2 * _BLOCK
 _HASH_ORDERED = frozenset(
     {
@@ -39,7 +38,7 @@ class GeneratedTask:
 
     def __init__(self, family: str, config: Mapping[str, Any]) -> None:
         self.name = f"reasoning_gym:{family}"
-        """How a recipe spells it."""
+        """Its spelling in a recipe."""
         self.family = family
         """Name of the family."""
         self.config = config
@@ -52,11 +51,11 @@ class GeneratedTask:
     def item(self, seed: int, number: int, *, replacement: int = 0) -> dict[str, Any]:
         """Return an item: ``question``, ``answer`` and ``metadata``.
 
-        ``replacement`` above 0 selects another item for the same number.
+        ``replacement`` above 0 selects another item for the same index.
         """
-        block, place = divmod(number, _BLOCK)
+        block, offset = divmod(number, _BLOCK)
         digest = hashlib.sha256(f"{seed}:{block}:{replacement}".encode()).digest()
-        return self._block(int.from_bytes(digest[:8]) % _NUM_SEEDS)[place]
+        return self._block(int.from_bytes(digest[:8]) % _NUM_SEEDS)[offset]
 
     def score(self, answer: str, item: Mapping[str, Any]) -> float:
         """Return the family's own score of an answer, 0 to 1."""
@@ -69,7 +68,7 @@ class GeneratedTask:
             return reasoning_gym.create_dataset(self.family, **self._config, seed=seed, size=_BLOCK)
         except (AssertionError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"data.task {dict(self._config)!r} is refused by {self.name}: {error}"
+                f"data.task {dict(self._config)!r} is rejected by {self.name}: {error}"
             ) from error
 
     def _refuse_unrepeatable(self) -> None:
@@ -78,7 +77,7 @@ class GeneratedTask:
         if unrepeatable and sys.flags.hash_randomization:
             raise UnsupportedError(
                 f"{self.name}: {', '.join(unrepeatable)} draws items in the order of a Python set, which differs "
-                "between processes, so that ranks and resumed runs would see other prompts: start Python with "
+                "between processes: ranks and resumed runs would see other prompts. Start Python with "
                 "PYTHONHASHSEED=0"
             )
 
@@ -112,8 +111,8 @@ def _composite_part(part: Any) -> Any:
         or not isinstance(part.get("config", {}), dict)
     ):
         raise RecipeError(
-            f"data.task.datasets: got {part!r}, expected a table with name and, if wanted, weight and config"
+            f"data.task.datasets: got {part!r}, expected a table with name and, optionally, weight and config"
         )
-    # Sizes and seeds come from the item's block, or the same items would come again and again.
+    # Sizes and seeds come from the item's block, or the same items would repeat.
     config = _checked_config(part["name"], part.get("config", {}))
     return DatasetSpec(name=part["name"], weight=part.get("weight", 1.0), config=config)

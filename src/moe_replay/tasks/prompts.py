@@ -1,6 +1,6 @@
-"""Prompts by position: any dataset becomes a sequence of token ids that is the same in every process and every resume.
+"""Prompts by position: the same sequence of token ids in every process and after every resume.
 
-`datasets.prompts` reads them from files; here are the types, and the prompts that are generated.
+The types, and generated prompts; `datasets.file_prompts` reads prompts from files.
 
 In: a family of generated items, a tokenizer. Out: `Prompt`, `PromptSource`.
 """
@@ -24,10 +24,10 @@ _MAX_REPLACEMENTS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt as the engine sees it, and what the dataset says about it."""
+    """One prompt as the engine sees it, with its dataset columns."""
 
     index: int
-    """Number of the dataset's item, from 0; the same item has the same index in every epoch."""
+    """Index of the dataset item, from 0; the same in every epoch."""
     prompt_ids: Int32[np.ndarray, " prompt"]
     """``[prompt]`` token ids, chat template included."""
     text: str
@@ -35,9 +35,9 @@ class Prompt:
     columns: Mapping[str, Any]
     """The other columns of the item, passed to reward functions by name."""
     prefill: str = ""
-    """The part of the assistant's answer that the prompt ends with and the model continues; mostly empty."""
+    """Start of the assistant's answer that ends the prompt and is continued by the model; mostly empty."""
     num_cut: int = 0
-    """Tokens that were dropped at the start of ``prompt_ids``."""
+    """Tokens removed from the start of the prompt."""
 
 
 @runtime_checkable
@@ -51,7 +51,7 @@ class PromptSource(Protocol):
 
     @property
     def num_deleted(self) -> int:
-        """Prompts left out so far for being longer than ``max_prompt_length``."""
+        """Prompts omitted so far because they exceed ``max_prompt_length``."""
         ...
 
     @property
@@ -60,13 +60,13 @@ class PromptSource(Protocol):
         ...
 
     def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the prompts at ``position``, ``position + 1``, ...; the same ones whenever it is asked."""
+        """Return the prompts at ``position``, ``position + 1``, ...; every call gives the same ones."""
         ...
 
 
 @dataclass(kw_only=True)
 class GeneratedPrompts:
-    """Endless items of a reasoning-gym family: the position is the item's number."""
+    """Endless items of a reasoning-gym family; the position is the index of the item."""
 
     task: GeneratedTask
     """The family."""
@@ -75,7 +75,7 @@ class GeneratedPrompts:
     encoder: PromptEncoder
     """How questions become tokens."""
     excluded_questions: frozenset[str] = frozenset()
-    """Held-out questions; an item that repeats one is replaced, by the same other item in every process."""
+    """Held-out questions; an item that repeats one is replaced by the same other item in every process."""
     _deleted: set[tuple[int, int]] = field(default_factory=set)
 
     @property
@@ -85,7 +85,7 @@ class GeneratedPrompts:
 
     @property
     def num_deleted(self) -> int:
-        """Items replaced so far for their length."""
+        """Items replaced so far because they are too long."""
         return len(self._deleted)
 
     @property
@@ -94,7 +94,7 @@ class GeneratedPrompts:
         return _GENERATED_COLUMNS
 
     def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the items numbered ``position`` and after."""
+        """Return the items from ``position`` on."""
         return [self._prompt(number) for number in range(position, position + count)]
 
     def _prompt(self, number: int) -> Prompt:
@@ -102,7 +102,7 @@ class GeneratedPrompts:
             item = self.task.item(self.seed, number, replacement=replacement)
             if item["question"] in self.excluded_questions:
                 continue
-            encoded = self.encoder.encode(_asked(self.task, item, number))
+            encoded = self.encoder.encode(_prompt_input(self.task, item, number))
             if encoded is not None:
                 return _generated_prompt(self.task, item, number, encoded)
             self._deleted.add((number, replacement))
@@ -122,7 +122,7 @@ class HeldOutPrompts:
     prompts: tuple[Prompt, ...]
     """The items, no question twice."""
     num_deleted: int
-    """Items left out for their length."""
+    """Items omitted because they are too long."""
 
     @property
     def num_prompts(self) -> int | None:
@@ -136,15 +136,15 @@ class HeldOutPrompts:
 
     @property
     def questions(self) -> frozenset[str]:
-        """What training must not see."""
+        """Questions that training must not see."""
         return frozenset(prompt.columns["question"] for prompt in self.prompts)
 
     def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the items at ``position`` and after; there are ``num_prompts``."""
+        """Return the items from ``position`` on; there are ``num_prompts``."""
         if position + count > len(self.prompts):
             raise RecipeError(
                 f"{self.location} holds {len(self.prompts)} held-out prompts, but position {position + count - 1} "
-                "was asked for"
+                "was requested"
             )
         return list(self.prompts[position : position + count])
 
@@ -155,7 +155,7 @@ def draw_held_out(
     """Draw ``num_prompts`` items with distinct questions.
 
     Raises:
-        RecipeError: when the family has too few distinct items.
+        RecipeError: the family has too few distinct items.
     """
     prompts: dict[str, Prompt] = {}
     deleted: set[str] = set()
@@ -169,7 +169,7 @@ def draw_held_out(
         item = task.item(seed, number)
         question = item["question"]
         if question not in prompts and question not in deleted:
-            encoded = encoder.encode(_asked(task, item, number))
+            encoded = encoder.encode(_prompt_input(task, item, number))
             if encoded is None:
                 deleted.add(question)
             else:
@@ -181,7 +181,7 @@ def draw_held_out(
     )
 
 
-def _asked(task: GeneratedTask, item: Mapping[str, Any], number: int) -> PromptInput:
+def _prompt_input(task: GeneratedTask, item: Mapping[str, Any], number: int) -> PromptInput:
     return PromptInput(where=f"{task.name} item {number}", prompt=item["question"])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
-from moe_replay.tasks.datasets.prompts import FilePrompts, open_file_prompts
+from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.datasets.tables import open_table
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.testing.tiny_models import character_tokenizer

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError
+from moe_replay.tasks.datasets.file_prompts import open_file_prompts
 from moe_replay.tasks.datasets.files import dataset_files
-from moe_replay.tasks.datasets.prompts import open_file_prompts
 from moe_replay.tasks.datasets.tables import column_value, open_table
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.testing.tiny_models import character_tokenizer

@@ -1,6 +1,6 @@
-"""Rows of Parquet, CSV and Arrow files, and of datasets of the hub, as Arrow tables that are mapped and not loaded.
+"""Rows of Parquet, CSV and Arrow files, and of hub datasets, as memory-mapped Arrow tables.
 
-In: a Parquet, CSV or Arrow file, or a name of the hub. Out: `ArrowRows`.
+In: a Parquet, CSV or Arrow file, or a hub name. Out: `ArrowRows`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ArrowRows:
         return self._starts[-1]
 
     def where(self, number: int) -> str:
-        """Return file and number of a row."""
+        """Return file and index of a row."""
         return f"{self._location} row {number}"
 
     def read(self, number: int) -> Mapping[str, Any]:
@@ -58,17 +58,17 @@ class ArrowRows:
         except UnicodeDecodeError as error:
             first = self._starts[part] + start
             raise RecipeError(
-                f"{self.where(first)}, or one of the {count} rows from there on, holds a text that is not UTF-8: {error}"
+                f"{self.where(first)}, or one of the {count} rows from there on, holds text that is not UTF-8: {error}"
             ) from error
 
 
 def open_arrow_rows(path: Path, *, cache: DatasetCache) -> ArrowRows:
-    """Open a ``.parquet``, ``.csv`` or ``.arrow`` file; every column of a CSV is a text, and an empty field is None.
+    """Open a ``.parquet``, ``.csv`` or ``.arrow`` file; CSV columns are text, and empty fields are None.
 
-    Parquet and CSV have no rows that could be read alone: large ones are written once into the cache as Arrow files.
+    Single rows of Parquet and CSV cannot be read, so large files are converted once into Arrow files in the cache.
 
     Raises:
-        RecipeError: when it cannot be read.
+        RecipeError: it cannot be read.
     """
     import pyarrow
 
@@ -91,10 +91,10 @@ def open_arrow_rows(path: Path, *, cache: DatasetCache) -> ArrowRows:
 
 
 def read_hub_table(name: str, *, config: str | None, split: str) -> tuple[Any, tuple[Path, ...]]:
-    """Return the table of a dataset of the hub, and the files that it was read from, through the package ``datasets``.
+    """Return the table of a hub dataset and its files, through the package ``datasets``.
 
     Raises:
-        RecipeError: when the package is missing, or it cannot load the dataset.
+        RecipeError: the package is missing, or cannot load the dataset.
     """
     folder = name.rpartition("/")[2]
     try:
@@ -106,7 +106,7 @@ def read_hub_table(name: str, *, config: str | None, split: str) -> tuple[Any, t
         ) from None
     try:
         dataset: Any = datasets.load_dataset(name, config, split=split)
-    # A seam: reading a dataset of the hub raises errors of the network, of file formats and of its own kinds.
+    # A seam: reading a hub dataset raises errors of the network, of file formats and of its own.
     except Exception as error:
         given = f" (data.hub_config = {config!r})" if config else ""
         raise RecipeError(
@@ -141,7 +141,7 @@ def _convert(path: Path, folder: Path, cache: DatasetCache) -> None:
 
 
 def _read_batches(path: Path) -> tuple[Any, Iterator[Any], int]:
-    """Return the schema of a file, its batches, and their total size in rows (Parquet) or about in bytes (CSV)."""
+    """Return schema and batches of a file, and their total rows (Parquet) or approximate bytes (CSV)."""
     import pyarrow.csv
     import pyarrow.parquet
 
@@ -171,7 +171,7 @@ def _csv_header(path: Path) -> list[str]:
 
 
 def _bad_line(path: Path) -> str:
-    """Name the first line that is not UTF-8, the commonest fault of a CSV, which its reader does not name."""
+    """Name the first line that is not UTF-8: the most common fault of a CSV, which its reader does not name."""
     if path.suffix == ".csv":
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -1,9 +1,9 @@
-"""What is found out about a large dataset is kept on disk, so that one process of a machine works and all others wait for it.
+"""Cache what is derived from a large dataset, so that one process a machine works and the others wait.
 
-Entries are named after path, size and times of the files that they were made from: a file that is written again, even with the
-same length and modification time, has another entry, because nobody can set its time of change.
+Entries are named after path, size and times of their source files. A file that is rewritten, even with the same size
+and modification time, gets another entry, because its change time cannot be set.
 
-In: files, and what is to be found out about them. Out: the folder of an entry.
+In: files, and a function that derives something from them. Out: the folder of an entry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+"""Called with the work, how much of it is done, and the total."""
 
 _FORMAT = 1
 _UNUSED_S = 30 * 24 * 3600
@@ -29,7 +29,7 @@ _MANY_ROWS = 2000
 
 
 class DatasetCache:
-    """A folder of entries, each made once and then only read."""
+    """A folder of entries, each written once and then only read."""
 
     def __init__(
         self,
@@ -42,23 +42,23 @@ class DatasetCache:
         self._progress = progress
         self._min_bytes = min_bytes
         self.notes: list[str] = []
-        """What a person should know about the cache."""
+        """Notes about the cache for the user."""
 
     def is_worth_it(self, paths: Sequence[Path], *, num_rows: int = 0) -> bool:
-        """Return whether files are so large, or hold so many rows, that working on them twice would be noticed."""
+        """Return whether files are large enough, or have enough rows, for caching to pay off."""
         if self._folder is None:
             return False
         return num_rows >= _MANY_ROWS or sum(p.stat().st_size for p in paths) >= self._min_bytes
 
     def report(self, what: str, done: int, total: int) -> None:
-        """Tell how far the work has come."""
+        """Report progress."""
         if self._progress is not None:
             self._progress(what, done, total)
 
     def entry(self, key: str, make: Callable[[Path], None]) -> Path | None:
-        """Return the folder of an entry, which ``make`` fills if no process has done so before.
+        """Return the folder of an entry, filled by ``make`` unless a process has done so before.
 
-        None when the cache cannot be written; what ``make`` raises besides is passed on.
+        None if the cache cannot be written; other errors of ``make`` propagate.
         """
         assert self._folder is not None
         entry = self._folder / key
@@ -71,8 +71,8 @@ class DatasetCache:
             os.utime(entry)
         except OSError as error:
             self.notes.append(
-                f"{self._folder} cannot be used to keep what was read of a dataset ({error}): every process reads it for "
-                "itself; name another folder in data.cache_dir"
+                f"{self._folder} cannot be used to cache a dataset ({error}): every process reads it for "
+                "itself; set another folder in data.cache_dir"
             )
             return None
         return entry
@@ -116,7 +116,7 @@ class DatasetCache:
             yield lock
 
     def _report_other(self, path: Path) -> None:
-        """Pass on how far the process that holds the lock has come."""
+        """Report the progress of the process that holds the lock."""
         try:
             what, done, total = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -132,7 +132,7 @@ class DatasetCache:
 
 
 def entry_key(paths: Sequence[Path], *parts: str) -> str:
-    """Return a name for what is derived from files and ``parts``; it differs once a file has been written to."""
+    """Return a name for what is derived from files and ``parts``; it changes when a file changes."""
     states = []
     for path in paths:
         state = path.stat()

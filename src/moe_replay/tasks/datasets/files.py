@@ -1,7 +1,7 @@
-"""Which files a dataset's location stands for: one file, the shards of a folder's split, or a download of the hub.
+"""Find the files of a dataset: one file, the shards of a split in a folder, or a hub download.
 
-A folder is read as Hugging Face writes them: ``train-00000-of-00003.parquet`` belongs to the split ``train``, and so do files
-in a folder ``train/``; files without any split are ``train``.
+Folders follow the layout of Hugging Face: ``train-00000-of-00003.parquet`` belongs to the split ``train``, like files
+in a folder ``train/``; files without a split are ``train``.
 
 In: a location, a split. Out: `DatasetFiles`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from moe_replay.errors import RecipeError, shortened
 from moe_replay.recipe.sections.locations import HUB, SUFFIXES
 
-# What Hugging Face writes beside the rows.
+# Metadata that Hugging Face writes beside the rows.
 _NOT_ROWS = frozenset(
     {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
 )
@@ -30,7 +30,7 @@ _SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetFiles:
-    """The files behind a location, in the order in which their rows are numbered."""
+    """The files of a dataset, in the order of their rows."""
 
     location: str
     """What the recipe says, for messages."""
@@ -39,7 +39,7 @@ class DatasetFiles:
 
     @property
     def suffix(self) -> str:
-        """Their ending, such as ``.parquet``."""
+        """Their suffix, such as ``.parquet``."""
         return self.paths[0].suffix
 
 
@@ -47,7 +47,7 @@ def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles
     """Return the files of a dataset on disk.
 
     Raises:
-        RecipeError: when nothing is there, or what is there is ambiguous or incomplete.
+        RecipeError: the files are missing, ambiguous or incomplete.
     """
     path = Path(location)
     if path.is_dir():
@@ -69,7 +69,7 @@ def _nothing_there(path: Path) -> str:
     holds = shortened(near) if near else "no dataset file and no folder"
     return (
         f"dataset {path} does not exist; {path.parent} holds {holds}: correct the path (relative paths start at the "
-        f"recipe's folder). A dataset of the Hugging Face hub is written {HUB}ORG/NAME"
+        f"recipe's folder). Write a dataset of the Hugging Face hub as {HUB}ORG/NAME"
     )
 
 
@@ -94,7 +94,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
     if nowhere and splits:
         raise RecipeError(
             f"dataset {folder} has the splits {shortened(sorted(map(str, splits)))}, but "
-            f"{shortened([str(file.relative_to(folder)) for file in nowhere])} belong to none: name one file or folder"
+            f"{shortened([str(file.relative_to(folder)) for file in nowhere])} belong to no split: name one file or folder"
         )
     chosen = splits.get(split, nowhere if split == "train" else None)
     if not chosen:
@@ -107,7 +107,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def _split_of(file: Path) -> str | None:
-    """Return the split that a file's name, or else a folder above it, names.
+    """Return the split named by a file or by a folder above it.
 
     Example:
         >>> _split_of(Path("data/train-00000-of-00003.parquet"))
@@ -134,7 +134,7 @@ def _check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
     parents = sorted({str(file.parent.relative_to(folder)) for file in files})
     if len(parents) > 1:
         raise RecipeError(
-            f"dataset {folder}: files of the split {split} lie in several folders, {shortened(parents)}, which may be "
+            f"dataset {folder}: files of the split {split} are in several folders, {shortened(parents)}, which may be "
             f"different datasets: name one of them, such as {folder / parents[0]}"
         )
     shards = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
@@ -145,5 +145,5 @@ def _check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
     if missing or len(shards) != len(files) or len({match["total"] for match in shards}) > 1:
         raise RecipeError(
             f"dataset {folder} split {split}: expected {expected} shards, found {shortened(names)}; missing are "
-            f"{shortened([str(number) for number in missing]) or 'none'}: download the whole folder again"
+            f"{shortened([str(number) for number in missing]) or 'none'}: download the folder again"
         )

@@ -30,7 +30,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonLines:
-    """The lines of a file that hold a row. Lines are read by position: nothing is mapped, so a file cut short is an error."""
+    """The lines of a file that hold a row, read by position. Nothing is mapped, so a truncated file is an error."""
 
     def __init__(
         self, path: Path, index: Int64[np.ndarray, "3 rows"], names: Sequence[str], *, label: str
@@ -73,8 +73,8 @@ class JsonLines:
             columns = None
         if not isinstance(columns, dict):
             raise RecipeError(
-                f"{self.where(number)} has changed since the dataset was opened: start again, and leave the file alone "
-                "while a run reads it"
+                f"{self.where(number)} has changed since the dataset was opened: start again, and do not change the file "
+                "during a run"
             )
         return columns
 
@@ -92,11 +92,11 @@ class JsonItems:
         return len(self._items)
 
     def where(self, number: int) -> str:
-        """Return file and number of an item."""
+        """Return file and index of an item."""
         return f"{self._path} item {number}"
 
     def read(self, number: int) -> Mapping[str, Any]:
-        """Return the columns of an item: a copy, as a reader of lines returns."""
+        """Return a copy of the columns of an item, like `JsonLines.read`."""
         return json.loads(json.dumps(self._items[number]))
 
     def scan(self) -> Iterator[Mapping[str, Any]]:
@@ -105,10 +105,10 @@ class JsonItems:
 
 
 def open_json_rows(path: Path, *, cache: DatasetCache) -> JsonLines | JsonItems:
-    """Read a file once, strictly, and return its rows by number; a ``.json`` file may hold lines or one array.
+    """Read a file once, strictly, and return its rows by index; a ``.json`` file may hold lines or one array.
 
     Raises:
-        RecipeError: when it cannot be read, or a line is malformed.
+        RecipeError: it cannot be read, or a line is malformed.
     """
     try:
         with path.open("rb") as file:
@@ -139,7 +139,7 @@ def _open_array(path: Path, cache: DatasetCache) -> JsonLines | JsonItems:
                 for item in _items(path):
                     file.write(json.dumps(item, ensure_ascii=False) + "\n")
             index, names = _index(lines, cache)
-            index[2] -= 1  # items count from 0, as those of an array that is held in memory
+            index[2] -= 1  # items count from 0, as in an array in memory
             _write_index(folder, index, names)
 
         entry = cache.entry(entry_key([path], "array"), write_lines)
@@ -164,7 +164,7 @@ def _items(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _index(path: Path, cache: DatasetCache) -> tuple[Int64[np.ndarray, "3 rows"], list[str]]:
-    """Return start, size and number of every line with a row, and the names of all columns."""
+    """Return start, size and line number of every row, and the names of all columns."""
     starts, sizes, lines = array("q"), array("q"), array("q")
     names: dict[str, None] = {}
     total, start = path.stat().st_size, 0
@@ -197,14 +197,14 @@ def _mapped_lines(path: Path, entry: Path, *, label: str) -> JsonLines:
 
 
 class _RefusedValueError(ValueError):
-    """Something that the JSON module takes and we do not."""
+    """Something that the JSON module accepts and we do not."""
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """Return the columns that a line of JSON holds.
+    """Return the columns of a line of JSON.
 
     Raises:
-        RecipeError: when it is not one object of JSON; ``where`` names the line.
+        RecipeError: it is not one JSON object; ``where`` names the line.
     """
     columns = parse_strictly(_decoded(line.rstrip(b"\r\n"), where), where)
     if not isinstance(columns, dict):
@@ -215,7 +215,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_strictly(text: str, where: str) -> Any:
-    """Return the value of a JSON text in which no key comes twice and every number is finite.
+    """Return the value of a JSON text without duplicate keys or non-finite numbers.
 
     Raises:
         RecipeError: as `parse_row`.
@@ -231,7 +231,7 @@ def parse_strictly(text: str, where: str) -> Any:
     except UnicodeEncodeError as error:
         raise RecipeError(
             f"{where} holds the lone surrogate \\u{ord(error.object[error.start]):04x}, half of a character, which no "
-            "tokenizer can read: correct the text"
+            "tokenizer can read: fix the text"
         ) from None
     except _RefusedValueError as error:
         raise RecipeError(f"{where}: {error}") from None
@@ -240,7 +240,7 @@ def parse_strictly(text: str, where: str) -> Any:
             f"{where} is nested too deeply to be read: expected columns such as {_EXAMPLE}"
         ) from None
     except ValueError as error:
-        # A whole number of thousands of digits.
+        # An integer of thousands of digits.
         raise RecipeError(f"{where} holds a number that cannot be read: {error}") from None
     return value
 
@@ -269,7 +269,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise _RefusedValueError(
-            f"the key {twice[:80]!r} comes twice in one object, and only one of its values could be kept: remove one"
+            f"the key {twice[:80]!r} occurs twice in one object, and only one of its values could be kept: remove one"
         )
     return row
 
@@ -278,13 +278,13 @@ def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise _RefusedValueError(
-            f"the number {text[:80]} is too large for a float: write it as a text, or correct it"
+            f"the number {text[:80]} is too large for a float: write it as a string, or correct it"
         )
     return value
 
 
 def _refuse_constant(name: str) -> float:
-    raise _RefusedValueError(f"{name} is not a number of JSON: write null, or a text")
+    raise _RefusedValueError(f"{name} is not a JSON number: write null, or a string")
 
 
 _STRICT = json.JSONDecoder(

@@ -1,4 +1,4 @@
-"""What a row's columns are: the prompt, what the chat template gets, and what rewards get; nothing is dropped unasked.
+"""What each column of a row is: prompt, chat template input or reward input; none is dropped silently.
 
 In: `Table`, the names of a recipe. Out: `RowReader`.
 """
@@ -20,7 +20,7 @@ from moe_replay.tasks.datasets.tables import Row, Table, column_value, require_c
 from moe_replay.tasks.encoding import PromptInput
 
 REWARD_ARGUMENTS = frozenset({"completions", "prompts", "completion_ids"})
-"""What every reward function is given; a column of such a name would never reach it."""
+"""Names that every reward function gets, which hide columns of the same name."""
 TOOLS = "tools"
 """Column with the tools of a row."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
@@ -34,11 +34,11 @@ class ColumnNames:
     prompt: str = "prompt"
     """Column, or dotted path, with a string or chat messages."""
     messages: str = "messages"
-    """Column, or dotted path, with chat messages; it wins where a row has both."""
+    """Column, or dotted path, with chat messages; it takes precedence over ``prompt``."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Name for rewards and template -> column or dotted path."""
+    """Name for rewards and chat template -> column or dotted path."""
     dropped: frozenset[str] = frozenset()
-    """Columns that nobody gets."""
+    """Columns that are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,9 @@ class RowReader:
     """Reads the rows of one table. Make one with `read_rows_of`."""
 
     columns: ColumnNames
-    """What the recipe names."""
+    """The columns that the recipe names."""
     prompt_columns: tuple[str, ...]
-    """Columns, or paths, that hold prompts; the first that is filled counts."""
+    """Columns, or paths, with prompts; the first filled one counts."""
     names: tuple[str, ...]
     """Columns that rewards get."""
     nulls_are_absent: bool
@@ -60,24 +60,24 @@ class RowReader:
         return {name: column_value(row.columns, renamed.get(name, name)) for name in self.names}
 
     def prompt(self, row: Row, values: Mapping[str, Any]) -> PromptInput:
-        """Return what the chat template gets of a row, whose `values` these are.
+        """Return the chat template input of a row, given its `values`.
 
         Raises:
-            RecipeError: when the row has no prompt, or its tools or template arguments are malformed.
-            UnsupportedError: when it has an image, a sound or a video.
+            RecipeError: the row has no prompt, or its tools or template arguments are malformed.
+            UnsupportedError: it has an image, a sound or a video.
         """
         found = (column_value(row.columns, path) for path in self.prompt_columns)
         prompt = next((value for value in found if value is not None), None)
         if prompt is None:
             raise RecipeError(
-                f"{row.where}: the prompt is None: column {' and '.join(map(repr, self.prompt_columns))} holds nothing in "
-                "this row, though others have it: fill or remove the row"
+                f"{row.where}: the prompt is None: column {' and '.join(map(repr, self.prompt_columns))} is empty in "
+                "this row but not in others: fill or remove the row"
             )
         media = [name for name in self.names if name in MEDIA_COLUMNS and values[name]]
         if media:
             raise UnsupportedError(
-                f"{row.where}: column {shortened(media)} holds what is not text, and the trainer reads text only: choose "
-                f"another dataset, or set data.drop_columns = {media} if prompts and rewards do without"
+                f"{row.where}: column {shortened(media)} holds media, but the trainer reads only text: choose "
+                f"another dataset, or set data.drop_columns = {media} if prompts and rewards do not need it"
             )
         tools, arguments = values.get(TOOLS), values.get(TEMPLATE_ARGUMENTS)
         if self.nulls_are_absent:
@@ -94,7 +94,7 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
     """Decide what each column of a table is for.
 
     Raises:
-        RecipeError: when a column that the recipe names is missing, or one would be hidden from rewards.
+        RecipeError: a column named in the recipe is missing, or a column would be hidden from rewards.
     """
     prompts = [path for path in (columns.messages, columns.prompt) if _has(table, path)]
     if not prompts:
@@ -111,7 +111,7 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
     hidden = sorted(REWARD_ARGUMENTS & set(names))
     if hidden:
         raise RecipeError(
-            f"{table.location} has the column {shortened(hidden)}, but reward functions get something else by that name: "
+            f"{table.location} has the column {shortened(hidden)}, but reward functions get something else under that name: "
             f"rename it (data.columns gives a column a second name), and set data.drop_columns = {hidden}"
         )
     return RowReader(

@@ -1,4 +1,4 @@
-"""Rows of a dataset by number, read one at a time: a dataset of any size costs a process an index, not its rows.
+"""Rows of a dataset by index, read one at a time: a process holds an index, not the rows.
 
 In: a location. Out: `Table`, `Row`.
 """
@@ -25,11 +25,11 @@ class Row:
     """One item of a dataset."""
 
     number: int
-    """From 0, over all files."""
+    """Index from 0, over all files."""
     where: str
     """File and line, for messages."""
     columns: Mapping[str, Any]
-    """Column -> value; None where this row lacks a column that others have."""
+    """Column -> value; None if this row lacks a column that others have."""
 
 
 @runtime_checkable
@@ -63,9 +63,9 @@ class Table:
 
     def __init__(self, location: str, files: Sequence[Path], parts: Sequence[Rows]) -> None:
         self.location = location
-        """What the recipe says, for messages."""
+        """Its spelling in the recipe, for messages."""
         self.files = tuple(files)
-        """What the rows were read from."""
+        """Files of the rows."""
         self.names = tuple(dict.fromkeys(name for part in parts for name in part.names))
         """Columns that at least one row has."""
         self._parts = tuple(parts)
@@ -73,7 +73,7 @@ class Table:
 
     @property
     def nulls_are_absent(self) -> bool:
-        """Whether None within a value may stand for a field that the row never had: tables give all rows all fields."""
+        """Whether None in a value may mean a missing field: in Arrow tables all rows have all fields."""
         return any(isinstance(part, ArrowRows) for part in self._parts)
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ def open_table(
     """Open a file, a folder of files, or a dataset of the Hugging Face hub (``hf:ORG/NAME``).
 
     Raises:
-        RecipeError: when it is missing, empty, of another kind, or malformed.
+        RecipeError: it is missing, empty, of another kind, or malformed.
     """
     if location.startswith(HUB):
         table, files = read_hub_table(location.removeprefix(HUB), config=hub_config, split=split)
@@ -130,7 +130,7 @@ def open_table(
 
 
 def column_value(columns: Mapping[str, Any], path: str) -> Any:
-    """Return a column, or by a dotted path what lies in it; None where a row lacks it.
+    """Return a column, or the value at a dotted path inside it; None if the row lacks it.
 
     Example:
         >>> column_value({"reward_model": {"ground_truth": "4"}}, "reward_model.ground_truth")
@@ -147,15 +147,15 @@ def column_value(columns: Mapping[str, Any], path: str) -> Any:
         if isinstance(value, Mapping):
             value = value.get(name)
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            place = int(name) if name.lstrip("-").isdigit() else len(value)
-            value = value[place] if -len(value) <= place < len(value) else None
+            index = int(name) if name.lstrip("-").isdigit() else len(value)
+            value = value[index] if -len(value) <= index < len(value) else None
         else:
             return None
     return value
 
 
 def require_column(table: Table, path: str, key: str) -> None:
-    """Raise `RecipeError`, which names the recipe's ``key``, unless the table has the column that a path starts with."""
+    """Raise `RecipeError`, naming the recipe's ``key``, unless the table has the first column of a path."""
     if path not in table.names and path.partition(".")[0] not in table.names:
         raise RecipeError(
             f"{key} names {path!r}, but {table.location} has no column {path.partition('.')[0]!r}; its columns are "

@@ -1,1 +1,1 @@
-"""Reward functions, and the process in which they run."""
+"""Reward functions, and the process that runs them."""

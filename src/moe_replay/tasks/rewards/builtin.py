@@ -1,6 +1,6 @@
-"""The reward functions that a recipe can name without writing any.
+"""Built-in reward functions.
 
-Each has the signature of a user's own: completions first, then what it needs by name, one number per completion back.
+Their signature is that of user functions: completions first, other inputs by name, one number a completion returned.
 
 In: completions and dataset columns. Out: scores.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _TIMEOUT_S = 5
-# White space behind it belongs to the template, as in "<think>\n".
+# Whitespace after it belongs to the template, as in "<think>\n".
 _OPENED_TAG = re.compile(r"<([A-Za-z][\w-]*)>\s*\Z")
 
 
@@ -28,7 +28,7 @@ def reasoning_gym(
     metadata: Sequence[Mapping[str, Any]],
     answer_tag: str = "answer",
 ) -> list[float]:
-    """Score with the family's own scorer, 0 to 1, on the answer that `final_answer` finds."""
+    """Score the `final_answer` with the family's own scorer, 0 to 1."""
     items = (
         {"question": q, "answer": a, "metadata": m}
         for q, a, m in zip(question, answer, metadata, strict=True)
@@ -47,10 +47,10 @@ def exact_match(
     answer: Sequence[object],
     answer_tag: str = "answer",
 ) -> list[float]:
-    """Score 1 where the answer that `final_answer` finds equals the column ``answer``, else 0."""
-    for number, expected in enumerate(answer):
+    """Score 1 if the `final_answer` equals the column ``answer``, else 0."""
+    for index, expected in enumerate(answer):
         if expected is None:
-            raise ValueError(f"column answer is empty for sample {number}")
+            raise ValueError(f"column answer is empty for sample {index}")
     texts = _with_opened_tags(prompts, completions, only=answer_tag)
     return [
         float(final_answer(text, answer_tag) == str(expected).strip())
@@ -59,35 +59,37 @@ def exact_match(
 
 
 def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:
-    r"""Score 1 where the completion's mathematical answer equals the column ``answer``, else 0.
+    r"""Score 1 if the completion's mathematical answer equals the column ``answer``, else 0.
 
     ``1/2``, ``0.5`` and ``$\frac{1}{2}$`` are equal. An answer that takes longer than 5 seconds to parse or compare
-    scores 0; that limit is a signal, so it holds on the main thread only.
+    scores 0; the limit uses a signal, so it works only on the main thread.
     """
     if not completions:
         return []
     from math_verify import parse, verify
 
     timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0
-    # It warns on every call that a missing timeout is missing.
+    # Without a timeout it warns on every call.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     scores: list[float] = []
-    for number, (completion, expected) in enumerate(zip(completions, answer, strict=True)):
+    for index, (completion, expected) in enumerate(zip(completions, answer, strict=True)):
         gold = parse(str(expected), parsing_timeout=timeout) or parse(
             f"${expected}$", parsing_timeout=timeout
         )
         if not gold:
-            raise ValueError(f"column answer of sample {number} is no mathematics: {expected!r}")
+            raise ValueError(
+                f"cannot parse the answer of sample {index} as a math expression: {expected!r}"
+            )
         got = parse(completion, parsing_timeout=timeout)
         scores.append(float(verify(gold, got, timeout_seconds=timeout)))
     return scores
 
 
 def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) -> list[float]:
-    """Score 1 where the whole completion matches ``regex`` (a dot matches newlines too), else 0.
+    """Score 1 if the full completion matches ``regex`` (a dot matches newlines too), else 0.
 
-    Where a chat template ends the prompt with an opened tag, such as ``<think>``, the completion together with that tag may
-    match as well: the model could not write it.
+    If a chat template ends the prompt with an opened tag, such as ``<think>``, the completion with that tag in front
+    may match instead: the model could not write the tag itself.
     """
     pattern = re.compile(regex, flags=re.DOTALL)
     return [
@@ -99,9 +101,9 @@ def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) ->
 def _with_opened_tags(
     prompts: Sequence[str], completions: Sequence[str], *, only: str | None = None
 ) -> list[str]:
-    """Put the tag that a prompt ends with before its completion; with ``only``, no other tag than that.
+    """Prepend the tag that ends a prompt to its completion; with ``only``, just that tag.
 
-    A completion that begins with the part of the answer that its prompt gave has the tag already.
+    A completion that begins with the prefill of its prompt already has the tag.
     """
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -115,7 +117,7 @@ def _with_opened_tags(
 
 
 def final_answer(completion: str, answer_tag: str) -> str:
-    """Return what the last ``<answer_tag>...</answer_tag>`` holds, or the whole completion where there is none.
+    """Return the content of the last ``<answer_tag>...</answer_tag>``, or the full completion without one.
 
     Example:
         >>> final_answer("2 + 2 is <answer>4</answer>", "answer")

@@ -1,4 +1,4 @@
-"""The reward process as the trainer holds it: its pipes, its death, and what it prints.
+"""The trainer's handle of the reward process: its pipes, its end, and its output.
 
 In: frames. Out: frames, or `ChildGone` and `ChildSilent`.
 """
@@ -28,9 +28,9 @@ _BOOT = (
     "main(*map(int, sys.argv[1:5]))"
 )
 GRACE_S = 5.0
-"""How long an async function, which its own process stops at the limit, or an exit may be late."""
+"""Extra seconds for an exit, and for an async function, which its own process stops at the limit."""
 _LOOK_MS = 500
-"""How often a silent process is looked at."""
+"""Interval of checks on a silent process."""
 _CHUNK = 1 << 20
 
 
@@ -63,7 +63,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=passed,
-                # Neither Ctrl-C nor what is sent to the trainer's group reaches it, and it ends with all its children.
+                # Ctrl-C and signals to the trainer's group do not reach it, and it can be killed with its children.
                 start_new_session=True,
             )
         except OSError as error:
@@ -108,12 +108,12 @@ class Child:
         try:
             return take_frame(self._buffer)
         except ValueError:
-            raise ChildGone("wrote to a file of its process that it has not opened") from None
+            raise ChildGone("wrote to a file descriptor that it did not open") from None
 
     def _wait(self, *, writes: bool, deadline: float) -> None:
-        """Wait until the pipe is ready, but not for a process that has ended while a child of its own holds the pipe."""
+        """Wait for the pipe, but not if the process has ended while one of its children holds the pipe."""
         ended = self._has_ended()
-        # Not select, which takes no descriptor above 1023.
+        # Not select, which cannot handle descriptors above 1023.
         ready = select.poll()
         ready.register(
             *((self._requests, select.POLLOUT) if writes else (self._answers, select.POLLIN))
@@ -126,7 +126,7 @@ class Child:
             raise ChildSilent
 
     def _has_ended(self) -> bool:
-        # Without taking its exit status, so that its number stays its own until its group has been ended.
+        # Leaves the exit status, so that its pid is not reused before its group is killed.
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with suppress(ChildProcessError):
             return os.waitid(os.P_PID, self._process.pid, options) is not None
@@ -146,7 +146,7 @@ class Child:
         return f"had its process killed by {name}{memory}{at}"
 
     def where_it_stands(self) -> str:
-        """Return the line of the user's code at which the process is."""
+        """Return the line of user code that the process is running."""
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGUSR1)
         until = time.monotonic() + GRACE_S
@@ -161,15 +161,15 @@ class Child:
         return self._stacks.read().decode(errors="replace")
 
     def close(self) -> None:
-        """Let the process end by itself, which runs what the user's code has registered for its exit; then kill."""
+        """Let the process exit, which runs the exit handlers of user code, then kill it."""
         if os.getpid() == self._owner and not self._stacks.closed:
             self._close_pipe("_requests")
             self._wait_for_exit(GRACE_S)
             self.kill()
 
     def kill(self) -> None:
-        """End the process and its children at once; calling it twice is allowed."""
-        # A fork of the trainer holds a copy of this object, but the process is not its own.
+        """Kill the process and its children; may be called twice."""
+        # A fork of the trainer has a copy of this object, but does not own the process.
         if os.getpid() != self._owner or self._stacks.closed:
             return
         self._end_group()
@@ -189,7 +189,7 @@ class Child:
             time.sleep(0.01)
 
     def _end_group(self) -> int:
-        """Kill what is left of the process and its children; return its exit code."""
+        """Kill the process and its remaining children; return its exit code."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -197,7 +197,7 @@ class Child:
 
 
 def _pass_on(streams: Mapping[str, IO[bytes]]) -> None:
-    """Show what the user's code prints where the trainer prints, whatever that is at the time."""
+    """Copy the output of user code to the trainer's current stdout and stderr."""
     decoder = codecs.getincrementaldecoder("utf-8")
     names = {stream.fileno(): (name, decoder("replace")) for name, stream in streams.items()}
     ready = select.poll()
@@ -218,6 +218,6 @@ def _pass_on(streams: Mapping[str, IO[bytes]]) -> None:
 
 
 def _line_of(stack: str) -> str:
-    """Return the innermost line of the user's code in what faulthandler wrote: frames, the innermost of a thread first."""
+    """Return the innermost line of user code in a faulthandler dump, which lists the innermost frame first."""
     frames = re.findall(r'^  File "(.*)", line (\d+)', stack, flags=re.MULTILINE)
     return user_line([(name, int(line)) for name, line in reversed(frames)])

@@ -1,7 +1,7 @@
-"""What the trainer asks of its reward process, and what it makes of the answers.
+"""The trainer's requests to its reward process, and their outcomes.
 
-Every request has an end: an answer for each function, or the reason why there is none. A process that has crashed or was ended
-for not answering is replaced by a fresh one at the next request.
+Every request ends with an answer for each function, or the reason why there is none. After a crash or a timeout, the
+next request starts a new process.
 
 In: reward specifications, batches. Out: `Signature`, `Scores`, `Failure`.
 """
@@ -21,15 +21,15 @@ from moe_replay.tasks.rewards.functions import Signature
 from moe_replay.tasks.rewards.wire import pack_frame
 
 _START_S = 300.0
-"""Longest wait for the interpreter itself."""
+"""Maximum start-up time of the interpreter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a function gave to a batch."""
+    """The scores that a function returned for a batch."""
 
     values: tuple[float | None, ...]
-    """One for each completion; None where it has no opinion."""
+    """One for each completion; None if the function has no opinion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +37,18 @@ class Failure:
     """Why a function gave no scores, or could not be loaded."""
 
     kind: Literal["refused", "raised", "wrong", "late", "crashed", "stopped"]
-    """It cannot be loaded; raised; returned something else than scores; ran out of time; ended the process; went with the
-    process that another one ended."""
+    """It cannot be loaded; raised; did not return scores; timed out; ended the process; was stopped when another function
+    ended the process."""
     text: str
-    """What happened, from "returned ..." or "raised ..." on, with the line of the user's code where it is known."""
+    """What happened, starting with "returned ..." or "raised ...", with the line of user code if known."""
     sample: int | None = None
-    """Completion that it is about, where that is known."""
+    """Index of the completion, if known."""
     trace: str = ""
     """Its traceback."""
 
 
 class RewardProcess:
-    """One process that holds the reward functions of a run; started by the first request."""
+    """The process that runs the reward functions of a run; the first request starts it."""
 
     def __init__(self, functions: Sequence[Mapping[str, Any]], folders: Sequence[str] = ()) -> None:
         """Take functions, each ``{"function": ..., "args": ..., "timeout_s": ...}``, and folders to import from first."""
@@ -58,7 +58,7 @@ class RewardProcess:
         self._lock = threading.Lock()
 
     def load(self) -> list[Signature | Failure]:
-        """Import every function in a fresh process; return what each takes, or why it cannot be had."""
+        """Import every function in a new process; return its signature, or why it cannot be loaded."""
         with self._lock:
             self._end()
             return self._start()
@@ -66,7 +66,7 @@ class RewardProcess:
     def score(
         self, batch: Mapping[str, Any], blob: bytes, functions: Sequence[int]
     ) -> list[Scores | Failure]:
-        """Call functions, given by their numbers, on a batch; their outcomes in that order."""
+        """Call functions, given by index, on a batch; return their outcomes in that order."""
         with self._lock:
             if self._child is None:
                 refused = [r for r in self._start() if isinstance(r, Failure)]
@@ -75,21 +75,21 @@ class RewardProcess:
             request = {"op": "score", "functions": list(functions)} | dict(batch)
             events = self._ask(request, blob, functions)
         outcomes: list[Scores | Failure] = []
-        for number in functions:
-            event = events[number]
+        for index in functions:
+            event = events[index]
             outcomes.append(
                 event if isinstance(event, Failure) else Scores(values=tuple(event["scores"]))
             )
         return outcomes
 
     def close(self) -> None:
-        """End the process and all that it has started; it may be used again."""
+        """End the process and all of its children; another request starts a new one."""
         with self._lock:
             self._end()
 
     def _start(self) -> list[Signature | Failure]:
         self._child = Child()
-        # A child that nobody closes is ended with its owner, at the latest with the interpreter.
+        # A child that is never closed ends with its owner, at the latest with the interpreter.
         weakref.finalize(self, self._child.kill)
         request = {"op": "load", "functions": self._functions, "folders": self._folders}
         events = self._ask(request, b"", range(len(self._functions)))
@@ -106,77 +106,77 @@ class RewardProcess:
     def _ask(
         self, request: Mapping[str, Any], blob: bytes, functions: Sequence[int]
     ) -> dict[int, Failure | dict[str, Any]]:
-        """Send a request and collect what happens to each function."""
+        """Send a request and collect the outcome of each function."""
         assert self._child is not None
-        talk = _Talk(limits={n: self._functions[n]["timeout_s"] for n in functions})
+        pending = _Request(limits={n: self._functions[n]["timeout_s"] for n in functions})
         try:
-            self._child.send(pack_frame(request, blob), talk.deadline)
-            while not talk.is_over:
-                talk.take(self._child.receive(talk.deadline))
+            self._child.send(pack_frame(request, blob), pending.deadline)
+            while not pending.is_over:
+                pending.take(self._child.receive(pending.deadline))
         except ChildGone as gone:
-            talk.end_crashed(gone.text)
+            pending.end_crashed(gone.text)
             self._end()
         except ChildSilent:
             where = self._child.where_it_stands()
             self._child.kill()
             self._child = None
-            talk.end_late(where)
+            pending.end_late(where)
         except BaseException:
-            # What is still to come from it would be taken for the answer to the next request.
+            # Its late answers would be taken for answers to the next request.
             self._child.kill()
             self._child = None
             raise
-        return talk.events
+        return pending.events
 
 
-class _Talk:
-    """One request: which functions run, until when, and what has become of the others."""
+class _Request:
+    """One request: the running functions with their deadlines, and the outcomes of the others."""
 
     def __init__(self, limits: Mapping[int, float]) -> None:
         self._limits = limits
         self._until: dict[int, float] = {}
-        # Until a function starts, it is the interpreter, or the sending of the batch, that may take time.
+        # Before a function starts, the interpreter starts or the batch is sent.
         self._idle_until = time.monotonic() + _START_S + max(limits.values())
         self.events: dict[int, Failure | dict[str, Any]] = {}
         self.is_over = False
 
     @property
     def deadline(self) -> float:
-        """When the process must have said something more."""
+        """Time by which the process must send another event."""
         return min(self._until.values(), default=self._idle_until)
 
     def take(self, event: dict[str, Any]) -> None:
-        """Note what the process said."""
+        """Record an event of the process."""
         kind = event["event"]
         if kind == "finished":
             self.is_over = True
             return
-        number: int = event["function"]
+        index: int = event["function"]
         if kind in ("started", "waiting"):
             grace = GRACE_S if kind == "waiting" else 0.0
-            self._until[number] = time.monotonic() + self._limits[number] + grace
+            self._until[index] = time.monotonic() + self._limits[index] + grace
         else:
-            self._until.pop(number, None)
-            self.events[number] = event if kind in ("loaded", "scores") else self._failure(event)
+            self._until.pop(index, None)
+            self.events[index] = event if kind in ("loaded", "scores") else self._failure(event)
 
     def end_late(self, where: str) -> None:
-        """Note for every function without an outcome that the process was ended, and which one was the reason."""
+        """Record for every unfinished function that the process was killed, and which function was late."""
         now = time.monotonic()
-        for number in self._limits.keys() - self.events.keys():
-            if self._until.get(number, math.inf if self._until else now) <= now:
-                failure = Failure(kind="late", text=self._late(number, where))
+        for index in self._limits.keys() - self.events.keys():
+            if self._until.get(index, math.inf if self._until else now) <= now:
+                failure = Failure(kind="late", text=self._late(index, where))
             else:
                 failure = Failure(kind="stopped", text="was stopped when another function was late")
-            self.events[number] = failure
+            self.events[index] = failure
 
     def end_crashed(self, text: str) -> None:
-        """Note for every function without an outcome that the process has ended, and which ones were running."""
-        for number in self._limits.keys() - self.events.keys():
-            if number in self._until or not self._until:
+        """Record for every unfinished function that the process has ended, and which ones were running."""
+        for index in self._limits.keys() - self.events.keys():
+            if index in self._until or not self._until:
                 failure = Failure(kind="crashed", text=text)
             else:
                 failure = Failure(kind="stopped", text="was not called: the process had ended")
-            self.events[number] = failure
+            self.events[index] = failure
 
     def _failure(self, event: dict[str, Any]) -> Failure:
         kind, text = event["event"], event.get("text", "")
@@ -188,6 +188,6 @@ class _Talk:
             kind=kind, text=text, sample=event.get("sample"), trace=event.get("trace", "")
         )
 
-    def _late(self, number: int, where: str) -> str:
+    def _late(self, index: int, where: str) -> str:
         at = f", at {where}" if where else ""
-        return f"was still running after {self._limits[number]:g} s{at}"
+        return f"was still running after {self._limits[index]:g} s{at}"

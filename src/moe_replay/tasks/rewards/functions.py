@@ -1,6 +1,6 @@
-"""Reward functions by the name that a recipe gives them: found, imported, and asked what they take.
+"""Find and import the reward functions that a recipe names, and read their signatures.
 
-Importing runs the user's code, so that this is done in the reward process; the trainer itself finds built-ins only.
+Importing runs user code, so it happens in the reward process; the trainer itself loads only built-ins.
 
 In: the name of a function and its arguments. Out: `LoadedFunction`, `Signature`.
 """
@@ -25,9 +25,9 @@ from moe_replay.errors import RecipeError
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 
 OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
-"""What every reward function may take, whatever the dataset holds."""
+"""Arguments that every reward function may take, with any dataset."""
 
-_NOT_THE_USERS = (
+_NOT_USER_CODE = (
     *(path for name, path in sysconfig.get_paths().items() if name.endswith("lib")),
     str(Path(__file__).parents[1]),
     "<frozen",
@@ -36,21 +36,21 @@ _NOT_THE_USERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a reward function takes."""
+    """The arguments that a reward function takes."""
 
     required: tuple[str, ...]
-    """Names without a default, other than those that every call has."""
+    """Names without a default, except those that every call passes."""
     accepted: tuple[str, ...]
-    """Names that it takes."""
+    """Names of its arguments."""
     takes_everything: bool
-    """Whether it has ``**kwargs`` and so gets every column."""
+    """Whether it has ``**kwargs``, and so gets every column."""
 
     def takes(self, name: str) -> bool:
         """Return whether a call may pass ``name``."""
         return self.takes_everything or name in self.accepted
 
     def to_plain(self) -> dict[str, Any]:
-        """Return it as JSON carries it."""
+        """Return the signature as plain JSON."""
         return asdict(self)
 
     @staticmethod
@@ -70,14 +70,14 @@ class LoadedFunction:
     function: Callable[..., Any]
     """The function itself."""
     signature: Signature
-    """What it takes."""
+    """Its arguments."""
 
 
 def load_function(name: str, args: Mapping[str, Any]) -> LoadedFunction:
-    """Find a function; a module or file that is not a built-in is imported.
+    """Find a built-in function, or import the module or file of another one.
 
     Raises:
-        RecipeError: when it cannot be found, does not take ``completions``, or does not take one of ``args``.
+        RecipeError: it cannot be found, does not take ``completions``, or does not take one of ``args``.
     """
     function = BUILTIN_REWARDS[name] if name in BUILTIN_REWARDS else _find(name)
     return LoadedFunction(function=function, signature=_signature(name, function, args))
@@ -91,8 +91,8 @@ def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any])
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     accepted = tuple(p.name for p in by_name)
     takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    by_place_only = any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
-    if by_place_only or ("completions" not in accepted and not takes_everything):
+    positional_only = any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+    if positional_only or ("completions" not in accepted and not takes_everything):
         raise RecipeError(
             f"reward {name}({', '.join(map(str, parameters))}) takes no argument named completions: write "
             "it as def f(completions, *, <dataset columns>) -> list[float]"
@@ -115,15 +115,15 @@ def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any])
 
 
 def _find(spelled: str) -> Callable[..., Any]:
-    place, colon, name = spelled.rpartition(":")
-    if not colon or not place:
+    source, colon, name = spelled.rpartition(":")
+    if not colon or not source:
         close = difflib.get_close_matches(spelled, BUILTIN_REWARDS, n=1)
         nearest = f" (nearest: {close[0]})" if close else ""
         raise RecipeError(
-            f"rewards.function {spelled!r} is none of {', '.join(BUILTIN_REWARDS)}{nearest}, nor of the form "
+            f"rewards.function {spelled!r} is not one of {', '.join(BUILTIN_REWARDS)}{nearest}, and not of the form "
             "module:function or file.py:function"
         )
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     function = getattr(module, name, None)
     if not callable(function) or isinstance(function, type):
         known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
@@ -133,7 +133,7 @@ def _find(spelled: str) -> Callable[..., Any]:
             else f"has a {type(function).__name__}, not a function,"
         )
         raise RecipeError(
-            f"rewards.function {spelled!r}: {place} {problem} {name!r}; its functions are "
+            f"rewards.function {spelled!r}: {source} {problem} {name!r}; its functions are "
             f"{', '.join(known) or 'none'}"
         )
     return function
@@ -142,7 +142,7 @@ def _find(spelled: str) -> Callable[..., Any]:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    # Whatever the user's code raises while it is imported, a SystemExit included, is reported as its failure.
+    # Whatever user code raises on import, even SystemExit, is reported as its failure.
     except BaseException as error:
         raise RecipeError(
             f"rewards.function: module {name!r} cannot be imported: {describe_error(error)}. Install it, put it beside "
@@ -157,13 +157,13 @@ def _import_file(path: Path) -> ModuleType:
         )
     path = path.absolute()
     root, dotted = _package_of(path)
-    # As Python does with the folder of a script: files beside it can be imported.
+    # Like Python with the folder of a script: files beside it can be imported.
     if root not in sys.path:
         sys.path.insert(0, root)
     try:
         found = importlib.util.find_spec(dotted)
         if found is not None and found.origin is not None and Path(found.origin) == path:
-            # Under its own name, it can be imported by its neighbours and by processes that it starts.
+            # Under its own name, its neighbours and the processes that it starts can import it.
             return importlib.import_module(dotted)
         return _import_under_another_name(path)
     except BaseException as error:
@@ -173,7 +173,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _package_of(path: Path) -> tuple[str, str]:
-    """Return the folder to import a file from, and its dotted name there: packages are folders with an __init__.py."""
+    """Return the folder to import a file from, and its dotted name: packages have an __init__.py."""
     folder, parts = path.parent, [path.stem] if path.stem != "__init__" else []
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)
@@ -182,7 +182,7 @@ def _package_of(path: Path) -> tuple[str, str]:
 
 
 def _import_under_another_name(path: Path) -> ModuleType:
-    """Import a file whose name another module has taken, such as a second rewards.py of another folder."""
+    """Import a file whose name is taken by another module, such as a second rewards.py."""
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     name = f"moe_replay_reward_{path.stem}_{digest}"
     if name in sys.modules:
@@ -190,7 +190,7 @@ def _import_under_another_name(path: Path) -> ModuleType:
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses and pickles of the file look their module up there.
+    # Dataclasses and pickles of the file look up their module there.
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
@@ -201,13 +201,13 @@ def _import_under_another_name(path: Path) -> ModuleType:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an exception's type and message, and the line of the user's code that raised it."""
+    """Return type and message of an exception, and the line of user code that raised it."""
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - the seam: the user's exception
         message = "(its message cannot be read)"
     if isinstance(error, SystemExit):
-        message = f"{message} (it asked the program to end)"
+        message = f"{message} (it tried to exit the program)"
     where = user_line(
         [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     )
@@ -216,8 +216,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def user_line(frames: list[tuple[str, int]]) -> str:
-    """Return ``file.py, line N`` of the innermost frame that is neither a library's nor ours; "" if there is none."""
+    """Return ``file.py, line N`` of the innermost frame of user code, or ""."""
     for filename, line in reversed(frames):
-        if not filename.startswith(_NOT_THE_USERS):
+        if not filename.startswith(_NOT_USER_CODE):
             return f"{filename}, line {line}"
     return ""

@@ -1,4 +1,4 @@
-"""Reward functions: found before the run starts, called with what they ask for, and held to one number a completion.
+"""The reward functions of a run: found before the start, called by keyword, checked for one number a completion.
 
 A reward function is called by keyword with lists that hold one entry per completion::
 
@@ -6,10 +6,10 @@ A reward function is called by keyword with lists that hold one entry per comple
 
 ``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a dataset column or a key of
 ``[rewards.args]``. Only names that the function takes are passed. It may be ``async``; all async functions of a batch
-run together. None means that it has no opinion on a completion.
+run concurrently. None means no opinion on a completion.
 
-Every function runs in one other process (`client`) for the life of the run: nothing that it does there changes
-the trainer, and a function that hangs or ends its process is named.
+All functions run in one separate process (`client`) for the whole run: they cannot affect the trainer, and a function
+that hangs or ends its process is named.
 
 In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
 """
@@ -27,6 +27,7 @@ from jaxtyping import Float64
 
 from moe_replay.errors import RecipeError, RewardError
 from moe_replay.recipe.sections.run import RewardSection
+from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.prompts import Prompt, PromptSource
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.client import Failure, RewardProcess, Scores
@@ -34,29 +35,29 @@ from moe_replay.tasks.rewards.functions import OWN_NAMES, Signature, load_functi
 from moe_replay.tasks.rewards.wire import encode_value
 
 _SEARCH_S = 60.0
-"""Longest search for the completion that a function fails on; it begins no call after that."""
+"""Maximum search time for the completion that a function fails on; no call starts after that."""
 _ADVICE = {
-    "raised": "Make the function return a score for such a completion (0.0 if it is worth nothing, None for no opinion), or "
+    "raised": "Return a score for such a completion (0.0 if it is wrong, None for no opinion), or "
     "correct the dataset",
-    "wrong": "A reward function returns one finite number for each completion; return None where it has no opinion",
-    "late": "Raise timeout_s in its [[rewards]] table if that is what it needs; else look at what it waits for",
-    "crashed": "A reward function returns scores, or raises; what ends the process (os._exit, a crash in native code, too "
+    "wrong": "A reward function returns one finite number for each completion, or None for no opinion",
+    "late": "Raise timeout_s in its [[rewards]] table if it needs more time; otherwise check what it waits for",
+    "crashed": "A reward function must return scores or raise; ending the process (os._exit, a crash in native code, too "
     "much memory) ends the run",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """What a batch of n completions earned."""
+    """The rewards of a batch of n completions."""
 
     scores: Mapping[str, Float64[np.ndarray, " n"]]
-    """Reward function -> ``[n]`` scores before weights; NaN where it has no opinion."""
+    """Reward function -> ``[n]`` unweighted scores; NaN for no opinion."""
     total: Float64[np.ndarray, " n"]
-    """``[n]`` weighted sums over the functions that have an opinion; NaN where none has."""
+    """``[n]`` weighted sums over the functions that have an opinion; NaN if none has."""
 
 
 class RewardSet:
-    """The reward functions of a run, and the process in which they are called. Close it, or use it in ``with``."""
+    """The reward functions of a run and the process that runs them. Close it, or use it in ``with``."""
 
     def __init__(
         self,
@@ -74,23 +75,23 @@ class RewardSet:
         return tuple(spec.name for spec in self._specs)
 
     def takes(self, name: str) -> bool:
-        """Tell whether some function reads the dataset's column ``name``."""
+        """Return whether any function takes the dataset column ``name``."""
         return any(signature.takes(name) for signature in self._signatures)
 
     @staticmethod
     def load(specs: Sequence[RewardSection], *, folders: Sequence[str] = ()) -> RewardSet:
         """Find every function; modules and files are imported in the reward process, from ``folders`` first.
 
-        Built-ins alone start no process before the first call of `score`.
+        With built-ins alone, the first call of `score` starts the process.
 
         Raises:
-            RecipeError: when one cannot be found, does not take ``completions``, or does not take one of its args.
+            RecipeError: one cannot be found, does not take ``completions``, or does not take one of its args.
         """
         names = [spec.name for spec in specs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise RecipeError(
-                f"rewards: the name {', '.join(twice)} is used more than once, and metrics go by it: set rewards.name"
+                f"rewards: the name {', '.join(twice)} is used more than once, but metrics need distinct names: set rewards.name"
             )
         process = RewardProcess(
             [
@@ -124,19 +125,19 @@ class RewardSet:
         self.close()
 
     def needs(self) -> Iterator[tuple[RewardSection, str]]:
-        """Yield each function with each dataset column that it does not do without."""
+        """Yield each function with each dataset column that it requires."""
         for spec, signature in zip(self._specs, self._signatures, strict=True):
             for name in signature.required:
                 if name not in spec.args:
                     yield spec, name
 
     def check(self, source: PromptSource) -> None:
-        """Raise `RecipeError` unless the prompts of ``source`` carry every column that a function needs."""
+        """Raise `RecipeError` unless the prompts of ``source`` have every column that a function requires."""
         hidden = sorted(OWN_NAMES & source.columns)
         if hidden:
             raise RecipeError(
-                f"the dataset has a column {', '.join(hidden)}, but reward functions get what the model was asked and wrote "
-                "under that name, and could not see the column: rename it"
+                f"the dataset has a column {', '.join(hidden)}, but under that name reward functions get the "
+                "prompts or completions, so the column would be hidden: rename it"
             )
         for spec, signature in zip(self._specs, self._signatures, strict=True):
             _check_columns(spec, signature, source)
@@ -152,8 +153,8 @@ class RewardSet:
         """Score completions; entry i of all three belongs together.
 
         Raises:
-            RewardError: when a function raises, hangs, ends its process, or returns anything but one finite number, or
-                None, a completion.
+            RewardError: a function raises, hangs, ends its process, or does not return one finite number or None a
+                completion.
         """
         batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
         if not prompts:
@@ -161,7 +162,7 @@ class RewardSet:
             return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
         outcomes = self._call(batch, range(len(self._specs)))
         failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
-        # One that was only stopped says nothing about the cause.
+        # A function that was only stopped is not the cause.
         for number in sorted(failed, key=lambda n: getattr(outcomes[n], "kind", "") == "stopped"):
             failure = outcomes[number]
             assert isinstance(failure, Failure)
@@ -180,7 +181,7 @@ class RewardSet:
         elif failure.kind in ("raised", "crashed"):
             sample = self._failing_sample(number, batch)
             where = (
-                f"; on no single sample (it fails on the batch of {len(batch.prompts)} only, or not every time)"
+                f"; on no single sample (it fails only on the batch of {len(batch.prompts)}, or not every time)"
                 if sample is None
                 else f"; on {batch.describe(sample)}"
             )
@@ -189,7 +190,7 @@ class RewardSet:
         )
 
     def _failing_sample(self, number: int, batch: _Batch) -> int | None:
-        """Find a sample on which a function fails by calling it on ever smaller parts of the batch."""
+        """Find a sample on which a function fails by bisecting the batch."""
         start, stop = 0, len(batch.prompts)
         until = time.monotonic() + _SEARCH_S
         while stop - start > 1:
@@ -207,7 +208,7 @@ class RewardSet:
 
 
 class _RewardTraceback(Exception):
-    """What a reward function raised in its own process, as text."""
+    """The traceback of a reward function in its own process, as text."""
 
     def __str__(self) -> str:
         return f"in the reward process:\n{self.args[0]}"
@@ -240,19 +241,19 @@ class _Batch:
 
     def describe(self, number: int) -> str:
         return (
-            f"sample {number} (prompt {_excerpt(self.prompts[number].text)}, "
-            f"completion {_excerpt(self.completions[number])})"
+            f"sample {number} (prompt {excerpt(self.prompts[number].text)}, "
+            f"completion {excerpt(self.completions[number])})"
         )
 
     def to_plain(self, signatures: Sequence[Signature]) -> tuple[dict[str, Any], bytes]:
-        """Return what functions are given, as JSON and bytes: each prompt once, and only what one of them takes."""
+        """Return the batch as JSON and bytes: each prompt once, and only what some function takes."""
         distinct = {id(prompt): prompt for prompt in self.prompts}
-        places = {identity: place for place, identity in enumerate(distinct)}
+        index_of = {identity: index for index, identity in enumerate(distinct)}
         ids = self.completion_ids if any(s.takes("completion_ids") for s in signatures) else []
         plain = {
             "prompts": [prompt.text for prompt in distinct.values()],
             "rows": [_row(prompt, signatures) for prompt in distinct.values()],
-            "prompt_of": [places[id(prompt)] for prompt in self.prompts],
+            "prompt_of": [index_of[id(prompt)] for prompt in self.prompts],
             "completions": list(self.completions),
             "lengths": [len(each) for each in ids],
         }
@@ -267,13 +268,13 @@ def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
                 row[name] = encode_value(value)
             except TypeError as error:
                 raise RewardError(
-                    f"column {name} of prompt {_excerpt(prompt.text)} holds {error}, which cannot be given to reward "
-                    "functions, because they run in a process of their own: expected numbers, texts, bytes, times, arrays, "
-                    "and lists, tuples, sets and dicts of them. Convert the column, or have no reward function take it"
+                    f"column {name} of prompt {excerpt(prompt.text)} holds {error}, which cannot be sent to reward "
+                    "functions in their own process: expected numbers, strings, bytes, times, arrays, "
+                    "and lists, tuples, sets and dicts of them. Convert the column, or let no reward function take it"
                 ) from error
             except RecursionError as error:
                 raise RewardError(
-                    f"column {name} of prompt {_excerpt(prompt.text)} is nested too deeply to be given to a reward function"
+                    f"column {name} of prompt {excerpt(prompt.text)} is nested too deeply for a reward function"
                 ) from error
     return row
 
@@ -312,17 +313,12 @@ def _check_columns(spec: RewardSection, signature: Signature, source: PromptSour
 
 
 def _try_on_nothing(spec: RewardSection, signature: Signature) -> None:
-    """Call a built-in on an empty batch, so that a wrong argument, such as a broken regex, shows at the start."""
+    """Call a built-in on an empty batch, so that a wrong argument, such as a bad regex, fails at the start."""
     names = {*signature.required, *OWN_NAMES}
     arguments = {name: [] for name in names if signature.takes(name)} | spec.args
     try:
         BUILTIN_REWARDS[spec.function](**arguments)
     except Exception as error:
         raise RecipeError(
-            f"reward {spec.name}: [rewards.args] {spec.args!r} is refused: {type(error).__name__}: {error}"
+            f"reward {spec.name}: [rewards.args] {spec.args!r} is rejected: {type(error).__name__}: {error}"
         ) from error
-
-
-def _excerpt(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,10 +1,10 @@
-"""Frames between the trainer and its reward process: JSON that keeps the types of dataset values, and nothing pickled.
+"""Frames between the trainer and its reward process: JSON that keeps the types of dataset values, no pickle.
 
-A frame is two little-endian 64-bit lengths, that many bytes of JSON, and that many raw bytes (token ids, which would be six
-times as long in JSON). JSON has fewer types than a dataset, so the others are objects with one key that starts with
+A frame is two little-endian 64-bit lengths, that many bytes of JSON, and that many raw bytes (token ids, which would be
+six times as long in JSON). JSON has fewer types than a dataset, so other types are objects with one key that starts with
 ``$``: a tuple ``(1, 2)`` travels as ``{"$tuple": [1, 2]}``.
 
-In: columns, texts, token ids. Out: bytes, and the same values again.
+In: columns, texts, token ids. Out: bytes, and back.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LENGTHS = struct.Struct("<QQ")
 
 
 def pack_frame(header: Mapping[str, Any], blob: bytes = b"") -> list[bytes]:
-    """Return the parts of a frame; they are not joined, because texts and token ids of a step are large."""
-    # Text that came out of JSON may hold half a surrogate pair, which is not UTF-8.
+    """Return the parts of a frame, not joined, because the texts and token ids of a step are large."""
+    # Text from JSON may hold half a surrogate pair, which is not UTF-8.
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return [_LENGTHS.pack(len(text), len(blob)), text, blob]
 
@@ -47,7 +47,7 @@ def read_frame(stream: BufferedIOBase) -> tuple[dict[str, Any], bytes] | None:
 
 
 def take_frame(buffer: bytearray) -> dict[str, Any] | None:
-    """Remove the first whole frame from a buffer and return its JSON, or None while there is none."""
+    """Remove the first complete frame from a buffer and return its JSON; None until there is one."""
     if len(buffer) < _LENGTHS.size:
         return None
     num_text, num_blob = _LENGTHS.unpack_from(buffer)
@@ -64,7 +64,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def unpack_ids(blob: bytes, lengths: Sequence[int]) -> list[list[int]]:
-    """Cut 32-bit token ids of completions, one after the other, into lists of the given lengths."""
+    """Split concatenated 32-bit token ids into lists of the given lengths."""
     packed = array("i")
     packed.frombytes(blob)
     lists, start = [], 0
@@ -75,14 +75,14 @@ def unpack_ids(blob: bytes, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def encode_value(value: Any) -> Any:
-    """Return a dataset value as what JSON carries.
+    """Return a dataset value as plain JSON.
 
     Example:
         >>> encode_value({"when": (1, b"a")})
         {'when': {'$tuple': [1, {'$bytes': 'YQ=='}]}}
 
     Raises:
-        TypeError: for an object of a type that no dataset file holds.
+        TypeError: the type does not occur in dataset files.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -136,7 +136,7 @@ def _task(family: str, config: str) -> GeneratedTask:
 
 
 def _array(dtype: str, shape: list[int], body: str) -> Any:
-    # The process pays for numpy only when a dataset holds arrays.
+    # The process imports numpy only if a dataset holds arrays.
     import numpy as np
 
     values = np.frombuffer(base64.b64decode(body), dtype=np.dtype(dtype)).reshape(shape).copy()
@@ -152,7 +152,7 @@ _PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (int, int),
     (float, float),
 )
-# Tag, type, how it is written, how it is read. A datetime is also a date, so it stands first.
+# Tag, type, encoder, decoder. A datetime is also a date, so it comes first.
 _TAGGED: tuple[tuple[str, type, Callable[[Any], Any], Callable[[Any], Any]], ...] = (
     ("$tuple", tuple, _encode_items, tuple),
     ("$set", set, _encode_items, set),

@@ -1,9 +1,9 @@
-"""The reward process: user code runs here, where it can change, block or end nothing but itself.
+"""The reward process: user code runs here, where it can only affect itself.
 
-Functions that are not async run on the main thread, so that time limits made of signals work in them. Async functions run on
-one event loop in a thread of its own that never stops, so that clients and semaphores made once serve the whole run.
+Sync functions run on the main thread, so that time limits based on signals work. Async functions share one event loop in
+its own thread, which never stops, so that clients and semaphores live for the whole run.
 
-In: frames (`wire`): which functions to load, then batches to score. Out: frames: what happened to each function.
+In: frames (`wire`): functions to load, then batches to score. Out: frames: the outcome of each function.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from moe_replay.tasks.rewards.functions import (
 from moe_replay.tasks.rewards.wire import decode_value, pack_frame, read_frame, unpack_ids
 
 _MAX_TRACE = 20_000
-# SIGUSR1 is that of faulthandler.
+# SIGUSR1 belongs to faulthandler.
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def main(requests: int, answers: int, life: int, stacks: int) -> None:
     """Serve requests until their pipe is closed; the arguments are file descriptors.
 
-    ``life`` is a pipe that the trainer never writes to: when its other end is closed, the trainer is gone. ``stacks`` is a
-    file for the stack of a crash, or, after SIGUSR1, of a function that does not return.
+    ``life`` is a pipe that the trainer never writes to: when its other end closes, the trainer has ended. ``stacks`` is
+    a file for the stack after a crash, or, on SIGUSR1, of a function that does not return.
     """
     for fd in (requests, answers, life, stacks):
-        # Processes that the user's code starts must not keep them open.
+        # Processes that user code starts must not keep them open.
         os.set_inheritable(fd, False)
     _die_with_the_trainer(life)
     _outlive_a_stop()
@@ -62,9 +62,9 @@ def main(requests: int, answers: int, life: int, stacks: int) -> None:
     with os.fdopen(requests, "rb") as stream:
         while (frame := read_frame(stream)) is not None:
             worker.answer(*frame)
-            # Texts of a whole step, which would lie here during the next rollout.
+            # Frees the texts of a step during the next rollout.
             del frame
-    # What the user's code has registered is run; taking down its libraries, which takes seconds, would serve nobody.
+    # Runs the exit handlers of user code; tearing down its libraries would only take seconds.
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -73,16 +73,16 @@ def main(requests: int, answers: int, life: int, stacks: int) -> None:
 
 
 def _die_with_the_trainer(life: int) -> None:
-    """Have the kernel kill this process and all that it started when the trainer ends, however that happens."""
+    """Have the kernel kill this process and its children when the trainer ends for any reason."""
     if hasattr(fcntl, "F_SETSIG"):
-        # Works in a function that never lets go of the interpreter too, such as a regex that backtracks for ever.
+        # Works even in a function that never releases the interpreter, such as an endless regex.
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
         ready = select.poll()
         ready.register(life, select.POLLIN)
         if ready.poll(0):
-            # It ended before.
+            # The trainer has already ended.
             os._exit(0)
     else:
         threading.Thread(target=_wait_for_the_end, args=(life,), daemon=True).start()
@@ -94,21 +94,21 @@ def _wait_for_the_end(life: int) -> None:
 
 
 def _outlive_a_stop() -> None:
-    """Take no notice of what a scheduler sends to every process: the trainer decides when the step in flight ends."""
+    """Ignore stop signals of a scheduler: the trainer decides when the current step ends."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in _STOPS:
-        # A handler and not SIG_IGN, which programs that the user's code starts would inherit.
-        signal.signal(number, lambda *_: None)
+    for signum in _STOPS:
+        # A handler, not SIG_IGN, which programs started by user code would inherit.
+        signal.signal(signum, lambda *_: None)
     os.register_at_fork(after_in_child=_stop_as_usual)
 
 
 def _stop_as_usual() -> None:
-    for number in _STOPS:
-        signal.signal(number, signal.SIG_DFL)
+    for signum in _STOPS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _repair_streams(*, at_start: bool = False) -> None:
-    """Give print and the like a stream to write to, also after a function has closed it."""
+    """Reopen stdout and stderr if a function has closed them."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if at_start or stream is None or stream.closed:
@@ -119,7 +119,7 @@ def _repair_streams(*, at_start: bool = False) -> None:
 
 
 class _Worker:
-    """The functions of a run, and the loop that async ones share."""
+    """The functions of a run, and the event loop of async ones."""
 
     def __init__(self, answers: int) -> None:
         self._answers = answers
@@ -130,14 +130,14 @@ class _Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
-        """Do what a request asks for."""
+        """Handle a request."""
         if request["op"] == "load":
             self._load(request)
         else:
             self._score(request, blob)
 
     def _load(self, request: Mapping[str, Any]) -> None:
-        """Import every function, and say what it takes or why it cannot be had."""
+        """Import every function, and report its signature or why it cannot be loaded."""
         for folder in reversed(request["folders"]):
             sys.path.insert(0, folder)
         self._specs = request["functions"]
@@ -160,7 +160,7 @@ class _Worker:
         self._say(event="finished")
 
     def _score(self, request: Mapping[str, Any], blob: bytes) -> None:
-        """Call functions on a batch: async ones are started first, and go on while the others run."""
+        """Call functions on a batch: async ones start first, and continue while the others run."""
         batch = _Batch(request, blob)
         functions = {number: self._functions[number] for number in request["functions"]}
         waiting: list[Future[None]] = []
@@ -168,7 +168,7 @@ class _Worker:
             self._say(event="started", function=number)
             _repair_streams()
             loaded, spec = functions[number], self._specs[number]
-            assert loaded is not None, "a run does not start with a function that was refused"
+            assert loaded is not None, "a run does not start with a refused function"
             try:
                 result = loaded.function(**batch.arguments(loaded.signature, spec["args"]))
             except BaseException as error:  # noqa: BLE001 - the seam: the user's code
@@ -187,7 +187,7 @@ class _Worker:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_run_for_ever, args=(self._loop,), daemon=True).start()
-        # From here on it is this process that watches the limit.
+        # From here on this process enforces the time limit.
         self._say(event="waiting", function=number)
         limit = self._specs[number]["timeout_s"]
         return asyncio.run_coroutine_threadsafe(
@@ -197,7 +197,7 @@ class _Worker:
     async def _finish(
         self, number: int, awaitable: Awaitable[Any], size: int, limit: float
     ) -> None:
-        """Wait for an async function within its time limit, and say how it ended."""
+        """Wait for an async function within its time limit, and report its outcome."""
         task = asyncio.ensure_future(_awaited(awaitable))
         await asyncio.wait({task}, timeout=limit)
         if not task.done():
@@ -233,13 +233,13 @@ class _Worker:
                     view = view[os.write(self._answers, view) :]
 
     def _leave_if_forked(self) -> None:
-        """End a copy of this process that the user's code has made and not ended: it would answer once more."""
+        """End a fork of this process that user code left running: it would send second answers."""
         if os.getpid() != self._pid:
             os._exit(1)
 
 
 class _Batch:
-    """One batch of completions, from which each call gets lists of its own."""
+    """One batch of completions; each call gets its own copies."""
 
     def __init__(self, request: Mapping[str, Any], blob: bytes) -> None:
         self._request = request
@@ -250,11 +250,11 @@ class _Batch:
         self.size = len(request["completions"])
 
     def arguments(self, signature: Signature, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of a call; nothing in them is shared with another call or another sample."""
+        """Return the keyword arguments of a call, sharing nothing with other calls or samples."""
         request, of = self._request, self._request["prompt_of"]
         columns = self._rows[0].keys() if self._rows else ()
         arguments: dict[str, Any] = {
-            name: [_own(self._rows[place][name]) for place in of]
+            name: [_own(self._rows[index][name]) for index in of]
             for name in columns
             if signature.takes(name)
         }
@@ -264,7 +264,7 @@ class _Batch:
             if name == "completions":
                 arguments[name] = list(request["completions"])
             elif name == "prompts":
-                arguments[name] = [request["prompts"][place] for place in of]
+                arguments[name] = [request["prompts"][index] for index in of]
             else:
                 arguments[name] = unpack_ids(self._blob, request["lengths"])
         return arguments | {name: _own(value) for name, value in args.items()}
@@ -280,7 +280,7 @@ _CAN_CHANGE = (list, dict, tuple, set)
 
 
 class WrongAnswer(Exception):
-    """A reward function returned something other than one number, or None, for each completion."""
+    """A reward function did not return one number or None for each completion."""
 
     def __init__(self, text: str, sample: int | None = None) -> None:
         super().__init__(text, sample)
@@ -289,10 +289,10 @@ class WrongAnswer(Exception):
 
 
 def checked_scores(result: Any, size: int) -> list[float | None]:
-    """Return what a function returned as floats and None.
+    """Return the result of a function as floats and None.
 
     Raises:
-        WrongAnswer: for anything but ``size`` finite numbers or None.
+        WrongAnswer: it is anything but ``size`` finite numbers or None.
     """
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, list | tuple):
@@ -313,7 +313,7 @@ def _checked_score(value: Any, sample: int) -> float | None:
     try:
         score = float(plain)
     except OverflowError:
-        raise WrongAnswer("returned a whole number too large for a float", sample) from None
+        raise WrongAnswer("returned an integer too large for a float", sample) from None
     if not math.isfinite(score):
         raise WrongAnswer(f"returned {_excerpt(value)}", sample)
     return score
@@ -324,7 +324,7 @@ def _is_async(loaded: LoadedFunction | None) -> bool:
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
-    """Return what an awaitable raised and returned: a SystemExit must not get to the event loop, which it would end."""
+    """Return the exception or result of an awaitable: a SystemExit would end the event loop."""
     try:
         return None, await awaitable
     except BaseException as error:  # noqa: BLE001 - the seam: the user's code
@@ -334,7 +334,7 @@ async def _awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any
 def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     while True:
-        # A SystemExit in a task that the user's code has started ends the loop, but is that task's own.
+        # A SystemExit in a task that user code started ends the loop, so run it again.
         try:
             loop.run_forever()
         except BaseException:  # noqa: BLE001 - the seam: the user's code
@@ -342,7 +342,7 @@ def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _where_it_waits(awaitable: Any) -> str:
-    """Return the line of the user's code at which a coroutine has stopped."""
+    """Return the line of user code at which a coroutine waits."""
     frames: list[tuple[str, int]] = []
     while awaitable is not None and (frame := getattr(awaitable, "cr_frame", None)) is not None:
         frames.append((frame.f_code.co_filename, frame.f_lineno))

@@ -1,4 +1,4 @@
-"""Prompts of a file, by position: surveyed once before training, read and rendered only when a step asks for them.
+"""Prompts of a file by position: surveyed once before training, read and rendered on demand.
 
 In: a location, a `PromptEncoder`. Out: `FilePrompts`.
 """
@@ -20,7 +20,7 @@ from moe_replay.errors import RecipeError
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
 from moe_replay.tasks.datasets.row_reading import ColumnNames, RowReader, read_rows_of
 from moe_replay.tasks.datasets.tables import Row, Table, open_table
-from moe_replay.tasks.encoding import PromptEncoder, PromptInput
+from moe_replay.tasks.encoding import PromptEncoder, PromptInput, Truncation
 from moe_replay.tasks.prompts import Prompt
 
 _BATCH_ROWS = 512
@@ -28,61 +28,63 @@ _BATCH_ROWS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What a look at every row found; rows that cannot be used have raised."""
+    """Facts about all rows of a dataset; an unusable row raises."""
 
     lengths: Int32[np.ndarray, " rows"]
-    """``[rows]`` tokens of each prompt, before any is cut."""
+    """``[rows]`` length of each prompt in tokens, before any is cut."""
     gaps: Mapping[str, tuple[int, int]]
-    """Column -> how many rows lack it, and the number of the first."""
+    """Column -> how many rows lack it, and the index of the first."""
     num_continued: int
-    """Prompts that end with a message of the assistant, which the model continues."""
+    """Prompts that end with an assistant message that the model continues."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePrompts:
-    """The prompts of a dataset, every epoch in an order of its own. Make one with `open_file_prompts`."""
+    """The prompts of a dataset, in a different order each epoch. Make one with `open_file_prompts`."""
 
     table: Table
     """Its rows."""
     reader: RowReader
-    """What their columns are."""
+    """The role of each column."""
     encoder: PromptEncoder
-    """How prompts become tokens."""
+    """Turns prompts into tokens."""
     survey: Survey
-    """What was found in the rows."""
+    """Facts about all rows."""
     rows: Int64[np.ndarray, " prompts"]
-    """Numbers of the rows that are short enough."""
+    """Indices of the rows that are short enough."""
     shuffle_seed: int | None
     """Seed of the order; None keeps the file's order."""
     held_out: bool
-    """Whether positions end with the last row instead of starting a new epoch."""
+    """Whether positions end at the last row instead of starting a new epoch."""
 
     @property
     def location(self) -> str:
-        """What the recipe calls it."""
+        """Its spelling in the recipe."""
         return self.table.location
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What the rows are read from."""
+        """Files of the rows."""
         return self.table.files
 
     @property
     def num_prompts(self) -> int | None:
-        """Rows that are short enough."""
+        """Number of rows that are short enough."""
         return len(self.rows)
 
     @property
     def num_deleted(self) -> int:
-        """Rows that were left out for their length."""
-        if self.encoder.truncation != "delete":
-            return 0
-        return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
+        """Rows that are omitted because they are too long."""
+        return self._num_long("delete")
 
     @property
     def num_cut(self) -> int:
         """Prompts that lose tokens at their start."""
-        if self.encoder.truncation != "left":
+        return self._num_long("left")
+
+    def _num_long(self, truncation: Truncation) -> int:
+        """Return the number of prompts that are too long, if ``truncation`` is the rule for them."""
+        if self.encoder.truncation != truncation:
             return 0
         return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
 
@@ -92,51 +94,51 @@ class FilePrompts:
         return frozenset(self.reader.names)
 
     def gap(self, column: str) -> str | None:
-        """Say how many rows lack a column, and where the first is; None when all have it."""
+        """Say how many rows lack a column, and where the first is; None if all have it."""
         if column not in self.survey.gaps:
             return None
         count, first = self.survey.gaps[column]
         return f"{count} of {len(self.survey.lengths)} rows have no {column} (the first is {self.table.row(first).where})"
 
     def notes(self) -> Iterator[str]:
-        """Yield what a person should know about the prompts."""
+        """Yield notes about the prompts for the user."""
         limit = self.encoder.max_prompt_length
         if self.num_deleted:
-            yield f"{self.num_deleted} prompts are longer than data.max_prompt_length = {limit} tokens and were left out"
+            yield f"{self.num_deleted} prompts are longer than data.max_prompt_length = {limit} tokens and are omitted"
         if self.num_cut:
-            told = ", and with them the beginning of the chat (its markers, a system message)"
+            chat = ", and with them the beginning of the chat (its markers, a system message)"
             yield (
                 f"{self.num_cut} prompts are longer than data.max_prompt_length = {limit} tokens and lose their first tokens"
-                + told * self.encoder.has_template
+                + chat * self.encoder.has_template
             )
         if self.survey.num_continued:
             yield (
-                f"{self.survey.num_continued} prompts end with a message of the assistant, which the model continues; if it is "
+                f"{self.survey.num_continued} prompts end with an assistant message, which the model continues; if it is "
                 "a reference answer, set data.final_assistant_message = 'drop'"
             )
 
     def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the prompts at ``position`` and after."""
+        """Return the prompts from ``position`` on."""
         if self.held_out and position + count > len(self.rows):
             raise RecipeError(
                 f"{self.location} holds {len(self.rows)} held-out prompts, but position {position + count - 1} was "
-                "asked for"
+                "requested"
             )
         return [
-            self._prompt(*divmod(place, len(self.rows)))
-            for place in range(position, position + count)
+            self._prompt(*divmod(index, len(self.rows)))
+            for index in range(position, position + count)
         ]
 
-    def _prompt(self, epoch: int, place: int) -> Prompt:
+    def _prompt(self, epoch: int, index: int) -> Prompt:
         if self.shuffle_seed is not None:
-            place = int(_order(len(self.rows), self.shuffle_seed, epoch)[place])
-        row = self.table.row(int(self.rows[place]))
+            index = int(_order(len(self.rows), self.shuffle_seed, epoch)[index])
+        row = self.table.row(int(self.rows[index]))
         values = self.reader.values(row)
         encoded = self.encoder.encode(self.reader.prompt(row, values))
         if encoded is None:
             raise RecipeError(
                 f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.max_prompt_length} tokens, "
-                "which it had not when the dataset was opened: leave the file alone while a run reads it"
+                "unlike when the dataset was opened: do not change the file during a run"
             )
         return Prompt(
             index=row.number,
@@ -172,10 +174,10 @@ def open_file_prompts(
 ) -> FilePrompts:
     """Open a dataset, a file, a folder or ``hf:ORG/NAME``, and check every prompt in it.
 
-    The prompt is taken from ``messages_column`` where the row has it, else from ``prompt_column``.
+    The prompt is taken from ``messages_column`` if the row has it, else from ``prompt_column``.
 
     Raises:
-        RecipeError: when the dataset is missing, empty or malformed, has no prompt column, or a prompt is unusable.
+        RecipeError: the dataset is missing, empty or malformed, has no prompt column, or a prompt is unusable.
     """
     cache = cache or DatasetCache(None)
     encoder.check()
@@ -184,7 +186,7 @@ def open_file_prompts(
         prompt=prompt_column, messages=messages_column, renamed=renamed or {}, dropped=dropped
     )
     reader = read_rows_of(table, columns)
-    # Where prompts are deleted, which ones come first is known only once all have been measured.
+    # If long prompts are deleted, which ones come first is known only after measuring all.
     limit = None if encoder.truncation == "delete" else max_prompts
     survey = _kept_survey(table, reader, encoder, limit, cache)
     kept = np.arange(len(survey.lengths))
