@@ -30,7 +30,7 @@ from moe_replay.routing.guard.counts import OverlapCounts
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import judge
 from moe_replay.routing.guard.places import RouteRows, look_closer
-from moe_replay.routing.guard.table import summarise
+from moe_replay.routing.guard.summary import summarise
 from moe_replay.routing.guard.verdict import Verdict
 from moe_replay.testing.drawn_steps import DrawnSteps, planted
 

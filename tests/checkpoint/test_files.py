@@ -173,7 +173,10 @@ INDEXES = {
     "list": (lambda _: [], "holds a list, expected an object"),
     "no weight_map": (lambda i: {"metadata": {}}, "has no weight_map"),
     "no metadata": (lambda i: {"weight_map": i["weight_map"]}, '"metadata": {} to the file'),
-    "missing shard": (lambda i: i["weight_map"].update({NORM: "x.safetensors"}), "missing files: x"),
+    "missing shard": (
+        lambda i: i["weight_map"].update({NORM: "x.safetensors"}),
+        "missing files: x",
+    ),
     "unknown name": (
         lambda i: i["weight_map"].update({"a.b": i["weight_map"][NORM]}),
         r"no file contains: a\.b",

@@ -3,16 +3,24 @@
 In: live and replayed expert ids, as counts of shared slots. Out: a verdict for each sample, server, rank and layer.
 """
 
-from moe_replay.routing.guard.baseline import Baseline, StepRecord
+from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.check import RouteReport, check_routes
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
-from moe_replay.routing.guard.evidence import SampleEvidence, join_evidence, judge
-from moe_replay.routing.guard.explain import explain_faults
+from moe_replay.routing.guard.evidence import judge
+from moe_replay.routing.guard.groups import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer, with_rho
-from moe_replay.routing.guard.siblings import Sibling, sibling_evidence
-from moe_replay.routing.guard.table import StepPart, StepTable, summarise
-from moe_replay.routing.guard.verdict import Fault, Finding, Owner, SecondLook, Status, Verdict
+from moe_replay.routing.guard.summary import summarise
+from moe_replay.routing.guard.table import SampleEvidence, StepPart, StepTable, join_evidence
+from moe_replay.routing.guard.verdict import (
+    Fault,
+    Finding,
+    Owner,
+    SecondLook,
+    Status,
+    StepRecord,
+    Verdict,
+)
 
 __all__ = [
     "PLACES",
@@ -26,7 +34,6 @@ __all__ = [
     "RouteRows",
     "SampleEvidence",
     "SecondLook",
-    "Sibling",
     "Status",
     "StepPart",
     "StepRecord",
@@ -38,7 +45,6 @@ __all__ = [
     "join_evidence",
     "judge",
     "look_closer",
-    "sibling_evidence",
     "summarise",
     "with_rho",
 ]

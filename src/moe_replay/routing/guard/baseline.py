@@ -10,13 +10,14 @@ In: StepTable, the policy version of each sample, records of the last steps. Out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_replay.routing.guard.statistics import MIN_WINDOW
 from moe_replay.routing.guard.table import BIN_RANGE, NUM_BINS, StepTable
+from moe_replay.routing.guard.verdict import StepRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
@@ -30,46 +31,6 @@ _POOL_SAMPLES = 32  # of this step and the last ones, that medians are taken ove
 _MORE_CHANCE = 1.1  # times the chance of the median sample is still usual
 _MIN_REPEATS_OF = 3  # samples, to leave out the one with the longest stretch
 _VERSION_SAMPLES = 16  # of a policy version, to be compared among themselves
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What later steps remember of a step that was accepted; plain numbers, so that a checkpoint can hold them."""
-
-    num_samples: int
-    """Samples that the medians were taken over."""
-    information: float
-    """Share of the information that the median sample kept, over all layers."""
-    kappa: dict[str, float]
-    """The same by layer; keys are global decoder indices as text, as JSON has them."""
-    kept: float
-    """Information of the sample at the lower decile, over that of the median one."""
-    window_kept: float
-    """The same of windows of 8 rows."""
-    effects: tuple[tuple[float, float], ...]
-    """Slots that act as one: of ``own`` and of each place, for all layers together and for a single layer."""
-    repeats: tuple[int, int, int]
-    """Rows, rows that repeat the row before, and those of them after which the next one repeats."""
-    stray: tuple[int, int, float, float]
-    """Stray rows and rows of the clean samples; mean and variance of stray rows over samples."""
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return the record as JSON can hold it."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> StepRecord:
-        """Return the record that `to_plain` gave, read back from JSON."""
-        return cls(
-            num_samples=int(plain["num_samples"]),
-            information=float(plain["information"]),
-            kappa={str(layer): float(value) for layer, value in plain["kappa"].items()},
-            kept=float(plain["kept"]),
-            window_kept=float(plain["window_kept"]),
-            effects=tuple((float(a), float(b)) for a, b in plain["effects"]),
-            repeats=_three(plain["repeats"]),
-            stray=_stray(plain["stray"]),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,13 +170,3 @@ def _version_entries(
     if not len(common):
         return np.zeros(len(of), np.int64)
     return np.maximum(np.searchsorted(common, of, side="right") - 1, 0).astype(np.int64)
-
-
-def _three(values: Any) -> tuple[int, int, int]:
-    rows, equal, again = (int(value) for value in values)
-    return rows, equal, again
-
-
-def _stray(values: Any) -> tuple[int, int, float, float]:
-    count, rows, mean, variance = values
-    return int(count), int(rows), float(mean), float(variance)

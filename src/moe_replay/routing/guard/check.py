@@ -15,10 +15,10 @@ from moe_replay.errors import MisalignmentError
 from moe_replay.routing.guard.counts import OverlapCounts, count_overlaps
 from moe_replay.routing.guard.decision import Guard
 from moe_replay.routing.guard.evidence import judge
-from moe_replay.routing.guard.explain import explain_faults
 from moe_replay.routing.guard.given import check_signs, given_rows
+from moe_replay.routing.guard.groups import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer
-from moe_replay.routing.guard.table import summarise
+from moe_replay.routing.guard.summary import summarise
 from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
 
 if TYPE_CHECKING:

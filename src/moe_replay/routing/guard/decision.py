@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_replay.routing.guard.baseline import Baseline, StepRecord
-from moe_replay.routing.guard.evidence import SampleEvidence
+from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.groups import group_faults
 from moe_replay.routing.guard.sample_tests import (
     ALL_TESTS,
@@ -30,8 +29,15 @@ from moe_replay.routing.guard.sample_tests import (
     SampleTests,
 )
 from moe_replay.routing.guard.sums import ServerSums
-from moe_replay.routing.guard.table import StepPart, StepTable
-from moe_replay.routing.guard.verdict import Finding, Owner, SecondLook, Status, Verdict
+from moe_replay.routing.guard.table import SampleEvidence, StepPart, StepTable
+from moe_replay.routing.guard.verdict import (
+    Finding,
+    Owner,
+    SecondLook,
+    Status,
+    StepRecord,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float64
@@ -84,7 +90,6 @@ class Guard:
         *,
         gaps: Mapping[int, float] | None = None,
         owners: Mapping[int, Owner] | None = None,
-        siblings: Mapping[int, float] | None = None,
         looks: Mapping[int, SecondLook] | None = None,
     ) -> Verdict:
         """Return the verdict; nothing is remembered before `accept`.
@@ -94,7 +99,6 @@ class Guard:
             evidence: of all ranks.
             gaps: sample -> mean k3 between engine and trainer, under replay. Leave it out for routes of the trainer itself.
             owners: sample -> where it came from.
-            siblings: sample -> nats of `sibling_evidence`.
             looks: sample -> what a second look found. None: the first decision, which asks for looks at its `suspects`.
                 An empty mapping: nobody can look, so that a strong sign suffices.
         """
@@ -103,7 +107,6 @@ class Guard:
             baseline,
             evidence,
             gaps=gaps,
-            siblings=siblings,
             history=self._history,
             alpha=self._alpha,
         )
@@ -243,8 +246,6 @@ def _cause(test: str, tests: SampleTests, row: int, entry: int) -> str:
     rows = int(tests.last[row, entry] - tests.first[row, entry]) + 1
     if test == "equal rows":
         return f"{rows} rows in a row have one route, which their routers do not choose: a stale stretch of the engine's buffer"
-    if test == "siblings":
-        return "other experts than its siblings' for the tokens that they have in common"
     if test.endswith("stray rows"):
         return (
             f"{int(tests.stray[entry])} rows, strewn over the sample, have routes of other tokens"

@@ -11,8 +11,6 @@ In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,21 +24,12 @@ from moe_replay.routing.guard.statistics import (
     window_rows,
     window_sums,
 )
-from moe_replay.routing.guard.table import row_chance, rows_are_alike
+from moe_replay.routing.guard.summary import row_chance, rows_are_alike
+from moe_replay.routing.guard.table import TESTS, SampleEvidence
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Float64, Int8, Int16, Int32, Int64
+    from jaxtyping import Float32, Float64, Int32
 
-TESTS = (
-    "paired layer",
-    "paired window",
-    "lost layer",
-    "lost window",
-    "strict layer",
-    "strict window",
-    "equal rows",
-)
-"""What is tested within a sample, by the rank that holds its rows."""
 MIN_STALE_ROWS = 8
 """Shortest run of equal rows that says anything: of 8 experts one healthy step of 4,000 drawn ones had five in a row."""
 STRAY_KEEPS = 0.25
@@ -50,33 +39,6 @@ STALE_KEEPS = 0.8
 _STRAY_NATS = 3.0  # by which it must be below
 _FREE_SLOTS = 1 / 3  # of a row: what neighbouring tokens have in common decides the others
 _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SampleEvidence:
-    """The strongest sign of each test in each sample of one rank."""
-
-    layers: tuple[int, ...]
-    """Global decoder indices that this rank counted."""
-    sample_ids: Int64[np.ndarray, " samples"]
-    """``[samples]``, in any order."""
-    nats: Float32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, of the strongest sign of each of `TESTS`."""
-    place: Int8[np.ndarray, "tests samples"]
-    """``[tests, samples]``, entry of `PLACES` that fits better; -1 where the test knows none."""
-    layer: Int16[np.ndarray, "tests samples"]
-    """``[tests, samples]``, global layer that the sign was found in; -1 for all layers of the rank."""
-    explained: Float32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, share of the usual information that the routes at ``place`` have there; 0 without a place. Near 1:
-    the right routes lie there. Well below: they fit better than the wrong ones, and are not the right ones either."""
-    first: Int32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, position of its first row."""
-    last: Int32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, position of its last row."""
-    stray: Int32[np.ndarray, " samples"]
-    """``[samples]``, rows that clearly keep under a quarter of the median's information, alike ones counted once."""
-    apart: Float32[np.ndarray, " samples"]
-    """``[samples]``, share of the rows that are evidence of their own: 1 unless the text repeats itself."""
 
 
 def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
@@ -282,15 +244,3 @@ class _Found:
             stray=stray,
             apart=apart,
         )
-
-
-def join_evidence(parts: Sequence[SampleEvidence]) -> SampleEvidence | None:
-    """Return the evidence of all microbatches of a rank as one; None without any."""
-    if not parts:
-        return None
-    joined = {
-        field.name: np.concatenate([getattr(part, field.name) for part in parts], axis=-1)
-        for field in fields(SampleEvidence)
-        if field.name != "layers"
-    }
-    return SampleEvidence(layers=parts[0].layers, **joined)

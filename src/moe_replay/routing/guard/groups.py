@@ -17,8 +17,9 @@ import numpy as np
 
 from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.counts import PLACES
+from moe_replay.routing.guard.places import RouteRows, look_closer
 from moe_replay.routing.guard.statistics import shortfall_nats
-from moe_replay.routing.guard.verdict import Fault, Owner
+from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
@@ -338,3 +339,40 @@ def _shortfall(
     hits, expected, total = (np.array([float(values.sum())]) for values in (own, due, slots))
     share = expected / np.maximum(total, 1.0)
     return float(shortfall_nats(hits, total, share, baseline.effects[0][int(single)])[0])
+
+
+def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: float) -> Verdict:
+    """Return the verdict with words for its faults: what a look at the sample that agrees least says about each.
+
+    Where every sample is wrong there is no usual one to compare with, so half of full information is asked for at least.
+    """
+    if not verdict.faults or not len(verdict.sample_ids):
+        return verdict
+    worst = int(verdict.sample_ids[int(verdict.agreement.argmin())])
+    faults = []
+    for fault in verdict.faults:
+        layer = int(fault.name) if fault.kind == "layer" else None
+        looked = look_closer(
+            rows, [_all_rows_of(worst, layer)], usual_information=max(usual_information, 0.5)
+        )
+        said = next((look.place or look.cause for look in looked.values()), None)
+        words = f"{fault.cause}; in sample {worst}: {said}" if said else fault.cause
+        faults.append(replace(fault, cause=words))
+    return replace(verdict, faults=tuple(faults))
+
+
+def _all_rows_of(sample: int, layer: int | None = None) -> Finding:
+    """Return a suspect of which all rows are to be looked at."""
+    return Finding(
+        sample=sample,
+        status=Status.SUSPECT,
+        test="",
+        nats=0.0,
+        threshold=0.0,
+        cause="",
+        layer=layer,
+        first=0,
+        last=2**31 - 1,
+        agreement=0.0,
+        owner=Owner(),
+    )

@@ -1,7 +1,6 @@
 """Every test of every sample side by side, with the threshold at which each suffices.
 
-Two kinds of test: *certain* ones, which drift cannot pass however strong it is (another place fits better, rows repeat,
-siblings disagree), and *strong* ones, which are measured against the usual sample (information lost, stray rows). The
+Two kinds of test: *certain* ones, which drift cannot pass however strong it is (another place fits better, rows repeat), and *strong* ones, which are measured against the usual sample (information lost, stray rows). The
 engine gap adds up with either, because the two are independent in healthy samples; it never suffices alone.
 
 In: Baseline, SampleEvidence of all ranks, gaps. Out: `SampleTests`.
@@ -15,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_replay.routing.guard.baseline import Baseline, StepRecord
+from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.counts import PLACES
-from moe_replay.routing.guard.evidence import TESTS, SampleEvidence
 from moe_replay.routing.guard.statistics import excess_nats, gap_nats, shortfall_nats
+from moe_replay.routing.guard.table import TESTS, SampleEvidence
+from moe_replay.routing.guard.verdict import StepRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-CERTAIN = ("paired sample", "paired layer", "paired window", "equal rows", "siblings")
+CERTAIN = ("paired sample", "paired layer", "paired window", "equal rows")
 """Tests that name a misalignment by themselves."""
 STRONG = ("lost sample", "lost layer", "lost window", "stray rows")
 """Tests that name one unless a second look clears the sample."""
@@ -33,7 +33,7 @@ SUSPECT_NATS = 7.0
 """Nats of a strict test from which a sample is looked at again."""
 ALL_TESTS = (*CERTAIN, *STRONG, *STRICT)
 """Rows of the arrays of `SampleTests`."""
-_KINDS = len(PLACES) + 5  # of test: places, lost, stray, equal, siblings, gap
+_KINDS = len(PLACES) + 5  # of test: places, lost, stray, equal, gap, and one in reserve
 _MIN_SIGN = 3.0  # nats of each of two signs that may add up
 _BOTH_NATS = 9.0  # of a strict test and the gap together, for a second look
 _RARE_NATS = 4.0  # beyond what the largest gap of a step has by chance: one step in 50
@@ -57,7 +57,6 @@ class SampleTests:
         evidence: Sequence[SampleEvidence | None],
         *,
         gaps: Mapping[int, float] | None,
-        siblings: Mapping[int, float] | None,
         history: Sequence[StepRecord],
         alpha: float,
     ) -> None:
@@ -94,8 +93,6 @@ class SampleTests:
         self.record_stray = _clean_stray(self.stray, baseline.table.num_rows, _CLEAN_SHARE)
         """What later steps remember of the stray rows."""
         self._set_stray_rows(history)
-        if siblings:
-            self._set("siblings", np.array([siblings.get(int(number), 0.0) for number in samples]))
         self.gap = self._gap_nats(gaps)
         """``[samples]``, nats of the engine gap; 0 where it is usual or not known."""
 

@@ -5,12 +5,10 @@ In: nothing. Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `Verdict`, and thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-from moe_replay.routing.guard.baseline import StepRecord
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
@@ -126,6 +124,48 @@ class Fault:
         """Return one line."""
         name = f" {self.name}" if self.name else ""
         return f"{self.kind}{name}: {self.cause} ({self.nats:.0f} nats of {self.threshold:.0f})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What later steps remember of a step that was accepted; plain numbers, so that a checkpoint can hold them."""
+
+    num_samples: int
+    """Samples that the medians were taken over."""
+    information: float
+    """Share of the information that the median sample kept, over all layers."""
+    kappa: dict[str, float]
+    """The same by layer; keys are global decoder indices as text, as JSON has them."""
+    kept: float
+    """Information of the sample at the lower decile, over that of the median one."""
+    window_kept: float
+    """The same of windows of 8 rows."""
+    effects: tuple[tuple[float, float], ...]
+    """Slots that act as one: of ``own`` and of each place, for all layers together and for a single layer."""
+    repeats: tuple[int, int, int]
+    """Rows, rows that repeat the row before, and those of them after which the next one repeats."""
+    stray: tuple[int, int, float, float]
+    """Stray rows and rows of the clean samples; mean and variance of stray rows over samples."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the record as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> StepRecord:
+        """Return the record that `to_plain` gave, read back from JSON."""
+        count, rows, mean, variance = plain["stray"]
+        rows_before, equal, again = map(int, plain["repeats"])
+        return cls(
+            num_samples=int(plain["num_samples"]),
+            information=float(plain["information"]),
+            kappa={str(layer): float(value) for layer, value in plain["kappa"].items()},
+            kept=float(plain["kept"]),
+            window_kept=float(plain["window_kept"]),
+            effects=tuple((float(a), float(b)) for a, b in plain["effects"]),
+            repeats=(rows_before, equal, again),
+            stray=(int(count), int(rows), float(mean), float(variance)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
