@@ -93,7 +93,7 @@ def test_rows_of_zeros_are_named_for_what_they_are():
     replayed[6, 30:] = 0
     [finding] = check(replayed, live).misaligned
     assert (finding.sample, finding.first, finding.last) == (6, 30, 39)
-    assert finding.cause == "10 rows hold 0 in every slot: nobody wrote them"
+    assert finding.cause == "10 rows hold 0 in every slot: they were never written"
 
 
 def test_a_constant_fill_is_named_with_its_layers():

@@ -1,10 +1,10 @@
-"""What a usual sample looks like: medians, lower deciles and spreads of this step's samples and of the last steps'.
+"""The usual sample: medians, lower deciles and spreads over the samples of this step and of recent ones.
 
-Nothing is compared with an absolute number. How much of the information a sample keeps, how far samples differ, how many
-slots act as one: all of it is measured on the samples of the same policy version, in the same layers. Medians and deciles
-do not move for a few wrong samples.
+Nothing is compared with an absolute number. How much information a sample keeps, how much samples differ, how many slots
+act as one: all of it is measured on samples of the same policy version, in the same layers. A few wrong samples do not
+move medians and deciles.
 
-In: StepTable, the policy version of each sample, records of the last steps. Out: `Baseline`; `StepRecord`, plain numbers.
+In: StepTable, the policy version of each sample, records of recent steps. Out: `Baseline`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
 
 TOLERANCE = (0.2, 0.4)
-"""Least and greatest share of the median sample's information that drift leaves in any sample."""
+"""Bounds of the share of the median sample's information that drift leaves in any sample."""
 MAX_STRICT = 0.95
-"""Greatest such share for the stricter test, which only asks for a second look."""
-_OUTLIER = 5.0  # times what the sample at the lower decile loses is more than drift takes
-_POOL_SAMPLES = 32  # of this step and the last ones, that medians are taken over at least
+"""Upper bound of that share for the strict test, which only asks for a second look."""
+_OUTLIER = 5.0  # times the loss of the sample at the lower decile is more than drift takes
+_POOL_SAMPLES = 32  # minimum for medians, filled up from recent steps
 _MORE_CHANCE = 1.1  # times the chance of the median sample is still usual
-_MIN_REPEATS_OF = 3  # samples, to leave out the one with the longest stretch
-_VERSION_SAMPLES = 16  # of a policy version, to be compared among themselves
+_MIN_REPEATS_OF = 3  # samples, to omit the one with the longest stretch
+_VERSION_SAMPLES = 16  # of a policy version, to be compared with each other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,24 +42,24 @@ class Baseline:
     version_entry: Int64[np.ndarray, " samples"]
     """``[samples]``, entry of ``kappa`` for each sample of the table."""
     kappa: Float64[np.ndarray, "versions layers"]
-    """``[versions, layers]``, share of the information that the median sample of a policy version keeps, from 0 to 1."""
+    """``[versions, layers]``, share of the information that the median sample of a policy version keeps, 0 to 1."""
     max_chance: Float64[np.ndarray, " layers"]
-    """``[layers]``, share of the slots above which chance is not that of a usual sample. A text that repeats itself has rows
-    that are all alike: there the routes of any row fit as well as a row's own, and nothing is lost."""
+    """``[layers]``, upper bound of the share of slots that agree by chance. Repetitive text has rows that are all alike: the
+    routes of any row fit as well as a row's own, and nothing is lost."""
     tolerance: float
     """Share of the median's information below which a sample has lost its routes."""
     strict: float
     """Share below which it deserves a second look."""
     effects: tuple[tuple[float, float], ...]
-    """Slots that act as one, in one part: of ``own`` and of each place, for all its layers together and for one layer."""
+    """Slots that act as one within a part, for ``own`` and each place: over all its layers, and in one layer."""
     num_stages: float
-    """Parts with other layers that the rows of a sample are spread over."""
+    """Number of parts with different layers that the rows of a sample are spread over."""
     repeat: float
-    """Chance that the row after a repeated row repeats as well."""
+    """Probability that the row after a repeated row repeats too."""
     num_sets: int
-    """Layers and windows that are tested within a sample."""
+    """Number of layers and windows tested within a sample."""
     record: StepRecord
-    """This step in plain numbers, stray rows not counted yet."""
+    """This step in plain numbers, without stray rows yet."""
 
     @classmethod
     def measure(
@@ -69,15 +69,15 @@ class Baseline:
         versions: Mapping[int, int] | None = None,
         history: Sequence[StepRecord] = (),
     ) -> Baseline:
-        """Measure what is usual. ``versions``: sample -> policy version, if they differ; ``history``: oldest first."""
+        """Measure the usual sample. ``versions``: sample -> policy version, if they differ; ``history``: oldest first."""
         record = _record(table)
         past, weights = _newest(record, history)
         entry = _version_entries(table, versions)
         kappa = np.stack([_kappa(table, entry == v) for v in range(int(entry.max()) + 1)])
         if len(past) > 1 and len(kappa) == 1:
-            for place, layer in enumerate(table.layers):
-                values = [step.kappa.get(str(layer), kappa[0, place]) for step in past]
-                kappa[0, place] = np.average(values, weights=weights)
+            for column, layer in enumerate(table.layers):
+                values = [step.kappa.get(str(layer), kappa[0, column]) for step in past]
+                kappa[0, column] = np.average(values, weights=weights)
         kept, window_kept = np.average(
             [(step.kept, step.window_kept) for step in past], axis=0, weights=weights
         )
@@ -93,7 +93,7 @@ class Baseline:
             strict=float(np.clip(1 - _OUTLIER * (1 - window_kept), TOLERANCE[0], MAX_STRICT)),
             effects=tuple((max(1.0, float(a)), max(1.0, float(b))) for a, b in effects),
             num_stages=len(table.layers) / float(np.mean([len(p.layers) for p in table.parts])),
-            # Samples that repeat themselves do so more often than the average one: twice as often.
+            # Repetitive samples repeat more often than the average one: assume twice as often.
             repeat=min(0.9, 2 * max((again + 3) / (equal + 30), equal / max(rows, 1))),
             num_sets=len(table.layers) + 2 * (int(table.num_rows.max()) // (MIN_WINDOW // 2)),
             record=record,
@@ -114,7 +114,7 @@ def _record(table: StepTable) -> StepRecord:
         information=middle,
         kappa={str(layer): float(k) for layer, k in zip(table.layers, kappa, strict=True)},
         kept=kept,
-        # Samples too short for a window are no stricter than they are as a whole.
+        # Without windows (short samples), the strict test uses full samples.
         window_kept=min(kept, _decile(bins) / middle) if bins.sum() else kept,
         effects=tuple((float(a), float(b)) for a, b in medians),
         repeats=_usual_repeats(table),
@@ -123,16 +123,16 @@ def _record(table: StepTable) -> StepRecord:
 
 
 def _usual_repeats(table: StepTable) -> tuple[int, int, int]:
-    """Count repeated rows of all samples but the few with the longest stretches, which would excuse themselves."""
+    """Count repeated rows, omitting the few samples with the longest stretches, or they would excuse themselves."""
     rows = np.concatenate([part.num_rows for part in table.parts])
     equal, again = np.concatenate([part.repeats for part in table.parts], axis=1)
-    most = np.argsort(again, kind="stable")[: len(again) - -(-len(again) // 20)]
-    chosen = most if len(most) >= _MIN_REPEATS_OF else np.arange(len(again))
+    usual = np.argsort(again, kind="stable")[: len(again) - -(-len(again) // 20)]
+    chosen = usual if len(usual) >= _MIN_REPEATS_OF else np.arange(len(again))
     return int(rows[chosen].sum()), int(equal[chosen].sum()), int(again[chosen].sum())
 
 
 def _kappa(table: StepTable, chosen: np.ndarray) -> Float64[np.ndarray, " layers"]:
-    """Return the median over samples; 0 (no information, so nothing can be lost) where no layer has room above chance."""
+    """Return the median over samples; 0 (nothing can be lost) for layers without room above chance."""
     information = table.layer_information()[chosen]
     known = np.isfinite(information).any(axis=0)
     return np.where(known, np.nanmedian(np.where(known, information, 0.0), axis=0), 0.0)
@@ -140,14 +140,14 @@ def _kappa(table: StepTable, chosen: np.ndarray) -> Float64[np.ndarray, " layers
 
 def _decile(bins: Int64[np.ndarray, " bins"]) -> float:
     low, high = BIN_RANGE
-    place = int(np.searchsorted(np.cumsum(bins), 0.1 * bins.sum()))
-    return low + (place + 0.5) * (high - low) / NUM_BINS
+    bin_index = int(np.searchsorted(np.cumsum(bins), 0.1 * bins.sum()))
+    return low + (bin_index + 0.5) * (high - low) / NUM_BINS
 
 
 def _newest(
     record: StepRecord, history: Sequence[StepRecord]
 ) -> tuple[list[StepRecord], list[int]]:
-    """Return this step and as many of the last ones as give `_POOL_SAMPLES`, with their weights."""
+    """Return this step and as many recent ones as make `_POOL_SAMPLES`, with their weights."""
     past, weights = [record], [record.num_samples]
     for step in reversed(history):
         missing = _POOL_SAMPLES - sum(weights)
@@ -161,7 +161,7 @@ def _newest(
 def _version_entries(
     table: StepTable, versions: Mapping[int, int] | None
 ) -> Int64[np.ndarray, " samples"]:
-    """Number the policy versions that have enough samples; the samples of rare ones join the next older common one."""
+    """Index the policy versions with enough samples; samples of rare ones join the next older common one."""
     if versions is None:
         return np.zeros(len(table.sample_ids), np.int64)
     of = np.array([versions[int(number)] for number in table.sample_ids])

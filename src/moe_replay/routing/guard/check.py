@@ -29,16 +29,16 @@ _LOOKED_AT = 16  # findings whose cause is searched
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RouteReport:
-    """What `check_routes` found."""
+    """The result of `check_routes`."""
 
     misaligned: tuple[Finding, ...]
-    """The samples whose routes do not belong to their rows, the surest first."""
+    """Samples whose routes do not belong to their rows, most certain first."""
     faults: tuple[Fault, ...]
-    """Whole groups that look wrong: the step, a layer, a server."""
+    """Groups of samples that look wrong: the step, a layer, a server."""
     agreement: dict[int, float]
     """Sample -> share of its slots on which live and replayed routes agree."""
     verdict: Verdict | None
-    """The guard's full answer; None when no row could be compared."""
+    """The guard's full answer; None if no row could be compared."""
 
     @property
     def is_clean(self) -> bool:
@@ -46,12 +46,12 @@ class RouteReport:
         return not self.misaligned and not self.faults
 
     def summary(self) -> str:
-        """Return the findings in words, or how far the nearest sample is from one."""
+        """Describe the findings, or how close the nearest sample came to one."""
         broken = [finding for finding in self.misaligned if finding.test == "structure"]
         lines = [f"misaligned: {finding}" for finding in broken[:_LOOKED_AT]]
         if self.verdict is not None and (not broken or not self.verdict.is_clean):
             lines.append(self.verdict.summary())
-        return "\n".join(lines) or "no row holds a replayed route, so there is nothing to compare"
+        return "\n".join(lines) or "no row has a replayed route, so there is nothing to compare"
 
     def raise_if_misaligned(self, where: str = "check_routes") -> None:
         """Raise `MisalignmentError` with the findings unless `is_clean`. ``where`` names the step in the message."""
@@ -78,23 +78,23 @@ def check_routes(
 ) -> RouteReport:
     """Check that replayed routes belong to the rows that they are replayed on; one call for one training step.
 
-    Every row of every sample is evidence: pass all of them, of as many samples as there are (32 or more), so that the usual
-    sample is known. Numpy arrays, tensors of torch on any device, and nested lists are taken.
+    Every row of every sample is evidence: pass all rows of all samples (32 or more), so that the usual sample is known.
+    Accepts numpy arrays, torch tensors on any device, and nested lists.
 
     Args:
         expert_ids: ``[rows, layers, topk]``, the routes that are replayed (recorded by the engine).
         live_ids: ``[rows, layers, topk]``, the trainer's own top-k for the same rows, computed in the pass that replays.
-        sample: ``[rows]``, number of the sample that each row belongs to; negative at padding.
+        sample: ``[rows]``, id of the sample of each row; negative at padding.
         num_experts: experts a layer.
-        position: ``[rows]``, position of each row in its sample. Default: rows of a sample follow each other.
-        valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all rows that are not padding.
-        layers: number of each entry of the layer dim, for messages; 0 to 32,767, each once. Default: 0, 1, 2, ...
-        gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: more evidence, if it is at hand.
-        owners: sample -> `Owner`: servers are then judged as well, and messages name them.
-        guard: remembers what is usual from step to step; keep one for a run. Default: this call stands alone.
+        position: ``[rows]``, position of each row in its sample. Default: rows of a sample are in order.
+        valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all rows except padding.
+        layers: index of each entry of the layer dim, for messages; 0 to 32,767, each once. Default: 0, 1, 2, ...
+        gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: optional further evidence.
+        owners: sample -> `Owner`: also judges servers, and names them in messages.
+        guard: remembers the usual sample between steps; keep one for a run. Default: this step alone.
 
     Raises:
-        TraceError: when an argument is not what it can be, arrays do not fit each other, or live ids are not a top-k.
+        TraceError: an argument is invalid, arrays do not fit each other, or live ids are not a top-k.
 
     Example:
         >>> report = check_routes(recorded, live, sample, num_experts=128)
@@ -113,10 +113,10 @@ def _report(
 ) -> RouteReport:
     broken = tuple(_broken(rows, owners))
     agreement = {finding.sample: 0.0 for finding in broken}
-    whole = rows.valid & ~np.isin(rows.sample, list(agreement))
-    if not whole.any():
+    intact = rows.valid & ~np.isin(rows.sample, list(agreement))
+    if not intact.any():
         return RouteReport(misaligned=broken, faults=(), agreement=agreement, verdict=None)
-    verdict = _judge(replace(rows, valid=whole), guard or Guard(), gaps, owners)
+    verdict = _judge(replace(rows, valid=intact), guard or Guard(), gaps, owners)
     agreement |= {
         int(number): float(share)
         for number, share in zip(verdict.sample_ids, verdict.agreement, strict=True)
@@ -168,7 +168,7 @@ def _versions(
 
 
 def _broken(rows: RouteRows, owners: Mapping[int, Owner]) -> Iterator[Finding]:
-    """Yield the samples with rows that no router can have chosen: ids out of range, or one twice."""
+    """Yield samples with rows that no router can choose: ids out of range, or duplicates."""
     replayed, sample, num_experts = rows.expert_ids, rows.sample, rows.num_experts
     ordered = np.sort(replayed.astype(np.int64), axis=2)
     outside = (ordered[..., 0] < 0) | (ordered[..., -1] >= num_experts)
@@ -178,11 +178,11 @@ def _broken(rows: RouteRows, owners: Mapping[int, Owner]) -> Iterator[Finding]:
     for number in np.unique(sample[bad]):
         at = np.flatnonzero(bad & (sample == number))
         held = replayed[at[0]][wrong[at[0]].argmax()].tolist()
-        cause = f"{len(at)} rows hold 0 in every slot: nobody wrote them"
+        cause = f"{len(at)} rows hold 0 in every slot: they were never written"
         if replayed[at].any():
             cause = (
-                f"{len(at)} rows hold {held} and the like, which no router chooses: ids outside 0..{num_experts - 1}, or one "
-                "twice"
+                f"{len(at)} rows hold ids like {held}, which no router chooses: outside 0..{num_experts - 1}, or "
+                "duplicates"
             )
         yield Finding(
             sample=int(number),

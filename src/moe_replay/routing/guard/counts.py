@@ -1,8 +1,7 @@
-"""The few numbers a row that the guard needs: how much its live route shares with its own and with other replayed routes.
+"""Count how much each live route shares with its own replayed route and with those of other places.
 
-These counts are the border between counting and judging. Counting runs wherever the ids are (a twin of `count_overlaps`
-counts on the device, one layer at a time); judging sees nothing but counts. All of them are exact integers, so that two
-ways of counting can be compared bit by bit.
+Counting runs where the ids are (a twin of `count_overlaps` counts on the device, one layer at a time); judging sees only
+these counts. All of them are exact integers, so both implementations can be compared bit by bit.
 
 In: replayed and live expert ids of one microbatch on one rank. Out: `OverlapCounts`.
 """
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int16, Int32, Int64, Integer
 
 PLACES = ("token +1", "token -1", "layer +1", "layer -1", "ids modulo 256")
-"""Where else the right route of a row could lie.
+"""Where else the right route of a row could be.
 
 ``token +1``: in the row of the next token, so the routes came one row late. ``layer +1``: in the next layer of this
-rank. ``ids modulo 256``: where it is, but ids above 255 were wrapped into 8 bits.
+rank. ``ids modulo 256``: in its own row, but ids above 255 were wrapped into 8 bits.
 """
 TOKEN_PLACES = ((0, 1), (1, -1))
 """(entry of `PLACES`, distance in tokens)."""
@@ -41,14 +40,14 @@ class OverlapCounts:
     """Shared expert slots of the valid rows of one microbatch on one rank: of its layers and its rows.
 
     ``own`` of a row and layer is ``|live & replayed|``, from 0 to ``topk``. ``other`` is the same with the replayed route
-    at another place, and equals ``own`` where that place is not on this rank, not valid, or does not exist.
+    at another place, and equals ``own`` if that place is not on this rank, not valid, or does not exist.
     Worked example with topk 4: the live route of a row shares 3 slots with its own replayed route in layer 0 and 1 in
-    layer 1; with those of the next row 2 and 4. Then ``own`` = 4, ``nearer["token +1"]`` = max(2-3, 0) + max(4-1, 0) = 3
+    layer 1; with that of the next row it shares 2 and 4. Then ``own`` = 4, ``nearer["token +1"]`` = max(2-3, 0) + max(4-1, 0) = 3
     and ``farther["token +1"]`` = max(3-2, 0) + max(1-4, 0) = 1.
     """
 
     layers: tuple[int, ...]
-    """Global decoder indices of the layers that were counted, in the order of the layer dim."""
+    """Global decoder indices of the counted layers, in the order of the layer dim."""
     topk: int
     """Experts a token."""
     num_experts: int
@@ -59,8 +58,8 @@ class OverlapCounts:
     own: Int16[np.ndarray, " rows"]
     """``[rows]``, slots shared with the row's own replayed route, summed over layers."""
     others: Int32[np.ndarray, " rows"]
-    """``[rows]``, slots shared with the replayed routes of every other valid row here of the same sample, summed over layers
-    and over these rows. Divided by their number it is what the live route shares by chance."""
+    """``[rows]``, slots shared with the replayed routes of all other valid rows here of the same sample, summed over layers
+    and these rows. Divided by the number of these rows it is what the live route shares by chance."""
     flips: Int16[np.ndarray, " rows"]
     """``[rows]``, layers in which the live expert set differs from the replayed one."""
     nearer: Int16[np.ndarray, "places rows"]
@@ -72,7 +71,7 @@ class OverlapCounts:
     the live one does not. False when there is no such row."""
 
     sample_ids: Int64[np.ndarray, " samples"]
-    """``[samples]``, numbers of the samples with valid rows here, increasing."""
+    """``[samples]``, ids of the samples with valid rows here, increasing."""
     num_rows: Int64[np.ndarray, " samples"]
     """``[samples]``, valid rows here of each: the first ``num_rows[0]`` rows belong to ``sample_ids[0]``."""
     layer_own: Int64[np.ndarray, "samples layers"]
@@ -108,9 +107,8 @@ def count_overlaps(
 ) -> OverlapCounts:
     """Count shared slots between the live and the replayed routes of the rows of one microbatch.
 
-    Rows may lie in any order: neighbours are found by (sample, position). Rows with ``valid=False`` hold anything and are
-    nobody's neighbour. Each pair (sample, position) may occur once among valid rows; ids must lie below ``num_experts``
-    and may not repeat within a live route.
+    Rows may be in any order: neighbours are found by (sample, position). Rows with ``valid=False`` are ignored. Each pair
+    (sample, position) may occur once among valid rows; ids must be below ``num_experts`` and unique within a live route.
     """
     rows = np.flatnonzero(valid)
     rows = rows[np.lexsort((position[rows], sample[rows]))]
@@ -119,8 +117,8 @@ def count_overlaps(
     follows = (np.diff(at) == 1) & (np.diff(owner) == 0)  # the next row is the next token's
     if ((np.diff(at) == 0) & (np.diff(owner) == 0)).any():
         raise TraceError(
-            "guard: two valid rows have the same sample and position, expected each token once; number the samples of a "
-            "microbatch apart, and count positions from the start of each sample"
+            "guard: two valid rows have the same sample and position, expected each token once; give the samples of a "
+            "microbatch different ids, and count positions from the start of each sample"
         )
     ids, live = expert_ids[rows].astype(np.int64), live_ids[rows].astype(np.int64)
     topk = ids.shape[2]
@@ -161,7 +159,7 @@ def _by_layer(
     Int64[np.ndarray, "places rows layers"],
     Bool[np.ndarray, " pairs"],
 ]:
-    """Return own, others and gains of each row and layer, and which rows have the live routes of the row before."""
+    """Return own, others and gains of each row and layer, and which rows have the live routes of the previous row."""
     num_layers, topk = ids.shape[1:]
     num_samples = int(entry.max(initial=-1)) + 1
     own, others = np.zeros((2, len(ids), num_layers), np.int64)
@@ -170,7 +168,7 @@ def _by_layer(
     for layer in range(num_layers):
         chosen = chosen_mask(live[:, layer], num_experts)
         own[:, layer] = _shared(chosen, ids[:, layer])
-        # How often the sample's replayed routes use each expert; a live expert meets all of these rows, its own too.
+        # How often the sample's replayed routes use each expert, the row's own route included.
         used = np.bincount(
             (entry[:, None] * num_experts + ids[:, layer]).ravel(),
             minlength=num_samples * num_experts,
@@ -199,7 +197,7 @@ def _gains(
     own: Int64[np.ndarray, " rows"],
     follows: Bool[np.ndarray, " pairs"],
 ) -> Int64[np.ndarray, "places rows"]:
-    """Return ``other - own`` of one layer, at each place; 0 where there is no such place."""
+    """Return ``other - own`` of one layer at each place; 0 if the place does not exist."""
     other = np.repeat(own[None], len(PLACES), axis=0)
     for place, distance in TOKEN_PLACES:
         here, there = (slice(None, -1), slice(1, None))[::distance]
@@ -213,7 +211,7 @@ def _gains(
         for start in range(0, chosen.shape[1], WRAP):
             part = chosen[:, start : start + WRAP]
             wrapped[:, : part.shape[1]] |= part
-        # An id above 255 was not wrapped, so it speaks against this place.
+        # A recorded id above 255 was not wrapped, so it is evidence against this place.
         narrow = ids[:, layer] < WRAP
         found = np.take_along_axis(wrapped, np.where(narrow, ids[:, layer], 0), axis=1)
         other[WRAPPED_PLACE] = (found & narrow).sum(axis=1)
@@ -223,7 +221,7 @@ def _gains(
 def _repeats(
     ids: Int64[np.ndarray, "rows layers topk"], could: Bool[np.ndarray, " pairs"]
 ) -> Bool[np.ndarray, " rows"]:
-    """Tell which rows equal the row before in all layers, of those after a pair of rows that ``could``."""
+    """Return which rows equal the previous row in all layers, among the pairs that ``could``."""
     ordered = np.sort(ids, axis=2)
     repeats = np.zeros(len(ids), bool)
     repeats[1:] = could & (ordered[1:] == ordered[:-1]).all(axis=(1, 2))
@@ -233,7 +231,7 @@ def _repeats(
 def _by_sample(
     values: Int64[np.ndarray, "*places rows layers"], entry: Int64[np.ndarray, " rows"]
 ) -> Int64[np.ndarray, "*places samples layers"]:
-    """Add up the rows of each sample; rows are ordered by sample, and each sample has one."""
+    """Sum the rows of each sample; rows are ordered by sample, and no sample is empty."""
     first = np.flatnonzero(np.diff(entry, prepend=-1))
     return np.add.reduceat(values, first, axis=-2) if len(entry) else values
 

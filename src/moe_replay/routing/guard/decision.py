@@ -1,12 +1,12 @@
-"""Guard: decide from the evidence of all ranks which samples, servers, ranks and layers are misaligned.
+"""Decide from the evidence of all ranks which samples, servers, ranks and layers are misaligned.
 
-A step goes through it in this order::
+A step runs in this order::
 
     parts     = summarise(counts of a rank), gathered from all ranks
-    baseline  = guard.baseline(parts)             the same on every rank
+    baseline  = guard.baseline(parts)             same on every rank
     evidence  = judge(counts, baseline), gathered from all ranks
-    verdict   = guard.decide(baseline, evidence)  the same on every rank; suspects are scored once more, then once again
-    guard.accept(verdict)                         the next steps remember this one
+    verdict   = guard.decide(baseline, evidence)  same on every rank; decide again after a look at the suspects
+    guard.accept(verdict)                         later steps remember this one
 
 In: Baseline, SampleEvidence, gaps, owners. Out: `Guard` and its `Verdict`.
 """
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float64
 
 ALPHA = 1e-4
-"""False alarms a step, all tests of all samples together."""
+"""False alarms a step, over all tests of all samples."""
 MIN_RHO = 2.0
-"""ln(k3 under replay / k3 with live routing) from which a suspect is misaligned; healthy samples stayed below 1.9."""
+"""ln(k3 under replay / k3 with live routing) above which a suspect is misaligned; healthy samples stay below 1.9."""
 MAX_LOOKS = 8
-"""Suspects a step that are looked at for a weak sign; those with a strong one always are."""
+"""Maximum suspects a step with only a weak sign; those with a strong sign are always looked at."""
 MIN_EXPLAINED = 0.5
-"""Share of the usual information that routes at another place must have to be called the right ones."""
+"""Share of the usual information that routes at another place need to count as the right ones."""
 _HISTORY_STEPS = 20
 
 PLACE_CAUSES = (
@@ -59,13 +59,13 @@ PLACE_CAUSES = (
     "layer shift -1: the routes of the layer before fit better; dense or MTP layers were counted on one side only",
     "expert-id wrap: ids above 255 were stored in 8 bits",
 )
-"""What it means that a place of `PLACES` fits better."""
-BETTER = "even a neighbour's routes fit better than those that were replayed: they lie further off, are random, or of another sample"
-"""The same, where the routes at that place are not the right ones either."""
+"""Cause if the routes at this entry of `PLACES` fit better."""
+BETTER = "even a neighbour's routes fit better than the replayed ones: those are from further away, random, or of another sample"
+"""Cause if they fit better, but are not the right ones either."""
 
 
 class Guard:
-    """Decides step by step, and remembers what is usual. One guard serves one model for a whole run."""
+    """Decides step by step, and remembers what is usual. Use one guard for one model and run."""
 
     def __init__(self, *, alpha: float = ALPHA) -> None:
         """Keep the false alarms of a step below ``alpha``."""
@@ -76,10 +76,9 @@ class Guard:
     def baseline(
         self, parts: Sequence[StepPart | None], *, versions: Mapping[int, int] | None = None
     ) -> Baseline:
-        """Return what the samples of this step are compared with.
+        """Return the baseline that the samples of this step are compared with.
 
-        ``parts`` are those of all ranks, in their order; ``versions`` gives the policy version of each sample if samples of
-        several versions are trained together.
+        ``parts`` come from all ranks, in rank order; ``versions`` maps samples to policy versions if a step trains several.
         """
         return Baseline.measure(StepTable.of(parts), versions=versions, history=self._history)
 
@@ -92,15 +91,15 @@ class Guard:
         owners: Mapping[int, Owner] | None = None,
         looks: Mapping[int, SecondLook] | None = None,
     ) -> Verdict:
-        """Return the verdict; nothing is remembered before `accept`.
+        """Return the verdict; only `accept` remembers it.
 
         Args:
             baseline: of this step.
             evidence: of all ranks.
-            gaps: sample -> mean k3 between engine and trainer, under replay. Leave it out for routes of the trainer itself.
+            gaps: sample -> mean k3 between engine and trainer, under replay. Omit it for routes of the trainer itself.
             owners: sample -> where it came from.
-            looks: sample -> what a second look found. None: the first decision, which asks for looks at its `suspects`.
-                An empty mapping: nobody can look, so that a strong sign suffices.
+            looks: sample -> result of the second look. None: the first decision, which asks for looks at its `suspects`.
+                An empty mapping: no look is possible, so a strong sign suffices.
         """
         owners = owners or {}
         tests = SampleTests(
@@ -112,7 +111,7 @@ class Guard:
         )
         findings = self._findings(baseline, tests, owners, looks)
         lost = [finding.sample for finding in findings if finding.status is Status.LOST]
-        # What drift explains is no sign of a server.
+        # Drift does not count against a server.
         telling = tests.is_telling() & ~np.isin(baseline.table.sample_ids, lost)
         sums = self._sums.after(baseline.table.sample_ids, telling, owners)
         margins, _ = tests.best((*CERTAIN, *STRONG))
@@ -132,17 +131,17 @@ class Guard:
         )
 
     def accept(self, verdict: Verdict) -> None:
-        """Remember an accepted step: what is usual, and the signs of each server."""
+        """Remember an accepted step: its record, and the signs of each server."""
         self._history = [*self._history, verdict.record][-_HISTORY_STEPS:]
         self._sums = ServerSums.from_plain(verdict.sums)
 
     def to_plain(self) -> dict[str, Any]:
-        """Return all that the guard remembers, as JSON can hold it."""
+        """Return everything that the guard remembers, as plain JSON."""
         steps = [record.to_plain() for record in self._history]
         return {"history": steps, "sums": self._sums.to_plain()}
 
     def restore(self, plain: Mapping[str, Any]) -> None:
-        """Remember what `to_plain` gave."""
+        """Restore the memory from `to_plain`."""
         self._history = [StepRecord.from_plain(step) for step in plain["history"]]
         self._sums = ServerSums.from_plain(plain["sums"])
 
@@ -160,7 +159,7 @@ class Guard:
         stray_nats = tests.nats[ALL_TESTS.index("strict stray rows")]
         strewn = set(baseline.table.sample_ids[stray_nats > SUSPECT_NATS].tolist())
         agreement = baseline.table.agreement
-        # Above all tests: what a place search must show.
+        # Nats that a search of places must show.
         threshold = float(tests.thresholds[ALL_TESTS.index("paired sample")])
         found: list[tuple[float, Finding]] = []
         for entry in np.flatnonzero((certain > 0) | (strong > 0) | asked).tolist():
@@ -245,15 +244,13 @@ def _finding(
 def _cause(test: str, tests: SampleTests, row: int, entry: int) -> str:
     rows = int(tests.last[row, entry] - tests.first[row, entry]) + 1
     if test == "equal rows":
-        return f"{rows} rows in a row have one route, which their routers do not choose: a stale stretch of the engine's buffer"
+        return f"{rows} consecutive rows have the same route, which their routers do not choose: a stale part of the engine's buffer"
     if test.endswith("stray rows"):
-        return (
-            f"{int(tests.stray[entry])} rows, strewn over the sample, have routes of other tokens"
-        )
+        return f"{int(tests.stray[entry])} rows, scattered over the sample, have routes of other tokens"
     if test.startswith("lost"):
         return (
             "the routes fit their rows hardly better than those of any other row of the sample: they are random, of another "
-            "sample, or of other weights"
+            "sample, or from other weights"
         )
     return "the routes fit their rows clearly worse than those of the usual sample do"
 

@@ -1,9 +1,9 @@
-"""The signs that a rank finds within its samples: in single layers, in windows of rows, in rows that repeat.
+"""Signs that a rank finds within its samples: in single layers, in windows of rows, in rows that repeat.
 
 Two tests matter. *Paired*: the live routes fit another place better than their own. However far a router drifts, it is
-never systematically nearer to another row's route than to the row's own, so this needs no threshold on agreement at all.
-*Lost*: they fit their own place hardly better than the routes of any other row of the sample, while those of the median
-sample do.
+never systematically closer to another row's route than to the row's own, so this needs no threshold on agreement.
+*Lost*: they fit their own place hardly better than the routes of any other row of the sample, unlike in the median
+sample.
 
 In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few numbers for each sample.
 """
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int32
 
 MIN_STALE_ROWS = 8
-"""Shortest run of equal rows that says anything: of 8 experts one healthy step of 4,000 drawn ones had five in a row."""
+"""Shortest run of equal rows that counts: with 8 experts, one healthy step of 4,000 drawn ones had five in a row."""
 STRAY_KEEPS = 0.25
 """Share of the median's information below which a single row is stray."""
 STALE_KEEPS = 0.8
-"""Share of the usual information below which a run of equal rows is stale, and not a text that repeats itself."""
-_STRAY_NATS = 3.0  # by which it must be below
+"""Share of the usual information below which a run of equal rows is stale, not repetitive text."""
+_STRAY_NATS = 3.0  # evidence that it is below
 _FREE_SLOTS = 1 / 3  # of a row: what neighbouring tokens have in common decides the others
 _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
@@ -49,24 +49,24 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     kappa = baseline.kappa[baseline.version_entry[at]][:, columns]
     rows = counts.num_rows[:, None]
     slots = (rows * counts.topk).astype(np.float64)
-    most = baseline.max_chance[columns]
-    chance = np.minimum(counts.layer_others / np.maximum(rows - 1, 1), slots * most)
+    max_chance = baseline.max_chance[columns]
+    chance = np.minimum(counts.layer_others / np.maximum(rows - 1, 1), slots * max_chance)
     room = slots - chance
-    # One number for all layers, because rows are not kept by layer: each layer counts as much as its room.
+    # One value for all layers, weighted by their room, because rows are not kept by layer.
     mean_kappa = (kappa * room).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
     row_slots = np.full(len(counts.own), float(counts.topk * len(counts.layers)))
-    by_chance = np.minimum(row_chance(counts), counts.topk * most.sum())
+    by_chance = np.minimum(row_chance(counts), counts.topk * max_chance.sum())
     row_room = np.repeat(mean_kappa, counts.num_rows) * (row_slots - by_chance)
     own = counts.own.astype(np.float64)
     alike = rows_are_alike(counts)
-    # A text that goes round in circles has the same flips in each round, so its equal rows are one row.
+    # Text in a loop has the same flips in each round, so its equal rows count as one.
     met = _times_met(counts)
     once = 1 / met
     apart = counts.num_rows / _sums(met, counts)
     together, single = baseline.effects[0]
     for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
-        # Rows that are all alike are one row, however many there are.
-        # One slot more, because two or three rows cannot show that every slot would be shared.
+        # Rows that are all alike count as one row.
+        # One extra slot, because two or three rows cannot show that every slot would be shared.
         expected = np.where(alike, 0.0, (chance + share * kappa * room) / (slots + 1))
         found.by_layer(
             f"{name} layer",
@@ -92,7 +92,7 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     nats_a_row = np.minimum(-math.log(baseline.repeat), of_tokens)
     found.equal_rows(nats_a_row, own - by_chance, row_room, once)
     keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
-    # Where many rows are stray, they are what makes the measured effect large; within a row it is not above 2.
+    # Many stray rows inflate the measured effect; within a row it is at most 2.
     effect = min(baseline.effects[0][0], _ROW_EFFECT)
     clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
     stray = np.rint(_sums(clear * once, counts)).astype(np.int32)
@@ -106,7 +106,7 @@ def _sums(
 
 
 def _times_met(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
-    """Return how many rows of its sample have the same counts as each row: then their routes are the same as well."""
+    """Return how many rows of the sample have the same counts as each row, and so most likely the same routes."""
     entry = np.repeat(np.arange(len(counts.num_rows)), counts.num_rows)
     columns = [entry, counts.own, counts.others, counts.flips, *counts.nearer, *counts.farther]
     return times_met(row_keys(np.stack([column.astype(np.int64) for column in columns], axis=1)))
@@ -199,7 +199,7 @@ class _Found:
             end[entry] = self._starts[entry] + int(part.argmax())
         begin = np.where(longest > 0, end - longest, self._starts)
         stop = np.where(longest > 0, end + 1, self._ends)
-        whole = np.full(len(longest), -1, np.int16)
+        all_layers = np.full(len(longest), -1, np.int16)
         kept = window_sums(information, begin, stop)
         is_stale = kept < STALE_KEEPS * window_sums(usual, begin, stop)
         is_stale &= longest >= MIN_STALE_ROWS
@@ -207,7 +207,7 @@ class _Found:
         nats = np.where(
             is_stale, different * window_sums(nats_a_row, begin, stop) / (stop - begin), 0.0
         )
-        self._keep("equal rows", nats, -1, whole, begin, stop, np.zeros(len(longest)))
+        self._keep("equal rows", nats, -1, all_layers, begin, stop, np.zeros(len(longest)))
 
     def _keep(
         self,

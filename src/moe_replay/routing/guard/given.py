@@ -1,4 +1,4 @@
-"""What a caller of `check_routes` gives, checked once and made into rows: whatever does not fit is refused in words.
+"""Check the arguments of `check_routes` once, and turn them into rows.
 
 In: arrays, tensors or lists. Out: `RouteRows`.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int64, Integer, Shaped
 
 MAX_LAYER = 2**15 - 1
-"""Largest layer number that evidence holds."""
+"""Largest layer index that evidence can hold."""
 _MAX_POSITION = 2**31 - 1
 _WHERE = "check_routes"
 
@@ -34,23 +34,23 @@ def given_rows(
     layers: Any,
     num_experts: Any,
 ) -> RouteRows:
-    """Return the rows of a step out of what the caller of `check_routes` holds.
+    """Return the rows of a step from the arguments of `check_routes`.
 
     Raises:
-        TraceError: when an argument is of another type, shape or range than it can be, or live ids are not a top-k.
+        TraceError: an argument has an invalid type, shape or range, or live ids are not a top-k.
     """
-    if not _is_whole(num_experts) or num_experts < 1:
+    if not _is_integer(num_experts) or num_experts < 1:
         raise TraceError(
-            f"{_WHERE}: num_experts is {num_experts!r}, expected a whole number above 0: the routed experts of one layer, as "
-            "the model's config counts them"
+            f"{_WHERE}: num_experts is {num_experts!r}, expected an integer above 0: the routed experts of one layer, from "
+            "the model's config"
         )
     replayed, live = _array("expert_ids", expert_ids), _array("live_ids", live_ids)
-    numbers = _whole_numbers("sample", sample, "the number of the sample that each row belongs to")
+    numbers = _integers("sample", sample, "the id of the sample of each row")
     held = None if valid is None else _array("valid", valid)
     at = (
         None
         if position is None
-        else _whole_numbers("position", position, "the position of each row in its sample")
+        else _integers("position", position, "the position of each row in its sample")
     )
     every = _layer_numbers(layers, replayed)
     _check_shapes(
@@ -77,7 +77,7 @@ def given_rows(
 
 
 def check_signs(gaps: Any, owners: Any) -> None:
-    """Raise `TraceError` unless gaps and owners are what the caller says of samples by their numbers."""
+    """Raise `TraceError` unless gaps and owners map sample ids to numbers and `Owner`."""
     for name, given, kind, what in (
         ("gaps", gaps, Real, "a number, the sample's mean k3"),
         ("owners", owners, Owner, "an Owner"),
@@ -86,13 +86,13 @@ def check_signs(gaps: Any, owners: Any) -> None:
             continue
         if not isinstance(given, Mapping):
             raise TraceError(
-                f"{_WHERE}: {name} is a {type(given).__name__}, expected a mapping from the number of a sample to {what}: "
-                f"write dict(enumerate({name})) if samples are numbered in that order"
+                f"{_WHERE}: {name} is a {type(given).__name__}, expected a mapping from sample id to {what}: "
+                f"write dict(enumerate({name})) if sample ids have that order"
             )
         for number, value in given.items():
             if not isinstance(value, kind):
                 raise TraceError(
-                    f"{_WHERE}: {name}[{number!r}] is {value!r}, expected {what}; leave a sample out of which nothing is known"
+                    f"{_WHERE}: {name}[{number!r}] is {value!r}, expected {what}; omit samples of which nothing is known"
                 )
 
 
@@ -102,22 +102,22 @@ def _array(name: str, values: Any) -> Shaped[np.ndarray, "..."]:
     except (TypeError, ValueError, RuntimeError) as error:
         kind = getattr(values, "dtype", type(values).__name__)
         raise TraceError(
-            f"{_WHERE}: {name} is {kind} and does not become an array ({error}), expected a numpy array, a dense tensor of torch "
-            "or lists of one length; bfloat16 holds no whole numbers above 256, so take the ids before they are converted"
+            f"{_WHERE}: {name} is {kind} and cannot become an array ({error}), expected a numpy array, a dense torch tensor "
+            "or lists of equal length; bfloat16 cannot hold integers above 256, so use the ids before conversion"
         ) from error
 
 
-def _whole_numbers(name: str, values: Any, what: str) -> Int64[np.ndarray, "..."]:
+def _integers(name: str, values: Any, what: str) -> Int64[np.ndarray, "..."]:
     array = _array(name, values)
     if not np.issubdtype(array.dtype, np.integer) and array.size:
         raise TraceError(
-            f"{_WHERE}: {name} is {array.dtype}, expected whole numbers: {what}; convert it where it is made if its values are "
-            "whole, for nothing is rounded here"
+            f"{_WHERE}: {name} is {array.dtype}, expected integers: {what}; if its values are integers, convert it where it "
+            "is made, because nothing is rounded here"
         )
     if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise TraceError(
-            f"{_WHERE}: {name} holds {int(array.max())}, expected numbers of 63 bits: {what}; -1 became this number in an "
-            "unsigned type: keep it in a signed one"
+            f"{_WHERE}: {name} holds {int(array.max())}, expected integers of 63 bits: {what}; -1 probably became this in an "
+            "unsigned type: use a signed one"
         )
     return array.astype(np.int64)
 
@@ -125,22 +125,22 @@ def _whole_numbers(name: str, values: Any, what: str) -> Int64[np.ndarray, "..."
 def _layer_numbers(layers: Any, ids: Shaped[np.ndarray, "..."]) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(ids.shape[1] if ids.ndim == 3 else 0))
-    expected = f"expected whole numbers from 0 to {MAX_LAYER}, each once: the decoder index of each entry of the layer dim"
+    expected = f"expected integers from 0 to {MAX_LAYER}, each once: the decoder index of each entry of the layer dim"
     try:
         given = list(layers)
     except TypeError as error:
         raise TraceError(f"{_WHERE}: layers is {layers!r}, {expected}") from error
     for layer in given:
-        if not _is_whole(layer) or not 0 <= layer <= MAX_LAYER:
+        if not _is_integer(layer) or not 0 <= layer <= MAX_LAYER:
             raise TraceError(
-                f"{_WHERE}: layers holds {layer!r}, {expected}; an offset or a name was passed in its place"
+                f"{_WHERE}: layers holds {layer!r}, {expected}; an offset or a name was passed instead"
             )
     numbers = tuple(int(layer) for layer in given)
     if len(set(numbers)) < len(numbers):
         twice = sorted({layer for layer in numbers if numbers.count(layer) > 1})
         raise TraceError(
-            f"{_WHERE}: layers names {twice[:8]} more than once, {expected}; a pipeline stage counts its layers from 0, or "
-            "rows of two stages were put side by side: add the offset of each stage"
+            f"{_WHERE}: layers names {twice[:8]} more than once, {expected}; pipeline stages may each count their layers from 0: "
+            "add the offset of each stage"
         )
     return numbers
 
@@ -161,15 +161,15 @@ def _check_shapes(
         shapes = ", ".join(f"{name} {array.shape}" for name, array in {**ids, **held}.items())
         raise TraceError(
             f"{_WHERE}: got {shapes} and {num_layers} layers, expected [rows, layers, topk] twice and [rows] for the "
-            "others: pass the rows of one step, replayed and live ones in the same order"
+            "others: pass the rows of one step, replayed and live in the same order"
         )
 
 
 def _check_ids(name: str, ids: Shaped[np.ndarray, "..."], num_experts: int) -> None:
     if not np.issubdtype(ids.dtype, np.integer):
         raise TraceError(
-            f"{_WHERE}: {name} is {ids.dtype}, expected whole numbers: expert ids; scores or probabilities were passed in their "
-            "place, or ids went through a format for weights: take them as the router's top-k returns them"
+            f"{_WHERE}: {name} is {ids.dtype}, expected integer expert ids; scores or probabilities were passed "
+            "instead, or ids were cast to a float type: pass them as the router's top-k returns them"
         )
     check_holds_ids(ids, num_experts, where=f"{_WHERE}: {name}")
 
@@ -180,8 +180,8 @@ def _check_live(own: Integer[np.ndarray, "rows layers topk"], num_experts: int) 
         own.min() < 0 or own.max() >= num_experts or (ordered[..., 1:] == ordered[..., :-1]).any()
     ):
         raise TraceError(
-            f"{_WHERE}: live_ids hold ids outside 0..{num_experts - 1}, or one id twice in a row, expected the top-k of the "
-            "trainer's router: these are the routes to compare with, so take them where the router computes its scores"
+            f"{_WHERE}: live_ids has ids outside 0..{num_experts - 1}, or duplicates in a row, expected the top-k of the "
+            "trainer's router: take them where the router computes its scores"
         )
 
 
@@ -191,7 +191,7 @@ def _mask(valid: Shaped[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
     if not np.issubdtype(valid.dtype, np.integer) or not np.isin(valid, (0, 1)).all():
         raise TraceError(
             f"{_WHERE}: valid is {valid.dtype} and holds {np.unique(valid.astype(str))[:4].tolist()}, expected True and False, or 1 "
-            "and 0: a mask of the rows where a route is replayed, not their lengths or weights"
+            "and 0: a mask of the replayed rows, not lengths or weights"
         )
     return valid.astype(bool)
 
@@ -199,13 +199,13 @@ def _mask(valid: Shaped[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
 def _check_positions(position: Int64[np.ndarray, " rows"]) -> None:
     if len(position) and not 0 <= position.min() <= position.max() <= _MAX_POSITION:
         raise TraceError(
-            f"{_WHERE}: position runs from {position.min()} to {position.max()}, expected 0 to {_MAX_POSITION} at rows that are "
-            "replayed: count from the start of each sample, and mark padding by a negative sample number"
+            f"{_WHERE}: position runs from {position.min()} to {position.max()}, expected 0 to {_MAX_POSITION} at replayed "
+            "rows: count from the start of each sample, and mark padding by a negative sample id"
         )
 
 
 def _positions(sample: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
-    """Return how many rows of the same sample lie before each row."""
+    """Return how many earlier rows belong to the same sample, for each row."""
     order = np.argsort(sample, kind="stable")
     ordered = sample[order]
     starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if len(ordered) else order
@@ -215,5 +215,5 @@ def _positions(sample: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]
     return found
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)

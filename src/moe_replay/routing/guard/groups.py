@@ -1,9 +1,9 @@
-"""Faults of a whole step, a layer, a rank or a server: the same two tests, on the sums of many samples.
+"""Faults of a step, a layer, a rank or a server: the same two tests on sums over many samples.
 
-Samples that all have the same fault move the median that each is compared with, so the median itself is tested: by the
-paired test, which compares with nothing, and against a floor far below what drift leaves.
+If all samples have the same fault, it moves the median that each is compared with. So the median itself is tested: by
+the paired test, which needs no comparison, and against a floor far below what drift leaves.
 
-In: Baseline, owners. Out: `Fault` for each group that does not look right.
+In: Baseline, owners. Out: `Fault` for each group that looks wrong, with a cause.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from moe_replay.routing.guard.table import StepPart
 
 FLOOR = 0.2
-"""Share of the information that the median sample keeps at least, whatever the drift."""
+"""Minimum share of the information that the median sample keeps under any drift."""
 MIN_ROOM = 0.1
-"""Share of the slots above chance, below which nothing is said about information."""
+"""Minimum share of the slots above chance for a statement about information."""
 MAX_FLOOR_AGREEMENT = 0.75
-"""Agreement from which nothing is said about information: where texts repeat themselves, chance is as high."""
+"""Agreement above which nothing is said about information: in repetitive text, chance is as high."""
 MAX_STRAY = 0.03
-"""Share of the rows that fit nowhere, above which a whole group is wrong; drift, however strong, left 0.2 % of them."""
+"""Share of stray rows above which a group is wrong; the strongest drift left 0.2 % of them."""
 _KINDS = len(PLACES) + 3
 _ROWS_AS_ONE = 3.0  # rows of a burst of drift
 _MIN_SAMPLES = 3  # of a group, for a statement about information
@@ -49,10 +49,10 @@ def group_faults(
     *,
     alpha: float,
 ) -> tuple[Fault, ...]:
-    """Return what is wrong with the step, a layer, a rank or a server.
+    """Return the faults of the step, layers, ranks and servers.
 
-    ``stray``: rows of each sample that fit nowhere. ``apart``: share of its rows that are evidence of their own, so that one long
-    text that goes round in circles does not speak for its whole group.
+    ``stray``: rows of each sample that fit nowhere. ``apart``: share of its independent rows, so that one long text in a
+    loop does not dominate its group.
     """
     return (
         *_step_faults(baseline, stray, apart, alpha),
@@ -88,7 +88,7 @@ def _step_faults(
 def _share(
     apart: Float64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"]
 ) -> float:
-    """Return the share of all rows that are evidence of their own, where rows of samples are summed up."""
+    """Return the share of independent rows over all samples."""
     return float((apart * num_rows).sum() / max(num_rows.sum(), 1))
 
 
@@ -100,7 +100,7 @@ def _stretch_faults(
     baseline: Baseline,
     threshold: float,
 ) -> Iterator[Fault]:
-    """Yield a fault for the stretch of all samples that is most clearly wrong: their end, or what one part of a rank holds."""
+    """Yield a fault for the most clearly wrong stretch of all samples, such as their end or a rank's part."""
     num = stretches.shape[1]
     total = np.concatenate([np.zeros((len(stretches), 1)), np.cumsum(stretches, axis=1)], axis=1)
     # 1, 2, 4 and 8 stretches in a row, each half overlapping the last.
@@ -127,7 +127,9 @@ def _stretch_faults(
     threshold += math.log(len(first))
     if best[at] <= threshold:
         return
-    fits = f"the routes at '{PLACES[int(paired[:, at].argmax())]}' fit better than those that were replayed"
+    fits = (
+        f"the routes at '{PLACES[int(paired[:, at].argmax())]}' fit better than the replayed ones"
+    )
     cause = (
         f"from {first[at] / num:.0%} to {end[at] / num:.0%} of the rows of each sample, "
         f"{fits if paired[:, at].max() > threshold else _NOWHERE}"
@@ -163,7 +165,7 @@ def _layer_faults(
         if not known.any() or 1 - chance.sum() / max(slots.sum(), 1) <= MIN_ROOM:
             continue
         if table.alike[entry] > 0.5:
-            continue  # a collapsed router whose last expert is a near tie: all rows share the same slots, and not all
+            continue  # a collapsed router whose last expert is a near tie: all rows share the same slots, but not all slots
         kept = float(np.median(information[known, entry]))
         nats = _floor_nats(baseline, table.own[:, [entry]], chance, slots, single=True)
         if kept < FLOOR and slots.sum() >= _MIN_SLOTS and nats > threshold:
@@ -202,10 +204,10 @@ def _rank_faults(
 def _nowhere_on(
     rank: int, part: StepPart, slots: np.ndarray, baseline: Baseline, threshold: float
 ) -> Iterator[Fault]:
-    """Yield a fault when the rows of a rank keep no information at all, in all samples alike.
+    """Yield a fault if the rows of a rank keep no information in any sample.
 
-    Then no sample stands out: routes in contiguous order under zigzag context parallelism are wrong for half the rows of
-    one rank and for all of the other, and the median of both keeps a quarter.
+    Then no sample stands out: contiguous routes under zigzag context parallelism are wrong for half the rows of one rank
+    and all rows of the other, and the median over both keeps a quarter.
     """
     room = slots.astype(np.float64) - part.chance
     information = (part.own - part.chance).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
@@ -269,13 +271,13 @@ def _strewn(
     num_rows: Int64[np.ndarray, " samples"],
     threshold: float,
 ) -> Iterator[Fault]:
-    """Yield a fault when more rows fit nowhere than any drift leaves behind."""
+    """Yield a fault if more rows fit nowhere than any drift explains."""
     rows, count = float(num_rows.sum()), float(stray.sum())
     kept = shortfall_nats(
         np.array([rows - count]), np.array([rows]), np.array([1 - MAX_STRAY]), _ROWS_AS_ONE
     )
     if kept[0] > threshold:
-        cause = f"{count / max(rows, 1):.0%} of the rows, strewn over the samples, have routes of other tokens"
+        cause = f"{count / max(rows, 1):.0%} of the rows, scattered over the samples, have routes of other tokens"
         yield _lost_to_something(kind, name, cause, float(kept[0]), threshold)
 
 
@@ -289,13 +291,13 @@ def _paired(
     *,
     single: bool = False,
 ) -> Iterator[Fault]:
-    """Yield a fault when routes at another place fit the group's rows better than their own."""
+    """Yield a fault if routes at another place fit the group's rows better than their own."""
     either = (nearer + farther).astype(np.float64)
     effect = np.array([effects[int(single)] for effects in baseline.effects[1:]])
     nats = shortfall_nats(farther.astype(np.float64), either, np.full(len(PLACES), 0.5), effect)
     best = int(nats.argmax())
     if nats[best] > threshold:
-        cause = f"the routes at '{PLACES[best]}' fit better than those that were replayed"
+        cause = f"the routes at '{PLACES[best]}' fit better than the replayed ones"
         yield Fault(kind=kind, name=name, cause=cause, nats=float(nats[best]), threshold=threshold)
 
 
@@ -309,9 +311,9 @@ def _lost(
     baseline: Baseline,
     threshold: float,
 ) -> Iterator[Fault]:
-    """Yield a fault when most samples of the group keep far less than the usual sample does.
+    """Yield a fault if most samples of the group keep far less than the usual sample.
 
-    Most, because single samples may lose their routes to drift; they are judged one by one.
+    Most, because single samples may lose their routes to drift; those are judged one by one.
     """
     room = slots - chance
     due = (chance + baseline.tolerance * kappa * room).sum(axis=1)
@@ -327,7 +329,7 @@ def _lost(
 def _floor_nats(
     baseline: Baseline, own: np.ndarray, chance: np.ndarray, slots: np.ndarray, *, single: bool
 ) -> float:
-    """Return nats of so little overlap if the samples kept `FLOOR` of the information."""
+    """Return nats of such a low overlap if the samples kept `FLOOR` of the information."""
     if own.sum() >= MAX_FLOOR_AGREEMENT * slots.sum():
         return 0.0
     return _shortfall(own, chance + FLOOR * (slots - chance), slots, baseline, single=single)
@@ -342,9 +344,9 @@ def _shortfall(
 
 
 def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: float) -> Verdict:
-    """Return the verdict with words for its faults: what a look at the sample that agrees least says about each.
+    """Return the verdict with causes of its faults, found in the sample with the lowest agreement.
 
-    Where every sample is wrong there is no usual one to compare with, so half of full information is asked for at least.
+    If every sample is wrong, no usual one exists to compare with, so half of full information is required.
     """
     if not verdict.faults or not len(verdict.sample_ids):
         return verdict
@@ -362,7 +364,7 @@ def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: floa
 
 
 def _all_rows_of(sample: int, layer: int | None = None) -> Finding:
-    """Return a suspect of which all rows are to be looked at."""
+    """Return a suspect with all of its rows."""
     return Finding(
         sample=sample,
         status=Status.SUSPECT,

@@ -1,10 +1,10 @@
-"""Second look: where the right routes of a suspect lie, among all places that the arrays at hand offer.
+"""Second look: find the right routes of a suspect among all places that the given arrays offer.
 
-Every place is scored by the paired test on the suspect's own rows: slots by which the routes there fit better, against those
-by which they fit worse. It has to win clearly (nats, less what trying so many places makes likely) *and* to be right: the
-routes there must agree with the live ones about as well as those of a healthy sample do. Otherwise the routes lie nowhere
-here, and the words say which rows are wrong. What is chosen from many (an order of layers, a map of ids) is chosen on every
-second row and scored on the others, so that freedom to choose does not look like agreement.
+Every place is scored by the paired test on the suspect's own rows: slots in which the routes there fit better, against
+those in which they fit worse. It has to win clearly (nats minus ln of the number of places tried) *and* be right: the
+routes there must agree with the live ones about as well as in a healthy sample. Otherwise the right routes are not here,
+and the cause says which rows are wrong. A choice from many (an order of layers, a map of ids) is made on every second
+row and scored on the others, so that the choice cannot overfit the score.
 
 In: replayed and live ids of a few samples. Out: `SecondLook` for each suspect.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64, Integer
 
 MAX_REACH = 512
-"""Tokens to either side that are searched."""
+"""Maximum distance in tokens that is searched."""
 MAX_ROWS = 4096
-"""Rows of a suspect that are looked at: its first ones, or those around the sign."""
-_ANCHORS = 64  # rows by which the best distance is found
-_MIN_ROWS = 4  # for anything to be said
+"""Maximum rows of a suspect that are searched: its first ones, or those of the sign."""
+_ANCHORS = 64  # rows used to find the best distance
+_MIN_ROWS = 4  # for any conclusion
 _EXPLAINED = 0.5  # of the usual information, for a place to be the right one
 _CONSTANT_ROWS = 8
-_HELD_SHARE = 0.8  # of the wrong rows, for them to be another sample's
+_HELD_SHARE = 0.8  # of the wrong rows, to attribute them to another sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,7 +47,7 @@ class RouteRows:
     valid: Bool[np.ndarray, " rows"]
     """``[rows]``, True where a route was replayed."""
     sample: Integer[np.ndarray, " rows"]
-    """``[rows]``, number of the sample."""
+    """``[rows]``, id of the sample."""
     position: Integer[np.ndarray, " rows"]
     """``[rows]``, position of the token in its sample."""
     layers: tuple[int, ...]
@@ -63,11 +63,11 @@ def look_closer(
     usual_information: float,
     effect: float = 2.0,
 ) -> dict[int, SecondLook]:
-    """Search the right routes of each suspect.
+    """Search for the right routes of each suspect.
 
     Args:
-        rows: the suspects' rows, and those of samples they may have been mixed up with.
-        suspects: what the guard found; the search keeps to the rows and the layer of each.
+        rows: rows of the suspects, and of samples that they may be confused with.
+        suspects: findings of the guard; the search uses the rows and layer of each.
         usual_information: of the median sample, see `StepRecord.information`.
         effect: slots that act as one in the paired test, see `Baseline.effects`.
     """
@@ -83,8 +83,8 @@ def look_closer(
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Place:
     words: str
-    shared: Float64[np.ndarray, "rows layers"]  # nan where the place says nothing
-    tried: int  # places of this kind
+    shared: Float64[np.ndarray, "rows layers"]  # nan where the place gives no evidence
+    tried: int  # number of places of this kind
 
 
 class _Suspect:
@@ -112,7 +112,7 @@ class _Suspect:
         self._ids, self._position = self._every_id[at], self._every_position[at]
         self._live = self._every_live[at]
         num_rows, num_layers, self._topk = self._ids.shape
-        # What is explained: all layers, or the one that the sign was found in.
+        # All layers, or only the layer of the sign.
         self._wanted = np.ones(num_layers, bool)
         if finding.layer in rows.layers:
             self._wanted = np.array(rows.layers) == finding.layer
@@ -120,7 +120,7 @@ class _Suspect:
         np.put_along_axis(self._mask, self._live, True, axis=2)
         self._own = self._shared(self._ids)
         both = np.concatenate([np.sort(self._ids, axis=2), np.sort(self._live, axis=2)], axis=2)
-        # Rows of a text that goes round in circles are one row, or the same few flips would count as many.
+        # Equal rows of text in a loop count once, or the same few flips would count many times.
         self._once = 1 / times_met(row_keys(both.reshape(num_rows, -1)))
         used = np.zeros((num_layers, rows.num_experts))
         for layer in range(num_layers):
@@ -129,7 +129,7 @@ class _Suspect:
         self._chance = met / max(len(own) - 1, 1)
 
     def look(self) -> SecondLook:
-        """Return the best place that is the right one, or which rows are wrong."""
+        """Return the best place that explains the routes, or else which rows are wrong."""
         if (words := self._constant()) is not None:
             return SecondLook(cause=words)
         best = SecondLook(cause=self._wrong_rows())
@@ -168,11 +168,11 @@ class _Suspect:
         entry = int(constant.argmax())
         return (
             f"constant fill: layers {layers} hold the same experts in all {len(ids)} rows ({ids[0, entry].tolist()} in layer "
-            f"{layers[0]}), while their routers choose others; the engine did not write them"
+            f"{layers[0]}), while their routers choose others; the engine never wrote them"
         )
 
     def _wrong_rows(self) -> str:
-        """Say which rows of the whole sample are wrong, and whose routes they hold if those are at hand."""
+        """Say which rows of the sample are wrong, and which other sample's routes they hold, if known."""
         own, topk = np.zeros(len(self._every_id)), self._topk
         for layer in np.flatnonzero(self._wanted):
             ids, live = self._every_id[:, layer], self._every_live[:, layer]
@@ -181,14 +181,12 @@ class _Suspect:
         kept = (own - chance) / max(topk * self._wanted.sum() - chance, 1e-9)
         wrong = np.flatnonzero(kept < 0.5 * self._usual)
         if not len(wrong):
-            return (
-                "no row by itself is wrong, and no other place fits better: drift, or other weights"
-            )
+            return "no single row is wrong, and no other place fits better: drift, or other weights"
         where = self._every_position[wrong]
         of = f"{len(wrong)} of {len(kept)} rows (positions {where.min()}..{where.max()})"
         if (other := self._holder(wrong)) is not None:
-            return f"{of} hold the routes of sample {other}; completions and traces were put together in different orders"
-        return f"{of} fit no place that was searched: they are random, of other weights, or of a sample that is not at hand"
+            return f"{of} hold the routes of sample {other}; completions and traces were combined in different orders"
+        return f"{of} fit no place that was searched: they are random, from other weights, or of a sample that was not given"
 
     def _holder(self, wrong: Int64[np.ndarray, " wrong"]) -> int | None:
         """Return the other sample whose routes most of the ``wrong`` rows hold, at the same positions."""
@@ -213,7 +211,7 @@ class _Suspect:
             yield from self._renamings()
 
     def _distances(self) -> Iterator[_Place]:
-        """The best distance, found by the sum over anchors of what each shares with every row of its sample."""
+        """Yield the best distance, by the slots that anchor rows share with the other rows of the sample."""
         count = len(self._every_id)
         anchors = np.unique(np.linspace(0, len(self._at) - 1, _ANCHORS).astype(np.int64))
         reach = min(MAX_REACH, count - 1)
@@ -228,7 +226,7 @@ class _Suspect:
             rows[low - here + reach : high - here + reach] += 1
         mean = np.where(rows >= max(2, len(anchors) / 2), total / np.maximum(rows, 1), -1.0)
         mean[reach] = -1.0
-        # Few distances are within reach of most anchors when the sample is short; the nearest two always are tried.
+        # In a short sample few distances are within reach of most anchors; +1 and -1 are always tried.
         for distance in {int(mean.argmax()) - reach, 1, -1}:
             if distance and abs(distance) < count:
                 yield self._distance(distance, 2 * reach)
@@ -257,7 +255,7 @@ class _Suspect:
                 continue
             shared = self._shared(rows.expert_ids[theirs[place]].astype(np.int64))
             yield _Place(
-                words=f"swapped samples: it has its routes in sample {other}; completions and traces were put together in "
+                words=f"swapped samples: its routes are in sample {other}; completions and traces were put together in "
                 "different orders",
                 shared=np.where(held[:, None], shared, np.nan),
                 tried=1,
@@ -270,7 +268,7 @@ class _Suspect:
         for by in range(1, num_layers):
             signed = by if by <= num_layers // 2 else by - num_layers
             yield _Place(
-                words=f"layers rotated by {signed:+d}: the routes of layer entry l lie in entry (l{signed:+d}) mod {num_layers}; "
+                words=f"layers rotated by {signed:+d}: the routes of layer entry l are in entry (l{signed:+d}) mod {num_layers}; "
                 "layers were gathered in another order",
                 shared=self._shared(np.roll(self._ids, -by, axis=1)),
                 tried=1,
@@ -298,7 +296,7 @@ class _Suspect:
         yield _Place(
             words=f"layers hold each other's routes: {', '.join(moved[:6])}{', ...' if len(moved) > 6 else ''}; layers were "
             "numbered or gathered in another order",
-            # Layers that stay where they are say nothing.
+            # Layers that stay in position give no evidence.
             shared=np.where(source == np.arange(num_layers), np.nan, shared),
             tried=1,
         )
@@ -330,8 +328,8 @@ class _Suspect:
         for pooled in (True, False):
             words = "one renaming for all layers" if pooled else "a renaming for each layer"
             yield _Place(
-                words=f"wrong expert-id space: {words} explains the ids, such as physical ids under expert load balancing in "
-                "place of logical ones",
+                words=f"wrong expert-id space: {words} explains the ids, such as physical instead of logical ids under "
+                "expert load balancing",
                 shared=self._cross_fitted(lambda rows, pooled=pooled: self._renamed(rows, pooled)),
                 tried=1,
             )
@@ -346,7 +344,7 @@ class _Suspect:
             held = np.zeros((int(rows.sum()), experts))
             np.put_along_axis(held, self._ids[rows, layer], 1.0, axis=1)
             live = self._mask[rows, layer].astype(np.float64)
-            # Lift, not count: an expert that is always on occurs with every other.
+            # Lift, not count: an always active expert occurs with every other.
             lift = held.T @ live - held.sum(axis=0)[:, None] * live.mean(axis=0)
             together += lift
             if not pooled:
@@ -356,7 +354,7 @@ class _Suspect:
     def _cross_fitted(
         self, fit: Callable[[np.ndarray], Float64[np.ndarray, "rows layers"]]
     ) -> Float64[np.ndarray, "rows layers"]:
-        """Score every row by the choice that the other half of the rows makes."""
+        """Score every row with the choice made on the other half of the rows."""
         even = np.arange(len(self._ids)) % 2 == 0
         return np.where(even[:, None], fit(~even), fit(even))
 
@@ -370,7 +368,7 @@ def _matching(lift: Float64[np.ndarray, "replayed live"]) -> Int64[np.ndarray, "
         choice, back = lift.argmax(axis=1), lift.argmax(axis=0)
         mutual = (partner < 0) & (back[choice] == everyone) & (lift[everyone, choice] > 0)
         if not mutual.any():
-            # What is left never occurs together more than by chance, so that any map serves.
+            # The rest occurs together only by chance, so any map works.
             partner[partner < 0] = np.setdiff1d(everyone, partner)
             break
         partner[mutual] = choice[mutual]

@@ -1,7 +1,8 @@
-"""Every test of every sample side by side, with the threshold at which each suffices.
+"""All tests of all samples, with the threshold at which each test suffices.
 
-Two kinds of test: *certain* ones, which drift cannot pass however strong it is (another place fits better, rows repeat), and *strong* ones, which are measured against the usual sample (information lost, stray rows). The
-engine gap adds up with either, because the two are independent in healthy samples; it never suffices alone.
+*Certain* tests cannot be triggered by drift (another place fits better, rows repeat). *Strong* tests compare with the
+usual sample (information lost, stray rows), so strong drift could trigger them. The engine gap adds to either, because
+both are independent in healthy samples; it never suffices alone.
 
 In: Baseline, SampleEvidence of all ranks, gaps. Out: `SampleTests`.
 """
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
 CERTAIN = ("paired sample", "paired layer", "paired window", "equal rows")
-"""Tests that name a misalignment by themselves."""
+"""Tests that prove a misalignment alone."""
 STRONG = ("lost sample", "lost layer", "lost window", "stray rows")
-"""Tests that name one unless a second look clears the sample."""
+"""Tests that prove one unless a second look clears the sample."""
 STRICT = ("strict sample", "strict layer", "strict window", "strict stray rows")
 """Tests that only ask for a second look."""
 SUSPECT_NATS = 7.0
-"""Nats of a strict test from which a sample is looked at again."""
+"""Nats of a strict test above which a sample is looked at again."""
 ALL_TESTS = (*CERTAIN, *STRONG, *STRICT)
 """Rows of the arrays of `SampleTests`."""
 _KINDS = len(PLACES) + 5  # of test: places, lost, stray, equal, gap, and one in reserve
-_MIN_SIGN = 3.0  # nats of each of two signs that may add up
+_MIN_SIGN = 3.0  # nats of each of two signs that may be added
 _BOTH_NATS = 9.0  # of a strict test and the gap together, for a second look
-_RARE_NATS = 4.0  # beyond what the largest gap of a step has by chance: one step in 50
-_MIN_GAPS = 8  # of samples, to know what is usual
+_RARE_NATS = 4.0  # above the largest gap of a step by chance: one step in 50
+_MIN_GAPS = 8  # samples with a gap, to know what is usual
 _CLEAN_SHARE = 0.95  # of the samples, those with the fewest stray rows
 _FEWEST_SHARE = 0.5  # the same, where a fault may have hit up to half of them
 # Times the stray rows of earlier steps, and a share of all rows, that drift may add.
@@ -49,7 +50,7 @@ _STRAY_TESTS = 3  # that name a sample: against nearly all samples, the cleaner 
 
 
 class SampleTests:
-    """Nats, threshold and place of every test of every sample of a step."""
+    """Nats, threshold and place of every test and sample of a step."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class SampleTests:
         self.nats = np.zeros(shape)
         """``[tests, samples]``"""
         self.place = np.full(shape, -1)
-        """``[tests, samples]``, entry of `PLACES`, -1 without."""
+        """``[tests, samples]``, entry of `PLACES`, or -1."""
         self.layer = np.full(shape, -1)
         """``[tests, samples]``, global layer, -1 for all."""
         self.explained = np.zeros(shape)
@@ -78,10 +79,10 @@ class SampleTests:
         once = math.log(2 * _KINDS * len(samples) / alpha)
         within = once + math.log(baseline.num_sets)
         self.thresholds = np.array([within if _is_within(test) else once for test in ALL_TESTS])
-        """``[tests]``, nats at which each suffices."""
+        """``[tests]``, nats at which each suffices. With 128 samples ``once`` is ln(2 * 10 * 128 / 1e-4) = 17."""
         held = [part for part in evidence if part is not None]
         self.apart = apart = np.ones(len(samples))
-        """``[samples]``, share of the rows that are evidence of their own, on the rank where it is least."""
+        """``[samples]``, share of independent rows, on the rank where it is lowest."""
         for part in held:
             at = np.searchsorted(samples, part.sample_ids)
             apart[at] = np.minimum(apart[at], part.apart)
@@ -89,23 +90,26 @@ class SampleTests:
         for part in held:
             self._take(part)
         self.stray = self._stray_counts(held)
-        """``[samples]``, rows that clearly fit nowhere."""
+        """``[samples]``, rows that clearly fit no place."""
         self.record_stray = _clean_stray(self.stray, baseline.table.num_rows, _CLEAN_SHARE)
         """What later steps remember of the stray rows."""
         self._set_stray_rows(history)
         self.gap = self._gap_nats(gaps)
-        """``[samples]``, nats of the engine gap; 0 where it is usual or not known."""
+        """``[samples]``, nats of the engine gap; 0 if usual or unknown."""
 
     @property
     def with_gap(self) -> Float64[np.ndarray, "tests samples"]:
-        """``[tests, samples]``, nats and gap together, less what adding two signs up makes likely."""
+        """``[tests, samples]``, nats plus gap, minus the price of adding two signs.
+
+        Example: a sign of 12 nats with threshold 17 and a gap of 9 make 12 + 9 - ln(1 + 17) = 18.1: above the threshold.
+        """
         both = (self.nats > _MIN_SIGN) & (self.gap > _MIN_SIGN)
         price = np.log1p(self.thresholds)[:, None]
         return np.where(both, np.maximum(self.nats, self.nats + self.gap - price), self.nats)
 
     @property
     def margins(self) -> Float64[np.ndarray, "tests samples"]:
-        """``[tests, samples]``, nats above the threshold; of strict tests above `SUSPECT_NATS`."""
+        """``[tests, samples]``, nats above the threshold; for strict tests above `SUSPECT_NATS`."""
         limit = np.where(_rows(STRICT), SUSPECT_NATS, self.thresholds)[:, None]
         return np.where(_rows(STRICT)[:, None], self.nats, self.with_gap) - limit
 
@@ -116,16 +120,16 @@ class SampleTests:
         return part.max(axis=0), chosen[part.argmax(axis=0)]
 
     def is_telling(self) -> Bool[np.ndarray, " samples"]:
-        """Tell which samples show a sign that is rare in healthy ones, for adding up over steps."""
+        """Return which samples show a sign that is rare in healthy ones, for sums over steps."""
         many = math.log(self._baseline.num_sets)
         price = np.array([many if _is_within(test) else 0.0 for test in ALL_TESTS])
         telling = (self.nats - price[:, None])[~_rows(STRICT)] > SUSPECT_NATS
         return np.asarray(telling.any(axis=0))
 
     def asks_for_a_look(self) -> Bool[np.ndarray, " samples"]:
-        """Tell which samples deserve a second look: for a strict test, for their gap, or for a little of both.
+        """Return which samples deserve a second look: for a strict test, their gap, or both together.
 
-        One sample a step has a gap of ln(samples) nats by chance alone, so a gap by itself must be larger than that.
+        By chance one sample a step has a gap of ln(samples) nats, so a gap alone must be larger than that.
         """
         strict = self.nats[_rows(STRICT)].max(axis=0)
         both = (strict > _MIN_SIGN) & (self.gap > _MIN_SIGN) & (strict + self.gap > _BOTH_NATS)
@@ -163,7 +167,7 @@ class SampleTests:
         self.explained[ALL_TESTS.index("paired sample")] = there / np.maximum(usual, 1e-9)
 
     def _effect(self, entry: int) -> float:
-        """Return the slots that act as one over all stages; layers of different stages are taken to go together."""
+        """Return the slots that act as one over all stages, assuming that stages are fully correlated."""
         return 1 + (self._baseline.effects[entry][0] - 1) * self._baseline.num_stages
 
     def _take(self, part: SampleEvidence) -> None:
@@ -175,7 +179,7 @@ class SampleTests:
                 getattr(self, name)[row, at[better]] = getattr(part, name)[source][better]
 
     def _stray_counts(self, held: Sequence[SampleEvidence]) -> Int64[np.ndarray, " samples"]:
-        """Add up ranks with other rows; of ranks with other layers of the same rows, take the one with most."""
+        """Sum over ranks with different rows; among ranks with other layers of the same rows take the maximum."""
         by_layers: dict[tuple[int, ...], np.ndarray] = {}
         samples = self._baseline.table.sample_ids
         for part in held:
@@ -233,7 +237,7 @@ class SampleTests:
         if gaps is None:
             return found
         values = np.array([gaps.get(int(number), np.nan) for number in samples], np.float64)
-        values = np.maximum(values, 0.0)  # k3 is not negative but for rounding
+        values = np.maximum(values, 0.0)  # k3 is negative only by rounding
         known = np.isfinite(values)
         if known.sum() < _MIN_GAPS:
             return found

@@ -17,12 +17,12 @@ from moe_replay.routing.guard.table import BIN_RANGE, NUM_BINS, NUM_STRETCHES, S
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float64, Int64
 
-_ALIKE = 0.1  # of the variance that is due, below which rows are alike
-_MIN_EFFECT_ROWS = 8  # of a sample, below which its variance says nothing
+_ALIKE = 0.1  # of the expected variance, below which rows are alike
+_MIN_EFFECT_ROWS = 8  # of a sample, for its variance to mean anything
 
 
 def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
-    """Sum up what this rank counted; None without a counted row. All counts are of the same layers."""
+    """Sum up the counts of this rank; None without rows. All counts are of the same layers."""
     held = [part for part in counts if len(part.own)]
     if not held:
         return None
@@ -66,10 +66,10 @@ def row_chance(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
 
 
 def rows_are_alike(counts: OverlapCounts) -> Bool[np.ndarray, "samples layers"]:
-    """Tell where all rows of a sample share the same number of slots: a text that repeats itself, with a lasting flip.
+    """Return where all rows of a sample share the same number of slots: repetitive text with a lasting flip.
 
-    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each share 1 of 2 slots vary by
-    0, where 0.5 is due.
+    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each share 1 of 2 slots have a
+    variance of 0, where 0.5 is expected.
     """
     rows = np.maximum(counts.num_rows, 2)[:, None]
     mean = counts.layer_own / rows
@@ -83,7 +83,7 @@ def _chance_by_layer(counts: OverlapCounts) -> Float64[np.ndarray, "samples laye
 
 
 def _effects(counts: OverlapCounts) -> Float64[np.ndarray, "signs 2 samples"]:
-    """Return the variance of a row within its sample over what independent slots would have.
+    """Return the variance of rows within a sample, relative to independent slots.
 
     Example: rows that share 8, 8, 0, 0 of 8 slots have a variance of 21.3, where independent slots at 1/2 have 2: about 11
     slots act as one.

@@ -1,4 +1,4 @@
-"""Signs that add up over steps: a server that is wrong in a few of its answers is found within a bounded number of them.
+"""Signs that add up over steps: a server with a few wrong answers is found after a bounded number of them.
 
 A cumulative sum (CUSUM) for each server: an answer that shows a sign adds ln(r1 / r0), one that does not adds
 ln((1 - r1) / (1 - r0)) < 0, and the sum never falls below 0. r0 is five times the rate of the other servers, but at least
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _MIN_RATE = 1e-3
 _MIN_WRONG = 1e-2
-_TIMES = 5.0  # what a server may exceed the others by
+_TIMES = 5.0  # factor by which a server may exceed the others
 _MAX_RATE = 0.3
-_FORGET = 0.99  # of the answers so far, each step
+_FORGET = 0.99  # factor on past answers, each step
 
 
 class ServerSums:
-    """Answers, signs and the sum of each server. Needs two servers: one alone cannot be compared with the others."""
+    """Answers, signs and the sum of each server. Needs two servers, because a server is compared with the others."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[str, float]] = {}
@@ -41,7 +41,7 @@ class ServerSums:
         telling: Bool[np.ndarray, " samples"],
         owners: Mapping[int, Owner],
     ) -> ServerSums:
-        """Return the sums after the samples of a step, in the order of their numbers."""
+        """Return the sums after the samples of a step, in the order of their ids."""
         found = ServerSums.from_plain(self.to_plain())
         answers: dict[str, list[bool]] = {}
         for number, sign in zip(sample_ids, telling, strict=True):
@@ -74,7 +74,7 @@ class ServerSums:
         self._of[server]["sum"] = total
 
     def faults(self, alpha: float) -> Iterator[Fault]:
-        """Yield the servers whose signs have added up."""
+        """Yield servers whose sum exceeds its limit."""
         if not self._of:
             return
         limit = math.log(len(self._of) / alpha)
@@ -91,12 +91,12 @@ class ServerSums:
                 )
 
     def to_plain(self) -> dict[str, dict[str, float]]:
-        """Return the sums as JSON can hold them."""
+        """Return the sums as plain JSON."""
         return {server: dict(entry) for server, entry in self._of.items()}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Mapping[str, Any]]) -> ServerSums:
-        """Return the sums that `to_plain` gave."""
+        """Return the sums from `to_plain`."""
         found = cls()
         found._of = {
             str(server): {key: float(value) for key, value in entry.items()}

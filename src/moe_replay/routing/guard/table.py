@@ -22,7 +22,7 @@ NUM_BINS = 300
 """Bins of the histogram of the windows' information, over `BIN_RANGE`."""
 BIN_RANGE = (-0.5, 1.0)
 NUM_STRETCHES = 16
-"""Parts that the rows of each sample are divided into."""
+"""Number of parts into which the rows of each sample are divided."""
 TESTS = (
     "paired layer",
     "paired window",
@@ -32,7 +32,7 @@ TESTS = (
     "strict window",
     "equal rows",
 )
-"""What is tested within a sample, by the rank that holds its rows."""
+"""Tests within a sample, made by the rank that holds its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,9 +52,9 @@ class StepPart:
     own: Float32[np.ndarray, "samples layers"]
     """``[samples, layers]``, slots that live and replayed routes share."""
     chance: Float32[np.ndarray, "samples layers"]
-    """``[samples, layers]``, slots that they would share if each row had the route of another row of the sample here."""
+    """``[samples, layers]``, slots shared by chance: with the routes of other rows of the sample here."""
     alike: Int32[np.ndarray, " layers"]
-    """``[layers]``, samples whose rows all share the same number of slots, though not all: a collapsed router with a near tie."""
+    """``[layers]``, samples whose rows all share the same number of slots, but not all slots: a router collapsed onto a near tie."""
     flips: Float32[np.ndarray, " layers"]
     """``[layers]``, rows whose expert sets differ."""
     rows_with_flip: int
@@ -68,20 +68,20 @@ class StepPart:
     layer_farther: Int64[np.ndarray, "places layers"]
     """``[places, layers]``, the same over samples."""
     stretches: Float64[np.ndarray, "quantities stretches"]
-    """``[3 + 2 * places, stretches]``, slots, own, chance, then nearer and farther of each place, summed over all samples'
-    rows in each sixteenth of a sample: what is wrong with the end of every sample shows here."""
+    """``[3 + 2 * places, stretches]``, slots, own, chance, then nearer and farther of each place, summed over all samples
+    for each sixteenth of a sample: a fault at the end of every sample shows here."""
     effects: Float32[np.ndarray, "signs 2 samples"]
-    """``[1 + places, 2, samples]``, slots that act as one: of ``own`` and of each place, for all layers together and for a
-    single layer; nan for samples of fewer than 8 rows here."""
+    """``[1 + places, 2, samples]``, slots that act as one, for ``own`` and each place: over all layers, and in a single
+    layer; nan for samples of fewer than 8 rows here."""
     window_information: Int64[np.ndarray, " bins"]
     """``[bins]``, histogram of the information that windows of 8 rows keep."""
     repeats: Int32[np.ndarray, "2 samples"]
-    """``[2, samples]``, rows that repeat the row before, and those of them after which the next row repeats as well."""
+    """``[2, samples]``, rows that repeat the previous row, and those of them whose next row repeats too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepTable:
-    """All parts of a step: one row for each sample, one column for each layer."""
+    """All parts of a step: a row for each sample, a column for each layer."""
 
     layers: tuple[int, ...]
     """Global decoder indices, increasing."""
@@ -108,9 +108,9 @@ class StepTable:
     alike: Float64[np.ndarray, " layers"]
     """``[layers]``, share of the samples whose rows are alike."""
     parts: tuple[StepPart, ...]
-    """The parts of the ranks that compared rows, in their order."""
+    """The parts of the ranks that compared rows, in rank order."""
     ranks: tuple[int, ...]
-    """The rank of each part: its place among the parts that were given."""
+    """The rank of each part."""
 
     @property
     def agreement(self) -> Float64[np.ndarray, " samples"]:
@@ -129,7 +129,7 @@ class StepTable:
 
     @classmethod
     def of(cls, parts: Sequence[StepPart | None]) -> StepTable:
-        """Put the parts of all ranks together; ranks without rows gave None. At least one has rows."""
+        """Combine the parts of all ranks; None for ranks without rows. At least one rank has rows."""
         held = [part for part in parts if part is not None]
         assert held, "a step in which some rank compared a row"
         layers = sorted({layer for part in held for layer in part.layers})
@@ -141,15 +141,15 @@ class StepTable:
         alike, counted = np.zeros((2, len(layers)))
         for part in held:
             at = np.searchsorted(sample_ids, part.sample_ids)
-            place = np.searchsorted(layers, part.layers)
-            cells = np.ix_(at, place)
+            columns = np.searchsorted(layers, part.layers)
+            cells = np.ix_(at, columns)
             slots[cells] += part.num_rows[:, None] * part.topk
             own[cells] += part.own
             chance[cells] += part.chance
             by_sample[:, :, at] += [part.nearer, part.farther]
-            alike[place] += part.alike
-            counted[place] += len(at)
-            by_layer[:, :, place] += [part.layer_nearer, part.layer_farther]
+            alike[columns] += part.alike
+            counted[columns] += len(at)
+            by_layer[:, :, columns] += [part.layer_nearer, part.layer_farther]
         return cls(
             layers=tuple(layers),
             topk=held[0].topk,
@@ -168,12 +168,12 @@ class StepTable:
         )
 
     def information(self) -> Float64[np.ndarray, " samples"]:
-        """Return the share of the way from chance to full agreement that each sample keeps, over all layers."""
+        """Return how far each sample is from chance (0) to full agreement (1), over all layers."""
         room = (self.slots - self.chance).sum(axis=1)
         return (self.own - self.chance).sum(axis=1) / np.maximum(room, 1e-9)
 
     def layer_information(self) -> Float64[np.ndarray, "samples layers"]:
-        """Return the same for each layer; nan where nothing was compared, or chance leaves no room."""
+        """Return the same for each layer; nan if nothing was compared, or chance leaves no room."""
         room = self.slots - self.chance
         return np.where(room > 1e-6, (self.own - self.chance) / np.maximum(room, 1e-6), np.nan)
 
@@ -189,20 +189,20 @@ class SampleEvidence:
     nats: Float32[np.ndarray, "tests samples"]
     """``[tests, samples]``, of the strongest sign of each of `TESTS`."""
     place: Int8[np.ndarray, "tests samples"]
-    """``[tests, samples]``, entry of `PLACES` that fits better; -1 where the test knows none."""
+    """``[tests, samples]``, entry of `PLACES` that fits better; -1 for tests without places."""
     layer: Int16[np.ndarray, "tests samples"]
-    """``[tests, samples]``, global layer that the sign was found in; -1 for all layers of the rank."""
+    """``[tests, samples]``, global layer of the sign; -1 for all layers of the rank."""
     explained: Float32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, share of the usual information that the routes at ``place`` have there; 0 without a place. Near 1:
-    the right routes lie there. Well below: they fit better than the wrong ones, and are not the right ones either."""
+    """``[tests, samples]``, share of the usual information that the routes at ``place`` have; 0 without a place. Near 1: the right
+    routes are there. Well below: they fit better than the wrong ones, but are not the right ones either."""
     first: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its first row."""
     last: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its last row."""
     stray: Int32[np.ndarray, " samples"]
-    """``[samples]``, rows that clearly keep under a quarter of the median's information, alike ones counted once."""
+    """``[samples]``, rows that clearly keep under a quarter of the median's information; equal ones count once."""
     apart: Float32[np.ndarray, " samples"]
-    """``[samples]``, share of the rows that are evidence of their own: 1 unless the text repeats itself."""
+    """``[samples]``, share of independent rows: 1 unless the text is repetitive."""
 
 
 def join_evidence(parts: Sequence[SampleEvidence]) -> SampleEvidence | None:

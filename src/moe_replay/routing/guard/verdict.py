@@ -1,6 +1,6 @@
-"""What the guard says: which samples, servers, ranks and layers are misaligned, and how sure that is.
+"""The guard's answer: which samples, servers, ranks and layers are misaligned, and how certain that is.
 
-In: nothing. Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `Verdict`, and their words.
+Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `StepRecord`, `Verdict`, and their messages.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _SHOWN = 4  # findings of a kind that a message spells out
 
 
 class Status(StrEnum):
-    """What becomes of a sample."""
+    """The judgement of a sample."""
 
     MISALIGNED = "misaligned"
     """Its routes do not belong to its tokens."""
     SUSPECT = "suspect"
-    """It looks wrong, and drift could still be why: look again."""
+    """It looks wrong, but drift could explain it: look again."""
     LOST = "lost"
-    """Its routes carry no information about its live ones, and nothing is wrong with them: drift. Drop it, and count it."""
+    """Its routes carry no information about the live ones because of drift. Drop it, and count it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,11 @@ class Owner:
     """Where a sample came from."""
 
     server: str | None = None
-    """The server, or engine, that sampled it; None when there is one."""
+    """The server or engine that sampled it; None if there is only one."""
     policy_version: int | None = None
     """Weight pushes before it was sampled."""
     prompt: int | None = None
-    """Number of its prompt, for the message."""
+    """Index of its prompt, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,33 +45,33 @@ class SecondLook:
     """What a closer look at a suspect found."""
 
     place: str | None = None
-    """Where its right routes lie, in words; None when no place was found."""
+    """Where its right routes are, in words; None if no place was found."""
     cause: str | None = None
-    """What is wrong, in words, where no place was found; None when nothing is to be said."""
+    """What is wrong, in words, if no place was found; None if nothing is known."""
     nats: float = 0.0
-    """How surely they lie there, less what the number of places that were tried makes likely."""
+    """Evidence for that place, minus the logarithm of the number of places tried."""
     rho: float | None = None
-    """ln(k3 under replay / k3 with live routing); None when it was not scored. Wrong routes raise the first only."""
+    """ln(k3 under replay / k3 with live routing); None if not scored. Wrong routes raise only the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One sample that does not look right."""
+    """One sample that looks wrong."""
 
     sample: int
-    """Its number."""
+    """Its id."""
     status: Status
-    """What becomes of it."""
+    """Its judgement."""
     test: str
-    """The test that speaks most clearly, such as ``paired window``."""
+    """The test with the strongest sign, such as ``paired window``."""
     nats: float
-    """Its strength: minus the logarithm of the chance that a healthy sample shows as much."""
+    """Strength: minus the logarithm of the probability in a healthy sample."""
     threshold: float
     """Nats at which the test alone suffices."""
     cause: str
     """What is wrong, in words."""
     layer: int | None
-    """The layer that the sign was found in; None for all."""
+    """The layer of the sign; None for all layers."""
     first: int
     """Position of the first row of the sign."""
     last: int
@@ -81,12 +81,12 @@ class Finding:
     owner: Owner
     """Where it came from."""
     gap_nats: float = 0.0
-    """How unusual its gap to the engine's log-probabilities is; 0 when usual or not given."""
+    """How unusual its gap to the engine's log-probabilities is; 0 if usual or unknown."""
     rho: float | None = None
     """ln(k3 under replay / k3 with live routing), if it was scored twice."""
 
     def __str__(self) -> str:
-        """Return one line with everything that helps to find the cause."""
+        """Return one line with everything that helps find the cause."""
         owner = self.owner
         of = [f"prompt {owner.prompt}"] * (owner.prompt is not None)
         of += [f"server {owner.server}"] * (owner.server is not None)
@@ -103,12 +103,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A group of samples, or all of them, that does not look right."""
+    """A group of samples, or the step, that looks wrong."""
 
     kind: str
     """``step``, ``layer``, ``rank`` or ``server``."""
     name: str
-    """Which one; empty for the step."""
+    """Its name; empty for the step."""
     cause: str
     """What is wrong, in words."""
     nats: float
@@ -116,9 +116,9 @@ class Fault:
     threshold: float
     """Nats at which it suffices."""
     samples: tuple[int, ...] = ()
-    """Its samples; empty for those of the whole step."""
+    """Its samples; empty for the step."""
     may_be_drift: bool = False
-    """Whether drift could be why: the routes have lost their information, and nothing says that they belong elsewhere."""
+    """Whether drift could explain it: the routes lost their information, but fit no other place better."""
 
     def __str__(self) -> str:
         """Return one line."""
@@ -128,34 +128,34 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What later steps remember of a step that was accepted; plain numbers, so that a checkpoint can hold them."""
+    """What later steps remember of an accepted step; plain numbers, for checkpoints."""
 
     num_samples: int
-    """Samples that the medians were taken over."""
+    """Number of samples in the medians."""
     information: float
-    """Share of the information that the median sample kept, over all layers."""
+    """Share of the information that the median sample keeps, over all layers."""
     kappa: dict[str, float]
-    """The same by layer; keys are global decoder indices as text, as JSON has them."""
+    """The same by layer; keys are global decoder indices as strings, for JSON."""
     kept: float
-    """Information of the sample at the lower decile, over that of the median one."""
+    """Information of the sample at the lower decile, relative to the median sample."""
     window_kept: float
-    """The same of windows of 8 rows."""
+    """The same for windows of 8 rows."""
     effects: tuple[tuple[float, float], ...]
-    """Slots that act as one: of ``own`` and of each place, for all layers together and for a single layer."""
+    """Slots that act as one, for ``own`` and each place: over all layers, and in a single layer."""
     repeats: tuple[int, int, int]
     """Rows, rows that repeat the row before, and those of them after which the next one repeats."""
     stray: tuple[int, int, float, float]
     """Stray rows and rows of the clean samples; mean and variance of stray rows over samples."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the record as JSON can hold it."""
+        """Return the record as plain JSON."""
         return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> StepRecord:
-        """Return the record that `to_plain` gave, read back from JSON."""
+        """Return the record from `to_plain`, read back from JSON."""
         count, rows, mean, variance = plain["stray"]
-        rows_before, equal, again = map(int, plain["repeats"])
+        num_rows, equal, again = map(int, plain["repeats"])
         return cls(
             num_samples=int(plain["num_samples"]),
             information=float(plain["information"]),
@@ -163,7 +163,7 @@ class StepRecord:
             kept=float(plain["kept"]),
             window_kept=float(plain["window_kept"]),
             effects=tuple((float(a), float(b)) for a, b in plain["effects"]),
-            repeats=(rows_before, equal, again),
+            repeats=(num_rows, equal, again),
             stray=(int(count), int(rows), float(mean), float(variance)),
         )
 
@@ -173,21 +173,21 @@ class Verdict:
     """The guard's answer about one step."""
 
     findings: tuple[Finding, ...]
-    """Samples that do not look right, the surest first."""
+    """Samples that look wrong, most certain first."""
     faults: tuple[Fault, ...]
-    """Servers, ranks, layers, or the whole step."""
+    """Servers, ranks, layers, or the step, that look wrong."""
     sample_ids: Int64[ndarray, " samples"]
     """``[samples]``, increasing."""
     agreement: Float64[ndarray, " samples"]
     """``[samples]``, share of the slots on which live and replayed routes agree."""
     margin_nats: float
-    """How near the nearest sample came to the threshold of its test; negative in a healthy step."""
+    """Distance of the nearest sample above its threshold; negative in a healthy step."""
     margin_sample: int
     """That sample."""
     record: StepRecord
-    """What later steps remember of this one, once it is accepted."""
+    """What later steps remember of this one once it is accepted."""
     sums: dict[str, dict[str, float]]
-    """Signs added up over steps, by server."""
+    """Signs summed over steps, by server."""
 
     @property
     def misaligned(self) -> tuple[Finding, ...]:
@@ -201,19 +201,19 @@ class Verdict:
 
     @property
     def lost(self) -> tuple[Finding, ...]:
-        """The samples that lost their routes to drift."""
+        """The samples whose routes were lost to drift."""
         return self._with(Status.LOST)
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing is misaligned, neither a sample nor a group."""
+        """Whether no sample and no group is misaligned."""
         return not self.misaligned and not self.faults
 
     def _with(self, status: Status) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.status is status)
 
     def summary(self) -> str:
-        """Return the verdict in words, one line for each group and sample that does not look right."""
+        """Describe the verdict, one line for each group and sample that looks wrong."""
         rows = [str(fault) for fault in self.faults]
         for status in Status:
             found = self._with(status)
@@ -222,12 +222,12 @@ class Verdict:
             return "\n".join(rows)
         return (
             f"{len(self.sample_ids)} samples, none misaligned: they agree on {self.agreement.mean():.1%} of their slots, the "
-            f"least of them on {self.agreement.min():.1%}; sample {self.margin_sample} came nearest, "
+            f"lowest on {self.agreement.min():.1%}; sample {self.margin_sample} came closest, "
             f"{-self.margin_nats:.0f} nats below its threshold"
         )
 
     def message(self, where: str) -> str:
-        """Return what an error says: what was found, in which samples, and what to do."""
+        """Return an error message: what was found, in which samples, and what to do."""
         bad = len(self.misaligned)
         what = (
             f"the routes of {bad} of {len(self.sample_ids)} samples do not belong to their tokens"
