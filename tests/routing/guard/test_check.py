@@ -166,8 +166,8 @@ def test_a_guard_remembers_what_is_usual():
     [
         (lambda r, v, s: (r[:, 0], v, s), "expected \\[rows, layers, topk\\] twice"),
         (lambda r, v, s: (r[:-1], v, s), "expected \\[rows, layers, topk\\] twice"),
-        (lambda r, v, s: (r, v * 2, s), "live_ids hold ids outside 0..63"),
-        (lambda r, v, s: (r, v * 0, s), "or one id twice in a row"),
+        (lambda r, v, s: (r, v * 2, s), "live_ids has ids outside 0..63"),
+        (lambda r, v, s: (r, v * 0, s), "or duplicates in a row"),
         (lambda r, v, s: (r.astype(float), v, s), "expert_ids is float64"),
     ],
 )

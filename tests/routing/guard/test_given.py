@@ -58,24 +58,24 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "layer above": ({"layers": (1, 2, 32_768)}, r"layers holds 32768, expected .* 0 to 32767"),
     "layer below": ({"layers": (-1, 0, 1)}, r"layers holds -1, expected .* 0 to 32767"),
     "layer twice": ({"layers": (0, 1, 0)}, r"layers names \[0\] more than once.* each once"),
-    "layer names": ({"layers": ("a", "b", "c")}, r"layers holds 'a', expected whole numbers"),
-    "half a layer": ({"layers": (0, 0.5, 1)}, r"layers holds 0\.5, expected whole numbers"),
-    "one layer": ({"layers": 3}, r"layers is 3, expected whole numbers"),
+    "layer names": ({"layers": ("a", "b", "c")}, r"layers holds 'a', expected integers"),
+    "half a layer": ({"layers": (0, 0.5, 1)}, r"layers holds 0\.5, expected integers"),
+    "one layer": ({"layers": 3}, r"layers is 3, expected integers"),
     "too few layers": ({"layers": (1, 2)}, r"and 2 layers, expected \[rows, layers, topk\]"),
-    "no experts": ({"num_experts": 0}, r"num_experts is 0, expected a whole number above 0"),
-    "half an expert": ({"num_experts": 16.0}, r"num_experts is 16\.0, expected a whole number"),
+    "no experts": ({"num_experts": 0}, r"num_experts is 0, expected an integer above 0"),
+    "half an expert": ({"num_experts": 16.0}, r"num_experts is 16\.0, expected an integer"),
     "scores": ({"expert_ids": STEP["expert_ids"] / 16}, r"expert_ids is float64.* scores or"),
     "live scores": ({"live_ids": STEP["live_ids"] / 16}, r"live_ids is float64.* scores or"),
     "a mask of experts": (
         {"live_ids": np.ones((COUNT, 3, 16), bool), "expert_ids": np.ones((COUNT, 3, 16), bool)},
-        r"expert_ids is bool, expected whole numbers",
+        r"expert_ids is bool, expected integers",
     ),
     "objects": ({"expert_ids": STEP["expert_ids"].astype(object)}, r"expert_ids is object"),
-    "ragged lists": ({"expert_ids": ragged()}, r"expert_ids is list and does not become an array"),
+    "ragged lists": ({"expert_ids": ragged()}, r"expert_ids is list and cannot become an array"),
     "negative live id": ({"live_ids": with_one("live_ids", 5, -1)}, r"outside 0\.\.15"),
     "live id above": ({"live_ids": with_one("live_ids", (5, 0, 0), 16)}, r"outside 0\.\.15"),
-    "sample of floats": ({"sample": STEP["sample"] * 1.0}, r"sample is float64, expected whole"),
-    "sample of nothing": ({"sample": nothing_for_one()}, r"sample is object, expected whole"),
+    "sample of floats": ({"sample": STEP["sample"] * 1.0}, r"sample is float64, expected integers"),
+    "sample of nothing": ({"sample": nothing_for_one()}, r"sample is object, expected integers"),
     "sample too short": ({"sample": STEP["sample"][:-1]}, r"sample \(95,\).* \[rows\] for"),
     "sample of two dims": ({"sample": STEP["sample"][:, None]}, r"sample \(96, 1\).* \[rows\] for"),
     "unsigned sample": (
@@ -157,10 +157,10 @@ def test_tensors_are_taken_and_those_that_hold_no_ids_refused():
     tensors = {name: torch.from_numpy(STEP[name].copy()) for name in names}
     assert check_routes(**STEP | tensors).is_clean
     for kind, words in (
-        (tensors["expert_ids"].to(torch.bfloat16), "expert_ids is torch.bfloat16 and does not"),
-        (tensors["expert_ids"].to("meta"), "expert_ids is torch.int64 and does not become"),
-        (tensors["expert_ids"].to_sparse(), "expert_ids is torch.int64 and does not become"),
-        (tensors["expert_ids"].float(), "expert_ids is float32, expected whole numbers"),
+        (tensors["expert_ids"].to(torch.bfloat16), "expert_ids is torch.bfloat16 and cannot"),
+        (tensors["expert_ids"].to("meta"), "expert_ids is torch.int64 and cannot become"),
+        (tensors["expert_ids"].to_sparse(), "expert_ids is torch.int64 and cannot become"),
+        (tensors["expert_ids"].float(), "expert_ids is float32, expected integers"),
     ):
         with pytest.raises(TraceError, match=words):
             check_routes(**STEP | tensors | {"expert_ids": kind})

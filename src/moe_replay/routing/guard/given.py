@@ -168,7 +168,7 @@ def _check_shapes(
 def _check_ids(name: str, ids: Shaped[np.ndarray, "..."], num_experts: int) -> None:
     if not np.issubdtype(ids.dtype, np.integer):
         raise TraceError(
-            f"{_WHERE}: {name} is {ids.dtype}, expected integer expert ids; scores or probabilities were passed "
+            f"{_WHERE}: {name} is {ids.dtype}, expected integers: expert ids; scores or probabilities were passed "
             "instead, or ids were cast to a float type: pass them as the router's top-k returns them"
         )
     check_holds_ids(ids, num_experts, where=f"{_WHERE}: {name}")
