@@ -156,7 +156,7 @@ def test_inspect_says_what_a_run_directory_and_a_text_file_are(tmp_path, capsys)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     for path, what in (
         (tmp_path, "is a run directory without trace files (*.traces)"),
-        (tmp_path / "metrics.jsonl", "holds text, and trace files are binary"),
+        (tmp_path / "metrics.jsonl", "is a text file, but trace files are binary"),
     ):
         assert main(["inspect", str(path)]) == 2
         message = " ".join(capsys.readouterr().err.split())

@@ -212,7 +212,7 @@ def test_r1_exit_of_a_reward_file_ends_with_code_2(capsys, write_recipe, tmp_pat
     recipe = write_recipe(rewards=[{"function": "reward.py:f"}])
     assert main(["train", str(recipe)]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "cannot be imported: SystemExit: 0 (it asked the program to end)" in said
+    assert "cannot be imported: SystemExit: 0 (it tried to exit the program)" in said
     assert f"({tmp_path}/reward.py, line 2)" in said
 
 

@@ -242,7 +242,7 @@ def test_a12_a_layer_filled_with_arange_raises():
     ids = live.copy()
     ids[:, 1] = np.arange(4)
     with pytest.raises(
-        MisalignmentError, match=r"constant fill: layers \[1\] hold .* did not write them"
+        MisalignmentError, match=r"constant fill: layers \[1\] hold .* never wrote them"
     ):
         guarded(record(ids, tokens=np.arange(64)), live)
 

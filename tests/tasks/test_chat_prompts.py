@@ -82,7 +82,7 @@ def test_d3_tools_of_a_table_hold_no_fields_of_other_rows(tmp_path):
 @pytest.mark.parametrize(
     ("row", "template", "message"),
     [
-        ({"tools": [ADD]}, TEMPLATE, "line 1: the row has tools, but .*does not write tools"),
+        ({"tools": [ADD]}, TEMPLATE, "line 1: the row has tools, but .*does not render tools"),
         ({"tools": [ADD]}, None, r"needs a chat template \(the row has tools\)"),
         ({"tools": "add"}, TOOLS, "column tools is the text 'add', which is not JSON"),
         ({"tools": ["add"]}, TOOLS, r"column tools is \['add'\], expected a list of JSON schemas"),
@@ -162,7 +162,7 @@ def test_d4_tool_calls_without_content_and_tool_answers_are_rendered(tmp_path):
 def test_d4_tool_calls_that_the_template_does_not_write_are_refused(tmp_path):
     messages = [USER, {"role": "assistant", "content": "x", "tool_calls": [CALL]}, USER]
     with pytest.raises(
-        RecipeError, match=r"line 1: a message has tool_calls, but .*does not write"
+        RecipeError, match=r"line 1: a message has tool_calls, but .*does not render"
     ):
         opened(tmp_path, [{"messages": messages}])
 
@@ -207,7 +207,7 @@ def test_d4_last_assistant_message_without_text_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "message 0 is .*only a message with tool_calls may have no content"),
+        (None, "message 0 is .*only a message with tool_calls may lack content"),
         (3, "message 0 has the content 3, expected a text or a list of parts"),
         (["a"], "message 0 holds the part 'a', expected"),
         ([{"text": "a"}], "message 0 holds the part .*expected"),

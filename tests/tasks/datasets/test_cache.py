@@ -159,7 +159,7 @@ def test_d6_a_folder_that_cannot_be_written_is_said_and_done_without(tmp_path):
     (tmp_path / "cache").write_text("a file in its place")
     cache = cache_of(tmp_path)
     assert opened(write_rows(tmp_path / "p.jsonl"), cache).num_prompts == 40
-    assert "name another folder in data.cache_dir" in cache.notes[0]
+    assert "set another folder in data.cache_dir" in cache.notes[0]
 
 
 def test_d6_entries_that_nobody_used_for_a_month_are_removed(tmp_path):

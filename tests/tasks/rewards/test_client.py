@@ -57,9 +57,9 @@ LINES = {
 }
 
 RAISES = {
-    "exits": "SystemExit: 0 (it asked the program to end)",
-    "exits_async": "SystemExit: 0 (it asked the program to end)",
-    "exits_in_a_task": "SystemExit: 3 (it asked the program to end)",
+    "exits": "SystemExit: 0 (it tried to exit the program)",
+    "exits_async": "SystemExit: 0 (it tried to exit the program)",
+    "exits_in_a_task": "SystemExit: 3 (it tried to exit the program)",
     "interrupts": "KeyboardInterrupt",
     "cancels": "CancelledError",
     "recurses": "RecursionError",

@@ -171,7 +171,7 @@ def test_function_that_raises_is_named_with_its_sample_cause_and_line(load, kind
     assert "reward mine" in message
     assert "raised ZeroDivisionError: division by zero (" in message
     assert "reward.py, line 2); on sample 2 (prompt 'question 2'" in message
-    assert "Make the function return a score" in message
+    assert "Return a score for such a completion" in message
     assert "ZeroDivisionError" in str(caught.value.__cause__)
 
 
@@ -257,7 +257,7 @@ def test_r13_argument_under_the_name_of_what_every_call_passes_is_refused(found)
 
 @pytest.mark.parametrize("name", ["completions", "prompts", "completion_ids"])
 def test_r13_column_that_rewards_could_not_see_is_refused(name):
-    with pytest.raises(RecipeError, match=rf"a column {name}, .* could not see the column: rename"):
+    with pytest.raises(RecipeError, match=rf"a column {name}, .* would be hidden: rename"):
         builtin("exact_match").check(Columns("answer", name))
 
 
@@ -289,7 +289,7 @@ def test_check_refuses_an_argument_that_is_also_a_column(load):
 
 
 def test_check_finds_a_broken_regex():
-    with pytest.raises(RecipeError, match=r"\[rewards.args\] .* is refused: .*unterminated"):
+    with pytest.raises(RecipeError, match=r"\[rewards.args\] .* is rejected: .*unterminated"):
         builtin("format", args={"regex": "("}).check(Columns())
 
 
