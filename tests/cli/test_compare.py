@@ -84,7 +84,7 @@ def test_compare_refuses_traces_of_other_tokens(write, capsys):
 
 def test_compare_refuses_traces_of_another_model(write, capsys):
     message = refusal(capsys, write("a", recorded()), write("b", recorded(num_layers=4)))
-    assert message.startswith("moe-replay: routes are not what they should be trace 'a' of ")
+    assert message.startswith("moe-replay: routes are invalid trace 'a' of ")
     assert "recordings of one model compare" in message
 
 

@@ -209,7 +209,7 @@ def test_a_tensor_that_only_the_index_names_is_an_error(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys("ab", "x.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="no file holds: b"):
+    with pytest.raises(CheckpointError, match="no file contains: b"):
         SafetensorsCheckpoint(tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_d3_tools_of_a_table_hold_no_fields_of_other_rows(tmp_path):
             TOOLS,
             "sets thinkin,.*nearest to thinkin: think",
         ),
-        ({"chat_template_kwargs": {"tokenize": 1}}, TOOLS, "sets tokenize, which the trainer"),
+        ({"chat_template_kwargs": {"tokenize": 1}}, TOOLS, "sets tokenize, which only the trainer"),
         ({"chat_template_kwargs": [1]}, TOOLS, "expected an object of template arguments"),
     ],
 )
@@ -173,7 +173,7 @@ def test_d4_last_assistant_message_is_continued(tmp_path):
     prompts = source.at(0, 2)
     assert prompts[0].text == "[user]U\n[assistant]It is"
     assert [prompt.prefill for prompt in prompts] == ["It is", ""]
-    assert "1 prompts end with a message of the assistant" in next(source.notes())
+    assert "1 prompts end with an assistant message" in next(source.notes())
 
 
 def test_d4_last_assistant_message_in_parts_is_continued(tmp_path):
@@ -208,7 +208,7 @@ def test_d4_last_assistant_message_without_text_is_refused_with_the_reason(
     ("content", "message"),
     [
         (None, "message 0 is .*only a message with tool_calls may lack content"),
-        (3, "message 0 has the content 3, expected a text or a list of parts"),
+        (3, "message 0 has the content 3, expected a string or a list of parts"),
         (["a"], "message 0 holds the part 'a', expected"),
         ([{"text": "a"}], "message 0 holds the part .*expected"),
     ],
@@ -222,7 +222,7 @@ def test_d4_a_bad_message_is_named_by_its_line(tmp_path, content, message):
 def test_d4_a_template_that_fails_on_a_row_names_it(tmp_path):
     template = "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}{{ tool_calls }}"
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, USER]
-    with pytest.raises(RecipeError, match="line 2: the tokenizer's chat template refuses messages"):
+    with pytest.raises(RecipeError, match="line 2: the tokenizer's chat template rejects messages"):
         opened(tmp_path, [{"prompt": "a"}, {"messages": messages}], template=template)
 
 
@@ -230,7 +230,7 @@ def test_an_empty_prompt_is_refused_under_a_template_too(tmp_path):
     for prompt in ("", "  \n"):
         with pytest.raises(RecipeError, match=r"line 2: the prompt '.*remove or fill the row"):
             opened(tmp_path, [{"prompt": "a"}, {"prompt": prompt}])
-    with pytest.raises(RecipeError, match="line 1: the last message of the user is empty"):
+    with pytest.raises(RecipeError, match="line 1: the last user message is empty"):
         opened(tmp_path, [{"messages": [{"role": "user", "content": ""}]}])
 
 

@@ -199,7 +199,7 @@ def test_template_that_refuses_a_role_names_the_row(tmp_path):
     template = "{{ raise_exception('no tools here') }}"
     path = write_jsonl(tmp_path, [{"prompt": "a"}])
     with pytest.raises(
-        RecipeError, match=r"line 1: the tokenizer's chat template refuses .*no tools"
+        RecipeError, match=r"line 1: the tokenizer's chat template rejects .*no tools"
     ):
         open_file_prompts(path, encoder(template=template))
 
@@ -302,8 +302,8 @@ def test_composite_task_draws_from_its_parts():
         ("chain_summ", {}, "no family 'chain_summ'; did you mean chain_sum"),
         ("chain_sum", {"max_term": 3}, "data.task sets max_term, but .* knows allow_negation"),
         ("chain_sum", {"seed": 3}, "sets seed, .*data.train_seed"),
-        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "refused by reasoning_gym:chain_sum"),
-        ("composite", {}, "refused by reasoning_gym:composite"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "rejected by reasoning_gym:chain_sum"),
+        ("composite", {}, "rejected by reasoning_gym:composite"),
         ("composite", {"datasets": [{"weight": 1}]}, "expected a table with name"),
         ("composite", {"datasets": [{"name": "chain_sum", "config": {"seed": 1}}]}, "sets seed"),
     ],
@@ -354,7 +354,7 @@ def test_e19_a_tokenizer_that_ends_every_prompt_is_pointed_out():
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     assert ending.encode(PromptInput(where="row 1", prompt="a")).ids[-1] == 1
-    assert "puts <eos> behind every prompt" in ending.notes()[0]
+    assert "appends <eos> to every prompt" in ending.notes()[0]
     # A chat template writes the special tokens itself.
     ending.tokenizer.chat_template = TEMPLATE
     assert ending.notes() == ()
