@@ -90,7 +90,7 @@ CORRUPTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing tensor": (weights(**{NORM: None}), "is missing 1 of the"),
     "unknown tensor": (weights(**{"model.x": torch.ones(1)}), "has 1 tensors that do not belong"),
     "other shape": (weights(**{NORM: torch.ones(63)}), "has shape [63], expected [64]"),
-    "int8": (weights(**{NORM: torch.ones(64, dtype=torch.int8)}), "as I8: its weights are quan"),
+    "int8": (weights(**{NORM: torch.ones(64, dtype=torch.int8)}), "as I8: it is quantized"),
     "scales": (weights(**{"a.weight_scale_inv": torch.ones(1)}), "it is quantized"),
     "index outside": (index({"metadata": {}, "weight_map": {"a": "../b"}}), "beside it"),
     "index list": (index([]), "holds a list, expected an object"),
