@@ -1,6 +1,7 @@
-"""Measure how long a large chat dataset takes to open, for the first process of a machine and for the others, and its memory.
+"""Measure time and memory to open a large chat dataset, in the first process and in others.
 
-Each opening happens in a process of its own. Memory is what the process holds at its peak beyond one that opens 20 rows.
+Each opening happens in a process of its own. Memory is what the process holds at its peak beyond
+one that opens 20 rows.
 
 Example:
     $ python benchmarks/dataset.py --quick

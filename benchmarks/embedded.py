@@ -1,4 +1,4 @@
-"""Measure the embedded engine, with and without route recording, beside transformers' own ``generate``, in one run.
+"""Measure the embedded engine, with and without recording, beside transformers' generate.
 
 Example:
     $ python benchmarks/embedded.py --quick
@@ -117,7 +117,8 @@ def _generate(
             num_return_sequences=GENERATIONS_PER_PROMPT,
             max_new_tokens=sampling.max_completion_length,
         )
-        # Ended rows are filled with the padding token, which the model may sample too: hence the first end counts.
+        # Ended rows are filled with the padding token, which the model may sample too: hence the
+        # first end counts.
         completion = tokens[:, prompts.shape[1] :]
         ended = (completion == model.generation_config.eos_token_id).cumsum(1)
         return int((ended == 0).sum() + (ended[:, -1] > 0).sum())
@@ -126,7 +127,7 @@ def _generate(
 
 
 def _race(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-    """Return each contestant's best tokens per second; they take turns, so that a busy machine slows all alike."""
+    """Return each contestant's best tokens per second; they take turns on a busy machine."""
     best = dict.fromkeys(contestants, 0.0)
     for run in contestants.values():
         run()

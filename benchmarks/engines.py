@@ -1,9 +1,10 @@
-"""What route capture, weight pushes and the wire cost in vLLM on this machine, and the embedded engine beside it.
+"""Measure route capture, weight pushes and the wire in vLLM, and the embedded engine.
 
-Every engine lives in a process of its own, and rounds alternate between them; the embedded engine, the slowest, takes
-part in every sixth. What else the machine does changes a round by more than capture does, so neighbouring rounds are
-compared, and the median of many such pairs is the figure. A tiny and a ~20M-parameter model, random weights, bfloat16.
-The figures come last, one JSON object a line.
+Every engine lives in a process of its own, and rounds alternate between them; the embedded engine,
+the slowest, takes part in every sixth. What else the machine does changes a round by more than
+capture does, so neighbouring rounds are compared, and the median of many such pairs is the figure.
+A tiny and a ~20M-parameter model, random weights, bfloat16. The figures come last, one JSON object
+a line.
 
     python benchmarks/engines.py [--quick] [--rounds 48]
 """
@@ -205,7 +206,7 @@ def work(kind: str, checkpoint: Path, load: Load, pipe: Any) -> None:
 def one_and_many(
     engine: Engine, sampling: SamplingParams, rng: np.random.Generator
 ) -> tuple[float, ...]:
-    """Return the seconds of one call of 128 completions, and of 32 concurrent calls of four of them."""
+    """Return the seconds of one call of 128 completions, and of 32 concurrent calls of four."""
     requests = [
         Request(
             request_id=number,
@@ -243,10 +244,11 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[str, Any]]:
 
 
 def wire_bytes(groups: list[RolloutGroup]) -> tuple[float, ...]:
-    """Return the bytes of all routes in our codec, in vLLM's base64 of a .npy, and the tokens that they cover."""
+    """Return the bytes of all routes in our codec, in vLLM's base64 of a .npy, and their tokens."""
     traces = [c.trace for group in groups for c in group.completions if c.trace is not None]
     own = sum(len(encode_trace(trace)) for trace in traces)
-    # vLLM sends one array for each completion: all decoder layers, a byte an id, P + T - 1 rows, a header of 128 bytes.
+    # vLLM sends one array for each completion: all decoder layers, a byte an id, P + T - 1 rows, a
+    # header of 128 bytes.
     native = sum(
         len(base64.b64encode(bytes(128 + trace.expert_ids[:-1].nbytes))) for trace in traces
     )

@@ -1,14 +1,15 @@
-"""What the guard costs on the real Megatron-Core, and what it misses and wrongly accuses on drawn routes.
+"""Measure what the guard costs on Megatron-Core, and what it misses or wrongly accuses.
 
-Steps with and without the guard alternate in one run, each a pass of old log-probabilities under replay and an update. The
-guarded one counts every row in both passes and judges both. Whole steps of a CPU differ by several percent from one to the
-next, which is more than the guard takes. So the figure is made of what differs: the time that routers spend choosing, with
-and without counting, and that of judging, all of it measured inside these steps; whole steps are printed beside it. The
-matrices are wide beside the choice of experts, as those of real models are (1,024 hidden, 64 experts of 256, top-8);
-`--tiny` takes a model that is small enough for the guard to show.
+Steps with and without the guard alternate in one run, each a pass of old log-probabilities under
+replay and an update. The guarded one counts every row in both passes and judges both. Whole steps
+of a CPU differ by several percent from one to the next, which is more than the guard takes. So the
+figure is made of what differs: the time that routers spend choosing, with and without counting, and
+that of judging, all of it measured inside these steps; whole steps are printed beside it. The
+matrices are wide beside the choice of experts, as those of real models are (1,024 hidden, 64
+experts of 256, top-8); `--tiny` takes a model that is small enough for the guard to show.
 
-Misses: one of 32 samples of a step has wrong routes, in three shapes, with each cause in turn. False alarms: clean steps of the
-same shapes. The figures come last, one JSON object a line.
+Misses: one of 32 samples of a step has wrong routes, in three shapes, with each cause in turn.
+False alarms: clean steps of the same shapes. The figures come last, one JSON object a line.
 
     python benchmarks/guard.py [--quick] [--tiny] [--pairs 20] [--clean-steps 400]
 """
@@ -73,7 +74,8 @@ CAUSES = (
     "layers rotated",
     "ids + 1",
 )
-"""Causes that hit the whole sample or half of it; docs/guard.md has the table of all of them, of lengths and shares."""
+"""Causes that hit the whole sample or half of it; docs/guard.md has the table of all of them, of
+lengths and shares."""
 SEED = 5
 
 
@@ -128,7 +130,7 @@ def step_ratio(model: dict[str, Any], pairs: int) -> float:
 
 
 class Spent:
-    """Seconds of processor time: of whole steps, and of what choosing experts, counting and judging took in them."""
+    """Seconds of processor time: of steps, and of choosing experts, counting and judging."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -198,7 +200,7 @@ def _judged(guard: Guard, counts: list[OverlapCounts]) -> Verdict:
 
 
 def tested(steps: int) -> tuple[float, int]:
-    """Return the share of planted samples that pass, and the clean steps in which a sample or a group is accused."""
+    """Return the share of planted samples that pass, and the clean steps with an accusation."""
     tried = missed = alarms = 0
     print(f"seed {SEED}")
     for name, source in SHAPES.items():

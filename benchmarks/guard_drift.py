@@ -1,7 +1,8 @@
 """Real training that drifts as fast as it can, with the guard on: it must never stop a healthy run.
 
-Every step takes eight optimizer steps at a learning rate a thousand times the usual one, so that the policy of the last
-mini-batch is far from the one that was sampled from. A run that stops counts; so does every sample that was dropped or lost.
+Every step takes eight optimizer steps at a learning rate a thousand times the usual one, so that
+the policy of the last mini-batch is far from the one that was sampled from. A run that stops
+counts; so does every sample that was dropped or lost.
 
     python benchmarks/guard_drift.py [--quick] [--lr 1e-3 3e-3] [--steps 100] [--mode R3]
 """

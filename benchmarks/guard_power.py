@@ -1,9 +1,10 @@
-"""Measure what the guard sees: the shortest sample, and the smallest share of samples, that one step finds, cause by cause.
+"""Measure the shortest sample, and the smallest share of samples, that the guard finds.
 
-Routes are drawn (`testing.drawn_steps`), a fault is planted in some samples of a step, and the functions that training runs decide:
-`count_overlaps`, `summarise`, `Baseline`, `judge`, `Guard.decide`, and the second look by places. No engine gap is given, which
-only adds to what is seen. `--clean N` counts alarms in N steps without any fault. `--strewn ROWS` plants strewn rows in ever more
-samples of a step at once, with and without clean steps before it.
+Routes are drawn (`testing.drawn_steps`), a fault is planted in some samples of a step, and the
+functions that training runs decide: `count_overlaps`, `summarise`, `Baseline`, `judge`,
+`Guard.decide`, and the second look by places. No engine gap is given, which only adds to what is
+seen. `--clean N` counts alarms in N steps without any fault. `--strewn ROWS` plants strewn rows in
+ever more samples of a step at once, with and without clean steps before it.
 
 Example:
     $ python benchmarks/guard_power.py --quick
@@ -50,13 +51,15 @@ SHORT = 16
 """Rows of the samples whose smallest share is told."""
 AGREEMENTS = (0.98, 0.92, 0.80)
 SAMPLES, PLANTED = 128, 8
-"""Samples of a step, and how many of them have the fault at a time: few, so that the medians stay those of clean ones."""
+"""Samples of a step, and how many of them have the fault at a time: few, so that the medians stay
+those of clean ones."""
 FEWER = {"a tenth of the rows random": 4, "stale stretch": 4}
-"""Faults that go into fewer, because what is usual of strewn and of repeated rows is not a median: it has to stay that of a step
-with one or two wrong samples."""
+"""Faults that go into fewer, because what is usual of strewn and of repeated rows is not a median:
+it has to stay that of a step with one or two wrong samples."""
 DRAWS = 4
 MAX_MISSES = 1
-"""Of 512 planted samples, for a cell that says "found": the probability is above 0.99 with 95 % confidence."""
+"""Of 512 planted samples, for a cell that says "found": the probability is above 0.99 with 95 %
+confidence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +73,17 @@ class Cell:
     cause: str
     """The fault."""
     rows: int | None
-    """Shortest sample of which one is found with probability above 0.99; None up to the longest that was tried."""
+    """Shortest sample of which one is found with probability above 0.99; None up to the longest
+    that was tried."""
     chances: Mapping[int, float]
     """Rows -> share of the planted samples that one step found, for every length that was tried."""
 
     def share(self) -> float | None:
-        """Return the smallest share of samples of `SHORT` rows that one step finds with probability above 0.99.
+        """Return the smallest share of samples of `SHORT` rows found with probability above 0.99.
 
-        Samples are found independently: of m samples, each found with probability p, one is found with 1 - (1 - p)^m. At
-        p = 0.3 that takes 13 of 128, a share of 10 %. None above 25 %, where the medians begin to move.
+        Samples are found independently: of m samples, each found with probability p, one is found
+        with 1 - (1 - p)^m. At p = 0.3 that takes 13 of 128, a share of 10 %. None above 25 %, where
+        the medians begin to move.
         """
         chance = self.chances.get(SHORT, 1.0)
         if self.rows is not None and self.rows <= SHORT:
@@ -135,7 +140,8 @@ class Trial:
             for number in range(len(self._draws)):
                 for hits in self.found(cause, number, length):
                     found, tried = found + int(hits.sum()), tried + len(hits)
-                    # The share of short samples needs the chance itself; elsewhere two misses say enough.
+                    # The share of short samples needs the chance itself; elsewhere two misses say
+                    # enough.
                     if tried - found > MAX_MISSES and length != SHORT:
                         break
                 if tried - found > MAX_MISSES:
@@ -146,7 +152,7 @@ class Trial:
         return self._cell(cause, None, chances)
 
     def found(self, cause: str, number: int, length: int) -> Iterator[np.ndarray]:
-        """Yield, step by step until every sample of a draw has had the fault, which of the wrong ones were found."""
+        """Yield which wrong samples were found, until every sample of a draw has had the fault."""
         recorded, live = (ids[:, :length] for ids in self._draws[number])
         spoilt = self._spoilt(cause, recorded, np.random.default_rng([self._seed, number, length]))
         wrong = self._steps.count(spoilt, live)
@@ -164,7 +170,7 @@ class Trial:
             yield np.isin(bad, [finding.sample for finding in verdict.misaligned])
 
     def _spoilt(self, cause: str, recorded: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the routes with the fault in every sample; made of 32 samples at a time, for they may take much memory."""
+        """Return the routes with the fault in every sample; 32 at a time, to limit memory."""
         parts = [
             planted(part, num_experts=self.shape[0], group=self._steps.group, rng=rng)[cause]()
             for part in np.split(recorded.astype(np.int64), SAMPLES // 32)
@@ -226,7 +232,8 @@ def decided(
 ) -> Verdict:
     """Decide as training does: once, and once more after a second look at the suspects, by places.
 
-    Without log-probabilities a strong sign suffices, whatever the look finds, so only the others are looked at.
+    Without log-probabilities a strong sign suffices, whatever the look finds, so only the others
+    are looked at.
     """
     baseline = guard.baseline([summarise(step)])
     evidence = [judge(counts, baseline) for counts in step]
@@ -262,7 +269,8 @@ class CleanRuns:
     samples: int = 0
     alarms: int = 0
     asked: int = 0
-    """Steps of which training asks, by scoring them live, whether it was drift: no alarm if it was."""
+    """Steps of which training asks, by scoring them live, whether it was drift: no alarm if it
+    was."""
     lost: int = 0
     nearest: float = -math.inf
     told: list[str] = field(default_factory=list, repr=False)
@@ -292,8 +300,9 @@ HARD: tuple[dict[str, Any], ...] = (
     {"popularity": 3.0},
     {"popularity": 8.0},
 )
-"""Drift as it comes: plain, little, much, eight mini-batches' worth, long-tailed twice; routers whose tokens resemble one another,
-that keep to topics, that prefer few experts, that have collapsed."""
+"""Drift as it comes: plain, little, much, eight mini-batches' worth, long-tailed twice; routers
+whose tokens resemble one another, that keep to topics, that prefer few experts, that have
+collapsed."""
 
 
 def clean_steps(shape: tuple[int, int, int], steps: int, *, seed: int) -> CleanRuns:
@@ -322,7 +331,7 @@ MEMORIES = ("first step", "after 3 clean steps", "after 3 such steps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strewn:
-    """What steps have shown in which a share of the samples had random routes in a tenth of their rows."""
+    """Results of steps in which some samples have random routes in a tenth of their rows."""
 
     share: float
     """Of the samples."""
@@ -339,7 +348,7 @@ class Strewn:
 def strewn_shares(
     shape: tuple[int, int, int], rows: int, *, shares: Sequence[float], steps: int, seed: int
 ) -> Iterator[Strewn]:
-    """Yield what is found of a tenth of the rows strewn over a share of the samples, for every share and memory."""
+    """Yield what is found of scattered wrong rows, for every share of samples and memory."""
     rng = np.random.default_rng([seed, *shape])
     source = steps_of(shape, num_rows=rows, num_samples=SAMPLES)
     heat = source.heat(rng)

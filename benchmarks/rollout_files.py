@@ -1,4 +1,4 @@
-"""Measure rollouts on disk: the memory that opening one takes on each rank, and the pace of writing and reading.
+"""Measure rollouts on disk: memory to open one on each rank, speed of writing and reading.
 
 Example:
     $ python benchmarks/rollout_files.py --quick
@@ -105,7 +105,7 @@ def write(folder: Path, options: argparse.Namespace) -> int:
 
 
 def open_rollout(folder: str, step: int) -> Opened:
-    """Open the rollout of a folder in this process, read its first groups, and return what that took."""
+    """Open the rollout of a folder here, read its first groups, and return the cost."""
     before = _memory()
     started = time.perf_counter()
     rollout = RolloutFile(Path(folder))

@@ -1,4 +1,4 @@
-"""A config is refused for what no model can have, and no code that comes with a checkpoint ever runs."""
+"""A config with impossible values is refused, and code of a checkpoint never runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is read by one rule: what libraries would read differently is refused, stacked experts are unstacked."""
+"""A checkpoint that libraries would read differently is refused; experts are unstacked."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_t18_two_shards_that_hold_one_name_are_refused(copy, sharded):
 
 
 def test_t18_a_second_file_without_an_index_is_refused(copy, plain):
-    """vLLM reads every safetensors file of a folder, transformers only the one with the usual name."""
+    """vLLM reads every safetensors file of a folder, transformers only the usual one."""
     path = copy(plain)
     save_file({NORM: torch.ones(64)}, path / "later.safetensors")
     with pytest.raises(CheckpointError, match=r"without an index, later\.safetensors"):

@@ -1,4 +1,4 @@
-"""A completion ends with every token that any file of the checkpoint names, and each is shown with who named it."""
+"""Every stop token that a file of the checkpoint names counts, and is shown with its sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe with everything that it points to, and an environment that is put back after each test."""
+"""A recipe with all its files, and an environment that is restored after each test."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a recipe, its dataset and a checkpoint whose weights are zeros."""
+    """Return a function that writes a recipe, its dataset and a checkpoint of zeros."""
 
     def write(*, config: dict[str, Any] | None = None, **sections: Any) -> Path:
         model = tmp_path / "model"

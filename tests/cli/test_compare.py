@@ -14,7 +14,7 @@ TOKENS = {"a": np.array([5, 6, 7, 5]), "b": np.array([8, 9])}
 
 
 def recorded(*, flips: bool = False, num_layers: int = 3) -> dict[str, RoutingTrace]:
-    """Return two traces; with ``flips`` one expert of row 1 of trace a is another in the layers 1 and 2."""
+    """Return two traces; with ``flips`` an expert of row 1 of trace a differs in layers 1, 2."""
     traces = {
         name: synthetic_trace(tokens, seed=number, num_layers=num_layers)
         for number, (name, tokens) in enumerate(TOKENS.items())

@@ -1,4 +1,4 @@
-"""`moe-replay doctor` as a user meets it: what it says of recipes that can run, and of those that cannot."""
+"""`moe-replay doctor` for a user: its report on recipes that can run, and that cannot."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Report = dict[str, Any]
 
 @pytest.fixture
 def examined(write_recipe, capsys) -> Callable[..., tuple[int, Report]]:
-    """Return a function that runs the command on a recipe and returns its exit code and its JSON."""
+    """Return a function that runs the command on a recipe; it returns exit code and JSON."""
 
     def run(*arguments: str, **sections: Any) -> tuple[int, Report]:
         code = main(["doctor", str(write_recipe(**sections)), "--json", *arguments])
@@ -65,7 +65,7 @@ def test_the_model_is_read_from_its_config_alone(examined):
 
 
 def test_bytes_of_routes_are_those_of_the_fullest_rank(examined):
-    """By hand: 2 layers x top-2 x 1 byte a token; on a rank also a flag a row; 128 rows, or 8 samples of 16 + 8 tokens."""
+    """By hand: 2 layers x top-2 x 1 byte a token, and a flag a row; 128 rows, or 8 x (16 + 8)."""
     _, report = examined()
     assert report["routes"] == {
         "bytes_per_token": 4,
@@ -76,7 +76,7 @@ def test_bytes_of_routes_are_those_of_the_fullest_rank(examined):
 
 
 def test_bytes_of_routes_shrink_with_every_axis_that_cuts_them(examined):
-    """By hand: 512 experts need 2 bytes; a stage holds one of two layers; tensor parallelism halves the rows."""
+    """By hand: 512 experts need 2 bytes; a stage has one of two layers; TP halves the rows."""
     config = {**CONFIG, "num_experts": 512}
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     _, report = examined(config=config, megatron=layout)

@@ -16,7 +16,8 @@ from moe_replay.routing import (
 )
 from moe_replay.testing.synthetic_routes import synthetic_trace
 
-# Layer 3 uses expert 0 in every row; layer 5 uses each of four experts equally; 6 and 7 are never used.
+# Layer 3 uses expert 0 in every row; layer 5 uses each of four experts equally; 6 and 7 are never
+# used.
 IDS = np.array(
     [[[0, 1], [2, 3]], [[0, 4], [4, 5]], [[0, 2], [2, 3]], [[0, 1], [4, 5]], [[9, 9]] * 2]
 )
@@ -76,7 +77,8 @@ def test_inspect_prints_json(write, capsys):
 def test_inspect_counts_the_load_of_valid_rows_only(write, capsys):
     (load,) = json.loads(shown(capsys, "--json", write({"a": recorded()})))["loads"]
     assert load["num_tokens"] == 4
-    # Expert 0 of layer 3 is chosen by each token: 4 of 8 slots, where even routing gives it one of 8.
+    # Expert 0 of layer 3 is chosen by each token: 4 of 8 slots, where even routing gives it one of
+    # 8.
     assert load["by_layer"] == [
         {
             "layer": 3,

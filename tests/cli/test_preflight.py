@@ -1,4 +1,4 @@
-"""Doctor, dry run and start refuse the same for the same reason, in one sentence, before anything is built."""
+"""Doctor, dry run and start refuse the same for the same reason, before anything is built."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_t19_r11_every_caller_refuses_a_checkpoint_for_the_same_reason(
     ],
 )
 def test_t19_every_caller_refuses_a_layout(write_recipe, capsys, sections, message):
-    """Only the doctor takes a layout that needs more processes than were started: it speaks of those to come."""
+    """Only the doctor accepts a layout that needs more processes than were started."""
     recipe = write_recipe(**sections)
     if message is None:
         assert main(["doctor", str(recipe)]) == 0

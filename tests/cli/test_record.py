@@ -1,4 +1,4 @@
-"""`moe-replay record` as a user meets it: the same tokens through another number format, then compared."""
+"""`moe-replay record`: the same tokens through another number format, then compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-replay rollout` as a user meets it: killed and started again, on several ranks, at several policy versions."""
+"""`moe-replay rollout`: killed and restarted, on several ranks, at several policy versions."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def test_e7_ranks_that_share_an_engine_write_one_rollout(recipe, tmp_path):
     def call() -> None:
         assert run_rollout(str(recipe), shared, str(folder), num_prompts=5) == 0
 
-    # Five prompts, two a step: in the last step one rank asks for nothing, and takes part all the same.
+    # Five prompts, two a step: in the last step one rank asks for nothing, and takes part all the
+    # same.
     run_ranks(call, 2)
     sample(recipe, tmp_path / "embedded", count=5)
     assert completions(folder) == completions(tmp_path / "embedded")

@@ -1,4 +1,4 @@
-"""`moe-replay serve --data-parallel-size 2`: both replicas sample and take pushes, and none goes on without the other."""
+"""`moe-replay serve --data-parallel-size 2`: both replicas sample and load pushes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from ..support.served import ServerProcess
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SAMPLING = SamplingParams(max_completion_length=12, temperature=0.9, seed=2)
-# The first has two completions, which begin together, so on two replicas; the others go to the one that samples the fewest.
+# The first has two completions, which begin together, so on two replicas; the others go to the one
+# that samples the fewest.
 REQUESTS = [
     Request(
         request_id=number,
@@ -105,8 +106,9 @@ def held(processes: list[psutil.Process]) -> Iterator[None]:
 def sampled_by_each(served: Served, engine: ServerEngine) -> list[RolloutGroup]:
     """Return the completions of all requests, of which each replica sampled at least one.
 
-    One replica is held with one of the first two completions, while the other is done with its own, and with all requests
-    that come after. Were both of one replica, they would be over before those.
+    One replica is held with one of the first two completions, while the other is done with its own,
+    and with all requests that come after. Were both of one replica, they would be over before
+    those.
     """
     lengths = {len(c.token_ids) for groups in served.expected for c in groups[0].completions}
     core = served.cores()[0]
@@ -143,7 +145,7 @@ def test_both_replicas_sample_and_take_a_push(served):
 
 @pytest.mark.parametrize("victim", ["worker", "core"])
 def test_e25_a_replica_that_is_killed_ends_the_server_which_says_so(served, victim):
-    """kill -9 of one process while both replicas sample. The last of these tests: no server is left."""
+    """kill -9 of one process while both replicas sample. The last test: it leaves no server."""
     if victim == "core":
         served.server.restart()
         served.server.wait()

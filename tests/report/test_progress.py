@@ -1,4 +1,4 @@
-"""How far a rollout is: the words, the estimate, and the clock that asks where there is no screen."""
+"""Progress of a rollout: the line, the estimate, and the timer for logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats of a dataset: rendered as the template renders them, and nothing that a row gives is lost in silence."""
+"""Chats of a dataset: rendered by the template, and nothing of a row is lost silently."""
 
 import json
 from pathlib import Path

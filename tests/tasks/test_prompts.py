@@ -226,7 +226,8 @@ def test_neighbouring_seeds_do_not_share_shifted_items():
 
 
 def test_held_out_questions_are_distinct_and_never_trained_on():
-    # 200 distinct sums: without the exclusion, training would soon meet most of the 100 held-out ones.
+    # 200 distinct sums: without the exclusion, training would soon meet most of the 100 held-out
+    # ones.
     held_out = draw_held_out(sums(), encoder(), seed=2, num_prompts=100)
     free = GeneratedPrompts(task=sums(), seed=1, encoder=encoder())
     train = GeneratedPrompts(

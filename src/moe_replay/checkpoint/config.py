@@ -1,7 +1,7 @@
 """Read the config of a checkpoint by one set of rules for trainer, engines and doctor.
 
-In: a checkpoint directory. Out: its config.json as checked JSON, and as a transformers config. Code of a checkpoint is
-never run, and there is no option to allow it.
+In: a checkpoint directory. Out: its config.json as checked JSON, and as a transformers config. Code
+of a checkpoint is never run, and there is no option to allow it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _POSITIVE = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor")
 
 
 def read_config_json(model_dir: str | Path) -> dict[str, Any]:
-    """Return the config.json of a checkpoint directory, after checking every number that decides a size.
+    """Return the config.json of a checkpoint, after checking every number that decides a size.
 
     Raises:
         RecipeError: it is missing, is not a JSON object, or holds an impossible value.
@@ -73,11 +73,12 @@ def read_config_json(model_dir: str | Path) -> dict[str, Any]:
 
 
 def load_config(model_dir: str | Path) -> Any:
-    """Return the transformers config of a checkpoint directory, with transformers' defaults for what it omits.
+    """Return the transformers config of a checkpoint directory, with defaults for what it omits.
 
     Raises:
         RecipeError: config.json cannot be read, or transformers refuses it.
-        UnsupportedError: its architecture is not one of transformers' own, or its weights are quantized.
+        UnsupportedError: its architecture is not one of transformers' own, or its weights are
+            quantized.
     """
     from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -107,7 +108,7 @@ def load_config(model_dir: str | Path) -> Any:
 
 
 def load_generation_config(model_dir: str | Path) -> Any:
-    """Return the transformers generation config of a checkpoint directory, or None when it has none.
+    """Return the transformers generation config of a checkpoint directory, if it has one.
 
     Raises:
         RecipeError: generation_config.json cannot be read.
@@ -128,7 +129,7 @@ def load_generation_config(model_dir: str | Path) -> Any:
 
 
 def refuse_nested(config: Mapping[str, Any], path: Path) -> None:
-    """Raise `UnsupportedError` for the config of a model whose language model is one part of several."""
+    """Raise `UnsupportedError` for a model whose language model is one part of several."""
     text = config.get("text_config")
     if isinstance(text, dict):
         num_experts = count_experts(text)
@@ -150,7 +151,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        RecipeError: the file is missing, cannot be decoded, holds a non-finite number, or is not an object.
+        RecipeError: the file is missing, cannot be decoded, holds a non-finite number, or is not an
+            object.
     """
 
     def finite(text: str) -> float:
@@ -247,7 +249,7 @@ def _refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Return a library's error message in one line, without its advice to run code of the checkpoint."""
+    """Return a library's error in one line, without its advice to run code of the checkpoint."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "it needs code that comes with the checkpoint, which is never run"

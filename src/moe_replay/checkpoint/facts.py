@@ -42,24 +42,29 @@ class ModelFacts:
     tied_names: frozenset[str]
     """Names that share one tensor; a push holds at least one of them."""
     float32_names: frozenset[str] = frozenset()
-    """Names that engines hold in float32 in any number format, because lower-precision checkpoints do."""
+    """Names that engines hold in float32 in any number format, because lower-precision checkpoints
+    do."""
     num_known_ids: int | None = None
     """Ids from here on are unknown to the tokenizer; None without a tokenizer."""
     family: str = ""
     """The `model_type` of its config."""
     stacks_experts: bool = False
-    """Whether the experts of a layer are one tensor on disk; ``weight_shapes`` has one name an expert anyway."""
+    """Whether the experts of a layer are one tensor on disk; ``weight_shapes`` has one name an
+    expert anyway."""
 
 
 def read_facts(model_dir: str | Path) -> ModelFacts:
     """Return the facts of a Hugging Face checkpoint directory.
 
-    The routers are found in the model itself, built on the meta device, not computed from its config.
+    The routers are found in the model itself, built on the meta device, not computed from its
+    config.
 
     Raises:
         RecipeError: config.json is missing or wrong.
-        CheckpointError: the safetensors are missing, damaged, ambiguous, or not those of the config.
-        UnsupportedError: the checkpoint is quantized, or of an architecture that transformers does not know.
+        CheckpointError: the safetensors are missing, damaged, ambiguous, or not those of the
+            config.
+        UnsupportedError: the checkpoint is quantized, or of an architecture that transformers does
+            not know.
     """
     model_dir = Path(model_dir)
     config = load_config(model_dir)
@@ -98,7 +103,8 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
 def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
     """Return the names that stay in float32, given name -> number format on disk.
 
-    A checkpoint that is float32 throughout does not show which names engines keep in float32; expert biases are.
+    A checkpoint that is float32 throughout does not show which names engines keep in float32;
+    expert biases are.
     """
     is_lower = any(dtype in ("BF16", "F16") for dtype in formats.values())
     return frozenset(

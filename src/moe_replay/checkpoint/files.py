@@ -1,18 +1,19 @@
 """Which file of a checkpoint holds which tensor, by one rule for the trainer and every engine.
 
-Libraries read different tensors from an ambiguous folder: one reads `model.safetensors`, another the index, a third
-every safetensors file. Such folders are refused, so that all read the same tensors.
+Libraries read different tensors from an ambiguous folder: one reads `model.safetensors`, another
+the index, a third every safetensors file. Such folders are refused, so that all read the same
+tensors.
 
-transformers 5 stacks the experts of a layer into two tensors in memory, and can write them like that
-(`save_original_format=False`). Here each expert has the usual name of its family, and `in_stored_layout` stacks them
-again:
+transformers 5 stacks the experts of a layer into two tensors in memory, and can write them like
+that (`save_original_format=False`). Here each expert has the usual name of its family, and
+`in_stored_layout` stacks them again:
 
     model.layers.0.mlp.experts.gate_up_proj [experts, 2 x inner, hidden]
         -> model.layers.0.mlp.experts.3.gate_proj.weight  is its [3, :inner]
         -> model.layers.0.mlp.experts.3.up_proj.weight    is its [3, inner:]
 
-In: a checkpoint directory. Out: its tensors by name, each read on access; shapes and number formats are known in
-advance.
+In: a checkpoint directory. Out: its tensors by name, each read on access; shapes and number formats
+are known in advance.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
         ...     norm = checkpoint["model.norm.weight"]
 
     Raises:
-        CheckpointError: there are no safetensors, they cannot be read, or libraries would read different tensors.
+        CheckpointError: there are no safetensors, they cannot be read, or libraries would read
+            different tensors.
         UnsupportedError: weights are quantized.
     """
 
@@ -145,10 +147,10 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
 def in_stored_layout(
     tensors: Iterable[tuple[str, Tensor]], layout: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors with the names and stacking of a checkpoint, given its `SafetensorsCheckpoint.stored`.
+    """Yield tensors with the names and stacking of a checkpoint, given its `stored` tensors.
 
-    A stacked tensor is yielded with its last part, so if parts come layer by layer, at most one layer waits. Tensors
-    that the checkpoint does not hold pass unchanged.
+    A stacked tensor is yielded with its last part, so if parts come layer by layer, at most one
+    layer waits. Tensors that the checkpoint does not hold pass unchanged.
 
     Raises:
         CheckpointError: a part of a stacked tensor is missing.

@@ -1,7 +1,7 @@
 """Check from headers alone that a checkpoint holds the tensors that its config requires.
 
-In: names and shapes on disk, a config, the model built from it on the meta device. Out: nothing, or an error that
-names the difference.
+In: names and shapes on disk, a config, the model built from it on the meta device. Out: nothing, or
+an error that names the difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OF_EXPERT = re.compile(r"model\.layers\.\d+\..*\.experts\.(\d+)\..*")
 
 
 def check_counts(shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
-    """Compare the layer and expert counts on disk with the config, before a model of that size is built.
+    """Compare layer and expert counts on disk with the config, before a model is built.
 
     Raises:
         CheckpointError: they differ.
@@ -51,7 +51,7 @@ def check_counts(shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) -> None:
-    """Compare every name and shape on disk with those of ``model``, built from ``config`` on the meta device.
+    """Compare every name and shape on disk with ``model``, built from ``config`` without memory.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of another shape.
@@ -96,7 +96,7 @@ def check_names(needed: AbstractSet[str], got: AbstractSet[str], what: str) -> N
 
 
 def is_prediction(name: str, num_layers: int, num_prediction_layers: int) -> bool:
-    """Return whether a tensor belongs to a multi-token-prediction layer; these follow the decoder layers."""
+    """Return whether a tensor belongs to a prediction layer; these follow the decoder layers."""
     match = _IN_LAYER.fullmatch(name)
     return match is not None and 0 <= int(match[1]) - num_layers < num_prediction_layers
 

@@ -1,7 +1,8 @@
 """Which tokens end a completion, collected from every file of a checkpoint that names one.
 
-The files may disagree: a base model's config names the end of a document, its chat template ends turns with another
-token. If only one of them counted, some completions would run to their limit, so all of them count.
+The files may disagree: a base model's config names the end of a document, its chat template ends
+turns with another token. If only one of them counted, some completions would run to their limit, so
+all of them count.
 
 In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with their sources.
 """
@@ -47,7 +48,7 @@ def _named(generation_config: Any, config: Any, tokenizer: Any | None) -> Iterat
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token that a chat template puts right after the assistant's answer, or None."""
+    """Return the special token that a chat template puts after the assistant's answer, if any."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     from jinja2 import TemplateError
@@ -65,7 +66,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def describe_stop_tokens(tokens: Mapping[int, tuple[str, ...]], tokenizer: Any | None) -> str:
-    """Describe stop tokens, such as ``stops at '<|im_end|>' (151645: config.json, chat template)``."""
+    """Describe stop tokens: ``stops at '<|im_end|>' (151645: config.json, chat template)``."""
     if not tokens:
         return (
             "neither the checkpoint nor rollout.stop_token_ids names a stop token: every completion runs to "

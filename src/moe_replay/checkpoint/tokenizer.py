@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """Load the tokenizer of a checkpoint directory, without network access and without running its code.
+    """Load the tokenizer of a checkpoint directory, without network and without running its code.
 
     Raises:
         RecipeError: the directory or its tokenizer is missing or unreadable.
@@ -45,13 +45,14 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 def no_checkpoint(model_dir: Path) -> str:
-    """Return the message for a missing checkpoint directory; for a hub name, with its download command.
+    """Return the message for a missing checkpoint directory, with the command to download it.
 
     Example:
         >>> no_checkpoint(Path("/recipes/Qwen/Qwen3-30B-A3B")).partition("with `")[2]
         'hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`'
     """
-    # Paths of a recipe are absolute; if the parent folder is missing too, a hub name ORG/NAME was meant.
+    # Paths of a recipe are absolute; if the parent folder is missing too, a hub name ORG/NAME was
+    # meant.
     is_name = not model_dir.parent.exists()
     name = f"{model_dir.parent.name}/{model_dir.name}" if is_name else "ORG/NAME"
     folder = name.partition("/")[2]
@@ -63,12 +64,12 @@ def no_checkpoint(model_dir: Path) -> str:
 
 
 def find_tokenizer(model_dir: Path) -> Any | None:
-    """Return the tokenizer of a checkpoint directory; None if it has none, like models made for tests."""
+    """Return the tokenizer of a checkpoint directory, or None, as for models made for tests."""
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(model_dir)
 
 
 def num_known_ids(tokenizer: Any) -> int:
-    """Return the highest known token id plus 1; the model's vocabulary is often padded beyond it."""
+    """Return the highest known token id plus 1; vocabularies are often padded beyond it."""
     return max(tokenizer.get_vocab().values()) + 1

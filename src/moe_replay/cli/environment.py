@@ -30,7 +30,8 @@ _EVERYWHERE = {
 _ON_CPU = {
     # vLLM would bind its workers to NUMA nodes or cores, and every replica to the same ones.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs start-up time.
+    # Megatron-Core compiles its fused functions through torch.compile; on a CPU that only costs
+    # start-up time.
     "TORCHDYNAMO_DISABLE": "1",
     # Experts see ever changing token counts, and each shape is a cache entry: oneDNN's 1024 thrash.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10000",
@@ -67,9 +68,10 @@ def read_process(environ: Mapping[str, str]) -> ProcessSpec:
 
 
 def set_defaults(environ: MutableMapping[str, str], *, num_workers: int = 1) -> None:
-    """Set variables that torch reads on import, unless the user has; call it before importing torch.
+    """Set variables that torch reads on import, unless the user has; call it before that.
 
-    ``num_workers`` processes will compute for this one on this machine; each gets a share of the cores.
+    ``num_workers`` processes will compute for this one on this machine; each gets a share of the
+    cores.
     """
     defaults = dict(_EVERYWHERE)
     if not _has_gpu(environ):

@@ -49,7 +49,7 @@ class ModelLoad:
 
     @property
     def relative(self) -> np.ndarray:
-        """``[layers, experts]``, load relative to even routing: 1 is even, ``experts / topk`` is every token."""
+        """``[layers, experts]``, load: 1 is even routing, ``experts / topk`` is every token."""
         return self.counts * (self.num_experts / max(1, self.num_tokens * self.topk))
 
 

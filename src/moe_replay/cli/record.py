@@ -1,6 +1,7 @@
 """`moe-replay record`: how another engine, number format or the trainer routes given tokens.
 
-In: a recipe, a rollout on disk, a folder. Out: a trace file with the same names and tokens, for comparison.
+In: a recipe, a rollout on disk, a folder. Out: a trace file with the same names and tokens, for
+comparison.
 """
 
 from __future__ import annotations

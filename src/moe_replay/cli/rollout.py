@@ -51,9 +51,10 @@ def run_rollout(
     first_prompt: int = 0,
     policy_version: int = 0,
 ) -> int:
-    """Sample training prompts as the trainer would, by default those of one step; write each at once.
+    """Sample training prompts as the trainer would, by default one step; write each at once.
 
-    When it is started again after a kill, it samples what is missing. Under torchrun every rank samples its share.
+    When it is started again after a kill, it samples what is missing. Under torchrun every rank
+    samples its share.
 
     Raises:
         MoeReplayError: of the kind that names what went wrong; finished groups stay.
@@ -165,7 +166,7 @@ def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
 
 
 def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where: str) -> None:
-    """Raise `RecipeError` unless the existing groups were sampled for the prompts of this recipe."""
+    """Raise `RecipeError` unless existing groups were sampled for the prompts of this recipe."""
     for kept in writer.kept_requests():
         (prompt,) = inputs.train.at(kept.request_id, 1)
         asked = prompt.prompt_ids, recipe.rollout.num_generations
@@ -178,10 +179,11 @@ def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where:
 
 
 def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterator[list[int]]:
-    """Yield the requests of each engine call of this rank: its share of the missing prompts of a step.
+    """Yield the requests of each engine call of this rank: its share of a step's missing prompts.
 
-    Every rank makes equally many calls, some of them empty, because ranks that share an engine must call together.
-    Example: two ranks share two steps of 3 prompts as ``[0, 2], [4]`` and ``[1], [3, 5]``: the odd one alternates.
+    Every rank makes equally many calls, some of them empty, because ranks that share an engine must
+    call together. Example: two ranks share two steps of 3 prompts as ``[0, 2], [4]`` and ``[1], [3,
+    5]``: the odd one alternates.
     """
     stop = wanted.first + wanted.count
     for turn, start in enumerate(range(wanted.first, stop, step)):

@@ -10,7 +10,8 @@ import sys
 import time
 
 START_AGAIN = 75
-"""Exit code that asks for a restart: the run or server was stopped, or lost something it needs (EX_TEMPFAIL)."""
+"""Exit code that asks for a restart: the run or server was stopped, or lost something it needs
+(EX_TEMPFAIL)."""
 
 
 def say(text: str) -> None:

@@ -96,10 +96,11 @@ def train_recipe(
 ) -> RunDirectory:
     """Train by a recipe from Python, as `moe-replay train` does, and return its run directory.
 
-    ``recipe`` is a TOML file, or its tables as a dictionary; ``overrides`` maps dotted keys to values. A run whose output
-    directory holds checkpoints is resumed, unless ``restart`` discards them; ``allow_changed`` names keys that may have changed
-    since. ``stop`` lets another thread end it early, with a checkpoint. Call it before anything else imports torch:
-    it sets unset environment variables that torch reads on import.
+    ``recipe`` is a TOML file, or its tables as a dictionary; ``overrides`` maps dotted keys to
+    values. A run whose output directory holds checkpoints is resumed, unless ``restart`` discards
+    them; ``allow_changed`` names keys that may have changed since. ``stop`` lets another thread end
+    it early, with a checkpoint. Call it before anything else imports torch: it sets unset
+    environment variables that torch reads on import.
 
     Example:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5})

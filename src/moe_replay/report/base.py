@@ -13,10 +13,10 @@ from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, St
 
 
 class BaseReporter:
-    """A `Reporter` whose methods do nothing, to be overridden; as a context manager it closes itself.
+    """A `Reporter` and context manager whose methods do nothing, to be overridden.
 
-    A failing reporter raises and stops the run, which resumes from its last checkpoint: a run that is not recorded
-    cannot be trusted.
+    A failing reporter raises and stops the run, which resumes from its last checkpoint: a run that
+    is not recorded cannot be trusted.
     """
 
     def start(self, summary: RunSummary) -> None:

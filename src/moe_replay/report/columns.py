@@ -20,7 +20,7 @@ HEADER_EVERY = 25
 
 
 def number(value: float) -> str:
-    """Format a number of any size in at most eight characters: ``0.5123``, ``37.52``, ``1.2e-07``."""
+    """Format any number in at most eight characters: ``0.5123``, ``37.52``, ``1.2e-07``."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -35,7 +35,7 @@ def tiny(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Format a fraction: ``97.31 %``. Only exactly 1 shows as ``100 %``, and only exactly 0 as ``0 %``."""
+    """Format a fraction: ``97.31 %``; only exactly 1 is ``100 %``, and exactly 0 ``0 %``."""
     if value in (0, 1):
         return f"{value * 100:.0f} %"
     if 0 < value < 1e-4:
@@ -93,7 +93,7 @@ SECONDS_WIDTH = 9
 
 
 def fitting_columns(width: int, *, step_width: int, is_terminal: bool) -> tuple[list[Column], bool]:
-    """Return the columns that fit into a line, and whether the seconds fit; a log has at least 80 characters.
+    """Return the columns that fit into a line, and whether the seconds fit; logs have at least 80.
 
     Example:
         >>> columns, with_seconds = fitting_columns(40, step_width=5, is_terminal=True)

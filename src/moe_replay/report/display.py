@@ -172,7 +172,7 @@ class ConsoleReporter(BaseReporter):
             self._ticker = None
 
     def _sampling(self, now: float) -> str:
-        """Return how far the running station has sampled; empty when it does not, or nothing is known."""
+        """Return the sampling progress of the running station; empty if there is none."""
         progress = self._ask()
         if self._station is None or self._station[1] not in _SAMPLING or not progress.num_total:
             return ""

@@ -26,8 +26,8 @@ def progress_line(
 ) -> str:
     """Return the progress, pace and estimated remaining time of a rollout.
 
-    ``expected_length`` is the expected mean length of completions, such as that of the last step; without it the
-    estimate uses the fraction of finished completions.
+    ``expected_length`` is the expected mean length of completions, such as that of the last step;
+    without it the estimate uses the fraction of finished completions.
 
     Example:
         >>> progress = RolloutProgress(num_finished=5, num_total=20, num_tokens=1500)
@@ -47,7 +47,7 @@ def progress_line(
 def seconds_left(
     progress: RolloutProgress, seconds: float, *, expected_length: float | None
 ) -> float | None:
-    """Return the estimated remaining seconds of a rollout; None while there is nothing to estimate from."""
+    """Return the estimated remaining seconds of a rollout; None without data to estimate from."""
     if progress.num_finished == progress.num_total:
         return 0.0
     wanted = progress.num_total * (expected_length or 0.0)

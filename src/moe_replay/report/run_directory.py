@@ -10,7 +10,7 @@
     ├── digests.json        digests of large input files, so they are read once
     ├── ended.json          how the last run ended; missing while it runs, or after a kill
     ├── run_id              name of the run in logging services; a run from the start gets a new one
-    ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {"rollout": 2.1, ...}}
+    ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`
     ├── eval.jsonl          one line an evaluation
     ├── eval_completions.jsonl  one line a completion of an evaluation
@@ -88,8 +88,8 @@ class RunDirectory:
     def open(self, *, recipe_toml: str, last_step: int) -> None:
         """Create the directory, or resume it after ``last_step`` (0: from the start).
 
-        Records of later steps are removed, because those steps run again. A recipe or version file that differs from
-        the current one is kept as ``<name>.until-step-<last_step>``.
+        Records of later steps are removed, because those steps run again. A recipe or version file
+        that differs from the current one is kept as ``<name>.until-step-<last_step>``.
 
         Raises:
             CheckpointError: a record cannot be read, or the directory cannot be written.
@@ -106,7 +106,7 @@ class RunDirectory:
         return (self.path / "run_id").read_text()
 
     def write_step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Append a finished step and sync it to disk; the line in ``metrics.jsonl`` is written last.
+        """Append a finished step and sync it to disk, the line in ``metrics.jsonl`` last.
 
         Raises:
             CheckpointError: the disk is full or cannot be written; the files are then unchanged.
@@ -217,7 +217,7 @@ def _encode(line: Mapping[str, Any]) -> str:
 
 
 def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a file, as bytes and parsed; skip an unfinished last line, left by a crash."""
+    """Yield the lines of a file, raw and parsed, except an unfinished last one after a crash."""
     if not file.exists():
         return
     with file.open("rb") as raws:

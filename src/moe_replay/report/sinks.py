@@ -1,6 +1,7 @@
-"""Sinks: the same records for TensorBoard, Weights & Biases and trackio, each an extra of the package.
+"""Sinks: the same records for TensorBoard, Weights & Biases and trackio, each an extra.
 
-When a run is resumed, TensorBoard hides the steps that run again; Weights & Biases and trackio keep both versions. ``metrics.jsonl`` holds each step once.
+When a run is resumed, TensorBoard hides the steps that run again; Weights & Biases and trackio keep
+both versions. ``metrics.jsonl`` holds each step once.
 
 In: records. Out: three reporters.
 """

@@ -86,9 +86,10 @@ def metric_figures(steps: Sequence[StepRecord], name: str) -> MetricFigures | No
 
 
 def live_comparison(steps: Sequence[StepRecord]) -> LiveComparison | None:
-    """Compare the engine gap with and without replay; None if no step measured two different passes.
+    """Compare the engine gap with and without replay; None if they never differ.
 
-    Without replay, and with R2 (which scores live and replays in the update), the live gap is the gap itself.
+    Without replay, and with R2 (which scores live and replays in the update), the live gap is the
+    gap itself.
     """
     both = [
         (record.metrics["rollout_correction/k3_kl"], record.metrics["live_gap/k3_kl"])
@@ -138,7 +139,7 @@ def print_line(console: Console, line: str, *, style: str = "") -> None:
 def print_summary(
     console: Console, steps: Sequence[StepRecord], evaluations: Sequence[EvalRecord]
 ) -> None:
-    """Print how a run went: metrics from first to last step, evaluation, replay against live routing, time."""
+    """Print how a run went: metrics, evaluation, replay against live routing, time."""
     if steps:
         console.print(_metric_table(steps, console))
     evaluation = eval_change(evaluations)

@@ -1,6 +1,7 @@
 """Check the chat messages of a dataset, and find what a tokenizer's chat template would drop.
 
-In: prompts, tools and template arguments of a row. Out: the same, checked; the names that a template reads.
+In: prompts, tools and template arguments of a row. Out: the same, checked; the names that a
+template reads.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def checked_tools(tools: object, where: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, given as a list of JSON schemas or as its JSON text; None without tools.
+    """Return the tools of a row, given as a list of JSON schemas or its JSON text, if any.
 
     Raises:
         RecipeError: they are anything else.

@@ -14,9 +14,9 @@ from moe_replay.engines.types import Completion, FinishReason
 def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[str] = ()) -> str:
     """Return what the model wrote, without padding, begin, end and stop tokens.
 
-    Other special tokens stay: in some tokenizers ``<think>``, ``<answer>`` or ``<tool_call>`` are special, and a reward
-    for the format of an answer must see them. A special token that completes one of the recipe's ``stop`` strings stays
-    too.
+    Other special tokens stay: in some tokenizers ``<think>``, ``<answer>`` or ``<tool_call>`` are
+    special, and a reward for the format of an answer must see them. A special token that completes
+    one of the recipe's ``stop`` strings stays too.
     """
     ids = completion.token_ids.tolist()
     full_text = exact_text(tokenizer, ids) if stop else ""

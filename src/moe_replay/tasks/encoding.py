@@ -73,8 +73,9 @@ class _Rendered:
 class PromptEncoder:
     """Turns a prompt into token ids.
 
-    One rule: chat messages are rendered by the tokenizer's chat template, up to the assistant's turn. With a chat
-    template a plain string is one user message; without one it is tokenized as it is.
+    One rule: chat messages are rendered by the tokenizer's chat template, up to the assistant's
+    turn. With a chat template a plain string is one user message; without one it is tokenized as it
+    is.
     """
 
     tokenizer: Any
@@ -82,13 +83,15 @@ class PromptEncoder:
     max_prompt_length: int
     """Maximum prompt length in tokens."""
     truncation: Truncation = "error"
-    """Rule for longer prompts: ``error``, ``delete`` (omit the prompt) or ``left`` (drop tokens at its start)."""
+    """Rule for longer prompts: ``error``, ``delete`` (omit the prompt) or ``left`` (drop tokens at
+    its start)."""
     system_prompt: str | None = None
     """System message added to every chat that has none."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, such as ``enable_thinking``."""
     final_assistant_message: FinalAssistantMessage = "continue"
-    """Rule for chats that end with the assistant: the model continues that message, or it is dropped, or an error."""
+    """Rule for chats that end with the assistant: the model continues that message, or it is
+    dropped, or an error."""
 
     @property
     def has_template(self) -> bool:
@@ -96,14 +99,14 @@ class PromptEncoder:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def check(self) -> None:
-        """Raise `RecipeError` unless the chat template reads every argument that the recipe gives it."""
+        """Raise `RecipeError` unless the chat template reads every argument of the recipe."""
         if self.chat_template_kwargs:
             self._check_arguments(
                 self.chat_template_kwargs, self._template(None), "data.chat_template_kwargs"
             )
 
     def digest(self) -> str | None:
-        """Return a digest of everything that decides the length of prompts; None if that is unknown."""
+        """Return a digest of everything that decides the length of prompts, if known."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -278,7 +281,7 @@ class PromptEncoder:
         return _Rendered(where=given.where, text=text, has_special_tokens=True, prefill=prefill)
 
     def _open_end(self, messages: list[Any], where: str) -> tuple[list[Any], str]:
-        """Return the messages before the model's turn, and the last message's text if the model continues it."""
+        """Return the messages before the model's turn, and the text that it continues."""
         last = messages[-1]
         if last["role"] != "assistant":
             return messages, ""

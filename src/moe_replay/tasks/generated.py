@@ -1,7 +1,8 @@
 """Endless items of a reasoning-gym family, each determined by a seed and its index.
 
-reasoning-gym seeds item i of a dataset with seed + i, so the datasets of seeds 1 and 2 are the same items shifted by
-one. Here every block of items has its own seed, derived from a digest, so sequences overlap only by chance.
+reasoning-gym seeds item i of a dataset with seed + i, so the datasets of seeds 1 and 2 are the same
+items shifted by one. Here every block of items has its own seed, derived from a digest, so
+sequences overlap only by chance.
 
 In: a family and its configuration. Out: `GeneratedTask`.
 """

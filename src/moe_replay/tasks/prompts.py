@@ -35,7 +35,8 @@ class Prompt:
     columns: Mapping[str, Any]
     """The other columns of the item, passed to reward functions by name."""
     prefill: str = ""
-    """Start of the assistant's answer that ends the prompt and is continued by the model; mostly empty."""
+    """Start of the assistant's answer that ends the prompt and is continued by the model; mostly
+    empty."""
     num_cut: int = 0
     """Tokens removed from the start of the prompt."""
 
@@ -60,7 +61,7 @@ class PromptSource(Protocol):
         ...
 
     def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the prompts at ``position``, ``position + 1``, ...; every call gives the same ones."""
+        """Return the prompts from ``position`` on; every call gives the same ones."""
         ...
 
 
@@ -75,7 +76,8 @@ class GeneratedPrompts:
     encoder: PromptEncoder
     """How questions become tokens."""
     excluded_questions: frozenset[str] = frozenset()
-    """Held-out questions; an item that repeats one is replaced by the same other item in every process."""
+    """Held-out questions; an item that repeats one is replaced by the same other item in every
+    process."""
     _deleted: set[tuple[int, int]] = field(default_factory=set)
 
     @property

@@ -1,4 +1,4 @@
-"""The guard sees one misaligned sample of a step, names what is wrong with it, and stays quiet on healthy steps."""
+"""The guard finds one misaligned sample of a step and its cause; healthy steps are clean."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Healthy steps are clean, however the router drifts, and the guard is as near to that with a history as without."""
+"""Healthy steps are clean, however the router drifts, with a history and without."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def test_samples_of_stale_versions_are_compared_among_themselves():
 @pytest.mark.parametrize("shape", [(8, 2, 4), (64, 6, 6)], ids=str)
 @pytest.mark.parametrize("lasting", [True, False])
 def test_a_long_text_that_repeats_one_word_is_clean(shape, lasting):
-    """Rows that are all alike: the routes of every row fit as well as a row's own, and nothing is wrong."""
+    """Rows that are all alike: the routes of every row fit equally, and nothing is wrong."""
     experts, topk, layers = shape
     print("seed 22")
     rng = np.random.default_rng(22)
@@ -174,7 +174,8 @@ def test_texts_that_go_round_in_circles_are_clean_whatever_flips_last(shape, per
             assert report.is_clean, report.summary()
             if layers < 4 or agreement < 0.9:
                 continue
-            # Control: a sample beside them, and one that goes in circles after 40 of its 60 rows, a row late.
+            # Control: a sample beside them, and one that goes in circles after 40 of its 60 rows, a
+            # row late.
             replayed[7, 41:] = live[7, 41:] = replayed[7, 40]
             replayed[[7, 9]] = np.roll(replayed[[7, 9]], 1, axis=1)
             report = _checked(replayed, live, experts)
@@ -182,7 +183,7 @@ def test_texts_that_go_round_in_circles_are_clean_whatever_flips_last(shape, per
 
 
 def test_a_long_text_that_goes_round_in_circles_does_not_speak_for_its_step():
-    """Two tokens with near ties, which the trainer routes like each other: sixty times in one of four samples."""
+    """Two tokens with near ties, routed alike by the trainer, sixty times in one of 4 samples."""
     print("seed 28")
     rng = np.random.default_rng(28)
     source = DrawnSteps(num_experts=16, topk=2, num_layers=2, num_rows=120, num_samples=4)
@@ -195,7 +196,7 @@ def test_a_long_text_that_goes_round_in_circles_does_not_speak_for_its_step():
 
 
 def test_equal_neighbours_of_a_small_model_are_clean():
-    """Of two layers of top-2 of 8, the sixteen neighbours of one sample in 8,000 drawn steps have one route."""
+    """With two layers of top-2 of 8, 16 neighbours of one sample in 8,000 steps share a route."""
     seed = [30, 7937]
     print(f"seed {seed}")
     source = DrawnSteps(
@@ -230,7 +231,7 @@ def test_control_equal_rows_of_a_short_sample_that_its_live_routes_are_not_like_
 
 
 def test_two_rows_whose_live_routes_are_crossed_are_clean():
-    """What two rows share by chance is measured on two rows, so that it is not known to be certain."""
+    """What two rows share by chance is measured on two rows, so it is uncertain."""
     replayed = np.zeros((16, 2, 1), np.int64)
     replayed[15, 0] = 3
     live = replayed.copy()

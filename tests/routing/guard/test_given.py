@@ -1,4 +1,4 @@
-"""Whatever a caller of `check_routes` gives that cannot be right is refused in words, and what can be is taken."""
+"""`check_routes` refuses impossible arguments with a message, and accepts possible ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from moe_replay.routing.guard import Owner
 from moe_replay.routing.guard import check_routes as checked_routes
 from moe_replay.testing.drawn_steps import DrawnSteps
 
-# As callers have it: without the annotations being checked, which in tests would refuse some of this first.
+# As callers have it: without the annotations being checked, which in tests would refuse some of
+# this first.
 check_routes = inspect.unwrap(checked_routes)
 SOURCE = DrawnSteps(num_experts=16, topk=2, num_layers=3, num_rows=12, num_samples=8)
 COUNT = SOURCE.num_samples * SOURCE.num_rows

@@ -1,4 +1,4 @@
-"""What is wrong with all samples, some of them, a layer, a rank or a server is found, whatever it does to the median."""
+"""A fault of all samples, a layer, a rank or a server is found, even if it moves the median."""
 
 import numpy as np
 import pytest
@@ -176,7 +176,7 @@ def test_e13_a_layer_that_nobody_wrote_is_refused(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_e13_a_collapsed_router_with_a_near_tie_is_accepted(shape):
-    """Engine and trainer choose the same experts for every token but one, in which they always differ."""
+    """Engine and trainer choose the same experts for all tokens except one."""
     source = source_of(shape)
     _, recorded, live = drawn(source, 10)
     recorded[:, :, 1] = np.arange(shape[1])

@@ -1,4 +1,4 @@
-"""A server that is wrong in a few of its answers is named within a bounded number of them; drift names nobody."""
+"""A server with a few wrong answers is found after a bounded number; drift accuses none."""
 
 import numpy as np
 import pytest

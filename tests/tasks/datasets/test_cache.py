@@ -1,4 +1,4 @@
-"""What is found out about a large dataset is found out once, shared by all processes, and never taken for another file's."""
+"""Facts about a large dataset are computed once, shared, and never used for another file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Datasets of every form read alike, and what is wrong with a file is named by file, line and column."""
+"""Datasets of every form read alike, and errors name file, line and column."""
 
 import json
 import sys

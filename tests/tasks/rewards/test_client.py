@@ -1,4 +1,4 @@
-"""User code in the reward process: whatever it does to itself is named, and does nothing to the trainer."""
+"""User code in the reward process: its failures are named, and do not affect the trainer."""
 
 from __future__ import annotations
 

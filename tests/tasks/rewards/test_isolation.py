@@ -90,7 +90,8 @@ def test_d2_none_means_no_opinion(load: Callable[..., RewardSet]) -> None:
 def test_d1_async_functions_share_one_loop_for_the_life_of_the_run(
     load: Callable[..., RewardSet],
 ) -> None:
-    # A lock that someone waits for belongs to the loop of that day; the task goes on while no batch is scored.
+    # A lock that someone waits for belongs to the loop of that day; the task goes on while no batch
+    # is scored.
     code = """
 import asyncio, threading
 lock, passed, tasks = asyncio.Lock(), threading.Event(), set()

@@ -1,8 +1,8 @@
-"""The usual sample: medians, lower deciles and spreads over the samples of this step and of recent ones.
+"""The usual sample: medians, lower deciles and spreads over this step and recent ones.
 
-Nothing is compared with an absolute number. How much information a sample keeps, how much samples differ, how many slots
-act as one: all of it is measured on samples of the same policy version, in the same layers. A few wrong samples do not
-move medians and deciles.
+Nothing is compared with an absolute number. How much information a sample keeps, how much samples
+differ, how many slots act as one: all of it is measured on samples of the same policy version, in
+the same layers. A few wrong samples do not move medians and deciles.
 
 In: StepTable, the policy version of each sample, records of recent steps. Out: `Baseline`.
 """
@@ -42,16 +42,19 @@ class Baseline:
     version_entry: Int64[np.ndarray, " samples"]
     """``[samples]``, entry of ``kappa`` for each sample of the table."""
     kappa: Float64[np.ndarray, "versions layers"]
-    """``[versions, layers]``, share of the information that the median sample of a policy version keeps, 0 to 1."""
+    """``[versions, layers]``, share of the information that the median sample of a policy version
+    keeps, 0 to 1."""
     max_chance: Float64[np.ndarray, " layers"]
-    """``[layers]``, upper bound of the share of slots that agree by chance. Repetitive text has rows that are all alike: the
-    routes of any row fit as well as a row's own, and nothing is lost."""
+    """``[layers]``, upper bound of the share of slots that agree by chance. Repetitive text has
+    rows that are all alike: the routes of any row fit as well as a row's own, and nothing is
+    lost."""
     tolerance: float
     """Share of the median's information below which a sample has lost its routes."""
     strict: float
     """Share below which it deserves a second look."""
     effects: tuple[tuple[float, float], ...]
-    """Slots that act as one within a part, for ``own`` and each place: over all its layers, and in one layer."""
+    """Slots that act as one within a part, for ``own`` and each place: over all its layers, and in
+    one layer."""
     num_stages: float
     """Number of parts with different layers that the rows of a sample are spread over."""
     repeat: float
@@ -69,7 +72,10 @@ class Baseline:
         versions: Mapping[int, int] | None = None,
         history: Sequence[StepRecord] = (),
     ) -> Baseline:
-        """Measure the usual sample. ``versions``: sample -> policy version, if they differ; ``history``: oldest first."""
+        """Measure the usual sample.
+
+        ``versions``: sample -> policy version, if they differ; ``history``: oldest first.
+        """
         record = _record(table)
         past, weights = _newest(record, history)
         entry = _version_entries(table, versions)
@@ -123,7 +129,7 @@ def _record(table: StepTable) -> StepRecord:
 
 
 def _usual_repeats(table: StepTable) -> tuple[int, int, int]:
-    """Count repeated rows, omitting the few samples with the longest stretches, or they would excuse themselves."""
+    """Count repeated rows, without the few samples with most, which would excuse themselves."""
     rows = np.concatenate([part.num_rows for part in table.parts])
     equal, again = np.concatenate([part.repeats for part in table.parts], axis=1)
     usual = np.argsort(again, kind="stable")[: len(again) - -(-len(again) // 20)]
@@ -132,7 +138,7 @@ def _usual_repeats(table: StepTable) -> tuple[int, int, int]:
 
 
 def _kappa(table: StepTable, chosen: np.ndarray) -> Float64[np.ndarray, " layers"]:
-    """Return the median over samples; 0 (nothing can be lost) for layers without room above chance."""
+    """Return the median over samples; 0 for layers without room above chance."""
     information = table.layer_information()[chosen]
     known = np.isfinite(information).any(axis=0)
     return np.where(known, np.nanmedian(np.where(known, information, 0.0), axis=0), 0.0)
@@ -161,7 +167,7 @@ def _newest(
 def _version_entries(
     table: StepTable, versions: Mapping[int, int] | None
 ) -> Int64[np.ndarray, " samples"]:
-    """Index the policy versions with enough samples; samples of rare ones join the next older common one."""
+    """Index policy versions with enough samples; rare ones join the next older common one."""
     if versions is None:
         return np.zeros(len(table.sample_ids), np.int64)
     of = np.array([versions[int(number)] for number in table.sample_ids])

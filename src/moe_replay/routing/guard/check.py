@@ -54,7 +54,10 @@ class RouteReport:
         return "\n".join(lines) or "no row has a replayed route, so there is nothing to compare"
 
     def raise_if_misaligned(self, where: str = "check_routes") -> None:
-        """Raise `MisalignmentError` with the findings unless `is_clean`. ``where`` names the step in the message."""
+        """Raise `MisalignmentError` with the findings unless `is_clean`.
+
+        ``where`` names the step in the message.
+        """
         if not self.is_clean:
             raise MisalignmentError(
                 f"{where}: replayed routes do not belong to their rows ({len(self.misaligned)} of {len(self.agreement)} samples), "
@@ -76,25 +79,32 @@ def check_routes(
     owners: Mapping[int, Owner] | None = None,
     guard: Guard | None = None,
 ) -> RouteReport:
-    """Check that replayed routes belong to the rows that they are replayed on; one call for one training step.
+    """Check that the replayed routes of one training step belong to their rows.
 
-    Every row of every sample is evidence: pass all rows of all samples (32 or more), so that the usual sample is known.
-    Accepts numpy arrays, torch tensors on any device, and nested lists.
+    Every row of every sample is evidence: pass all rows of all samples (32 or more), so that the
+    usual sample is known. Accepts numpy arrays, torch tensors on any device, and nested lists.
 
     Args:
         expert_ids: ``[rows, layers, topk]``, the routes that are replayed (recorded by the engine).
-        live_ids: ``[rows, layers, topk]``, the trainer's own top-k for the same rows, computed in the pass that replays.
+        live_ids: ``[rows, layers, topk]``, the trainer's own top-k for the same rows, computed in
+        the pass that replays.
         sample: ``[rows]``, id of the sample of each row; negative at padding.
         num_experts: experts a layer.
-        position: ``[rows]``, position of each row in its sample. Default: rows of a sample are in order.
-        valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all rows except padding.
-        layers: index of each entry of the layer dim, for messages; 0 to 32,767, each once. Default: 0, 1, 2, ...
-        gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: optional further evidence.
+        position: ``[rows]``, position of each row in its sample. Default: rows of a sample are in
+        order.
+        valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all
+        rows except padding.
+        layers: index of each entry of the layer dim, for messages; 0 to 32,767, each once. Default:
+        0, 1, 2, ...
+        gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: optional
+        further evidence.
         owners: sample -> `Owner`: also judges servers, and names them in messages.
-        guard: remembers the usual sample between steps; keep one for a run. Default: this step alone.
+        guard: remembers the usual sample between steps; keep one for a run. Default: this step
+        alone.
 
     Raises:
-        TraceError: an argument is invalid, arrays do not fit each other, or live ids are not a top-k.
+        TraceError: an argument is invalid, arrays do not fit each other, or live ids are not a
+            top-k.
 
     Example:
         >>> report = check_routes(recorded, live, sample, num_experts=128)

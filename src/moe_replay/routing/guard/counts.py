@@ -1,7 +1,8 @@
 """Count how much each live route shares with its own replayed route and with those of other places.
 
-Counting runs where the ids are (a twin of `count_overlaps` counts on the device, one layer at a time); judging sees only
-these counts. All of them are exact integers, so both implementations can be compared bit by bit.
+Counting runs where the ids are (a twin of `count_overlaps` counts on the device, one layer at a
+time); judging sees only these counts. All of them are exact integers, so both implementations can
+be compared bit by bit.
 
 In: replayed and live expert ids of one microbatch on one rank. Out: `OverlapCounts`.
 """
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 PLACES = ("token +1", "token -1", "layer +1", "layer -1", "ids modulo 256")
 """Where else the right route of a row could be.
 
-``token +1``: in the row of the next token, so the routes came one row late. ``layer +1``: in the next layer of this
-rank. ``ids modulo 256``: in its own row, but ids above 255 were wrapped into 8 bits.
+``token +1``: in the row of the next token, so the routes came one row late. ``layer +1``: in the
+next layer of this rank. ``ids modulo 256``: in its own row, but ids above 255 were wrapped into 8
+bits.
 """
 TOKEN_PLACES = ((0, 1), (1, -1))
 """(entry of `PLACES`, distance in tokens)."""
@@ -37,13 +39,14 @@ WRAP = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OverlapCounts:
-    """Shared expert slots of the valid rows of one microbatch on one rank: of its layers and its rows.
+    """Shared expert slots of the valid rows of one microbatch, in the layers and rows of one rank.
 
-    ``own`` of a row and layer is ``|live & replayed|``, from 0 to ``topk``. ``other`` is the same with the replayed route
-    at another place, and equals ``own`` if that place is not on this rank, not valid, or does not exist.
-    Worked example with topk 4: the live route of a row shares 3 slots with its own replayed route in layer 0 and 1 in
-    layer 1; with that of the next row it shares 2 and 4. Then ``own`` = 4, ``nearer["token +1"]`` = max(2-3, 0) + max(4-1, 0) = 3
-    and ``farther["token +1"]`` = max(3-2, 0) + max(1-4, 0) = 1.
+    ``own`` of a row and layer is ``|live & replayed|``, from 0 to ``topk``. ``other`` is the same
+    with the replayed route at another place, and equals ``own`` if that place is not on this rank,
+    not valid, or does not exist. Worked example with topk 4: the live route of a row shares 3 slots
+    with its own replayed route in layer 0 and 1 in layer 1; with that of the next row it shares 2
+    and 4. Then ``own`` = 4, ``nearer["token +1"]`` = max(2-3, 0) + max(4-1, 0) = 3 and
+    ``farther["token +1"]`` = max(3-2, 0) + max(1-4, 0) = 1.
     """
 
     layers: tuple[int, ...]
@@ -54,12 +57,14 @@ class OverlapCounts:
     """Experts a layer."""
 
     position: Int32[np.ndarray, " rows"]
-    """``[rows]``, position in its sample of each valid row; rows are ordered by (sample, position)."""
+    """``[rows]``, position in its sample of each valid row; rows are ordered by (sample,
+    position)."""
     own: Int16[np.ndarray, " rows"]
     """``[rows]``, slots shared with the row's own replayed route, summed over layers."""
     others: Int32[np.ndarray, " rows"]
-    """``[rows]``, slots shared with the replayed routes of all other valid rows here of the same sample, summed over layers
-    and these rows. Divided by the number of these rows it is what the live route shares by chance."""
+    """``[rows]``, slots shared with the replayed routes of all other valid rows here of the same
+    sample, summed over layers and these rows. Divided by the number of these rows it is what the
+    live route shares by chance."""
     flips: Int16[np.ndarray, " rows"]
     """``[rows]``, layers in which the live expert set differs from the replayed one."""
     nearer: Int16[np.ndarray, "places rows"]
@@ -67,13 +72,14 @@ class OverlapCounts:
     farther: Int16[np.ndarray, "places rows"]
     """``[places, rows]``, sum over layers of ``max(own - other, 0)``."""
     repeats: Bool[np.ndarray, " rows"]
-    """``[rows]``, the replayed route equals that of the row before (position - 1, valid, on this rank) in all layers, and
-    the live one does not. False when there is no such row."""
+    """``[rows]``, the replayed route equals that of the row before (position - 1, valid, on this
+    rank) in all layers, and the live one does not. False when there is no such row."""
 
     sample_ids: Int64[np.ndarray, " samples"]
     """``[samples]``, ids of the samples with valid rows here, increasing."""
     num_rows: Int64[np.ndarray, " samples"]
-    """``[samples]``, valid rows here of each: the first ``num_rows[0]`` rows belong to ``sample_ids[0]``."""
+    """``[samples]``, valid rows here of each: the first ``num_rows[0]`` rows belong to
+    ``sample_ids[0]``."""
     layer_own: Int64[np.ndarray, "samples layers"]
     """``[samples, layers]``, ``own`` summed over rows."""
     layer_others: Int64[np.ndarray, "samples layers"]
@@ -107,8 +113,9 @@ def count_overlaps(
 ) -> OverlapCounts:
     """Count shared slots between the live and the replayed routes of the rows of one microbatch.
 
-    Rows may be in any order: neighbours are found by (sample, position). Rows with ``valid=False`` are ignored. Each pair
-    (sample, position) may occur once among valid rows; ids must be below ``num_experts`` and unique within a live route.
+    Rows may be in any order: neighbours are found by (sample, position). Rows with ``valid=False``
+    are ignored. Each pair (sample, position) may occur once among valid rows; ids must be below
+    ``num_experts`` and unique within a live route.
     """
     rows = np.flatnonzero(valid)
     rows = rows[np.lexsort((position[rows], sample[rows]))]
@@ -159,7 +166,7 @@ def _by_layer(
     Int64[np.ndarray, "places rows layers"],
     Bool[np.ndarray, " pairs"],
 ]:
-    """Return own, others and gains of each row and layer, and which rows have the live routes of the previous row."""
+    """Return own, others and gains of each row and layer, and which rows repeat the live routes."""
     num_layers, topk = ids.shape[1:]
     num_samples = int(entry.max(initial=-1)) + 1
     own, others = np.zeros((2, len(ids), num_layers), np.int64)

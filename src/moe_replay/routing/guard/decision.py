@@ -5,7 +5,7 @@ A step runs in this order::
     parts     = summarise(counts of a rank), gathered from all ranks
     baseline  = guard.baseline(parts)             same on every rank
     evidence  = judge(counts, baseline), gathered from all ranks
-    verdict   = guard.decide(baseline, evidence)  same on every rank; decide again after a look at the suspects
+    verdict   = guard.decide(baseline, evidence)  same on every rank; again after a second look
     guard.accept(verdict)                         later steps remember this one
 
 In: Baseline, SampleEvidence, gaps, owners. Out: `Guard` and its `Verdict`.
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 ALPHA = 1e-4
 """False alarms a step, over all tests of all samples."""
 MIN_RHO = 2.0
-"""ln(k3 under replay / k3 with live routing) above which a suspect is misaligned; healthy samples stay below 1.9."""
+"""ln(k3 under replay / k3 with live routing) above which a suspect is misaligned; healthy samples
+stay below 1.9."""
 MAX_LOOKS = 8
 """Maximum suspects a step with only a weak sign; those with a strong sign are always looked at."""
 MIN_EXPLAINED = 0.5
@@ -78,7 +79,8 @@ class Guard:
     ) -> Baseline:
         """Return the baseline that the samples of this step are compared with.
 
-        ``parts`` come from all ranks, in rank order; ``versions`` maps samples to policy versions if a step trains several.
+        ``parts`` come from all ranks, in rank order; ``versions`` maps samples to policy versions
+        if a step trains several.
         """
         return Baseline.measure(StepTable.of(parts), versions=versions, history=self._history)
 
@@ -96,10 +98,12 @@ class Guard:
         Args:
             baseline: of this step.
             evidence: of all ranks.
-            gaps: sample -> mean k3 between engine and trainer, under replay. Omit it for routes of the trainer itself.
+            gaps: sample -> mean k3 between engine and trainer, under replay. Omit it for routes of
+            the trainer itself.
             owners: sample -> where it came from.
-            looks: sample -> result of the second look. None: the first decision, which asks for looks at its `suspects`.
-                An empty mapping: no look is possible, so a strong sign suffices.
+            looks: sample -> result of the second look. None: the first decision, which asks for
+                looks at its `suspects`. An empty mapping: no look is possible, so a strong sign
+                suffices.
         """
         owners = owners or {}
         tests = SampleTests(

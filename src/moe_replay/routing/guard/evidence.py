@@ -1,11 +1,12 @@
-"""Signs that a rank finds within its samples: in single layers, in windows of rows, in rows that repeat.
+"""Signs that a rank finds within its samples: in single layers, in windows, in repeated rows.
 
-Two tests matter. *Paired*: the live routes fit another place better than their own. However far a router drifts, it is
-never systematically closer to another row's route than to the row's own, so this needs no threshold on agreement.
-*Lost*: they fit their own place hardly better than the routes of any other row of the sample, unlike in the median
+Two tests matter. *Paired*: the live routes fit another place better than their own. However far a
+router drifts, it is never systematically closer to another row's route than to the row's own, so
+this needs no threshold on agreement. *Lost*: they fit their own place hardly better than the routes
+of any other row of the sample, unlike in the median sample.
+
+In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few numbers for each
 sample.
-
-In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few numbers for each sample.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int32
 
 MIN_STALE_ROWS = 8
-"""Shortest run of equal rows that counts: with 8 experts, one healthy step of 4,000 drawn ones had five in a row."""
+"""Shortest run of equal rows that counts: with 8 experts, one healthy step of 4,000 drawn ones had
+five in a row."""
 STRAY_KEEPS = 0.25
 """Share of the median's information below which a single row is stray."""
 STALE_KEEPS = 0.8
@@ -42,7 +44,7 @@ _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
 
 def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
-    """Return the strongest sign of each test in each sample of ``counts``; ``baseline`` knows all of these samples."""
+    """Return the strongest sign of each test in each sample of ``counts``."""
     found = _Found(counts)
     at = np.searchsorted(baseline.table.sample_ids, counts.sample_ids)
     columns = np.searchsorted(baseline.table.layers, counts.layers)
@@ -106,7 +108,7 @@ def _sums(
 
 
 def _times_met(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
-    """Return how many rows of the sample have the same counts as each row, and so most likely the same routes."""
+    """Return how many rows of the sample have the same counts as each row: the same routes."""
     entry = np.repeat(np.arange(len(counts.num_rows)), counts.num_rows)
     columns = [entry, counts.own, counts.others, counts.flips, *counts.nearer, *counts.farther]
     return times_met(row_keys(np.stack([column.astype(np.int64) for column in columns], axis=1)))
@@ -151,7 +153,7 @@ class _Found:
         place: int = -1,
         extra: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Test all windows. ``extra``: information and usual information of the routes at ``place``, by row."""
+        """Test all windows. ``extra``: information, and usual information, at ``place``, by row."""
         first, end, entry = self._windows
         if not len(first):
             return
@@ -176,15 +178,16 @@ class _Found:
         usual: Float64[np.ndarray, " rows"],
         once: Float64[np.ndarray, " rows"],
     ) -> None:
-        """Find the longest run of repeated rows of each sample. ``once``: what each row counts, less than 1 if it is one of many.
+        """Find the longest run of repeated rows of each sample. ``once``: what each row counts.
 
-        A sample that says one word over and over repeats its routes as well, and a live route here and there differs. But
-        then the rows agree as usual; those of a stale stretch do not.
+        A sample that says one word over and over repeats its routes as well, and a live route here
+        and there differs. But then the rows agree as usual; those of a stale stretch do not.
 
-        A row repeats by chance as often as in the usual sample, or as often as these very tokens make likely, if that is more:
-        where a share q of the slots agrees with those of any other row, a row of n slots repeats with a chance of q^(n/3). With
-        2 layers of top-2 and q = 0.45 that is 0.34; with 4 layers it is 0.12, and 0.65 in a router that has all but
-        collapsed, where q = 0.85.
+        A row repeats by chance as often as in the usual sample, or as often as these very tokens
+        make likely, if that is more: where a share q of the slots agrees with those of any other
+        row, a row of n slots repeats with a chance of q^(n/3). With 2 layers of top-2 and q = 0.45
+        that is 0.34; with 4 layers it is 0.12, and 0.65 in a router that has all but collapsed,
+        where q = 0.85.
         """
         repeats = self._counts.repeats.copy()
         if not len(repeats):

@@ -1,7 +1,8 @@
 """Faults of a step, a layer, a rank or a server: the same two tests on sums over many samples.
 
-If all samples have the same fault, it moves the median that each is compared with. So the median itself is tested: by
-the paired test, which needs no comparison, and against a floor far below what drift leaves.
+If all samples have the same fault, it moves the median that each is compared with. So the median
+itself is tested: by the paired test, which needs no comparison, and against a floor far below what
+drift leaves.
 
 In: Baseline, owners. Out: `Fault` for each group that looks wrong, with a cause.
 """
@@ -31,7 +32,8 @@ FLOOR = 0.2
 MIN_ROOM = 0.1
 """Minimum share of the slots above chance for a statement about information."""
 MAX_FLOOR_AGREEMENT = 0.75
-"""Agreement above which nothing is said about information: in repetitive text, chance is as high."""
+"""Agreement above which nothing is said about information: in repetitive text, chance is as
+high."""
 MAX_STRAY = 0.03
 """Share of stray rows above which a group is wrong; the strongest drift left 0.2 % of them."""
 _KINDS = len(PLACES) + 3
@@ -51,8 +53,8 @@ def group_faults(
 ) -> tuple[Fault, ...]:
     """Return the faults of the step, layers, ranks and servers.
 
-    ``stray``: rows of each sample that fit nowhere. ``apart``: share of its independent rows, so that one long text in a
-    loop does not dominate its group.
+    ``stray``: rows of each sample that fit nowhere. ``apart``: share of its independent rows, so
+    that one long text in a loop does not dominate its group.
     """
     return (
         *_step_faults(baseline, stray, apart, alpha),
@@ -100,7 +102,7 @@ def _stretch_faults(
     baseline: Baseline,
     threshold: float,
 ) -> Iterator[Fault]:
-    """Yield a fault for the most clearly wrong stretch of all samples, such as their end or a rank's part."""
+    """Yield a fault for the most clearly wrong stretch of all samples, such as their end."""
     num = stretches.shape[1]
     total = np.concatenate([np.zeros((len(stretches), 1)), np.cumsum(stretches, axis=1)], axis=1)
     # 1, 2, 4 and 8 stretches in a row, each half overlapping the last.
@@ -206,8 +208,8 @@ def _nowhere_on(
 ) -> Iterator[Fault]:
     """Yield a fault if the rows of a rank keep no information in any sample.
 
-    Then no sample stands out: contiguous routes under zigzag context parallelism are wrong for half the rows of one rank
-    and all rows of the other, and the median over both keeps a quarter.
+    Then no sample stands out: contiguous routes under zigzag context parallelism are wrong for half
+    the rows of one rank and all rows of the other, and the median over both keeps a quarter.
     """
     room = slots.astype(np.float64) - part.chance
     information = (part.own - part.chance).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
@@ -346,7 +348,8 @@ def _shortfall(
 def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: float) -> Verdict:
     """Return the verdict with causes of its faults, found in the sample with the lowest agreement.
 
-    If every sample is wrong, no usual one exists to compare with, so half of full information is required.
+    If every sample is wrong, no usual one exists to compare with, so half of full information is
+    required.
     """
     if not verdict.faults or not len(verdict.sample_ids):
         return verdict

@@ -1,10 +1,11 @@
 """Second look: find the right routes of a suspect among all places that the given arrays offer.
 
-Every place is scored by the paired test on the suspect's own rows: slots in which the routes there fit better, against
-those in which they fit worse. It has to win clearly (nats minus ln of the number of places tried) *and* be right: the
-routes there must agree with the live ones about as well as in a healthy sample. Otherwise the right routes are not here,
-and the cause says which rows are wrong. A choice from many (an order of layers, a map of ids) is made on every second
-row and scored on the others, so that the choice cannot overfit the score.
+Every place is scored by the paired test on the suspect's own rows: slots in which the routes there
+fit better, against those in which they fit worse. It has to win clearly (nats minus ln of the
+number of places tried) *and* be right: the routes there must agree with the live ones about as well
+as in a healthy sample. Otherwise the right routes are not here, and the cause says which rows are
+wrong. A choice from many (an order of layers, a map of ids) is made on every second row and scored
+on the others, so that the choice cannot overfit the score.
 
 In: replayed and live ids of a few samples. Out: `SecondLook` for each suspect.
 """
@@ -38,7 +39,7 @@ _HELD_SHARE = 0.8  # of the wrong rows, to attribute them to another sample
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RouteRows:
-    """Replayed and live routes of whole samples, such as the microbatches that hold the suspects."""
+    """Replayed and live routes of full samples, such as the microbatches with the suspects."""
 
     expert_ids: Integer[np.ndarray, "rows layers topk"]
     """``[rows, layers, topk]``, replayed."""
@@ -172,7 +173,7 @@ class _Suspect:
         )
 
     def _wrong_rows(self) -> str:
-        """Say which rows of the sample are wrong, and which other sample's routes they hold, if known."""
+        """Say which rows of the sample are wrong, and which sample's routes they hold, if known."""
         own, topk = np.zeros(len(self._every_id)), self._topk
         for layer in np.flatnonzero(self._wanted):
             ids, live = self._every_id[:, layer], self._every_live[:, layer]
@@ -189,7 +190,7 @@ class _Suspect:
         return f"{of} fit no place that was searched: they are random, from other weights, or of a sample that was not given"
 
     def _holder(self, wrong: Int64[np.ndarray, " wrong"]) -> int | None:
-        """Return the other sample whose routes most of the ``wrong`` rows hold, at the same positions."""
+        """Return the sample whose routes most of the ``wrong`` rows hold, at the same positions."""
         rows, order = self._rows, self._order
         ids = np.sort(self._every_id[wrong], axis=2)
         for other in np.unique(rows.sample[order]):
@@ -211,7 +212,7 @@ class _Suspect:
             yield from self._renamings()
 
     def _distances(self) -> Iterator[_Place]:
-        """Yield the best distance, by the slots that anchor rows share with the other rows of the sample."""
+        """Yield the best distance, by the slots that anchor rows share with other rows."""
         count = len(self._every_id)
         anchors = np.unique(np.linspace(0, len(self._at) - 1, _ANCHORS).astype(np.int64))
         reach = min(MAX_REACH, count - 1)
@@ -226,7 +227,8 @@ class _Suspect:
             rows[low - here + reach : high - here + reach] += 1
         mean = np.where(rows >= max(2, len(anchors) / 2), total / np.maximum(rows, 1), -1.0)
         mean[reach] = -1.0
-        # In a short sample few distances are within reach of most anchors; +1 and -1 are always tried.
+        # In a short sample few distances are within reach of most anchors; +1 and -1 are always
+        # tried.
         for distance in {int(mean.argmax()) - reach, 1, -1}:
             if distance and abs(distance) < count:
                 yield self._distance(distance, 2 * reach)
@@ -337,7 +339,7 @@ class _Suspect:
     def _renamed(
         self, rows: Bool[np.ndarray, " rows"], pooled: bool
     ) -> Float64[np.ndarray, "rows layers"]:
-        """Fit a one-to-one map of replayed to live ids on ``rows`` and return what all rows share under it."""
+        """Fit a one-to-one map of ids on ``rows``, and return what all rows share under it."""
         experts, ids = self._rows.num_experts, np.empty_like(self._ids)
         together = np.zeros((experts, experts))
         for layer in range(ids.shape[1]):
@@ -378,5 +380,5 @@ def _matching(lift: Float64[np.ndarray, "replayed live"]) -> Int64[np.ndarray, "
 
 
 def with_rho(look: SecondLook, *, replayed_k3: float, live_k3: float) -> SecondLook:
-    """Return the look with ln(k3 under replay / k3 with live routing), the suspect scored both ways."""
+    """Return the look with ln(k3 under replay / k3 with live routing) of the suspect."""
     return replace(look, rho=math.log(max(replayed_k3, 1e-12) / max(live_k3, 1e-12)))

@@ -1,8 +1,9 @@
 """All tests of all samples, with the threshold at which each test suffices.
 
-*Certain* tests cannot be triggered by drift (another place fits better, rows repeat). *Strong* tests compare with the
-usual sample (information lost, stray rows), so strong drift could trigger them. The engine gap adds to either, because
-both are independent in healthy samples; it never suffices alone.
+*Certain* tests cannot be triggered by drift (another place fits better, rows repeat). *Strong*
+tests compare with the usual sample (information lost, stray rows), so strong drift could trigger
+them. The engine gap adds to either, because both are independent in healthy samples; it never
+suffices alone.
 
 In: Baseline, SampleEvidence of all ranks, gaps. Out: `SampleTests`.
 """
@@ -71,7 +72,8 @@ class SampleTests:
         self.layer = np.full(shape, -1)
         """``[tests, samples]``, global layer, -1 for all."""
         self.explained = np.zeros(shape)
-        """``[tests, samples]``, share of the usual information that the routes at ``place`` have."""
+        """``[tests, samples]``, share of the usual information that the routes at ``place``
+        have."""
         self.first = np.zeros(shape, np.int64)
         """``[tests, samples]``, first position."""
         self.last = np.repeat(baseline.table.num_rows[None] - 1, shape[0], axis=0)
@@ -79,7 +81,10 @@ class SampleTests:
         once = math.log(2 * _KINDS * len(samples) / alpha)
         within = once + math.log(baseline.num_sets)
         self.thresholds = np.array([within if _is_within(test) else once for test in ALL_TESTS])
-        """``[tests]``, nats at which each suffices. With 128 samples ``once`` is ln(2 * 10 * 128 / 1e-4) = 17."""
+        """``[tests]``, nats at which each suffices.
+
+        With 128 samples ``once`` is ln(2 * 10 * 128 / 1e-4) = 17.
+        """
         held = [part for part in evidence if part is not None]
         self.apart = apart = np.ones(len(samples))
         """``[samples]``, share of independent rows, on the rank where it is lowest."""
@@ -101,7 +106,8 @@ class SampleTests:
     def with_gap(self) -> Float64[np.ndarray, "tests samples"]:
         """``[tests, samples]``, nats plus gap, minus the price of adding two signs.
 
-        Example: a sign of 12 nats with threshold 17 and a gap of 9 make 12 + 9 - ln(1 + 17) = 18.1: above the threshold.
+        Example: a sign of 12 nats with threshold 17 and a gap of 9 make 12 + 9 - ln(1 + 17) = 18.1:
+        above the threshold.
         """
         both = (self.nats > _MIN_SIGN) & (self.gap > _MIN_SIGN)
         price = np.log1p(self.thresholds)[:, None]
@@ -127,9 +133,10 @@ class SampleTests:
         return np.asarray(telling.any(axis=0))
 
     def asks_for_a_look(self) -> Bool[np.ndarray, " samples"]:
-        """Return which samples deserve a second look: for a strict test, their gap, or both together.
+        """Return which samples deserve a second look: for a strict test, their gap, or both.
 
-        By chance one sample a step has a gap of ln(samples) nats, so a gap alone must be larger than that.
+        By chance one sample a step has a gap of ln(samples) nats, so a gap alone must be larger
+        than that.
         """
         strict = self.nats[_rows(STRICT)].max(axis=0)
         both = (strict > _MIN_SIGN) & (self.gap > _MIN_SIGN) & (strict + self.gap > _BOTH_NATS)
@@ -167,7 +174,7 @@ class SampleTests:
         self.explained[ALL_TESTS.index("paired sample")] = there / np.maximum(usual, 1e-9)
 
     def _effect(self, entry: int) -> float:
-        """Return the slots that act as one over all stages, assuming that stages are fully correlated."""
+        """Return the slots that act as one over all stages, as if stages were fully correlated."""
         return 1 + (self._baseline.effects[entry][0] - 1) * self._baseline.num_stages
 
     def _take(self, part: SampleEvidence) -> None:
@@ -179,7 +186,7 @@ class SampleTests:
                 getattr(self, name)[row, at[better]] = getattr(part, name)[source][better]
 
     def _stray_counts(self, held: Sequence[SampleEvidence]) -> Int64[np.ndarray, " samples"]:
-        """Sum over ranks with different rows; among ranks with other layers of the same rows take the maximum."""
+        """Sum over ranks with different rows, take the maximum over ranks with different layers."""
         by_layers: dict[tuple[int, ...], np.ndarray] = {}
         samples = self._baseline.table.sample_ids
         for part in held:

@@ -1,7 +1,7 @@
 """How unlikely a count is, in nats: minus the natural logarithm of a bound on its probability.
 
-Nats of independent signs add up, and 20 nats are one in 5e8. Every function bounds from above (the true probability is
-smaller), so thresholds in nats keep the stated rate of false alarms.
+Nats of independent signs add up, and 20 nats are one in 5e8. Every function bounds from above (the
+true probability is smaller), so thresholds in nats keep the stated rate of false alarms.
 
 In: counts and their expectations. Out: nats, and windows of rows that are counted together.
 """
@@ -28,10 +28,11 @@ def shortfall_nats(
     share: Float64[np.ndarray, "*#any"],
     effect: float | Float64[np.ndarray, "*#any"] = 1.0,
 ) -> Float64[np.ndarray, "*any"]:
-    """Return nats of ``hits`` or fewer of ``slots``, each with probability ``share``; 0 unless fewer than expected.
+    """Return nats of ``hits`` or fewer of ``slots``, each with probability ``share``, or else 0.
 
-    The Chernoff bound ``slots / effect * KL(hits / slots || share)``, where ``effect`` slots act as one. Example: 40 of 100
-    slots where 80 were due are 100 * (0.4 ln(0.4/0.8) + 0.6 ln(0.6/0.2)) = 38 nats.
+    The Chernoff bound ``slots / effect * KL(hits / slots || share)``, where ``effect`` slots act as
+    one. Example: 40 of 100 slots where 80 were due are 100 * (0.4 ln(0.4/0.8) + 0.6 ln(0.6/0.2)) =
+    38 nats.
     """
     p = np.clip(hits / np.maximum(slots, 1e-9), 1e-9, 1 - 1e-9)
     q = np.clip(share, 1e-6, 1 - 1e-6)
@@ -42,9 +43,10 @@ def shortfall_nats(
 def excess_nats(
     count: Float64[np.ndarray, " any"], mean: Float64[np.ndarray, " any"], shape: float
 ) -> Float64[np.ndarray, " any"]:
-    """Return nats of ``count`` or more in a negative binomial with ``mean``; 0 unless more than expected.
+    """Return nats of ``count`` or more in a negative binomial with ``mean``, or else 0.
 
-    ``shape`` is that of the gamma distribution of the samples' rates: the smaller, the more samples differ.
+    ``shape`` is that of the gamma distribution of the samples' rates: the smaller, the more samples
+    differ.
     """
     x = np.maximum(count, 1e-9)
     tail = x * np.log(x * (mean + shape) / (mean * (x + shape)))
@@ -56,8 +58,9 @@ def gap_nats(
 ) -> Float64[np.ndarray, " samples"]:
     """Return how unusual each sample's mean k3 is among ``usual`` ones.
 
-    A Pareto tail through the median and the 95th percentile of the logarithms. Its index is at most 1: the mean of such a
-    distribution is infinite, so a single large value is no more surprising than its rank.
+    A Pareto tail through the median and the 95th percentile of the logarithms. Its index is at most
+    1: the mean of such a distribution is infinite, so a single large value is no more surprising
+    than its rank.
     """
     y = np.log(gaps + 1e-12)
     middle, high = np.quantile(np.log(usual + 1e-12), [0.5, 0.95])
@@ -70,10 +73,11 @@ def window_rows(
 ) -> tuple[
     Int64[np.ndarray, " windows"], Int64[np.ndarray, " windows"], Int64[np.ndarray, " windows"]
 ]:
-    """Return (first row, row after the last, sample entry) of all windows of samples stored end to end.
+    """Return (first row, end, sample entry) of all windows of samples stored end to end.
 
-    Windows have 8, 16, 32, ... rows; each overlaps the last of its length by half, and one of each length ends with the
-    sample. Example: 22 rows have windows 0-8, 4-12, 8-16, 12-20, 14-22 and 0-16, 6-22. There are about ``rows / 2``.
+    Windows have 8, 16, 32, ... rows; each overlaps the last of its length by half, and one of each
+    length ends with the sample. Example: 22 rows have windows 0-8, 4-12, 8-16, 12-20, 14-22 and
+    0-16, 6-22. There are about ``rows / 2``.
     """
     starts = np.cumsum(num_rows) - num_rows
     first: list[np.ndarray] = []
@@ -115,6 +119,6 @@ def row_keys(columns: Integer[np.ndarray, "rows columns"]) -> UInt64[np.ndarray,
 
 
 def times_met(keys: UInt64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
-    """Return how many rows have the key of each row, itself included. Example: keys 5, 7, 5 give 2, 1, 2."""
+    """Return how many rows have the key of each row. Example: keys 5, 7, 5 give 2, 1, 2."""
     _, entry, count = np.unique(keys, return_inverse=True, return_counts=True)
     return count[entry].astype(np.float64)

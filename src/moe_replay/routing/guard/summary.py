@@ -60,16 +60,16 @@ def summarise(counts: Sequence[OverlapCounts]) -> StepPart | None:
 
 
 def row_chance(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
-    """Return the slots that each row shares with the average other row of its sample, over layers; 0 for a single row."""
+    """Return the slots that each row shares with the average other row of its sample."""
     others = np.maximum(counts.num_rows - 1, 1)
     return counts.others / np.repeat(others, counts.num_rows)
 
 
 def rows_are_alike(counts: OverlapCounts) -> Bool[np.ndarray, "samples layers"]:
-    """Return where all rows of a sample share the same number of slots: repetitive text with a lasting flip.
+    """Return where all rows of a sample share equally many slots: repetitive text with a flip.
 
-    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each share 1 of 2 slots have a
-    variance of 0, where 0.5 is expected.
+    Rows that differ have a variance of about ``topk * p * (1 - p)``. Example: 100 rows that each
+    share 1 of 2 slots have a variance of 0, where 0.5 is expected.
     """
     rows = np.maximum(counts.num_rows, 2)[:, None]
     mean = counts.layer_own / rows
@@ -85,8 +85,8 @@ def _chance_by_layer(counts: OverlapCounts) -> Float64[np.ndarray, "samples laye
 def _effects(counts: OverlapCounts) -> Float64[np.ndarray, "signs 2 samples"]:
     """Return the variance of rows within a sample, relative to independent slots.
 
-    Example: rows that share 8, 8, 0, 0 of 8 slots have a variance of 21.3, where independent slots at 1/2 have 2: about 11
-    slots act as one.
+    Example: rows that share 8, 8, 0, 0 of 8 slots have a variance of 21.3, where independent slots
+    at 1/2 have 2: about 11 slots act as one.
     """
     rows = np.maximum(counts.num_rows, 2)
     p = counts.layer_own / rows[:, None] / counts.topk
@@ -121,7 +121,7 @@ def _over(
 
 
 def _stretches(counts: OverlapCounts) -> Float64[np.ndarray, "quantities stretches"]:
-    """Sum up by sixteenths of each sample's rows. Example: of 40 rows, row 30 lies in sixteenth 30 * 16 // 40 = 12."""
+    """Sum by sixteenths of samples. Example: row 30 of 40 is in sixteenth 30 * 16 // 40 = 12."""
     index = np.arange(len(counts.own)) - np.repeat(counts.starts, counts.num_rows)
     stretch = index * NUM_STRETCHES // np.repeat(counts.num_rows, counts.num_rows)
     slots = np.full(len(index), counts.topk * len(counts.layers))

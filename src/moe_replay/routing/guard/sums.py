@@ -1,10 +1,11 @@
-"""Signs that add up over steps: a server with a few wrong answers is found after a bounded number of them.
+"""Signs that add up over steps, to find a server with a few wrong answers.
 
-A cumulative sum (CUSUM) for each server: an answer that shows a sign adds ln(r1 / r0), one that does not adds
-ln((1 - r1) / (1 - r0)) < 0, and the sum never falls below 0. r0 is five times the rate of the other servers, but at least
-1 in 1,000, so that drift, which hits all servers alike, adds up on none; r1 is ten times r0. Example with r0 = 0.001: a
-sign adds 2.3, a clean answer takes 0.009. At 3 % wrong answers a sum grows by 0.06 an answer and passes
-ln(8 servers / 1e-4) = 11.3 after about 190.
+A cumulative sum (CUSUM) for each server: an answer that shows a sign adds ln(r1 / r0), one that
+does not adds ln((1 - r1) / (1 - r0)) < 0, and the sum never falls below 0. r0 is five times the
+rate of the other servers, but at least 1 in 1,000, so that drift, which hits all servers alike,
+adds up on none; r1 is ten times r0. Example with r0 = 0.001: a sign adds 2.3, a clean answer takes
+0.009. At 3 % wrong answers a sum grows by 0.06 an answer and passes ln(8 servers / 1e-4) = 11.3
+after about 190.
 
 In: signs by sample, owners. Out: `ServerSums`, and faults of servers.
 """
@@ -30,7 +31,7 @@ _FORGET = 0.99  # factor on past answers, each step
 
 
 class ServerSums:
-    """Answers, signs and the sum of each server. Needs two servers, because a server is compared with the others."""
+    """Answers, signs and the sum of each server, of two or more, which are compared."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[str, float]] = {}

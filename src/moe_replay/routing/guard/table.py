@@ -1,8 +1,9 @@
 """What the ranks exchange in a step, and the table that every rank makes of it.
 
-A `StepPart` is what one rank counted: its layers and its rows of some samples. Parts are small (two numbers for each sample
-and layer, two dozen for each sample) and all ranks gather them; per-row counts stay on their rank. Example: 8,192 samples x
-48 layers are 3.1 MB in all, and 1.2 MB for the rest. `SampleEvidence` is what a rank then found in its rows.
+A `StepPart` is what one rank counted: its layers and its rows of some samples. Parts are small (two
+numbers for each sample and layer, two dozen for each sample) and all ranks gather them; per-row
+counts stay on their rank. Example: 8,192 samples x 48 layers are 3.1 MB in all, and 1.2 MB for the
+rest. `SampleEvidence` is what a rank then found in its rows.
 
 In: sums of counts. Out: `StepTable`, with a row for each sample and a column for each layer.
 """
@@ -52,9 +53,11 @@ class StepPart:
     own: Float32[np.ndarray, "samples layers"]
     """``[samples, layers]``, slots that live and replayed routes share."""
     chance: Float32[np.ndarray, "samples layers"]
-    """``[samples, layers]``, slots shared by chance: with the routes of other rows of the sample here."""
+    """``[samples, layers]``, slots shared by chance: with the routes of other rows of the sample
+    here."""
     alike: Int32[np.ndarray, " layers"]
-    """``[layers]``, samples whose rows all share the same number of slots, but not all slots: a router collapsed onto a near tie."""
+    """``[layers]``, samples whose rows all share the same number of slots, but not all slots: a
+    router collapsed onto a near tie."""
     flips: Float32[np.ndarray, " layers"]
     """``[layers]``, rows whose expert sets differ."""
     rows_with_flip: int
@@ -68,15 +71,17 @@ class StepPart:
     layer_farther: Int64[np.ndarray, "places layers"]
     """``[places, layers]``, the same over samples."""
     stretches: Float64[np.ndarray, "quantities stretches"]
-    """``[3 + 2 * places, stretches]``, slots, own, chance, then nearer and farther of each place, summed over all samples
-    for each sixteenth of a sample: a fault at the end of every sample shows here."""
+    """``[3 + 2 * places, stretches]``, slots, own, chance, then nearer and farther of each place,
+    summed over all samples for each sixteenth of a sample: a fault at the end of every sample shows
+    here."""
     effects: Float32[np.ndarray, "signs 2 samples"]
-    """``[1 + places, 2, samples]``, slots that act as one, for ``own`` and each place: over all layers, and in a single
-    layer; nan for samples of fewer than 8 rows here."""
+    """``[1 + places, 2, samples]``, slots that act as one, for ``own`` and each place: over all
+    layers, and in a single layer; nan for samples of fewer than 8 rows here."""
     window_information: Int64[np.ndarray, " bins"]
     """``[bins]``, histogram of the information that windows of 8 rows keep."""
     repeats: Int32[np.ndarray, "2 samples"]
-    """``[2, samples]``, rows that repeat the previous row, and those of them whose next row repeats too."""
+    """``[2, samples]``, rows that repeat the previous row, and those of them whose next row repeats
+    too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,7 +134,10 @@ class StepTable:
 
     @classmethod
     def of(cls, parts: Sequence[StepPart | None]) -> StepTable:
-        """Combine the parts of all ranks; None for ranks without rows. At least one rank has rows."""
+        """Combine the parts of all ranks; None for ranks without rows.
+
+        At least one rank has rows.
+        """
         held = [part for part in parts if part is not None]
         assert held, "a step in which some rank compared a row"
         layers = sorted({layer for part in held for layer in part.layers})
@@ -193,14 +201,16 @@ class SampleEvidence:
     layer: Int16[np.ndarray, "tests samples"]
     """``[tests, samples]``, global layer of the sign; -1 for all layers of the rank."""
     explained: Float32[np.ndarray, "tests samples"]
-    """``[tests, samples]``, share of the usual information that the routes at ``place`` have; 0 without a place. Near 1: the right
-    routes are there. Well below: they fit better than the wrong ones, but are not the right ones either."""
+    """``[tests, samples]``, share of the usual information that the routes at ``place`` have; 0
+    without a place. Near 1: the right routes are there. Well below: they fit better than the wrong
+    ones, but are not the right ones either."""
     first: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its first row."""
     last: Int32[np.ndarray, "tests samples"]
     """``[tests, samples]``, position of its last row."""
     stray: Int32[np.ndarray, " samples"]
-    """``[samples]``, rows that clearly keep under a quarter of the median's information; equal ones count once."""
+    """``[samples]``, rows that clearly keep under a quarter of the median's information; equal ones
+    count once."""
     apart: Float32[np.ndarray, " samples"]
     """``[samples]``, share of independent rows: 1 unless the text is repetitive."""
 

@@ -1,4 +1,4 @@
-"""The guard's answer: which samples, servers, ranks and layers are misaligned, and how certain that is.
+"""The guard's answer: which samples, servers, ranks and layers are misaligned, how surely.
 
 Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `StepRecord`, `Verdict`, and their messages.
 """
@@ -25,7 +25,8 @@ class Status(StrEnum):
     SUSPECT = "suspect"
     """It looks wrong, but drift could explain it: look again."""
     LOST = "lost"
-    """Its routes carry no information about the live ones because of drift. Drop it, and count it."""
+    """Its routes carry no information about the live ones because of drift. Drop it, and count
+    it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,10 @@ class SecondLook:
     nats: float = 0.0
     """Evidence for that place, minus the logarithm of the number of places tried."""
     rho: float | None = None
-    """ln(k3 under replay / k3 with live routing); None if not scored. Wrong routes raise only the first."""
+    """ln(k3 under replay / k3 with live routing); None if not scored.
+
+    Wrong routes raise only the first.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +122,8 @@ class Fault:
     samples: tuple[int, ...] = ()
     """Its samples; empty for the step."""
     may_be_drift: bool = False
-    """Whether drift could explain it: the routes lost their information, but fit no other place better."""
+    """Whether drift could explain it: the routes lost their information, but fit no other place
+    better."""
 
     def __str__(self) -> str:
         """Return one line."""

@@ -63,9 +63,10 @@ class ArrowRows:
 
 
 def open_arrow_rows(path: Path, *, cache: DatasetCache) -> ArrowRows:
-    """Open a ``.parquet``, ``.csv`` or ``.arrow`` file; CSV columns are text, and empty fields are None.
+    """Open a ``.parquet``, ``.csv`` or ``.arrow`` file; CSV columns are text, empty fields None.
 
-    Single rows of Parquet and CSV cannot be read, so large files are converted once into Arrow files in the cache.
+    Single rows of Parquet and CSV cannot be read, so large files are converted once into Arrow
+    files in the cache.
 
     Raises:
         RecipeError: it cannot be read.
@@ -141,7 +142,7 @@ def _convert(path: Path, folder: Path, cache: DatasetCache) -> None:
 
 
 def _read_batches(path: Path) -> tuple[Any, Iterator[Any], int]:
-    """Return schema and batches of a file, and their total rows (Parquet) or approximate bytes (CSV)."""
+    """Return schema and batches of a file, and their rows (Parquet) or approximate bytes (CSV)."""
     import pyarrow.csv
     import pyarrow.parquet
 
@@ -171,7 +172,7 @@ def _csv_header(path: Path) -> list[str]:
 
 
 def _bad_line(path: Path) -> str:
-    """Name the first line that is not UTF-8: the most common fault of a CSV, which its reader does not name."""
+    """Name the first line that is not UTF-8, a common fault that the CSV reader does not name."""
     if path.suffix == ".csv":
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -1,7 +1,7 @@
-"""Cache what is derived from a large dataset, so that one process a machine works and the others wait.
+"""Cache what is derived from a large dataset, so that only one process a machine works.
 
-Entries are named after path, size and times of their source files. A file that is rewritten, even with the same size
-and modification time, gets another entry, because its change time cannot be set.
+Entries are named after path, size and times of their source files. A file that is rewritten, even
+with the same size and modification time, gets another entry, because its change time cannot be set.
 
 In: files, and a function that derives something from them. Out: the folder of an entry.
 """
@@ -132,7 +132,7 @@ class DatasetCache:
 
 
 def entry_key(paths: Sequence[Path], *parts: str) -> str:
-    """Return a name for what is derived from files and ``parts``; it changes when a file changes."""
+    """Return a name for what is derived from files and ``parts``; it changes with the files."""
     states = []
     for path in paths:
         state = path.stat()

@@ -40,7 +40,10 @@ class Survey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePrompts:
-    """The prompts of a dataset, in a different order each epoch. Make one with `open_file_prompts`."""
+    """The prompts of a dataset, in a different order each epoch.
+
+    Make one with `open_file_prompts`.
+    """
 
     table: Table
     """Its rows."""
@@ -83,7 +86,7 @@ class FilePrompts:
         return self._num_long("left")
 
     def _num_long(self, truncation: Truncation) -> int:
-        """Return the number of prompts that are too long, if ``truncation`` is the rule for them."""
+        """Return the number of long prompts, if ``truncation`` is the rule for them."""
         if self.encoder.truncation != truncation:
             return 0
         return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
@@ -177,7 +180,8 @@ def open_file_prompts(
     The prompt is taken from ``messages_column`` if the row has it, else from ``prompt_column``.
 
     Raises:
-        RecipeError: the dataset is missing, empty or malformed, has no prompt column, or a prompt is unusable.
+        RecipeError: the dataset is missing, empty or malformed, has no prompt column, or a prompt
+            is unusable.
     """
     cache = cache or DatasetCache(None)
     encoder.check()

@@ -1,7 +1,7 @@
 """Find the files of a dataset: one file, the shards of a split in a folder, or a hub download.
 
-Folders follow the layout of Hugging Face: ``train-00000-of-00003.parquet`` belongs to the split ``train``, like files
-in a folder ``train/``; files without a split are ``train``.
+Folders follow the layout of Hugging Face: ``train-00000-of-00003.parquet`` belongs to the split
+``train``, like files in a folder ``train/``; files without a split are ``train``.
 
 In: a location, a split. Out: `DatasetFiles`.
 """

@@ -1,6 +1,7 @@
 """Rows of JSON files, read strictly: what would be lost silently is refused with its line.
 
-Lines are found by their offsets, so that a row is read from disk when it is needed; small arrays are held in memory.
+Lines are found by their offsets, so that a row is read from disk when it is needed; small arrays
+are held in memory.
 
 In: a JSON file. Out: `JsonLines`, `JsonItems`.
 """
@@ -30,7 +31,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonLines:
-    """The lines of a file that hold a row, read by position. Nothing is mapped, so a truncated file is an error."""
+    """The lines of a file that hold a row, read by position.
+
+    Nothing is mapped, so a truncated file is an error.
+    """
 
     def __init__(
         self, path: Path, index: Int64[np.ndarray, "3 rows"], names: Sequence[str], *, label: str
@@ -105,7 +109,7 @@ class JsonItems:
 
 
 def open_json_rows(path: Path, *, cache: DatasetCache) -> JsonLines | JsonItems:
-    """Read a file once, strictly, and return its rows by index; a ``.json`` file may hold lines or one array.
+    """Read a file once, strictly; a ``.json`` file may hold lines or one array.
 
     Raises:
         RecipeError: it cannot be read, or a line is malformed.

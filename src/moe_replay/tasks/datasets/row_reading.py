@@ -1,4 +1,4 @@
-"""What each column of a row is: prompt, chat template input or reward input; none is dropped silently.
+"""What each column of a row is: prompt, chat template input or reward input.
 
 In: `Table`, the names of a recipe. Out: `RowReader`.
 """
@@ -94,7 +94,8 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
     """Decide what each column of a table is for.
 
     Raises:
-        RecipeError: a column named in the recipe is missing, or a column would be hidden from rewards.
+        RecipeError: a column named in the recipe is missing, or a column would be hidden from
+            rewards.
     """
     prompts = [path for path in (columns.messages, columns.prompt) if _has(table, path)]
     if not prompts:

@@ -73,7 +73,7 @@ class Table:
 
     @property
     def nulls_are_absent(self) -> bool:
-        """Whether None in a value may mean a missing field: in Arrow tables all rows have all fields."""
+        """Whether None in a value may mean a missing field, as in Arrow tables."""
         return any(isinstance(part, ArrowRows) for part in self._parts)
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ def column_value(columns: Mapping[str, Any], path: str) -> Any:
 
 
 def require_column(table: Table, path: str, key: str) -> None:
-    """Raise `RecipeError`, naming the recipe's ``key``, unless the table has the first column of a path."""
+    """Raise `RecipeError`, naming ``key``, unless the table has the first column of a path."""
     if path not in table.names and path.partition(".")[0] not in table.names:
         raise RecipeError(
             f"{key} names {path!r}, but {table.location} has no column {path.partition('.')[0]!r}; its columns are "

@@ -1,6 +1,7 @@
 """Built-in reward functions.
 
-Their signature is that of user functions: completions first, other inputs by name, one number a completion returned.
+Their signature is that of user functions: completions first, other inputs by name, one number a
+completion returned.
 
 In: completions and dataset columns. Out: scores.
 """
@@ -61,8 +62,8 @@ def exact_match(
 def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:
     r"""Score 1 if the completion's mathematical answer equals the column ``answer``, else 0.
 
-    ``1/2``, ``0.5`` and ``$\frac{1}{2}$`` are equal. An answer that takes longer than 5 seconds to parse or compare
-    scores 0; the limit uses a signal, so it works only on the main thread.
+    ``1/2``, ``0.5`` and ``$\frac{1}{2}$`` are equal. An answer that takes longer than 5 seconds to
+    parse or compare scores 0; the limit uses a signal, so it works only on the main thread.
     """
     if not completions:
         return []
@@ -88,8 +89,8 @@ def math_verify(completions: Sequence[str], *, answer: Sequence[object]) -> list
 def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) -> list[float]:
     """Score 1 if the full completion matches ``regex`` (a dot matches newlines too), else 0.
 
-    If a chat template ends the prompt with an opened tag, such as ``<think>``, the completion with that tag in front
-    may match instead: the model could not write the tag itself.
+    If a chat template ends the prompt with an opened tag, such as ``<think>``, the completion with
+    that tag in front may match instead: the model could not write the tag itself.
     """
     pattern = re.compile(regex, flags=re.DOTALL)
     return [
@@ -117,7 +118,7 @@ def _with_opened_tags(
 
 
 def final_answer(completion: str, answer_tag: str) -> str:
-    """Return the content of the last ``<answer_tag>...</answer_tag>``, or the full completion without one.
+    """Return the content of the last ``<answer_tag>...</answer_tag>``, or else the completion.
 
     Example:
         >>> final_answer("2 + 2 is <answer>4</answer>", "answer")

@@ -28,7 +28,8 @@ _BOOT = (
     "main(*map(int, sys.argv[1:5]))"
 )
 GRACE_S = 5.0
-"""Extra seconds for an exit, and for an async function, which its own process stops at the limit."""
+"""Extra seconds for an exit, and for an async function, which its own process stops at the
+limit."""
 _LOOK_MS = 500
 """Interval of checks on a silent process."""
 _CHUNK = 1 << 20
@@ -63,7 +64,8 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=passed,
-                # Ctrl-C and signals to the trainer's group do not reach it, and it can be killed with its children.
+                # Ctrl-C and signals to the trainer's group do not reach it, and it can be killed
+                # with its children.
                 start_new_session=True,
             )
         except OSError as error:
@@ -111,7 +113,7 @@ class Child:
             raise ChildGone("wrote to a file descriptor that it did not open") from None
 
     def _wait(self, *, writes: bool, deadline: float) -> None:
-        """Wait for the pipe, but not if the process has ended while one of its children holds the pipe."""
+        """Wait for the pipe, unless the process has ended and only a child of it holds the pipe."""
         ended = self._has_ended()
         # Not select, which cannot handle descriptors above 1023.
         ready = select.poll()
@@ -218,6 +220,6 @@ def _pass_on(streams: Mapping[str, IO[bytes]]) -> None:
 
 
 def _line_of(stack: str) -> str:
-    """Return the innermost line of user code in a faulthandler dump, which lists the innermost frame first."""
+    """Return the innermost line of user code in a faulthandler dump, innermost frame first."""
     frames = re.findall(r'^  File "(.*)", line (\d+)', stack, flags=re.MULTILINE)
     return user_line([(name, int(line)) for name, line in reversed(frames)])

@@ -1,7 +1,7 @@
 """The trainer's requests to its reward process, and their outcomes.
 
-Every request ends with an answer for each function, or the reason why there is none. After a crash or a timeout, the
-next request starts a new process.
+Every request ends with an answer for each function, or the reason why there is none. After a crash
+or a timeout, the next request starts a new process.
 
 In: reward specifications, batches. Out: `Signature`, `Scores`, `Failure`.
 """
@@ -37,10 +37,11 @@ class Failure:
     """Why a function gave no scores, or could not be loaded."""
 
     kind: Literal["refused", "raised", "wrong", "late", "crashed", "stopped"]
-    """It cannot be loaded; raised; did not return scores; timed out; ended the process; was stopped when another function
-    ended the process."""
+    """It cannot be loaded; raised; did not return scores; timed out; ended the process; was stopped
+    when another function ended the process."""
     text: str
-    """What happened, starting with "returned ..." or "raised ...", with the line of user code if known."""
+    """What happened, starting with "returned ..." or "raised ...", with the line of user code if
+    known."""
     sample: int | None = None
     """Index of the completion, if known."""
     trace: str = ""
@@ -51,14 +52,14 @@ class RewardProcess:
     """The process that runs the reward functions of a run; the first request starts it."""
 
     def __init__(self, functions: Sequence[Mapping[str, Any]], folders: Sequence[str] = ()) -> None:
-        """Take functions, each ``{"function": ..., "args": ..., "timeout_s": ...}``, and folders to import from first."""
+        """Take functions, each ``{"function": ..., "args": ..., "timeout_s": ...}``."""
         self._functions = list(functions)
         self._folders = list(folders)
         self._child: Child | None = None
         self._lock = threading.Lock()
 
     def load(self) -> list[Signature | Failure]:
-        """Import every function in a new process; return its signature, or why it cannot be loaded."""
+        """Import every function in a new process; return its signature, or why that failed."""
         with self._lock:
             self._end()
             return self._start()
@@ -160,7 +161,7 @@ class _Request:
             self.events[index] = event if kind in ("loaded", "scores") else self._failure(event)
 
     def end_late(self, where: str) -> None:
-        """Record for every unfinished function that the process was killed, and which function was late."""
+        """Record for every unfinished function that the process was killed, and which was late."""
         now = time.monotonic()
         for index in self._limits.keys() - self.events.keys():
             if self._until.get(index, math.inf if self._until else now) <= now:
@@ -170,7 +171,7 @@ class _Request:
             self.events[index] = failure
 
     def end_crashed(self, text: str) -> None:
-        """Record for every unfinished function that the process has ended, and which ones were running."""
+        """Record for every unfinished function that the process ended, and which were running."""
         for index in self._limits.keys() - self.events.keys():
             if index in self._until or not self._until:
                 failure = Failure(kind="crashed", text=text)

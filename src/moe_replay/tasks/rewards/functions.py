@@ -1,6 +1,7 @@
 """Find and import the reward functions that a recipe names, and read their signatures.
 
-Importing runs user code, so it happens in the reward process; the trainer itself loads only built-ins.
+Importing runs user code, so it happens in the reward process; the trainer itself loads only
+built-ins.
 
 In: the name of a function and its arguments. Out: `LoadedFunction`, `Signature`.
 """
@@ -77,7 +78,8 @@ def load_function(name: str, args: Mapping[str, Any]) -> LoadedFunction:
     """Find a built-in function, or import the module or file of another one.
 
     Raises:
-        RecipeError: it cannot be found, does not take ``completions``, or does not take one of ``args``.
+        RecipeError: it cannot be found, does not take ``completions``, or does not take one of
+            ``args``.
     """
     function = BUILTIN_REWARDS[name] if name in BUILTIN_REWARDS else _find(name)
     return LoadedFunction(function=function, signature=_signature(name, function, args))
@@ -173,7 +175,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _package_of(path: Path) -> tuple[str, str]:
-    """Return the folder to import a file from, and its dotted name: packages have an __init__.py."""
+    """Return the folder to import a file from, and its dotted name within packages."""
     folder, parts = path.parent, [path.stem] if path.stem != "__init__" else []
     while (folder / "__init__.py").is_file():
         parts.insert(0, folder.name)

@@ -1,15 +1,17 @@
-"""The reward functions of a run: found before the start, called by keyword, checked for one number a completion.
+"""The reward functions of a run, called by keyword and checked for one number a completion.
 
 A reward function is called by keyword with lists that hold one entry per completion::
 
-    def my_reward(completions, *, prompts, completion_ids, answer, tolerance=0.1, **columns) -> list[float | None]: ...
+    def my_reward(completions, *, prompts, completion_ids, answer, tolerance=0.1, **columns) ->
+    list[float | None]: ...
 
-``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a dataset column or a key of
-``[rewards.args]``. Only names that the function takes are passed. It may be ``async``; all async functions of a batch
-run concurrently. None means no opinion on a completion.
+``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a
+dataset column or a key of ``[rewards.args]``. Only names that the function takes are passed. It may
+be ``async``; all async functions of a batch run concurrently. None means no opinion on a
+completion.
 
-All functions run in one separate process (`client`) for the whole run: they cannot affect the trainer, and a function
-that hangs or ends its process is named.
+All functions run in one separate process (`client`) for the whole run: they cannot affect the
+trainer, and a function that hangs or ends its process is named.
 
 In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
 """
@@ -57,7 +59,10 @@ class ScoredBatch:
 
 
 class RewardSet:
-    """The reward functions of a run and the process that runs them. Close it, or use it in ``with``."""
+    """The reward functions of a run and the process that runs them.
+
+    Close it, or use it in ``with``.
+    """
 
     def __init__(
         self,
@@ -80,12 +85,13 @@ class RewardSet:
 
     @staticmethod
     def load(specs: Sequence[RewardSection], *, folders: Sequence[str] = ()) -> RewardSet:
-        """Find every function; modules and files are imported in the reward process, from ``folders`` first.
+        """Find every function; the reward process imports modules, from ``folders`` first.
 
         With built-ins alone, the first call of `score` starts the process.
 
         Raises:
-            RecipeError: one cannot be found, does not take ``completions``, or does not take one of its args.
+            RecipeError: one cannot be found, does not take ``completions``, or does not take one of
+                its args.
         """
         names = [spec.name for spec in specs]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -132,7 +138,7 @@ class RewardSet:
                     yield spec, name
 
     def check(self, source: PromptSource) -> None:
-        """Raise `RecipeError` unless the prompts of ``source`` have every column that a function requires."""
+        """Raise `RecipeError` unless ``source`` has every column that a function requires."""
         hidden = sorted(OWN_NAMES & source.columns)
         if hidden:
             raise RecipeError(
@@ -153,8 +159,8 @@ class RewardSet:
         """Score completions; entry i of all three belongs together.
 
         Raises:
-            RewardError: a function raises, hangs, ends its process, or does not return one finite number or None a
-                completion.
+            RewardError: a function raises, hangs, ends its process, or does not return one finite
+                number or None a completion.
         """
         batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
         if not prompts:
@@ -246,7 +252,7 @@ class _Batch:
         )
 
     def to_plain(self, signatures: Sequence[Signature]) -> tuple[dict[str, Any], bytes]:
-        """Return the batch as JSON and bytes: each prompt once, and only what some function takes."""
+        """Return the batch as JSON and bytes: each prompt once, with what some function takes."""
         distinct = {id(prompt): prompt for prompt in self.prompts}
         index_of = {identity: index for index, identity in enumerate(distinct)}
         ids = self.completion_ids if any(s.takes("completion_ids") for s in signatures) else []
@@ -313,7 +319,7 @@ def _check_columns(spec: RewardSection, signature: Signature, source: PromptSour
 
 
 def _try_on_nothing(spec: RewardSection, signature: Signature) -> None:
-    """Call a built-in on an empty batch, so that a wrong argument, such as a bad regex, fails at the start."""
+    """Call a built-in on an empty batch, so that a bad argument fails at the start."""
     names = {*signature.required, *OWN_NAMES}
     arguments = {name: [] for name in names if signature.takes(name)} | spec.args
     try:

@@ -1,8 +1,9 @@
-"""Frames between the trainer and its reward process: JSON that keeps the types of dataset values, no pickle.
+"""Frames between trainer and reward process: JSON that keeps types of values, no pickle.
 
-A frame is two little-endian 64-bit lengths, that many bytes of JSON, and that many raw bytes (token ids, which would be
-six times as long in JSON). JSON has fewer types than a dataset, so other types are objects with one key that starts with
-``$``: a tuple ``(1, 2)`` travels as ``{"$tuple": [1, 2]}``.
+A frame is two little-endian 64-bit lengths, that many bytes of JSON, and that many raw bytes (token
+ids, which would be six times as long in JSON). JSON has fewer types than a dataset, so other types
+are objects with one key that starts with ``$``: a tuple ``(1, 2)`` travels as ``{"$tuple": [1,
+2]}``.
 
 In: columns, texts, token ids. Out: bytes, and back.
 """
@@ -28,7 +29,7 @@ _LENGTHS = struct.Struct("<QQ")
 
 
 def pack_frame(header: Mapping[str, Any], blob: bytes = b"") -> list[bytes]:
-    """Return the parts of a frame, not joined, because the texts and token ids of a step are large."""
+    """Return the parts of a frame, not joined, because those of a step are large."""
     # Text from JSON may hold half a surrogate pair, which is not UTF-8.
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return [_LENGTHS.pack(len(text), len(blob)), text, blob]
@@ -47,7 +48,7 @@ def read_frame(stream: BufferedIOBase) -> tuple[dict[str, Any], bytes] | None:
 
 
 def take_frame(buffer: bytearray) -> dict[str, Any] | None:
-    """Remove the first complete frame from a buffer and return its JSON; None until there is one."""
+    """Remove the first complete frame from a buffer and return its JSON, if there is one."""
     if len(buffer) < _LENGTHS.size:
         return None
     num_text, num_blob = _LENGTHS.unpack_from(buffer)

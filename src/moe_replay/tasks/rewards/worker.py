@@ -1,9 +1,11 @@
 """The reward process: user code runs here, where it can only affect itself.
 
-Sync functions run on the main thread, so that time limits based on signals work. Async functions share one event loop in
-its own thread, which never stops, so that clients and semaphores live for the whole run.
+Sync functions run on the main thread, so that time limits based on signals work. Async functions
+share one event loop in its own thread, which never stops, so that clients and semaphores live for
+the whole run.
 
-In: frames (`wire`): functions to load, then batches to score. Out: frames: the outcome of each function.
+In: frames (`wire`): functions to load, then batches to score. Out: frames: the outcome of each
+function.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 def main(requests: int, answers: int, life: int, stacks: int) -> None:
     """Serve requests until their pipe is closed; the arguments are file descriptors.
 
-    ``life`` is a pipe that the trainer never writes to: when its other end closes, the trainer has ended. ``stacks`` is
-    a file for the stack after a crash, or, on SIGUSR1, of a function that does not return.
+    ``life`` is a pipe that the trainer never writes to: when its other end closes, the trainer has
+    ended. ``stacks`` is a file for the stack after a crash, or, on SIGUSR1, of a function that does
+    not return.
     """
     for fd in (requests, answers, life, stacks):
         # Processes that user code starts must not keep them open.
