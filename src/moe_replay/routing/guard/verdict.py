@@ -1,6 +1,7 @@
 """The guard's answer: which samples, servers, ranks and layers are misaligned, how surely.
 
-Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `StepRecord`, `Verdict`, and their messages.
+In: nothing. Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `StepRecord`, `Verdict`, and their
+messages.
 """
 
 from __future__ import annotations
