@@ -129,6 +129,6 @@ def test_d17_a_folder_stands_for_the_traces_in_it(write, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "flips, of (token, layer) pairs 0.00 %" in " ".join(capsys.readouterr().out.split())
     write("b/more.traces", recorded())
-    assert "holds 2 trace files, name one of them: more.traces, routes.traces" in refusal(
+    assert "holds 2 trace files; name one of them: more.traces, routes.traces" in refusal(
         capsys, str(tmp_path / "a"), str(tmp_path / "b")
     )
