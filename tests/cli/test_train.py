@@ -72,7 +72,7 @@ def test_command_says_no_without_a_traceback(tmp_path):
     assert done.stdout == ""
     said, kind, *_ = done.stderr.splitlines()
     assert said == f"moe-replay {moe_replay.__version__}: reading {tmp_path / 'none.toml'} ..."
-    assert kind == "moe-replay: the recipe, or something that it points to, is wrong"
+    assert kind == "moe-replay: the recipe, or something it points to, is wrong"
     assert "Traceback" not in done.stderr
 
 
