@@ -1,4 +1,4 @@
-"""Wrong rows strewn over many samples of a step do not make themselves the usual, and drift in as many is not taken for them."""
+"""Wrong rows scattered over many samples do not look usual, and drift in as many is clean."""
 
 from functools import cache
 
@@ -83,7 +83,7 @@ def test_samples_that_drift_more_than_the_others_are_clean(times_heat, steps):
 
 @cache
 def with_strays_and_drift(seed: int):
-    """Return a step in which `DRIFTED` samples drift far more than the others, and some of their rows are wholly lost."""
+    """Return a step in which `DRIFTED` samples drift far more, and lose some of their rows."""
     recorded, live, _ = (ids.copy() for ids in drawn(seed))
     recorded[:DRIFTED], live[:DRIFTED] = (ids[:DRIFTED] for ids in drawn(seed + 1, 5.0)[:2])
     live[:DRIFTED, 5::9] = (recorded[:DRIFTED, 5::9] + 29) % 64

@@ -161,7 +161,7 @@ class Guard:
         weak, weak_test = tests.best(STRICT)
         asked = tests.asks_for_a_look()
         stray_nats = tests.nats[ALL_TESTS.index("strict stray rows")]
-        strewn = set(baseline.table.sample_ids[stray_nats > SUSPECT_NATS].tolist())
+        scattered = set(baseline.table.sample_ids[stray_nats > SUSPECT_NATS].tolist())
         agreement = baseline.table.agreement
         # Nats that a search of places must show.
         threshold = float(tests.thresholds[ALL_TESTS.index("paired sample")])
@@ -199,8 +199,8 @@ class Guard:
         weak_looks = [
             pair
             for pair in found
-            # Strewn rows show in all samples that they have hit, or in none, so that all are looked at.
-            if pair[0] <= 0 and pair[1].status is Status.SUSPECT and pair[1].sample not in strewn
+            # A fault with scattered rows shows in all of its samples or none: look at all.
+            if pair[0] <= 0 and pair[1].status is Status.SUSPECT and pair[1].sample not in scattered
         ]
         spared = {id(pair[1]) for pair in weak_looks[MAX_LOOKS:]}
         return tuple(finding for _, finding in found if id(finding) not in spared)

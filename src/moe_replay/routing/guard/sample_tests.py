@@ -41,13 +41,14 @@ _BOTH_NATS = 9.0  # of a strict test and the gap together, for a second look
 _RARE_NATS = 4.0  # above the largest gap of a step by chance: one step in 50
 _MIN_GAPS = 8  # samples with a gap, to know what is usual
 _CLEAN_SHARE = 0.95  # of the samples, those with the fewest stray rows
-_FEWEST_SHARE = 0.5  # the same, where a fault may have hit up to half of them
-# Times the stray rows of earlier steps, and a share of all rows, that drift may add.
+_FEWEST_SHARE = 0.5  # the same, if a fault may have hit up to half of them
+# Factor on the stray rows of earlier steps, and share of all rows, that drift may add.
 _STRAY_DRIFT = (3.0, 2e-4)
-# Rows' worth of information lost for each stray row, above which drift has hit the others as well. Random rows took 1 to 2.3 of
-# 64 experts, and 4 to 15 of 8, where most of them are not clearly stray; drift alone took 18 and more.
+# Rows' worth of information lost for each stray row, above which drift has hit the others too.
+# Random rows took 1 to 2.3 with 64 experts, and 4 to 15 with 8, where most of them are not clearly
+# stray; drift alone took 18 and more.
 _LOSS_A_STRAY_ROW = 3.0
-_STRAY_TESTS = 3  # that name a sample: against nearly all samples, the cleaner half, earlier steps
+_STRAY_TESTS = 3  # against nearly all samples, the cleaner half, earlier steps
 
 
 class SampleTests:
@@ -195,15 +196,17 @@ class SampleTests:
         return np.max([np.zeros(len(samples), np.int64), *by_layers.values()], axis=0)
 
     def _set_stray_rows(self, history: Sequence[StepRecord]) -> None:
-        """Compare the stray rows of each sample with three measures of what is usual.
+        """Compare the stray rows of each sample with three measures of the usual number.
 
-        Against nearly all samples, a fault in more than those left out makes itself the usual. The cleaner half, and the steps
-        before, do not know it; but where clean samples differ in drift, they call the upper ones wrong. So they name only
-        samples whose other rows are as usual, which no drift leaves behind; of the rest they ask for a second look.
+        If a fault hits more than the omitted samples, it looks usual among nearly all samples. The
+        cleaner half and earlier steps are not affected by it; but if clean samples differ in drift,
+        they call those with most drift wrong. So they name only samples whose other rows are as
+        usual, which drift never leaves behind; for the rest they ask for a second look.
 
-        Example: 20 of 100 samples of 128 rows have 12 stray ones, the others none. Nearly all: 15 * 12 / (95 * 128) of the rows
-        are stray, 1.9 a sample, and 12 are no surprise. The half: 1 / (50 * 128), 0.02 a sample, and 12 are 39 nats. These
-        samples lost a tenth of their information, as much as a tenth of their rows holds.
+        Example: 20 of 100 samples of 128 rows have 12 stray ones, the others none. Nearly all:
+        15 * 12 / (95 * 128) of the rows are stray, 1.9 a sample, and 12 are not surprising. The
+        half: 1 / (50 * 128), 0.02 a sample, and 12 are 39 nats. These samples lost a tenth of their
+        information, as much as a tenth of their rows holds.
         """
         rows = self._baseline.table.num_rows
         earlier = [step.stray for step in history]
@@ -220,7 +223,10 @@ class SampleTests:
     def _stray_nats(
         self, steps: Sequence[tuple[int, int, float, float]], times: float = 1.0, more: float = 0.0
     ) -> Float64[np.ndarray, " samples"]:
-        """Return nats of so many stray rows where ``times`` those of ``steps`` and a share ``more`` of the rows are usual."""
+        """Return nats of the stray rows of each sample, given those of ``steps``.
+
+        ``times`` those, plus a share ``more`` of all rows, count as usual.
+        """
         count, rows = sum(step[0] for step in steps), sum(step[1] for step in steps)
         mean, variance = np.mean([step[2:] for step in steps], axis=0)
         shape = mean**2 / (variance - mean) if variance > mean else 0.5
@@ -228,7 +234,7 @@ class SampleTests:
         return excess_nats(self.stray.astype(np.float64), due, float(np.clip(shape, 0.1, 0.5)))
 
     def _is_else_usual(self, history: Sequence[StepRecord]) -> Bool[np.ndarray, " samples"]:
-        """Tell which samples lost no more information than their stray rows held, and than usual samples differ by."""
+        """Return which samples lost only the information of their stray rows, within the usual."""
         table = self._baseline.table
         information = table.information()
         cleaner = information[_fewest(self.stray, table.num_rows, _FEWEST_SHARE)]
@@ -266,7 +272,7 @@ def _fewest(
 def _clean_stray(
     stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"], share: float
 ) -> tuple[int, int, float, float]:
-    """Return `StepRecord.stray` of these."""
+    """Return the `StepRecord.stray` of the ``share`` of samples with the fewest stray rows."""
     clean = _fewest(stray, num_rows, share)
     count = stray[clean]
     return int(count.sum()), int(num_rows[clean].sum()), float(count.mean()), float(count.var())
