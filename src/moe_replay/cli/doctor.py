@@ -20,10 +20,10 @@ from moe_replay.grpo.sampling_words import describe_drawing
 from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.routing import LiveReason, ReplayMode, Routing, expert_dtype
 
 if TYPE_CHECKING:
-    from moe_replay.megatron.layout import ParallelLayout
     from moe_replay.megatron.model import ModelShape
 
 
@@ -152,10 +152,10 @@ def add_model(report: dict[str, Any], found: Preflight) -> None:
     """
     from moe_replay.megatron.replay.refusals import judge
 
-    shape, layout = found.shape, found.layout
+    shape, layout = found.shape, found.recipe.megatron
     assert shape is not None
     report["model"] = model_of(shape, found.recipe)
-    if layout is None or found.config is None:
+    if found.config is None:
         return
     num_ranks = found.process.world_size
     report["layout"] = layout_of(layout, shape, found.stages, num_ranks)
