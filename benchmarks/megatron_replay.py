@@ -28,7 +28,8 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing import Routing
 from moe_replay.testing.policies import mean_loss, pack, start_policy, with_own_routes
-from moe_replay.testing.samples import RoutedSample, make_samples
+from moe_replay.testing.samples import make_samples, with_trace
+from moe_replay.testing.synthetic_routes import synthetic_trace
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 MODEL: dict[str, Any] = {
@@ -67,7 +68,7 @@ def main() -> int:
         figures = {
             "replay.step_ratio": step_ratio(actor, batches, pairs),
             "record.pass_ratio": pass_ratio(actor, batches, pairs),
-            "replay.resident_bytes_ratio": resident_bytes_ratio(actor, samples),
+            "replay.resident_bytes_ratio": resident_bytes_ratio(actor),
         }
     for metric, value in figures.items():
         print(json.dumps({"metric": metric, "value": round(value, 4), "unit": "ratio"}))
@@ -98,8 +99,21 @@ def pass_ratio(actor: MegatronActor, batches: list[Microbatch], pairs: int) -> f
     return found.ratio
 
 
-def resident_bytes_ratio(actor: MegatronActor, samples: list[RoutedSample]) -> float:
-    """Return what routes add to the memory of a step's microbatches, over their bare bytes."""
+def resident_bytes_ratio(actor: MegatronActor) -> float:
+    """Return what routes add to the memory of a step's microbatches, over their bare bytes.
+
+    The routes are random: what they hold does not depend on them. The step is large enough that a
+    few kilobytes which the first sharing of a process keeps do not count.
+    """
+    shape = {
+        "num_layers": MODEL["num_hidden_layers"],
+        "num_experts": MODEL["num_experts"],
+        "topk": MODEL["num_experts_per_tok"],
+    }
+    samples = [
+        with_trace(sample, synthetic_trace(sample.token_ids, seed=sample.sample_id, **shape))
+        for sample in make_samples(64, seed=SEED, min_length=128, max_length=128)
+    ]
 
     def held(*, routed: bool) -> int:
         gc.collect()
@@ -113,7 +127,7 @@ def resident_bytes_ratio(actor: MegatronActor, samples: list[RoutedSample]) -> f
 
     extra = held(routed=True) - held(routed=False)
     rows = sum(len(sample.token_ids) for sample in samples)
-    expected = rows * MODEL["num_hidden_layers"] * MODEL["num_experts_per_tok"]
+    expected = rows * shape["num_layers"] * shape["topk"]
     print(f"memory: routes add {extra} bytes, {expected} are rows x layers x top-k")
     return extra / expected
 
