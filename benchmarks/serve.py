@@ -254,8 +254,8 @@ def be_client(checkpoint: str) -> int:
 
 def upload(url: str, megabytes: int) -> int:
     """Send a part of that many bytes as our client does, and return its length."""
-    from moe_replay.engines.servers.contract import WeightPart, WeightsFolder
     from moe_replay.engines.servers.own import ServerCalls
+    from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder
 
     with tempfile.TemporaryDirectory() as unused:
         folder = WeightsFolder(Path(unused))

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.engines.types import (
-    FinishReason,
-    RolloutGroup,
-    check_group,
-)
+from moe_replay.engines.checks import check_group
+from moe_replay.engines.types import FinishReason, RolloutGroup
 from moe_replay.errors import EngineError, RecipeError, TokenMismatchError
 from moe_replay.routing import RoutingTrace
 

@@ -17,9 +17,8 @@ from safetensors.torch import save as save_tensors
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.serve.engine import ThreadedEngine
-from moe_replay.engines.serve.frames import ERROR, last_frame, read_error
+from moe_replay.engines.serve.frames import CONTENT_TYPE, ERROR, last_frame, read_error
 from moe_replay.engines.serve.messages import (
-    CONTENT_TYPE,
     PolicyName,
     PushCommit,
     PushPart,

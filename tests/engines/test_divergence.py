@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_replay.engines.divergence import NOT_A_LOGPROB, finite_weights, refuse_no_numbers
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.noise import sample_tokens
-from moe_replay.engines.types import Request, SamplingParams, check_group
+from moe_replay.engines.noise import NOT_A_LOGPROB, refuse_no_numbers, sample_tokens
+from moe_replay.engines.types import Request, SamplingParams
+from moe_replay.engines.weight_stream import finite_weights
 from moe_replay.errors import DivergedError, EngineError
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

@@ -1,8 +1,9 @@
 import numpy as np
 import torch
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.types import Request, SamplingParams, check_group
+from moe_replay.engines.types import Request, SamplingParams
 
 
 def test_any_push_is_taken_without_declared_shapes():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.engines.noise import check_sampling, completion_noise, sample_tokens
+from moe_replay.engines.checks import check_sampling
+from moe_replay.engines.noise import completion_noise, sample_tokens
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import RecipeError
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.stop_strings import StopStrings
-from moe_replay.engines.types import FinishReason, Request, SamplingParams, check_group
+from moe_replay.engines.types import FinishReason, Request, SamplingParams
 
 TEXT = {2: "</", 3: "answer", 4: ">", 5: "er>\n", 6: "\u00e9", 7: "<eos>"}
 

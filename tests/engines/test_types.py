@@ -4,14 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_replay.engines.checks import check_group, check_groups
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.types import (
-    FinishReason,
-    Request,
-    SamplingParams,
-    check_group,
-    check_groups,
-)
+from moe_replay.engines.types import FinishReason, Request, SamplingParams
 from moe_replay.errors import EngineError, TokenMismatchError
 
 

@@ -52,7 +52,7 @@ def served(
     """
     from moe_replay.engines.serve.app import EngineServer
     from moe_replay.engines.serve.engine import ServedEngine, ThreadedEngine
-    from moe_replay.engines.servers.own_folder import OwnFolder
+    from moe_replay.engines.servers.push_files import OwnFolder
 
     with OwnFolder(Path(tempfile.gettempdir()), "moe-replay-served-") as folder:
         limits.setdefault("push_folder", folder.path)

@@ -17,7 +17,8 @@ import numpy as np
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.cli.train import with_values
-from moe_replay.engines.types import Engine, RolloutGroup, check_groups
+from moe_replay.engines.checks import check_groups
+from moe_replay.engines.types import Engine, RolloutGroup
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe

@@ -160,7 +160,7 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
     from moe_replay.cli.stages import quiet_transformers, say
     from moe_replay.engines.serve.app import EngineServer
     from moe_replay.engines.serve.run import log_to, run_until_signal, tls_options, web_server
-    from moe_replay.engines.servers.own_folder import OwnFolder
+    from moe_replay.engines.servers.push_files import OwnFolder
 
     quiet_transformers()
     tls = tls_options(options.ssl_certfile, options.ssl_keyfile, options.ssl_ca_certs)

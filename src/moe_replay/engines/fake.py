@@ -1,7 +1,8 @@
 """A public engine without a model, so that whatever drives an engine can be tested in milliseconds.
 
-It is a table, but an honest one: its log-probabilities are those of the distribution it samples from, its routes
-belong to its tokens, its noise does not depend on the batch, and a push changes what it says.
+It is a table, but an honest one: its log-probabilities are those of the distribution it samples
+from, its routes belong to its tokens, its noise does not depend on the batch, and a push changes
+what it says.
 
 In: requests. Out: completions with routes.
 """
@@ -12,14 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Float32, Integer
 
-from moe_replay.engines.noise import (
-    check_requests,
-    check_sampling,
-    completion_noise,
-    sample_tokens,
-)
+from moe_replay.engines.checks import check_requests, check_sampling
+from moe_replay.engines.lifecycle import VersionedEngine
+from moe_replay.engines.noise import completion_noise, sample_tokens
 from moe_replay.engines.types import (
     Completion,
     EngineDescription,
@@ -27,15 +25,15 @@ from moe_replay.engines.types import (
     Request,
     RolloutGroup,
     SamplingParams,
+    grouped,
 )
 from moe_replay.errors import EngineError
-from moe_replay.routing import Origin, RoutingTrace
 
-# Routes depend on the token and on its position modulo this, so that a repeated token is no constant fill.
+# Routes depend on the token and on its position modulo this, so a repeated token changes routes.
 _NUM_POSITIONS = 61
 
 
-class FakeEngine:
+class FakeEngine(VersionedEngine):
     """Completes prompts from a random table of next tokens, and routes them by another.
 
     Example:
@@ -57,69 +55,52 @@ class FakeEngine:
     ) -> None:
         self._vocab_size, self._eos_id, self._seed = vocab_size, eos_id, seed
         self._weight_shapes = weight_shapes
-        self._policy_version = 0
-        self._closed = False
-        self._description = EngineDescription(
-            name="fake",
-            version="1",
-            dtype="float32",
-            records_routes=True,
-            moe_layers=tuple(moe_layers),
-            num_experts=num_experts,
-            topk=topk,
-            max_context_length=max_context_length,
+        super().__init__(
+            EngineDescription(
+                name="fake",
+                version="1",
+                dtype="float32",
+                records_routes=True,
+                moe_layers=tuple(moe_layers),
+                num_experts=num_experts,
+                topk=topk,
+                max_context_length=max_context_length,
+            )
         )
         self._fill_tables()
-
-    @property
-    def description(self) -> EngineDescription:
-        """What this engine is and can return."""
-        return self._description
-
-    @property
-    def policy_version(self) -> int:
-        """Weight pushes received so far."""
-        return self._policy_version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
         Raises:
-            EngineError: when a request is malformed or leaves no room in the context, or the engine is closed.
+            EngineError: when a request is malformed or too long, or the engine is closed.
         """
-        if self._closed:
-            raise EngineError("the fake engine is closed; make a new one")
+        self._check_state("ready")
         check_sampling(sampling)
         check_requests(
             requests, sampling, description=self._description, vocab_size=self._vocab_size
         )
-        return [
-            RolloutGroup(
-                request=request,
-                completions=tuple(
-                    self._complete(request, number, sampling)
-                    for number in range(request.num_generations)
-                ),
-            )
-            for request in requests
-        ]
+        return grouped(
+            requests,
+            (
+                self._complete(request, number, sampling)
+                for request in requests
+                for number in range(request.num_generations)
+            ),
+        )
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
         """Adopt ``policy_version``, and with it other tables.
 
-        The names and shapes must be those of ``weight_shapes``; without it any push is taken.
+        The names and shapes must be those of ``weight_shapes``; without it any push is accepted.
 
         Raises:
-            EngineError: when a name is unknown, missing or of another shape, or the version goes backwards.
+            EngineError: when a name is unknown, missing or of another shape, or the version goes
+                backwards.
         """
-        if self._closed:
-            raise EngineError("the fake engine is closed; make a new one")
-        if policy_version < self._policy_version:
-            raise EngineError(
-                f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes"
-            )
+        self._check_push(policy_version)
         pushed = {name: tuple(tensor.shape) for name, tensor in weights}
         if self._weight_shapes is not None and pushed != dict(self._weight_shapes):
             odd = sorted(set(pushed.items()) ^ set(self._weight_shapes.items()))
@@ -127,20 +108,19 @@ class FakeEngine:
         self._policy_version = policy_version
         self._fill_tables()
 
-    def close(self) -> None:
-        """Refuse further work. Calling it twice is allowed."""
-        self._closed = True
-
     def next_logits(
         self, token_ids: Integer[np.ndarray, " tokens"]
     ) -> Float32[np.ndarray, "tokens vocabulary"]:
-        """Return the logits after each of ``token_ids`` under the current policy: the oracle for log-probabilities."""
+        """Return the logits after each of ``token_ids`` under the current policy.
+
+        Tests compare log-probabilities with them.
+        """
         return self._next_logits[torch.from_numpy(token_ids).long()].numpy()
 
     def routes_of(
         self, token_ids: Integer[np.ndarray, " tokens"]
     ) -> Integer[np.ndarray, "tokens layers topk"]:
-        """Return the routes of ``token_ids`` under the current policy: the oracle for traces of this engine."""
+        """Return the routes of ``token_ids`` under the current policy, to compare traces with."""
         positions = np.arange(len(token_ids)) % _NUM_POSITIONS
         scores = self._token_scores[token_ids] + self._position_scores[positions]
         return np.argsort(-scores, axis=-1)[..., : self._description.topk]
@@ -176,27 +156,13 @@ class FakeEngine:
             if last in stops:
                 break
         token_ids = np.array(tokens, dtype=np.int32)
+        sequence = request.sequence(token_ids)
         return Completion(
             token_ids=token_ids,
             rollout_logprobs=np.array(logprobs, dtype=np.float32),
-            trace=self._trace(np.concatenate([request.prompt_ids, token_ids])),
+            trace=self._description.trace(
+                self.routes_of(sequence), sequence, policy_version=self._policy_version
+            ),
             finish_reason=FinishReason.STOP if last in stops else FinishReason.LENGTH,
             policy_version=self._policy_version,
-        )
-
-    def _trace(self, token_ids: Int32[np.ndarray, " tokens"]) -> RoutingTrace:
-        valid = np.ones(len(token_ids), dtype=bool)
-        valid[-1] = False
-        return RoutingTrace.record(
-            self.routes_of(token_ids),
-            token_ids=token_ids,
-            valid=valid,
-            layers=self._description.moe_layers,
-            num_experts=self._description.num_experts,
-            origin=Origin.single(
-                engine=self._description.name,
-                engine_version=self._description.version,
-                policy_version=self._policy_version,
-                num_rows=len(token_ids),
-            ),
         )

@@ -1,79 +1,35 @@
-"""Draw tokens from logits with noise that belongs to a completion, not to the batch that it happens to run in.
+"""Draw tokens from logits with noise that belongs to a completion, whatever batch it runs in.
 
-Each completion has its own stream of uniforms, from a counter-based generator keyed by the run's seed, the request
-and the completion's number. A token is the inverse of the cumulative distribution at its position's uniform, so the
-same logits give the same token in any batch, on any number of ranks.
+Each completion has its own stream of uniforms, from a counter-based generator keyed by the run's
+seed, the request and the completion's index. A token is the inverse of the cumulative distribution
+at its position's uniform, so the same logits give the same token in any batch, on any number of
+ranks::
+
+    probabilities  0.1  0.5  0.4
+    cumulative     0.1  0.6  1.0      uniform 0.55 draws token 1, uniform 0.6 token 2
 
 In: logits, uniforms. Out: token ids and log-probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 
-from moe_replay.engines.types import EngineDescription, Request, SamplingParams
-from moe_replay.errors import EngineError, RecipeError
+from moe_replay.errors import DivergedError
 
-_WORD = 1 << 64
-
-
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raise `RecipeError` when a setting lies outside its range."""
-    ranges = (
-        ("max_completion_length", sampling.max_completion_length >= 1, "at least 1"),
-        ("temperature", 0.0 <= sampling.temperature < float("inf"), "0 (take the best) or more"),
-        ("top_p", 0.0 < sampling.top_p <= 1.0, "above 0 and at most 1 (keep all)"),
-        ("top_k", sampling.top_k >= 0, "0 (keep all) or more"),
-        ("seed", 0 <= sampling.seed < _WORD, "0 to 2**64 - 1"),
-    )
-    for name, holds, expected in ranges:
-        if not holds:
-            raise RecipeError(f"sampling.{name} is {getattr(sampling, name)}, expected {expected}")
-
-
-def check_requests(
-    requests: Sequence[Request],
-    sampling: SamplingParams,
-    *,
-    description: EngineDescription,
-    vocab_size: int,
-) -> None:
-    """Raise `EngineError` when a request is malformed, leaves no room in the context, or repeats a request id."""
-    seen: set[int] = set()
-    for request in requests:
-        where = f"{description.name}: request {request.request_id}"
-        prompt, room = request.prompt_ids, description.max_context_length
-        if not 0 <= request.request_id < _WORD or request.request_id in seen:
-            raise EngineError(
-                f"{where}: expected ids from 0 to 2**64 - 1, each once in a call; requests of one id would sample with "
-                "the same noise"
-            )
-        seen.add(request.request_id)
-        if len(prompt) == 0 or request.num_generations < 1:
-            raise EngineError(
-                f"{where} has {len(prompt)} prompt tokens and asks for {request.num_generations} completions, "
-                "expected at least one of each"
-            )
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise EngineError(
-                f"{where} has token ids {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}; the "
-                "tokenizer belongs to another model"
-            )
-        if len(prompt) + sampling.max_completion_length > room:
-            raise EngineError(
-                f"{where}: a prompt of {len(prompt)} tokens and max_completion_length "
-                f"{sampling.max_completion_length} exceed the context of {room} tokens; shorten one of them"
-            )
+NOT_A_LOGPROB = 9999.0
+"""Stands for a NaN log-probability where NaN cannot travel: in vLLM's JSON."""
 
 
 def completion_noise(
     *, seed: int, request_id: int, completion: int, length: int
 ) -> Float64[np.ndarray, " length"]:
-    """Return the uniforms in [0, 1) of one completion, one for each position; a longer stream starts with a shorter."""
+    """Return the uniforms in [0, 1) of one completion, one a position.
+
+    A longer stream starts with the shorter one.
+    """
     # The first counter word counts the blocks of one stream, so streams never meet.
     counter = np.array([0, completion, request_id, 0], dtype=np.uint64)
     key = np.array([seed, 0], dtype=np.uint64)
@@ -91,13 +47,15 @@ def sample_tokens(
 ) -> tuple[Int64[torch.Tensor, " rows"], Float32[torch.Tensor, " rows"]]:
     """Return one token a row, and its log-probability under ``softmax(logits / temperature)``.
 
-    ``top_k`` and ``top_p`` limit what can be drawn, and so does ``num_known_ids``: ids from there on, which pad a vocabulary
-    beyond its tokenizer, are never drawn. The log-probability is that of the full vocabulary, because that is what a trainer
-    recomputes. Temperature 0 takes the most likely token (the lowest id of equals), and its
-    log-probability is the one at temperature 1. Logits that are NaN or infinite give token 0 with log-probability NaN.
+    ``top_k`` and ``top_p`` limit what can be drawn, and so does ``num_known_ids``: ids from there
+    on, which pad a vocabulary beyond its tokenizer, are never drawn. The log-probability is that of
+    the full vocabulary, because that is what a trainer recomputes. Temperature 0 takes the most
+    likely token (the lowest id of equals), and its log-probability is the one at temperature 1.
+    Logits that are NaN or infinite give token 0 with log-probability NaN.
 
     Example:
-        >>> sample_tokens(torch.zeros(1, 4), torch.tensor([0.6], dtype=torch.float64), temperature=1.0)
+        >>> noise = torch.tensor([0.6], dtype=torch.float64)
+        >>> sample_tokens(torch.zeros(1, 4), noise, temperature=1.0)
         (tensor([2]), tensor([-1.3863]))
     """
     scaled = logits.float()
@@ -109,9 +67,9 @@ def sample_tokens(
     else:
         weights = logprobs[:, :num_known_ids].double().exp()
         ids = _invert(_truncate(weights, top_k, top_p), noise)
-    # One NaN logit makes the whole row NaN, and the index found there may lie anywhere, even past the end.
+    # One NaN logit makes its whole row NaN, and the index found there may even lie past the end.
     ids = ids.masked_fill(logprobs[:, 0].isnan(), 0)
-    # Nor may it when padding ids have all the probability, so that nothing else has a weight.
+    # So may it when padding ids have all the probability and nothing else has a weight.
     if num_known_ids is not None:
         ids = ids.clamp_max(num_known_ids - 1)
     return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
@@ -123,7 +81,7 @@ def _truncate(
     keep_all = top_k == 0 or top_k >= weights.shape[1]
     if keep_all and top_p >= 1:
         return weights
-    # A stable order makes equal weights fall by id, so that exactly top_k of them remain.
+    # A stable sort breaks ties by id, so that exactly top_k weights remain.
     ordered, ids = torch.sort(weights, dim=-1, descending=True, stable=True)
     if not keep_all:
         ordered[:, top_k:] = 0
@@ -141,3 +99,26 @@ def _invert(
     # Below the total even after rounding, so that the token found has a weight above 0.
     target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+
+
+def refuse_no_numbers(
+    rollout_logprobs: Float32[np.ndarray, " completion"], *, where: str, policy_version: int
+) -> None:
+    """Raise `DivergedError` if a log-probability is NaN, or `NOT_A_LOGPROB` in its stead."""
+    bad = np.isnan(rollout_logprobs) | (rollout_logprobs >= NOT_A_LOGPROB)
+    if bad.any():
+        raise no_numbers(where, int(bad.argmax()), policy_version)
+
+
+def no_numbers(where: str, position: int, policy_version: int) -> DivergedError:
+    """Return the error for a token whose logits are not finite; ``position`` counts sampled tokens."""
+    cause = (
+        "training has diverged: lower optimizer.lr, and resume from a checkpoint before it"
+        if policy_version
+        else "the checkpoint holds NaN, or its values overflow in the engine's number format: see "
+        "rollout.dtype"
+    )
+    return DivergedError(
+        f"{where}: the logits of sampled token {position} are not finite under policy version "
+        f"{policy_version}, so no token can be drawn; {cause}"
+    )

@@ -1,4 +1,4 @@
-"""Routes of given tokens: any engine runs them as a prompt, and so records which experts it takes for them.
+"""Routes of given tokens: an engine runs them as a prompt and records the experts that they use.
 
 In: an engine, completions that some engine sampled. Out: traces of the same tokens.
 """
@@ -13,9 +13,9 @@ from jaxtyping import Int32
 
 from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
-from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing import RoutingTrace
 
-# One token is drawn after the given ones, and thrown away.
+# One token is drawn after the given ones and dropped.
 _SAMPLING = SamplingParams(max_completion_length=1)
 
 
@@ -30,19 +30,19 @@ class GivenTokens:
 
 
 def given_tokens(groups: Iterable[RolloutGroup]) -> Iterator[GivenTokens]:
-    """Yield the tokens of every completion, prompt included, under the names that rollouts on disk use."""
+    """Yield the tokens of every completion, prompt included, named as in rollouts on disk."""
     from moe_replay.engines.files.group_log import trace_name
 
     for group in groups:
         for number, completion in enumerate(group.completions):
             yield GivenTokens(
                 name=trace_name(group.request.request_id, number),
-                token_ids=np.concatenate([group.request.prompt_ids, completion.token_ids]),
+                token_ids=group.request.sequence(completion.token_ids),
             )
 
 
 def in_calls(samples: Iterable[GivenTokens], *, max_tokens: int) -> Iterator[list[GivenTokens]]:
-    """Yield the samples in groups of at most ``max_tokens``, padding included; a longer sample goes alone.
+    """Yield the samples in groups of at most ``max_tokens`` with padding; a longer one goes alone.
 
     Tokens of 5, 6, 40 and 7 in groups of 20 give ``[5, 6], [40], [7]``.
     """
@@ -60,9 +60,9 @@ def in_calls(samples: Iterable[GivenTokens], *, max_tokens: int) -> Iterator[lis
 def record_given(
     engine: Engine, samples: Sequence[GivenTokens]
 ) -> Iterator[tuple[str, RoutingTrace]]:
-    """Yield (name, trace) of every sample, as ``engine`` routes its tokens under the weights that it holds.
+    """Yield (name, trace) of every sample, as ``engine`` routes its tokens by its current weights.
 
-    As in every trace of an engine, the row of the last token is not valid: it is never fed.
+    As in every trace of an engine, the row of the last token is not valid: it is never run.
 
     Raises:
         EngineError: when the engine fails, or records no routes of prompts.
@@ -76,23 +76,17 @@ def record_given(
         recorded = group.completions[0].trace
         if recorded is None:
             raise EngineError(
-                f"{engine.description.name} returned no routes for {sample.name}: it records none of prompts"
+                f"{engine.description.name} returned no routes for {sample.name}: it records none of "
+                "prompts"
             )
-        valid = recorded.valid.copy()
-        valid[-1] = False
         yield (
             sample.name,
             RoutingTrace.record(
                 recorded.expert_ids,
                 token_ids=sample.token_ids,
-                valid=valid,
+                valid=recorded.valid,
                 layers=recorded.layers,
                 num_experts=recorded.num_experts,
-                origin=Origin.single(
-                    engine=engine.description.name,
-                    engine_version=engine.description.version,
-                    policy_version=engine.policy_version,
-                    num_rows=len(sample.token_ids),
-                ),
+                origin=recorded.origin,
             ),
         )

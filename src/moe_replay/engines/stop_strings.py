@@ -1,9 +1,9 @@
-"""Stop strings, honoured alike for every engine: a completion ends with the token in which a string is complete.
+"""Stop strings, the same for every engine: a completion ends with the token that completes a string.
 
-Tokens stay whole. The noise of a token depends on its position and not on what follows, so a completion that is cut here is
-the one that an engine would have returned that looks for the strings while it samples.
+Tokens are never split. The noise of a token depends on its position and not on what follows, so a
+completion that is cut here equals that of an engine which looks for the strings while it samples.
 
-In: completions, strings, a tokenizer. Out: completions that end where a string does, and how much was cut off.
+In: completions, strings, a tokenizer. Out: completions that end where a string does.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.engines.types import Completion, FinishReason, RolloutGroup
-from moe_replay.routing import RoutingTrace
 from moe_replay.tasks.completion_text import exact_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopStrings:
-    """The strings of a recipe, and the tokenizer that tells where they are."""
+    """The strings of a recipe, and the tokenizer that finds them."""
 
     strings: tuple[str, ...]
     """Texts that end a completion; special tokens count as their text."""
@@ -29,7 +28,7 @@ class StopStrings:
     """A transformers tokenizer."""
 
     def cut(self, group: RolloutGroup) -> tuple[RolloutGroup, int]:
-        """Return the group with every completion ended at its first stop string, and the number of tokens cut off."""
+        """Return the group with completions ended at their first stop string, and the tokens cut."""
         if not self.strings:
             return group, 0
         prompt_length = len(group.request.prompt_ids)
@@ -43,10 +42,14 @@ class StopStrings:
         return replace(group, completions=tuple(kept)), num_cut
 
     def end(self, token_ids: Int32[np.ndarray, " completion"]) -> int | None:
-        """Return the number of tokens up to the one that completes a stop string; None when there is no such string."""
+        """Return how many tokens complete the first stop string; None without one.
+
+        If the texts after 1 to 4 tokens are ``a``, ``a</``, ``a</s>`` and ``a</s>b``, that is 3 for
+        ``</s>``.
+        """
         if not self._holds(token_ids):
             return None
-        # The fewest tokens whose text holds a string: what holds one goes on to hold it.
+        # Bisection: a text that holds a string still holds it when it grows.
         low, high = 1, len(token_ids)
         while low < high:
             middle = (low + high) // 2
@@ -64,7 +67,9 @@ class StopStrings:
 def _ended(completion: Completion, prompt_length: int, length: int) -> Completion:
     trace = completion.trace
     if trace is not None and length < len(completion.token_ids):
-        trace = _without_last(trace.crop(0, prompt_length + length))
+        trace = trace.crop(0, prompt_length + length)
+        # The last token of a completion counts as never run.
+        trace = replace(trace, valid=trace.valid & (np.arange(len(trace)) < len(trace) - 1))
     return replace(
         completion,
         token_ids=completion.token_ids[:length],
@@ -72,8 +77,3 @@ def _ended(completion: Completion, prompt_length: int, length: int) -> Completio
         trace=trace,
         finish_reason=FinishReason.STOP,
     )
-
-
-def _without_last(trace: RoutingTrace) -> RoutingTrace:
-    """Return a trace whose last token counts as never fed, as that of every completion does."""
-    return replace(trace, valid=trace.valid & (np.arange(len(trace)) < len(trace) - 1))

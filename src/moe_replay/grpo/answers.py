@@ -10,13 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from moe_replay.engines.types import (
-    Completion,
-    Request,
-    RolloutGroup,
-    SamplingParams,
-    check_groups,
-)
+from moe_replay.engines.checks import check_groups
+from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.run import Run
 from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.tasks.prompts import Prompt

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from moe_replay.engines.serve.limits import Bodies
+from moe_replay.engines.serve.access import Bodies
 from moe_replay.engines.serve.messages import call_bytes
 
 from ...support.served import served

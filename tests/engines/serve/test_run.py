@@ -34,7 +34,7 @@ import asyncio, subprocess, sys
 from pathlib import Path
 from moe_replay.engines.serve import run as server_run
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.servers.own_folder import OwnFolder
+from moe_replay.engines.servers.push_files import OwnFolder
 from moe_replay.engines.serve.engine import ThreadedEngine
 from moe_replay.engines.serve.app import EngineServer
 from moe_replay.engines.serve.run import run_until_signal, web_server

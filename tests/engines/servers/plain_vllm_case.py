@@ -18,7 +18,7 @@ from moe_replay.checkpoint.facts import ModelFacts, read_facts
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.servers.engine import ServerEngine
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm
-from moe_replay.engines.servers.vllm_facts import PROCESSOR
+from moe_replay.engines.servers.vllm_wire import PROCESSOR
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

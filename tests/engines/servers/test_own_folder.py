@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from moe_replay.engines.servers.own_folder import OwnFolder
+from moe_replay.engines.servers.push_files import OwnFolder
 from moe_replay.errors import RecipeError
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from moe_replay.engines.servers.own_folder import OwnFolder
+from moe_replay.engines.servers.push_files import OwnFolder
 folder = OwnFolder(Path(sys.argv[1]), "push-")
 (folder.path / "weights").write_bytes(b"x" * 1000)
 print(folder.path, flush=True)

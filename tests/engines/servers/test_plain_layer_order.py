@@ -25,7 +25,7 @@ from moe_replay.routing import RoutedModel, RoutingTrace
 from ...support.served import listening
 from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, LIMIT_S, fake
-from .test_vllm_facts import SERVER, VERSION, npy
+from .test_vllm_wire import SERVER, VERSION, npy
 
 DENSE_FIRST = replace(
     FACTS, routed=RoutedModel(moe_layers=(1, 2), num_decoder_layers=3, num_experts=8, topk=2)

@@ -16,8 +16,7 @@ import torch
 from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.servers.contract import PART_BYTES, weight_parts
-from moe_replay.engines.servers.weights_folder import WeightsFolder
+from moe_replay.engines.servers.push_files import PART_BYTES, WeightsFolder, weight_parts
 from moe_replay.errors import EngineError
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 

@@ -18,7 +18,6 @@ from moe_replay.engines.servers.sglang_wire import (
     read_completion,
     read_description,
 )
-from moe_replay.engines.servers.weight_names import read_policy, weight_version
 from moe_replay.engines.types import FinishReason, Request, SamplingParams
 from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError, UnsupportedError
 from moe_replay.routing import LayerOrder, RoutedModel
@@ -250,6 +249,6 @@ def test_a_server_of_another_kind_is_refused(told):
 
 def test_weight_versions_name_run_and_version():
     policy = PolicyName(run="7f3a", policy_version=12)
-    assert weight_version(policy) == "7f3a:12" and read_policy("7f3a:12") == policy
-    assert read_policy("default").run == CHECKPOINT
-    assert read_policy("someone else's").run == "someone else's"
+    assert policy.weight_version == "7f3a:12" and PolicyName.read("7f3a:12") == policy
+    assert PolicyName.read("default").run == CHECKPOINT
+    assert PolicyName.read("someone else's").run == "someone else's"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.engines.servers.weights_folder import WeightsFolder
+from moe_replay.engines.servers.push_files import WeightsFolder
 from moe_replay.errors import EngineError
 
 PUSHING = """
 import sys, time
 from pathlib import Path
-from moe_replay.engines.servers.weights_folder import WeightsFolder
+from moe_replay.engines.servers.push_files import WeightsFolder
 
 folder = WeightsFolder(Path(sys.argv[1]))
 print(folder.save("push-1", "model-00000.safetensors", b"half a push"), flush=True)

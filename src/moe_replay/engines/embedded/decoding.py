@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 
-from moe_replay.engines.divergence import no_numbers
-from moe_replay.engines.noise import completion_noise, sample_tokens
+from moe_replay.engines.noise import completion_noise, no_numbers, sample_tokens
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.routing import expert_dtype
 from moe_replay.transformers.record import RouteRecorder

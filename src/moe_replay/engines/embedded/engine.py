@@ -15,28 +15,39 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import read_facts
+<<<<<<< HEAD
 from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite
 from moe_replay.engines.divergence import finite_weights
+=======
+from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite, some
+from moe_replay.engines.checks import check_requests, check_sampling
+>>>>>>> 5999df2 (What engines share is written once: state and version, description, origin and trace, groups, finish reasons, checks at the seam, weights in flight)
 from moe_replay.engines.embedded.decoding import Batch, Job
-from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.lifecycle import VersionedEngine, describe
 from moe_replay.engines.types import (
     Completion,
-    EngineDescription,
     FinishReason,
     Request,
     RolloutGroup,
     RolloutProgress,
     SamplingParams,
+    grouped,
 )
+<<<<<<< HEAD
 from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.transformers.record import find_routers, record_routes
+=======
+from moe_replay.engines.weight_stream import finite_weights
+from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
+from moe_replay.transformers.record import record_routes
+>>>>>>> 5999df2 (What engines share is written once: state and version, description, origin and trace, groups, finish reasons, checks at the seam, weights in flight)
 from moe_replay.transformers.weights import CheckpointViews
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(VersionedEngine):
     """Samples from a Hugging Face model with a KV cache; routes are recorded at the router modules.
 
     Every distinct prompt of a batch is run once, whatever the number of its completions. The noise of a completion
@@ -74,32 +85,18 @@ class EmbeddedEngine:
         self._num_threads = num_threads
         self._views = CheckpointViews(self._model)
         self._eos_ids, self._num_known_ids = facts.eos_ids, facts.num_known_ids
-        self._policy_version = 0
+        self._vocab_size = facts.vocab_size
         self._progress = RolloutProgress()
-        self._state: Literal["ready", "broken", "closed"] = "ready"
-        config = self._model.config.get_text_config()
-        self._vocab_size: int = config.vocab_size
-        sites = find_routers(self._model)
-        self._description = EngineDescription(
-            name="embedded",
-            version=transformers.__version__,
-            dtype=dtype,
-            records_routes=bool(sites) and record_routes,
-            moe_layers=tuple(site.layer for site in sites),
-            num_experts=sites[0].num_experts if sites else 0,
-            topk=sites[0].topk if sites else 0,
-            max_context_length=config.max_position_embeddings,
+        super().__init__(
+            describe(
+                facts,
+                name="embedded",
+                version=transformers.__version__,
+                dtype=dtype,
+                record_routes=record_routes,
+                max_context_length=facts.max_context_length,
+            )
         )
-
-    @property
-    def description(self) -> EngineDescription:
-        """What this engine is and can return."""
-        return self._description
-
-    @property
-    def policy_version(self) -> int:
-        """Weight pushes received so far."""
-        return self._policy_version
 
     @property
     def progress(self) -> RolloutProgress:
@@ -123,7 +120,7 @@ class EmbeddedEngine:
                 was cancelled.
             DivergedError: when the model's logits are not finite.
         """
-        self._check_ready()
+        self._check_state("ready")
         check_sampling(sampling)
         check_requests(
             requests, sampling, description=self._description, vocab_size=self._vocab_size
@@ -143,15 +140,12 @@ class EmbeddedEngine:
                     done.update(zip(batch, completions, strict=True))
         finally:
             self._progress = RolloutProgress()
-        return [
-            RolloutGroup(
-                request=request,
-                completions=tuple(
-                    done[Job(request=r, completion=c)] for c in range(request.num_generations)
-                ),
-            )
+        in_order = (
+            done[Job(request=r, completion=c)]
             for r, request in enumerate(requests)
-        ]
+            for c in range(request.num_generations)
+        )
+        return grouped(requests, in_order)
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
@@ -163,13 +157,7 @@ class EmbeddedEngine:
                 a failed push the engine refuses to sample until a push succeeds.
             DivergedError: when a weight is not finite.
         """
-        if self._state == "closed":
-            raise EngineError("the embedded engine is closed; make a new one")
-        if policy_version < self._policy_version:
-            raise EngineError(
-                f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes, so "
-                "a stale trainer is pushing"
-            )
+        self._check_push(policy_version)
         self._state = "broken"
         self._views.copy(finite_weights(weights))
         self._state = "ready"
@@ -180,14 +168,6 @@ class EmbeddedEngine:
         if self._state != "closed":
             self._state = "closed"
             del self._model, self._views
-
-    def _check_ready(self) -> None:
-        if self._state == "closed":
-            raise EngineError("the embedded engine is closed; make a new one")
-        if self._state == "broken":
-            raise EngineError(
-                "the last weight push failed half-way, so the engine holds weights of two policies; push again"
-            )
 
     def _complete(
         self,
@@ -242,20 +222,8 @@ class EmbeddedEngine:
         routes = batch.routes_of(row, length)
         trace = None
         if routes is not None:
-            valid = np.ones(len(routes), dtype=bool)
-            valid[-1] = False
-            trace = RoutingTrace.record(
-                routes,
-                token_ids=np.concatenate([request.prompt_ids, token_ids]),
-                valid=valid,
-                layers=self._description.moe_layers,
-                num_experts=self._description.num_experts,
-                origin=Origin.single(
-                    engine=self._description.name,
-                    engine_version=self._description.version,
-                    policy_version=self._policy_version,
-                    num_rows=len(routes),
-                ),
+            trace = self._description.trace(
+                routes, request.sequence(token_ids), policy_version=self._policy_version
             )
         return Completion(
             token_ids=token_ids,

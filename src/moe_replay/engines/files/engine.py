@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.checks import check_sampling
 from moe_replay.engines.files.format import RolloutFile, find_manifests
-from moe_replay.engines.noise import check_sampling
-from moe_replay.engines.types import EngineDescription, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.lifecycle import VersionedEngine, other_model
+from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError, RecipeError
 
 
-class FilesEngine:
+class FilesEngine(VersionedEngine):
     """Answers each request with what was sampled for it, or refuses.
 
     A request is bound to its answer by its id, its prompt and the number of completions, and a trace to its tokens by their
@@ -39,24 +40,12 @@ class FilesEngine:
         self, path: Path, *, facts: ModelFacts, record_routes: bool, allow_stale: bool = False
     ) -> None:
         self._facts, self._allow_stale = facts, allow_stale
-        self._policy_version = 0
-        self._is_closed = False
         self._path = path
         self._rollouts = _open_versions(path)
         first = next(iter(self._rollouts.values())).manifest.engine
-        self._description = replace(first, name="files", version=f"{first.name} {first.version}")
+        super().__init__(replace(first, name="files", version=f"{first.name} {first.version}"))
         for rollout in self._rollouts.values():
             self._check_fit(rollout, record_routes)
-
-    @property
-    def description(self) -> EngineDescription:
-        """What sampled these files."""
-        return self._description
-
-    @property
-    def policy_version(self) -> int:
-        """Weight pushes received so far."""
-        return self._policy_version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Return what was sampled for every request; the groups come back in the order of ``requests``.
@@ -67,7 +56,7 @@ class FilesEngine:
                 policy version.
             TraceError: when a trace is damaged, or belongs to other tokens.
         """
-        self._check_open()
+        self._check_state("ready")
         check_sampling(sampling)
         return [self._answer(request, sampling) for request in requests]
 
@@ -79,33 +68,17 @@ class FilesEngine:
         Raises:
             EngineError: when the version goes backwards.
         """
-        self._check_open()
-        if policy_version < self._policy_version:
-            raise EngineError(
-                f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes"
-            )
+        self._check_push(policy_version)
         for _ in weights:
             continue
         self._policy_version = policy_version
 
-    def close(self) -> None:
-        """Refuse further work. Calling it twice is allowed."""
-        self._is_closed = True
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise EngineError("the files engine is closed; make a new one")
-
     def _check_fit(self, rollout: RolloutFile, record_routes: bool) -> None:
-        recorded, routed = rollout.manifest.engine, self._facts.routed
-        ours = (routed.moe_layers, routed.num_experts, routed.topk) if routed else ((), 0, 0)
-        theirs = (recorded.moe_layers, recorded.num_experts, recorded.topk)
-        if theirs != ours:
+        if difference := other_model(rollout.manifest.engine, self._facts):
             raise RecipeError(
-                f"{rollout.path} was sampled from a model with (MoE layers, experts, top-k) {theirs}, the recipe's has "
-                f"{ours}; use the model that it was sampled from"
+                f"{rollout.path} was sampled from {difference}; use the model that it was sampled from"
             )
-        if record_routes and not recorded.records_routes:
+        if record_routes and not rollout.manifest.engine.records_routes:
             raise RecipeError(
                 f"{rollout.path} holds no routes, which router_replay_mode = 'R3' replays; write it again by a recipe with "
                 "that mode"

@@ -133,7 +133,7 @@ class RolloutFile:
                     "routes: the files are not of one rollout; sample it again"
                 )
             trace = read_place(self._traces[shard], frame, file, max_bytes=DEFAULT_MAX_BYTES)
-            tokens = np.concatenate([stored.group.request.prompt_ids, completion.token_ids])
+            tokens = stored.group.request.sequence(completion.token_ids)
             trace.check_tokens(tokens, where=f"{file}, trace {frame.name}")
             completions.append(replace(completion, trace=trace))
         return replace(stored.group, completions=tuple(completions))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.files.format import read_manifest, shard_file, shard_files, shard_number
 from moe_replay.engines.files.group_log import (
     PREAMBLE,
@@ -24,7 +25,7 @@ from moe_replay.engines.files.group_log import (
     read_group,
     trace_name,
 )
-from moe_replay.engines.types import Request, RolloutGroup, check_group
+from moe_replay.engines.types import Request, RolloutGroup
 from moe_replay.errors import CodecError, RecipeError
 from moe_replay.routing import Encoding
 from moe_replay.routing.format.codec import FramePlace

@@ -1,22 +1,26 @@
-"""Who may call a rollout server, and which status code an error has.
+"""Who may call a rollout server, what a caller may hold of it, and which status code an error has.
 
-In: the headers of a call, errors. Out: refusals.
+In: the headers of a call, connections, bodies, errors. Out: the same within the limits, or refusals.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from typing import Any
 
-from moe_replay.engines.serve.messages import CONTENT_TYPE
+from starlette.requests import Request as HttpRequest
+
+from moe_replay.engines.serve.frames import CONTENT_TYPE
 from moe_replay.errors import CodecError, DivergedError, MoeReplayError, RecipeError
 
 BAD_REQUEST, UNAUTHORIZED, TOO_SLOW, STALE, DAMAGED = 400, 401, 408, 409, 412
 TOO_LARGE, WRONG_TYPE, UNPROCESSABLE = 413, 415, 422
 FAILED, UNAVAILABLE, NO_SPACE = 500, 503, 507
-"""Status codes: a call with `FAILED` or above, `TOO_SLOW` or `DAMAGED` may be made again as it was."""
+"""Status codes: a call with `FAILED` or above, `TOO_SLOW` or `DAMAGED` may be repeated as it was."""
 
 
 class RefusedError(MoeReplayError):
@@ -39,17 +43,18 @@ def status_of(error: BaseException) -> int:
 
 
 def text_of(error: BaseException) -> str:
-    """Return what the caller is told of an error; an engine's own errors are named by their class."""
+    """Return the text of an error for the caller; errors of an engine get their class's name."""
     is_answer = status_of(error) != FAILED or isinstance(error, RefusedError)
     return str(error) if is_answer else f"{type(error).__name__}: {error}"
 
 
 class Access:
-    """The rules for callers: the token where one is set, a host name of this server, our content type.
+    """The rules for callers: the token if one is set, a host name of this server, our content type.
 
-    A web page that a browser of this machine shows can call servers on loopback. It cannot send our content type to another
-    origin unasked, and where it makes a name of its own point to this machine (DNS rebinding) the ``Host`` header shows
-    that name. So names must be known: ``localhost``, this machine's own, ``allowed_hosts``. Addresses need none.
+    A web page in a browser of this machine can call servers on loopback. It cannot send our content
+    type to another origin unasked, and if it makes its own name point to this machine (DNS
+    rebinding) the ``Host`` header has that name. So names must be known: ``localhost``, this
+    machine's own, ``allowed_hosts``. Addresses need not be.
     """
 
     def __init__(self, *, token: str | None, allowed_hosts: Collection[str] = ()) -> None:
@@ -79,8 +84,8 @@ class Access:
             return
         raise RefusedError(
             BAD_REQUEST,
-            f"this server is not called {name or 'nothing'}, the Host header of the call; call it by its address, or "
-            f"start it with --allowed-host {name or 'NAME'}",
+            f"this server is not called {name or 'nothing'}, the Host header of the call; call it by "
+            f"its address, or start it with --allowed-host {name or 'NAME'}",
         )
 
 
@@ -102,3 +107,124 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# A body may be silent this long at its start, and each 64 KiB that arrive buy one second more: 64 MiB
+# over a slow line of 100 KiB/s take 660 s and pass, a body of one byte a second ends after 30 s.
+_BODY_S = 30.0
+_SLOWEST_BYTES_PER_S = 64 << 10
+
+
+class Bodies:
+    """Reads bodies within limits of size and time, and can be stopped."""
+
+    def __init__(self, *, body_s: float = _BODY_S) -> None:
+        self._body_s = body_s
+        self._reading: set[asyncio.Task[Any]] = set()
+        self._is_stopped = False
+
+    async def pieces(self, request: HttpRequest, limit: int) -> AsyncIterator[bytes]:
+        """Yield a body of at most ``limit`` bytes as it arrives.
+
+        Raises:
+            RefusedError: when it is longer, does not come, or the server is stopping.
+            ClientDisconnect: when its sender has left.
+        """
+        loop = asyncio.get_running_loop()
+        start, size = loop.time(), 0
+        stream = request.stream()
+        while True:
+            deadline = start + self._body_s + size / _SLOWEST_BYTES_PER_S
+            try:
+                async with asyncio.timeout_at(deadline):
+                    piece = await self._next(stream)
+            except TimeoutError:
+                raise RefusedError(
+                    TOO_SLOW,
+                    f"the body stopped coming: {size} bytes in {loop.time() - start:.0f} s; send it again",
+                ) from None
+            if piece is None:
+                return
+            size += len(piece)
+            if size > limit:
+                raise RefusedError(TOO_LARGE, f"the body exceeds {limit} bytes")
+            yield piece
+
+    async def whole(self, request: HttpRequest, limit: int) -> bytes:
+        """Return a body of at most ``limit`` bytes; raises as `pieces`."""
+        return b"".join([piece async for piece in self.pieces(request, limit)])
+
+    def stop(self) -> None:
+        """End all bodies that are being read, and all later ones."""
+        self._is_stopped = True
+        for task in self._reading:
+            task.cancel()
+
+    async def _next(self, stream: AsyncIterator[bytes]) -> bytes | None:
+        """Return the next piece of a body; None at its end."""
+        if self._is_stopped:
+            raise _stopping()
+        task = asyncio.current_task()
+        assert task is not None
+        self._reading.add(task)
+        try:
+            return await anext(stream, None)
+        except asyncio.CancelledError:
+            # Only a task that ends by itself answers; one that the web server cancels stays cancelled.
+            if self._is_stopped and task.uncancel() == 0:
+                raise _stopping() from None
+            raise
+        finally:
+            self._reading.discard(task)
+
+
+def _stopping() -> RefusedError:
+    return RefusedError(UNAVAILABLE, "the server is stopping")
+
+
+def limited(
+    protocol: type[Any], *, headers_s: float, max_connections: int, say: Callable[[str], None]
+) -> type[Any]:
+    """Return uvicorn's ``protocol`` with a time limit on headers and a maximum of connections.
+
+    uvicorn limits only the pause between two requests: a connection that sends nothing, or half a
+    header, stays open.
+    """
+
+    class Limited(protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self._end(f"refused: {max_connections} connections are open")
+            else:
+                self._await_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_timer()
+            elif self._timer is None:
+                # The next request on the same connection has begun.
+                self._await_headers()
+
+        def _await_headers(self) -> None:
+            why = f"closed: incomplete headers after {headers_s:.0f} s"
+            self._timer = self.loop.call_later(headers_s, self._end, why)
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _end(self, why: str) -> None:
+            if not self.transport.is_closing():
+                say(f"{self.client[0] if self.client else 'a connection'} {why}")
+                self.transport.abort()
+
+    return Limited

@@ -24,19 +24,20 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.serve.access import (
     BAD_REQUEST,
     FAILED,
     STALE,
     UNAVAILABLE,
     Access,
+    Bodies,
     RefusedError,
     status_of,
     text_of,
 )
+from moe_replay.engines.serve.calls import LOG, FrameAnswer, Tally, Turns
 from moe_replay.engines.serve.engine import PushRefused, ServedEngine, in_thread, to_its_end
-from moe_replay.engines.serve.limits import Bodies
 from moe_replay.engines.serve.messages import (
     CHECKPOINT,
     MAX_CHUNK_BYTES,
@@ -57,9 +58,7 @@ from moe_replay.engines.serve.pushes import (
     largest_push,
     superseded,
 )
-from moe_replay.engines.serve.streams import LOG, FrameAnswer
-from moe_replay.engines.serve.turns import Tally, Turns
-from moe_replay.engines.types import Completion, RolloutGroup
+from moe_replay.engines.types import Completion, grouped
 from moe_replay.engines.types import Request as RolloutRequest
 from moe_replay.errors import CodecError, EngineError, MoeReplayError
 
@@ -275,16 +274,14 @@ class EngineServer:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     running = [
-                        [tasks.create_task(complete(r, n)) for n in range(r.num_generations)]
-                        for r in requests
+                        tasks.create_task(complete(request, number))
+                        for request in requests
+                        for number in range(request.num_generations)
                     ]
             except BaseExceptionGroup as group:
                 # The others were cancelled because of it.
                 raise group.exceptions[0] from None
-        groups = [
-            RolloutGroup(request=request, completions=tuple(task.result() for task in every))
-            for request, every in zip(requests, running, strict=True)
-        ]
+        groups = grouped(requests, (task.result() for task in running))
         return await in_thread(lambda: groups_bytes(groups, policy))
 
     async def _load(self, push: Push, policy: PolicyName, tally: Tally) -> bytes:

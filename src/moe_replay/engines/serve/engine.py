@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
-from moe_replay.engines.divergence import finite_weights
 from moe_replay.engines.types import (
     Completion,
     Engine,
@@ -26,9 +24,8 @@ from moe_replay.engines.types import (
     RolloutGroup,
     SamplingParams,
 )
-from moe_replay.engines.weight_stream import checked_weights
+from moe_replay.engines.weight_stream import checked_weights, finite_weights, folder_tensors
 from moe_replay.errors import DivergedError, EngineError
-from moe_replay.routing import Origin
 
 _Result = TypeVar("_Result")
 
@@ -195,7 +192,7 @@ class ThreadedEngine:
             if not running.num_waiting or len(running.taken) == request.num_generations:
                 self._running.pop(id(request), None)
         progress(len(group.completions[number].token_ids))
-        return _under(group.completions[number], policy_version)
+        return _under(group.completions[number], policy_version, self.description)
 
     async def stage(self, folder: Path) -> None:
         """Check a push against the facts of the model.
@@ -279,35 +276,15 @@ class ThreadedEngine:
             ) from error
 
 
-def _under(completion: Completion, policy_version: int) -> Completion:
-    """Return the completion with the version that the run counts, in place of the engine's."""
+def _under(
+    completion: Completion, policy_version: int, description: EngineDescription
+) -> Completion:
+    """Return the completion with the policy version of the run in place of the engine's."""
     trace = completion.trace
     if trace is not None:
-        origin = Origin.single(
-            engine=trace.origin.engine,
-            engine_version=trace.origin.engine_version,
-            policy_version=policy_version,
-            num_rows=len(trace),
-        )
+        origin = description.origin(policy_version=policy_version, num_rows=len(trace))
         trace = replace(trace, origin=origin)
     return replace(completion, trace=trace, policy_version=policy_version)
-
-
-def folder_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the safetensors files in a folder by name, one at a time, mapped from the files.
-
-    Raises:
-        EngineError: when a file is not a safetensors file.
-    """
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise EngineError(
-                f"{path.name} of a push is not a safetensors file: {error}; it was damaged on its way"
-            ) from error
 
 
 async def in_thread(work: Callable[[], _Result]) -> _Result:

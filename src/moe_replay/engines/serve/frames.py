@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 from moe_replay.errors import CodecError
 
+CONTENT_TYPE = "application/x-moe-replay"
+"""Content type of every body; a web page may not send it to another origin unasked."""
 PROGRESS, RESULT, ERROR = b"P", b"R", b"E"
 """Kinds of frames; payloads of `PROGRESS` and `ERROR` are JSON."""
 _HEADER_BYTES, _SUM_BYTES = 5, 4

@@ -23,17 +23,18 @@ from moe_replay.engines.types import (
     Request,
     RolloutGroup,
     SamplingParams,
+    grouped,
 )
 from moe_replay.errors import CodecError
 from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
 
 PROTOCOL = 3
 """Version of these messages; a client refuses a server of another one."""
-CONTENT_TYPE = "application/x-moe-replay"
-"""Content type of every body; no web page may send it to another origin unasked."""
 CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
 
+# What both vLLM and SGLang say before anything was pushed.
+_UNPUSHED = "default"
 _MESSAGE, _TRACES = "message", "traces"
 
 
@@ -48,6 +49,27 @@ class PolicyName(_Message):
     """Name of the run that pushed them, or `CHECKPOINT`."""
     policy_version: int = Field(ge=0)
     """Weight pushes of that run."""
+
+    @property
+    def weight_version(self) -> str:
+        """The name as one string, for servers of other projects, such as ``7f3a:2``."""
+        return f"{self.run}:{self.policy_version}"
+
+    @classmethod
+    def read(cls, version: object) -> PolicyName:
+        """Return the weights that a server's ``weight_version`` names.
+
+        Example:
+            >>> PolicyName.read("7f3a:2")
+            PolicyName(run='7f3a', policy_version=2)
+        """
+        text = str(version)
+        if text == _UNPUSHED:
+            return cls(run=CHECKPOINT, policy_version=0)
+        run, _, number = text.rpartition(":")
+        if run and number.isascii() and number.isdigit():
+            return cls(run=run[:64], policy_version=int(number))
+        return cls(run=text[:64], policy_version=0)
 
 
 PushId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -276,9 +298,4 @@ def _groups_of(
             zip(ends[:-1], ends[1:], reasons, strict=True)
         )
     ]
-    groups, start = [], 0
-    for request in requests:
-        stop = start + request.num_generations
-        groups.append(RolloutGroup(request=request, completions=tuple(every[start:stop])))
-        start = stop
-    return groups
+    return grouped(requests, every)

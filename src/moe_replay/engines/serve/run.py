@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 import uvicorn
 
+from moe_replay.engines.serve.access import limited
 from moe_replay.engines.serve.app import EngineServer
+from moe_replay.engines.serve.calls import LOG
 from moe_replay.engines.serve.engine import ServedEngine
-from moe_replay.engines.serve.limits import limited
-from moe_replay.engines.serve.streams import LOG
 from moe_replay.errors import RecipeError
 
 _HEADERS_S = 20.0

@@ -1,7 +1,8 @@
-"""The engine that is one or more rollout servers: load spread over them, weights pushed to all, faults survived.
+"""The engine that is one or more rollout servers: it shares load, pushes to all and tolerates faults.
 
-Where servers draw by the seed of the run, a completion depends on its seed, request and number, and not on the server, so
-one that is sampled again elsewhere comes out the same. Where they do not, `Redraws` bounds what that does to the data.
+If servers draw by the seed of the run, a completion depends on its seed, request and index, and not
+on the server, so one that is sampled again elsewhere comes out the same. If they do not, `Redraws`
+bounds what that does to the data.
 
 In: URLs, requests, weights. Out: completions with routes.
 """
@@ -20,14 +21,15 @@ from typing import Any, Literal
 import torch
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
-from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.checks import check_requests, check_sampling
+from moe_replay.engines.lifecycle import VersionedEngine
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
-from moe_replay.engines.servers.contract import PlainServer, RolloutServer, check_server
+from moe_replay.engines.servers.contract import RolloutServer, check_server
 from moe_replay.engines.servers.http import CallError, Fault, GivenUpError
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push import push, push_bytes
+from moe_replay.engines.servers.push_files import WeightsFolder
 from moe_replay.engines.servers.round import Redraws, Round, Task
-from moe_replay.engines.servers.weights_folder import WeightsFolder
 from moe_replay.engines.types import (
     EngineDescription,
     Request,
@@ -39,28 +41,36 @@ from moe_replay.engines.weight_stream import checked_weights, lowered_weights
 from moe_replay.errors import EngineError, MoeReplayError, RecipeError
 
 _ANSWER_BYTES = 4 << 30
-# Between two looks at whether calls that were given up have ended, and the longest wait for them.
+# Time between two attempts to end calls that were given up, and the maximum wait for them.
 _GIVE_UP_S, _LEAVE_S = 0.05, 30.0
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class ServerEngine:
+class ServerEngine(VersionedEngine):
     """Rollout servers as one engine.
 
-    Every request is sent to the server that is free first. A call that fails is tried again, elsewhere if it can be, at
-    most ``max_attempts`` times; what other calls returned is kept. `faults` counts what went wrong, by kind. An answer may
-    take any time: ``timeout_s`` limits the silence of its server.
-    ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`; servers that read pushed weights
-    from files find them below ``weights_dir``. Weights travel in the number format ``dtype``.
+    Every request goes to the server that is free first. A call that fails is tried again, elsewhere
+    if possible, at most ``max_attempts`` times; what other calls returned is kept. `faults` counts
+    failures by kind. An answer may take any time: ``timeout_s`` limits the silence of its server.
+    ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`; servers
+    that read pushed weights from files find them below ``weights_dir``. Weights travel in the number
+    format ``dtype``.
 
-    Of several ranks one pushes; ``share`` gives what each of them passes to all, in rank order, the pushing one first.
+    Of several ranks one pushes; ``share`` returns what all ranks passed to it, the pushing one
+    first.
 
     Example:
-        >>> engine = ServerEngine(["http://127.0.0.1:8000"], facts=facts, run="7f3a", dtype="bfloat16", record_routes=True)
+        >>> engine = ServerEngine(
+        ...     ["http://127.0.0.1:8000"],
+        ...     facts=facts,
+        ...     run="7f3a",
+        ...     dtype="bfloat16",
+        ...     record_routes=True,
+        ... )
 
     Raises:
-        RecipeError: when a URL is no rollout server of this version, serves another model, or cannot return the routes
-            that ``record_routes`` asks for.
+        RecipeError: when a URL is not a rollout server of this version, serves another model, or
+            cannot return the routes that ``record_routes`` asks for.
         EngineError: when no server answers.
     """
 
@@ -91,37 +101,26 @@ class ServerEngine:
         self._facts, self._dtype, self._pushes, self._share = facts, _FORMATS[dtype], pushes, share
         self._folder = WeightsFolder(weights_dir)
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
-        self._policy = PolicyName(run=run, policy_version=0)
+        self._run = run
         self._holders: frozenset[str] | None = None
         self._faults: Counter[Fault] = Counter()
         self._redraws = Redraws()
         self._num_sampled = 0
         self._lock = threading.Lock()
         self._round: Round | None = None
-        self._is_closed = False
         try:
             for url in urls:
                 self._servers.append(
                     connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
                 )
-            self._description = self._agreed_description(dtype, record_routes)
+            super().__init__(self._agreed_description(dtype, record_routes))
         except BaseException:
-            self.close()
+            self._disconnect()
             raise
 
     @property
-    def description(self) -> EngineDescription:
-        """What these servers are and can return."""
-        return self._description
-
-    @property
-    def policy_version(self) -> int:
-        """Weight pushes received so far."""
-        return self._policy.policy_version
-
-    @property
     def faults(self) -> Mapping[str, int]:
-        """Kind of fault -> calls that failed in this way so far; every one of them was made up for or has raised.
+        """Kind of fault -> calls that have failed; each was retried successfully or has raised.
 
         ``redrawn`` counts completions that were drawn again by other noise, see `Redraws`.
         """
@@ -129,14 +128,14 @@ class ServerEngine:
 
     @property
     def progress(self) -> RolloutProgress:
-        """How far the running call of `generate` is; tokens are those that came back, and those that servers tell of."""
+        """How far the running call of `generate` is, with tokens that servers report in between."""
         work = self._round
         return RolloutProgress() if work is None else work.progress()
 
     @property
     def busy(self) -> dict[str, str]:
-        """URL -> run, of the servers that hold weights of another run, which may be at work there."""
-        free = (CHECKPOINT, self._policy.run)
+        """URL -> run, of the servers that hold weights of another run, which may be using them."""
+        free = (CHECKPOINT, self._run)
         held = {server.url: server.status().policy.run for server in self._servers}
         return {url: run for url, run in held.items() if run not in free}
 
@@ -147,7 +146,7 @@ class ServerEngine:
             RecipeError: when a sampling setting is out of range.
             EngineError: when a request is malformed, one failed too often, or no server is left.
         """
-        self._check_open()
+        self._check_state("ready")
         check_sampling(sampling)
         check_requests(
             requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
@@ -167,7 +166,7 @@ class ServerEngine:
             ]
             self._wait(workers, work)
         except BaseException as error:
-            # Ctrl-C and its like: nothing new is asked, and what is under way is given up.
+            # Such as Ctrl-C: no new calls are made, and running ones are given up.
             work.stop(error)
             self._wait(workers, work)
             raise
@@ -179,10 +178,10 @@ class ServerEngine:
         return groups
 
     def _in_turn(self, requests: Sequence[Request]) -> list[RolloutServer]:
-        """Return the servers in the order in which they are asked, so that few requests are spread over all of them.
+        """Return the servers in the order in which this call asks them, to spread few requests.
 
-        Ranks sample prompts of consecutive numbers, so each begins with another server: of 3 servers, the rank with request
-        7 asks the second one first.
+        Ranks sample consecutive prompts, so each begins with another server: of 3 servers, the rank
+        with request 7 asks the second one first.
         """
         first = requests[0].request_id % len(self._servers) if requests else 0
         return self._servers[first:] + self._servers[:first]
@@ -192,33 +191,29 @@ class ServerEngine:
     ) -> None:
         """Push ``weights`` (Hugging Face checkpoint names) to every server, as ``policy_version``.
 
-        A server that cannot be reached is left out until a later push reaches it. An engine made with ``pushes=False`` runs
-        through ``weights`` and is told by the pushing one which servers took them.
+        A server that cannot be reached is skipped until a later push reaches it. An engine made with
+        ``pushes=False`` only reads ``weights`` and learns from the pushing one which servers loaded
+        them.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape, the version goes backwards, or no server
-                took the push.
+            EngineError: when a name is unknown, missing, or of another shape, the version goes
+                backwards, or no server loaded the push.
         """
-        self._check_open()
-        if policy_version < self._policy.policy_version:
-            raise EngineError(
-                f"policy_version {policy_version} was pushed after {self._policy.policy_version}; versions count pushes, so "
-                "a stale trainer is pushing"
-            )
-        policy = PolicyName(run=self._policy.run, policy_version=policy_version)
+        self._check_push(policy_version)
+        policy = PolicyName(run=self._run, policy_version=policy_version)
         lowered = lowered_weights(weights, self._dtype, self._facts)
         self._deliver(checked_weights(lowered, self._facts), policy)
-        self._policy = policy
+        self._policy_version = policy_version
 
     def restore(self, model_dir: str | Path) -> None:
-        """Give every server the weights of the checkpoint, as policy version 0, and let each sample once by them.
+        """Push the checkpoint to every server, as policy version 0, and let each sample once by it.
 
-        Whatever would keep a push from working is met here, and not after the first rollout; and no server answers by
-        other weights of the same shape, with which it happened to be started.
+        Whatever would prevent a push shows here, and not after the first rollout; and no server
+        answers by other weights of the same shape, with which it happened to be started.
 
         Raises:
             RecipeError: when what a server samples does not fit the model.
-            EngineError: when a server does not take them.
+            EngineError: when a server does not load them.
         """
         tensors = checkpoint_tensors(model_dir) if self._pushes else iter(())
         weights = lowered_weights(tensors, self._dtype, self._facts)
@@ -229,22 +224,26 @@ class ServerEngine:
             held = server.status().policy
             if held != self._policy:
                 raise EngineError(
-                    f"{server.url} holds {held} after the weights of the checkpoint were pushed to it; another trainer "
-                    "pushes to it: give each run servers of its own"
+                    f"{server.url} holds {held} after the weights of the checkpoint were pushed to it; "
+                    "another trainer pushes to it: give each run servers of its own"
                 )
             server.check()
 
     def close(self) -> None:
         """Close the connections; the servers stay. Calling it twice is allowed."""
-        if not self._is_closed:
-            self._is_closed = True
-            for server in self._servers:
-                server.close()
-            self._folder.close()
+        if self._state != "closed":
+            super().close()
+            self._disconnect()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise EngineError("the server engine is closed; make a new one")
+    def _disconnect(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._folder.close()
+
+    @property
+    def _policy(self) -> PolicyName:
+        """The weights that were pushed last."""
+        return PolicyName(run=self._run, policy_version=self._policy_version)
 
     def _agreed_description(self, dtype: str, record_routes: bool) -> EngineDescription:
         """Ask every server what it is, before anything is sampled."""
@@ -253,20 +252,21 @@ class ServerEngine:
             description = server.status().description
             check_server(server, description, self._facts, dtype, record_routes)
             if self._pushes:
-                # One rank is enough for a trial: 64 of them would sample for each other.
+                # One rank is enough for a trial.
                 server.check()
             told[server.url] = description
         different = set(told.values())
         if len(different) > 1:
             raise RecipeError(
-                f"the servers differ: {told}; start all of them with the same model, number format and release"
+                f"the servers differ: {told}; start all of them with the same model, number format and "
+                "release"
             )
         return different.pop()
 
     def _wait(self, workers: Iterable[Future[None]], work: Round) -> None:
-        """Wait until all workers are done; once the round is stopped, the calls under way are given up.
+        """Wait until all workers are done; once the round is stopped, running calls are given up.
 
-        A worker may have begun its call after the others were given up, so this is done until none is left.
+        A worker may begin its call after the others were given up, so this repeats until none runs.
         """
         pending, until = set(workers), None
         while pending and (until is None or time.monotonic() < until):
@@ -278,7 +278,7 @@ class ServerEngine:
             _, pending = wait(pending, timeout=pause_s, return_when=FIRST_COMPLETED)
 
     def _serve(self, server: RolloutServer, work: Round, sampling: SamplingParams) -> None:
-        """Let one server work on a round until nothing is left to do, or it fails too often in a row."""
+        """Let one server work on a round until nothing is left, or it fails too often in a row."""
         while (task := work.take(server.url)) is not None:
             try:
                 self._sample(server, task, work, sampling)
@@ -301,37 +301,21 @@ class ServerEngine:
     def _sample(
         self, server: RolloutServer, task: Task, work: Round, sampling: SamplingParams
     ) -> None:
-        keep, on_progress = partial(work.keep, task, server.url), partial(work.note, task)
-        if isinstance(server, PlainServer):
-            server.complete(
-                task.request,
-                task.numbers,
-                sampling,
-                policy=self._policy,
-                description=self._description,
-                keep=keep,
-                on_progress=on_progress,
-            )
-            return
-        (group,) = server.generate(
-            [task.request],
+        server.complete(
+            task.request,
+            task.numbers,
             sampling,
             policy=self._policy,
             description=self._description,
-            on_progress=on_progress,
+            keep=partial(work.keep, task, server.url),
+            on_progress=partial(work.note, task),
         )
-        for number, completion in enumerate(group.completions):
-            keep(number, completion)
 
     def _bias(
         self, server: RolloutServer, task: Task, work: Round, error: CallError
     ) -> EngineError | None:
-        """Return what ends the run if drawing a task again on this server, or another, went too far from its policy."""
-        # What other weights sampled is not drawn again: those of this policy never drew it.
-        if server.draws_by_seed or error.fault is Fault.STALE:
-            return None
-        is_silence = error.incident is not None
-        if not is_silence and isinstance(server, PlainServer) and not server.is_up():
+        """Return what ends the run if tasks drawn again would change its data too much."""
+        if not server.biases(error):
             return None
         return self._redraws.add(
             error,
@@ -348,12 +332,12 @@ class ServerEngine:
         must_reach_all: bool = False,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Push, or run through the weights; every rank then knows which servers took them, or why none did."""
-        told: dict[str, Any] = {"holders": [], "error": None}
+        """Push, or only read the weights; then tell all ranks which servers loaded them."""
+        shared: dict[str, Any] = {"holders": [], "error": None}
         mine: MoeReplayError | None = None
         try:
             if self._pushes:
-                told["holders"] = push(
+                shared["holders"] = push(
                     weights,
                     policy,
                     self._servers,
@@ -367,13 +351,13 @@ class ServerEngine:
                 for _ in weights:
                     continue
         except MoeReplayError as error:
-            mine, told["error"] = error, str(error)
+            mine, shared["error"] = error, str(error)
         if self._share is not None:
-            told = self._share(told)[0]
+            shared = self._share(shared)[0]
         if mine is not None:
             raise mine
-        if told["error"] is not None:
+        if shared["error"] is not None:
             raise EngineError(
-                f"the rank that pushes policy version {policy.policy_version} failed: {told['error']}"
+                f"the rank that pushes policy version {policy.policy_version} failed: {shared['error']}"
             )
-        self._holders = frozenset(told["holders"])
+        self._holders = frozenset(shared["holders"])

@@ -76,6 +76,9 @@ class HttpCalls:
         RecipeError: when ``ca_file`` cannot be read or holds no certificate.
     """
 
+    content_type: str = "application/json"
+    """Of every body."""
+
     def __init__(
         self,
         url: str,
@@ -84,13 +87,12 @@ class HttpCalls:
         timeout_s: float,
         max_answer_bytes: int,
         ca_file: Path | None = None,
-        content_type: str = "application/json",
     ) -> None:
         self.url = without_secrets(url)
         """Address of the server as messages show it, credentials masked."""
         self._timeout_s, self._max_answer_bytes = timeout_s, max_answer_bytes
         self._ca_file = ca_file
-        headers = {"content-type": content_type, "accept-encoding": "identity"}
+        headers = {"content-type": self.content_type, "accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
         self._lanes = Lanes(

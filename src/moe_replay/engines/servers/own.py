@@ -9,13 +9,18 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from moe_replay.engines.serve.frames import RESULT, ProgressWatch, last_frame, read_error
-from moe_replay.engines.serve.messages import (
+from moe_replay.engines.checks import check_group
+from moe_replay.engines.serve.frames import (
     CONTENT_TYPE,
+    RESULT,
+    ProgressWatch,
+    last_frame,
+    read_error,
+)
+from moe_replay.engines.serve.messages import (
     MAX_CHUNK_BYTES,
     PROTOCOL,
     PolicyName,
@@ -29,46 +34,27 @@ from moe_replay.engines.serve.messages import (
     read_status,
     sum_of_sums,
 )
-from moe_replay.engines.servers.contract import WeightPart, check_policy
+from moe_replay.engines.servers.contract import check_policy
 from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
-from moe_replay.engines.types import (
-    EngineDescription,
-    Request,
-    RolloutGroup,
-    SamplingParams,
-    check_group,
-)
+from moe_replay.engines.servers.push_files import WeightPart
+from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
 from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
 
-# Times that a chunk of a push is sent before its server is given up.
+# Attempts to send a chunk of a push.
 _MAX_SENDS = 3
 
 
 class ServerCalls(HttpCalls):
-    """One server. Threads may sample by it at the same time, while one of them pushes."""
+    """One server. Threads may sample at the same time, while one of them pushes."""
 
-    how_to_record: str = "it was started with --no-record-routes, or its model has no routers; start it without that flag"
-    draws_by_seed: bool = True
+    how_to_record: str = (
+        "it was started with --no-record-routes, or its model has no routers; start it without that "
+        "flag"
+    )
+    reads_files: bool = False
+    content_type: str = CONTENT_TYPE
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None,
-        timeout_s: float,
-        max_answer_bytes: int,
-        ca_file: Path | None = None,
-    ) -> None:
-        super().__init__(
-            url,
-            token=token,
-            timeout_s=timeout_s,
-            max_answer_bytes=max_answer_bytes,
-            ca_file=ca_file,
-            content_type=CONTENT_TYPE,
-        )
-        self._push = ""
-        self._parts: list[PushPart] = []
+    _push: str = ""
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -82,54 +68,63 @@ class ServerCalls(HttpCalls):
             status = read_status(body)
         except CodecError as error:
             raise RecipeError(
-                f"{self.url} answers, but is no rollout server ({error}); start one with `moe-replay serve MODEL`"
+                f"{self.url} answers, but is not a rollout server ({error}); start one with "
+                "`moe-replay serve MODEL`"
             ) from error
         if status.protocol != PROTOCOL:
             raise RecipeError(
-                f"{self.url} speaks version {status.protocol} of the protocol, expected {PROTOCOL}; install the same "
-                "moe-replay on both sides"
+                f"{self.url} speaks version {status.protocol} of the protocol, expected {PROTOCOL}; "
+                "install the same moe-replay on both sides"
             )
         return status
 
-    def generate(
+    def complete(
         self,
-        requests: Sequence[Request],
+        request: Request,
+        numbers: Sequence[int],
         sampling: SamplingParams,
         *,
         policy: PolicyName,
         description: EngineDescription,
+        keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> list[RolloutGroup]:
-        """Return completions that keep the contract of every engine, sampled by exactly the weights of ``policy``.
+    ) -> None:
+        """Sample all completions of a request by exactly the weights of ``policy``.
 
-        ``on_progress`` is called about once a second, in any thread. Only silence ends a call that takes long.
+        A call asks for all of them, so ``numbers`` changes nothing: those that are known come back
+        as they were. ``on_progress`` is called about once a second, in any thread. Only silence ends
+        a call that takes long.
 
         Raises:
-            EngineError: when the server refuses the requests themselves.
+            EngineError: when the server refuses the request itself.
             CallError: for every other failure.
         """
-        call = call_bytes(requests, sampling, policy)
-        result = self._result("/generate", call, on_progress)
+        result = self._result("/generate", call_bytes([request], sampling, policy), on_progress)
         try:
-            groups, answered = read_groups(result, requests, max_bytes=self._max_answer_bytes)
-            for group in groups:
-                check_group(group, description)
+            (group,), answered = read_groups(result, [request], max_bytes=self._max_answer_bytes)
+            check_group(group, description)
         except (TraceError, EngineError) as error:
             raise CallError(Fault.CORRUPT, f"{self.url}: {error}") from error
         check_policy(answered, policy, self.url)
-        return groups
+        for number, completion in enumerate(group.completions):
+            keep(number, completion)
+
+    def biases(self, error: CallError) -> bool:
+        """Return False: what is sampled again comes out the same."""
+        return False
 
     def check(self) -> None:
-        """Do nothing: these servers speak this engine's own protocol, and `status` says all there is."""
+        """Do nothing: `status` of these servers tells everything."""
 
     def put_weights(self, part: WeightPart) -> None:
-        """Give the server a part of a push in chunks; part 0 begins the push, and ends any other that the server takes.
+        """Give the server a part of a push in chunks; part 0 begins the push and ends any other.
 
         Raises:
-            CallError: when it does not take it.
+            CallError: when it does not accept it.
         """
         if part.number == 0:
-            self._push, self._parts = uuid.uuid4().hex, []
+            self._push = uuid.uuid4().hex
+            self._parts: list[PushPart] = []
             self.call("POST", "/pushes", PushStart(push=self._push).model_dump_json().encode())
         content, sums = memoryview(part.content), []
         for offset in range(0, len(content), MAX_CHUNK_BYTES):
@@ -140,7 +135,7 @@ class ServerCalls(HttpCalls):
         self._parts.append(PushPart(num_bytes=len(content), sum=sum_of_sums(sums)))
 
     def commit_weights(self, policy: PolicyName) -> None:
-        """Let the server load the parts that it was given, as ``policy``.
+        """Make the server load the parts that it was given, as ``policy``.
 
         Raises:
             EngineError: when the weights are not those of the server's model.
@@ -150,7 +145,7 @@ class ServerCalls(HttpCalls):
         self._result(f"/pushes/{self._push}/commit", commit)
 
     def _send(self, path: str, chunk: bytes) -> None:
-        """Send a chunk, again where it was damaged or the connection broke: the server takes the same chunk twice."""
+        """Send a chunk, again if the connection broke: the server accepts the same chunk twice."""
         for attempt in range(_MAX_SENDS):
             try:
                 self.call("PUT", path, chunk)

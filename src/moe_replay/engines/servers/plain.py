@@ -1,14 +1,14 @@
-"""What calls to a server that knows nothing of moe-replay share: answers that may take any time, pushes as files, a trial.
+"""What vLLM and SGLang servers share: answers without a time limit, pushes as files, a trial.
 
-Such a server draws by noise of its own unless it was started otherwise. Then a completion that is asked for again is another
-one, and a limit on its time would leave the short ones: so nothing limits it but the silence of the whole server.
-
-In: a URL, the model's facts. Out: a base of the calls to such a server.
+Such a server draws by its own noise unless it was started otherwise. Then a completion that is
+asked for again is another one, and a time limit would keep the short ones: so only silence of the
+entire server ends a call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -18,29 +18,28 @@ from typing import Any
 import numpy as np
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.serve.messages import PolicyName, Progress
-from moe_replay.engines.servers.contract import WeightPart, generate_by_one
+from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
+from moe_replay.engines.servers.contract import check_completion
 from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
-from moe_replay.engines.types import (
-    Completion,
-    EngineDescription,
-    Request,
-    RolloutGroup,
-    SamplingParams,
-)
-from moe_replay.errors import EngineError, RecipeError
+from moe_replay.engines.servers.push_files import WeightPart
+from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.routing import LayerOrder
 
-# Longest time between two looks at a server that sends nothing.
+# Maximum time between two checks of a server that sends nothing.
 _PROBE_S = 15.0
-# Longest wait for a server to say that it is up.
+# Maximum wait for a server to say that it is up.
 _UP_S = 10.0
-# A load of this many bytes may take a second more: from a network's disk, on a busy machine.
+# Loading this many bytes may take one second more: from a network's disk, on a busy machine.
 _LOAD_BYTES_PER_S = 50 << 20
 
 
 class PlainCalls(HttpCalls, ABC):
     """One server of another project. Threads may call it at the same time."""
+
+    reads_files: bool = True
+    generate_path: str
+    """Path that completions are asked for at."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class PlainCalls(HttpCalls, ABC):
             ca_file=ca_file,
         )
         self._facts = facts
-        # One a server: what its short payloads show of the order of its layers adds up.
+        # One a server: what its payloads show of the order of its layers adds up.
         self._layer_order = LayerOrder()
         self._pushed: Path | None = None
         self._pushed_bytes = 0
@@ -69,12 +68,50 @@ class PlainCalls(HttpCalls, ABC):
         self._last_piece_s = 0.0
         self._num_silences = 0
 
+    @property
     @abstractmethod
-    async def _shows_life(self) -> bool:
-        """Tell whether the server has worked since it was asked last, on whatever."""
+    def draws_by_seed(self) -> bool:
+        """Whether a completion that is sampled again with the same seed comes out the same."""
 
     @abstractmethod
-    def complete(
+    async def _shows_life(self) -> bool:
+        """Return whether the server has worked on anything since the last call."""
+
+    @abstractmethod
+    def _policy(self) -> PolicyName:
+        """Return the name of the weights that the server holds."""
+
+    @abstractmethod
+    def _call(
+        self,
+        request: Request,
+        number: int,
+        sampling: SamplingParams,
+        description: EngineDescription,
+    ) -> dict[str, Any]:
+        """Return the body of the call for completion ``number``."""
+
+    @abstractmethod
+    def _completion(
+        self,
+        answer: Any,
+        request: Request,
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        where: str,
+    ) -> tuple[Completion, PolicyName]:
+        """Return the completion of an answer, and the weights that sampled it.
+
+        Those are ``policy`` if answers do not name them.
+        """
+
+    async def _ask(self, message: dict[str, Any]) -> bytes:
+        """Return the answer to a message."""
+        return await self._waited(self.generate_path, json.dumps(message, allow_nan=False).encode())
+
+    def _complete(
         self,
         request: Request,
         numbers: Sequence[int],
@@ -82,52 +119,81 @@ class PlainCalls(HttpCalls, ABC):
         *,
         policy: PolicyName,
         description: EngineDescription,
-        keep: Callable[[int, Completion], None],
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> None:
-        """Sample the completions ``numbers`` of a request, as `PlainServer` says."""
+        keep: Callable[[int, Completion, PolicyName], None],
+    ) -> CallError | None:
+        """Pass each completion and its weights to ``keep``; return the first failure."""
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> list[RolloutGroup]:
-        """Return the completions of all requests, as `complete` samples them."""
-        return generate_by_one(self, requests, sampling, policy=policy, description=description)
+        def read(number: int, answer: bytes) -> None:
+            where = f"{self.url}: request {request.request_id}, completion {number}"
+            try:
+                completion, sampled_by = self._completion(
+                    self.parsed(answer, self.generate_path),
+                    request,
+                    sampling,
+                    policy=policy,
+                    description=description,
+                    where=where,
+                )
+                check_completion(request, completion, description=description)
+            except CallError:
+                raise
+            except (TraceError, EngineError) as error:
+                raise CallError(Fault.CORRUPT, str(error)) from error
+            keep(number, completion, sampled_by)
+
+        # All before the first is sent, as one may be refused.
+        messages = {n: self._call(request, n, sampling, description) for n in numbers}
+        return self._gather({n: self._ask(message) for n, message in messages.items()}, read)
+
+    def biases(self, error: CallError) -> bool:
+        """Return whether sampling again what a failed call lost prefers some completions."""
+        # What other weights sampled is no loss: the policy's never drew it.
+        if self.draws_by_seed or error.fault is Fault.STALE:
+            return False
+        # Death of the server does not depend on one completion; its silence may.
+        return error.incident is not None or self.is_up()
 
     def is_up(self) -> bool:
-        """Tell whether the server and its engine live, after a call has failed."""
+        """Return whether the server and its engine are alive, after a call has failed."""
         try:
             return self.exchange("GET", "/health", silence_s=min(_UP_S, self._timeout_s))[0] == 200
         except EngineError:
             return False
 
     def put_weights(self, part: WeightPart) -> None:
-        """Keep the folder of a push in mind; the server reads it when the push is committed."""
+        """Remember where the push was written; the server reads it when the push is committed."""
         self._pushed = part.path.parent
         self._pushed_bytes = len(part.content) + (self._pushed_bytes if part.number else 0)
 
     @property
     def _load_s(self) -> float:
-        """Longest wait for the server to load the push: 60 GB have 20 minutes more than an answer."""
+        """Time limit for loading the push: 60 GB have 20 minutes more than an answer."""
         return self._timeout_s + self._pushed_bytes / _LOAD_BYTES_PER_S
 
     def _not_loaded(self, policy: PolicyName, error: EngineError, *, then: str = "") -> CallError:
-        """Return the error of a push that failed, with what it failed of most often; ``then`` says what else to do."""
+        """Return the error of a failed push with its usual causes; ``then`` says what else to do."""
         return CallError(
             error.fault if isinstance(error, CallError) else Fault.FAILED,
-            f"{self.url} did not load policy version {policy.policy_version} from {self._pushed}: {error}. The server's log "
-            "says why. Often its machine or container does not share rollout.weights_dir with the trainer, or its user "
-            "cannot read the trainer's files: run both as one user, or give that folder a group and the set-group-id bit"
-            f"{then}",
+            f"{self.url} did not load policy version {policy.policy_version} from {self._pushed}: "
+            f"{error}. The server's log says why. Often its machine or container does not share "
+            "rollout.weights_dir with the trainer, or its user cannot read the trainer's files: run "
+            f"both as one user, or give that folder a group and the set-group-id bit{then}",
         )
 
-    def try_out(self, sample: Callable[[Request], Completion], *, hint: str = "") -> Completion:
-        """Return what ``sample`` makes of a short prompt, once before anything is trained on.
+    def _check_held(self, policy: PolicyName) -> None:
+        """Raise `CallError` unless the server holds the weights that were just pushed."""
+        held = self._policy()
+        if held != policy:
+            raise CallError(
+                Fault.STALE,
+                f"{self.url} holds {held} after it was pushed {policy}; another trainer pushes to it: "
+                "give each run servers of its own",
+            )
+
+    def _try_out(
+        self, sampling: SamplingParams, description: EngineDescription, *, hint: str = ""
+    ) -> Completion:
+        """Return a completion of a short prompt, sampled before anything is trained on.
 
         ``hint`` names a further cause, for the message.
 
@@ -137,24 +203,35 @@ class PlainCalls(HttpCalls, ABC):
         """
         # Not the first ids: the embedding of a padding token is zero, and so are its logits.
         prompt_ids = (np.arange(1, 5) * self._facts.vocab_size // 5).astype(np.int32)
+        kept: list[Completion] = []
         try:
-            return sample(Request(request_id=0, prompt_ids=prompt_ids, num_generations=1))
+            failure = self._complete(
+                Request(request_id=0, prompt_ids=prompt_ids, num_generations=1),
+                (0,),
+                sampling,
+                policy=PolicyName(run=CHECKPOINT, policy_version=0),
+                description=description,
+                keep=lambda number, completion, policy: kept.append(completion),
+            )
+            if failure is not None:
+                raise failure
         except CallError as error:
             if error.fault not in (Fault.CORRUPT, Fault.CUT):
                 raise
             raise RecipeError(
-                "a trial completion failed, so the server serves another model than model.path, or does not return what it "
-                f"should{hint}: {error}"
+                "a trial completion failed, so the server serves another model than model.path, or "
+                f"does not return what it should{hint}: {error}"
             ) from error
+        return kept[0]
 
     def _gather(
         self,
         calls: Mapping[int, Coroutine[Any, Any, bytes]],
         keep: Callable[[int, bytes], None],
     ) -> CallError | None:
-        """Run calls at once and give each answer to ``keep`` as it comes; return the first failure, if any.
+        """Run calls at once and pass each answer to ``keep``; return the first failure, if any.
 
-        One answer is read at a time: that of 32k tokens holds 60 MB.
+        One answer is read at a time: one of 32k tokens has 60 MB.
 
         Raises:
             EngineError: when the server refuses a call; the others are given up.
@@ -194,8 +271,8 @@ class PlainCalls(HttpCalls, ABC):
         except TimeoutError as error:
             raise CallError(
                 Fault.SLOW,
-                f"{self.url}{path}: the server showed no sign of life for {self._timeout_s:.0f} s (rollout.timeout_s), neither "
-                "in its answers nor when it was asked; start it again",
+                f"{self.url}{path}: the server showed no sign of life for {self._timeout_s:.0f} s "
+                "(rollout.timeout_s), neither in its answers nor when it was asked; start it again",
                 incident=self._num_silences,
             ) from error
         finally:
@@ -203,7 +280,7 @@ class PlainCalls(HttpCalls, ABC):
         return self._good(code, answer, path)
 
     async def _watch_life(self) -> None:
-        """End all calls that wait when the server is silent, as long as any waits."""
+        """End all waiting calls when the server is silent, as long as any waits."""
         loop = asyncio.get_running_loop()
         heard_s = loop.time()
         while self._waiting:

@@ -1,4 +1,4 @@
-"""A push of weights to several servers at once, which needs one part of them in memory and loses no server in silence.
+"""A push of weights to several servers at once, which holds one part of them in memory at a time.
 
 In: named tensors, servers. Out: the servers that took them.
 """
@@ -14,14 +14,9 @@ import torch
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import PolicyName
-from moe_replay.engines.servers.contract import (
-    PlainServer,
-    RolloutServer,
-    WeightPart,
-    weight_parts,
-)
+from moe_replay.engines.servers.contract import RolloutServer
 from moe_replay.engines.servers.http import CallError, Fault
-from moe_replay.engines.servers.weights_folder import WeightsFolder
+from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder, weight_parts
 from moe_replay.errors import EngineError
 
 
@@ -35,16 +30,16 @@ def push(
     must_reach_all: bool,
     faults: Counter[Fault],
 ) -> list[str]:
-    """Push to every server and return the URLs of those that took it; at least one did, or all if they must.
+    """Push to every server and return the URLs of those that loaded it, all or at least one.
 
-    ``num_bytes`` is the most that the weights need in ``folder``, where servers read them that take files. What went wrong
-    with a server is counted in ``faults``.
+    ``num_bytes`` is the maximum that the weights need in ``folder``, if servers read them from
+    files. Failures are counted in ``faults``.
 
     Raises:
-        EngineError: no server took the weights, one refuses them, or the folder has no room.
+        EngineError: no server loaded the weights, one refuses them, or the folder has no room.
     """
     left, errors = list(servers), list[EngineError]()
-    if any(isinstance(server, PlainServer) for server in left):
+    if any(server.reads_files for server in left):
         folder.need_room(num_bytes)
     name = f"push-{policy.policy_version}"
     with (
@@ -52,10 +47,10 @@ def push(
         ThreadPoolExecutor(len(left)) as threads,
     ):
         try:
-            # Every part is taken from the stream even if no server is left: other ranks take part in making it.
+            # The stream is read to its end even without servers: other ranks help to make each part.
             for part in parts:
                 _at_all("put_weights", part, left, errors, threads, faults)
-                # Else it would be there while the next one is made.
+                # It must not stay in memory while the next one is made.
                 del part
             _at_all("commit_weights", policy, left, errors, threads, faults)
         except BaseException:
@@ -70,14 +65,14 @@ def push(
         at_start = " at the start, so no later push would work either" if must_reach_all else ""
         took = "no server" if not left else f"only {len(left)} of {len(servers)} servers"
         raise EngineError(
-            f"{took} took policy version {policy.policy_version}{at_start}: {'; '.join(map(str, errors))}; start them again "
-            "and resume the run"
+            f"{took} took policy version {policy.policy_version}{at_start}: "
+            f"{'; '.join(map(str, errors))}; start them again and resume the run"
         )
     return [server.url for server in left]
 
 
 def push_bytes(facts: ModelFacts, dtype: torch.dtype) -> int:
-    """Return the most bytes that a push in the number format ``dtype`` has on disk."""
+    """Return the maximum size on disk of a push in the number format ``dtype``."""
     return sum(
         math.prod(shape) * (4 if name in facts.float32_names else dtype.itemsize)
         for name, shape in facts.weight_shapes.items()
@@ -92,7 +87,7 @@ def _at_all(
     threads: ThreadPoolExecutor,
     faults: Counter[Fault],
 ) -> None:
-    """Make a call to the servers that are left, at once; whichever fails is left out from then on."""
+    """Make a call to the remaining servers, at once, and drop those that fail."""
     calls = [(server, threads.submit(getattr(server, call), argument)) for server in left]
     for server, result in calls:
         try:

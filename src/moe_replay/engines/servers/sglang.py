@@ -1,7 +1,4 @@
-"""Calls to one SGLang server, over SGLang's own HTTP API; weights are pushed as files that the server reads.
-
-In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatever goes wrong.
-"""
+"""Calls to one SGLang server over SGLang's HTTP API; the server reads pushed weights from files."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Progress, Status
-from moe_replay.engines.servers.contract import check_completion, check_policy
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import check_policy
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.sglang_wire import (
     FLAG,
@@ -23,31 +20,27 @@ from moe_replay.engines.servers.sglang_wire import (
     read_completion,
     read_description,
 )
-from moe_replay.engines.servers.weight_names import read_policy, weight_version
-from moe_replay.engines.types import (
-    Completion,
-    EngineDescription,
-    Request,
-    SamplingParams,
-)
-from moe_replay.errors import EngineError, RecipeError, TraceError
+from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.errors import EngineError, RecipeError
 
-# A temperature at which the most likely token loses its lead over chance, and the least lead, in nats, that shows this.
-_FLAT, _LEAST_LEAD = 100.0, 0.1
-# Longest wait for a server to hear that a request was given up; it also notices the closed connection.
+# A temperature at which the most likely token loses its lead over chance, and the minimum lead in
+# nats that shows this.
+_FLAT, _MIN_LEAD = 100.0, 0.1
+# Maximum wait for a server to hear that a request was given up; it also sees the closed connection.
 _ABORT_S = 2.0
 
 
 class SglangCalls(PlainCalls):
     """One SGLang server. Threads may call it at the same time.
 
-    What is sampled depends on the server's noise: only one with ``--enable-deterministic-inference`` gives equal completions
-    for equal seeds.
+    What is sampled depends on the server's noise: only one with ``--enable-deterministic-inference``
+    gives equal completions for equal seeds.
     """
 
     how_to_record: str = (
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
+    generate_path: str = "/generate"
 
     _is_deterministic: bool = False
 
@@ -57,7 +50,7 @@ class SglangCalls(PlainCalls):
         return self._is_deterministic
 
     async def _shows_life(self) -> bool:
-        # Answered when any output has come from the server's scheduler since the question, also that of other requests.
+        # Answered once the server's scheduler gives any output, also that of other requests.
         code, _ = await self._answer("GET", "/health_generate", silence_s=self._timeout_s)
         return code == 200
 
@@ -65,13 +58,14 @@ class SglangCalls(PlainCalls):
         """Return what the server is and which weights it holds.
 
         Raises:
-            RecipeError: when it refuses the token, is no SGLang server, or one that cannot return the routes of its tokens.
+            RecipeError: when it refuses the token or is not an SGLang server.
+            UnsupportedError: when it cannot return the routes of its tokens.
             CallError: when it does not answer.
         """
         if not self.has("/server_info") or not self.has("/model_info"):
             raise RecipeError(
-                f"{self.url} answers, but knows no /server_info and /model_info; start an SGLang server there: "
-                f"`python -m sglang.launch_server --model-path MODEL {FLAG}`"
+                f"{self.url} answers, but has no /server_info and /model_info; start an SGLang "
+                f"server there: `python -m sglang.launch_server --model-path MODEL {FLAG}`"
             )
         told = self.call_json("GET", "/server_info")
         description = read_description(told, self._facts, self.url)
@@ -79,7 +73,7 @@ class SglangCalls(PlainCalls):
         return Status(protocol=PROTOCOL, description=description, policy=self._policy())
 
     def check(self) -> None:
-        """Try out how the server reports log-probabilities, and whether its routes fit the model.
+        """Test how the server reports log-probabilities, and whether its routes fit the model.
 
         Raises:
             RecipeError: when log-probabilities ignore the temperature, or routes do not fit.
@@ -89,27 +83,16 @@ class SglangCalls(PlainCalls):
         best = []
         for temperature in (1.0, _FLAT):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
-
-            def sample(request: Request, sampling: SamplingParams = sampling) -> Completion:
-                sampled: list[Completion] = []
-                failure = self._complete(
-                    request,
-                    (0,),
-                    sampling,
-                    description,
-                    lambda _, answer, __: sampled.append(answer),
-                )
-                if failure is not None:
-                    raise failure
-                return sampled[0]
-
-            best.append(float(self.try_out(sample).rollout_logprobs[0]))
+            best.append(float(self._try_out(sampling, description).rollout_logprobs[0]))
+        # Of 1,000 tokens chance gives each -6.9 nats. Probability 0.9 is a lead of 6.8, most of which
+        # must be gone at temperature 100.
         lead = best[0] + math.log(self._facts.vocab_size)
-        if lead > _LEAST_LEAD and best[0] - best[1] < lead / 2:
+        if lead > _MIN_LEAD and best[0] - best[1] < lead / 2:
             raise RecipeError(
-                f"{self.url} gives the most likely token the log-probability {best[0]:.3f} at temperature 1 and "
-                f"{best[1]:.3f} at {_FLAT:.0f}, expected a fall: its log-probabilities ignore the temperature, which the "
-                "trainer's do not; start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
+                f"{self.url} gives the most likely token the log-probability {best[0]:.3f} at "
+                f"temperature 1 and {best[1]:.3f} at {_FLAT:.0f}, expected a fall: its "
+                "log-probabilities ignore the temperature, which the trainer's do not; start it "
+                "without SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
 
     def complete(
@@ -123,7 +106,7 @@ class SglangCalls(PlainCalls):
         keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
+        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``.
 
         Raises:
             EngineError: when the server refuses the request itself.
@@ -134,22 +117,29 @@ class SglangCalls(PlainCalls):
             check_policy(answered, policy, self.url)
             keep(number, completion)
 
-        failure = self._complete(request, numbers, sampling, description, keep_if_current)
+        failure = self._complete(
+            request,
+            numbers,
+            sampling,
+            policy=policy,
+            description=description,
+            keep=keep_if_current,
+        )
         if failure is not None:
             raise failure
 
     def commit_weights(self, policy: PolicyName) -> None:
-        """Let the server load the files that it was given, as ``policy``, and empty its cache.
+        """Make the server load the files that it was given, as ``policy``, and empty its cache.
 
         Raises:
-            CallError: when it does not answer, cannot read them, they are not those of its model, or it keeps cached prompts
-                of the last policy.
+            CallError: when it does not answer, cannot read them, they are not those of its model,
+                or it keeps cached prompts of the last policy.
         """
         assert self._pushed is not None
         message = {
             "model_path": str(self._pushed),
             "load_format": "safetensors",
-            "weight_version": weight_version(policy),
+            "weight_version": policy.weight_version,
             "flush_cache": True,
         }
         try:
@@ -161,67 +151,57 @@ class SglangCalls(PlainCalls):
             self.call("POST", "/flush_cache")
         except EngineError as error:
             raise self._not_loaded(policy, error) from error
-        held = self._policy()
-        if held != policy:
-            raise CallError(
-                Fault.STALE,
-                f"{self.url} holds {held} after it was pushed {policy}; another trainer pushes to it",
-            )
+        self._check_held(policy)
 
     def _policy(self) -> PolicyName:
         told = self.call_json("GET", "/model_info")
         if not isinstance(told, dict) or "weight_version" not in told:
             raise RecipeError(
-                f"{self.url}/model_info holds no weight_version; it is no SGLang server of a known release"
+                f"{self.url}/model_info has no weight_version; it is not an SGLang server of a known "
+                "release"
             )
-        return read_policy(told["weight_version"])
+        return PolicyName.read(told["weight_version"])
 
-    def _complete(
+    def _call(
         self,
         request: Request,
-        numbers: Sequence[int],
+        number: int,
         sampling: SamplingParams,
         description: EngineDescription,
-        keep: Callable[[int, Completion, PolicyName], None],
-    ) -> CallError | None:
-        """Give ``keep`` each completion with the weights that it was sampled by; return the first failure."""
+    ) -> dict[str, Any]:
+        return generate_message(
+            request,
+            number,
+            sampling,
+            eos_ids=self._facts.eos_ids,
+            record_routes=description.records_routes,
+            rid=secrets.token_hex(16),
+        )
 
-        def read(number: int, answer: bytes) -> None:
-            where = f"{self.url}: request {request.request_id}, completion {number}"
-            try:
-                completion, policy = read_completion(
-                    self.parsed(answer, "/generate"),
-                    request,
-                    sampling,
-                    facts=self._facts,
-                    description=description,
-                    layer_order=self._layer_order,
-                    where=where,
-                )
-                check_completion(request, completion, description=description)
-            except CallError:
-                raise
-            except (TraceError, EngineError) as error:
-                raise CallError(Fault.CORRUPT, str(error)) from error
-            keep(number, completion, policy)
+    def _completion(
+        self,
+        answer: Any,
+        request: Request,
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        where: str,
+    ) -> tuple[Completion, PolicyName]:
+        return read_completion(
+            answer,
+            request,
+            sampling,
+            facts=self._facts,
+            description=description,
+            layer_order=self._layer_order,
+            where=where,
+        )
 
-        calls = {}
-        for number in numbers:
-            message = generate_message(
-                request,
-                number,
-                sampling,
-                eos_ids=self._facts.eos_ids,
-                record_routes=description.records_routes,
-                rid=secrets.token_hex(16),
-            )
-            calls[number] = self._sampled(message)
-        return self._gather(calls, read)
-
-    async def _sampled(self, message: dict[str, object]) -> bytes:
-        """Return an answer; one that is no longer waited for is aborted in the server."""
+    async def _ask(self, message: dict[str, Any]) -> bytes:
+        """Return the answer to a message; the server aborts one that nobody waits for."""
         try:
-            return await self._waited("/generate", json.dumps(message, allow_nan=False).encode())
+            return await super()._ask(message)
         except asyncio.CancelledError:
             abort = json.dumps({"rid": message["rid"]}).encode()
             with suppress(EngineError):

@@ -1,4 +1,4 @@
-"""What SGLang's HTTP server says and takes, made into the types of every engine; what its releases cannot do is refused.
+"""What SGLang's HTTP server sends and accepts, as the types of every engine.
 
 =================  ===================================================================================================
 release            what comes back
@@ -9,7 +9,7 @@ release            what comes back
 =================  ===================================================================================================
 
 Routes are base64 of int32 without a header, ``[rows, layers, topk]`` in C order, all decoder layers, dense ones zeros.
-They are asked for from the first token on, because 0.5.9 to 0.5.11 ignored any other start without a word.
+They are asked for from the first token on, because 0.5.9 to 0.5.11 silently ignored any other start.
 ``output_token_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary, before top-k and top-p
 (SGLang 0.5.23, ``Sampler.forward``), unless the server runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB``.
 
@@ -29,10 +29,11 @@ from jaxtyping import Int32
 from packaging.version import InvalidVersion, Version
 
 from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.lifecycle import describe
 from moe_replay.engines.serve.messages import PolicyName
 from moe_replay.engines.servers.http import CallError, Fault
-from moe_replay.engines.servers.weight_names import read_policy
 from moe_replay.engines.types import (
+    FINISH_REASONS,
     Completion,
     EngineDescription,
     FinishReason,
@@ -42,7 +43,6 @@ from moe_replay.engines.types import (
 from moe_replay.errors import CodecError, EngineError, RecipeError, UnsupportedError
 from moe_replay.routing import (
     LayerOrder,
-    Origin,
     RoutedModel,
     RoutingTrace,
     trace_from_payload,
@@ -54,18 +54,18 @@ FLAG = "--enable-return-routed-experts"
 
 _OLDEST = Version("0.5.12")
 _DTYPES = {"float": "float32", "half": "float16"}
-_FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
-# Option of the server -> the value under which it returns what replay needs, and what any other one does.
+# Option of the server -> the value that replay needs, and what any other one does.
 _OPTIONS: Mapping[str, tuple[Any, str]] = {
     "speculative_algorithm": (None, "tokens are drafted by another model, whose routers run too"),
     "enable_hierarchical_cache": (
         False,
-        "prompt rows that come back from host memory have the routes of whatever held their slot before (sglang #26975)",
+        "prompt rows from host memory have the routes of whatever held their slot before (sglang "
+        "#26975)",
     ),
     "enable_lmcache": (
         False,
-        "prompt rows that come back from the outer cache have the routes of whatever held their slot before",
+        "prompt rows from the outer cache have the routes of whatever held their slot before",
     ),
     "enable_hisparse": (False, "rows move between slots, and the captured routes do not"),
     "disaggregation_mode": ("null", "routes of the prompt stay on the server that ran it"),
@@ -80,12 +80,13 @@ def check_version(version: str) -> None:
         release = Version(Version(version).base_version)
     except InvalidVersion as error:
         raise UnsupportedError(
-            f"{version!r} is no version of SGLang; routes cannot be read without one"
+            f"{version!r} is not a version of SGLang; routes cannot be read without one"
         ) from error
     if release < _OLDEST:
         raise UnsupportedError(
-            f"SGLang {version} does not say whether a request was retracted, and the routes of one that was are recomputed, "
-            f"not those that its tokens were sampled with; the first release that says so is {_OLDEST}: install it or a newer one"
+            f"SGLang {version} does not say whether a request was retracted, and the routes of one "
+            "that was are recomputed, not those that its tokens were sampled with; the first release "
+            f"that says so is {_OLDEST}: install it or a newer one"
         )
 
 
@@ -93,16 +94,16 @@ def read_description(told: Any, facts: ModelFacts, url: str) -> EngineDescriptio
     """Return what a server is, out of its ``/server_info``.
 
     Raises:
-        RecipeError: when this is no SGLang server.
-        UnsupportedError: when its release or one of its options keeps it from returning routes that belong to the tokens.
+        RecipeError: when this is not an SGLang server.
+        UnsupportedError: when its release or an option prevents routes that belong to the tokens.
     """
     needed = {"version": str, "dtype": str, "max_req_input_len": int}
     if not isinstance(told, dict) or any(
         not isinstance(told.get(key), kind) for key, kind in needed.items()
     ):
         raise RecipeError(
-            f"{url}/server_info holds no {', '.join(needed)}; it is no SGLang server of a known release: start one with "
-            f"`python -m sglang.launch_server --model-path MODEL {FLAG}`"
+            f"{url}/server_info lacks {', '.join(needed)}; it is not an SGLang server of a known "
+            f"release: start one with `python -m sglang.launch_server --model-path MODEL {FLAG}`"
         )
     check_version(told["version"])
     for option, (expected, reason) in _OPTIONS.items():
@@ -112,22 +113,19 @@ def read_description(told: Any, facts: ModelFacts, url: str) -> EngineDescriptio
                 f"{url} runs with {option} = {got!r}, expected {expected!r}: {reason}; start it without "
                 f"--{option.replace('_', '-')}"
             )
-    routed = facts.routed
-    return EngineDescription(
+    return describe(
+        facts,
         name="sglang",
         version=told["version"],
         dtype=_DTYPES.get(told["dtype"], told["dtype"]),
-        records_routes=told.get("enable_return_routed_experts") is True and routed is not None,
-        moe_layers=routed.moe_layers if routed else (),
-        num_experts=routed.num_experts if routed else 0,
-        topk=routed.topk if routed else 0,
-        # Beyond this SGLang cuts the completion short and calls that a full one.
+        record_routes=told.get("enable_return_routed_experts") is True,
+        # SGLang cuts longer completions short and reports them as complete.
         max_context_length=min(facts.max_context_length, told["max_req_input_len"]),
     )
 
 
 def is_deterministic(told: Mapping[str, Any]) -> bool:
-    """Tell by its ``/server_info`` whether a server draws by the seeds that requests name."""
+    """Return whether a server draws by the seeds of requests, according to its ``/server_info``."""
     return told.get("enable_deterministic_inference") is True
 
 
@@ -140,10 +138,10 @@ def generate_message(
     record_routes: bool,
     rid: str,
 ) -> dict[str, Any]:
-    """Return the body of a ``/generate`` call for completion ``number``, under a name by which it can be aborted.
+    """Return the body of a ``/generate`` call for completion ``number``, which ``rid`` can abort.
 
-    One call a completion: all 16 of a prompt at 32k tokens would be 1 GB of JSON. Every option is named, so that defaults
-    of the server or of the checkpoint's author change nothing.
+    One call a completion: all 16 of a prompt at 32k tokens would be 1 GB of JSON. Every option is
+    set, so that defaults of the server or the checkpoint change nothing.
     """
     return {
         "rid": rid,
@@ -186,10 +184,9 @@ def read_completion(
 ) -> tuple[Completion, PolicyName]:
     """Return the completion in one entry of an answer, and the weights that it was sampled with.
 
-    ``layer_order`` is its server's own.
-
-    A completion that was retracted on the way has log-probabilities of its first run and routes of a later one; all its
-    rows are ``valid=False``, and coverage counts them.
+    ``layer_order`` belongs to its server. A completion that was retracted has log-probabilities of
+    its first run and routes of a later one; all its rows are ``valid=False``, and coverage counts
+    them.
 
     Raises:
         EngineError: when the entry is damaged, cut, or ended in an unknown way.
@@ -206,7 +203,7 @@ def read_completion(
             "completion_tokens": meta["completion_tokens"],
         }
         reason, num_retractions = meta["finish_reason"], int(meta["num_retractions"])
-        policy = read_policy(meta["weight_version"])
+        policy = PolicyName.read(meta["weight_version"])
         token_ids = np.array(tokens, dtype=np.int32)
         versions = {str(span["version"]) for span in meta.get("weight_versions", ())}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -215,12 +212,14 @@ def read_completion(
     ids = answer.get("output_ids", list(tokens))
     if told != expected or ids != list(tokens):
         raise EngineError(
-            f"{where}: the answer tells of {told} and the output_ids {str(ids)[:80]}, expected {expected} and "
-            f"{str(list(tokens))[:80]}, the ids of its log-probabilities; the server cut the prompt, or its tokens do not belong to its log-probabilities"
+            f"{where}: the answer has {told} and the output_ids {str(ids)[:80]}, expected {expected} "
+            f"and {str(list(tokens))[:80]}, the ids of its log-probabilities; the server cut the "
+            "prompt, or its tokens do not belong to its log-probabilities"
         )
     if len(versions) > 1:
         raise EngineError(
-            f"{where}: sampled by the weights {sorted(versions)}, one after the other; another trainer pushes to this server"
+            f"{where}: sampled by the weights {sorted(versions)}, one after the other; another "
+            "trainer pushes to this server"
         )
     trace = _trace(
         meta, request, token_ids, policy, num_retractions, facts, description, layer_order, where
@@ -241,7 +240,7 @@ def encode_routes(rows: Int32[np.ndarray, "rows layers topk"]) -> str:
 
 
 def _sampling_seed(seed: int, request_id: int, number: int) -> int:
-    """Return a seed of 63 bits for one completion; servers with ``--enable-deterministic-inference`` draw by it."""
+    """Return a seed of 63 bits for a completion, for ``--enable-deterministic-inference``."""
     key = b"".join(part.to_bytes(8, "little") for part in (seed, request_id, number))
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
@@ -250,10 +249,10 @@ def _finish_reason(
     reason: Any, token_ids: Int32[np.ndarray, " completion"], sampling: SamplingParams, where: str
 ) -> FinishReason:
     kind = reason.get("type") if isinstance(reason, dict) else reason
-    finish_reason = _FINISH_REASONS.get(kind) if isinstance(kind, str) else None
-    if finish_reason is None:
+    finish_reason = FINISH_REASONS.get(str(kind))
+    if finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
         raise EngineError(
-            f"{where} ended with {reason!r}, expected one of {list(_FINISH_REASONS)}; the server aborted it"
+            f"{where} ended with {reason!r}, expected stop or length; the server aborted it"
         )
     matched = reason.get("matched") if isinstance(reason, dict) else None
     if finish_reason is FinishReason.STOP and matched not in (
@@ -261,14 +260,15 @@ def _finish_reason(
         [int(token_ids[-1])],
     ):
         raise EngineError(
-            f"{where} ended on {matched!r}, expected a stop token that is its last token, {token_ids[-1]}; the server "
-            "stops on a string, or met a token that is none"
+            f"{where} ended on {matched!r}, expected a stop token that is its last token, "
+            f"{token_ids[-1]}; the server stops on a string, or sampled an unknown token"
         )
     if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
         raise CallError(
             Fault.CUT,
-            f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
-            "server's context or cache has no room for more: raise --context-length or --mem-fraction-static",
+            f"{where} ended at its length with {len(token_ids)} tokens, expected "
+            f"{sampling.max_completion_length}; the server's context or cache has no room for more: "
+            "raise --context-length or --mem-fraction-static",
         )
     return finish_reason
 
@@ -288,18 +288,13 @@ def _trace(
         return None
     model = facts.routed
     assert model is not None
-    every = np.concatenate([request.prompt_ids, token_ids])
-    origin = Origin.single(
-        engine=description.name,
-        engine_version=description.version,
-        policy_version=policy.policy_version,
-        num_rows=len(every),
-    )
+    sequence = request.sequence(token_ids)
+    origin = description.origin(policy_version=policy.policy_version, num_rows=len(sequence))
     if num_retractions:
-        return unrouted_trace(every, model=model, origin=origin)
+        return unrouted_trace(sequence, model=model, origin=origin)
     return trace_from_payload(
-        _decode_routes(meta.get("routed_experts"), model, len(every), where),
-        token_ids=every,
+        _decode_routes(meta.get("routed_experts"), model, len(sequence), where),
+        token_ids=sequence,
         num_prompt_tokens=len(request.prompt_ids),
         model=model,
         origin=origin,
@@ -318,13 +313,13 @@ def _decode_routes(
     try:
         content = base64.b64decode(field, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise CodecError(f"{where}: routes are no base64: {error}") from error
+        raise CodecError(f"{where}: routes are not valid base64: {error}") from error
     row_bytes = 4 * model.num_decoder_layers * model.topk
     if not content or len(content) % row_bytes:
         raise CodecError(
-            f"{where}: routes hold {len(content)} bytes, expected {num_tokens - 1} rows of {row_bytes} bytes "
-            f"({model.num_decoder_layers} layers x {model.topk} experts of 4 bytes); the server serves another model, counts "
-            "shared experts, or the answer was cut"
+            f"{where}: routes hold {len(content)} bytes, expected {num_tokens - 1} rows of {row_bytes} "
+            f"bytes ({model.num_decoder_layers} layers x {model.topk} experts of 4 bytes); the server "
+            "serves another model, counts shared experts, or the answer was cut"
         )
     rows = np.frombuffer(content, dtype="<i4").astype(np.int32)
     return rows.reshape(-1, model.num_decoder_layers, model.topk)

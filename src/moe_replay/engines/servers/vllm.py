@@ -1,77 +1,56 @@
-"""Calls to one plain vLLM server, over vLLM's own HTTP API; weights are pushed as files that the server reads.
-
-A server is told apart from one of `moe-replay serve` by what it answers to.
-
-In: a URL, requests, weights. Out: completions, statuses; `CallError` for whatever goes wrong.
-"""
+"""Calls to one plain vLLM server over vLLM's HTTP API; the server reads pushed weights from files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Progress, Status
-from moe_replay.engines.servers.contract import (
-    RolloutServer,
-    check_completion,
-    check_policy,
-)
+from moe_replay.engines.servers.contract import RolloutServer, check_policy
 from moe_replay.engines.servers.http import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.plain import PlainCalls
-from moe_replay.engines.servers.vllm_facts import (
+from moe_replay.engines.servers.vllm_wire import (
     NativeServer,
     generate_message,
     read_completion,
     read_server,
 )
-from moe_replay.engines.servers.weight_names import read_policy, weight_version
-from moe_replay.engines.types import (
-    Completion,
-    EngineDescription,
-    Request,
-    SamplingParams,
-)
+from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
 from moe_replay.engines.vllm.wire import FLAG
-from moe_replay.errors import EngineError, RecipeError, TraceError
+from moe_replay.errors import EngineError, RecipeError
 
-# Name of the weights of a server that loads a push, and of one in which a push has failed.
+# Name of the weights of a server that is loading a push, or in which a push has failed.
 _LOADING = "moe-replay is loading"
 _GENERATE = "/inference/v1/generate"
-# Counters of a server that works, in whose reading it shows.
+# Counters that grow while a server works.
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total")
 _ROUTE_BYTES = 1 << 30
 # Paths that a plain server has -> how it must be started to have them.
 _PATHS = {
     "/version": "start a server there: `moe-replay serve MODEL`",
-    "/server_info": "start it with VLLM_SERVER_DEV_MODE=1 in its environment, on an address that only trainers reach: weights "
-    "are pushed that way",
+    "/server_info": "start it with VLLM_SERVER_DEV_MODE=1 in its environment, on an address that "
+    "only trainers reach: weights are pushed that way",
     "/weight_info": "install vLLM 0.30",
     _GENERATE: "start it with --enable-scale-out",
 }
 
 
 def connect_vllm(
-    url: str,
-    *,
-    token: str | None,
-    timeout_s: float,
-    max_answer_bytes: int,
-    facts: ModelFacts,
-    ca_file: Path | None = None,
+    url: str, *, facts: ModelFacts, token: str | None, ca_file: Path | None = None, **limits: Any
 ) -> RolloutServer:
     """Return the calls to a server of `moe-replay serve`, or to a plain vLLM server.
+
+    What the server answers decides. ``limits`` are those of `HttpCalls`.
 
     Raises:
         RecipeError: when the file of certificates cannot be used.
         CallError: when nothing answers.
     """
-    ours = ServerCalls(
-        url, token=token, timeout_s=timeout_s, max_answer_bytes=max_answer_bytes, ca_file=ca_file
-    )
+    ours = ServerCalls(url, token=token, ca_file=ca_file, **limits)
     try:
         is_plain = not ours.has("/status") and ours.has("/version")
     except BaseException:
@@ -80,14 +59,7 @@ def connect_vllm(
     if not is_plain:
         return ours
     ours.close()
-    return VllmCalls(
-        url,
-        token=token,
-        timeout_s=timeout_s,
-        max_answer_bytes=max_answer_bytes,
-        facts=facts,
-        ca_file=ca_file,
-    )
+    return VllmCalls(url, token=token, ca_file=ca_file, facts=facts, **limits)
 
 
 class VllmCalls(PlainCalls):
@@ -96,13 +68,14 @@ class VllmCalls(PlainCalls):
     how_to_record: str = (
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
+    generate_path: str = _GENERATE
 
     _server: NativeServer | None = None
     _work: tuple[bytes, ...] = ()
 
     @property
     def draws_by_seed(self) -> bool:
-        """Whether it has this project's logits processor, which draws by the seed of the run."""
+        """Whether it has this project's logits processor, which draws by the run's seed."""
         return self._server is not None and self._server.draws
 
     async def _shows_life(self) -> bool:
@@ -117,7 +90,7 @@ class VllmCalls(PlainCalls):
         """Return what the server is and which weights it holds.
 
         Raises:
-            RecipeError: when it refuses the token or was started without what replay needs; the message names the flag.
+            RecipeError: when it refuses the token or was started without a flag that replay needs.
             CallError: when it does not answer.
         """
         if self._server is None:
@@ -132,38 +105,23 @@ class VllmCalls(PlainCalls):
         )
 
     def check(self) -> None:
-        """Sample once, to see whether what comes back fits the model.
+        """Sample once, to find out whether what comes back fits the model.
 
         Raises:
             RecipeError: when it does not.
             CallError: when the server does not answer.
         """
-        description = self.status().description
-
-        def sample(request: Request) -> Completion:
-            kept: list[Completion] = []
-            sampling = SamplingParams(max_completion_length=2)
-            failure = self._complete(
-                request,
-                (0,),
-                sampling,
-                0,
-                description,
-                lambda _, completion: kept.append(completion),
-            )
-            if failure is not None:
-                raise failure
-            return kept[0]
-
-        self.try_out(
-            sample,
-            hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with --enforce-eager)",
+        self._try_out(
+            SamplingParams(max_completion_length=2),
+            self.status().description,
+            hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with "
+            "--enforce-eager)",
         )
         self.result(self.begin(self._shows_life()))
         if not self._work:
             raise RecipeError(
-                f"{self.url}/metrics counts no tokens, so nobody could tell a server that hangs from one with a long queue; "
-                "start it without --disable-log-stats"
+                f"{self.url}/metrics counts no tokens, so a server that hangs could not be "
+                "distinguished from one with a long queue; start it without --disable-log-stats"
             )
 
     def complete(
@@ -177,10 +135,10 @@ class VllmCalls(PlainCalls):
         keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``, and give each to ``keep``.
+        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``.
 
-        Answers do not name their weights, so the server is asked before and after, and nothing is kept between. It tells of
-        no progress.
+        Answers do not name their weights, so the server is asked before and after, and nothing is
+        kept in between. It reports no progress.
 
         Raises:
             RecipeError: when this server cannot sample so that log-probabilities are the policy's.
@@ -193,9 +151,9 @@ class VllmCalls(PlainCalls):
             request,
             numbers,
             sampling,
-            policy.policy_version,
-            description,
-            lambda number, completion: sampled.append((number, completion)),
+            policy=policy,
+            description=description,
+            keep=lambda number, completion, policy: sampled.append((number, completion)),
         )
         if sampled:
             check_policy(self._policy(), policy, self.url)
@@ -205,11 +163,12 @@ class VllmCalls(PlainCalls):
             raise failure
 
     def commit_weights(self, policy: PolicyName) -> None:
-        """Let the server load the files that it was given, as ``policy``, and empty its cache.
+        """Make the server load the files that it was given, as ``policy``, and empty its cache.
 
-        Until everything has worked the server holds no policy by name, so that a push that failed half-way is no policy. A
-        server of which one failed takes no other until it is started again: a worker that raises leaves the later answers
-        of vLLM's workers one call behind, so that the next push could seem to have worked.
+        Until everything has worked the server's weights have no policy's name, so a push that
+        failed half-way is no policy. After a failed push a server accepts no other until it is
+        restarted: a worker that raises leaves the later answers of vLLM's workers one call behind,
+        so that the next push could seem to have worked.
 
         Raises:
             CallError: when it does not answer, fails to load, or has failed before.
@@ -218,8 +177,8 @@ class VllmCalls(PlainCalls):
         if self._weight_version() == _LOADING:
             raise CallError(
                 Fault.FAILED,
-                f"{self.url} is loading another push, or has failed to, after which vLLM's workers are out of step: start the "
-                "server again, and give each run servers of its own",
+                f"{self.url} is loading another push, or has failed to, after which vLLM's workers "
+                "are out of step: start the server again, and give each run servers of its own",
             )
         self.call("POST", "/pause?" + urlencode({"mode": "abort"}))
         self._name_weights(_LOADING)
@@ -231,15 +190,9 @@ class VllmCalls(PlainCalls):
                 error,
                 then=". Start the server again before the next push: its workers are out of step now",
             ) from error
-        self._name_weights(weight_version(policy))
+        self._name_weights(policy.weight_version)
         self.call("POST", "/resume")
-        held = self._policy()
-        if held != policy:
-            raise CallError(
-                Fault.STALE,
-                f"{self.url} holds {held} after it was pushed {policy}; another trainer pushes to it: give each run servers "
-                "of its own",
-            )
+        self._check_held(policy)
 
     def _load(self, folder: Path) -> None:
         message = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -247,14 +200,15 @@ class VllmCalls(PlainCalls):
         told = self.call_json("POST", "/reset_prefix_cache")
         if told != {"success": True}:
             raise EngineError(
-                f"it did not empty its prefix cache ({told}), so prompts would be answered from the last policy"
+                f"it did not empty its prefix cache ({told}), so prompts would be answered from the "
+                "last policy"
             )
 
     def _name_weights(self, name: str) -> None:
         self.call_json("POST", "/update_weight_version", {"new_version": name})
 
     def _policy(self) -> PolicyName:
-        return read_policy(self._weight_version())
+        return PolicyName.read(self._weight_version())
 
     def _weight_version(self) -> str:
         told = self.call_json("GET", "/weight_info")
@@ -262,51 +216,41 @@ class VllmCalls(PlainCalls):
             raise CallError(Fault.CORRUPT, f"{self.url}/weight_info answers {told}")
         return str(told["weight_version"])
 
-    def _complete(
+    def _call(
         self,
         request: Request,
-        numbers: Sequence[int],
+        number: int,
         sampling: SamplingParams,
-        policy_version: int,
         description: EngineDescription,
-        keep: Callable[[int, Completion], None],
-    ) -> CallError | None:
-        assert self._server is not None
-        draws = self._server.draws
-
-        def read(number: int, answer: bytes) -> None:
-            where = f"{self.url}: request {request.request_id}, completion {number}"
-            try:
-                completion = read_completion(
-                    self.parsed(answer, _GENERATE),
-                    request,
-                    sampling,
-                    facts=self._facts,
-                    description=description,
-                    layer_order=self._layer_order,
-                    policy_version=policy_version,
-                    max_bytes=_ROUTE_BYTES,
-                    where=where,
-                )
-                check_completion(request, completion, description=description)
-            except CallError:
-                raise
-            except (TraceError, EngineError) as error:
-                raise CallError(Fault.CORRUPT, str(error)) from error
-            keep(number, completion)
-
-        def message(number: int) -> bytes:
-            fields = generate_message(
-                request,
-                number,
-                sampling,
-                eos_ids=self._facts.eos_ids,
-                draws=draws,
-                num_known_ids=self._facts.num_known_ids,
-            )
-            return json.dumps(fields, allow_nan=False).encode()
-
-        bodies = {number: message(number) for number in numbers}
-        return self._gather(
-            {number: self._waited(_GENERATE, body) for number, body in bodies.items()}, read
+    ) -> dict[str, Any]:
+        return generate_message(
+            request,
+            number,
+            sampling,
+            eos_ids=self._facts.eos_ids,
+            draws=self.draws_by_seed,
+            num_known_ids=self._facts.num_known_ids,
         )
+
+    def _completion(
+        self,
+        answer: Any,
+        request: Request,
+        sampling: SamplingParams,
+        *,
+        policy: PolicyName,
+        description: EngineDescription,
+        where: str,
+    ) -> tuple[Completion, PolicyName]:
+        completion = read_completion(
+            answer,
+            request,
+            sampling,
+            facts=self._facts,
+            description=description,
+            layer_order=self._layer_order,
+            policy_version=policy.policy_version,
+            max_bytes=_ROUTE_BYTES,
+            where=where,
+        )
+        return completion, policy

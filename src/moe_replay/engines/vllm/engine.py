@@ -1,7 +1,4 @@
-"""The vLLM engine in this process: vLLM samples with captured routes, and weights are pushed into it without the disk.
-
-In: a checkpoint directory, requests, weights. Out: completions with routes.
-"""
+"""The vLLM engine in this process: vLLM samples and captures routes, and takes weights from memory."""
 
 from __future__ import annotations
 
@@ -13,40 +10,47 @@ from typing import Any, Literal
 import torch
 
 from moe_replay.checkpoint.facts import read_facts
-from moe_replay.engines.noise import check_requests, check_sampling
+from moe_replay.engines.checks import check_requests, check_sampling
+from moe_replay.engines.lifecycle import VersionedEngine
 from moe_replay.engines.types import (
-    Completion,
-    EngineDescription,
     Request,
     RolloutGroup,
     RolloutProgress,
     SamplingParams,
+    grouped,
 )
 from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
-from moe_replay.engines.vllm.outputs import completion_of, describe
 from moe_replay.engines.vllm.ranks import (
     check_ranks,
     failure_of_ranks,
     own_place,
     requests_of_ranks,
 )
-from moe_replay.engines.vllm.startup import check_loadable, start_vllm, stop_vllm
+from moe_replay.engines.vllm.startup import (
+    check_loadable,
+    describe_vllm,
+    start_vllm,
+    stop_vllm,
+)
 from moe_replay.engines.vllm.stepping import VllmStepper
+from moe_replay.engines.vllm.wire import completion_of
 from moe_replay.engines.weight_stream import checked_weights, drain
 from moe_replay.errors import DivergedError, EngineError
 from moe_replay.routing import LayerOrder
 
 
-class VllmEngine:
+class VllmEngine(VersionedEngine):
     """Samples with vLLM in this process: prefix caching and chunked prefill on, routes captured.
 
-    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so equal seeds give equal
-    completions, whatever shares the batch. Threads may call `generate` at the same time; their requests run together. On
-    a GPU the engine sleeps between rounds: its weights wait in host memory and its cache is gone while the trainer
-    works. On a CPU vLLM has no sleep, and both stay.
+    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so equal seeds
+    give equal completions, whatever shares the batch. Threads may call `generate` at the same time;
+    their requests run together. On a GPU the engine sleeps between rounds: its weights wait in host
+    memory and its cache is freed while the trainer works. On a CPU vLLM cannot sleep, and both
+    stay.
 
-    With ``tensor_parallel_size`` above 1 consecutive ranks of the trainer hold one engine together. Each calls
-    `generate` with its own requests and gets its own completions, and all must make the same calls in the same order.
+    With ``tensor_parallel_size`` above 1 consecutive ranks of the trainer share one engine. Each
+    calls `generate` with its own requests and gets its own completions, and all must make the same
+    calls in the same order.
 
     Example:
         >>> engine = VllmEngine("checkpoints/tiny", dtype="bfloat16")
@@ -54,7 +58,7 @@ class VllmEngine:
 
     Raises:
         RecipeError: when vLLM is not installed, or the checkpoint or an option is wrong.
-        UnsupportedError: when another release of vLLM is installed than the one that this was tested on.
+        UnsupportedError: when another release of vLLM is installed than the one tested here.
         EngineError: when vLLM does not start.
     """
 
@@ -74,15 +78,15 @@ class VllmEngine:
         check_ranks(tensor_parallel_size)
         self._facts = read_facts(model_dir)
         check_loadable(self._facts)
-        self._description = describe(
-            self._facts,
-            dtype=dtype,
-            max_batch_size=max_batch_size,
-            max_context_length=max_context_length,
-            record_routes=record_routes,
+        super().__init__(
+            describe_vllm(
+                self._facts,
+                dtype=dtype,
+                max_batch_size=max_batch_size,
+                max_context_length=max_context_length,
+                record_routes=record_routes,
+            )
         )
-        self._state: Literal["ready", "broken", "closed"] = "ready"
-        self._policy_version = 0
         self._is_reload_open = False
         self._layer_order = LayerOrder()
         self._is_sharded = tensor_parallel_size > 1
@@ -105,23 +109,13 @@ class VllmEngine:
         )
 
     @property
-    def description(self) -> EngineDescription:
-        """What this engine is and can return."""
-        return self._description
-
-    @property
-    def policy_version(self) -> int:
-        """Weight pushes received so far."""
-        return self._policy_version
-
-    @property
     def capacity(self) -> CacheCapacity:
         """How many sequences the key-value cache holds at once."""
         return self._capacity
 
     @property
     def progress(self) -> RolloutProgress:
-        """How far the running calls of `generate` are, those of all threads and ranks of this engine together."""
+        """How far the running calls of `generate` are, of all threads and ranks of this engine."""
         return self._stepper.progress
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
@@ -129,13 +123,13 @@ class VllmEngine:
 
         Raises:
             RecipeError: when a sampling setting is out of range.
-            EngineError: when a request is malformed or leaves no room in the context, vLLM fails, or the engine is closed.
+            EngineError: when a request is malformed or too long, vLLM fails, or the engine is closed.
         """
         check_sampling(sampling)
         ranks, own = [requests], 0
         if self._is_sharded:
             ranks, own = requests_of_ranks(requests), own_place()
-        # Of all ranks on every rank, so that a request that is refused ends all of them.
+        # Every rank checks the requests of all, so that a refused request ends all of them.
         for asked in ranks:
             check_requests(
                 asked, sampling, description=self._description, vocab_size=self._facts.vocab_size
@@ -149,17 +143,26 @@ class VllmEngine:
             ],
             at_start=self._ready_version,
         )
-        start = sum(request.num_generations for asked in ranks[:own] for request in asked)
-        groups = []
-        for request in requests:
-            stop = start + request.num_generations
-            completions = (
-                self._completion(request, number, output, policy_version)
-                for number, output in enumerate(outputs[start:stop])
+        # Of ranks that ask for 4, 2 and 3 completions, the second gets outputs 4 and 5.
+        first = sum(request.num_generations for asked in ranks[:own] for request in asked)
+        wanted = [
+            (request, number) for request in requests for number in range(request.num_generations)
+        ]
+        completions = (
+            completion_of(
+                output,
+                request=request,
+                number=number,
+                facts=self._facts,
+                description=self._description,
+                policy_version=policy_version,
+                layer_order=self._layer_order,
             )
-            groups.append(RolloutGroup(request=request, completions=tuple(completions)))
-            start = stop
-        return groups
+            for (request, number), output in zip(
+                wanted, outputs[first : first + len(wanted)], strict=True
+            )
+        )
+        return grouped(requests, completions)
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
@@ -169,13 +172,12 @@ class VllmEngine:
         The prefix cache, and with it the routes of its rows, is emptied.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
-                a failed push the engine refuses to sample until a push succeeds.
+            EngineError: when a name is unknown, missing, or of another shape, or the version goes
+                backwards. After a failed push the engine refuses to sample until a push succeeds.
         """
-        if self._state == "closed":
-            raise EngineError("the vLLM engine is closed; make a new one")
+        self._check_state("ready", "broken")
         with self._stepper.paused():
-            failure = self._push(iter(weights), policy_version)
+            failure = self._load(iter(weights), policy_version)
             if self._is_sharded:
                 own, failure = failure, failure_of_ranks(failure)
                 if own is None and failure is not None:
@@ -195,12 +197,7 @@ class VllmEngine:
 
     def _ready_version(self) -> int:
         """Return the policy version, or raise when the engine must not sample."""
-        if self._state == "closed":
-            raise EngineError("the vLLM engine is closed; make a new one")
-        if self._state == "broken":
-            raise EngineError(
-                "the last weight push failed half-way, so the engine holds weights of two policies; push again"
-            )
+        self._check_state("ready")
         return self._policy_version
 
     def _asked_of(self, request: Request, sampling: SamplingParams) -> list[tuple[Any, Any]]:
@@ -209,7 +206,6 @@ class VllmEngine:
 
         from moe_replay.engines.vllm.sampler import draw_params
 
-        stops = tuple({*self._facts.eos_ids, *sampling.stop_token_ids})
         return [
             (
                 TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()),
@@ -217,51 +213,28 @@ class VllmEngine:
                     sampling,
                     request_id=request.request_id,
                     completion=number,
-                    stop_token_ids=stops,
+                    stop_token_ids=self._facts.eos_ids,
                     num_known_ids=self._facts.num_known_ids,
                 ),
             )
             for number in range(request.num_generations)
         ]
 
-    def _completion(
-        self, request: Request, number: int, output: Any, policy_version: int
-    ) -> Completion:
-        (sampled,) = output.outputs
-        return completion_of(
-            output,
-            token_ids=sampled.token_ids,
-            rollout_logprobs=[
-                place[token].logprob
-                for place, token in zip(sampled.logprobs, sampled.token_ids, strict=True)
-            ],
-            request=request,
-            number=number,
-            model=self._facts.routed if self._description.records_routes else None,
-            version=self._description.version,
-            policy_version=policy_version,
-            layer_order=self._layer_order,
-        )
-
-    def _push(
+    def _load(
         self, weights: Iterator[tuple[str, torch.Tensor]], policy_version: int
     ) -> Exception | None:
         """Load ``weights`` and empty the cache; return what went wrong instead of raising it."""
         try:
-            if policy_version < self._policy_version:
-                raise EngineError(
-                    f"policy_version {policy_version} was pushed after {self._policy_version}; versions count pushes, so "
-                    "a stale trainer is pushing"
-                )
+            self._check_push(policy_version)
             self._finish_reload()
             self._state = "broken"
             self._reload(weights)
             if not self._vllm.reset_prefix_cache():
                 raise EngineError(
-                    "vLLM did not empty its prefix cache after a weight push, so prompts would be answered from the last "
-                    "policy; push again"
+                    "vLLM did not empty its prefix cache after a weight push, so prompts would be "
+                    "answered from the last policy; push again"
                 )
-        except Exception as error:  # noqa: BLE001 - the seam: vLLM's loader, and whoever exports the weights
+        except Exception as error:  # noqa: BLE001 - the seam: vLLM's loader, and the exporter
             drain(weights, error)
             return error
         return None
@@ -283,8 +256,8 @@ class VllmEngine:
     def _finish_reload(self) -> None:
         """Tell vLLM that no more weights come, if a push broke off.
 
-        Until then layers are empty, or keep the parts that they got and count them as parts of the next push: half of one
-        push and the whole of another gave 11 % right tokens, without an error.
+        Until then layers are empty, or keep the parts that they got and count them as parts of the
+        next push: half of one push and all of another gave 11 % right tokens, without an error.
         """
         if self._is_reload_open:
             self._vllm.apply_model(partial(_finish, model_config=self._vllm.model_config))

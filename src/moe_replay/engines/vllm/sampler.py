@@ -22,8 +22,7 @@ from vllm import SamplingParams as VllmSamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from moe_replay.engines.divergence import NOT_A_LOGPROB
-from moe_replay.engines.noise import completion_noise, sample_tokens
+from moe_replay.engines.noise import NOT_A_LOGPROB, completion_noise, sample_tokens
 from moe_replay.engines.types import SamplingParams
 
 KEY = "moe_replay"
@@ -91,7 +90,10 @@ def draw_params(
     stop_token_ids: tuple[int, ...],
     num_known_ids: int | None = None,
 ) -> VllmSamplingParams:
-    """Return vLLM's parameters for one completion; ``stop_token_ids`` hold the end-of-sequence tokens too."""
+    """Return vLLM's parameters for one completion.
+
+    ``stop_token_ids`` end it as those of ``sampling`` do, such as the model's own.
+    """
     draw = Draw(
         seed=sampling.seed,
         request_id=request_id,
@@ -105,7 +107,7 @@ def draw_params(
         # The best token of a row is the drawn one, so vLLM must not draw again.
         temperature=0.0,
         max_tokens=sampling.max_completion_length,
-        stop_token_ids=sorted(stop_token_ids),
+        stop_token_ids=sorted({*stop_token_ids, *sampling.stop_token_ids}),
         ignore_eos=True,
         logprobs=0,
         detokenize=False,

@@ -1,7 +1,8 @@
-"""The vLLM engine of the rollout server: several workers and replicas, completions that can be cancelled, pushes as a whole.
+"""The vLLM engine of the rollout server: several workers and replicas, and requests that can be cancelled.
 
-A push has two steps. `VllmServing.stage` checks all of it, in the workers too, and changes nothing. `VllmServing.apply`
-loads it in all workers of all replicas; when one fails, all go back to the weights before.
+A push has two steps. `VllmServing.stage` checks all of it, in the workers too, and changes nothing.
+`VllmServing.apply` loads it in all workers of all replicas; when one fails, all go back to the
+weights before.
 
 In: a checkpoint directory, requests, folders of pushed weights. Out: completions with routes.
 """
@@ -16,15 +17,16 @@ from typing import Any, Literal
 
 from moe_replay.checkpoint.config import load_config
 from moe_replay.checkpoint.facts import ModelFacts, read_facts
-from moe_replay.engines.noise import check_requests, check_sampling
-from moe_replay.engines.serve.engine import PushRefused, folder_tensors
-from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.checks import check_requests, check_sampling
+from moe_replay.engines.lifecycle import Lifecycle, State
+from moe_replay.engines.serve.engine import PushRefused
+from moe_replay.engines.types import Completion, Request, SamplingParams
 from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
-from moe_replay.engines.vllm.outputs import completion_of, describe
 from moe_replay.engines.vllm.replica import VllmReplica, launch_all
-from moe_replay.engines.vllm.startup import check_loadable, engine_options
+from moe_replay.engines.vllm.startup import check_loadable, describe_vllm, engine_options
+from moe_replay.engines.vllm.wire import completion_of
 from moe_replay.engines.vllm.workers import PUSH_WORKER, TornReloadError
-from moe_replay.engines.weight_stream import fitting_weights
+from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.routing import LayerOrder
 
@@ -34,7 +36,7 @@ _STREAM_INTERVAL = 16
 _LOOK_S = 1.0
 
 
-class VllmServing:
+class VllmServing(Lifecycle):
     """A `ServedEngine` over vLLM: ``replicas`` engines of ``tensor_parallel_size`` workers each, one model.
 
     Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so a completion depends
@@ -74,12 +76,15 @@ class VllmServing:
         self._layer_order = LayerOrder()
         heads = load_config(Path(model_dir)).get_text_config().num_attention_heads
         check_loadable(self._facts, tensor_parallel_size, num_attention_heads=heads)
-        self._description = describe(
-            self._facts,
-            dtype=dtype,
-            max_batch_size=max_batch_size,
-            max_context_length=max_context_length,
-            record_routes=record_routes,
+        super().__init__(
+            describe_vllm(
+                self._facts,
+                dtype=dtype,
+                max_batch_size=max_batch_size,
+                max_context_length=max_context_length,
+                record_routes=record_routes,
+            ),
+            state="new",
         )
         self._tensor_parallel_size, self._num_replicas = tensor_parallel_size, replicas
         self._num_devices = _num_devices()
@@ -94,15 +99,9 @@ class VllmServing:
             gpu_memory_utilization=gpu_memory_utilization,
         )
         self._replicas: list[VllmReplica] = []
-        self._state: Literal["new", "ready", "broken", "closed"] = "new"
         # None stands for the checkpoint that the engine was started with.
         self._last_good: Path | None = None
         self._staged: Path | None = None
-
-    @property
-    def description(self) -> EngineDescription:
-        """What this engine is and can return."""
-        return self._description
 
     async def start(self) -> None:
         """Start all processes, and return when they have loaded the model.
@@ -110,10 +109,7 @@ class VllmServing:
         Raises:
             EngineError: when vLLM does not start; then nothing of it stays.
         """
-        if self._state != "new":
-            raise EngineError(
-                f"the vLLM engine is {self._state} and cannot be started; make a new one"
-            )
+        self._check_state("new")
         self._replicas = await launch_all(
             [self._config(replica) for replica in range(self._num_replicas)]
         )
@@ -160,19 +156,17 @@ class VllmServing:
             sampling,
             request_id=request.request_id,
             completion=number,
-            stop_token_ids=tuple({*self._facts.eos_ids, *sampling.stop_token_ids}),
+            stop_token_ids=self._facts.eos_ids,
             num_known_ids=self._facts.num_known_ids,
         )
         replica = min(self._replicas, key=lambda replica: replica.num_running)
-        output, token_ids, rollout_logprobs = await replica.sample(request, params, progress)
+        output = await replica.sample(request, params, progress)
         return completion_of(
             output,
-            token_ids=token_ids,
-            rollout_logprobs=rollout_logprobs,
             request=request,
             number=number,
-            model=self._facts.routed if self._description.records_routes else None,
-            version=self._description.version,
+            facts=self._facts,
+            description=self._description,
             policy_version=policy_version,
             layer_order=self._layer_order,
         )
@@ -284,19 +278,11 @@ class VllmServing:
     def _dead(self) -> VllmReplica | None:
         return next((replica for replica in self._replicas if replica.is_dead), None)
 
-    def _check_state(self, *allowed: str) -> None:
-        # It samples nothing, so it would always be the one with the fewest completions.
+    def _check_state(self, *allowed: State) -> None:
+        # A dead replica samples nothing, so it would always be the one with the fewest completions.
         if dead := self._dead():
             raise EngineError(dead.obituary())
-        if self._state in allowed:
-            return
-        raise EngineError(
-            {
-                "new": "the vLLM engine has not been started",
-                "broken": "the last push failed half-way, so workers may hold weights of two policies; push again",
-                "closed": "the vLLM engine is closed; make a new one",
-            }[self._state]
-        )
+        super()._check_state(*allowed)
 
 
 def devices_of(

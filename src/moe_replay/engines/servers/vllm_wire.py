@@ -1,8 +1,9 @@
-"""What vLLM's own HTTP server says and takes, made into the types of every engine; options that break replay are refused.
+"""What vLLM's HTTP server sends and accepts, as the types of every engine.
 
-Two ways to sample are known. A server started with this project's logits processor draws by the noise of every engine here,
-and equal seeds give equal completions. Any other server draws by its own noise, and reports log-probabilities that
-include the temperature but also top-p and top-k, so these are refused there.
+There are two ways to sample. A server started with this project's logits processor draws by the
+noise of every engine here, and equal seeds give equal completions. Any other server draws by its
+own noise, and reports log-probabilities that include the temperature but also top-p and top-k, so
+these are refused there.
 
 In: JSON of a server. Out: descriptions, completions.
 """
@@ -18,31 +19,39 @@ from jaxtyping import Int32
 from packaging.version import Version
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.divergence import refuse_no_numbers
+from moe_replay.engines.lifecycle import describe
 from moe_replay.engines.servers.http import CallError, Fault
 from moe_replay.engines.types import (
+    FINISH_REASONS,
     Completion,
     EngineDescription,
     FinishReason,
     Request,
     SamplingParams,
 )
-from moe_replay.engines.vllm.wire import FLAG, check_version, payload_of_json, trace_from_vllm
+from moe_replay.engines.vllm.wire import (
+    FLAG,
+    check_version,
+    make_completion,
+    payload_of_json,
+)
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
-from moe_replay.routing import LayerOrder, Origin
+from moe_replay.routing import LayerOrder
 
 PROCESSOR = "moe_replay.engines.vllm.sampler:DrawTokens"
 """The logits processor that draws by the noise of every engine."""
+_DRAW_FLAGS = (
+    f"--logits-processors {PROCESSOR} --logprobs-mode processed_logits --no-async-scheduling"
+)
 
-# The first release that tells which weights it holds.
+# The first release that names the weights that it holds.
 _OLDEST = Version("0.28")
-# As in rollout.vllm_sampler, which only an installed vLLM can import.
+# `KEY` of engines.vllm.sampler, which only an installed vLLM can import.
 _DRAW = "moe_replay"
 # How vLLM names a token beside its log-probability when it does not detokenize.
 _TOKEN = "token_id:"
-_FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
-# Place in the server's configuration -> the value with which it returns what replay needs, and what any other one does.
+# Entry of the server's configuration -> the value that replay needs, and what any other one does.
 _OPTIONS: Mapping[tuple[str, str], tuple[Any, str]] = {
     ("parallel_config", "pipeline_parallel_size"): (1, "vLLM captures no routes over pipelines"),
     ("model_config", "quantization"): (None, "pushed weights are of full precision"),
@@ -67,13 +76,14 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
     """Return what a server is, out of its ``/version`` and ``/server_info?config_format=json``.
 
     Raises:
-        RecipeError: when it reports other log-probabilities than the trainer recomputes; the message names the flag.
-        UnsupportedError: when its release or an option keeps it from returning routes that belong to the tokens.
+        RecipeError: when it reports other log-probabilities than the trainer recomputes.
+        UnsupportedError: when its release or an option prevents routes that belong to the tokens.
     """
     release = version.get("version") if isinstance(version, dict) else version
     if check_version(str(release)) < _OLDEST:
         raise UnsupportedError(
-            f"{url} runs vLLM {release}, which does not tell which weights it holds; the first release that does is {_OLDEST}"
+            f"{url} runs vLLM {release}, which does not name the weights that it holds; the first "
+            f"release that does is {_OLDEST}"
         )
     try:
         config = told["vllm_config"]
@@ -83,16 +93,18 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
         is_async = config["scheduler_config"]["async_scheduling"]
         dtype, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
         is_cpu = config["device_config"]["device"] == "cpu"
-        got = {place: config[place[0]][place[1]] for place in _OPTIONS}
+        got = {key: config[key[0]][key[1]] for key in _OPTIONS}
         present = {name: config[name] for name in _ABSENT}
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
-            f"{url}/server_info has another form than that of vLLM 0.30 ({error!r}); use `moe-replay serve` there"
+            f"{url}/server_info has another form than that of vLLM 0.30 ({error!r}); use "
+            "`moe-replay serve` there"
         ) from error
-    for place, (expected, reason) in _OPTIONS.items():
-        if got[place] != expected:
+    for key, (expected, reason) in _OPTIONS.items():
+        if got[key] != expected:
             raise UnsupportedError(
-                f"{url} runs with {place[1]} = {got[place]!r}, expected {expected!r}: {reason}; start it without"
+                f"{url} runs with {key[1]} = {got[key]!r}, expected {expected!r}: {reason}; start it "
+                "without"
             )
     for name, reason in _ABSENT.items():
         if present[name] is not None:
@@ -101,15 +113,12 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
             )
     draws = PROCESSOR in processors
     _check_sampling_of(url, mode, draws=draws, is_async=is_async is True, is_cpu=is_cpu)
-    routed = facts.routed
-    description = EngineDescription(
+    description = describe(
+        facts,
         name="vllm",
         version=str(release),
         dtype=dtype,
-        records_routes=is_recording is True and routed is not None,
-        moe_layers=routed.moe_layers if routed else (),
-        num_experts=routed.num_experts if routed else 0,
-        topk=routed.topk if routed else 0,
+        record_routes=is_recording is True,
         max_context_length=min(facts.max_context_length, length),
     )
     return NativeServer(description=description, draws=draws)
@@ -131,9 +140,9 @@ def generate_message(
     """
     if not draws and (sampling.top_p < 1 or sampling.top_k > 0):
         raise RecipeError(
-            f"top_p is {sampling.top_p} and top_k {sampling.top_k}, but a plain vLLM server reports log-probabilities of the "
-            "truncated distribution, which the trainer does not recompute: set top_p = 1 and top_k = 0, or start the server "
-            f"with --logits-processors {PROCESSOR} --logprobs-mode processed_logits --no-async-scheduling"
+            f"top_p is {sampling.top_p} and top_k {sampling.top_k}, but a plain vLLM server reports "
+            "log-probabilities of the truncated distribution, which the trainer does not recompute: "
+            f"set top_p = 1 and top_k = 0, or start the server with {_DRAW_FLAGS}"
         )
     params: dict[str, Any] = {
         "n": 1,
@@ -142,7 +151,7 @@ def generate_message(
         "temperature": 0.0 if draws else sampling.temperature,
         "top_p": 1.0,
         "top_k": 0,
-        # Whatever is left out, a server may take from the checkpoint's generation_config.json or its own options.
+        # A server may take what is omitted from generation_config.json or its own options.
         "min_p": 0.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
@@ -165,8 +174,8 @@ def generate_message(
             "num_known_ids": num_known_ids,
         }
         params["extra_args"] = {_DRAW: draw}
-    # Not in pieces: where their reader is slow, vLLM 0.30 merges pieces and loses the routes, which come with the last
-    # (`RequestOutput.add`).
+    # Not streamed: before a slow reader vLLM 0.30 merges pieces and loses the routes, which come
+    # with the last one (`RequestOutput.add`).
     return {"token_ids": request.prompt_ids.tolist(), "sampling_params": params, "stream": False}
 
 
@@ -182,7 +191,7 @@ def read_completion(
     max_bytes: int,
     where: str,
 ) -> Completion:
-    """Return the completion of an answer; ``layer_order`` is its server's own.
+    """Return the completion of an answer; ``layer_order`` belongs to its server.
 
     Raises:
         EngineError: when the answer is damaged, cut, or ended in an unknown way.
@@ -198,28 +207,17 @@ def read_completion(
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
     finish_reason = _finish_reason(choice.get("finish_reason"), token_ids, named, sampling, where)
-    refuse_no_numbers(rollout_logprobs, where=where, policy_version=policy_version)
-    trace = None
-    if description.records_routes:
-        assert facts.routed is not None
-        every = np.concatenate([request.prompt_ids, token_ids])
-        trace = trace_from_vllm(
-            payload_of_json(answer, choice, max_bytes=max_bytes),
-            version=description.version,
-            token_ids=every,
-            num_prompt_tokens=len(request.prompt_ids),
-            model=facts.routed,
-            origin=_origin(description, policy_version, len(every)),
-            was_cut=False,
-            where=where,
-            layer_order=layer_order,
-        )
-    return Completion(
-        token_ids=token_ids,
-        rollout_logprobs=rollout_logprobs,
-        trace=trace,
+    return make_completion(
+        token_ids,
+        rollout_logprobs,
+        payload_of_json(answer, choice, max_bytes=max_bytes),
         finish_reason=finish_reason,
+        request=request,
+        facts=facts,
+        description=description,
         policy_version=policy_version,
+        layer_order=layer_order,
+        where=where,
     )
 
 
@@ -231,50 +229,46 @@ def _finish_reason(
     where: str,
 ) -> FinishReason:
     """Return why a completion ended, if it did in a way that may be trained on."""
-    finish_reason = _FINISH_REASONS.get(told)
-    if finish_reason is None or token_ids.ndim != 1 or len(token_ids) == 0:
+    finish_reason = FINISH_REASONS.get(str(told))
+    if (
+        finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
+        or token_ids.ndim != 1
+        or len(token_ids) == 0
+    ):
         raise EngineError(
-            f"{where} ended with {told!r} after {token_ids.size} tokens, expected one of "
-            f"{list(_FINISH_REASONS)} after at least one; the server aborted it"
+            f"{where} ended with {told!r} after {token_ids.size} tokens, expected stop or length "
+            "after at least one; the server aborted it"
         )
     if named != [f"{_TOKEN}{token}" for token in token_ids.tolist()]:
         raise EngineError(
-            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are {str(token_ids.tolist())[:80]}: "
-            "they do not belong together"
+            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are "
+            f"{str(token_ids.tolist())[:80]}: they do not belong together"
         )
     if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
         raise CallError(
             Fault.CUT,
-            f"{where} ended at its length with {len(token_ids)} tokens, expected {sampling.max_completion_length}; the "
-            "server's context has no room for more: raise --max-model-len",
+            f"{where} ended at its length with {len(token_ids)} tokens, expected "
+            f"{sampling.max_completion_length}; the server's context has no room for more: raise "
+            "--max-model-len",
         )
     return finish_reason
-
-
-def _origin(description: EngineDescription, policy_version: int, num_rows: int) -> Origin:
-    return Origin.single(
-        engine=description.name,
-        engine_version=description.version,
-        policy_version=policy_version,
-        num_rows=num_rows,
-    )
 
 
 def _check_sampling_of(url: str, mode: Any, *, draws: bool, is_async: bool, is_cpu: bool) -> None:
     expected = "processed_logits" if draws else "processed_logprobs"
     if mode != expected:
         raise RecipeError(
-            f"{url} reports {mode}, expected {expected}: other log-probabilities are not those of the sampling temperature; "
-            f"start it with --logprobs-mode {expected}"
+            f"{url} reports {mode}, expected {expected}: other log-probabilities are not those of the "
+            f"sampling temperature; start it with --logprobs-mode {expected}"
         )
     if draws and is_async:
         raise RecipeError(
-            f"{url} schedules asynchronously, and noise is indexed by tokens that such a schedule does not know yet; start it "
-            "with --no-async-scheduling"
+            f"{url} schedules asynchronously, and noise is indexed by a number of tokens that such a "
+            "schedule does not know yet; start it with --no-async-scheduling"
         )
     if is_cpu and not draws:
         raise UnsupportedError(
-            f"{url} runs vLLM's CPU build, which silently ruins expert weights when they are updated unless moe-replay is "
-            f"installed next to it; install it there and start the server with --logits-processors {PROCESSOR} "
-            f"--logprobs-mode processed_logits --no-async-scheduling ({FLAG} for routes)"
+            f"{url} runs vLLM's CPU build, which silently corrupts expert weights when they are "
+            "updated unless moe-replay is installed next to it; install it there and start the "
+            f"server with {_DRAW_FLAGS} ({FLAG} for routes)"
         )

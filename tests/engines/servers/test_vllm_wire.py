@@ -13,7 +13,7 @@ import pytest
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.servers.http import CallError, Fault
-from moe_replay.engines.servers.vllm_facts import (
+from moe_replay.engines.servers.vllm_wire import (
     PROCESSOR,
     generate_message,
     read_completion,
