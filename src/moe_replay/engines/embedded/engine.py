@@ -15,13 +15,8 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import read_facts
-<<<<<<< HEAD
 from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite
-from moe_replay.engines.divergence import finite_weights
-=======
-from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite, some
 from moe_replay.engines.checks import check_requests, check_sampling
->>>>>>> 5999df2 (What engines share is written once: state and version, description, origin and trace, groups, finish reasons, checks at the seam, weights in flight)
 from moe_replay.engines.embedded.decoding import Batch, Job
 from moe_replay.engines.lifecycle import VersionedEngine, describe
 from moe_replay.engines.types import (
@@ -33,15 +28,9 @@ from moe_replay.engines.types import (
     SamplingParams,
     grouped,
 )
-<<<<<<< HEAD
-from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
-from moe_replay.routing import Origin, RoutingTrace
-from moe_replay.transformers.record import find_routers, record_routes
-=======
 from moe_replay.engines.weight_stream import finite_weights
-from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError
+from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
 from moe_replay.transformers.record import record_routes
->>>>>>> 5999df2 (What engines share is written once: state and version, description, origin and trace, groups, finish reasons, checks at the seam, weights in flight)
 from moe_replay.transformers.weights import CheckpointViews
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
