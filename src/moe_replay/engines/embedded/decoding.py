@@ -18,8 +18,8 @@ from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.routing import expert_dtype
 from moe_replay.transformers.record import RouteRecorder
 
-# Ended sequences leave the batch once they are this share of it; copying the cache each time one ends costs more
-# than the few rows that wait.
+# Ended sequences leave the batch once they are this share of it; copying the cache each time one
+# ends costs more than the few rows that wait.
 _COMPACT_FRAC = 0.25
 
 
@@ -36,8 +36,9 @@ class Job:
 class Batch:
     """Sequences that are sampled together: their cache, and what came of each job so far.
 
-    ``jobs`` are rows of the results; ``_job_of_row`` says which of them each row of the cache is, as finished ones
-    leave. Prompts are padded on the left, so that all rows share the position at which they grow.
+    ``jobs`` are rows of the results; ``_job_of_row`` says which of them each row of the cache is,
+    as finished ones leave. Prompts are padded on the left, so that all rows share the position at
+    which they grow.
     """
 
     def __init__(

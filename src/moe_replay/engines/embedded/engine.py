@@ -39,9 +39,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class EmbeddedEngine(VersionedEngine):
     """Samples from a Hugging Face model with a KV cache; routes are recorded at the router modules.
 
-    Every distinct prompt of a batch is run once, whatever the number of its completions. The noise of a completion
-    depends on the sampling seed, its request and its number alone, so the batch it runs in does not matter beyond
-    the rounding of the model's number format.
+    Every distinct prompt of a batch is run once, whatever the number of its completions. The noise
+    of a completion depends on the sampling seed, its request and its number alone, so the batch it
+    runs in does not matter beyond the rounding of the model's number format.
 
     Example:
         >>> engine = EmbeddedEngine("checkpoints/tiny", dtype="float32")
@@ -101,12 +101,13 @@ class EmbeddedEngine(VersionedEngine):
     ) -> list[RolloutGroup]:
         """Complete every request; the groups come back in the order of ``requests``.
 
-        ``cancelled`` is asked before each token whether the caller still wants them; another thread may change its answer.
+        ``cancelled`` is asked before each token whether the caller still wants them; another thread
+        may change its answer.
 
         Raises:
             RecipeError: when a sampling setting is out of range.
-            EngineError: when a request is malformed or leaves no room in the context, the engine is closed, or the call
-                was cancelled.
+            EngineError: when a request is malformed or leaves no room in the context, the engine is
+                closed, or the call was cancelled.
             DivergedError: when the model's logits are not finite.
         """
         self._check_state("ready")
@@ -142,8 +143,8 @@ class EmbeddedEngine(VersionedEngine):
         """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape, or the version goes backwards. After
-                a failed push the engine refuses to sample until a push succeeds.
+            EngineError: when a name is unknown, missing, or of another shape, or the version goes
+                backwards. After a failed push the engine refuses to sample until a push succeeds.
             DivergedError: when a weight is not finite.
         """
         self._check_push(policy_version)
@@ -250,7 +251,8 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
             f"{type(model).__name__} has layers with a recurrent state, which cannot skip the padding of a batch: "
             "its completions would depend on the batch they run in"
         )
-    # Memory of its own: until then tensors may be mapped from files that a trainer is free to overwrite.
+    # Memory of its own: until then tensors may be mapped from files that a trainer is free to
+    # overwrite.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     if model._can_set_experts_implementation():

@@ -23,16 +23,18 @@ from moe_replay.errors import EngineError, RecipeError
 class FilesEngine(VersionedEngine):
     """Answers each request with what was sampled for it, or refuses.
 
-    A request is bound to its answer by its id, its prompt and the number of completions, and a trace to its tokens by their
-    digest. A folder may hold rollouts of several policy versions: that of the weights pushed last answers. ``allow_stale``
-    lets the newest older one that holds the request answer where that one does not, and failing that the oldest newer
-    one; completions keep their own version.
+    A request is bound to its answer by its id, its prompt and the number of completions, and a
+    trace to its tokens by their digest. A folder may hold rollouts of several policy versions: that
+    of the weights pushed last answers. ``allow_stale`` lets the newest older one that holds the
+    request answer where that one does not, and failing that the oldest newer one; completions keep
+    their own version.
 
     Example:
         >>> engine = FilesEngine(Path("rollouts"), facts=facts, record_routes=True)
 
     Raises:
-        RecipeError: when the rollouts do not fit the model or one another, or hold no routes although they are asked for.
+        RecipeError: when the rollouts do not fit the model or one another, or hold no routes
+            although they are asked for.
         CodecError: when one is damaged, or not whole.
     """
 
@@ -51,9 +53,10 @@ class FilesEngine(VersionedEngine):
         """Return what was sampled for every request; the groups come back in the order of ``requests``.
 
         Raises:
-            RecipeError: when a sampling setting is out of range, or other than that of the files; the seed may differ.
-            EngineError: when a request was not sampled, or for another prompt, another number of completions or by another
-                policy version.
+            RecipeError: when a sampling setting is out of range, or other than that of the files;
+                the seed may differ.
+            EngineError: when a request was not sampled, or for another prompt, another number of
+                completions or by another policy version.
             TraceError: when a trace is damaged, or belongs to other tokens.
         """
         self._check_state("ready")
@@ -114,7 +117,8 @@ class FilesEngine(VersionedEngine):
     def _choose(self, request_id: int) -> RolloutFile:
         """Return the rollout that answers a request.
 
-        With versions 0, 2 and 5, all holding the request, and weights of version 3, that is 2 where stale ones are allowed.
+        With versions 0, 2 and 5, all holding the request, and weights of version 3, that is 2 where
+        stale ones are allowed.
         """
         holding = {v: rollout for v, rollout in self._rollouts.items() if request_id in rollout}
         if self._policy_version in holding:
@@ -148,7 +152,8 @@ def _open_versions(path: Path) -> dict[int, RolloutFile]:
     """Return the rollouts of a manifest or folder by policy version.
 
     Raises:
-        RecipeError: when there is none, two are of one version, or they were sampled by engines of different kinds.
+        RecipeError: when there is none, two are of one version, or they were sampled by engines of
+            different kinds.
     """
     rollouts: dict[int, RolloutFile] = {}
     for manifest in find_manifests(path) or [path]:

@@ -8,8 +8,9 @@
     ├── <name>.shard-0.traces     trace file of the codec, one trace a completion, named <request id>/<number>
     └── <name>.shard-1. ...       what another rank sampled
 
-``<name>`` says engine, number format and policy version. A rollout is whole when its shards hold every prompt that the
-manifest promises, whichever ranks sampled them. Until then its reader refuses it, and its writer goes on with it.
+``<name>`` says engine, number format and policy version. A rollout is whole when its shards hold
+every prompt that the manifest promises, whichever ranks sampled them. Until then its reader refuses
+it, and its writer goes on with it.
 
 In: RolloutGroups. Out: files, and the groups back.
 """
@@ -69,8 +70,8 @@ def rollout_name(description: EngineDescription, policy_version: int) -> str:
 class RolloutFile:
     """A rollout on disk, opened for reading: mapped, so that a process holds only the groups that it uses.
 
-    Opening finds the groups, 20 bytes of memory each; `group` checks every byte of what it reads. ``path`` is a
-    manifest, or a folder that holds exactly one.
+    Opening finds the groups, 20 bytes of memory each; `group` checks every byte of what it reads.
+    ``path`` is a manifest, or a folder that holds exactly one.
 
     Raises:
         RecipeError: when there is none, or more than one.
@@ -163,7 +164,8 @@ def begin_rollout(folder: Path, manifest: Manifest) -> Path:
     """Write the manifest and return its path; one that is there must be of the same rollout, of as many prompts or fewer.
 
     Raises:
-        RecipeError: when the folder holds another rollout of this engine and policy version, or cannot be written.
+        RecipeError: when the folder holds another rollout of this engine and policy version, or
+            cannot be written.
     """
     path = folder / f"{rollout_name(manifest.engine, manifest.policy_version)}.json"
     if path.exists():

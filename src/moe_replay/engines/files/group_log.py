@@ -1,7 +1,8 @@
 """The bytes of a groups file: one record a prompt with its completions, appended whole, found without reading them.
 
-A record names where the traces of its completions lie in the trace file beside it, and ends with a checksum. All numbers are
-little-endian; `docs/engines.md` draws the files. For a prompt of 3 tokens and completions of 5 and 2 tokens::
+A record names where the traces of its completions lie in the trace file beside it, and ends with a
+checksum. All numbers are little-endian; `docs/engines.md` draws the files. For a prompt of 3 tokens
+and completions of 5 and 2 tokens::
 
     header      32 bytes  "GRUP", 2 completions, request id, size of the record, 3 prompt tokens
     entries   2 x 48      tokens, why it ended, policy version, place and checksum of its trace, length of its server's name
@@ -117,7 +118,8 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
     """Return where the records of a groups file lie; of each only the header is read.
 
     Raises:
-        CodecError: when the bytes are not a groups file of this version, or a header in the middle was altered.
+        CodecError: when the bytes are not a groups file of this version, or a header in the middle
+            was altered.
     """
     request_ids: list[int] = []
     starts: list[int] = []

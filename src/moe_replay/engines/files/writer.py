@@ -1,7 +1,8 @@
 """The writer of one shard of a rollout: killed at any moment, it leaves whole groups, and the next one goes on behind them.
 
-A group's traces reach the disk before its record does, so a record never names traces that are not there. What a kill
-leaves behind the last record, half a record or traces without one, is cut off and counted.
+A group's traces reach the disk before its record does, so a record never names traces that are not
+there. What a kill leaves behind the last record, half a record or traces without one, is cut off
+and counted.
 
 In: a manifest that was begun, groups. Out: a shard's two files.
 """
@@ -35,8 +36,8 @@ from moe_replay.routing.format.trace_file import TraceWriter, map_file
 class RolloutWriter:
     """Writes the shard of one rank, behind what is there; also looks after shards whose rank no longer exists.
 
-    Of 8 shards that 3 ranks go on with, rank 1 writes shard 1 and looks after shards 4 and 7. Close it in the end; as a
-    context manager it closes itself.
+    Of 8 shards that 3 ranks go on with, rank 1 writes shard 1 and looks after shards 4 and 7. Close
+    it in the end; as a context manager it closes itself.
 
     Example:
         >>> with RolloutWriter(begin_rollout(folder, manifest)) as writer:
@@ -168,14 +169,16 @@ class _Shard:
 
     def _lock(self) -> None:
         try:
-            # Not a record lock: that is lost as soon as any descriptor of the file is closed, and mapping it closes one.
+            # Not a record lock: that is lost as soon as any descriptor of the file is closed, and
+            # mapping it closes one.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RecipeError(
                 f"{self.path} is being written by another process: wait for it, end it, or choose another folder"
             ) from error
         except OSError:
-            # A file system without locks; two writers are then found by the requests that both hold.
+            # A file system without locks; two writers are then found by the requests that both
+            # hold.
             return
 
     def _read_kept(self) -> tuple[list[FramePlace], int]:

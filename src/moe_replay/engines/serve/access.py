@@ -1,6 +1,7 @@
 """Who may call a rollout server, what a caller may hold of it, and which status code an error has.
 
-In: the headers of a call, connections, bodies, errors. Out: the same within the limits, or refusals.
+In: the headers of a call, connections, bodies, errors. Out: the same within the limits, or
+refusals.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def _is_address(name: str) -> bool:
     return True
 
 
-# A body may be silent this long at its start, and each 64 KiB that arrive buy one second more: 64 MiB
-# over a slow line of 100 KiB/s take 660 s and pass, a body of one byte a second ends after 30 s.
+# A body may be silent this long at its start, and each 64 KiB that arrive buy one second more: 64
+# MiB over a slow line of 100 KiB/s take 660 s and pass, a body of one byte a second ends after 30
+# s.
 _BODY_S = 30.0
 _SLOWEST_BYTES_PER_S = 64 << 10
 
@@ -170,7 +172,8 @@ class Bodies:
         try:
             return await anext(stream, None)
         except asyncio.CancelledError:
-            # Only a task that ends by itself answers; one that the web server cancels stays cancelled.
+            # Only a task that ends by itself answers; one that the web server cancels stays
+            # cancelled.
             if self._is_stopped and task.uncancel() == 0:
                 raise _stopping() from None
             raise

@@ -1,9 +1,10 @@
 """The rollout server: an engine behind HTTP, which tells what it can return and by which weights it answers.
 
-``GET /status`` says what it is. ``POST /generate`` samples. ``POST /pushes`` begins a push of weights, ``PUT
-/pushes/{id}/{part}`` takes its parts in chunks, and ``POST /pushes/{id}/commit`` checks and loads them. Sampling and loading
-are answered by frames, which report progress. Nothing is answered without the bearer token where one is set, whatever a
-caller may send or hold is limited, and nothing is unpickled.
+``GET /status`` says what it is. ``POST /generate`` samples. ``POST /pushes`` begins a push of
+weights, ``PUT /pushes/{id}/{part}`` takes its parts in chunks, and ``POST /pushes/{id}/commit``
+checks and loads them. Sampling and loading are answered by frames, which report progress. Nothing
+is answered without the bearer token where one is set, whatever a caller may send or hold is
+limited, and nothing is unpickled.
 
 In: an engine. Out: an ASGI application.
 """
@@ -76,9 +77,10 @@ _INT32_MAX = (1 << 31) - 1
 class EngineServer:
     """What a server holds: its engine, the name of its weights, and the push that comes in.
 
-    ``facts`` are what requests and pushes are held to before the engine sees them; None leaves that to the engine, whose
-    refusals count as failures then. Pushes lie in ``push_folder``. A push waits at most ``drain_s`` for running
-    completions to end; those of callers that left are cancelled already. Call `ready` once the engine has started.
+    ``facts`` are what requests and pushes are held to before the engine sees them; None leaves that
+    to the engine, whose refusals count as failures then. Pushes lie in ``push_folder``. A push
+    waits at most ``drain_s`` for running completions to end; those of callers that left are
+    cancelled already. Call `ready` once the engine has started.
     """
 
     def __init__(
@@ -133,7 +135,8 @@ class EngineServer:
 
         async def answer(request: HttpRequest) -> Any:
             try:
-                # Whether it answers at all is no secret, and whoever waits for it may have no token.
+                # Whether it answers at all is no secret, and whoever waits for it may have no
+                # token.
                 if self._closed_because is not None:
                     raise RefusedError(UNAVAILABLE, self._closed_because)
                 self._access.check(request.method, request.headers)
@@ -311,7 +314,8 @@ class EngineServer:
         except PushRefused:
             raise
         except EngineError as error:
-            # Neither the old weights nor the new ones: no call may name what is there, until another push has worked.
+            # Neither the old weights nor the new ones: no call may name what is there, until
+            # another push has worked.
             self._policy = PolicyName(run="a push that failed", policy_version=0)
             raise RefusedError(FAILED, f"the engine is broken: {error}") from error
         self._policy, push.is_loaded = policy, True

@@ -1,6 +1,7 @@
 """What the rollout server asks of the engine behind it, and an adapter for engines that are called from one thread.
 
-In: requests, folders of pushed weights. Out: `ServedEngine`; `ThreadedEngine`, which makes one of any `Engine`.
+In: requests, folders of pushed weights. Out: `ServedEngine`; `ThreadedEngine`, which makes one of
+any `Engine`.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ServedEngine(Protocol):
     ) -> Completion:
         """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
 
-        ``progress`` is called with the tokens so far whenever they grow. When the task that awaits this is cancelled,
-        the request is aborted wherever it runs.
+        ``progress`` is called with the tokens so far whenever they grow. When the task that awaits
+        this is cancelled, the request is aborted wherever it runs.
 
         Raises:
             EngineError: when the engine fails.
@@ -117,9 +118,10 @@ class _Running:
 class ThreadedEngine:
     """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
 
-    ``make`` loads it. ``facts`` are what pushes are checked against before they touch the engine, and ``checkpoint`` is what
-    a failed first push goes back to; without them the engine's own checks must do. A call whose client left is finished
-    and forgotten, unless the engine is ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
+    ``make`` loads it. ``facts`` are what pushes are checked against before they touch the engine,
+    and ``checkpoint`` is what a failed first push goes back to; without them the engine's own
+    checks must do. A call whose client left is finished and forgotten, unless the engine is
+    ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
 
     Example:
         >>> engine = ThreadedEngine(FakeEngine)
@@ -247,7 +249,8 @@ class ThreadedEngine:
     async def _group(
         self, request: Request, sampling: SamplingParams, running: _Running
     ) -> RolloutGroup:
-        # A call that was cancelled while it waited for its turn ends there: nothing is sampled for nobody.
+        # A call that was cancelled while it waited for its turn ends there: nothing is sampled for
+        # nobody.
         async with self._turn:
             options = {"cancelled": running.is_abandoned} if self._is_cancellable else {}
             (group,) = await in_thread(
@@ -295,7 +298,8 @@ async def in_thread(work: Callable[[], _Result]) -> _Result:
 async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
     """Await ``work`` to its end even when the task that waits for it is cancelled; it is cancelled after that.
 
-    Its caller may hold a lock that says that the engine is busy, and it is for as long as the work runs.
+    Its caller may hold a lock that says that the engine is busy, and it is for as long as the work
+    runs.
     """
     task = asyncio.ensure_future(work)
     try:

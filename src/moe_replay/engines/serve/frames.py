@@ -1,7 +1,7 @@
 """Frames cut the answer of a rollout server, so that it can report progress, and errors, after it has begun.
 
-A frame is its kind (1 byte), the length of its payload (4 bytes, little-endian), the payload, and the CRC-32 of all of
-these. Progress with the payload ``{}`` is::
+A frame is its kind (1 byte), the length of its payload (4 bytes, little-endian), the payload, and
+the CRC-32 of all of these. Progress with the payload ``{}`` is::
 
     50        02 00 00 00   7b 7d     7e 3a 0e 11
     P         2 bytes       {}        CRC-32 of the 7 bytes before it
@@ -98,7 +98,8 @@ def read_error(payload: bytes) -> tuple[int, str]:
 class ProgressWatch:
     """Finds the progress frames in an answer while it arrives; nothing else of it is kept.
 
-    ``on_progress`` gets their payloads. Damage ends the watch: `last_frame` names it when the answer is whole.
+    ``on_progress`` gets their payloads. Damage ends the watch: `last_frame` names it when the
+    answer is whole.
 
     Example:
         >>> seen = []

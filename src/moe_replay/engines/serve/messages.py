@@ -211,8 +211,8 @@ def read_status(body: bytes) -> Status:
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
     """Return the result of a call: tokens and log-probabilities as arrays, all traces as one payload of the codec.
 
-    Of what the arrays hold, only tokens and traces vouch for each other, and a changed log-probability would be trained on:
-    the frame that the result travels in has a checksum.
+    Of what the arrays hold, only tokens and traces vouch for each other, and a changed
+    log-probability would be trained on: the frame that the result travels in has a checksum.
     """
     message = {
         "policy": policy.model_dump(),

@@ -1,6 +1,7 @@
 """Pushes of weights as a rollout server receives them: one at a time, by id, in files that are whole or refused.
 
-In: chunks of the files of a push. Out: a folder with safetensors files that are what their sender sent.
+In: chunks of the files of a push. Out: a folder with safetensors files that are what their sender
+sent.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ class Pushes:
         """Write a chunk behind the others of its part; the last one may come again.
 
         Raises:
-            RefusedError: when it is of another push, damaged, out of order, or more than a model of this size has.
+            RefusedError: when it is of another push, damaged, out of order, or more than a model of
+                this size has.
         """
         push = self.current(push_id)
         if push.loading is not None:
@@ -196,7 +198,8 @@ class Pushes:
     ) -> tuple[int, int]:
         """Write pieces as they come, so that no chunk lies in memory; return their length and CRC-32."""
         size = crc32 = 0
-        # Superseded or not, the folder of a push that comes in is there: nothing awaits between `current` and here.
+        # Superseded or not, the folder of a push that comes in is there: nothing awaits between
+        # `current` and here.
         file = os.open(part.path, os.O_CREAT | os.O_WRONLY, 0o600)
         try:
             async for piece in pieces:

@@ -27,9 +27,11 @@ from moe_replay.errors import RecipeError
 
 _HEADERS_S = 20.0
 _MAX_CONNECTIONS = 4096
-# Above the 5 s after which our own client drops a connection, so that no call meets one that is being closed.
+# Above the 5 s after which our own client drops a connection, so that no call meets one that is
+# being closed.
 _KEEP_ALIVE_S = 30
-# After a signal: calls get their last frame, then the engine closes, then whatever is left is killed.
+# After a signal: calls get their last frame, then the engine closes, then whatever is left is
+# killed.
 _ANSWERS_S, _END_S = 5, 40.0
 _SAY_S = 15.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -102,8 +104,8 @@ def run_until_signal(
 ) -> str | None:
     """Serve until SIGTERM, SIGINT or SIGHUP, and return None; or until the engine is lost, and return why.
 
-    Whatever ends it, the engine is closed and no process of it stays. Calls are answered "still loading" until ``engine``
-    has started. ``what`` names what is served, and where.
+    Whatever ends it, the engine is closed and no process of it stays. Calls are answered "still
+    loading" until ``engine`` has started. ``what`` names what is served, and where.
 
     Raises:
         MoeReplayError: when the engine does not start.

@@ -9,7 +9,8 @@ import socket
 
 from moe_replay.errors import RecipeError
 
-# A caller that has vanished without a word is noticed after this, in ms: its progress frames are not acknowledged.
+# A caller that has vanished without a word is noticed after this, in ms: its progress frames are
+# not acknowledged.
 _UNACKNOWLEDGED_MS = 60_000
 
 

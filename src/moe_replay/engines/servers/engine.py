@@ -52,9 +52,9 @@ class ServerEngine(VersionedEngine):
     Every request goes to the server that is free first. A call that fails is tried again, elsewhere
     if possible, at most ``max_attempts`` times; what other calls returned is kept. `faults` counts
     failures by kind. An answer may take any time: ``timeout_s`` limits the silence of its server.
-    ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`; servers
-    that read pushed weights from files find them below ``weights_dir``. Weights travel in the number
-    format ``dtype``.
+    ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`;
+    servers that read pushed weights from files find them below ``weights_dir``. Weights travel in
+    the number format ``dtype``.
 
     Of several ranks one pushes; ``share`` returns what all ranks passed to it, the pushing one
     first.
@@ -191,9 +191,9 @@ class ServerEngine(VersionedEngine):
     ) -> None:
         """Push ``weights`` (Hugging Face checkpoint names) to every server, as ``policy_version``.
 
-        A server that cannot be reached is skipped until a later push reaches it. An engine made with
-        ``pushes=False`` only reads ``weights`` and learns from the pushing one which servers loaded
-        them.
+        A server that cannot be reached is skipped until a later push reaches it. An engine made
+        with ``pushes=False`` only reads ``weights`` and learns from the pushing one which servers
+        loaded them.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, the version goes

@@ -92,8 +92,8 @@ class ServerCalls(HttpCalls):
         """Sample all completions of a request by exactly the weights of ``policy``.
 
         A call asks for all of them, so ``numbers`` changes nothing: those that are known come back
-        as they were. ``on_progress`` is called about once a second, in any thread. Only silence ends
-        a call that takes long.
+        as they were. ``on_progress`` is called about once a second, in any thread. Only silence
+        ends a call that takes long.
 
         Raises:
             EngineError: when the server refuses the request itself.

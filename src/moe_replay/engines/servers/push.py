@@ -47,7 +47,8 @@ def push(
         ThreadPoolExecutor(len(left)) as threads,
     ):
         try:
-            # The stream is read to its end even without servers: other ranks help to make each part.
+            # The stream is read to its end even without servers: other ranks help to make each
+            # part.
             for part in parts:
                 _at_all("put_weights", part, left, errors, threads, faults)
                 # It must not stay in memory while the next one is made.

@@ -33,8 +33,8 @@ _ABORT_S = 2.0
 class SglangCalls(PlainCalls):
     """One SGLang server. Threads may call it at the same time.
 
-    What is sampled depends on the server's noise: only one with ``--enable-deterministic-inference``
-    gives equal completions for equal seeds.
+    What is sampled depends on the server's noise: only one with
+    ``--enable-deterministic-inference`` gives equal completions for equal seeds.
     """
 
     how_to_record: str = (
@@ -84,8 +84,8 @@ class SglangCalls(PlainCalls):
         for temperature in (1.0, _FLAT):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
             best.append(float(self._try_out(sampling, description).rollout_logprobs[0]))
-        # Of 1,000 tokens chance gives each -6.9 nats. Probability 0.9 is a lead of 6.8, most of which
-        # must be gone at temperature 100.
+        # Of 1,000 tokens chance gives each -6.9 nats. Probability 0.9 is a lead of 6.8, most of
+        # which must be gone at temperature 100.
         lead = best[0] + math.log(self._facts.vocab_size)
         if lead > _MIN_LEAD and best[0] - best[1] < lead / 2:
             raise RecipeError(

@@ -8,10 +8,11 @@ release            what comes back
 0.5.12 on          ``num_retractions``: routes of retracted completions are ``valid=False``
 =================  ===================================================================================================
 
-Routes are base64 of int32 without a header, ``[rows, layers, topk]`` in C order, all decoder layers, dense ones zeros.
-They are asked for from the first token on, because 0.5.9 to 0.5.11 silently ignored any other start.
-``output_token_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary, before top-k and top-p
-(SGLang 0.5.23, ``Sampler.forward``), unless the server runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB``.
+Routes are base64 of int32 without a header, ``[rows, layers, topk]`` in C order, all decoder
+layers, dense ones zeros. They are asked for from the first token on, because 0.5.9 to 0.5.11
+silently ignored any other start. ``output_token_logprobs`` are those of ``softmax(logits /
+temperature)`` over the full vocabulary, before top-k and top-p (SGLang 0.5.23,
+``Sampler.forward``), unless the server runs with ``SGLANG_RETURN_ORIGINAL_LOGPROB``.
 
 In: JSON of a server. Out: descriptions, completions.
 """

@@ -123,7 +123,8 @@ class VllmEngine(VersionedEngine):
 
         Raises:
             RecipeError: when a sampling setting is out of range.
-            EngineError: when a request is malformed or too long, vLLM fails, or the engine is closed.
+            EngineError: when a request is malformed or too long, vLLM fails, or the engine is
+                closed.
         """
         check_sampling(sampling)
         ranks, own = [requests], 0

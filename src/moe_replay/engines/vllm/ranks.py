@@ -1,9 +1,11 @@
 """One vLLM over several ranks of the trainer: each rank holds a shard of the weights, and all take the same steps.
 
-Consecutive ranks form an engine. Every rank has a scheduler of its own; they stay together because each is given the
-requests of all ranks in the same order, and draws the same tokens from the same gathered logits.
+Consecutive ranks form an engine. Every rank has a scheduler of its own; they stay together because
+each is given the requests of all ranks in the same order, and draws the same tokens from the same
+gathered logits.
 
-In: the trainer's process group, requests of this rank. Out: an executor class, requests of all ranks of the engine.
+In: the trainer's process group, requests of this rank. Out: an executor class, requests of all
+ranks of the engine.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
 def failure_of_ranks(failure: Exception | None) -> Exception | None:
     """Return why a push failed on any rank of this engine, the same on all of them; collective over them.
 
-    A rank gets its own exception where it has one. Weights of two policies in the shards of one model are no model, so what
-    one rank could not load no rank has.
+    A rank gets its own exception where it has one. Weights of two policies in the shards of one
+    model are no model, so what one rank could not load no rank has.
     """
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
     told = [

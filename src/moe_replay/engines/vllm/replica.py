@@ -1,7 +1,7 @@
 """One vLLM engine in processes of its own: its core, and one worker a rank, driven from an event loop.
 
-vLLM's `AsyncLLM` batches all requests that run at once. It is made in a thread, because it waits until the model is
-loaded; from then on one event loop calls everything here.
+vLLM's `AsyncLLM` batches all requests that run at once. It is made in a thread, because it waits
+until the model is loaded; from then on one event loop calls everything here.
 
 In: vLLM's options, prompts, calls of the workers. Out: sampled tokens, what the workers answer.
 """
@@ -25,7 +25,8 @@ from moe_replay.errors import DivergedError, EngineError
 _END_S = 20.0
 # Time between two looks for processes that a launch has started since it was given up, in seconds.
 _LOOK_S = 0.5
-# Of the classes that a worker answers, those that callers tell apart; all others are failures of the engine.
+# Of the classes that a worker answers, those that callers tell apart; all others are failures of
+# the engine.
 _KINDS: dict[str, type[Exception]] = {
     "DivergedError": DivergedError,
     "TornReloadError": TornReloadError,
@@ -71,7 +72,8 @@ class VllmReplica:
         """
         cores = {core.pid for core in self._cores}
         pids = await self.workers("replay_begin", os.getpid())
-        # One rank on a GPU runs in the core, a child of this process, whose exit status is vLLM's to collect.
+        # One rank on a GPU runs in the core, a child of this process, whose exit status is vLLM's
+        # to collect.
         self._workers = [psutil.Process(pid) for pid in pids if pid not in cores]
 
     @property

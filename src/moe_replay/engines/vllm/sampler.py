@@ -1,9 +1,10 @@
 """Draws tokens inside vLLM with the noise and the log-probabilities that every engine of moe-replay has.
 
-vLLM's own sampling cannot keep the contract: it reports log-probabilities either before the temperature or after the
-truncation, a seed kills its CPU build at the first chunked prefill, and its noise depends on the version. As a logits
-processor, this class draws the token itself and leaves a row in which it is the only possible one; its logit is the
-log-probability of the full vocabulary at the sampling temperature. vLLM then takes the best token of each row and, with
+vLLM's own sampling cannot keep the contract: it reports log-probabilities either before the
+temperature or after the truncation, a seed kills its CPU build at the first chunked prefill, and
+its noise depends on the version. As a logits processor, this class draws the token itself and
+leaves a row in which it is the only possible one; its logit is the log-probability of the full
+vocabulary at the sampling temperature. vLLM then takes the best token of each row and, with
 ``logprobs_mode="processed_logits"``, reports that logit.
 
 In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite entry a row.
@@ -31,7 +32,8 @@ LOGPROBS_MODE = "processed_logits"
 """vLLM's ``logprobs_mode`` under which the log-probabilities of this class are reported."""
 
 
-# Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some of them itself.
+# Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some
+# of them itself.
 _FREE = frozenset(
     [
         "n",
@@ -218,8 +220,9 @@ def _draw_of(params: VllmSamplingParams) -> Draw | None:
 def _refuse_what_changes_the_draw(params: VllmSamplingParams) -> None:
     """Raise `ValueError` for an option that vLLM would apply before the draw, or to the drawn token's log-probability.
 
-    Named are the options that may differ, so that one which a later release adds is refused until it was looked at. vLLM
-    itself drops ``min_p``, ``top_p`` and ``top_k`` at temperature 0, before anybody sees them: a draw has its own.
+    Named are the options that may differ, so that one which a later release adds is refused until
+    it was looked at. vLLM itself drops ``min_p``, ``top_p`` and ``top_k`` at temperature 0, before
+    anybody sees them: a draw has its own.
     """
     neutral = VllmSamplingParams(temperature=0.0)
     changed = {

@@ -30,7 +30,8 @@ from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.routing import LayerOrder
 
-# Steps between two outputs of a running completion: what each costs is paid in the server's one event loop.
+# Steps between two outputs of a running completion: what each costs is paid in the server's one
+# event loop.
 _STREAM_INTERVAL = 16
 # Time between two looks at whether all processes live, in seconds.
 _LOOK_S = 1.0
@@ -39,10 +40,10 @@ _LOOK_S = 1.0
 class VllmServing(Lifecycle):
     """A `ServedEngine` over vLLM: ``replicas`` engines of ``tensor_parallel_size`` workers each, one model.
 
-    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so a completion depends
-    on its seed, its request and its number, and neither on what shares the batch nor on the replica. A request goes to
-    the replica that samples the fewest completions. On a GPU replica 1 of two workers takes the third and the fourth
-    of the visible devices.
+    Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so a completion
+    depends on its seed, its request and its number, and neither on what shares the batch nor on the
+    replica. A request goes to the replica that samples the fewest completions. On a GPU replica 1
+    of two workers takes the third and the fourth of the visible devices.
 
     Example:
         >>> engine = VllmServing("checkpoints/tiny", dtype="bfloat16", tensor_parallel_size=2)
@@ -51,7 +52,8 @@ class VllmServing(Lifecycle):
 
     Raises:
         RecipeError: when vLLM is not installed, or the checkpoint or an option is wrong.
-        UnsupportedError: when the model cannot be loaded or cut, or vLLM is of another release than was tested.
+        UnsupportedError: when the model cannot be loaded or cut, or vLLM is of another release than
+            was tested.
     """
 
     def __init__(
@@ -136,13 +138,13 @@ class VllmServing(Lifecycle):
     ) -> Completion:
         """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
 
-        ``progress`` is called with the tokens so far, every 16 of them. When the task that awaits this is cancelled, the
-        request is aborted in every worker.
+        ``progress`` is called with the tokens so far, every 16 of them. When the task that awaits
+        this is cancelled, the request is aborted in every worker.
 
         Raises:
             RecipeError: when a sampling setting is out of range.
-            EngineError: when the request is malformed or leaves no room in the context, vLLM fails, or the engine is
-                not ready.
+            EngineError: when the request is malformed or leaves no room in the context, vLLM fails,
+                or the engine is not ready.
             DivergedError: when the model's logits are not numbers.
         """
         from moe_replay.engines.vllm.sampler import draw_params
@@ -175,7 +177,8 @@ class VllmServing(Lifecycle):
         """Check a whole push: names and shapes here, values in the workers, each tensor in one of them.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape, or a worker cannot load pushes.
+            EngineError: when a name is unknown, missing, or of another shape, or a worker cannot
+                load pushes.
             DivergedError: when a weight is not finite.
         """
         self._check_state("ready", "broken")
@@ -201,7 +204,8 @@ class VllmServing(Lifecycle):
 
         Raises:
             PushRefused: when it failed and the weights before it are loaded again.
-            EngineError: when they could not be loaded either, so that completions are refused until a push succeeds.
+            EngineError: when they could not be loaded either, so that completions are refused until
+                a push succeeds.
         """
         self._check_state("ready", "broken")
         if folder != self._staged:
@@ -229,7 +233,8 @@ class VllmServing(Lifecycle):
     async def lost(self) -> str:
         """Return what became of a replica whose processes have ended, at most a second or two after that.
 
-        One is enough: a server that went on with the others would hide from whoever restarts servers that it needs that.
+        One is enough: a server that went on with the others would hide from whoever restarts
+        servers that it needs that.
         """
         while (dead := self._dead()) is None:
             await asyncio.sleep(_LOOK_S)
@@ -290,7 +295,8 @@ def devices_of(
 ) -> list[int] | None:
     """Return the devices of one replica of ``size`` workers, or None where vLLM need not be told: one replica, or a CPU.
 
-    Of two replicas of two workers: 0 and 1, then 2 and 3. ``num_devices`` are visible, None on a CPU.
+    Of two replicas of two workers: 0 and 1, then 2 and 3. ``num_devices`` are visible, None on a
+    CPU.
 
     Raises:
         RecipeError: when all replicas together need more devices than there are.

@@ -141,7 +141,8 @@ def engine_options(
         "block_size": _CPU_BLOCK_SIZE if is_cpu else None,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
-        # Noise is indexed by the number of tokens, which an asynchronous schedule does not know yet.
+        # Noise is indexed by the number of tokens, which an asynchronous schedule does not know
+        # yet.
         "async_scheduling": False,
         "skip_tokenizer_init": True,
         # Ignore the checkpoint's generation_config: a recipe says how to sample.

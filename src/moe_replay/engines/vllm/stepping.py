@@ -1,7 +1,8 @@
 """One thread steps vLLM for every caller, so that concurrent calls share each step and none leaves requests behind.
 
-Callers that took turns at stepping would wait for each other: a lock is not fair, and about one waiting call gets in a
-step. Here a call only queues what it wants and waits; the thread takes in every queued call between two steps.
+Callers that took turns at stepping would wait for each other: a lock is not fair, and about one
+waiting call gets in a step. Here a call only queues what it wants and waits; the thread takes in
+every queued call between two steps.
 
 In: a vLLM that has started, prompts with their parameters. Out: vLLM's outputs.
 """
@@ -42,9 +43,10 @@ class _Call:
 class VllmStepper:
     """Owns the stepping of one ``LLMEngine``; any thread may `run` calls, which are sampled together.
 
-    ``sleeps`` tells that vLLM's memory is given back whenever nothing runs; a call returns when that is done. With
-    ``in_step`` the engine is one of several ranks that must take the same steps: a call is then never cut short, whoever
-    leaves it, because the other ranks would wait in the middle of theirs.
+    ``sleeps`` tells that vLLM's memory is given back whenever nothing runs; a call returns when
+    that is done. With ``in_step`` the engine is one of several ranks that must take the same steps:
+    a call is then never cut short, whoever leaves it, because the other ranks would wait in the
+    middle of theirs.
     """
 
     def __init__(self, vllm: Any, *, sleeps: bool, in_step: bool) -> None:
@@ -80,8 +82,9 @@ class VllmStepper:
     ) -> tuple[T, list[Any]]:
         """Return what ``at_start`` gave when the call was queued, and the last output of each completion.
 
-        ``at_start`` may refuse by raising; no push can come between it and the last step. A caller that is interrupted
-        leaves nothing running: its completions are aborted before the next step.
+        ``at_start`` may refuse by raising; no push can come between it and the last step. A caller
+        that is interrupted leaves nothing running: its completions are aborted before the next
+        step.
 
         Raises:
             EngineError: when vLLM fails, or loses a request.
@@ -197,7 +200,8 @@ class VllmStepper:
             for prompt, params in call.asked:
                 name = str(self._next_name)
                 self._next_name += 1
-                # Before it is added: half of vLLM may know a request that the other half has refused.
+                # Before it is added: half of vLLM may know a request that the other half has
+                # refused.
                 call.names.append(name)
                 self._call_of[name] = call
                 self._vllm.add_request(name, prompt, params)

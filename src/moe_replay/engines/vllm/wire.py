@@ -12,7 +12,8 @@ release        what comes back for P prompt and T sampled tokens
 0.31 on        the same array
 =============  =====================================================================================
 
-In process an array is a numpy array; over HTTP it is base64 of a ``.npy`` file, or nested lists (0.21).
+In process an array is a numpy array; over HTTP it is base64 of a ``.npy`` file, or nested lists
+(0.21).
 
 In: outputs of vLLM, objects or JSON. Out: Completion, RoutingTrace.
 """

@@ -1,8 +1,9 @@
 """What vLLM's workers do for the server: check a push, load it in place of their weights, and end when the server ends.
 
-vLLM gives the methods of `PushWorker` to the worker of every rank, by its name in ``worker_extension_cls``, and
-``collective_rpc`` calls them in all ranks. They return an `Answer` and never raise: vLLM stops reading at the first
-worker that raises, so the answers of the ranks behind it stay in their queues, and every later call reads those.
+vLLM gives the methods of `PushWorker` to the worker of every rank, by its name in
+``worker_extension_cls``, and ``collective_rpc`` calls them in all ranks. They return an `Answer`
+and never raise: vLLM stops reading at the first worker that raises, so the answers of the ranks
+behind it stay in their queues, and every later call reads those.
 
 In: folders of pushed safetensors files. Out: `Answer`.
 """
@@ -70,7 +71,8 @@ def answered(
 class PushWorker:
     """Methods of vLLM's worker, beside its own."""
 
-    # Of vLLM's worker. Annotations alone: vLLM refuses an extension that has an attribute of its worker.
+    # Of vLLM's worker. Annotations alone: vLLM refuses an extension that has an attribute of its
+    # worker.
     rank: int
     vllm_config: Any
     model_config: Any
@@ -81,13 +83,15 @@ class PushWorker:
     def replay_begin(self, server_pid: int) -> int:
         """End this worker, and the process that drives it, as soon as process ``server_pid`` ends; return the own pid.
 
-        However the server ends: a ``kill -9`` gives it no chance to end what it has started, and workers hold memory.
+        However the server ends: a ``kill -9`` gives it no chance to end what it has started, and
+        workers hold memory.
         """
         core = os.getppid()
 
         def wait() -> None:
             _wait_for_end(server_pid)
-            # With one rank on a GPU this process is vLLM's core itself, and its parent is the server.
+            # With one rank on a GPU this process is vLLM's core itself, and its parent is the
+            # server.
             if core != server_pid and os.getppid() == core:
                 os.kill(core, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -99,8 +103,9 @@ class PushWorker:
     def replay_stage(self, folder: str, first_share: int, num_shares: int) -> int:
         """Check this rank's share of a push, and that it can load one; return the number of tensors checked.
 
-        Each tensor is read by one worker only. With two replicas of two ranks there are four shares; rank 1 of the second
-        replica (``first_share`` 2) has share 3, and of ten tensors reads tensors 3 and 7. Nothing changes.
+        Each tensor is read by one worker only. With two replicas of two ranks there are four
+        shares; rank 1 of the second replica (``first_share`` 2) has share 3, and of ten tensors
+        reads tensors 3 and 7. Nothing changes.
         """
         from moe_replay.engines.vllm.plugin import check_patched
         from moe_replay.engines.weight_stream import finite_weights, folder_tensors
@@ -139,8 +144,9 @@ class PushWorker:
     def _replay_finish(self) -> None:
         """Take back what a reload that broke off has left.
 
-        Layers that wait for their weights keep the parts that they got, and would count them as parts of the next push:
-        half of one push and all of another gave 11 % right tokens, without an error.
+        Layers that wait for their weights keep the parts that they got, and would count them as
+        parts of the next push: half of one push and all of another gave 11 % right tokens, without
+        an error.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
