@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.checks import check_group
@@ -22,6 +22,7 @@ from moe_replay.engines.types import (
 from moe_replay.errors import RecipeError
 
 
+@runtime_checkable
 class RolloutServer(Protocol):
     """One server. Threads may call it at the same time."""
 
