@@ -156,7 +156,7 @@ def test_t3_ids_beyond_the_vocabulary_are_refused_with_their_place(engine, group
 
 def test_t3_more_tokens_than_asked_for_are_refused(engine, group):
     longest = max(len(completion.token_ids) for completion in group.completions)
-    with pytest.raises(EngineError, match=f"{longest} tokens, asked for were {longest - 1}"):
+    with pytest.raises(EngineError, match=f"{longest} tokens, expected at most {longest - 1}"):
         check(
             engine, group, group.request, sampling=SamplingParams(max_completion_length=longest - 1)
         )

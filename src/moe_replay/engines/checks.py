@@ -44,7 +44,7 @@ def check_requests(
     description: EngineDescription,
     vocab_size: int,
 ) -> None:
-    """Raise `EngineError` for a malformed request, one too long for the context, or a repeated id."""
+    """Raise `EngineError` for a malformed, repeated or too long request."""
     seen: set[int] = set()
     for request in requests:
         where = f"{description.name}: request {request.request_id}"

@@ -1,4 +1,4 @@
-"""What all engines share beside sampling: their description, whether they may work, and the policy version.
+"""What engines share beside sampling: their description, their state and the policy version.
 
 An engine is ready, broken (a push failed, so its weights belong to two policies) or closed. Only a
 push that succeeds makes a broken engine ready again::
@@ -41,7 +41,7 @@ def describe(
 
 
 def other_model(description: EngineDescription, facts: ModelFacts) -> str | None:
-    """Return how the model behind an engine differs from the recipe's in its routes, for a message."""
+    """Return how an engine's model differs from the recipe's in its routes, for a message."""
     routed = facts.routed
     theirs = (description.moe_layers, description.num_experts, description.topk)
     ours = (routed.moe_layers, routed.num_experts, routed.topk) if routed else ((), 0, 0)

@@ -111,7 +111,7 @@ def refuse_no_numbers(
 
 
 def no_numbers(where: str, position: int, policy_version: int) -> DivergedError:
-    """Return the error for a token whose logits are not finite; ``position`` counts sampled tokens."""
+    """Return the error for a sampled token whose logits are not finite."""
     cause = (
         "training has diverged: lower optimizer.lr, and resume from a checkpoint before it"
         if policy_version

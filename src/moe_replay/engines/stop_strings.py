@@ -1,4 +1,4 @@
-"""Stop strings, the same for every engine: a completion ends with the token that completes a string.
+"""Stop strings for every engine: a completion ends with the token that completes a string.
 
 Tokens are never split. The noise of a token depends on its position and not on what follows, so a
 completion that is cut here equals that of an engine which looks for the strings while it samples.
@@ -28,7 +28,7 @@ class StopStrings:
     """A transformers tokenizer."""
 
     def cut(self, group: RolloutGroup) -> tuple[RolloutGroup, int]:
-        """Return the group with completions ended at their first stop string, and the tokens cut."""
+        """Return the group, its completions cut at their first stop string, and the tokens cut."""
         if not self.strings:
             return group, 0
         prompt_length = len(group.request.prompt_ids)

@@ -1,4 +1,4 @@
-"""The types that cross the engine seam: what is asked of an engine, and what every engine returns."""
+"""The types of the engine seam: what is asked of an engine, and what every engine returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """``max_completion_length`` tokens were sampled."""
     ABORTED = "aborted"
-    """The engine cut the request off; its tokens, if any, are kept, counted, and never trained on."""
+    """The engine cut the request off; its tokens, if any, are counted and never trained on."""
 
 
 FINISH_REASONS = {
@@ -49,7 +49,7 @@ class Request:
     """Completions wanted."""
 
     def sequence(self, token_ids: Int32[np.ndarray, " completion"]) -> Int32[np.ndarray, " tokens"]:
-        """Return the prompt followed by the tokens of a completion, which is what a trace covers."""
+        """Return prompt and completion as one array: the tokens that a trace covers."""
         return np.concatenate([self.prompt_ids, token_ids])
 
 
@@ -94,7 +94,7 @@ class Completion:
     policy_version: int
     """Weight pushes that the engine had received when the completion ended."""
     server: str = ""
-    """Address of the server that sampled it, credentials masked; empty for an engine in this process."""
+    """Address of the server that sampled it, credentials masked; empty without a server."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "rollout_logprobs"):

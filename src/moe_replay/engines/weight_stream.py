@@ -22,7 +22,7 @@ _MAX_NAMES = 8
 def lowered_weights(
     weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, facts: ModelFacts
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor rounded to ``dtype``, unless its format is lower or engines keep it float32.
+    """Yield each tensor in ``dtype``, unless its own is lower or engines keep it in float32.
 
     Engines round what they load to their own format, so rounding it here changes no output and
     halves what travels: 60 GB instead of 120 for 30B parameters that are trained in float32 and

@@ -187,14 +187,14 @@ def test_another_prompt_is_refused(tmp_path):
 
 def test_another_number_of_completions_is_refused(tmp_path):
     write(tmp_path)
-    with pytest.raises(EngineError, match=r"sampled 2 times, asked for are 3"):
+    with pytest.raises(EngineError, match=r"sampled 2 times, expected 3"):
         files(tmp_path).generate([replace(requests()[0], num_generations=3)], SAMPLING)
 
 
 @pytest.mark.parametrize("change", [{"temperature": 1.0}, {"top_k": 5}, {"stop_token_ids": (9,)}])
 def test_another_way_to_sample_is_refused(tmp_path, change):
     write(tmp_path)
-    with pytest.raises(RecipeError, match="another setting"):
+    with pytest.raises(RecipeError, match="other settings"):
         files(tmp_path).generate(requests(), replace(SAMPLING, **change))
     files(tmp_path).generate(requests(), replace(SAMPLING, seed=99))
 

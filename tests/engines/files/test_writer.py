@@ -78,9 +78,7 @@ def test_e7_cut_off_at_any_byte_the_whole_groups_are_kept(tmp_path):
         (folder / f"{name}{GROUPS}").write_bytes(whole[GROUPS][:cut])
         kept = sum(stop <= cut for stop in [*starts[1:], len(whole[GROUPS])])
         if kept < 3:
-            with pytest.raises(
-                CodecError, match=rf"{kept} of 3 prompts are there.*goes on with it"
-            ):
+            with pytest.raises(CodecError, match=rf"{kept} of 3 prompts are there.*resumes it"):
                 files(folder)
         assert sample_rest(folder) == 3 - kept, cut
         assert_whole(folder)
@@ -227,10 +225,10 @@ def test_e7_a_rollout_that_is_there_is_left_alone(tmp_path):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert sample_rest(tmp_path) == 0
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    # More prompts go on with it, fewer are refused.
+    # More prompts resume it, fewer are refused.
     assert sample_rest(tmp_path, num_requests=5) == 2
     assert_whole(tmp_path, 5)
-    with pytest.raises(RecipeError, match="begun for 5 prompts, asked for are 3"):
+    with pytest.raises(RecipeError, match="begun for 5 prompts, now 3 are"):
         begin_rollout(path.parent, manifest_of(FakeEngine()))
 
 

@@ -250,7 +250,7 @@ def test_r10_a_run_with_the_name_of_the_checkpoint_is_refused():
         push.put(0, part())
         status, text = push.commit(0, run="checkpoint")
         assert status == 400
-        assert "name it otherwise" in text
+        assert "choose another name" in text
 
 
 @pytest.mark.parametrize("push_id", ["..", "0" * 31, "G" * 32, "a/../b"])

@@ -310,7 +310,7 @@ def test_a_server_of_another_number_format_is_refused():
 def test_something_that_is_no_rollout_server_is_refused():
     with (
         served(fake(), around=lambda _: _hello) as url,
-        pytest.raises(RecipeError, match="no rollout server"),
+        pytest.raises(RecipeError, match="not a rollout server"),
     ):
         client(url)
 

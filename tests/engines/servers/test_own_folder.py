@@ -56,5 +56,5 @@ def test_folders_of_others_are_left_alone(tmp_path):
 
 
 def test_a_parent_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="name one that exists"):
+    with pytest.raises(RecipeError, match="name a folder that exists"):
         OwnFolder(tmp_path / "nowhere", "push-")

@@ -155,7 +155,7 @@ def test_routes_that_cannot_be_those_of_the_tokens_are_refused(routes, message):
     [
         (packed()[:-4], "expected 4 rows of 24 bytes"),
         ("", "expected 4 rows"),
-        ("no base64!", "no base64"),
+        ("no base64!", "not valid base64"),
     ],
 )
 def test_damaged_routes_are_refused(field, message):
@@ -174,7 +174,7 @@ def test_damaged_routes_are_refused(field, message):
         ({"output_token_logprobs": [[None, 9, None], [-1.5, 1, None]]}, "damaged"),
         ({"output_token_logprobs": [[-0.25, 1 << 40, None], [-1.5, 1, None]]}, "damaged"),
         ({"finish_reason": {"type": "abort", "message": "Aborted"}}, "aborted"),
-        ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "token that is none"),
+        ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "an unknown token"),
         ({"finish_reason": {"type": "length", "length": 2}}, "2 tokens, expected 8"),
         ({"finish_reason": None}, "aborted"),
         (
@@ -243,7 +243,7 @@ def test_the_description_tells_whether_routes_come_back():
 
 @pytest.mark.parametrize("told", [None, [], {}, {**SERVER, "max_req_input_len": None}])
 def test_a_server_of_another_kind_is_refused(told):
-    with pytest.raises(RecipeError, match="no SGLang server"):
+    with pytest.raises(RecipeError, match="not an SGLang server"):
         read_description(told, FACTS, "http://a")
 
 

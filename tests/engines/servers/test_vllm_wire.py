@@ -216,7 +216,7 @@ def test_the_description_tells_what_comes_back():
             RecipeError,
             "--no-async-scheduling",
         ),
-        ({"device_config.device": "cpu"}, UnsupportedError, "ruins expert weights"),
+        ({"device_config.device": "cpu"}, UnsupportedError, "corrupts expert weights"),
         ({"speculative_config": {"model": "m"}}, UnsupportedError, "speculative_config"),
         ({"kv_transfer_config": {"kv_role": "kv_both"}}, UnsupportedError, "kv_transfer_config"),
         ({"parallel_config.pipeline_parallel_size": 2}, UnsupportedError, "pipelines"),

@@ -297,7 +297,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *places: tuple[object, str]) -> Non
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 
-def test_without_the_mend_a_push_ruins_the_experts(monkeypatch, checkpoints, engine):
+def test_without_the_patch_a_push_ruins_the_experts(monkeypatch, checkpoints, engine):
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
@@ -306,8 +306,8 @@ def test_without_the_mend_a_push_ruins_the_experts(monkeypatch, checkpoints, eng
     expected = embedded.generate(prompts(3), SAMPLING)
     pushed = load_file(checkpoints["b"] / "model.safetensors")
     broken = start(checkpoints["a"])
-    with monkeypatch.context() as unmended:
-        without(unmended, (UnquantizedFusedMoEMethod, "_setup_kernel"))
+    with monkeypatch.context() as unpatched:
+        without(unpatched, (UnquantizedFusedMoEMethod, "_setup_kernel"))
         broken.load_weights(pushed.items(), policy_version=1)
         assert gap(broken.generate(prompts(3), SAMPLING), expected) > 0.1
     broken.load_weights(pushed.items(), policy_version=2)
@@ -315,15 +315,15 @@ def test_without_the_mend_a_push_ruins_the_experts(monkeypatch, checkpoints, eng
     broken.close()
 
 
-def test_without_the_mend_a_tied_head_stays_that_of_the_first_policy(monkeypatch, checkpoints):
+def test_without_the_patch_a_tied_head_stays_that_of_the_first_policy(monkeypatch, checkpoints):
     from vllm.model_executor.model_loader.reload import layerwise
 
     embedded = EmbeddedEngine(checkpoints["tied b"], dtype="float32")
     expected = embedded.generate(prompts(3), SAMPLING)
     pushed = load_file(checkpoints["tied b"] / "model.safetensors")
     broken = start(checkpoints["tied"])
-    with monkeypatch.context() as unmended:
-        without(unmended, (layerwise, "finalize_layerwise_processing"))
+    with monkeypatch.context() as unpatched:
+        without(unpatched, (layerwise, "finalize_layerwise_processing"))
         broken.load_weights(pushed.items(), policy_version=1)
         assert gap(broken.generate(prompts(3), SAMPLING), expected) > 0.1
     broken.load_weights(pushed.items(), policy_version=2)
@@ -331,27 +331,27 @@ def test_without_the_mend_a_tied_head_stays_that_of_the_first_policy(monkeypatch
     broken.close()
 
 
-def test_mending_twice_changes_nothing():
+def test_patching_twice_changes_nothing():
     from vllm.model_executor.model_loader.reload import layerwise
 
     from moe_replay.engines.vllm.plugin import register
 
     register()
-    mended = layerwise.finalize_layerwise_processing
+    patched = layerwise.finalize_layerwise_processing
     register()
-    assert layerwise.finalize_layerwise_processing is mended
+    assert layerwise.finalize_layerwise_processing is patched
 
 
-def test_an_unmended_vllm_is_refused(monkeypatch):
+def test_an_unpatched_vllm_is_refused(monkeypatch):
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from moe_replay.engines.vllm.plugin import check_mended, register
+    from moe_replay.engines.vllm.plugin import check_patched, register
 
     register()
-    check_mended()
+    check_patched()
     without(monkeypatch, (layerwise, "finalize_layerwise_processing"))
-    with pytest.raises(UnsupportedError, match="silently ruins expert weights"):
-        check_mended()
+    with pytest.raises(UnsupportedError, match="silently corrupts expert weights"):
+        check_patched()
 
 
 def test_another_release_is_left_alone_and_refused(monkeypatch, caplog):
@@ -366,7 +366,7 @@ def test_another_release_is_left_alone_and_refused(monkeypatch, caplog):
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     register()
     assert not hasattr(layerwise.finalize_layerwise_processing, "__wrapped__")
-    assert "left as it is" in caplog.text
+    assert "is not patched" in caplog.text
     with pytest.raises(UnsupportedError, match=r"vLLM 0\.31\.0 is installed, expected 0\.30"):
         vllm_version()
 

@@ -115,7 +115,7 @@ def test_e24_when_going_back_fails_too_nothing_is_sampled_until_a_push(served, e
     with pytest.raises(EngineError, match=r"so did going back") as caught:
         served.push(weights["b"])
     assert not isinstance(caught.value, PushRefused)
-    with pytest.raises(EngineError, match=r"last push failed half-way"):
+    with pytest.raises(EngineError, match=r"last weight push failed half-way"):
         served.sample(prompts(1))
     served.push(weights["a"])
     assert gap(served.sample(prompts(6)), expected["a"]) < 1e-5

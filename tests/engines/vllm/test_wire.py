@@ -144,7 +144,7 @@ def test_a_release_without_routes_is_refused(version):
 
 
 def test_a_version_that_is_none_is_refused():
-    with pytest.raises(UnsupportedError, match="no version of vLLM"):
+    with pytest.raises(UnsupportedError, match="not a version of vLLM"):
         check_version("nightly")
 
 

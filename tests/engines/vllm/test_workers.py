@@ -98,7 +98,7 @@ def test_e23_only_the_worker_whose_share_it_is_finds_the_value(tmp_path):
     assert "weight5" in answers[1]["error"]
 
 
-def test_e24_an_unmended_vllm_is_refused_before_a_push(tmp_path, monkeypatch):
+def test_e24_an_unpatched_vllm_is_refused_before_a_push(tmp_path, monkeypatch):
     from vllm.model_executor.model_loader.reload import layerwise
 
     folder = push(tmp_path)

@@ -28,9 +28,9 @@ class Job:
     """One completion to sample."""
 
     request: int
-    """Position of its request in the call."""
+    """Index of its request in the call."""
     completion: int
-    """Number among the request's completions."""
+    """Index among the request's completions."""
 
 
 class Batch:
@@ -136,7 +136,7 @@ class Batch:
             self._completion_routes[self._job_of_row, position] = routes
 
     def routes_of(self, row: int, length: int) -> Shaped[np.ndarray, "rows layers topk"] | None:
-        """Return the routes of a job's prompt and ``length`` tokens; the last row was never run and holds zeros."""
+        """Return the routes of a job's prompt and ``length`` tokens; the last row is 0."""
         if self._completion_routes is None:
             return None
         prompt = self._prompt_routes[self._prompt_of_job[row]]
@@ -145,12 +145,20 @@ class Batch:
         return routes
 
     def _prefill(self, jobs: Sequence[Job], requests: Sequence[Request], limit: int) -> None:
-        """Run each distinct prompt once, and give every job a copy of its prompt's cache and logits."""
+        """Run each distinct prompt once, and copy its cache and logits to each of its jobs.
+
+        Jobs of requests 3, 3 and 5 run the two prompts; rows 0, 0 and 1 become the batch. Prompts
+        of 2 and 4 tokens are padded on the left, so their first completion token has index 4 in the
+        cache and positions 2 and 4 in the model::
+
+            . . a b | x    positions 0 0 0 1 | 2
+            c d e f | y              0 1 2 3 | 4
+        """
         from moe_replay.transformers.cache import growing_cache
 
         chosen = list(dict.fromkeys(job.request for job in jobs))
-        place = {request: number for number, request in enumerate(chosen)}
-        self._prompt_of_job = np.array([place[job.request] for job in jobs])
+        row_of = {request: row for row, request in enumerate(chosen)}
+        self._prompt_of_job = np.array([row_of[job.request] for job in jobs])
         prompts = [requests[request].prompt_ids for request in chosen]
         lengths = np.array([len(prompt) for prompt in prompts])
         self._width = int(lengths.max())

@@ -1,7 +1,4 @@
-"""The embedded engine: a transformers model in this process, which samples in batches and records its own routes.
-
-In: a checkpoint directory, requests, weights. Out: completions with routes.
-"""
+"""The embedded engine: a transformers model in this process that samples and records its routes."""
 
 from __future__ import annotations
 
@@ -39,9 +36,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class EmbeddedEngine(VersionedEngine):
     """Samples from a Hugging Face model with a KV cache; routes are recorded at the router modules.
 
-    Every distinct prompt of a batch is run once, whatever the number of its completions. The noise
-    of a completion depends on the sampling seed, its request and its number alone, so the batch it
-    runs in does not matter beyond the rounding of the model's number format.
+    Every distinct prompt of a batch is run once for all its completions. The noise of a completion
+    depends only on the sampling seed, its request and its index, so its batch matters only through
+    the rounding of the model's number format.
 
     Example:
         >>> engine = EmbeddedEngine("checkpoints/tiny", dtype="float32")
@@ -140,7 +137,7 @@ class EmbeddedEngine(VersionedEngine):
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
-        """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
+        """Replace all weights by ``weights``, named as in a Hugging Face checkpoint.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, or the version goes
@@ -191,7 +188,8 @@ class EmbeddedEngine(VersionedEngine):
             for position in range(sampling.max_completion_length):
                 if cancelled():
                     raise EngineError(
-                        f"the call was cancelled by its caller before sampled token {position} of {len(jobs)} completions"
+                        f"the call was cancelled by its caller before sampled token {position} of "
+                        f"{len(jobs)} completions"
                     )
                 batch.sample(position, sampling, stops)
                 self._progress = replace(
@@ -237,8 +235,8 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     )
     if absent := [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]:
         raise CheckpointError(
-            f"{model_dir} lacks {shortened(sorted(absent))}, or has them in another shape; transformers would fill them with random "
-            "numbers: copy the checkpoint again"
+            f"{model_dir} lacks {shortened(sorted(absent))}, or has them in another shape; "
+            "transformers would fill them with random numbers: copy the checkpoint again"
         )
     for name, parameter in model.named_parameters():
         refuse_non_finite(name, parameter)
@@ -248,11 +246,10 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     model = model.to(device).eval().requires_grad_(False)
     if any(DynamicCache(config=model.config).is_linear):
         raise UnsupportedError(
-            f"{type(model).__name__} has layers with a recurrent state, which cannot skip the padding of a batch: "
-            "its completions would depend on the batch they run in"
+            f"{type(model).__name__} has layers with a recurrent state, which cannot skip the padding "
+            "of a batch: its completions would depend on the batch they run in"
         )
-    # Memory of its own: until then tensors may be mapped from files that a trainer is free to
-    # overwrite.
+    # Copied, because tensors may be mapped from files that a trainer is free to overwrite.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     if model._can_set_experts_implementation():
@@ -262,7 +259,7 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Run torch with ``count`` threads inside the scope; None leaves the process's setting alone."""
+    """Run torch with ``count`` threads inside the scope; None keeps the process's setting."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:

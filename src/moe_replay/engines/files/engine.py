@@ -1,4 +1,4 @@
-"""The engine that samples nothing: it answers from rollouts on disk, so that a step can be trained again exactly.
+"""The engine that answers from rollouts on disk, so that a step can be trained again exactly.
 
 In: rollouts on disk, one for each policy version; requests. Out: completions with routes.
 """
@@ -25,9 +25,8 @@ class FilesEngine(VersionedEngine):
 
     A request is bound to its answer by its id, its prompt and the number of completions, and a
     trace to its tokens by their digest. A folder may hold rollouts of several policy versions: that
-    of the weights pushed last answers. ``allow_stale`` lets the newest older one that holds the
-    request answer where that one does not, and failing that the oldest newer one; completions keep
-    their own version.
+    of the weights pushed last answers. If it lacks the request, ``allow_stale`` lets the newest
+    older one answer, or else the oldest newer one; completions keep their own version.
 
     Example:
         >>> engine = FilesEngine(Path("rollouts"), facts=facts, record_routes=True)
@@ -35,7 +34,7 @@ class FilesEngine(VersionedEngine):
     Raises:
         RecipeError: when the rollouts do not fit the model or one another, or hold no routes
             although they are asked for.
-        CodecError: when one is damaged, or not whole.
+        CodecError: when one is damaged or incomplete.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class FilesEngine(VersionedEngine):
             self._check_fit(rollout, record_routes)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        """Return what was sampled for every request; the groups come back in the order of ``requests``.
+        """Return what was sampled for every request, in the order of ``requests``.
 
         Raises:
             RecipeError: when a sampling setting is out of range, or other than that of the files;
@@ -66,7 +65,7 @@ class FilesEngine(VersionedEngine):
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
-        """Run through ``weights``, which change nothing here, and adopt ``policy_version``.
+        """Read ``weights``, which change nothing here, and adopt ``policy_version``.
 
         Raises:
             EngineError: when the version goes backwards.
@@ -83,8 +82,8 @@ class FilesEngine(VersionedEngine):
             )
         if record_routes and not rollout.manifest.engine.records_routes:
             raise RecipeError(
-                f"{rollout.path} holds no routes, which router_replay_mode = 'R3' replays; write it again by a recipe with "
-                "that mode"
+                f"{rollout.path} holds no routes, which router_replay_mode = 'R3' replays; write it "
+                "again by a recipe with that mode"
             )
 
     def _answer(self, request: Request, sampling: SamplingParams) -> RolloutGroup:
@@ -93,24 +92,27 @@ class FilesEngine(VersionedEngine):
         sampled = rollout.manifest.sampling
         if replace(sampling, seed=0) != replace(sampled, seed=0):
             raise RecipeError(
-                f"{rollout.path} was sampled with {sampled}, asked for is {sampling}: log-probabilities and lengths would "
-                "be those of another setting; use the recipe that the files were written by"
+                f"{rollout.path} was sampled with {sampled}, the recipe asks for {sampling}: "
+                "log-probabilities and lengths would be those of other settings; use the recipe that "
+                "wrote the files"
             )
         group = rollout.group(request.request_id)
         if not np.array_equal(group.request.prompt_ids, request.prompt_ids):
             raise EngineError(
-                f"{where} was sampled for another prompt, {group.request.prompt_ids[:8].tolist()}..., asked for is "
-                f"{request.prompt_ids[:8].tolist()}...; the dataset, its order (run.seed) or the tokenizer changed"
+                f"{where} was sampled for the prompt {group.request.prompt_ids[:8].tolist()}..., "
+                f"expected {request.prompt_ids[:8].tolist()}...; the dataset, its order (run.seed) or "
+                "the tokenizer changed"
             )
         if group.request.num_generations != request.num_generations:
             raise EngineError(
-                f"{where} was sampled {group.request.num_generations} times, asked for are {request.num_generations}; set "
-                "rollout.num_generations to the former"
+                f"{where} was sampled {group.request.num_generations} times, expected "
+                f"{request.num_generations}; set rollout.num_generations to the former"
             )
         versions = {completion.policy_version for completion in group.completions}
         if versions != {self._policy_version} and not self._allow_stale:
             raise EngineError(
-                f"{where} was sampled by policy version {sorted(versions)}, the trainer is at {self._policy_version}: {_STALE}"
+                f"{where} was sampled by policy version {sorted(versions)}, the trainer is at "
+                f"{self._policy_version}: {_STALE}"
             )
         return group
 
@@ -133,18 +135,18 @@ class FilesEngine(VersionedEngine):
         )
         if holding:
             raise EngineError(
-                f"{self._path}: request {request_id} was sampled by policy version {sorted(holding)}, the trainer is at "
-                f"{self._policy_version}: {_STALE}. There are {there}"
+                f"{self._path}: request {request_id} was sampled by policy version {sorted(holding)}, "
+                f"the trainer is at {self._policy_version}: {_STALE}. There are {there}"
             )
         raise EngineError(
-            f"{self._path}: request {request_id} was not sampled; there are {there}: they have run out, or were sampled for other "
-            "prompts; write more with --num-prompts, or lower run.max_steps"
+            f"{self._path}: request {request_id} was not sampled; there are {there}: the prompts have "
+            "run out, or are others; write more with --num-prompts, or lower run.max_steps"
         )
 
 
 _STALE = (
-    "a step is trained again from files of its own version; sample them with --policy-version, or set rollout.allow_stale = "
-    "true to train off-policy"
+    "a step is trained again from files of its own version; sample them with --policy-version, or "
+    "set rollout.allow_stale = true to train off-policy"
 )
 
 
@@ -164,9 +166,10 @@ def _open_versions(path: Path) -> dict[int, RolloutFile]:
         if other is not rollout or _kind(first) != _kind(rollout):
             clash = other if other is not rollout else first
             raise RecipeError(
-                f"{path} holds {clash.path.name} and {rollout.path.name}, of policy versions {clash.manifest.policy_version} and "
-                f"{version}, sampled by {_kind(clash)} and {_kind(rollout)}; expected one engine, and each version once: "
-                "name the manifest of one of them"
+                f"{path} holds {clash.path.name} and {rollout.path.name}, of policy versions "
+                f"{clash.manifest.policy_version} and {version}, sampled by {_kind(clash)} and "
+                f"{_kind(rollout)}; expected one engine, and each version once: name the manifest of "
+                "one of them"
             )
     return rollouts
 

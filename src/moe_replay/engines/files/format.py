@@ -1,16 +1,16 @@
-"""Rollouts on disk: completions with their traces, written group by group, each policy version's apart from the others'.
+"""Rollouts on disk: completions with their traces, group by group, in files of one policy version.
 
 ::
 
     <folder>/
-    ├── <name>.json               manifest: the engine, how it samples, its weights, how many prompts; written first
-    ├── <name>.shard-0.groups     one record a prompt: its tokens and those of its completions, log-probabilities
-    ├── <name>.shard-0.traces     trace file of the codec, one trace a completion, named <request id>/<number>
-    └── <name>.shard-1. ...       what another rank sampled
+    ├── <name>.json             manifest, written first: engine, sampling, weights, prompt count
+    ├── <name>.shard-0.groups   a record a prompt: tokens, log-probabilities
+    ├── <name>.shard-0.traces   trace file: a trace a completion, named <request id>/<index>
+    └── <name>.shard-1. ...     what another rank sampled
 
-``<name>`` says engine, number format and policy version. A rollout is whole when its shards hold
-every prompt that the manifest promises, whichever ranks sampled them. Until then its reader refuses
-it, and its writer goes on with it.
+``<name>`` names engine, number format and policy version. A rollout is complete when its shards
+hold every prompt of the manifest, whichever ranks sampled them. Until then its reader refuses it,
+and its writer resumes it.
 
 In: RolloutGroups. Out: files, and the groups back.
 """
@@ -33,7 +33,7 @@ from moe_replay.errors import CodecError, RecipeError
 from moe_replay.routing.format.codec import DEFAULT_MAX_BYTES, read_place
 from moe_replay.routing.format.trace_file import map_file
 
-_GO_ON = "the same `moe-replay rollout` command goes on with it"
+_RESUME = "the same `moe-replay rollout` command resumes it"
 
 
 class Manifest(BaseModel):
@@ -68,14 +68,14 @@ def rollout_name(description: EngineDescription, policy_version: int) -> str:
 
 
 class RolloutFile:
-    """A rollout on disk, opened for reading: mapped, so that a process holds only the groups that it uses.
+    """A rollout on disk, mapped for reading: a process holds only the groups that it uses.
 
     Opening finds the groups, 20 bytes of memory each; `group` checks every byte of what it reads.
     ``path`` is a manifest, or a folder that holds exactly one.
 
     Raises:
         RecipeError: when there is none, or more than one.
-        CodecError: when a file is damaged, of another version, or the rollout is not whole.
+        CodecError: when a file is damaged or of another version, or the rollout is incomplete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class RolloutFile:
         self._shard_of = np.repeat(
             np.arange(len(found), dtype=np.int32), [len(each.starts) for each in found]
         )[order]
-        self._check_whole()
+        self._check_complete()
         self._traces: dict[int, memoryview] = {}
         if self.manifest.engine.records_routes:
             for number, shard in enumerate(self._shards):
@@ -120,9 +120,9 @@ class RolloutFile:
         """
         if request_id not in self:
             raise KeyError(request_id)
-        place = request_id - self.manifest.first_request
-        shard = int(self._shard_of[place])
-        stored = read_group(self._groups[shard], int(self._starts[place]), str(self._shards[shard]))
+        index = request_id - self.manifest.first_request
+        shard = int(self._shard_of[index])
+        stored = read_group(self._groups[shard], int(self._starts[index]), str(self._shards[shard]))
         if shard not in self._traces:
             return stored.group
         file = str(self._shards[shard].with_suffix(".traces"))
@@ -130,8 +130,9 @@ class RolloutFile:
         for completion, frame in zip(stored.group.completions, stored.places, strict=True):
             if frame is None:
                 raise CodecError(
-                    f"{self._shards[shard]}, request {request_id}: a completion names no trace, although its engine records "
-                    "routes: the files are not of one rollout; sample it again"
+                    f"{self._shards[shard]}, request {request_id}: a completion names no trace, "
+                    "although its engine records routes: the files are not of one rollout; sample it "
+                    "again"
                 )
             trace = read_place(self._traces[shard], frame, file, max_bytes=DEFAULT_MAX_BYTES)
             tokens = stored.group.request.sequence(completion.token_ids)
@@ -139,7 +140,7 @@ class RolloutFile:
             completions.append(replace(completion, trace=trace))
         return replace(stored.group, completions=tuple(completions))
 
-    def _check_whole(self) -> None:
+    def _check_complete(self) -> None:
         """Raise `CodecError` unless every prompt of the manifest is there, once."""
         manifest, held = self.manifest, self._request_ids
         wanted = np.arange(manifest.first_request, manifest.stop_request, dtype=np.uint64)
@@ -149,19 +150,23 @@ class RolloutFile:
         strange = np.setdiff1d(held, wanted)
         if len(twice) or len(strange):
             raise CodecError(
-                f"{self.path}: its shards hold requests {twice[:4].tolist()} more than once and {strange[:4].tolist()} that are "
-                f"not among {manifest.first_request} to {manifest.stop_request - 1}: two writers sampled it, or its files were "
-                "mixed with others; remove it and sample it again"
+                f"{self.path}: its shards hold requests {twice[:4].tolist()} more than once and "
+                f"{strange[:4].tolist()} that are not among {manifest.first_request} to "
+                f"{manifest.stop_request - 1}: two writers sampled it, or its files were mixed with "
+                "others; remove it and sample it again"
             )
         missing = np.setdiff1d(wanted, held)
         raise CodecError(
-            f"{self.path}: {len(held)} of {manifest.num_requests} prompts are there, request {missing[0]} is the first that is "
-            f"missing: it is still being sampled, its writer was killed, or a shard is missing; {_GO_ON}"
+            f"{self.path}: {len(held)} of {manifest.num_requests} prompts are there, request "
+            f"{missing[0]} is the first that is missing: it is still being sampled, its writer was "
+            f"killed, or a shard is missing; {_RESUME}"
         )
 
 
 def begin_rollout(folder: Path, manifest: Manifest) -> Path:
-    """Write the manifest and return its path; one that is there must be of the same rollout, of as many prompts or fewer.
+    """Write the manifest and return its path.
+
+    An existing one must be of the same rollout, of as many prompts or fewer.
 
     Raises:
         RecipeError: when the folder holds another rollout of this engine and policy version, or
@@ -189,7 +194,7 @@ def read_manifest(path: Path) -> Manifest:
     """Return what a manifest says.
 
     Raises:
-        CodecError: when it cannot be read, or is none of this version.
+        CodecError: when it cannot be read, or is of another version.
     """
     try:
         text = path.read_bytes()
@@ -201,8 +206,9 @@ def read_manifest(path: Path) -> Manifest:
         with_format = _format_of(text)
         if with_format is not None and with_format != FORMAT:
             raise CodecError(
-                f"{path} is a rollout of format {with_format}, this release reads format {FORMAT}: sample it again with "
-                "`moe-replay rollout RECIPE --output FOLDER` into an empty folder, or read it with the release that wrote it"
+                f"{path} is a rollout of format {with_format}, this release reads format {FORMAT}: "
+                "sample it again with `moe-replay rollout RECIPE --output FOLDER` into an empty "
+                "folder, or read it with the release that wrote it"
             ) from error
         raise CodecError(f"{path} is not a rollout of format {FORMAT}: {error}") from error
 
@@ -215,7 +221,7 @@ def find_manifests(path: Path) -> list[Path]:
 
 
 def shard_files(manifest: Path, suffix: str) -> list[Path]:
-    """Return a rollout's files of one kind, ``.groups`` or ``.traces``, in the order of their shards."""
+    """Return a rollout's ``.groups`` or ``.traces`` files in the order of their shards."""
     return [path for _, path in sorted(_shards(manifest, suffix))]
 
 
@@ -252,7 +258,7 @@ def _find_manifest(path: Path) -> Path:
 
 
 def _check_same(path: Path, old: Manifest, new: Manifest) -> None:
-    """Raise `RecipeError` unless ``new`` goes on with what ``old`` has begun."""
+    """Raise `RecipeError` unless ``new`` resumes what ``old`` has begun."""
     was, now = (
         _flat(each.model_dump(mode="json", exclude={"num_requests"})) for each in (old, new)
     )
@@ -260,13 +266,13 @@ def _check_same(path: Path, old: Manifest, new: Manifest) -> None:
     if odd:
         shown = "; ".join(f"{key}: was {was.get(key)}, is {now.get(key)}" for key in odd[:6])
         raise RecipeError(
-            f"{path} exists and is another rollout ({shown}): choose another folder, or remove its files; with the same recipe "
-            "and model it would be gone on with"
+            f"{path} exists and is another rollout ({shown}): choose another folder, or remove its "
+            "files; with the same recipe and model it would be resumed"
         )
     if new.num_requests < old.num_requests:
         raise RecipeError(
-            f"{path} exists and was begun for {old.num_requests} prompts, asked for are {new.num_requests}: ask for as many or "
-            "more, or choose another folder"
+            f"{path} exists and was begun for {old.num_requests} prompts, now {new.num_requests} are "
+            "asked for: ask for as many or more, or choose another folder"
         )
 
 

@@ -1,11 +1,12 @@
-"""The bytes of a groups file: one record a prompt with its completions, appended whole, found without reading them.
+"""The bytes of a groups file: a record a prompt with its completions, found by headers alone.
 
 A record names where the traces of its completions lie in the trace file beside it, and ends with a
 checksum. All numbers are little-endian; `docs/engines.md` draws the files. For a prompt of 3 tokens
 and completions of 5 and 2 tokens::
 
     header      32 bytes  "GRUP", 2 completions, request id, size of the record, 3 prompt tokens
-    entries   2 x 48      tokens, why it ended, policy version, place and checksum of its trace, length of its server's name
+    entries   2 x 48      tokens, finish reason, policy version, start, stop and checksum of its
+                          trace, length of its server's name
     prompt     3 x  4     int32
     tokens     7 x  4     int32, completion after completion
     logprobs   7 x  4     float32, likewise
@@ -56,9 +57,9 @@ class FoundGroups:
     starts: Int64[np.ndarray, " groups"]
     """First byte of each record."""
     end: int
-    """One past the last whole record."""
+    """One past the last complete record."""
     num_torn_bytes: int
-    """Bytes behind it: a record that its writer did not live to finish."""
+    """Bytes after it: a record that its writer could not finish."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,8 +137,8 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
             if not np.frombuffer(stored[at:], np.uint8).any():
                 break
             raise CodecError(
-                f"{where}: byte {at} begins {bytes(stored[at : at + 8]).hex(' ')}, expected the record of a prompt: the file "
-                "was altered; remove this rollout and sample it again"
+                f"{where}: byte {at} begins {bytes(stored[at : at + 8]).hex(' ')}, expected the "
+                "record of a prompt: the file was altered; remove this rollout and sample it again"
             )
         if at + size > len(stored):
             break
@@ -153,7 +154,7 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
 
 
 def is_intact(stored: memoryview, start: int) -> bool:
-    """Tell whether the whole record at ``start`` fits its checksum."""
+    """Return whether the record at ``start`` fits its checksum."""
     size = _HEADER.unpack_from(stored, start)[3]
     end = start + size - CHECKSUM_BYTES
     return _checksum(stored[start:end]) == stored[end : end + CHECKSUM_BYTES]
@@ -168,8 +169,8 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
     _, num_completions, request_id, size, num_prompt, _ = _HEADER.unpack_from(stored, start)
     if not is_intact(stored, start):
         raise CodecError(
-            f"{where}, request {request_id}: the checksum does not fit its {size} bytes; they were altered on the disk: remove "
-            "this rollout and sample it again"
+            f"{where}, request {request_id}: the checksum does not fit its {size} bytes; they were "
+            "altered on the disk: remove this rollout and sample it again"
         )
     body = stored[start + _HEADER.size : start + size - CHECKSUM_BYTES]
     entries = [_ENTRY.unpack_from(body, _ENTRY.size * n) for n in range(num_completions)]
@@ -208,8 +209,9 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
 def _check_preamble(stored: memoryview, where: str) -> None:
     if bytes(stored[: len(PREAMBLE)]) != PREAMBLE:
         raise CodecError(
-            f"{where}: begins {bytes(stored[: len(PREAMBLE)]).hex(' ')}, expected {PREAMBLE.hex(' ')}: this is not a groups file of "
-            f"format {FORMAT}; sample it again with `moe-replay rollout`"
+            f"{where}: begins {bytes(stored[: len(PREAMBLE)]).hex(' ')}, expected "
+            f"{PREAMBLE.hex(' ')}: this is not a groups file of format {FORMAT}; sample it again with "
+            "`moe-replay rollout`"
         )
 
 

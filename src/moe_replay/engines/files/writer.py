@@ -1,8 +1,7 @@
-"""The writer of one shard of a rollout: killed at any moment, it leaves whole groups, and the next one goes on behind them.
+"""The writer of one shard of a rollout: if it is killed, its groups stay and the next one resumes.
 
-A group's traces reach the disk before its record does, so a record never names traces that are not
-there. What a kill leaves behind the last record, half a record or traces without one, is cut off
-and counted.
+A group's traces reach the disk before its record does, so a record never names missing traces. What
+a kill leaves after the last record, half a record or traces without one, is cut off and counted.
 
 In: a manifest that was begun, groups. Out: a shard's two files.
 """
@@ -34,10 +33,10 @@ from moe_replay.routing.format.trace_file import TraceWriter, map_file
 
 
 class RolloutWriter:
-    """Writes the shard of one rank, behind what is there; also looks after shards whose rank no longer exists.
+    """Appends to the shard of one rank, and owns shards whose rank no longer exists.
 
-    Of 8 shards that 3 ranks go on with, rank 1 writes shard 1 and looks after shards 4 and 7. Close
-    it in the end; as a context manager it closes itself.
+    Of 8 shards that 3 ranks resume, rank 1 writes shard 1 and owns shards 4 and 7. Close it in the
+    end; as a context manager it closes itself.
 
     Example:
         >>> with RolloutWriter(begin_rollout(folder, manifest)) as writer:
@@ -53,7 +52,7 @@ class RolloutWriter:
     def __init__(self, manifest: Path, *, rank: int = 0, num_ranks: int = 1) -> None:
         self._description = read_manifest(manifest).engine
         self.num_cut_bytes = 0
-        """Bytes that a kill had left behind the last whole group."""
+        """Bytes that a kill had left after the last complete group."""
         self._closing = ExitStack()
         own = shard_file(manifest, rank)
         left = [s for s in shard_files(manifest, ".groups") if shard_number(s) % num_ranks == rank]
@@ -75,7 +74,7 @@ class RolloutWriter:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Requests that were there already, in the shards that this rank looks after."""
+        """Requests that were there already, in the shards of this rank."""
         return tuple(number for shard in self._shards for number in shard.kept)
 
     def kept_requests(self) -> Iterator[Request]:
@@ -94,12 +93,12 @@ class RolloutWriter:
         self._own.append(group)
 
     def finish(self) -> None:
-        """Write the indexes of the trace files, so that `moe-replay inspect` and `compare` read them too."""
+        """Write the indexes of the trace files, for `moe-replay inspect` and `compare`."""
         for shard in self._shards:
             shard.finish()
 
     def close(self) -> None:
-        """Give the files back as they are. Calling it twice is allowed."""
+        """Close the files as they are. Calling it twice is allowed."""
         self._closing.close()
 
     def _open(self, path: Path, *, records_routes: bool) -> _Shard:
@@ -144,7 +143,7 @@ class _Shard:
             self._sync()
         except OSError as error:
             raise RecipeError(
-                f"cannot write {self.path}: {error}; make room, then the same command goes on with what is there"
+                f"cannot write {self.path}: {error}; make room, then the same command resumes"
             ) from error
 
     def finish(self) -> None:
@@ -169,16 +168,16 @@ class _Shard:
 
     def _lock(self) -> None:
         try:
-            # Not a record lock: that is lost as soon as any descriptor of the file is closed, and
-            # mapping it closes one.
+            # A record lock would be lost when any descriptor of the file is closed, and mapping it
+            # closes one.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RecipeError(
-                f"{self.path} is being written by another process: wait for it, end it, or choose another folder"
+                f"{self.path} is being written by another process: wait for it, end it, or choose "
+                "another folder"
             ) from error
         except OSError:
-            # A file system without locks; two writers are then found by the requests that both
-            # hold.
+            # A file system without locks. The requests that both hold then show two writers.
             return
 
     def _read_kept(self) -> tuple[list[FramePlace], int]:
@@ -198,7 +197,7 @@ class _Shard:
         return places, end
 
     def _cut(self, end: int) -> None:
-        """Cut off what is behind the last whole record; a file that held nothing gets its first bytes."""
+        """Cut off what follows the last complete record; an empty file gets its first bytes."""
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
         if end < len(PREAMBLE):
@@ -222,7 +221,7 @@ def union_of(kept: Sequence[Sequence[int]], where: str) -> set[int]:
     twice = sorted(number for number, count in counts.items() if count > 1)
     if twice:
         raise CodecError(
-            f"{where}: several shards hold requests {twice[:8]}: two commands sampled it at the same time on a file system "
-            "without locks; remove it and sample it again"
+            f"{where}: several shards hold requests {twice[:8]}: two commands sampled it at the same "
+            "time on a file system without locks; remove it and sample it again"
         )
     return set(counts)

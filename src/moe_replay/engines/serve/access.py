@@ -21,7 +21,7 @@ from moe_replay.errors import CodecError, DivergedError, MoeReplayError, RecipeE
 BAD_REQUEST, UNAUTHORIZED, TOO_SLOW, STALE, DAMAGED = 400, 401, 408, 409, 412
 TOO_LARGE, WRONG_TYPE, UNPROCESSABLE = 413, 415, 422
 FAILED, UNAVAILABLE, NO_SPACE = 500, 503, 507
-"""Status codes: a call with `FAILED` or above, `TOO_SLOW` or `DAMAGED` may be repeated as it was."""
+"""Status codes: calls with `FAILED` or above, `TOO_SLOW` or `DAMAGED` may be repeated."""
 
 
 class RefusedError(MoeReplayError):
@@ -110,9 +110,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-# A body may be silent this long at its start, and each 64 KiB that arrive buy one second more: 64
-# MiB over a slow line of 100 KiB/s take 660 s and pass, a body of one byte a second ends after 30
-# s.
+# A body may be silent this long at its start, and each 64 KiB that arrive buy one second more: a
+# body of 64 MiB at 100 KiB/s takes 660 s and passes, one of a byte a second ends after 30 s.
 _BODY_S = 30.0
 _SLOWEST_BYTES_PER_S = 64 << 10
 

@@ -1,10 +1,10 @@
-"""The rollout server: an engine behind HTTP, which tells what it can return and by which weights it answers.
+"""The rollout server: an engine behind HTTP, whose answers name the weights that sampled them.
 
 ``GET /status`` says what it is. ``POST /generate`` samples. ``POST /pushes`` begins a push of
 weights, ``PUT /pushes/{id}/{part}`` takes its parts in chunks, and ``POST /pushes/{id}/commit``
-checks and loads them. Sampling and loading are answered by frames, which report progress. Nothing
-is answered without the bearer token where one is set, whatever a caller may send or hold is
-limited, and nothing is unpickled.
+checks and loads them. Sampling and loading are answered by frames, which report progress. If a
+bearer token is set, nothing is answered without it; all that a caller may send or hold is limited,
+and nothing is unpickled.
 
 In: an engine. Out: an ASGI application.
 """
@@ -135,8 +135,7 @@ class EngineServer:
 
         async def answer(request: HttpRequest) -> Any:
             try:
-                # Whether it answers at all is no secret, and whoever waits for it may have no
-                # token.
+                # Whether it answers at all is no secret: a caller that waits may have no token.
                 if self._closed_because is not None:
                     raise RefusedError(UNAVAILABLE, self._closed_because)
                 self._access.check(request.method, request.headers)
@@ -188,13 +187,13 @@ class EngineServer:
         if commit.policy.run == CHECKPOINT:
             raise RefusedError(
                 BAD_REQUEST,
-                f"a run is called {CHECKPOINT!r}, which is what a server calls the weights that it started with; name it "
-                "otherwise",
+                f"a run is called {CHECKPOINT!r}, the name for the weights that a server started "
+                "with; choose another name",
             )
         push = self._pushes.current(request.path_params["push"])
         if push.loading is not None:
             raise RefusedError(STALE, f"push {push.push_id} is being committed already")
-        push.check_whole(commit)
+        push.check_complete(commit)
         tally = Tally(doing="checking")
         return self._streamed(partial(self._load, push, commit.policy, tally), tally.progress)
 
@@ -232,8 +231,9 @@ class EngineServer:
         ):
             raise RefusedError(
                 BAD_REQUEST,
-                f"sampling.top_k is {sampling.top_k} and stop_token_ids {sampling.stop_token_ids[:8]}, expected at most "
-                f"{_INT32_MAX}, and ids from 0 to {vocab_size - 1}",
+                f"sampling.top_k is {sampling.top_k} and stop_token_ids "
+                f"{sampling.stop_token_ids[:8]}, expected at most {_INT32_MAX}, and ids from 0 to "
+                f"{vocab_size - 1}",
             )
         try:
             check_requests(
@@ -243,14 +243,14 @@ class EngineServer:
             raise RefusedError(BAD_REQUEST, str(error)) from error
 
     def _policy_for(self, wanted: PolicyName) -> PolicyName:
-        """Return the name of the weights that are held, when a caller that wants ``wanted`` may have answers by them."""
+        """Return the name of the current weights, if they may answer a call for ``wanted``."""
         held = self._policy
         at_start = held.run == CHECKPOINT and wanted.policy_version == 0
         if wanted != held and not at_start:
             raise RefusedError(
                 STALE,
-                f"this server holds the weights of policy version {held.policy_version} of {held.run}, the call asks "
-                f"for {wanted.policy_version} of {wanted.run}; push them",
+                f"this server holds the weights of policy version {held.policy_version} of {held.run}, "
+                f"the call asks for {wanted.policy_version} of {wanted.run}; push them",
             )
         return held
 
@@ -314,8 +314,7 @@ class EngineServer:
         except PushRefused:
             raise
         except EngineError as error:
-            # Neither the old weights nor the new ones: no call may name what is there, until
-            # another push has worked.
+            # Neither the old weights nor the new: no call matches this name until a push succeeds.
             self._policy = PolicyName(run="a push that failed", policy_version=0)
             raise RefusedError(FAILED, f"the engine is broken: {error}") from error
         self._policy, push.is_loaded = policy, True

@@ -28,7 +28,7 @@ LOG = logging.getLogger("moe_replay.serve")
 
 
 class FrameAnswer:
-    """Answers a call with frames: progress every ``pause_s``, then the result of ``work``, or its error.
+    """Answers a call with frames: progress every ``pause_s``, then the result or error of ``work``.
 
     When the caller leaves, ``work`` is cancelled. When anything else cancels ``work``, the server
     is stopping, and ``ending`` returns why.

@@ -1,8 +1,4 @@
-"""What the rollout server asks of the engine behind it, and an adapter for engines that are called from one thread.
-
-In: requests, folders of pushed weights. Out: `ServedEngine`; `ThreadedEngine`, which makes one of
-any `Engine`.
-"""
+"""What the rollout server needs from its engine, and an adapter for those called by one thread."""
 
 from __future__ import annotations
 
@@ -49,7 +45,7 @@ class ServedEngine(Protocol):
         ...
 
     def capacity(self) -> str:
-        """Return how much runs at once, such as "43 sequences of 1,536 tokens fit in the key-value cache"."""
+        """Return how much runs at once, such as "43 sequences of 1,536 tokens fit"."""
         ...
 
     async def complete(
@@ -73,7 +69,7 @@ class ServedEngine(Protocol):
         ...
 
     async def stage(self, folder: Path) -> None:
-        """Check the safetensors files in ``folder``, a whole push: names, shapes, finite values. Changes nothing.
+        """Check the files of a push: names, shapes, finite values. It changes nothing.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape.
@@ -93,7 +89,7 @@ class ServedEngine(Protocol):
         ...
 
     async def lost(self) -> str:
-        """Return why nothing can be sampled any more once that is so, and not before; awaited after `start`."""
+        """Wait until nothing can be sampled any more, and return why; awaited after `start`."""
         ...
 
     async def close(self) -> None:
@@ -111,17 +107,17 @@ class _Running:
         self.taken: set[int] = set()
 
     def is_abandoned(self) -> bool:
-        """Tell whether no task waits for it any more."""
+        """Return whether no task waits for it any more."""
         return self.num_waiting == 0
 
 
 class ThreadedEngine:
     """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
 
-    ``make`` loads it. ``facts`` are what pushes are checked against before they touch the engine,
-    and ``checkpoint`` is what a failed first push goes back to; without them the engine's own
-    checks must do. A call whose client left is finished and forgotten, unless the engine is
-    ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
+    ``make`` loads it. Pushes are checked against ``facts`` before they reach the engine, and a
+    failed first push goes back to ``checkpoint``; without them the engine's own checks must do. A
+    call whose client left is finished and dropped, unless the engine is ``cancellable``: its
+    `generate` then asks ``cancelled()`` between tokens.
 
     Example:
         >>> engine = ThreadedEngine(FakeEngine)
@@ -230,7 +226,7 @@ class ThreadedEngine:
         self._last_good = folder
 
     async def lost(self) -> str:
-        """Return never: an engine of this process ends with it."""
+        """Wait forever: an engine of this process ends with it."""
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -249,8 +245,7 @@ class ThreadedEngine:
     async def _group(
         self, request: Request, sampling: SamplingParams, running: _Running
     ) -> RolloutGroup:
-        # A call that was cancelled while it waited for its turn ends there: nothing is sampled for
-        # nobody.
+        # A call that is cancelled while it waits for its turn samples nothing.
         async with self._turn:
             options = {"cancelled": running.is_abandoned} if self._is_cancellable else {}
             (group,) = await in_thread(
@@ -263,7 +258,7 @@ class ThreadedEngine:
         self._engine.load_weights(weights, policy_version=self._engine.policy_version + 1)
 
     async def _go_back(self, error: Exception) -> None:
-        """Load the weights before a push that failed, unless its engine looks at a push before it takes it."""
+        """Load the weights before a push that failed, unless the engine itself checks pushes."""
         if self._last_good is not None:
             weights = folder_tensors(self._last_good)
         elif self._checkpoint is not None:
@@ -274,8 +269,8 @@ class ThreadedEngine:
             await in_thread(lambda: self._load(weights))
         except (EngineError, DivergedError) as second:
             raise EngineError(
-                f"a push failed ({error}), and so did going back to the weights before it ({second}): the engine holds "
-                "neither; start the server again"
+                f"a push failed ({error}), and so did going back to the weights before it "
+                f"({second}): the engine holds neither; start the server again"
             ) from error
 
 
@@ -296,10 +291,9 @@ async def in_thread(work: Callable[[], _Result]) -> _Result:
 
 
 async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Await ``work`` to its end even when the task that waits for it is cancelled; it is cancelled after that.
+    """Await ``work`` to its end even when the waiting task is cancelled; raise that afterwards.
 
-    Its caller may hold a lock that says that the engine is busy, and it is for as long as the work
-    runs.
+    Its caller may hold a lock while the engine is busy, which it is until the work ends.
     """
     task = asyncio.ensure_future(work)
     try:

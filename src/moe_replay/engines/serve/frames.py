@@ -1,4 +1,4 @@
-"""Frames cut the answer of a rollout server, so that it can report progress, and errors, after it has begun.
+"""Frames of a server's answer, so that it can report progress and errors after it has begun.
 
 A frame is its kind (1 byte), the length of its payload (4 bytes, little-endian), the payload, and
 the CRC-32 of all of these. Progress with the payload ``{}`` is::
@@ -37,8 +37,8 @@ def frame(kind: bytes, payload: bytes) -> bytes:
     """
     if len(payload) > _MAX_PAYLOAD_BYTES:
         raise CodecError(
-            f"an answer of {len(payload)} bytes does not fit into a frame of at most {_MAX_PAYLOAD_BYTES}; ask for fewer "
-            "completions in a call"
+            f"an answer of {len(payload)} bytes does not fit into a frame of at most "
+            f"{_MAX_PAYLOAD_BYTES}; ask for fewer completions in a call"
         )
     header = kind + len(payload).to_bytes(4, "little")
     return b"".join(
@@ -62,23 +62,25 @@ def last_frame(body: bytes) -> tuple[bytes, bytes]:
         kind, end = body[start : start + 1], start + _HEADER_BYTES
         payload_end = end + int.from_bytes(view[start + 1 : end], "little")
         stop = payload_end + _SUM_BYTES
-        # One look at the sum is enough: it covers the kind and the length too.
+        # The sum covers the kind and the length too.
         if stop > len(body) or zlib.crc32(view[start:payload_end]) != int.from_bytes(
             view[payload_end:stop], "little"
         ):
             raise CodecError(
-                f"the answer of {len(body)} bytes is damaged: the frame at byte {start} is cut, or has another checksum"
+                f"the answer of {len(body)} bytes is damaged: the frame at byte {start} is cut, or has "
+                "another checksum"
             )
         if kind != PROGRESS:
             if kind not in (RESULT, ERROR) or stop != len(body):
                 raise CodecError(
-                    f"the answer is damaged: a frame of kind {kind!r} ends at byte {stop} of {len(body)}, expected a result "
-                    "or an error as the last one"
+                    f"the answer is damaged: a frame of kind {kind!r} ends at byte {stop} of "
+                    f"{len(body)}, expected a result or an error as the last one"
                 )
             return kind, bytes(view[end:payload_end])
         start = stop
     raise CodecError(
-        f"the answer of {len(body)} bytes is damaged: it ends without a result; the server ended while it answered"
+        f"the answer of {len(body)} bytes is damaged: it ends without a result; the server ended while "
+        "it answered"
     )
 
 

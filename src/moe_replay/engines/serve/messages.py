@@ -1,4 +1,4 @@
-"""What a rollout server and its clients say to each other: JSON that is checked, arrays as safetensors, routes by the codec.
+"""What a rollout server and its clients send: checked JSON, safetensors arrays, encoded routes.
 
 In: requests, groups, weights. Out: bytes; and back.
 """
@@ -81,7 +81,7 @@ MAX_CHUNK_BYTES = 64 << 20
 
 
 def sum_of_sums(sums: Iterable[int]) -> int:
-    """Return the CRC-32 of checksums, so that a part is read once to check its chunks and their order."""
+    """Return the CRC-32 of checksums: one number for the chunks of a part and their order."""
     return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in sums))
 
 
@@ -209,7 +209,7 @@ def read_status(body: bytes) -> Status:
 
 
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
-    """Return the result of a call: tokens and log-probabilities as arrays, all traces as one payload of the codec.
+    """Return the result of a call: tokens and log-probabilities as arrays, traces as one payload.
 
     Of what the arrays hold, only tokens and traces vouch for each other, and a changed
     log-probability would be trained on: the frame that the result travels in has a checksum.
@@ -271,19 +271,21 @@ def _groups_of(
     answered = [(group["request_id"], len(group["lengths"])) for group in told]
     if answered != asked:
         raise CodecError(
-            f"the answer holds (request, completions) {answered[:8]}, expected {asked[:8]}; it answers another call"
+            f"the answer holds (request, completions) {answered[:8]}, expected {asked[:8]}; it answers "
+            "another call"
         )
     lengths = [length for group in told for length in group["lengths"]]
     reasons = [FinishReason(reason) for group in told for reason in group["finish_reasons"]]
     tokens, rollout_logprobs = arrays["token_ids"], arrays["rollout_logprobs"]
     if min(lengths, default=0) < 0 or not sum(lengths) == len(tokens) == len(rollout_logprobs):
         raise CodecError(
-            f"the answer holds {len(tokens)} tokens and {len(rollout_logprobs)} log-probabilities, expected "
-            f"{sum(lengths)}, the sum of its lengths; it was cut"
+            f"the answer holds {len(tokens)} tokens and {len(rollout_logprobs)} log-probabilities, "
+            f"expected {sum(lengths)}, the sum of its lengths; it was cut"
         )
     if tokens.dtype != np.int32 or rollout_logprobs.dtype != np.float32:
         raise CodecError(
-            f"tokens came as {tokens.dtype} and log-probabilities as {rollout_logprobs.dtype}, expected int32 and float32"
+            f"tokens came as {tokens.dtype} and log-probabilities as {rollout_logprobs.dtype}, "
+            "expected int32 and float32"
         )
     ends = np.cumsum([0, *lengths])
     every = [

@@ -1,4 +1,4 @@
-"""Pushes of weights as a rollout server receives them: one at a time, by id, in files that are whole or refused.
+"""Pushes of weights as a rollout server receives them: one at a time, in files that are checked.
 
 In: chunks of the files of a push. Out: a folder with safetensors files that are what their sender
 sent.
@@ -37,7 +37,7 @@ _MAX_NAMES = 4
 
 
 def largest_push(facts: ModelFacts) -> int:
-    """Return the most bytes that a push of a model can have: all its weights in float32, with the headers of their files."""
+    """Return the maximum size of a push: all weights in float32, with their files' headers."""
     shapes = list(facts.weight_shapes.values())
     # Tied tensors may all be pushed, though the checkpoint holds one of them.
     tied = max(
@@ -61,7 +61,7 @@ class Push:
         self.is_loaded = False
         """Whether the engine holds its weights, and owns its folder."""
         self.loading: asyncio.Task[Any] | None = None
-        """The call that commits it; another push cancels it until the engine loads, which is not broken off."""
+        """The call that commits it, which another push cancels until the engine loads."""
         self._parts: dict[int, _Part] = {}
 
     def supersede(self) -> None:
@@ -81,7 +81,7 @@ class Push:
             self._parts[number] = _Part(self.folder / f"model-{number:05d}.safetensors")
         return self._parts[number]
 
-    def check_whole(self, commit: PushCommit) -> None:
+    def check_complete(self, commit: PushCommit) -> None:
         """Raise `RefusedError` unless every part came as it was sent."""
         ours = {number: (part.size, sum_of_sums(part.sums)) for number, part in self._parts.items()}
         theirs = {number: (part.num_bytes, part.sum) for number, part in enumerate(commit.parts)}
@@ -89,8 +89,9 @@ class Push:
             odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
             raise RefusedError(
                 BAD_REQUEST,
-                f"push {self.push_id} has {len(ours)} parts of {self.num_bytes} bytes, expected {len(theirs)} of "
-                f"{sum(size for size, _ in theirs.values())}; these are missing, cut or damaged: {odd[:_MAX_NAMES]}; push again",
+                f"push {self.push_id} has {len(ours)} parts of {self.num_bytes} bytes, expected "
+                f"{len(theirs)} of {sum(size for size, _ in theirs.values())}; these are missing, cut "
+                f"or damaged: {odd[:_MAX_NAMES]}; push again",
             )
 
 
@@ -117,7 +118,7 @@ class _Part:
 
 
 class Pushes:
-    """The push that comes in, if any; ``max_bytes`` bounds what it may hold, ``folder`` is where it does."""
+    """The incoming push, if any: at most ``max_bytes`` in ``folder``."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
@@ -181,14 +182,15 @@ class Pushes:
             if offset != part.size:
                 raise RefusedError(
                     BAD_REQUEST,
-                    f"a chunk of part {number} begins at byte {offset}, expected {part.size}: chunks come in order, one at a time",
+                    f"a chunk of part {number} begins at byte {offset}, expected {part.size}: chunks "
+                    "come in order, one at a time",
                 )
             size, found = await self._write(push, part, pieces)
             if found != crc32 or size == 0:
                 raise RefusedError(
                     DAMAGED,
-                    f"a chunk of {size} bytes of part {number} has the CRC-32 {found:08x}, expected {crc32:08x}; it was damaged "
-                    "on its way, send it again",
+                    f"a chunk of {size} bytes of part {number} has the CRC-32 {found:08x}, expected "
+                    f"{crc32:08x}; it was damaged in transit, send it again",
                 )
             part.grow(size, crc32)
             push.num_bytes += size
@@ -196,7 +198,7 @@ class Pushes:
     async def _write(
         self, push: Push, part: _Part, pieces: AsyncIterator[bytes]
     ) -> tuple[int, int]:
-        """Write pieces as they come, so that no chunk lies in memory; return their length and CRC-32."""
+        """Write pieces as they arrive, not held in memory; return their length and CRC-32."""
         size = crc32 = 0
         # Superseded or not, the folder of a push that comes in is there: nothing awaits between
         # `current` and here.
@@ -207,8 +209,8 @@ class Pushes:
                 if push.num_bytes + size + len(piece) > self._max_bytes:
                     raise RefusedError(
                         BAD_REQUEST,
-                        f"the push exceeds {self._max_bytes} bytes, what all weights of this model have in float32; the "
-                        "trainer's model is another one",
+                        f"the push exceeds {self._max_bytes} bytes, what all weights of this model "
+                        "have in float32; the trainer's model is another one",
                     )
                 crc32 = zlib.crc32(piece, crc32)
                 while piece:
@@ -221,8 +223,8 @@ class Pushes:
                 raise
             raise RefusedError(
                 NO_SPACE,
-                f"{self._folder} has no room for a push, {push.num_bytes + size} bytes came: make room, or start the server "
-                "with --weights-dir (containers: a larger --shm-size)",
+                f"{self._folder} has no room for a push, {push.num_bytes + size} bytes came: make "
+                "room, or start the server with --weights-dir (containers: a larger --shm-size)",
             ) from error
         finally:
             os.close(file)
@@ -248,13 +250,13 @@ def superseded(push_id: str) -> RefusedError:
     """Return the refusal of a part or commit of a push that is not the current one."""
     return RefusedError(
         STALE,
-        f"push {push_id} is not the one that this server takes: another one has begun since, or the server was started "
-        "again; two trainers that push to one server overwrite each other's weights",
+        f"push {push_id} is not the current one of this server: another one has begun since, or the "
+        "server was restarted; two trainers that push to one server overwrite each other's weights",
     )
 
 
 def check_tensors(folder: Path, facts: ModelFacts | None) -> None:
-    """Raise `RefusedError` unless the headers of a push name the weights of the model, each once, in a format of weights.
+    """Raise `RefusedError` unless the headers of a push name all weights once, in a valid format.
 
     Values are the engine's to check; ``facts`` None leaves names and shapes to it too.
     """
@@ -264,8 +266,8 @@ def check_tensors(folder: Path, facts: ModelFacts | None) -> None:
             if dtype not in _FORMATS:
                 raise RefusedError(
                     BAD_REQUEST,
-                    f"weight {name} was pushed as {dtype}, expected one of {', '.join(_FORMATS)}: push the weights in the "
-                    "rollout's number format",
+                    f"weight {name} was pushed as {dtype}, expected one of {', '.join(_FORMATS)}: push "
+                    "the weights in the rollout's number format",
                 )
             if name in shapes:
                 raise RefusedError(
@@ -290,8 +292,8 @@ def check_tensors(folder: Path, facts: ModelFacts | None) -> None:
         )
         raise RefusedError(
             BAD_REQUEST,
-            f"{len(odd)} of {len(wanted)} weights differ from this model's: {some}; the trainer's model and the server's "
-            "differ, or padding was not removed",
+            f"{len(odd)} of {len(wanted)} weights differ from this model's: {some}; the trainer's "
+            "model and the server's differ, or padding was not removed",
         )
 
 
@@ -309,5 +311,6 @@ def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RefusedError(
             BAD_REQUEST,
-            f"{path.name} of a push is not a safetensors file: {error}; send the bytes of `safetensors.torch.save`",
+            f"{path.name} of a push is not a safetensors file: {error}; send the bytes of "
+            "`safetensors.torch.save`",
         ) from error

@@ -1,4 +1,4 @@
-"""Runs a rollout server: the port is taken before the model is loaded, and nothing is left when the server ends.
+"""Runs a rollout server until a signal, and leaves no process behind.
 
 In: a server, a socket. Out: a running web server, until a signal comes.
 """
@@ -71,7 +71,7 @@ def web_server(
 def tls_options(
     certificate: Path | None, key: Path | None, authorities: Path | None
 ) -> dict[str, Any]:
-    """Return uvicorn's options for TLS; ``authorities`` are those that callers' certificates must come from.
+    """Return uvicorn's options for TLS; ``authorities`` must have signed callers' certificates.
 
     Raises:
         RecipeError: when a file is missing, or a key comes without a certificate.
@@ -102,7 +102,7 @@ def run_until_signal(
     say: Callable[[str], None],
     what: str,
 ) -> str | None:
-    """Serve until SIGTERM, SIGINT or SIGHUP, and return None; or until the engine is lost, and return why.
+    """Serve until SIGTERM, SIGINT or SIGHUP; if the engine is lost before, return why.
 
     Whatever ends it, the engine is closed and no process of it stays. Calls are answered "still
     loading" until ``engine`` has started. ``what`` names what is served, and where.
@@ -156,32 +156,32 @@ async def _serve(
 
 
 class _Stop:
-    """A wish to end, from a signal handler to an event loop; a process that does not follow it in time is killed."""
+    """A request to end, from a signal handler to an event loop, with a time limit."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wished: asyncio.Future[None] | None = None
+        self._ending: asyncio.Future[None] | None = None
         self._timer: threading.Timer | None = None
         self._is_asked = False
 
     def begin(self) -> asyncio.Future[None]:
-        """Return what is done once the wish has come; called in the event loop."""
+        """Return what is done once the end was asked for; called in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self._wished = self._loop.create_future()
+        self._ending = self._loop.create_future()
         if self._is_asked:
-            self._wished.set_result(None)
-        return self._wished
+            self._ending.set_result(None)
+        return self._ending
 
     def ask(self, number: int, frame: Any) -> None:
-        """Take a signal: the first asks, the second does not wait."""
+        """Handle a signal: the first asks, the second kills."""
         if self._is_asked:
             _kill_all()
         self._is_asked = True
         self._say(f"{signal.Signals(number).name}: stopping; once more to kill at once")
         self.limit("the signal")
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._wish)
+            self._loop.call_soon_threadsafe(self._resolve)
 
     def limit(self, since: str) -> None:
         """Kill what is left some time after ``since``, which is now, unless `end` comes first."""
@@ -190,10 +190,10 @@ class _Stop:
         self._timer.daemon = True
         self._timer.start()
 
-    def _wish(self) -> None:
-        assert self._wished is not None
-        if not self._wished.done():
-            self._wished.set_result(None)
+    def _resolve(self) -> None:
+        assert self._ending is not None
+        if not self._ending.done():
+            self._ending.set_result(None)
 
     def _give_up(self, since: str) -> None:
         self._say(f"still there {_END_S:.0f} s after {since}; killed")
@@ -227,7 +227,7 @@ def _kill_all() -> None:
 
 @contextmanager
 def _said_while_loading(say: Callable[[str], None], what: str) -> Iterator[threading.Event]:
-    """Say now and then that the model is being loaded, from a thread: the event loop may be busy with that."""
+    """Report regularly that the model is being loaded, from a thread as the loop may be busy."""
     is_loaded = threading.Event()
 
     def repeat() -> None:

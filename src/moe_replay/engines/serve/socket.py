@@ -1,7 +1,4 @@
-"""Takes the port of a rollout server before anything heavy is imported, so that a port in use is found at once.
-
-In: an address. Out: a listening socket.
-"""
+"""Opens the port of a rollout server before heavy imports, to report a port in use at once."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise RecipeError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}; end what listens there, or choose another "
-            "--port"
+            f"{host}:{port} cannot be listened on: {error.strerror or error}; end what listens there, or "
+            "choose another --port"
         ) from error
     return bound

@@ -1,1 +1,1 @@
-"""The engine that is one or more rollout servers, with one module for each protocol that they speak."""
+"""The engine that is one or more rollout servers, with a module for each of their protocols."""

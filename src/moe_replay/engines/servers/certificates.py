@@ -1,7 +1,4 @@
-"""Whom the trainer trusts behind ``https://``: a file of certificates, and what a connection that is not trusted means.
-
-In: a PEM file; the error of a connection. Out: an SSL context; `CallError`'s words.
-"""
+"""Which servers the trainer trusts behind ``https://``, and the remedy for one that it does not."""
 
 from __future__ import annotations
 
@@ -22,7 +19,10 @@ def trust_in(ca_file: Path) -> ssl.SSLContext:
     Raises:
         RecipeError: when the file cannot be read, or holds no certificate.
     """
-    expected = f"expected a PEM file with the certificate of the authority that signed those of the servers: {_KEY} names it"
+    expected = (
+        "expected a PEM file with the certificate of the authority that signed those of the servers: "
+        f"{_KEY} names it"
+    )
     try:
         content = ca_file.read_bytes()
     except OSError as error:
@@ -34,28 +34,33 @@ def trust_in(ca_file: Path) -> ssl.SSLContext:
     if not context.cert_store_stats()["x509"]:
         held = "a private key and no certificate" if b"PRIVATE KEY-----" in content else "none"
         raise RecipeError(
-            f"{ca_file} holds {held}, {expected}; `openssl x509 -inform der -in FILE -out FILE.pem` makes one of a binary form"
+            f"{ca_file} holds {held}, {expected}; `openssl x509 -inform der -in FILE -out FILE.pem` "
+            "converts a binary one"
         )
     return context
 
 
 def why_distrusted(error: BaseException, ca_file: Path | None) -> str | None:
-    """Return what to do about a connection that failed because a certificate was not trusted; None for other failures."""
+    """Return the remedy for a certificate that is not trusted; None for other failures."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, ssl.SSLCertVerificationError):
         found = found.__cause__ or found.__context__
     if found is None:
         return None
     if found.verify_code in _OTHER_NAME:
-        return "the server's certificate is that of another host: write the name in rollout.urls that it holds, or issue another"
+        return (
+            "the server's certificate is that of another host: write the name that it holds in "
+            "rollout.urls, or issue another"
+        )
     if found.verify_code in _OUT_OF_TIME:
         return "issue another certificate, or set the clock of this machine"
     if ca_file is None:
         return (
-            "the server's certificate is not signed by an authority that this machine trusts: name the PEM file of the one "
-            f"that signed it (or the certificate itself, if it signed itself) in {_KEY}"
+            "the server's certificate is not signed by an authority that this machine trusts: name "
+            "the PEM file of the one that signed it (or the certificate itself, if self-signed) in "
+            f"{_KEY}"
         )
     return (
-        f"the server's certificate is not signed by one in {ca_file} ({_KEY}), and no others are trusted: add the authority "
-        "that signed it, or correct rollout.urls"
+        f"the server's certificate is not signed by one in {ca_file} ({_KEY}), and no others are "
+        "trusted: add the authority that signed it, or correct rollout.urls"
     )

@@ -1,4 +1,4 @@
-"""The engine that is one or more rollout servers: it shares load, pushes to all and tolerates faults.
+"""The engine that is one or more rollout servers: it spreads load and tolerates faults.
 
 If servers draw by the seed of the run, a completion depends on its seed, request and index, and not
 on the server, so one that is sampled again elsewhere comes out the same. If they do not, `Redraws`

@@ -1,7 +1,4 @@
-"""Calls to one server of `moe-replay serve`: its own messages, routes by the codec, weights over HTTP.
-
-In: a URL, requests, weights. Out: groups, statuses; `CallError` for whatever goes wrong.
-"""
+"""Calls to one server of `moe-replay serve`, which receives weights over HTTP."""
 
 from __future__ import annotations
 

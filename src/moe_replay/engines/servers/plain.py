@@ -171,7 +171,7 @@ class PlainCalls(HttpCalls, ABC):
         return self._timeout_s + self._pushed_bytes / _LOAD_BYTES_PER_S
 
     def _not_loaded(self, policy: PolicyName, error: EngineError, *, then: str = "") -> CallError:
-        """Return the error of a failed push with its usual causes; ``then`` says what else to do."""
+        """Return the error of a failed push with its usual causes, and ``then`` what else to do."""
         return CallError(
             error.fault if isinstance(error, CallError) else Fault.FAILED,
             f"{self.url} did not load policy version {policy.policy_version} from {self._pushed}: "

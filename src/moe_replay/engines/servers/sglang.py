@@ -1,4 +1,4 @@
-"""Calls to one SGLang server over SGLang's HTTP API; the server reads pushed weights from files."""
+"""Calls to one SGLang server over SGLang's HTTP API, which reads pushed weights from files."""
 
 from __future__ import annotations
 

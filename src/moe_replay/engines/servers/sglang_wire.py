@@ -1,12 +1,13 @@
 """What SGLang's HTTP server sends and accepts, as the types of every engine.
 
-=================  ===================================================================================================
+=================  ==============================================================================
 release            what comes back
-=================  ===================================================================================================
+=================  ==============================================================================
 0.5.7              routes, but physical expert ids under expert load balancing: refused
-0.5.8 to 0.5.11    logical ids, but no word on requests that were retracted, whose routes are recomputed: refused
+0.5.8 to 0.5.11    logical ids, but retracted requests, whose routes are recomputed, are not
+                   named: refused
 0.5.12 on          ``num_retractions``: routes of retracted completions are ``valid=False``
-=================  ===================================================================================================
+=================  ==============================================================================
 
 Routes are base64 of int32 without a header, ``[rows, layers, topk]`` in C order, all decoder
 layers, dense ones zeros. They are asked for from the first token on, because 0.5.9 to 0.5.11
@@ -76,7 +77,7 @@ _OPTIONS: Mapping[str, tuple[Any, str]] = {
 
 
 def check_version(version: str) -> None:
-    """Raise `UnsupportedError` when this release of SGLang cannot tell which routes belong to the sampled tokens."""
+    """Raise `UnsupportedError` for a release whose routes may not belong to the sampled tokens."""
     try:
         release = Version(Version(version).base_version)
     except InvalidVersion as error:

@@ -1,4 +1,4 @@
-"""Calls to one plain vLLM server over vLLM's HTTP API; the server reads pushed weights from files."""
+"""Calls to one plain vLLM server over vLLM's HTTP API, which reads pushed weights from files."""
 
 from __future__ import annotations
 

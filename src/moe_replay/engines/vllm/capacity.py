@@ -1,4 +1,4 @@
-"""How many sequences a key-value cache holds at once: the figure that decides a rollout's speed, and that nobody sees.
+"""How many sequences a key-value cache holds at once, which decides the speed of a rollout.
 
 In: the config of a vLLM that has started. Out: `CacheCapacity`, in numbers and in words.
 """
@@ -16,25 +16,26 @@ class CacheCapacity:
     num_sequences: int
     """Sequences of ``sequence_length`` tokens that are held at once, when they share no prefix."""
     sequence_length: int
-    """Most tokens of a sequence, prompt and completion together."""
+    """Maximum number of tokens of a sequence, prompt and completion together."""
     max_batch_size: int
-    """Sequences that the engine was told to sample at once."""
+    """Sequences that the engine may sample at once."""
 
     def describe(self) -> str:
         """Return the figure as a line of a start-up summary."""
         return (
-            f"{self.num_sequences:,} sequences of {self.sequence_length:,} tokens fit in vLLM's key-value cache, "
-            f"{self.max_batch_size:,} are sampled at once"
+            f"{self.num_sequences:,} sequences of {self.sequence_length:,} tokens fit in vLLM's "
+            f"key-value cache, {self.max_batch_size:,} are sampled at once"
         )
 
     def shortage(self) -> str | None:
-        """Return what a person should know when fewer sequences fit than are sampled at once, else None."""
+        """Return a warning if fewer sequences fit than are sampled at once."""
         if self.num_sequences >= self.max_batch_size:
             return None
         return (
-            f"vLLM's key-value cache holds {self.num_sequences:,} sequences of {self.sequence_length:,} tokens, fewer than "
-            f"the {self.max_batch_size:,} of max_batch_size: the longest wait or are computed twice, which is slower and "
-            "changes no result; raise gpu_memory_utilization (a GPU) or kv_cache_gib, or lower max_batch_size"
+            f"vLLM's key-value cache holds {self.num_sequences:,} sequences of "
+            f"{self.sequence_length:,} tokens, fewer than the {self.max_batch_size:,} of "
+            "max_batch_size: the longest wait or are computed twice, which is slower and changes no "
+            "result; raise gpu_memory_utilization (a GPU) or kv_cache_gib, or lower max_batch_size"
         )
 
 
@@ -49,7 +50,7 @@ class HasCache(Protocol):
 
 
 def capacity_of(vllm_config: Any) -> CacheCapacity:
-    """Return what fits in the cache of a vLLM, in this process or another, by its own count of blocks.
+    """Return what fits in the cache of a vLLM, by its own count of blocks.
 
     Example: 56 blocks of 32 tokens hold 11 sequences of 160 tokens, 5 blocks each.
     """

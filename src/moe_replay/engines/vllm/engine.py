@@ -1,4 +1,4 @@
-"""The vLLM engine in this process: vLLM samples and captures routes, and takes weights from memory."""
+"""The vLLM engine in this process: it samples, captures routes, and receives weights in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
 from moe_replay.engines.vllm.ranks import (
     check_ranks,
     failure_of_ranks,
-    own_place,
+    own_rank,
     requests_of_ranks,
 )
 from moe_replay.engines.vllm.startup import (
@@ -129,7 +129,7 @@ class VllmEngine(VersionedEngine):
         check_sampling(sampling)
         ranks, own = [requests], 0
         if self._is_sharded:
-            ranks, own = requests_of_ranks(requests), own_place()
+            ranks, own = requests_of_ranks(requests), own_rank()
         # Every rank checks the requests of all, so that a refused request ends all of them.
         for asked in ranks:
             check_requests(
@@ -168,7 +168,7 @@ class VllmEngine(VersionedEngine):
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
-        """Replace all weights by ``weights`` (Hugging Face checkpoint names) and adopt ``policy_version``.
+        """Replace all weights by ``weights``, named as in a Hugging Face checkpoint.
 
         The prefix cache, and with it the routes of its rows, is emptied.
 

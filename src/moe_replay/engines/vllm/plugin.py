@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def check_patched() -> None:
-    """Raise `UnsupportedError` unless a weight push into the vLLM of this process is known to be right."""
+    """Raise `UnsupportedError` unless weight pushes into the vLLM of this process are correct."""
     import vllm
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,

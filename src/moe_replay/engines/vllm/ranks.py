@@ -1,4 +1,4 @@
-"""One vLLM over several ranks of the trainer: each rank holds a shard of the weights, and all take the same steps.
+"""One vLLM over several ranks of the trainer: each holds a shard, and all take the same steps.
 
 Consecutive ranks form an engine. Every rank has a scheduler of its own; they stay together because
 each is given the requests of all ranks in the same order, and draws the same tokens from the same
@@ -25,13 +25,16 @@ _HEADER = 3  # request id, number of generations, length of the prompt
 
 
 def check_ranks(tensor_parallel_size: int, world_size: int | None = None) -> None:
-    """Raise `RecipeError` unless the ranks of this run, ``world_size`` if it has not started, make engines of that many."""
+    """Raise `RecipeError` unless the ranks of this run can be split into engines of that many.
+
+    ``world_size`` is their number if the run has not started.
+    """
     if world_size is None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
     if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
         raise RecipeError(
-            f"rollout.tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the {world_size} processes of "
-            "this run, whose consecutive ranks share an engine"
+            f"rollout.tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the "
+            f"{world_size} processes of this run, whose consecutive ranks share an engine"
         )
 
 
@@ -54,9 +57,9 @@ def executor_of_ranks() -> type:
 
 
 def on_own_device(executor: type) -> type:
-    """Return ``executor``, a vLLM's of one rank, such that it runs on the GPU that this process has chosen.
+    """Return ``executor``, for one rank, bound to the GPU that this process has chosen.
 
-    vLLM would take the first GPU in each of the trainer's processes.
+    vLLM would use the first GPU in each of the trainer's processes.
     """
     if not torch.cuda.is_available():
         return executor
@@ -82,34 +85,34 @@ def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
 
 
 def failure_of_ranks(failure: Exception | None) -> Exception | None:
-    """Return why a push failed on any rank of this engine, the same on all of them; collective over them.
+    """Return why a push failed on any rank of this engine; collective over its ranks.
 
     A rank gets its own exception where it has one. Weights of two policies in the shards of one
     model are no model, so what one rank could not load no rank has.
     """
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    told = [
+    texts = [
         bytes(part.astype(np.uint8)).decode()
         for part in _gather(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
     ]
-    failed = [f"rank {place}: {text}" for place, text in enumerate(told) if text]
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if failure is not None or not failed:
         return failure
     return EngineError(
-        f"a weight push failed on {len(failed)} of the {len(told)} ranks that hold this vLLM together, so none of them has "
-        f"it: {'; '.join(failed)}"
+        f"a weight push failed on {len(failed)} of the {len(texts)} ranks that share this vLLM, so none "
+        f"of them has it: {'; '.join(failed)}"
     )
 
 
-def own_place() -> int:
-    """Return the place of this rank among those of its engine."""
+def own_rank() -> int:
+    """Return the index of this rank within its engine."""
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group().rank_in_group
 
 
 def _gather(mine: Int64[np.ndarray, " own"]) -> list[Int64[np.ndarray, " one"]]:
-    """Return the numbers of every rank of this engine, in rank order, of which each may have another count."""
+    """Return the values of every rank of this engine, in rank order; their counts may differ."""
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group().cpu_group

@@ -1,4 +1,4 @@
-"""One vLLM engine in processes of its own: its core, and one worker a rank, driven from an event loop.
+"""One vLLM engine in processes of its own, a core and a worker a rank, driven by an event loop.
 
 vLLM's `AsyncLLM` batches all requests that run at once. It is made in a thread, because it waits
 until the model is loaded; from then on one event loop calls everything here.
@@ -39,7 +39,7 @@ class VllmReplica:
     def __init__(self, llm: Any, *, number: int) -> None:
         self._llm = llm
         self.number = number
-        """Its place among the replicas of its server, from 0."""
+        """Its index among the replicas of its server."""
         self._next_id = 0
         self._cores = list(llm.engine_core.resources.engine_manager.processes)
         self._workers: list[psutil.Process] = []
@@ -48,7 +48,7 @@ class VllmReplica:
 
     @classmethod
     def launch(cls, config: Any, *, number: int) -> VllmReplica:
-        """Return replica ``number`` of a vLLM configuration, once its workers have loaded the model. Blocks.
+        """Return replica ``number`` once its workers have loaded the model. It blocks.
 
         Raises:
             EngineError: when vLLM does not start.
@@ -59,8 +59,8 @@ class VllmReplica:
             llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:
             raise EngineError(
-                f"vLLM did not start replica {number} on {config.model_config.model}: {type(error).__name__}: {error}; its "
-                f"processes say why above{_binding_hint()}"
+                f"vLLM did not start replica {number} on {config.model_config.model}: "
+                f"{type(error).__name__}: {error}; its processes say why above{_binding_hint()}"
             ) from error
         return cls(llm, number=number)
 
@@ -130,8 +130,8 @@ class VllmReplica:
         num_workers = self.vllm_config.parallel_config.world_size
         if len(answers) != num_workers:
             raise EngineError(
-                f"{len(answers)} workers of replica {self.number} answered {method}, expected {num_workers}: whether the "
-                "others did what they were asked for is unknown"
+                f"{len(answers)} workers of replica {self.number} answered {method}, expected "
+                f"{num_workers}: it is unknown what the others did"
             )
         failed = [answer for answer in answers if not answer["ok"]]
         if failed:
@@ -154,7 +154,7 @@ class VllmReplica:
             raise self._failure("pausing", error) from error
 
     async def load(self, folder: str | None) -> None:
-        """Have every worker load a staged push, or (None) the checkpoint of the start, and forget all cached prompts.
+        """Load a staged push, or (None) the first checkpoint, in all workers, and empty the cache.
 
         Raises:
             TornReloadError: when a worker can take no weights any more.
@@ -167,8 +167,8 @@ class VllmReplica:
             raise self._failure("emptying the prefix cache", error) from error
         if not is_empty:
             raise EngineError(
-                f"replica {self.number} of vLLM did not empty its prefix cache after a push, so prompts would be answered "
-                "from the last policy: requests run in it that nobody waits for"
+                f"replica {self.number} of vLLM did not empty its prefix cache after a push, so "
+                "prompts would be answered from the last policy: abandoned requests run in it"
             )
 
     async def resume(self) -> None:
@@ -183,10 +183,11 @@ class VllmReplica:
             raise self._failure("resuming", error) from error
 
     def obituary(self) -> str:
-        """Return what a caller should know of a replica that `is_dead`."""
+        """Return the message about a replica that `is_dead`."""
         return (
-            f"the server has lost its engine: the processes of replica {self.number} of vLLM have ended, and say why in the "
-            "server's log (or nothing, when they were killed for memory); the server ends too: start it again"
+            f"the server has lost its engine: the processes of replica {self.number} of vLLM have "
+            "ended, and say why in the server's log (or nothing, when they were killed for memory); "
+            "the server ends too: start it again"
         )
 
     def _failure(self, what: str, error: Exception) -> EngineError:
@@ -265,13 +266,13 @@ async def _give_up(launches: list[asyncio.Task[VllmReplica]], others: set[Any]) 
 
 
 def _binding_hint() -> str:
-    """Return what to change where vLLM would bind the workers of a CPU to cores that it does not have."""
+    """Return the remedy if vLLM would bind the workers of a CPU to cores that do not exist."""
     from vllm import envs
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or envs.VLLM_CPU_OMP_THREADS_BIND != "auto":
         return ""
     return (
-        "; on a CPU set VLLM_CPU_OMP_THREADS_BIND=nobind in the environment, as moe-replay serve does, unless each worker "
-        "has a NUMA node of its own"
+        "; on a CPU set VLLM_CPU_OMP_THREADS_BIND=nobind in the environment, as moe-replay serve does, "
+        "unless each worker has a NUMA node of its own"
     )

@@ -1,4 +1,4 @@
-"""Draws tokens inside vLLM with the noise and the log-probabilities that every engine of moe-replay has.
+"""Draws tokens inside vLLM with the noise and log-probabilities of every moe-replay engine.
 
 vLLM's own sampling cannot keep the contract: it reports log-probabilities either before the
 temperature or after the truncation, a seed kills its CPU build at the first chunked prefill, and
@@ -73,15 +73,15 @@ class Draw:
     request_id: int
     """Request of the completion."""
     completion: int
-    """Number of the completion among its request's."""
+    """Index of the completion among its request's."""
     temperature: float
     """Softmax temperature; 0 takes the most likely token."""
     top_p: float
     """Nucleus; 1 keeps all."""
     top_k: int
-    """Most likely tokens kept; 0 keeps all."""
+    """Only this many of the most likely tokens are kept; 0 keeps all."""
     num_known_ids: int | None
-    """Ids from here on are never drawn, because the tokenizer does not know them; None draws from all."""
+    """Ids from here on are never drawn, as the tokenizer lacks them; None draws from all."""
 
 
 def draw_params(
@@ -137,8 +137,8 @@ class DrawTokens(LogitsProcessor):
 
         if sampling_params.seed is not None and current_platform.is_cpu():
             raise ValueError(
-                "a seed ends vLLM's CPU engine at the first chunked prefill (CPU generators have no offset); "
-                f"leave `seed` out, or draw by extra_args[{KEY!r}], whose noise has its own seed"
+                "a seed ends vLLM's CPU engine at the first chunked prefill (CPU generators have no "
+                f"offset); omit `seed`, or draw by extra_args[{KEY!r}], whose noise has its own seed"
             )
         _draw_of(sampling_params)
 
@@ -146,8 +146,9 @@ class DrawTokens(LogitsProcessor):
         mode = vllm_config.model_config.logprobs_mode
         if mode != LOGPROBS_MODE:
             raise ValueError(
-                f"logprobs_mode is {mode}, expected {LOGPROBS_MODE}: any other reports log-probabilities of 0 for tokens "
-                "drawn here; start vLLM with --logprobs-mode processed_logits"
+                f"logprobs_mode is {mode}, expected {LOGPROBS_MODE}: any other reports "
+                "log-probabilities of 0 for tokens drawn here; start vLLM with --logprobs-mode "
+                "processed_logits"
             )
         self._rows: dict[int, _Row] = {}
 
@@ -160,7 +161,10 @@ class DrawTokens(LogitsProcessor):
         process_dict_updates(self._rows, batch_update, _new_row)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draw one token for each row with a draw, and leave it as the row's only possible token."""
+        """Draw one token for each row with a draw, and make it the row's only possible token.
+
+        Logits ``[1, 0, 2]`` of which token 0 is drawn become ``[-1.41, -inf, -inf]``.
+        """
         alike: dict[tuple[float, int, float, int | None], list[int]] = {}
         for index, row in self._rows.items():
             draw = row.draw
@@ -210,15 +214,15 @@ def _draw_of(params: VllmSamplingParams) -> Draw | None:
         )
     if params.temperature != 0 or params.n != 1 or params.logprobs is None:
         raise ValueError(
-            f"extra_args[{KEY!r}] needs temperature 0 (it has its own), n = 1 and logprobs = 0; got temperature "
-            f"{params.temperature}, n {params.n}, logprobs {params.logprobs}"
+            f"extra_args[{KEY!r}] needs temperature 0 (it has its own), n = 1 and logprobs = 0; got "
+            f"temperature {params.temperature}, n {params.n}, logprobs {params.logprobs}"
         )
     _refuse_what_changes_the_draw(params)
     return Draw(**given)
 
 
 def _refuse_what_changes_the_draw(params: VllmSamplingParams) -> None:
-    """Raise `ValueError` for an option that vLLM would apply before the draw, or to the drawn token's log-probability.
+    """Raise `ValueError` for an option by which vLLM would change the draw or its log-probability.
 
     Named are the options that may differ, so that one which a later release adds is refused until
     it was looked at. vLLM itself drops ``min_p``, ``top_p`` and ``top_k`` at temperature 0, before
@@ -235,8 +239,9 @@ def _refuse_what_changes_the_draw(params: VllmSamplingParams) -> None:
     if changed:
         given = ", ".join(f"{name} = {value!r}"[:80] for name, value in sorted(changed.items()))
         raise ValueError(
-            f"{given} beside extra_args[{KEY!r}], expected the neutral value: vLLM applies it outside of the draw, so the "
-            "token or its log-probability would not be those that a trainer recomputes. It may come from the request, from "
-            "the checkpoint's generation_config.json, or from --override-generation-config: leave it out, or start the "
-            "server with --generation-config vllm"
+            f"{given} beside extra_args[{KEY!r}], expected the neutral value: vLLM applies it outside "
+            "of the draw, so the token or its log-probability would not be those that a trainer "
+            "recomputes. It may come from the request, from the checkpoint's generation_config.json, "
+            "or from --override-generation-config: omit it, or start the server with "
+            "--generation-config vllm"
         )

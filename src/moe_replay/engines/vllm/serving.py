@@ -1,4 +1,4 @@
-"""The vLLM engine of the rollout server: several workers and replicas, and requests that can be cancelled.
+"""The vLLM engine of the rollout server: workers, replicas, and requests that can be cancelled.
 
 A push has two steps. `VllmServing.stage` checks all of it, in the workers too, and changes nothing.
 `VllmServing.apply` loads it in all workers of all replicas; when one fails, all go back to the
@@ -38,7 +38,7 @@ _LOOK_S = 1.0
 
 
 class VllmServing(Lifecycle):
-    """A `ServedEngine` over vLLM: ``replicas`` engines of ``tensor_parallel_size`` workers each, one model.
+    """A `ServedEngine` over ``replicas`` vLLM engines of ``tensor_parallel_size`` workers each.
 
     Tokens are drawn with the noise of every engine of moe-replay (see `sampler`), so a completion
     depends on its seed, its request and its number, and neither on what shares the batch nor on the
@@ -118,7 +118,7 @@ class VllmServing(Lifecycle):
         self._state = "ready"
 
     def capacity(self) -> str:
-        """Return how many sequences fit, such as "43 sequences of 1,536 tokens fit in vLLM's key-value cache, ..."."""
+        """Return how many sequences fit, such as "43 sequences of 1,536 tokens fit in ..."."""
         of_each = [capacity_of(replica.vllm_config) for replica in self._replicas]
         capacity = CacheCapacity(
             num_sequences=sum(one.num_sequences for one in of_each),
@@ -174,7 +174,7 @@ class VllmServing(Lifecycle):
         )
 
     async def stage(self, folder: Path) -> None:
-        """Check a whole push: names and shapes here, values in the workers, each tensor in one of them.
+        """Check a push: names and shapes here, and the values of each tensor in one worker.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, or a worker cannot
@@ -231,7 +231,7 @@ class VllmServing(Lifecycle):
         self._last_good = folder
 
     async def lost(self) -> str:
-        """Return what became of a replica whose processes have ended, at most a second or two after that.
+        """Wait until the processes of a replica have ended, and return what happened.
 
         One is enough: a server that went on with the others would hide from whoever restarts
         servers that it needs that.
@@ -293,7 +293,7 @@ class VllmServing(Lifecycle):
 def devices_of(
     replica: int, size: int, num_replicas: int, num_devices: int | None
 ) -> list[int] | None:
-    """Return the devices of one replica of ``size`` workers, or None where vLLM need not be told: one replica, or a CPU.
+    """Return the devices of one replica of ``size`` workers; None for one replica, or on a CPU.
 
     Of two replicas of two workers: 0 and 1, then 2 and 3. ``num_devices`` are visible, None on a
     CPU.
@@ -318,7 +318,7 @@ def _num_devices() -> int | None:
 
 
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await all calls to their end, and raise one of their errors if there are any: first what cannot be repaired."""
+    """Await all calls to their end, then raise an error if there is one, the fatal ones first."""
     results = await asyncio.gather(*calls, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
@@ -327,7 +327,7 @@ async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
 
 
 def _num_fitting(folder: Path, facts: ModelFacts) -> int:
-    """Return the number of tensors in a push after checking their names and shapes; the files are mapped, not read."""
+    """Return the number of tensors in a push after checking names and shapes in mapped files."""
     tensors = list(folder_tensors(folder))
     for _ in fitting_weights(tensors, facts):
         continue

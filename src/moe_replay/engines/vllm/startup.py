@@ -1,4 +1,4 @@
-"""Starts vLLM in this process with everything that replay needs, and leaves the process as it was."""
+"""Starts vLLM in this process with what replay needs, and leaves the process as it was."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def describe_vllm(
 def check_loadable(
     facts: ModelFacts, tensor_parallel_size: int = 1, *, num_attention_heads: int | None = None
 ) -> None:
-    """Raise `UnsupportedError` for a checkpoint that vLLM cannot load, or not on that many ranks."""
+    """Raise `UnsupportedError` for a checkpoint that vLLM cannot load on that many ranks."""
     if facts.stacks_experts and facts.family not in _LOADS_STACKED:
         raise UnsupportedError(
             f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TESTED_ON} loads "
@@ -233,7 +233,7 @@ def start_vllm(
 
 
 def stop_vllm(llm_engine: Any) -> None:
-    """Release what an engine of `start_vllm` holds; the last one to stop ends vLLM's process groups.
+    """Release what an engine of `start_vllm` holds; the last one ends vLLM's process groups.
 
     vLLM's own shutdown would also end the process group of a trainer in this process.
     """

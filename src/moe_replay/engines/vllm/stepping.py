@@ -1,4 +1,4 @@
-"""One thread steps vLLM for every caller, so that concurrent calls share each step and none leaves requests behind.
+"""One thread steps vLLM for all callers, so that concurrent calls share each step.
 
 Callers that took turns at stepping would wait for each other: a lock is not fair, and about one
 waiting call gets in a step. Here a call only queues what it wants and waits; the thread takes in
@@ -41,7 +41,7 @@ class _Call:
 
 
 class VllmStepper:
-    """Owns the stepping of one ``LLMEngine``; any thread may `run` calls, which are sampled together.
+    """Steps one ``LLMEngine``; any thread may `run` calls, which are sampled together.
 
     ``sleeps`` tells that vLLM's memory is given back whenever nothing runs; a call returns when
     that is done. With ``in_step`` the engine is one of several ranks that must take the same steps:
@@ -80,7 +80,7 @@ class VllmStepper:
     def run(
         self, asked: Sequence[tuple[Any, Any]], *, at_start: Callable[[], T]
     ) -> tuple[T, list[Any]]:
-        """Return what ``at_start`` gave when the call was queued, and the last output of each completion.
+        """Return the value of ``at_start`` when the call was queued, and each last output.
 
         ``at_start`` may refuse by raising; no push can come between it and the last step. A caller
         that is interrupted leaves nothing running: its completions are aborted before the next
@@ -116,7 +116,7 @@ class VllmStepper:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep vLLM from stepping, awake, while the caller changes it; calls that come meanwhile wait.
+        """Stop vLLM from stepping, awake, while the caller changes it; new calls wait.
 
         Calls that were left by their callers are waited for.
 
@@ -137,7 +137,7 @@ class VllmStepper:
                 self._sleep()
 
     def close(self) -> None:
-        """End the thread; calls under way fail, but for those of an engine of several ranks, which run to their end."""
+        """End the thread; running calls fail, except those of several ranks, which end first."""
         with self._changed:
             if self._in_step:
                 self._changed.wait_for(lambda: not self._queued and not self._running)
@@ -179,7 +179,7 @@ class VllmStepper:
                 self._step()
 
     def _settle(self) -> None:
-        """Let the callers of ended calls go, after vLLM has given its memory back if nothing runs; holds the lock."""
+        """Wake the callers of ended calls, after vLLM sleeps if nothing runs; holds the lock."""
         if not self._running and not self._queued:
             self._lengths, self._progress = {}, RolloutProgress()
             try:

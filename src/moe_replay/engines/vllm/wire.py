@@ -64,7 +64,7 @@ class RoutePayload:
     """The route fields of one completion, as arrays."""
 
     completion_rows: Shaped[np.ndarray, "..."] | None
-    """``routed_experts`` of the completion: all rows, or those of the sampled tokens in the split form."""
+    """``routed_experts`` of the completion: all rows; in the split form, of its sampled tokens."""
     prompt_rows: Shaped[np.ndarray, "..."] | None = None
     """``prompt_routed_experts`` of the request; None except in the split form."""
 
@@ -79,7 +79,7 @@ def completion_of(
     policy_version: int,
     layer_order: LayerOrder | None = None,
 ) -> Completion:
-    """Return completion ``number`` of ``request`` from vLLM's last output for it, which is complete.
+    """Return completion ``number`` of ``request`` from vLLM's last output for it.
 
     Raises:
         EngineError: when it ended in an unknown way, or routes are missing.
@@ -159,7 +159,7 @@ def make_completion(
 
 
 def payload_of_output(output: Any, completion: Any) -> RoutePayload:
-    """Return the route fields of a finished ``RequestOutput`` and one of its ``CompletionOutput``."""
+    """Return the route fields of a ``RequestOutput`` and one of its ``CompletionOutput``."""
     return RoutePayload(
         completion_rows=_as_array(completion.routed_experts),
         prompt_rows=_as_array(getattr(output, "prompt_routed_experts", None)),

@@ -1,4 +1,4 @@
-"""What vLLM's workers do for the server: check a push, load it in place of their weights, and end when the server ends.
+"""What vLLM's workers do for the server: check and load pushes, and end with the server.
 
 vLLM gives the methods of `PushWorker` to the worker of every rank, by its name in
 ``worker_extension_cls``, and ``collective_rpc`` calls them in all ranks. They return an `Answer`
@@ -81,7 +81,7 @@ class PushWorker:
 
     @answered
     def replay_begin(self, server_pid: int) -> int:
-        """End this worker, and the process that drives it, as soon as process ``server_pid`` ends; return the own pid.
+        """End this worker and its core when process ``server_pid`` ends; return the own pid.
 
         However the server ends: a ``kill -9`` gives it no chance to end what it has started, and
         workers hold memory.
@@ -101,7 +101,7 @@ class PushWorker:
 
     @answered
     def replay_stage(self, folder: str, first_share: int, num_shares: int) -> int:
-        """Check this rank's share of a push, and that it can load one; return the number of tensors checked.
+        """Check this rank's share of a push; return the number of tensors checked.
 
         Each tensor is read by one worker only. With two replicas of two ranks there are four
         shares; rank 1 of the second replica (``first_share`` 2) has share 3, and of ten tensors
@@ -117,7 +117,7 @@ class PushWorker:
 
     @answered
     def replay_apply(self, folder: str | None) -> None:
-        """Load a staged push, or (None) the checkpoint that the engine was started with; all weights are replaced."""
+        """Replace all weights by a staged push, or (None) by the first checkpoint."""
         from moe_replay.checkpoint.facts import checkpoint_tensors
         from moe_replay.engines.weight_stream import folder_tensors
 
@@ -163,7 +163,7 @@ class PushWorker:
 
 
 def _wait_for_end(pid: int) -> None:
-    """Return once a process, which need not be a child, has ended, even if nobody has collected its exit status."""
+    """Wait until a process, which need not be a child, has ended."""
     try:
         ended = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -181,4 +181,4 @@ def _wait_for_end(pid: int) -> None:
 
 
 class TornReloadError(EngineError):
-    """A worker that no push can repair: later weights would be mixed with those of a reload that broke off."""
+    """A worker that no push can repair: weights would be mixed with those of a failed reload."""
