@@ -1,6 +1,6 @@
 """HTTP calls to one server, each with a time limit, and what each kind of failure means.
 
-In: a URL, bodies. Out: answers; `CallError` for whatever another server, or a later call, may fix.
+In: a URL, bodies. Out: answers; `CallError` for anything a retry might fix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_replay.recipe.bearer import without_secrets
 _CONNECT_S = 5.0
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _NOT_FOUND, _STALE = 200, 400, 401, 404, 409
 _UNPROCESSABLE = 422
-# Characters of a server's own words in a message.
+# Characters of a server's text in a message.
 _SHOWN = 2000
 
 
@@ -35,15 +35,15 @@ class Fault(StrEnum):
     """Why a call to a server failed."""
 
     UNREACHABLE = "unreachable"
-    """No connection, or it broke: the server died, or never lived."""
+    """Connection failed or dropped: the server crashed or was never started."""
     SLOW = "slow"
-    """Nothing came within the limit on silence."""
+    """Nothing arrived within the limit on silence."""
     FAILED = "failed"
-    """The server says that its engine failed."""
+    """The server reports that its engine failed."""
     CUT = "cut"
-    """The server ended a completion before its length, for lack of room."""
+    """The server ended a completion too early, for lack of room."""
     STALE = "stale"
-    """The server holds other weights than it was given: it was restarted, or another trainer pushes to it."""
+    """The server holds unexpected weights: it was restarted, or another trainer pushes to it."""
     CORRUPT = "corrupt"
     """The answer is damaged, or its routes do not belong to its tokens."""
 
@@ -55,22 +55,23 @@ class CallError(EngineError):
         super().__init__(message)
         self.fault = fault
         self.incident = incident
-        """Number of the silence of its server that ended this call and others; None for a failure of its own."""
+        """Index of the silence of its server that ended this call and others; None without one."""
 
     def __reduce__(self) -> tuple[type[CallError], tuple[Fault, str, int | None]]:
-        """Let it pass from one process to another."""
+        """Make it picklable, to pass from one process to another."""
         return type(self), (self.fault, str(self), self.incident)
 
 
 class GivenUpError(EngineError):
-    """A call that this side has given up; its connection is closed, so that the server stops working on it."""
+    """A call that the caller gave up; its connection is closed, so the server stops it too."""
 
 
 class HttpCalls:
-    """Calls to one server. Threads may make them at the same time, and any thread may give all of them up.
+    """Calls to one server, by any number of threads, any of which may give all of them up.
 
-    All calls run in one thread of their own, as tasks: 128 completions at a time are 128 sockets and no thread more.
-    ``ca_file`` holds the certificates that a server behind ``https://`` is trusted by, instead of those of the system.
+    All calls run as tasks of one further thread: 128 completions at a time are 128 sockets and not
+    128 threads. ``ca_file`` holds the certificates of trusted servers behind ``https://``, instead
+    of those of the system.
 
     Raises:
         RecipeError: when ``ca_file`` cannot be read or holds no certificate.
@@ -105,7 +106,7 @@ class HttpCalls:
         self._thread.start()
 
     def close(self) -> None:
-        """Give up the calls that are under way and close the connections. Calling it twice is allowed."""
+        """Give up running calls and close the connections. Calling it twice is allowed."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
@@ -114,12 +115,12 @@ class HttpCalls:
         self._loop.close()
 
     def give_up(self) -> None:
-        """Make every call that is under way raise `GivenUpError` and close its connection."""
+        """Make every running call raise `GivenUpError` and close its connection."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        # Once each: a call that was given up may still be telling its server.
+        # Once each: a call that was given up may still be informing its server.
         for task in self._running - self._given_up:
             task.cancel()
         self._given_up |= self._running
@@ -137,7 +138,9 @@ class HttpCalls:
         *,
         on_piece: Callable[[bytes], None] | None = None,
     ) -> bytes:
-        """Return the body of an answer; ``on_piece`` gets each piece of a good one as it arrives, in another thread.
+        """Return the body of an answer.
+
+        ``on_piece`` gets each piece of a successful one as it arrives, in another thread.
 
         Raises:
             RecipeError: when the server refuses the token.
@@ -153,7 +156,7 @@ class HttpCalls:
         raise self.refusal(code, answer[: 4 * _SHOWN].decode(errors="replace"), path)
 
     def refusal(self, code: int, text: str, path: str) -> RecipeError | EngineError:
-        """Return the error of an answer with a status code other than 200, which may also come inside of a stream.
+        """Return the error of a status code other than 200, which may also come inside a stream.
 
         Example:
             >>> raise calls.refusal(409, "holds the weights of policy version 1", "/generate")
@@ -161,7 +164,8 @@ class HttpCalls:
         text = text[:_SHOWN]
         if code == _UNAUTHORIZED:
             return RecipeError(
-                f"{self.url} refuses the bearer token; give the trainer the file with which the server was started"
+                f"{self.url} refuses the bearer token; give the trainer the file with which the server "
+                "was started"
             )
         if code in (_BAD_REQUEST, _UNPROCESSABLE):
             return EngineError(f"{self.url}{path} refuses the call: {text}")
@@ -188,12 +192,12 @@ class HttpCalls:
         """
         try:
             return json.loads(answer)
-        # Brackets nested deeper than the interpreter goes raise no ValueError.
+        # Brackets nested too deeply for the interpreter raise RecursionError.
         except (ValueError, RecursionError) as error:
             raise CallError(Fault.CORRUPT, f"{self.url}{path}: not JSON: {error}") from error
 
     def has(self, path: str) -> bool:
-        """Tell whether the server knows a path that GET may ask for."""
+        """Return whether the server has a path for GET."""
         return self.exchange("GET", path)[0] != _NOT_FOUND
 
     def exchange(
@@ -205,10 +209,10 @@ class HttpCalls:
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None = None,
     ) -> tuple[int, bytes]:
-        """Return status code and body of an answer, whatever they are; ``on_piece`` gets each piece of one of status 200.
+        """Return status code and body of any answer; ``on_piece`` gets each piece if that is 200.
 
-        An answer may take any time: ``silence_s`` (default: ``timeout_s``) limits the silence before its first piece and
-        between two of them.
+        An answer may take any time: ``silence_s`` (default: ``timeout_s``) limits the silence
+        before its first piece and between two of them.
 
         Raises:
             CallError: when the server is silent for too long or its answer exceeds the limit.
@@ -219,7 +223,7 @@ class HttpCalls:
         return self.result(self.begin(answer))
 
     def begin(self, answer: Coroutine[Any, Any, Answer]) -> Future[Answer]:
-        """Let a call run beside the thread that asks for it; `result` waits for it."""
+        """Start a call; `result` waits for it."""
 
         async def run() -> Answer:
             task = asyncio.current_task()
@@ -234,7 +238,7 @@ class HttpCalls:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def result(self, call: Future[Answer]) -> Answer:
-        """Return the answer of a call that was begun; one that is no longer waited for is given up."""
+        """Return the answer of a call that was started; if the wait is interrupted, give it up."""
         try:
             return call.result()
         except CancelledError as error:

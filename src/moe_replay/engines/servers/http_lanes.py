@@ -1,9 +1,8 @@
-"""Connections to one server, of which each call in flight has one: what a call costs does not grow with the others.
+"""Connections to one server, one for each running call, whose cost does not grow with the others.
 
-httpx2 keeps all connections in one pool, and looks at each of them whenever a call begins or ends, at idle ones by a system
-call: with 64 calls in flight half of what a call costs its client. So its connections are used here, and its pool is not.
-
-In: requests. Out: responses.
+httpx2 keeps all connections in one pool and checks each of them whenever a call begins or ends,
+idle ones by a system call: with 64 running calls that is half of a call's cost. So its connections
+are used here, and its pool is not.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ import httpcore2
 import httpx2
 
 _SCHEMES = ("http", "https")
-# Below the time after which servers close idle connections, or a call would meet one that is being closed.
+# Shorter than servers keep idle connections, or a call would use one that is being closed.
 _KEEP_ALIVE_S = 5.0
 
 
 class Lanes:
-    """Connections to the server at ``url``; the one that is free last is used first.
+    """Connections to the server at ``url``; the one freed last is used first.
 
-    ``headers`` go with every request, and so do credentials in the URL. ``tls`` says which certificates are trusted; None
-    trusts those that httpx2 does. Proxies of the environment are for the world outside, and not for one's own servers.
+    ``headers`` go with every request, and so do credentials in the URL. ``tls`` says which
+    certificates are trusted; None trusts those that httpx2 does. Proxy settings are ignored:
+    rollout servers are local.
 
     Example:
         >>> lanes = Lanes("http://127.0.0.1:8000", headers={})
@@ -50,7 +50,7 @@ class Lanes:
             credentials = base64.b64encode(unquote_to_bytes(parsed.userinfo))
             self._headers = [pair for pair in self._headers if pair[0] != b"authorization"]
             self._headers.append((b"authorization", b"Basic " + credentials))
-        # One takes milliseconds to make, so all connections share it.
+        # It takes milliseconds to make, so all connections share it.
         self._tls = httpx2.create_ssl_context(trust_env=False) if tls is None else tls
         self._free: list[httpcore2.AsyncHTTPConnection] = []
 
@@ -58,10 +58,11 @@ class Lanes:
     async def stream(
         self, method: str, path: str, body: bytes, *, silence_s: float | None, connect_s: float
     ) -> AsyncIterator[httpcore2.Response]:
-        """Send a request on a connection of its own and yield the response, whose body is read inside of the scope.
+        """Send a request on its own connection and yield the response, to be read in the scope.
 
         Raises:
-            httpcore2.TimeoutException, NetworkError, ProtocolError, UnsupportedProtocol: as their names say.
+            httpcore2.TimeoutException, NetworkError, ProtocolError, UnsupportedProtocol: as their
+            names say.
         """
         if self._scheme not in _SCHEMES:
             raise httpcore2.UnsupportedProtocol(
@@ -85,12 +86,13 @@ class Lanes:
             ) as response:
                 yield response
         finally:
-            # One whose answer was not read to its end has been closed, and one that never connected is no loss.
+            # One whose answer was not read to its end is closed, and so is one that never
+            # connected.
             if lane.is_available():
                 self._free.append(lane)
 
     async def aclose(self) -> None:
-        """Close the connections that are free; those in flight belong to their calls."""
+        """Close the free connections; the others belong to their calls."""
         while self._free:
             await self._free.pop().aclose()
 

@@ -1,6 +1,6 @@
-"""The work of one call to the server engine: which completions wait, which are out, what came back, and when to give up.
+"""The work of one call to the server engine: what waits, runs and came back, and when to give up.
 
-In: requests, completions and failures of servers. Out: groups in order, or what kept one of them away.
+In: requests, completions and failures of servers. Out: groups in order, or why one is missing.
 """
 
 from __future__ import annotations
@@ -13,23 +13,29 @@ from dataclasses import dataclass, replace
 
 from moe_replay.engines.serve.messages import Progress
 from moe_replay.engines.servers.http import CallError, Fault
-from moe_replay.engines.types import Completion, Request, RolloutGroup, RolloutProgress
+from moe_replay.engines.types import (
+    Completion,
+    Request,
+    RolloutGroup,
+    RolloutProgress,
+    grouped,
+)
 from moe_replay.errors import EngineError
 
-# A server that fails this often in a row is left alone until the next round, unless it is the last.
+# A server that fails this often in a row is not asked until the next round, unless it is the last.
 _MAX_FAILURES_IN_A_ROW = 4
 # First wait after a failure; each further one in a row doubles it.
 _BACKOFF_S = 0.25
-# Redraws by other noise that a run may have: so many, or this share of its completions.
-_FEW, _FEW_FRAC = 8, 0.01
+# Maximum of redraws by other noise in a run: this many, or this share of its completions.
+_MAX_REDRAWS, _MAX_REDRAWN_FRAC = 8, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What one call asks of a server."""
 
-    place: int
-    """Place of the request in the round."""
+    index: int
+    """Index of the request in the round."""
     request: Request
     """The request."""
     numbers: tuple[int, ...]
@@ -57,46 +63,46 @@ class Round:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether nobody waits for the rest of this round."""
+        """Whether the rest of this round is no longer wanted."""
         return self._stopped is not None
 
     def take(self, url: str) -> Task | None:
-        """Return something to do for the server at ``url``; None when there is nothing more for it."""
+        """Return something to do for the server at ``url``; None if there is nothing more."""
         with self._turn:
             self._turn.wait_for(lambda: self._waiting or not self._num_out or self._stopped)
             if self._stopped or not self._waiting or url not in self._left:
                 return None
             self._num_out += 1
-            place = self._waiting.popleft()
-            request, have = self.requests[place], self._completions[place]
+            index = self._waiting.popleft()
+            request, have = self.requests[index], self._completions[index]
             missing = tuple(n for n in range(request.num_generations) if n not in have)
-            return Task(place=place, request=request, numbers=missing)
+            return Task(index=index, request=request, numbers=missing)
 
     def keep(self, task: Task, url: str, number: int, completion: Completion) -> None:
         """Keep one completion, unless it came before."""
         with self._turn:
-            known = self._completions[task.place]
+            known = self._completions[task.index]
             known.setdefault(number, replace(completion, server=url))
 
     def note(self, task: Task, progress: Progress) -> None:
-        """Note how far a call is that has not come back."""
+        """Record how far a running call is."""
         with self._turn:
-            self._tokens_under_way[task.place] = progress.num_tokens
+            self._tokens_under_way[task.index] = progress.num_tokens
 
     def num_missing(self, task: Task) -> int:
         """Return how many completions of a request have not come back."""
         with self._turn:
-            return task.request.num_generations - len(self._completions[task.place])
+            return task.request.num_generations - len(self._completions[task.index])
 
     def finish(self, task: Task, url: str) -> None:
-        """Note that a request has all of its completions."""
+        """Record that a request has all of its completions."""
         assert self.num_missing(task) == 0
         with self._turn:
             self._failures_in_a_row[url] = 0
             self._back(task)
 
     def give_back(self, task: Task, url: str, error: CallError) -> None:
-        """Let another call try what failed, unless it failed too often; return when this server may be asked again."""
+        """Queue a failed task again, or stop if it failed too often; return after a pause."""
         with self._turn:
             self._back(task)
             if not self._failures_in_a_row[url]:
@@ -107,7 +113,7 @@ class Round:
             too_often = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
             if is_stale or (too_often and self._left != {url}):
                 self._left.discard(url)
-            errors = self._errors.setdefault(task.place, [])
+            errors = self._errors.setdefault(task.index, [])
             errors.append(error)
             if len(errors) >= self._max_attempts:
                 self._stop(
@@ -117,7 +123,7 @@ class Round:
                     )
                 )
             else:
-                self._waiting.append(task.place)
+                self._waiting.append(task.index)
             self._turn.notify_all()
             failures = min(self._failures_in_a_row[url], _MAX_FAILURES_IN_A_ROW)
             if not is_stale:
@@ -125,27 +131,28 @@ class Round:
                 self._turn.wait_for(lambda: self._stopped is not None, timeout=pause_s)
 
     def _cause(self, url: str, error: CallError) -> str:
-        """Return what a server failed of first, in a row of failures that ``error`` ends.
+        """Return the first of a row of failures of a server that ``error`` ends.
 
-        A server that says that its engine has ended cannot be reached a moment later, and that alone says nothing.
+        A server that reports the end of its engine cannot be reached a moment later, and that alone
+        explains nothing.
         """
         began = str(self._began[url])
         return "" if began == str(error) else f"; its server failed first of: {began}"
 
     def put_down(self, task: Task) -> None:
-        """Note that a call was given up."""
+        """Record that a call was given up."""
         with self._turn:
             self._back(task)
 
     def _back(self, task: Task) -> None:
         self._num_out -= 1
-        self._tokens_under_way.pop(task.place, None)
-        # Whoever waits in `take` waits for the last one: woken each time, n threads would wake n * n / 2 times.
+        self._tokens_under_way.pop(task.index, None)
+        # Threads in `take` wait for the last one: woken each time, n would wake n * n / 2 times.
         if not self._num_out:
             self._turn.notify_all()
 
     def stop(self, error: BaseException) -> None:
-        """End the round with an error that no other server would fix; the first one is kept."""
+        """End the round with an error that no retry would fix; the first one is kept."""
         with self._turn:
             self._stop(error)
 
@@ -165,34 +172,36 @@ class Round:
         )
 
     def results(self) -> list[RolloutGroup]:
-        """Return all groups in order, or raise what kept one of them away."""
+        """Return all groups in order, or raise why one is missing."""
         if self._stopped is not None:
             raise self._stopped
         if self._waiting:
-            told = {str(errors[-1]) for errors in self._errors.values()}
-            told |= {
+            causes = {str(errors[-1]) for errors in self._errors.values()}
+            causes |= {
                 str(self._began[url]) for url, count in self._failures_in_a_row.items() if count
             }
             raise EngineError(
-                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: {'; '.join(sorted(told))}; "
-                "start the servers again and resume the run"
+                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: "
+                f"{'; '.join(sorted(causes))}; start the servers again and resume the run"
             )
-        return [
-            RolloutGroup(
-                request=request,
-                completions=tuple(known[number] for number in range(request.num_generations)),
-            )
-            for request, known in zip(self.requests, self._completions, strict=True)
-        ]
+        return grouped(
+            self.requests,
+            (
+                known[number]
+                for request, known in zip(self.requests, self._completions, strict=True)
+                for number in range(request.num_generations)
+            ),
+        )
 
 
 class Redraws:
-    """Completions that a server with noise of its own drew again, after a failure that may have come from what they held.
+    """Completions drawn again by other noise, after a failure that their content may have caused.
 
-    What is drawn again is another completion, so training sees only those that did not fail. A time limit, a cut or a
-    damaged answer meets long completions more often: of lengths 10 and 1000, of which the long one always fails, only
-    tens are left. If a share of x is drawn again, the distribution that training sees is off by at most x in total
-    variation, hence the bound. A server that died is not counted: its death does not depend on one completion.
+    What is drawn again is another completion, so training sees only those that did not fail. A time
+    limit, a cut or a damaged answer affects long completions more often: of lengths 10 and 1000, if
+    the long one always fails, only tens remain. If a share of x is drawn again, the distribution
+    that training sees is off by at most x in total variation, hence the bound. A server that died
+    is not counted: its death does not depend on one completion.
     """
 
     def __init__(self) -> None:
@@ -208,9 +217,10 @@ class Redraws:
     def add(
         self, error: CallError, *, num_missing: int, num_sampled: int, url: str
     ) -> EngineError | None:
-        """Count what a failure cost; return the error that ends the run when it was too much.
+        """Count what a failure cost; return the error that ends the run when it is too much.
 
-        A silence of the whole server, which has a number, counts once, not for each of the calls that it ended.
+        The silence of a server, which has an index, counts once and not for each call that it
+        ended.
         """
         with self._lock:
             if error.incident is None:
@@ -218,13 +228,15 @@ class Redraws:
             elif (url, error.incident) not in self._incidents:
                 self._incidents.add((url, error.incident))
                 self._kinds[error.fault.value] += 1
-            if self._kinds.total() <= max(_FEW, _FEW_FRAC * num_sampled):
+            if self._kinds.total() <= max(_MAX_REDRAWS, _MAX_REDRAWN_FRAC * num_sampled):
                 return None
             kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self._kinds.items()))
         return EngineError(
-            f"{self.count} completions were drawn again by other noise after failures ({kinds}), {num_sampled} came back; "
-            f"expected at most {_FEW}, or {_FEW_FRAC:.0%}. Long completions fail more often, so going on would train on "
-            f"short ones. Last: {error}. Let the servers draw by the run's seed, so that a completion drawn again is the "
-            "same (vLLM: --logits-processors, SGLang: --enable-deterministic-inference, see docs/engines.md), or fix what "
-            "fails: a proxy's time limit, too little room, a server that hangs; then resume the run"
+            f"{self.count} completions were drawn again by other noise after failures ({kinds}), "
+            f"{num_sampled} came back; expected at most {_MAX_REDRAWS}, or {_MAX_REDRAWN_FRAC:.0%}. "
+            "Long completions fail more often, so going on would train on short ones. Last: "
+            f"{error}. Let the servers draw by the run's seed, so that a completion drawn again is "
+            "the same (vLLM: --logits-processors, SGLang: --enable-deterministic-inference, see "
+            "docs/engines.md), or fix what fails: a proxy's time limit, too little room, a server "
+            "that hangs; then resume the run"
         )
