@@ -12,7 +12,7 @@ from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.serve.messages import PolicyName, Progress
 from moe_replay.engines.servers.http import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
-from moe_replay.engines.types import Request, SamplingParams
+from moe_replay.engines.types import Completion, Request, SamplingParams
 
 from .faults import Faulty, Relay
 from .served import listening, served
@@ -39,16 +39,19 @@ def generate(url, on_progress=lambda progress: None):
     calls = ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 20)
     request = Request(request_id=0, prompt_ids=np.array([5, 6], dtype=np.int32), num_generations=1)
     try:
-        (group,) = calls.generate(
-            [request],
+        kept: dict[int, Completion] = {}
+        calls.complete(
+            request,
+            (0,),
             SAMPLING,
             policy=POLICY,
             description=calls.status().description,
+            keep=kept.__setitem__,
             on_progress=on_progress,
         )
     finally:
         calls.close()
-    return group.completions[0].token_ids.tolist()
+    return kept[0].token_ids.tolist()
 
 
 def test_a_relay_passes_pieces_on_as_they_come():

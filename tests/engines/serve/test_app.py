@@ -17,6 +17,7 @@ from moe_replay.engines.serve.messages import (
     read_call,
 )
 from moe_replay.engines.servers.own import ServerCalls
+from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, RecipeError
 
 from ...support.served import listening, served
@@ -208,16 +209,19 @@ def test_e2_progress_is_told_while_a_call_runs_and_while_nothing_grows():
         calls = ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 30)
         release = threading.Thread(target=lambda: told.wait(LIMIT_S) and engine.release())
         release.start()
-        groups = calls.generate(
-            requests(1),
+        kept: dict[int, Completion] = {}
+        calls.complete(
+            requests(1)[0],
+            (0, 1),
             SAMPLING,
             policy=POLICY,
             description=fake().description,
+            keep=kept.__setitem__,
             on_progress=look,
         )
         release.join()
         calls.close()
-    assert len(groups[0].completions) == 2
+    assert sorted(kept) == [0, 1]
     # Each of the two completions says three tokens, and then waits.
     assert Progress(doing="sampling", num_tokens=6, num_finished=0) in seen[:5]
 

@@ -152,7 +152,7 @@ def test_a_server_with_other_weights_is_stale_and_the_other_does_its_work():
         only = client(first)
         only.load_weights(weights(), policy_version=1)
         both = client(first, second, calls_per_server=1)
-        both._policy = only._policy
+        both._run, both._policy_version = only._run, only.policy_version
         groups = both.generate(requests(40), SAMPLING)
         assert both.faults[Fault.STALE] >= 1
         assert {c.policy_version for g in groups for c in g.completions} == {1}

@@ -84,7 +84,7 @@ def test_a_server_that_missed_a_push_is_counted_as_stale_and_left_alone(tmp_path
         both = sglang(first, second, folder=tmp_path, calls_per_server=1)
         one = sglang(first, folder=tmp_path)
         one.load_weights(weights(), policy_version=1)
-        both._policy = one._policy
+        both._run, both._policy_version = one._run, one.policy_version
         groups = both.generate(requests(12), SAMPLING)
         assert {c.policy_version for g in groups for c in g.completions} == {1}
         assert both.faults[Fault.STALE] >= 1

@@ -99,7 +99,7 @@ class FilesEngine(VersionedEngine):
         group = rollout.group(request.request_id)
         if not np.array_equal(group.request.prompt_ids, request.prompt_ids):
             raise EngineError(
-                f"{where} was sampled for the prompt {group.request.prompt_ids[:8].tolist()}..., "
+                f"{where} was sampled for another prompt, {group.request.prompt_ids[:8].tolist()}..., "
                 f"expected {request.prompt_ids[:8].tolist()}...; the dataset, its order (run.seed) or "
                 "the tokenizer changed"
             )
