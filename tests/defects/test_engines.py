@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.types import (
-    Engine,
-    Request,
-    RolloutGroup,
-    SamplingParams,
-    check_group,
-)
+from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
 from moe_replay.engines.vllm.wire import RoutePayload, trace_from_vllm
 from moe_replay.errors import EngineError, TokenMismatchError, TraceError
 from moe_replay.routing import Origin, RoutedModel

@@ -7,14 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.embedded.engine import EmbeddedEngine
-from moe_replay.engines.types import (
-    FinishReason,
-    Request,
-    RolloutProgress,
-    SamplingParams,
-    check_group,
-)
+from moe_replay.engines.types import FinishReason, Request, RolloutProgress, SamplingParams
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 from moe_replay.testing.tiny_models import FAMILIES, VOCAB_SIZE, write_tiny_checkpoint
 from moe_replay.transformers import record_routes

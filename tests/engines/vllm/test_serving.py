@@ -11,14 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_replay.engines.checks import check_group
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.serve.engine import PushRefused, ServedEngine
-from moe_replay.engines.types import (
-    FinishReason,
-    RolloutGroup,
-    SamplingParams,
-    check_group,
-)
+from moe_replay.engines.types import FinishReason, RolloutGroup, SamplingParams
 from moe_replay.errors import DivergedError, EngineError, RecipeError
 
 from .serving_case import SAMPLING, Served, faulty_processes, gap, prompts, start, write_checkpoints
