@@ -13,10 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.errors import DivergedError, EngineError
-
-# Names listed in a message; a model of another family would fill it with thousands.
-_MAX_NAMES = 8
+from moe_replay.errors import DivergedError, EngineError, shortened
 
 
 def lowered_weights(
@@ -80,7 +77,7 @@ def fitting_weights(
     if missing:
         raise EngineError(
             f"{len(missing)} of {len(facts.weight_shapes)} weights were not pushed: "
-            f"{_some(missing)}; a push replaces all weights, and these would have stayed those of "
+            f"{shortened(missing)}; a push replaces all weights, and these would have stayed those of "
             "the last policy"
         )
 
@@ -95,7 +92,7 @@ def _check_weight(name: str, tensor: torch.Tensor, facts: ModelFacts, seen: set[
     if shape is None:
         raise EngineError(
             f"weight {name} is not in this model's checkpoint, which has {len(shapes)} names such as "
-            f"{_some(sorted(shapes))}; push the names of the Hugging Face checkpoint that the engine "
+            f"{shortened(sorted(shapes))}; push the names of the Hugging Face checkpoint that the engine "
             "loaded"
         )
     if shape != tuple(tensor.shape):
@@ -103,11 +100,6 @@ def _check_weight(name: str, tensor: torch.Tensor, facts: ModelFacts, seen: set[
             f"weight {name} was pushed with shape {list(tensor.shape)}, the engine's model has "
             f"{list(shape)}; the trainer's model and the engine's differ, or padding was not removed"
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMES])
-    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"
 
 
 def drain(weights: Iterator[tuple[str, torch.Tensor]], error: Exception) -> None:
