@@ -1,16 +1,18 @@
-"""What HTTP costs: 64 clients of a rollout server beside one offline batch of the same requests on the same workers.
+"""What HTTP costs: 64 clients of a rollout server beside one offline batch on the same workers.
 
-The server runs in this process, as `moe-replay serve` runs it; its clients run in another one. Rounds alternate between
-them and completions that are asked of the engine directly, all at once. What else the machine does changes a round by
-more than HTTP does, so neighbouring rounds are compared, and the median of the pairs is the figure. Weights are pushed
-too: whole pushes of the model, and the bytes of a larger one, which are received and checked, but never loaded.
-Random weights, bfloat16. The figures come last, one JSON object a line.
+The server runs in this process, as `moe-replay serve` runs it; its clients run in another one.
+Rounds alternate between them and the same requests asked of the engine directly, all at once. What
+else the machine does changes a round by more than HTTP does, so neighbouring rounds are compared,
+and the median of the pairs is the figure. Weights are pushed too: whole pushes of the model, and
+the bytes of a larger one, which are received and checked, but never loaded. Random weights,
+bfloat16. The figures come last, one JSON object a line.
 
     python benchmarks/serve.py [--quick] [--rounds 5] [--tensor-parallel-size 2]
 
-A call costs its client and the server a few milliseconds of CPU, once, whatever its length. Here both share the cores with the
-workers, and completions are short: 96 tokens (quick) at some 35 ms a step, 128 else. With clients on another machine, or
-completions of thousands of tokens, HTTP costs less than this says.
+A call costs its client and the server a few milliseconds of CPU, once, whatever its length. Here
+both share the cores with the workers, and completions are short: 96 tokens (quick) at some 35 ms a
+step, 128 else. With clients on another machine, or completions of thousands of tokens, HTTP costs
+less than this says.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def main() -> int:
     options.rounds = options.rounds or (3 if options.quick else 5)
     options.length = options.length or (96 if options.quick else 128)
     options.tensor_parallel_size = options.tensor_parallel_size or (1 if options.quick else 2)
-    # As `moe-replay serve` does: two workers with two threads each wait for each other on two cores.
+    # As `moe-replay serve` does: two workers of two threads each wait for each other on two cores.
     set_defaults(os.environ, num_workers=options.tensor_parallel_size)
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir=memory) as pushes:
@@ -106,7 +108,7 @@ def sampling(length: int, seed: int) -> SamplingParams:
 async def measure(
     checkpoint: Path, pushes: Path, options: argparse.Namespace
 ) -> dict[str, tuple[float, str]]:
-    """Run the server, race its clients against the engine behind it, then push; return metric -> (value, unit)."""
+    """Run the server, race clients against its engine, push; return metric -> (value, unit)."""
     from moe_replay.checkpoint.facts import read_facts
     from moe_replay.engines.serve.app import EngineServer
     from moe_replay.engines.serve.run import web_server

@@ -1,8 +1,10 @@
-"""Make the demo's tiny Qwen3-MoE model and warm-start it, so that GRPO starts from a model that is sometimes right.
+"""Make the demo's tiny Qwen3-MoE model, and warm-start it to be sometimes right before GRPO.
 
 In: reasoning-gym's ``chain_sum`` items and a seed.
-Out: a Hugging Face checkpoint (config, tokenizer, float32 safetensors), ``task.json`` and a model card.
-Called by: a person, once; the result is shipped next to this file and the demo recipes start from it.
+Out: a Hugging Face checkpoint (config, tokenizer, float32 safetensors), ``task.json`` and a model
+card.
+
+A person runs it once; the result is shipped next to this file and the demo recipes start from it.
 
 The model reads ``<user>question<assistant>`` and knows two ways to answer::
 
@@ -10,9 +12,9 @@ The model reads ``<user>question<assistant>`` and knows two ways to answer::
     8,15,12<answer>12</answer><eos>         worked: the running totals first; usually right
     <answer>12</answer><eos>                terse: at once; usually wrong
 
-The answer is what reasoning-gym's ``extract_answer`` finds, and its ``score_answer`` is the reward. The warm start
-makes terse answers the more frequent, so the model is right about a third of the time. That showing the work pays,
-and how to slip less while doing it, is left for GRPO to find out.
+The answer is what reasoning-gym's ``extract_answer`` finds, and its ``score_answer`` is the reward.
+The warm start makes terse answers the more frequent, so the model is right about a third of the
+time. That showing the work pays, and how to slip less while doing it, is left for GRPO to find out.
 """
 
 from __future__ import annotations
@@ -47,13 +49,15 @@ from transformers import (
 FAMILY = "chain_sum"
 TASK = {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 
-# Item i of a chain_sum dataset depends on seed + i alone, so these ranges share no item seed. Two items with
-# different seeds can still be the same question; there are 1.6 million, and the card says how many were seen.
+# Item i of a chain_sum dataset depends on seed + i alone, so these ranges share no item seed. Two
+# items with different seeds can still be the same question; there are 1.6 million, and the card
+# says how many were seen.
 ITEM_SEEDS = {"warm_start": 0, "train": 500_000_000, "held_out": 900_000_000}
 
 MAX_COMPLETION_LENGTH = 24
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
-# Frequent pieces that are one token each; all other text is one token a byte, so any text survives a round trip.
+# Frequent pieces that are one token each; all other text is one token a byte, so any text survives
+# a round trip.
 PIECES = (
     "State the final answer to the following arithmetic problem: ",
     *(" + ", " - ", " ="),
@@ -82,7 +86,7 @@ Lesson = tuple[Item, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What was measured on the finished model, in the bfloat16 in which the demo samples from it."""
+    """What was measured on the finished model in bfloat16, as the demo samples from it."""
 
     num_items: int
     """Held-out items."""
@@ -97,9 +101,11 @@ class Figures:
     worked_accuracy: float
     """Accuracy of those; 0 when there are none."""
     flip_frac: float
-    """Fraction of (token, layer) whose expert set differs between bfloat16 and float32 runs of the same weights."""
+    """Fraction of (token, layer) whose expert set differs between bfloat16 and float32 runs of the
+    same weights."""
     busiest_expert_frac: float
-    """Largest fraction of a layer's (token, slot) pairs that one expert took; ``1 / num_experts`` is even load."""
+    """Largest fraction of a layer's (token, slot) pairs that one expert took; ``1 / num_experts``
+    is even load."""
     idlest_expert_frac: float
     """Smallest such fraction."""
 
@@ -128,7 +134,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausalLM:
-    """Return a random Qwen3-MoE of 2.1 million parameters: six layers, 32 experts each, four a token."""
+    """Return a random Qwen3-MoE, 2.1 million parameters: six layers of 32 experts, four a token."""
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
@@ -144,7 +150,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCau
         norm_topk_prob=True,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        # Wider than the usual 0.02: at this size the routers then choose, and the model learns, sooner.
+        # Wider than the usual 0.02: at this size routers then choose, and the model learns, sooner.
         initializer_range=0.06,
         router_aux_loss_coef=0.1,
         bos_token_id=None,
@@ -166,7 +172,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCau
 
 
 def items_for(purpose: str, num_items: int, seed: int | None = None) -> list[Item]:
-    """Return reasoning-gym items of the task; ``seed`` replaces the purpose's own first item seed."""
+    """Return reasoning-gym items of the task; ``seed`` replaces the purpose's first item seed."""
     first = ITEM_SEEDS[purpose] if seed is None else seed
     dataset = reasoning_gym.create_dataset(FAMILY, seed=first, size=num_items, **TASK)
     return [dataset[i] for i in range(num_items)]
@@ -191,7 +197,7 @@ def terse_completion(item: Item) -> str:
 
 
 def lessons_of(items: list[Item], seed: int) -> list[Lesson]:
-    """Pair every item with the completion to teach: worked ones first, then a mixture of both ways."""
+    """Pair every item with the completion to teach: worked ones first, then a mixture of both."""
     rng = random.Random(seed)
     num_worked = int(len(items) * WORKED_ONLY_FRAC)
     return [
@@ -231,7 +237,7 @@ def supervised_batch(
 def warm_start(
     model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]
 ) -> None:
-    """Train in place, one pass over ``lessons`` in their order, with the routers' load-balancing loss."""
+    """Train in place, one pass over ``lessons`` in order, with the routers' load-balancing loss."""
     steps = len(lessons) // BATCH_SIZE
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
@@ -302,7 +308,7 @@ def measure(
     num_items: int,
     seed: int,
 ) -> Figures:
-    """Measure accuracy on held-out items, and how the routers behave on the model's own completions."""
+    """Measure held-out accuracy, and how the routers behave on the model's own completions."""
     items = items_for("held_out", num_items)
     num_right = {}
     for greedy in (True, False):
@@ -407,14 +413,16 @@ def main(argv: list[str] | None = None) -> int:
             )
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output must be a directory, got the file {options.output}")
-    # Sums are taken in another order with more threads, and the result would depend on the machine's cores.
+    # Sums are taken in another order with more threads, and the result would depend on the
+    # machine's cores.
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, options.seed)
     items = items_for("warm_start", options.steps * BATCH_SIZE)
     warm_start(model, tokenizer, lessons_of(items, options.seed))
-    # The checkpoint stays float32. Starting from weights rounded to bfloat16, the first small updates would all be
-    # rounded away in a bfloat16 engine, and it would lag behind the trainer until they add up.
+    # The checkpoint stays float32. Starting from weights rounded to bfloat16, the first small
+    # updates would all be rounded away in a bfloat16 engine, and it would lag behind the trainer
+    # until they add up.
     figures = measure(
         copy.deepcopy(model).bfloat16(),
         tokenizer,

@@ -21,7 +21,8 @@ def train(
 ) -> RunDirectory:
     """Train by a recipe, a TOML file or its tables, and return the run directory.
 
-    Does what `moe-replay train` does, from a notebook or a script: see `moe_replay.cli.train.train_recipe`.
+    Does what `moe-replay train` does, from a notebook or a script: see
+    `moe_replay.cli.train.train_recipe`.
 
     Example:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5, "optimizer.lr": 1e-5})

@@ -11,7 +11,7 @@
     ├── ReplayScopeError (RuntimeError)  a router was run outside the scope's contract
     ├── CoverageError (RuntimeError)     fewer rows were replayed than the recipe demands
     ├── MisalignmentError (RuntimeError) replayed and live routes disagree too much
-    ├── UpdateError (RuntimeError)       an update that cannot learn: gradients are off, or 0 where they cannot be
+    ├── UpdateError (RuntimeError)       an update's gradients are off, or 0 where they cannot be
     ├── EngineError (RuntimeError)       an inference engine failed or broke its contract
     ├── RankError (RuntimeError)         another rank of the job ended, or was silent for too long
     ├── DivergedError (RuntimeError)     weights or gradients are no longer finite numbers
@@ -65,7 +65,10 @@ class MisalignmentError(MoeReplayError, RuntimeError):
 
 
 class UpdateError(MoeReplayError, RuntimeError):
-    """An update cannot learn: gradients are switched off, or exactly 0 where they cannot be; no weight has changed."""
+    """An update cannot learn: gradients are switched off, or exactly 0 where they cannot be.
+
+    No weight has changed.
+    """
 
 
 class EngineError(MoeReplayError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The benchmarks run, and print their figures last, one JSON object a line, under the names that readers look for."""
+"""The benchmarks run and print their figures last, a JSON object a line, under the known names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_gpu_replay_runs_on_a_cpu_and_claims_nothing() -> None:
 def test_e7_opening_a_rollout_takes_next_to_no_memory() -> None:
     lines = printed("rollout_files.py", "--quick", "--length", "256")
     figures = {row["metric"]: row["value"] for row in map(json.loads, lines[1:])}
-    # The first format took 105 bytes a token; the control is that a step's groups do take memory when they are read.
+    # The first format took 105 bytes a token; the control is that a step's groups do take memory
+    # when they are read.
     assert figures["rollout_files.open_anonymous_bytes_per_token"] < 8
     assert figures["rollout_files.step_anonymous_bytes_per_token"] > 20
 
@@ -74,7 +75,7 @@ def test_the_table_of_the_guard_is_measured_and_put_into_its_page(tmp_path: Path
     )
     found = {row["metric"]: row["value"] for row in map(json.loads, lines[-2:])}
     late, strewn = found.values()
-    # Every row late shows in a dozen of them; two random rows of 24 show nowhere, which is the control.
+    # Every row late shows in a dozen of them; two random rows of 24 show nowhere: the control.
     assert late in (8, 12, 16) and strewn is None
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text

@@ -41,7 +41,10 @@ FAKE_FACTS = ModelFacts(
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Return two checkpoints of one shape by seed; layer 1 is dense, so that layer numbers are no mere order."""
+    """Return two checkpoints of one shape by seed.
+
+    Layer 1 is dense, so that a layer's number is not its place among the MoE layers.
+    """
     root = tmp_path_factory.mktemp("engines")
     return {
         seed: write_tiny_checkpoint(
@@ -123,7 +126,10 @@ def _model_case(name: str, dtype: str, checkpoints: dict[int, Path]) -> EngineCa
 
 
 class Served(ServerEngine):
-    """An engine behind a server of this process, which ends with it; ``serve`` is the scope that serves it."""
+    """An engine behind a server of this process, which ends with it.
+
+    ``serve`` is the scope that serves it.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What every engine keeps, as plain checks over an `EngineCase`; test_engines.py runs them on each engine."""
+"""Plain checks of what every engine keeps, over an `EngineCase`; test_engines.py runs them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class EngineCase:
     weights: Callable[[int], Weights]
     """Seed -> a full push; seed 0 is what `make` starts with."""
     forced: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-    """Token ids, seed of the weights -> (logits, routes) of running exactly these tokens, in the engine's dtype."""
+    """Token ids, seed of the weights -> (logits, routes) of running exactly these tokens, in the
+    engine's dtype."""
     vocab_size: int
     exact: bool
     """True: routes and tokens must agree entirely; False: up to the rounding of bfloat16."""
@@ -54,7 +55,7 @@ def mixed_requests(case: EngineCase, *, count: int = 6, seed: int = 0) -> list[R
 
 
 def long_requests(case: EngineCase, *, seed: int = 1) -> list[Request]:
-    """Return prompts that share a beginning and are long enough for a prefix cache and for prefill in chunks."""
+    """Return prompts that share a beginning, long enough for a prefix cache and chunked prefill."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(4, case.vocab_size, 96)
     tails = [rng.integers(4, case.vocab_size, length) for length in (3, 40, 3)]
@@ -109,7 +110,7 @@ def forced_logprob_gap(
 
 
 def ends_as_it_says(completion: Completion, stops: set[int], max_length: int) -> bool:
-    """Tell whether the finish reason fits the tokens: the stop token is kept, last and only once."""
+    """Tell whether the finish reason fits the tokens: the stop token is kept last and only once."""
     tokens = completion.token_ids.tolist()
     if any(token in stops for token in tokens[:-1]):
         return False

@@ -24,12 +24,13 @@ from .engine_contract import (
     route_agreement,
 )
 
-# Share of (token, layer) expert sets on which a bfloat16 engine agrees with a bfloat16 model run at once.
+# Share of (token, layer) expert sets on which a bfloat16 engine agrees with a bfloat16 model run at
+# once.
 BF16_AGREEMENT = 0.9
 
 
 def changed(groups: Sequence[RolloutGroup], **changes: object) -> list[RolloutGroup]:
-    """Return the groups with fields of every completion replaced; a callable gets the completion."""
+    """Return the groups with fields of every completion replaced; callables get the completion."""
     return [
         replace(
             group,

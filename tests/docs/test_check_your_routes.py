@@ -61,7 +61,7 @@ def test_row_numbers_shared_out_over_ranks_hold_every_row_with_a_route_once() ->
 
 
 def _watched(checkpoint: Path) -> tuple[list[int], list[int]]:
-    """Replay through Megatron-Core's RouterReplay; return samples named clean, and with one late."""
+    """Replay by Megatron-Core's RouterReplay; return samples named clean, and with one late."""
     import torch
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 

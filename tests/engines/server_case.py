@@ -83,7 +83,7 @@ def tokens(groups: Any) -> list[list[int]]:
 
 
 class HeldEngine(ThreadedEngine):
-    """A fake engine whose completions wait until they are released, and which counts what became of them."""
+    """A fake engine whose completions wait until released, and which counts what became of them."""
 
     def __init__(self) -> None:
         super().__init__(fake, facts=FACTS)
@@ -147,7 +147,7 @@ def call(method: str, url: str, content: bytes = b"", **options: Any) -> httpx2.
 
 
 def error_of(response: httpx2.Response) -> tuple[int, str]:
-    """Return status and text of an answer, whether it came as such or inside of a stream; 200 for a good one."""
+    """Return status and text of an answer, as such or inside a stream; 200 for a good one."""
     if response.status_code != 200:
         return response.status_code, response.text
     if response.headers["content-type"] != CONTENT_TYPE:

@@ -1,4 +1,4 @@
-"""Weights that have diverged are named for what they are, by every engine, and no token is drawn from what is no number."""
+"""Every engine names diverged weights as such, and no token is drawn from what is not a number."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_settings_in_range_pass():
     "settings", [{}, {"top_k": 3}, {"top_p": 0.95}, {"temperature": 0.0}], ids=str
 )
 def test_e18_ids_that_pad_the_vocabulary_are_never_drawn(settings):
-    """Tokens 0 and 1 are known; they are drawn in proportion, with their probabilities of the full vocabulary."""
+    """Known tokens, 0 and 1, are drawn in proportion, with probabilities of the full vocabulary."""
     ids, logprobs = draw([0.0, 0.5, 0.71, 0.72, 0.999], num_known_ids=2, **settings)
     # 0.5 and 0.2 remain: 5/7 and 2/7.
     expected = [0] * 5 if settings.get("temperature") == 0.0 else [0, 0, 0, 1, 1]

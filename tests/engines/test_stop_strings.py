@@ -1,4 +1,7 @@
-"""A stop string ends a completion with the token that completes it; tokens, log-probabilities and routes stay together."""
+"""A stop string ends a completion with the token that completes it.
+
+Tokens, log-probabilities and routes stay together.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ SAMPLING = SamplingParams(max_completion_length=8)
 
 
 def forged(group, **fields):
-    """Return the group with fields of its first completion as an engine without our annotations may set them."""
+    """Return the group with its first completion changed, as an engine without annotations may."""
     first, *rest = group.completions
     first = copy.copy(first)
     for name, value in fields.items():
@@ -163,7 +163,8 @@ def test_t3_more_tokens_than_asked_for_are_refused(engine, group):
 
 
 def test_t3_a_finish_reason_that_is_only_its_text_is_refused(engine, group):
-    # It equals the member and is not the member: compared with `is`, a cut completion would count as finished.
+    # It equals the member and is not the member: compared with `is`, a cut completion would count
+    # as finished.
     assert FinishReason.LENGTH == "length"
     with pytest.raises(EngineError, match=r"finish_reason is 'length'.*FinishReason\.LENGTH"):
         check(engine, forged(group, finish_reason="length"), group.request)

@@ -28,7 +28,7 @@ TIED = replace(
 
 
 def names(facts: ModelFacts, **tensors: torch.Tensor) -> list[str]:
-    """Return the names that are passed on of a push of these tensors, ``head``, ``embedding`` and ``norm``."""
+    """Return the names passed on from a push of these, ``head``, ``embedding`` and ``norm``."""
     full = {"head": HEAD, "embedding": EMBEDDING, "norm": NORM}
     return [name for name, _ in checked_weights([(full[n], t) for n, t in tensors.items()], facts)]
 

@@ -1,4 +1,6 @@
-"""Fuzz the codec: damaged payloads must raise CodecError, hostile ones too unless they decode to possible traces.
+"""Fuzz the codec.
+
+Damaged payloads must raise CodecError, hostile ones too unless they decode to possible traces.
 
 Not collected by pytest; tests/fuzz/test_fuzz_codec.py runs a little of it.
 
@@ -36,7 +38,8 @@ from moe_replay.routing.format import codec, frame, set_coding, slots
 from ..support.payload_mutations import damaged, hostile, with_fitting_checksums
 
 MEMORY_LIMIT_BYTES = 2 << 30
-"""Address space of a fuzzing process: a payload of kilobytes that asks for more ends it with MemoryError."""
+"""Address space of a fuzzing process: a payload of kilobytes that asks for more ends it with
+MemoryError."""
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 def fuzz(count: int, seed: int) -> collections.Counter[str]:
-    """Try ``count`` altered payloads, one damaged for each hostile one, and count what became of them."""
+    """Try ``count`` payloads, one damaged for each hostile one, and count what became of them."""
     rng = random.Random(seed)
     payloads = intact_payloads(seed)
     outcomes: collections.Counter[str] = collections.Counter()
@@ -85,7 +88,7 @@ def fuzz(count: int, seed: int) -> collections.Counter[str]:
 
 
 def outcome_of(payload: bytes, *, must_raise: bool) -> str:
-    """Decode a payload and return ``refused`` or ``decoded``; whatever else happens is a defect and raises."""
+    """Decode a payload and return ``refused`` or ``decoded``; all else is a defect and raises."""
     try:
         traces = decode_traces(payload)
     except CodecError:
@@ -122,7 +125,7 @@ def intact_payloads(seed: int) -> list[bytes]:
 
 
 def fuzz_by_coverage(argv: Sequence[str], seed: int) -> None:
-    """Let atheris look for payloads that reach new code; checksums are made to fit, so that it gets past them."""
+    """Let atheris look for payloads that reach new code, past checksums that are made to fit."""
     import atheris
 
     places: list[object] = [codec, frame, set_coding, slots, digest, RoutingTrace]

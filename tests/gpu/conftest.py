@@ -1,4 +1,4 @@
-"""One policy on the GPU for all tests of this folder: Megatron's groups and CUDA live in the test process itself."""
+"""One policy on the GPU for these tests: Megatron's groups and CUDA live in the test process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay on a GPU: nccl, bfloat16 with float32 main weights, Transformer Engine's layers where it is installed."""
+"""Replay on a GPU: nccl, bfloat16 with float32 main weights, Transformer Engine where installed."""
 
 from __future__ import annotations
 

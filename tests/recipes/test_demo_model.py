@@ -1,4 +1,4 @@
-"""The shipped demo model is what its card says, and the script that makes it trains on what the demo asks."""
+"""The shipped demo model is what its card says, and its script trains on what the demo asks."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The part of `moe-replay doctor` that asks Megatron-Core: the model, its layout, its routes, and the table of refusals.
+"""The part of `moe-replay doctor` that asks Megatron-Core: model, layout, routes and refusals.
 
 Importing it loads Megatron-Core. No process group is made and no weight is read.
 
@@ -22,7 +22,7 @@ from moe_replay.routing import expert_dtype
 
 
 def add_model(report: dict[str, Any], found: Preflight) -> None:
-    """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as no problem was in the way."""
+    """Fill in ``model``, ``layout``, ``routes`` and ``options``, as far as the problems allow."""
     shape, layout = found.shape, found.recipe.megatron
     assert shape is not None
     report["model"] = model_of(shape, found.recipe)

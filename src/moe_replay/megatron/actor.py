@@ -42,8 +42,8 @@ class Gradient:
     norm: float
     """Norm of the gradient over all ranks before clipping; finite."""
     balancing_loss: float | None
-    """This rank's part of the auxiliary load-balancing loss before its weight, a mean over MoE layers and microbatches
-    when summed over ranks; None when the recipe has none."""
+    """This rank's part of the auxiliary load-balancing loss before its weight, a mean over MoE
+    layers and microbatches when summed over ranks; None when the recipe has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,10 @@ class MegatronActor(MegatronLearner):
         routing: Routing,
         watch: RouteWatch | None = None,
     ) -> UpdateResult:
-        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks: `backward`, then `step`."""
+        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks.
+
+        Calls `backward`, then `step`.
+        """
         gradient = self.backward(
             microbatches, loss, temperature=temperature, routing=routing, watch=watch
         )
@@ -141,13 +144,14 @@ class MegatronActor(MegatronLearner):
         watch: RouteWatch | None = None,
         where: str = "update",
     ) -> Gradient:
-        """Compute the gradient of the sum of ``loss`` over the microbatches of all ranks, and change no weight.
+        """Compute the gradient of the sum of ``loss`` over the microbatches of all ranks.
 
-        ``watch.observe`` sees the evidence before anything is learned from it. ``where`` names the update in errors.
+        No weight changes. ``watch.observe`` sees the evidence before anything is learned from it.
+        ``where`` names the update in errors.
 
         Raises:
-            DivergedError: on every rank, when the gradient is not finite anywhere; it names the microbatch, and the
-                sample where that can be found.
+            DivergedError: on every rank, when the gradient is not finite anywhere; it names the
+                microbatch, and the sample where that can be found.
             UpdateError: when gradients are switched off in this process.
         """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -171,14 +175,14 @@ class MegatronActor(MegatronLearner):
 
     @quiet_megatron()
     def step(self) -> float:
-        """Take the optimizer's step along the gradient of `backward`; return the learning rate that it used."""
+        """Take the optimizer's step along `backward`'s gradient; return its learning rate."""
         learning_rate = self.learning_rate
         self.optimizer.step()
         self.skip()
         return learning_rate
 
     def skip(self) -> None:
-        """Advance the learning-rate schedule without a step, so that it depends on the step count alone."""
+        """Advance the learning-rate schedule without a step: it depends on the step count alone."""
         self.scheduler.step(increment=1)
 
     @property
@@ -217,8 +221,8 @@ def build_policy(
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
-    ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights. ``overrides`` holds
-    further TransformerConfig fields, such as ``recompute_*``.
+    ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights.
+    ``overrides`` holds further TransformerConfig fields, such as ``recompute_*``.
     """
     modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     return MegatronActor(
@@ -261,10 +265,10 @@ def _load_modules(
 def wrap_precision(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
     """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are.
 
-    The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it next runs, after its
-    value was rounded: 11.9 becomes 11.875, a step many times the differences by which a balanced router orders its
-    experts. Counts of tokens stop at 256, and cached rotary angles lose all digits of a late position. Float32 buffers
-    are therefore put back as they were.
+    The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it
+    next runs, after its value was rounded: 11.9 becomes 11.875, a step many times the differences
+    by which a balanced router orders its experts. Counts of tokens stop at 256, and cached rotary
+    angles lose all digits of a late position. Float32 buffers are therefore put back as they were.
     """
     if not config.bf16:
         return list(chunks)

@@ -23,9 +23,10 @@ def initialize(
 ) -> None:
     """Set up torch.distributed, Megatron's process groups and its RNG streams.
 
-    An existing default process group is used as it is. Otherwise `from_environment` decides: True reads the
-    rendezvous that torchrun puts there, False makes a world of this process alone, without opening a port.
-    `backend` defaults to nccl with CUDA and to gloo without. `local_rank` picks the CUDA device.
+    An existing default process group is used as it is. Otherwise `from_environment` decides: True
+    reads the rendezvous that torchrun puts there, False makes a world of this process alone,
+    without opening a port. `backend` defaults to nccl with CUDA and to gloo without. `local_rank`
+    picks the CUDA device.
 
     Raises:
         UnsupportedError: the world does not hold a whole number of copies of the model.

@@ -38,11 +38,11 @@ __all__ = [
 
 
 def read_model_shape(checkpoint_dir: str | Path) -> ModelShape:
-    """Read a Hugging Face checkpoint's config.json, with transformers' defaults for what it leaves out.
+    """Read a Hugging Face checkpoint's config.json, with transformers' defaults for what it omits.
 
     Raises:
         RecipeError: there is no config.json, or it holds what no model can have.
-        UnsupportedError: the architecture, or an option of it, has no exact Megatron counterpart here.
+        UnsupportedError: the architecture, or an option of it, has no exact Megatron counterpart.
     """
     path = Path(checkpoint_dir)
     raw = read_config_json(path)
@@ -62,12 +62,12 @@ def transformer_config(
 ) -> TransformerConfig:
     """Translate a model shape and a layout into Megatron's configuration.
 
-    `overrides` are further TransformerConfig fields, such as recompute settings; `moe_aux_loss_coeff` above 0 brings
-    the load-balancing loss with it. Megatron's own `moe_enable_routing_replay` stays off: our replay scope attaches
-    itself to the routers.
+    `overrides` are further TransformerConfig fields, such as recompute settings;
+    `moe_aux_loss_coeff` above 0 brings the load-balancing loss with it. Megatron's own
+    `moe_enable_routing_replay` stays off: our replay scope attaches itself to the routers.
 
     Raises:
-        UnsupportedError: the layout cannot split the model exactly, or an option has no meaning for it.
+        UnsupportedError: the layout cannot split the model exactly, or an option does not fit it.
     """
     overrides = dict(overrides or {})
     _check_overrides(shape, overrides)
@@ -87,7 +87,8 @@ def transformer_config(
         }
     fields |= dict(shape.megatron_fields) | overrides
     if fields.get("moe_token_dispatcher_type") == "allgather":
-        # Every rank must then bring equally many rows, so their number need not travel along the pipeline either.
+        # Every rank must then bring equally many rows, so their number need not travel along the
+        # pipeline either.
         fields["variable_seq_lengths"] = False
         _refuse_pipeline_with_allgather(layout)
     latent = fields.get("multi_latent_attention", False)
@@ -180,8 +181,9 @@ def build_model(
 ) -> list[GPTModel]:
     """Build this rank's model chunks: one, or one for each virtual pipeline stage.
 
-    Parameters and expert biases are NaN until `load_hf_weights` or a checkpoint fills them. `grouped_experts` runs the local experts in
-    two grouped products without Transformer Engine; with it experts are always grouped.
+    Parameters and expert biases are NaN until `load_hf_weights` or a checkpoint fills them.
+    `grouped_experts` runs the local experts in two grouped products without Transformer Engine;
+    with it experts are always grouped.
     """
     num_virtual = config.virtual_pipeline_model_parallel_size
     chunks = []

@@ -1,4 +1,4 @@
-"""A rollout's writer: killed anywhere it leaves whole groups, and whoever goes on with it samples only the rest."""
+"""Killed anywhere, a rollout's writer leaves whole groups, and the next samples only the rest."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def test_e7_torn_bytes_are_counted(tmp_path):
     behind = traces.stat().st_size - TraceFile(traces).place("2/0").start
     path.with_suffix(GROUPS).write_bytes(whole[:-7])
     with RolloutWriter(path) as writer:
-        # Most of a record, and behind the traces that are kept two that no record names, with the index.
+        # Most of a record, and behind the traces that are kept two that no record names, with the
+        # index.
         assert (writer.num_cut_bytes, writer.kept) == (record - 7 + behind, (0, 1))
 
 
@@ -196,7 +197,7 @@ def test_e7_several_ranks_write_one_rollout_and_others_go_on_with_it(tmp_path):
         writer.finish()
         writer.close()
     assert_whole(tmp_path, 12)
-    # Every shard's traces are a trace file, the repaired one too, and together they are the rollout's.
+    # Every shard's traces are a trace file, the repaired one too; together they are the rollout's.
     shards = sorted(tmp_path.glob("*.traces"))
     assert len(shards) == 5 and len(TraceFile(*shards)) == 24
 

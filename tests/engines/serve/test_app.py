@@ -53,7 +53,7 @@ def guarded_url() -> Iterator[str]:
 
 
 def generate(url: str, change: dict[str, object]) -> tuple[int, str]:
-    """Make a generate call of which something was changed, and return the status and text of its error."""
+    """Make a generate call with something changed, and return the status and text of its error."""
     body = json.loads(call_bytes(requests(2), SAMPLING, POLICY))
     for path, value in change.items():
         *folders, last = path.split(".")

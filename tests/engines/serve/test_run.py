@@ -1,4 +1,4 @@
-"""The life of a rollout server: a port that is taken first, a load that shows, an end that leaves nothing."""
+"""A rollout server's life: a port taken first, a load that shows, an end that leaves nothing."""
 
 from __future__ import annotations
 

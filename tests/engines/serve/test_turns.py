@@ -102,7 +102,7 @@ def test_a_push_waits_for_running_completions_and_new_calls_wait_for_it():
         assert push.join() is None
         assert len(engine.applied) == 1
         assert late.join() == (200, "")
-        # It was asked for by the weights before, and is told so although it was not refused at once.
+        # Asked for by the weights before, it is told so although it was not refused at once.
         assert stale.join()[0] == 409
 
 

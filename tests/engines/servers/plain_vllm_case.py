@@ -1,4 +1,4 @@
-"""vLLM's own server with everything that replay needs, what it is asked for, and what must come back."""
+"""vLLM's own server with all that replay needs, what it is asked for, and what must come back."""
 
 from __future__ import annotations
 

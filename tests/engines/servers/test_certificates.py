@@ -1,4 +1,4 @@
-"""Servers behind TLS whose authority nobody else trusts: every client, with the right certificate, another and none."""
+"""TLS of a private authority: every client, with the right certificate, another and none."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_faults_are_survived_without_a_trace_in_the_result():
     made = faulty[0].made + faulty[1].made
     assert sum(made.values()) >= 12, made
     assert min(made[kind] for kind in kinds) >= 1
-    # A call that dies is answered with 500, or its connection breaks, as the server's timing has it.
+    # A call that dies is answered with 500, or its connection breaks, by the server's timing.
     assert min(faults[kind] for kind in (Fault.CORRUPT, Fault.FAILED)) >= 1
     assert sum(faults.values()) >= made["die"] + made["fail"]
 

@@ -1,4 +1,4 @@
-"""Connections to a server: one a call in flight, used again by the next call, and never one that is gone."""
+"""Connections to a server: one a call in flight, reused by the next, and never one that is gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.vllm
 
 
 class Counting:
-    """Notes the connection of each call; /hold waits for `release`, /close and /cut end the connection."""
+    """Notes calls' connections; /hold waits for `release`, /close and /cut end the connection."""
 
     def __init__(self) -> None:
         self.ports: list[int] = []

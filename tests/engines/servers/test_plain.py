@@ -1,4 +1,4 @@
-"""Servers with noise of their own: no answer is replaced by another draw without a word, and none is waited for in vain."""
+"""Servers with their own noise: no answer silently replaced by another draw, or awaited in vain."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRIAL = 1
 
 
 class Own(SglangLike):
-    """A server with its own noise; ``answer`` decides what becomes of a completion of so many tokens."""
+    """A server with its own noise; ``answer`` decides the fate of a completion by its length."""
 
     def __init__(self, answer: Callable[[int, Response], Awaitable[Response]]) -> None:
         options = {"enable_deterministic_inference": False}

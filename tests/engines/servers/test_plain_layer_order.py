@@ -1,4 +1,4 @@
-"""What single payloads of a plain server show of the order of its layers adds up, server by server."""
+"""What single payloads of a plain server show of its layers' order adds up, server by server."""
 
 from __future__ import annotations
 

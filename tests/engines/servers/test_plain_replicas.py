@@ -1,4 +1,4 @@
-"""Two plain vLLM servers behind one engine: both are tried, both sample, both take every push, and one may die."""
+"""Two plain vLLM servers behind one engine: both are tried, sample, take each push; one may die."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_replicas_share_the_requests_and_both_sample_by_each_push(pair):
             seen.append(engine.generate(REQUESTS, SAMPLING))
         assert engine.faults == dict.fromkeys(engine.faults, 0)
     for version, groups in enumerate(seen):
-        # Every completion is held to the model that was pushed last, so none of either server is by another.
+        # Every completion is held to the model pushed last, so none of either server is by another.
         assert servers_of(groups).keys() == set(pair.urls)
         assert_same(groups, pair.models.expected[version % 2])
         assert {c.policy_version for group in groups for c in group.completions} == {version}
@@ -124,7 +124,7 @@ def test_e8_a_replica_that_another_run_pushed_to_is_stale_and_the_other_does_its
 
 
 def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
-    """kill -9 while it samples. Nothing of the round is lost, and every push goes on to the one that is left."""
+    """kill -9 while it samples: nothing of the round is lost, and pushes go on to the one left."""
     # Nothing stops these before their end, so that they run when the server is killed.
     endless = replace(pair.models, facts=replace(pair.models.facts, eos_ids=()))
     long, requests = SamplingParams(max_completion_length=200, seed=4), REQUESTS[:8]

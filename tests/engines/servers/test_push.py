@@ -1,4 +1,4 @@
-"""Pushes to several servers by several ranks: no rank drops a server that took the weights, or asks one that did not."""
+"""Pushes by several ranks: none drops a server that took the weights, or asks one that did not."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_e8_every_rank_is_answered_by_the_checkpoint_of_the_run(tmp_path):
 
 
 def test_e4_expert_biases_reach_an_engine_bit_for_bit(tmp_path):
-    """A bfloat16 checkpoint with float32 biases, trained in float32, pushed to a bfloat16 engine."""
+    """From a bfloat16 checkpoint with float32 biases, by float32 training, to a bfloat16 engine."""
     model = write_tiny_checkpoint(tmp_path, "deepseek_v3", dtype=torch.bfloat16)
     facts = read_facts(model)
     on_disk = dict(checkpoint_tensors(model))

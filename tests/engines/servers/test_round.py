@@ -1,4 +1,4 @@
-"""The work of one round: what is counted while it runs, and how many draws by other noise a run may have."""
+"""One round's work: what is counted meanwhile, and how many draws by other noise a run may have."""
 
 from __future__ import annotations
 

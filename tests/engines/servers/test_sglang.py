@@ -1,4 +1,4 @@
-"""SGLang servers behind the server engine: what is asked before the first step, pushes, faults, retractions."""
+"""SGLang behind the server engine: what is asked at the start, pushes, faults, retractions."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_token_opens_the_server():
 
 
 def test_faults_are_survived():
-    # Flipped bits are left out: SGLang's JSON has no checksum, so that a changed digit goes unnoticed.
+    # Flipped bits are left out: SGLang's JSON has no checksum, so a changed digit goes unnoticed.
     kinds = ("die", "fail", "cut")
     application = SglangLike(fake(), num_decoder_layers=2).application()
     faulty = Faulty(application, kinds, share=0.0, seed=5)

@@ -1,4 +1,4 @@
-"""SGLang's wire format, by answers written out by hand: what is read from them, and what is refused."""
+"""SGLang's wire format, by answers written by hand: what is read from them, and what is refused."""
 
 from __future__ import annotations
 

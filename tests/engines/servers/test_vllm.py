@@ -1,4 +1,4 @@
-"""Plain vLLM servers: told apart from ours, asked before the first step, and a real one in a process of its own."""
+"""Plain vLLM servers: distinguished from ours, asked at the start, and a real one as a process."""
 
 from __future__ import annotations
 
@@ -135,8 +135,9 @@ def test_e8_a_plain_server_with_other_weights_answers_by_ours_after_the_start(pl
 
 @pytest.mark.slow
 def test_e2_e3_a_plain_server_shows_that_it_works_and_cancels_what_is_given_up(plain):
-    """While completions are sampled its counters move, and none is left when the round is given up."""
-    # Nothing stops them, so all fill their context: 12 rounds of 16 sequences, of which one at most is over by then.
+    """Its counters move while it samples, and no completion is left when the round is given up."""
+    # Nothing stops them, so all fill their context: 12 rounds of 16 sequences, of which one at most
+    # is over by then.
     endless = replace(plain.models, facts=replace(plain.models.facts, eos_ids=()))
     sampling = SamplingParams(max_completion_length=endless.facts.max_context_length - 40, seed=1)
     many = [replace(request, num_generations=64) for request in REQUESTS]

@@ -1,4 +1,4 @@
-"""vLLM's own HTTP format, by answers of vLLM 0.30.0: what is read from them, and what is refused."""
+"""vLLM's own HTTP format, by answers of vLLM 0.30.0: what is read from them and what is refused."""
 
 from __future__ import annotations
 
@@ -174,7 +174,10 @@ def test_a_drawing_server_gets_the_noise_of_every_engine():
 
 
 def test_answers_are_asked_for_at_once():
-    """In pieces, vLLM 0.30 loses the routes where the reader is slow: two merged outputs keep those of the first, which has none."""
+    """In pieces, vLLM 0.30 loses the routes where the reader is slow.
+
+    Two merged outputs keep those of the first, which has none.
+    """
     assert generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=False)["stream"] is False
 
 
@@ -242,7 +245,7 @@ def test_a_configuration_of_another_form_is_refused(told):
 
 @pytest.mark.parametrize("draws", [False, True])
 def test_e22_every_option_is_named_so_that_no_default_of_the_server_applies(draws):
-    """A checkpoint's generation_config.json may hold any of these, and vLLM takes them as defaults."""
+    """A checkpoint's generation_config.json may hold any of these; vLLM takes them as defaults."""
     told = generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=draws)["sampling_params"]
     neutral = {
         "top_p": 1.0,

@@ -1,4 +1,4 @@
-"""The folder of a run's pushes: gone when the run is, however it ended, and never taken from a run that lives."""
+"""The folder of a run's pushes: gone when the run is, however it ended, and never before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ time.sleep(3600)
 
 
 def begun(parent: Path) -> tuple[subprocess.Popen[str], Path]:
-    """Start a process that pushes, and return it in the middle of that with the file that it wrote."""
+    """Start a process that pushes; return it in the middle of that, with the file that it wrote."""
     process = subprocess.Popen(
         [sys.executable, "-c", PUSHING, str(parent)], stdout=subprocess.PIPE, text=True
     )

@@ -94,7 +94,7 @@ def start(runner: asyncio.Runner, path: Path, folder: Path, **options: object) -
 
 
 def prompts(count: int, *, seed: int = 0) -> list[Request]:
-    """Return requests that start alike, so that later ones are answered from the cache of prompts."""
+    """Return requests that start alike, so that later ones are answered from the prompt cache."""
     rng = np.random.default_rng(seed)
     head = rng.integers(4, 100, 40)
     return [
@@ -108,7 +108,7 @@ def prompts(count: int, *, seed: int = 0) -> list[Request]:
 
 
 def gap(ours: list[RolloutGroup], theirs: list[RolloutGroup]) -> float:
-    """Return the largest gap of log-probabilities, infinite where tokens, routes or reasons differ."""
+    """Return the largest log-probability gap, infinite where tokens, routes or reasons differ."""
     gaps = [0.0]
     for a, b in zip(ours, theirs, strict=True):
         for mine, other in zip(a.completions, b.completions, strict=True):

@@ -1,4 +1,4 @@
-"""What is vLLM's own: its cache, its scheduler, its process, and the defects of its CPU build that the plugin mends."""
+"""What is vLLM's own: cache, scheduler, process, the CPU build's defects that the plugin fixes."""
 
 from __future__ import annotations
 

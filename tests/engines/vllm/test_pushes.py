@@ -1,4 +1,7 @@
-"""A weight push into vLLM that breaks off, at any point, and what comes after it; `test_vllm_ranks` has several ranks."""
+"""A weight push into vLLM that breaks off at any point, and what comes after it.
+
+`test_ranks` has several ranks.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def requests() -> list[Request]:
 
 
 def num_right(groups: list[RolloutGroup], checkpoint: Path) -> tuple[int, int]:
-    """Return how many completions have the tokens, log-probabilities and routes of a checkpoint, and how many there are."""
+    """Return how many completions are a checkpoint's, and how many there are.
+
+    Compared are tokens, log-probabilities and routes.
+    """
     expected = EmbeddedEngine(checkpoint, dtype="float32").generate(requests(), SAMPLING)
     right = []
     for group, other in zip(groups, expected, strict=True):

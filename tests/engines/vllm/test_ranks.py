@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory):
 
 
 def requests_of(rank: int) -> list[Request]:
-    """Return what a rank asks for: three prompts of the first, one of the second, of different lengths."""
+    """Return a rank's requests: three prompts of the first, one of the second; lengths differ."""
     rng = np.random.default_rng(rank)
     return [
         Request(
@@ -93,7 +93,7 @@ def test_each_rank_gets_its_own_completions_before_and_after_a_push(checkpoints)
         whole = load_file(checkpoints[0] / "model.safetensors")
         rows = sum(whole[f"model.layers.0.self_attn.{name}_proj.weight"].shape[0] for name in "qkv")
         assert shard_rows < rows
-    # The control: the ranks asked for different things, so taking another rank's completions would show.
+    # The control: the ranks asked for different things, so another rank's completions would show.
     assert len(results[0][0]) != len(results[1][0])
 
 
@@ -126,7 +126,7 @@ def test_ranks_that_cannot_be_cut_into_engines_are_refused(checkpoints):
 
 
 def test_e24_a_push_that_one_of_two_ranks_cannot_load_is_refused_by_both(checkpoints):
-    """Each tensor is gathered by both ranks, as in an export, so a rank that stopped reading would hold up the other."""
+    """Both ranks gather each tensor, as in an export: one that stopped would hold up the other."""
     import torch
     import torch.distributed as dist
 

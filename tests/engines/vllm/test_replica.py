@@ -97,7 +97,10 @@ def test_e24_a_push_that_one_of_two_replicas_fails_goes_back_in_both(pair, check
 
 
 def test_e25_one_worker_that_dies_ends_its_completions_and_is_never_asked_again(pair):
-    """The last with this engine. A dead replica samples nothing: it would get every request as the one with fewest."""
+    """The last with this engine.
+
+    A dead replica samples nothing: it would get every request as the one with fewest.
+    """
     processes = cores()
     assert len(processes) >= 4
     sampling = SamplingParams(max_completion_length=400, seed=2)

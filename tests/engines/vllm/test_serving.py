@@ -1,4 +1,7 @@
-"""vLLM with several workers, as the server drives it: completions, cancelling, pushes that fail half-way, its processes."""
+"""vLLM with several workers, as the server drives it.
+
+Completions, cancelling, pushes that fail half-way, its processes.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def test_e24_a_push_that_one_of_two_workers_fails_goes_back_everywhere(served, e
 
 
 def test_e24_without_finishing_a_reload_the_next_push_is_ruined(served, expected, weights):
-    """Why `PushWorker` finishes a reload that broke off: vLLM counts its parts as those of the next."""
+    """Why `PushWorker` finishes a reload that broke off: vLLM counts its parts for the next."""
     served.workers("replay_plant", 1, 20, 1)
     served.workers("replay_leave_torn", True)
     with pytest.raises(PushRefused):
@@ -160,7 +163,7 @@ def test_e23_logits_that_are_not_numbers_end_a_completion_and_not_the_engine(
 
 
 def test_e3_a_cancelled_completion_leaves_every_worker_and_the_others_go_on(served):
-    """Eight run, four of them for clients that leave; an engine that went on would sample 400 tokens for each."""
+    """Eight run, four for clients that leave; going on would sample 400 tokens for each."""
     sampling = SamplingParams(max_completion_length=400, seed=2, stop_token_ids=())
     requests = prompts(8, seed=4)
 

@@ -1,6 +1,6 @@
-"""One thread steps vLLM for all callers: they share steps, and whatever goes wrong leaves no request behind.
+"""One thread steps vLLM for all callers: they share steps, and no fault leaves a request behind.
 
-The vLLM here is a stand-in that counts; `test_vllm_engine` has the real one.
+The vLLM here is a stand-in that counts; `test_engine` has the real one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def test_e14_calls_that_come_together_share_every_step_from_the_next_on(vllm, st
         queued(stepper, 31)
         vllm.gate.set()
         answers = [call.result() for call in (first, *others)]
-    # The first four run alone for one step, then all 128 share 19, and the last step is of those that came later.
+    # The first four run alone for one step, then all 128 share 19, and the last step is of those
+    # that came later.
     assert vllm.batches == [4, *[128] * (LENGTH - 1), 124]
     names = [output.request_id for outputs in answers for output in outputs]
     assert sorted(names) == sorted(map(str, range(128)))

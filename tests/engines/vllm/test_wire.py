@@ -22,7 +22,8 @@ MODEL = RoutedModel(moe_layers=(1, 3), num_decoder_layers=4, num_experts=64, top
 TOKENS = np.array([7, 3, 9, 5, 4, 8], dtype=np.int32)
 NUM_PROMPT = 4
 FED = len(TOKENS) - 1
-# What each release sends for these tokens: all decoder layers or MoE layers only, in one array or two, of this type.
+# What each release sends for these tokens: all decoder layers or MoE layers only, in one array or
+# two, of this type.
 FORMS = [
     ("0.14.1", "joined", "int32"),
     ("0.20.2", "joined", "int32"),

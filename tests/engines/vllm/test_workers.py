@@ -1,4 +1,4 @@
-"""What a worker answers: never an exception, each tensor once, and no load after a reload that could not be finished."""
+"""What a worker answers: never an exception, each tensor once, no load after a torn reload."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_e25_the_end_of_another_process_is_seen(has_pidfd, monkeypatch):
 
 
 def test_a_slow_reader_loses_no_routes():
-    """vLLM joins the outputs that nobody has read yet; joined pieces (DELTA) have lost the routes of the last."""
+    """vLLM joins outputs not read yet; joined pieces (DELTA) lose the routes of the last."""
     import numpy as np
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import RequestOutputKind

@@ -30,8 +30,8 @@ class Lanes:
 
     Example:
         >>> lanes = Lanes("http://127.0.0.1:8000", headers={})
-        >>> async with lanes.stream("GET", "/status", b"", silence_s=5.0, connect_s=5.0) as response:
-        ...     pieces = [piece async for piece in response.aiter_stream()]
+        >>> async with lanes.stream("GET", "/status", b"", silence_s=5.0, connect_s=5.0) as answer:
+        ...     pieces = [piece async for piece in answer.aiter_stream()]
     """
 
     def __init__(
