@@ -87,6 +87,22 @@ def test_ruff_bans_the_environment_and_pickle(project, module, source, is_refuse
     assert ("TID251" in output) == is_refused, output
 
 
+@pytest.mark.parametrize(
+    ("source", "is_refused"),
+    [
+        (f"# {'ab ' * 30}abcdefgh\n", False),  # 100 columns
+        (f"# {'ab ' * 30}abcdefghi\n", True),
+        (f'"""{"ab " * 30}abcd"""\n', False),
+        (f'"""{"ab " * 30}abcde"""\n', True),
+        (f'X = "{"ab " * 30}abcdefghi"\n', False),
+    ],
+)
+def test_ruff_bans_comments_and_docstrings_over_100_columns(project, source, is_refused):
+    plant(project, "routing/planted", source)
+    _, output = run_tool(project, "ruff", "check", "--output-format=concise")
+    assert ("W505" in output) == is_refused, output
+
+
 def test_ruff_accepts_the_axes_of_jaxtyping(project):
     annotated = 'ROWS = Shaped[np.ndarray, " rows *rest"]\n'
     plant(
