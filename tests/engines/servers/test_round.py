@@ -84,6 +84,21 @@ def test_a_failure_before_the_last_success_of_a_server_is_not_its_cause():
     assert "once" not in str(caught.value)
 
 
+def test_what_a_server_said_explains_that_it_cannot_be_reached_whatever_came_between():
+    (group,) = fake().generate(requests(1), SAMPLING)
+    work = Round(requests(3), 2, {URL})
+    failed(work, "its engine has ended")
+    task = work.take(URL)
+    for number in task.numbers:
+        work.keep(task, URL, number, group.completions[number])
+    work.finish(task, URL)
+    gone = CallError(Fault.UNREACHABLE, "no connection")
+    while not work.is_stopped:
+        work.give_back(work.take(URL), URL, gone)
+    with pytest.raises(EngineError, match=r"no connection; its .* of: its engine has ended;"):
+        work.results()
+
+
 @pytest.mark.parametrize(("num_sampled", "allowed"), [(0, 8), (800, 8), (2000, 20)])
 def test_e2_eight_redraws_or_one_percent_are_allowed(num_sampled, allowed):
     redraws = Redraws()

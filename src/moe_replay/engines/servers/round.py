@@ -58,6 +58,7 @@ class Round:
         self._errors: dict[int, list[CallError]] = {}
         self._failures_in_a_row: Counter[str] = Counter()
         self._began: dict[str, CallError] = {}
+        self._said: dict[str, CallError] = {}
         self._stopped: BaseException | None = None
         self._turn = threading.Condition()
 
@@ -107,6 +108,8 @@ class Round:
             self._back(task)
             if not self._failures_in_a_row[url]:
                 self._began[url] = error
+            if error.fault is not Fault.UNREACHABLE:
+                self._said[url] = error
             self._failures_in_a_row[url] += 1
             # Weights do not come back by asking again.
             is_stale = error.fault is Fault.STALE
@@ -131,13 +134,19 @@ class Round:
                 self._turn.wait_for(lambda: self._stopped is not None, timeout=pause_s)
 
     def _cause(self, url: str, error: CallError) -> str:
-        """Return the first of a row of failures of a server that ``error`` ends.
+        """Return what made a server fail, if ``error``, its last failure, does not say it."""
+        cause = str(self._cause_of_row(url))
+        return "" if cause == str(error) else f"; its server failed first of: {cause}"
 
-        A server that reports the end of its engine cannot be reached a moment later, and that alone
-        explains nothing.
+    def _cause_of_row(self, url: str) -> CallError:
+        """Return the failure of a server that explains those after it.
+
+        That is the first of a row. A server that reports the end of its engine cannot be reached a
+        moment later, which alone explains nothing; and a call that another replica of its engine
+        still answers may come between the two, so what it reported counts then.
         """
-        began = str(self._began[url])
-        return "" if began == str(error) else f"; its server failed first of: {began}"
+        began = self._began[url]
+        return self._said.get(url, began) if began.fault is Fault.UNREACHABLE else began
 
     def put_down(self, task: Task) -> None:
         """Record that a call was given up."""
@@ -178,7 +187,9 @@ class Round:
         if self._waiting:
             causes = {str(errors[-1]) for errors in self._errors.values()}
             causes |= {
-                str(self._began[url]) for url, count in self._failures_in_a_row.items() if count
+                str(self._cause_of_row(url))
+                for url, count in self._failures_in_a_row.items()
+                if count
             }
             raise EngineError(
                 f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: "
