@@ -200,7 +200,7 @@ def test_sequence_shard_keeps_the_samples_of_a_position_together():
 
 @pytest.mark.parametrize("lengths", [[], [3, 0]])
 def test_packed_refuses_empty_sequences(lengths):
-    with pytest.raises(TraceError, match="sequence lengths must be at least 1"):
+    with pytest.raises(TraceError, match="at least one sequence length, and each at least 1"):
         RowIndex.packed(lengths)
 
 
