@@ -111,7 +111,7 @@ def contiguous_under_zigzag(ids: np.ndarray, others: Sequence[np.ndarray]) -> np
         (
             of_another,
             one,
-            "the routes of 1 of 32 samples.*sample 14 .*(routes in|fit no place).*rho",
+            "the routes of 1 of 32 samples.*sample 14 .*(routes of sample|fit no place).*rho",
         ),
         (one_row_late, every, "the routes of 32 of 32 samples.*step: .*'token"),
         (layers_rolled, every, "of 32 samples"),
@@ -132,7 +132,8 @@ def test_e1_misaligned_routes_stop_the_run_before_anything_is_learned(
 def test_e1_the_message_names_sample_prompt_version_positions_and_nats(recipe: Recipes) -> None:
     with pytest.raises(
         MisalignmentError,
-        match=r"sample 14 \(prompt \d+, policy version 0\), positions 0\.\.\d+: .*paired sample \d+ nats of \d+",
+        match=r"sample 14 \(prompt \d+, policy version 0\), (layer \d, )?positions 0\.\.\d+: "
+        r"token shift \+1.*paired (sample|layer) \d+ nats of \d+",
     ):
         run(recipe(**LONG), make_engine=wrong(one_row_late, one))
 
