@@ -110,10 +110,12 @@ def test_a_suspect_is_cleared_or_convicted_by_its_second_look():
         return verdict_of(PLAIN, replayed, live, looks={9: look})
 
     assert misaligned(after(SecondLook(rho=4.0))) == [9]
-    assert misaligned(after(SecondLook(place="sample 3", nats=60.0, rho=0.1))) == [9]
-    drifted = after(SecondLook(rho=0.1))
-    assert drifted.is_clean
-    assert [(f.sample, f.status) for f in drifted.lost] == [(9, Status.LOST)]
+    assert misaligned(after(SecondLook(place="sample 3", nats=60.0, rho=1.5))) == [9]
+    # Routes of other weights fit some place by chance; as far from the engine live, they are lost.
+    for look in (SecondLook(rho=0.1), SecondLook(place="sample 3", nats=60.0, rho=0.1)):
+        drifted = after(look)
+        assert drifted.is_clean
+        assert [(f.sample, f.status) for f in drifted.lost] == [(9, Status.LOST)]
 
 
 def test_a_message_names_sample_prompt_server_version_and_positions():
