@@ -22,7 +22,7 @@ from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import RunEnd
 from moe_replay.grpo.stopping import StopRequest, StopRequested
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.recipe.sections import seconds_of
+from moe_replay.recipe.sections.run import seconds_of
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
 
