@@ -32,8 +32,9 @@ from moe_replay.routing import (
     digest,
     encode_trace,
     encode_traces,
+    slots,
 )
-from moe_replay.routing.format import codec, frame, set_coding, slots
+from moe_replay.routing.format import codec, frame, set_coding
 
 from ..support.payload_mutations import damaged, hostile, with_fitting_checksums
 

@@ -14,7 +14,7 @@ from moe_replay.grpo import estimators, losses
 from moe_replay.grpo.advantage import group_advantages
 from moe_replay.grpo.loss import sample_weights
 from moe_replay.grpo.losses import BatchSize
-from moe_replay.recipe.sections import GrpoSection
+from moe_replay.recipe.sections.training import GrpoSection
 
 SIZE = BatchSize(num_samples=2, num_tokens=6, max_completion_length=10)
 
