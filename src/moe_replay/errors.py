@@ -1,4 +1,4 @@
-"""The whole error tree: one class for each kind of thing that a caller must tell apart.
+"""The whole error tree: one class for each failure that a caller handles differently.
 
 ::
 

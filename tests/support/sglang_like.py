@@ -11,6 +11,7 @@ In: an engine. Out: an ASGI application.
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from moe_replay.engines.servers.sglang_wire import encode_routes
 from moe_replay.engines.types import Completion, Engine, FinishReason, Request, SamplingParams
 from moe_replay.errors import MoeReplayError
 from moe_replay.routing import RoutingTrace
@@ -235,7 +235,8 @@ class SglangLike:
         }
         if call["return_routed_experts"] and completion.trace is not None:
             rows = self._rows(completion.trace)[call["routed_experts_start_len"] :]
-            meta["routed_experts"] = encode_routes(rows[::-1] if was_retracted else rows)
+            rows = rows[::-1] if was_retracted else rows
+            meta["routed_experts"] = base64.b64encode(rows.astype("<i4").tobytes()).decode()
         return {"text": "", "output_ids": tokens, "meta_info": meta}
 
     def _rows(self, trace: RoutingTrace) -> Int32[np.ndarray, "rows layers topk"]:

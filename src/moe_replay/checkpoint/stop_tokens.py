@@ -10,21 +10,9 @@ In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from moe_replay.checkpoint.config import load_config, load_generation_config
-from moe_replay.checkpoint.tokenizer import find_tokenizer
-
 _MARK = "moe-replay"
-
-
-def checkpoint_stop_tokens(model_dir: str | Path) -> dict[int, tuple[str, ...]]:
-    """Return the `stop_tokens` of a checkpoint directory."""
-    model_dir = Path(model_dir)
-    return stop_tokens(
-        load_generation_config(model_dir), load_config(model_dir), find_tokenizer(model_dir)
-    )
 
 
 def stop_tokens(

@@ -41,7 +41,7 @@ def read_model_shape(checkpoint_dir: str | Path) -> ModelShape:
     """Read a Hugging Face checkpoint's config.json, with transformers' defaults for what it omits.
 
     Raises:
-        RecipeError: there is no config.json, or it holds what no model can have.
+        RecipeError: config.json is missing, or its values fit no model.
         UnsupportedError: the architecture, or an option of it, has no exact Megatron counterpart.
     """
     path = Path(checkpoint_dir)

@@ -23,7 +23,6 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Bool, Integer, UInt64
 
-_MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15 | 1
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -135,7 +135,7 @@ class EngineServer:
 
         async def answer(request: HttpRequest) -> Any:
             try:
-                # Whether it answers at all is no secret: a caller that waits may have no token.
+                # Whether it answers at all is public: a caller that waits may have no token.
                 if self._closed_because is not None:
                     raise RefusedError(UNAVAILABLE, self._closed_because)
                 self._access.check(request.method, request.headers)

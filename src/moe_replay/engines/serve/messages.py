@@ -186,7 +186,7 @@ def read_call(body: bytes) -> GenerateCall:
     """Return the call in a body.
 
     Raises:
-        CodecError: when the body is no such call.
+        CodecError: when the body is not a valid call.
     """
     try:
         call = GenerateCall.model_validate_json(body)

@@ -147,7 +147,7 @@ class PlainCalls(HttpCalls, ABC):
 
     def biases(self, error: CallError) -> bool:
         """Return whether sampling again what a failed call lost prefers some completions."""
-        # What other weights sampled is no loss: the policy's never drew it.
+        # What other weights sampled is not missed: the policy did not draw it.
         if self.draws_by_seed or error.fault is Fault.STALE:
             return False
         # Death of the server does not depend on one completion; its silence may.

@@ -236,11 +236,6 @@ def read_completion(
     return completion, policy
 
 
-def encode_routes(rows: Int32[np.ndarray, "rows layers topk"]) -> str:
-    """Return routes as SGLang sends them."""
-    return base64.b64encode(rows.astype("<i4").tobytes()).decode()
-
-
 def _sampling_seed(seed: int, request_id: int, number: int) -> int:
     """Return a seed of 63 bits for a completion, for ``--enable-deterministic-inference``."""
     key = b"".join(part.to_bytes(8, "little") for part in (seed, request_id, number))

@@ -166,9 +166,9 @@ class VllmCalls(PlainCalls):
         """Make the server load the files that it was given, as ``policy``, and empty its cache.
 
         Until everything has worked the server's weights have no policy's name, so a push that
-        failed half-way is no policy. After a failed push a server accepts no other until it is
-        restarted: a worker that raises leaves the later answers of vLLM's workers one call behind,
-        so that the next push could seem to have worked.
+        failed half-way is never sampled from. After a failed push a server accepts no other until
+        it is restarted: a worker that raises leaves the later answers of vLLM's workers one call
+        behind, so that the next push could seem to have worked.
 
         Raises:
             CallError: when it does not answer, fails to load, or has failed before.

@@ -25,8 +25,7 @@ from moe_replay.errors import DivergedError, EngineError
 _END_S = 20.0
 # Time between two looks for processes that a launch has started since it was given up, in seconds.
 _LOOK_S = 0.5
-# Of the classes that a worker answers, those that callers tell apart; all others are failures of
-# the engine.
+# Error classes of a worker that callers treat differently; all others are failures of the engine.
 _KINDS: dict[str, type[Exception]] = {
     "DivergedError": DivergedError,
     "TornReloadError": TornReloadError,
