@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,8 @@ def whole_run(
     recipe: Recipes, model: Path, case: Case, mode: str, folder: str, **more: Any
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Run a step, stop after its checkpoint, resume for another; return metrics and weights."""
-    default = asdict(layout())
-    sizes = {k: size for k, size in asdict(case.layout).items() if size != default[k]}
+    default = layout().model_dump()
+    sizes = {k: size for k, size in case.layout.model_dump().items() if size != default[k]}
     keys = {f"megatron__{key}": value for key, value in (sizes | case.overrides).items()}
     out = Path(str(recipe().run.output_dir)).with_name(folder)
     values = {

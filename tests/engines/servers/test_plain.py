@@ -227,6 +227,45 @@ def test_e3_a_round_that_is_given_up_is_aborted_in_the_server():
         engine.close()
 
 
+class SlowToAbort(SglangCalls):
+    """A client whose word to the server takes longer than its caller waits for it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.aborting = threading.Semaphore(0)
+
+    async def _answer(self, method: str, path: str, *rest: Any, **options: Any) -> Any:
+        if path == "/abort_request":
+            self.aborting.release()
+            await anyio.sleep(0.2)
+        return await super()._answer(method, path, *rest, **options)
+
+
+def test_e3_a_call_that_is_given_up_twice_is_still_aborted():
+    """By the round, and by the caller who stops waiting for it while the abort is on its way."""
+    started = threading.Semaphore(0)
+
+    async def hold(length: int, response: Response) -> Response:
+        started.release()
+        await anyio.sleep(3600.0)
+        return response
+
+    server = Own(hold)
+    with listening(server.application()) as url:
+        calls = SlowToAbort(
+            url, facts=FACTS, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 20
+        )
+        (request,) = requests(1)
+        message = calls._call(request, 0, SAMPLING, calls.status().description)
+        running = calls.begin(calls._ask(message))
+        assert started.acquire(timeout=LIMIT_S)
+        calls.give_up()
+        assert calls.aborting.acquire(timeout=LIMIT_S)
+        running.cancel()
+        calls.close()
+        assert server.aborted == [message["rid"]]
+
+
 def test_e8_a_server_with_other_weights_of_the_same_shape_answers_by_ours(tmp_path):
     """It was started with a checkpoint that differs only in its values; one of two servers."""
     from moe_replay.checkpoint.facts import read_facts

@@ -120,14 +120,15 @@ class HttpCalls:
             self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        # Once each: a call that was given up may still be informing its server.
+        # Once each, and never what is said to a server about a call that was given up.
         for task in self._running - self._given_up:
             task.cancel()
         self._given_up |= self._running
 
     async def _end(self) -> None:
         self._cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        while self._running:
+            await asyncio.gather(*self._running, return_exceptions=True)
         await self._lanes.aclose()
 
     def call(
@@ -247,6 +248,14 @@ class HttpCalls:
             # Also Ctrl-C, which ends the wait and not the call.
             call.cancel()
             raise
+
+    async def _say_anyway(self, answer: Coroutine[Any, Any, Answer]) -> Answer:
+        """Wait for a call that goes on to its end even if whoever waits for it is cancelled."""
+        said = self._loop.create_task(answer)
+        for tasks in (self._running, self._given_up):
+            tasks.add(said)
+            said.add_done_callback(tasks.discard)
+        return await asyncio.shield(said)
 
     async def _answer(
         self,

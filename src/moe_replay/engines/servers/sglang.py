@@ -204,6 +204,7 @@ class SglangCalls(PlainCalls):
             return await super()._ask(message)
         except asyncio.CancelledError:
             abort = json.dumps({"rid": message["rid"]}).encode()
+            said = self._answer("POST", "/abort_request", abort, silence_s=_ABORT_S)
             with suppress(EngineError):
-                await self._answer("POST", "/abort_request", abort, silence_s=_ABORT_S)
+                await self._say_anyway(said)
             raise

@@ -271,7 +271,7 @@ class VllmServing(Lifecycle):
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         size = self._tensor_parallel_size
-        return AsyncEngineArgs(
+        config = AsyncEngineArgs(
             **self._options,
             tensor_parallel_size=size,
             distributed_executor_backend="mp" if size > 1 else None,
@@ -279,6 +279,11 @@ class VllmServing(Lifecycle):
             worker_extension_cls=PUSH_WORKER,
             stream_interval=_STREAM_INTERVAL,
         ).create_engine_config()
+        if size == 1:
+            # The CPU build moves its one worker to another process, on which the engine's then
+            # waits by spinning: half of two cores.
+            config.parallel_config.distributed_executor_backend = "uni"
+        return config
 
     def _dead(self) -> VllmReplica | None:
         return next((replica for replica in self._replicas if replica.is_dead), None)
