@@ -258,13 +258,14 @@ def test_a12_control_routes_that_differ_are_accepted():
 
 
 @pytest.mark.parametrize("experts", [384, 512])
-def test_c1_ids_above_255_survive_record_crop_concat_and_batch(experts):
+def test_c1_ids_above_255_survive_record_crop_and_batch(experts):
     tokens = np.arange(40)
     ids = routes(40, experts=experts, topk=8)
     assert (ids > 255).any()
     trace = record(ids, tokens=tokens, num_experts=experts)
-    rejoined = RoutingTrace.concat([trace.crop(0, 17), trace.crop(17, 40)])
-    made = batch(sample(0, tokens, rejoined))
+    made = batch(
+        sample(0, tokens[:17], trace.crop(0, 17)), sample(1, tokens[17:], trace.crop(17, 40))
+    )
     assert made.routes is not None
     assert made.routes.expert_ids.transpose(1, 0, 2).tolist() == ids.tolist()
 
@@ -355,8 +356,6 @@ def test_c6_a_sentinel_in_an_invalid_row_never_becomes_a_route(sentinel):
     assert made.routes.valid.tolist() == [True] * 5 + [False] + [True] * 2
     held = made.routes.expert_ids[:, made.routes.valid]
     assert held.transpose(1, 0, 2).tolist() == np.delete(ids, 5, axis=0).tolist()
-    with pytest.raises(TraceError, match="row 5 holds no route"):
-        trace.take(np.array([4, 5]))
 
 
 @pytest.mark.parametrize("sentinel", [-1, 65_535])

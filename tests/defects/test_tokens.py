@@ -110,8 +110,15 @@ def test_a6_a_call_that_returns_its_own_rows_gives_the_same_trace():
 
 def test_a6_concatenated_calls_are_not_the_routes_of_the_sequence():
     """Ten rows for six tokens, as two full-sequence arrays give them."""
-    joined = RoutingTrace.concat([segment(0).trace, segment(1).trace])
-    assert len(joined) == 10
+    traces = [segment(0).trace, segment(1).trace]
+    joined = RoutingTrace.record(
+        np.concatenate([trace.expert_ids for trace in traces]),
+        token_ids=TOKENS[:4] + TOKENS[:6],
+        valid=np.concatenate([trace.valid for trace in traces]),
+        layers=(0,),
+        num_experts=MODEL.num_experts,
+        origin=origin(1, 10),
+    )
     with pytest.raises(TokenMismatchError, match="recorded for 10 tokens, the sample has 6"):
         joined.check_tokens(np.array(TOKENS[:6]), where="sample 0")
 

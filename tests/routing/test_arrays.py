@@ -90,7 +90,6 @@ def parts_of(trace: RoutingTrace) -> dict[str, RoutingTrace]:
     return {
         "itself": trace,
         "cropped": trace.crop(3, 20),
-        "joined": RoutingTrace.concat([trace.crop(0, 9), trace.crop(9, 40)]),
         "fewer layers": trace.select_layers((0, 2)),
         "decoded": decode_trace(encode_trace(trace)),
         "replaced": dataclasses.replace(trace, origin=ORIGIN),

@@ -1,4 +1,4 @@
-"""The rolling digest: prefixes, cropping and joining without the tokens."""
+"""The rolling digest: prefixes, and cropping without the tokens."""
 
 import numpy as np
 from hypothesis import given
@@ -8,7 +8,6 @@ from moe_replay.routing.digest import (
     crop_digest,
     digest_tokens,
     first_difference,
-    join_digests,
     num_different_tokens,
 )
 
@@ -27,16 +26,6 @@ def test_crop_digest_is_the_digest_of_the_crop(ids, data):
     stop = data.draw(st.integers(start, len(ids)))
     cropped = crop_digest(digest_tokens(ids), start, stop)
     assert cropped.tolist() == digest_tokens(ids[start:stop]).tolist()
-
-
-@given(st.lists(tokens, min_size=1, max_size=5))
-def test_join_digests_is_the_digest_of_the_whole(parts):
-    joined = join_digests([digest_tokens(part) for part in parts])
-    assert joined.tolist() == digest_tokens(np.concatenate(parts)).tolist()
-
-
-def test_join_digests_of_nothing_is_empty():
-    assert join_digests([]).tolist() == []
 
 
 @given(tokens, st.data())

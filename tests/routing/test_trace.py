@@ -1,4 +1,4 @@
-"""A trace is either possible or an error: form, ids, binding to tokens, cutting and joining."""
+"""A trace is either possible or an error: form, ids, binding to tokens, and cutting."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def test_record_names_the_row_counted_with_invalid_ones():
 @pytest.mark.parametrize("value", [-1, 65_535])
 def test_record_accepts_anything_in_an_invalid_row(value):
     trace = record(changed(1, 0, 0, value), valid=[True, False, True])
-    assert trace.take(np.array([0, 2])).tolist() == IDS[[0, 2]].tolist()
+    assert trace.expert_ids[[0, 2]].tolist() == IDS[[0, 2]].tolist()
 
 
 def test_record_refuses_ids_that_are_no_integers():
@@ -188,11 +188,6 @@ def test_check_tokens_names_the_first_other_token():
         record().check_tokens(np.array([11, 99, 13]), where="sample 4")
 
 
-def test_take_refuses_an_invalid_row():
-    with pytest.raises(TraceError, match="row 1 holds no route"):
-        record(valid=[True, False, True]).take(np.array([0, 1]))
-
-
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 4), (2, 1)])
 def test_crop_refuses_rows_outside_the_trace(start, stop):
     with pytest.raises(TraceError, match=f"cannot crop rows {start}:{stop}"):
@@ -211,41 +206,6 @@ def test_crop_keeps_routes_tokens_and_versions(count, data):
     assert part.valid.tolist() == trace.valid[start:stop].tolist()
     spans = [(span.start, span.stop, span.policy_version) for span in part.origin.spans]
     assert spans == ([(0, stop - start, 5)] if stop > start else [])
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_concat_is_bound_to_the_tokens_of_all_parts(lengths):
-    ends = np.cumsum(lengths).tolist()
-    tokens = np.arange(50, 50 + ends[-1])
-    parts = [
-        synthetic_trace(tokens[end - length : end], seed=end, policy_version=number // 2)
-        for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
-    ]
-    whole = RoutingTrace.concat(parts)
-    whole.check_tokens(tokens, where="whole")
-    assert (whole.expert_ids == np.concatenate([part.expert_ids for part in parts])).all()
-    versions = [part.origin.spans[0].policy_version for part in parts]
-    by_row = [s.policy_version for s in whole.origin.spans for _ in range(s.start, s.stop)]
-    assert by_row == np.repeat(versions, lengths).tolist()
-    assert len(whole.origin.spans) == len(set(versions))
-
-
-def test_concat_of_two_versions_keeps_both_spans():
-    parts = [synthetic_trace(TOKENS, seed=s, policy_version=s) for s in (1, 2)]
-    assert RoutingTrace.concat(parts).origin.spans == (
-        PolicySpan(start=0, stop=3, policy_version=1),
-        PolicySpan(start=3, stop=6, policy_version=2),
-    )
-
-
-def test_concat_refuses_traces_of_two_models():
-    with pytest.raises(TraceError, match="traces of 2 forms"):
-        RoutingTrace.concat([synthetic_trace(TOKENS, seed=1), record()])
-
-
-def test_concat_refuses_nothing():
-    with pytest.raises(TraceError, match="traces of 0 forms"):
-        RoutingTrace.concat([])
 
 
 def test_select_layers_finds_layers_by_their_number():

@@ -1,22 +1,21 @@
-"""A rolling digest of token ids binds routes to their tokens after any cut, join or transport.
+"""A rolling digest of token ids binds routes to their tokens after any cut or transport.
 
 The digest of row ``r`` covers the tokens of rows ``0..r``: ``d[r] = sum_{i<=r} mix(token[i]) * B**i
 (mod 2**64)``, with ``mix`` the finaliser of SplitMix64 and ``B`` odd, hence invertible. Prefix sums
-make cropping (subtract and divide by ``B**start``) and joining (multiply by ``B**length`` and add)
-linear in the rows, without the tokens. It guards against mistakes, not against an adversary.
+make cropping (subtract and divide by ``B**start``) linear in the rows, without the tokens. It
+guards against mistakes, not against an adversary.
 
 Worked example in decimal, mod 100, with ``mix(t) = t`` and ``B = 3`` (``1/3 = 67``): tokens 5 7 4.
 
     digest        5,  5 + 7*3 = 26,  26 + 4*9 = 62
     crop(1, 3)    (26 - 5) * 67 = 7,  (62 - 5) * 67 = 19     = the digest of 7 4:  7,  7 + 4*3 = 19
-    join          5;  7*3 + 5 = 26,  19*3 + 5 = 62           = the digest of 5 7 4
 
 In: token ids. Out: uint64 digests.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -79,18 +78,6 @@ def crop_digest(
     before = digest[start - 1] if start else np.uint64(0)
     undo = np.uint64(pow(_BASE_INVERSE, start, 1 << 64))
     return (digest[start:stop] - before) * undo
-
-
-def join_digests(parts: list[UInt64[np.ndarray, " _"]]) -> UInt64[np.ndarray, " tokens"]:
-    """Return the digest of the concatenated rows of ``parts``."""
-    joined: list[np.ndarray[Any, Any]] = []
-    rows, total = 0, np.uint64(0)
-    for part in parts:
-        shifted = part * np.uint64(pow(_BASE, rows, 1 << 64)) + total
-        joined.append(shifted)
-        rows += len(part)
-        total = shifted[-1] if len(shifted) else total
-    return np.concatenate(joined) if joined else np.zeros(0, dtype=np.uint64)
 
 
 def num_different_tokens(

@@ -5,7 +5,7 @@ own score function, gathered at the replayed ids. For a softmax router that is `
 / sum_j I_j exp(s_j)`` with the replayed mask ``I``; the logits of experts that were not replayed
 then get no gradient from the normalised weights.
 
-In: logits and ids. Out: ids, gate weights, gradients.
+In: logits and ids. Out: ids, gate weights.
 """
 
 from __future__ import annotations
@@ -126,48 +126,6 @@ def gate_weights(
     return weights * rule.scaling_factor
 
 
-def gate_gradient(
-    logits: Float64[np.ndarray, "tokens experts"],
-    expert_ids: Integer[np.ndarray, "tokens topk"],
-    rule: RouterRule,
-    upstream: Float64[np.ndarray, "tokens topk"],
-) -> Float64[np.ndarray, "tokens experts"]:
-    """Return the gradient of ``sum(upstream * gate_weights(...))`` with respect to the logits.
-
-    The ids are constants: no gradient flows through the choice.
-    """
-    chosen = _checked(expert_ids, logits, rule)
-    scaled = upstream * rule.scaling_factor
-    out = np.zeros_like(logits)
-    if rule.score_function is ScoreFunction.SOFTMAX:
-        if rule.normalise:
-            weights = _softmax(np.take_along_axis(logits, chosen, axis=1))
-            centred = scaled - (scaled * weights).sum(axis=1, keepdims=True)
-            np.put_along_axis(out, chosen, weights * centred, axis=1)
-            return out
-        scores = _softmax(logits)
-        np.put_along_axis(out, chosen, scaled, axis=1)
-        return scores * (out - (out * scores).sum(axis=1, keepdims=True))
-    scores = np.take_along_axis(_scores(logits, rule.score_function), chosen, axis=1)
-    if rule.normalise:
-        total = scores.sum(axis=1, keepdims=True) + _TINY
-        scaled = (scaled - (scaled * scores / total).sum(axis=1, keepdims=True)) / total
-    slope = _slope(np.take_along_axis(logits, chosen, axis=1), rule.score_function)
-    np.put_along_axis(out, chosen, scaled * slope, axis=1)
-    return out
-
-
-def dense_weights(
-    expert_ids: Integer[np.ndarray, "tokens topk"],
-    weights: Float64[np.ndarray, "tokens topk"],
-    num_experts: int,
-) -> Float64[np.ndarray, "tokens experts"]:
-    """Spread weights over all experts, 0 where one is not used: the form of Megatron-Core."""
-    out = np.zeros((len(weights), num_experts))
-    np.put_along_axis(out, expert_ids.astype(np.int64), weights, axis=1)
-    return out
-
-
 def _selection_scores(
     logits: Float64[np.ndarray, "tokens experts"], rule: RouterRule
 ) -> Float64[np.ndarray, "tokens experts"]:
@@ -205,26 +163,13 @@ def _scores(
     if function is ScoreFunction.SOFTMAX:
         return _softmax(logits)
     if function is ScoreFunction.SIGMOID:
-        return _sigmoid(logits)
+        return np.exp(-np.logaddexp(0.0, -logits))
     return np.sqrt(np.logaddexp(0.0, logits))
-
-
-def _slope(
-    logits: Float64[np.ndarray, "tokens topk"], function: ScoreFunction
-) -> Float64[np.ndarray, "tokens topk"]:
-    rise = _sigmoid(logits)
-    if function is ScoreFunction.SIGMOID:
-        return rise * (1 - rise)
-    return rise / (2 * np.sqrt(np.logaddexp(0.0, logits)))
 
 
 def _softmax(logits: Float64[np.ndarray, "tokens n"]) -> Float64[np.ndarray, "tokens n"]:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
-
-
-def _sigmoid(logits: Float64[np.ndarray, "tokens n"]) -> Float64[np.ndarray, "tokens n"]:
-    return np.exp(-np.logaddexp(0.0, -logits))
 
 
 def _checked(

@@ -17,11 +17,10 @@ from moe_replay.routing.digest import (
     crop_digest,
     digest_tokens,
     first_difference,
-    join_digests,
     num_different_tokens,
 )
 from moe_replay.routing.form import RouteForm, expert_dtype
-from moe_replay.routing.origin import Origin, PolicySpan
+from moe_replay.routing.origin import Origin
 from moe_replay.routing.slots import repeating_sets, row_chunks
 
 if TYPE_CHECKING:
@@ -120,10 +119,9 @@ class RoutingTrace:
                 "[tokens, layers, topk] and one row and flag for each token; an engine that leaves the last row out "
                 "gives one row too few: add it with valid=False, after checking which row is missing"
             )
-        if ids.dtype != expert_dtype(num_experts):
-            _check_range(ids, valid, layers, num_experts)
         dtype = expert_dtype(num_experts)
         if ids.dtype != dtype:
+            _check_range(ids, valid, layers, num_experts)
             ids = owned(ids.astype(dtype, order="C"))
         elif not ids.flags.c_contiguous:
             ids = owned(np.array(ids, order="C"))
@@ -172,56 +170,6 @@ class RoutingTrace:
             token_digest=owned(crop_digest(self.token_digest, start, stop)),
             origin=self.origin.crop(start, stop),
         )
-
-    @staticmethod
-    def concat(parts: Sequence[RoutingTrace]) -> RoutingTrace:
-        """Join traces of consecutive tokens of one sequence, recorded by one engine on a model."""
-        RouteForm.common((part.form for part in parts), "parts of a sequence")
-        first = parts[0]
-        for number, part in enumerate(parts):
-            if part.origin.engine != first.origin.engine:
-                raise TraceError(
-                    f"part {number} was recorded by {part.origin.engine}, part 0 by "
-                    f"{first.origin.engine}; only traces of one model and engine can be joined"
-                )
-        spans: list[PolicySpan] = []
-        rows = 0
-        for part in parts:
-            for span in part.origin.spans:
-                moved = PolicySpan(
-                    start=span.start + rows,
-                    stop=span.stop + rows,
-                    policy_version=span.policy_version,
-                )
-                if spans and spans[-1].policy_version == moved.policy_version:
-                    moved = PolicySpan(
-                        start=spans.pop().start,
-                        stop=moved.stop,
-                        policy_version=moved.policy_version,
-                    )
-                spans.append(moved)
-            rows += len(part)
-        return RoutingTrace(
-            expert_ids=owned(np.concatenate([part.expert_ids for part in parts])),
-            valid=owned(np.concatenate([part.valid for part in parts])),
-            layers=first.layers,
-            num_experts=first.num_experts,
-            token_digest=owned(join_digests([part.token_digest for part in parts])),
-            origin=Origin(
-                engine=first.origin.engine,
-                engine_version=first.origin.engine_version,
-                spans=tuple(spans),
-            ),
-        )
-
-    def take(self, rows: Integer[np.ndarray, " rows"]) -> Integer[np.ndarray, "rows layers topk"]:
-        """Return the routes of ``rows`` as an array; every row asked for must be valid."""
-        if not self.valid[rows].all():
-            bad = int(np.asarray(rows)[~self.valid[rows]][0])
-            raise TraceError(
-                f"row {bad} holds no route (valid=False); ask `valid` before taking rows"
-            )
-        return self.expert_ids[rows]
 
     def constant_layers(self) -> tuple[int, ...]:
         """Return the layers in which all valid rows, of at least 32 tokens, hold the same experts.
