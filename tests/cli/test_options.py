@@ -88,14 +88,13 @@ def test_overrides_are_taken_out_wherever_they_stand():
     )
 
 
-def test_d19_an_option_is_no_value_of_the_key_before_it(capsys, tmp_path):
+def test_d19_an_option_is_no_value_of_the_key_before_it(capsys):
     arguments, overrides = split_overrides(["train", "--run.output_dir", "--dry-run", "r.toml"])
     assert (arguments, overrides) == (["train", "--dry-run", "r.toml"], [("run.output_dir", None)])
     assert split_overrides(["--run.output_dir=--odd"]) == ([], [("run.output_dir", "--odd")])
-    recipe = tmp_path / "r.toml"
-    recipe.write_text("")
-    assert main(["train", str(recipe), "--data.system_prompt", "--dry-run"]) == 2
-    assert "--data.system_prompt has no value" in capsys.readouterr().err
+    code, text = ended(capsys, "train", "r.toml", "--data.system_prompt", "--dry-run")
+    assert code == 2
+    assert "--data.system_prompt has no value" in text
 
 
 def test_d19_help_and_version_load_nothing_heavy():

@@ -12,12 +12,13 @@ import pytest
 import torch.distributed as dist
 
 from moe_replay.cli.main import main
-from moe_replay.cli.rollout import run_rollout
 from moe_replay.engines.files.format import RolloutFile, shard_files
 from moe_replay.engines.files.writer import RolloutWriter
 from moe_replay.errors import CodecError, RecipeError
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+from ..support.rollouts import roll_out
 
 pytestmark = pytest.mark.ranks
 NAME = "embedded-float32-policy-0"
@@ -39,7 +40,7 @@ def sample(recipe: Path, folder: Path, *, count: int = 8, ranks: int = 1, **opti
 
     def call() -> None:
         options.setdefault("num_prompts", count)
-        assert run_rollout(str(recipe), OVERRIDES, str(folder), **options) == 0
+        assert roll_out(recipe, folder, OVERRIDES, **options) == 0
 
     run_ranks(call, ranks)
 
@@ -70,8 +71,7 @@ def test_e7_killed_while_it_writes_it_goes_on_with_whole_groups(recipe, tmp_path
     if child == 0:
         os.close(reader)
         # The parent ends it in any case.
-        sample_here = [str(recipe), OVERRIDES, str(tmp_path / "killed")]
-        run_rollout(*sample_here, num_prompts=8)
+        roll_out(recipe, tmp_path / "killed", OVERRIDES, num_prompts=8)
         os._exit(0)
     os.close(reports)
     assert [os.read(reader, 1) for _ in range(3)] == [b"."] * 3
@@ -171,7 +171,7 @@ def test_e7_ranks_that_share_an_engine_write_one_rollout(recipe, tmp_path):
     folder = tmp_path / "out"
 
     def call() -> None:
-        assert run_rollout(str(recipe), shared, str(folder), num_prompts=5) == 0
+        assert roll_out(recipe, folder, shared, num_prompts=5) == 0
 
     # Five prompts, two a step: in the last step one rank asks for nothing, and takes part all the
     # same.

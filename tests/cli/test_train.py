@@ -11,6 +11,7 @@ import pytest
 
 import moe_replay
 from moe_replay.cli.main import main
+from moe_replay.cli.options import read_options
 from moe_replay.cli.stages import say
 from moe_replay.cli.train import run_train
 from moe_replay.errors import RecipeError
@@ -115,9 +116,9 @@ def test_unknown_key_on_the_command_line_is_refused(capsys, write_recipe):
 
 
 def test_override_without_value_is_refused(capsys, write_recipe):
-    assert "--model.grouped_experts has no value" in refusal(
-        capsys, write_recipe(), "--model.grouped_experts"
-    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(write_recipe()), "--model.grouped_experts"])
+    assert "--model.grouped_experts has no value" in capsys.readouterr().err
 
 
 def test_batch_that_does_not_fit_the_processes_is_refused(capsys, write_recipe, monkeypatch):
@@ -264,4 +265,4 @@ def test_seeds_choose_the_items(write_recipe):
 
 def test_run_train_raises_for_callers_that_handle_errors(tmp_path):
     with pytest.raises(RecipeError, match="does not exist"):
-        run_train(str(tmp_path / "none.toml"), [], dry_run=True, restart=False)
+        run_train(read_options(["train", str(tmp_path / "none.toml"), "--dry-run"]))

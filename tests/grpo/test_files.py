@@ -7,25 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from moe_replay.cli.rollout import run_rollout
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.ranks import run_ranks
 
+from ..support.rollouts import roll_out
 from . import smallest_recipe
 from .test_loop import run
 
 Recipes = Callable[..., Recipe]
 
 
-def written(workspace: Path, folder: Path, *options: str, num_prompts: int | None = None) -> Path:
+def written(workspace: Path, folder: Path, *options: str, **count: int) -> Path:
     """Run `moe-replay rollout` in a process of its own and return its folder."""
-    overrides: list[tuple[str, str | None]] = [("rollout.dtype", "float32")]
+    overrides = [("rollout.dtype", "float32")]
     overrides += [(key, value) for key, _, value in (option.partition("=") for option in options)]
 
     def call() -> None:
-        path = str(workspace / "recipe.toml")
-        assert run_rollout(path, overrides, str(folder), num_prompts=num_prompts) == 0
+        assert roll_out(workspace / "recipe.toml", folder, overrides, **count) == 0
 
     run_ranks(call, 1)
     return folder
@@ -73,10 +72,10 @@ def test_files_must_be_named() -> None:
 def test_files_are_not_sampled_from_again(workspace: Path, tmp_path: Path) -> None:
     overrides = [("rollout.engine", "files"), ("rollout.path", str(tmp_path))]
     with pytest.raises(RecipeError, match="samples nothing"):
-        run_rollout(str(workspace / "recipe.toml"), overrides, str(tmp_path), num_prompts=None)
+        roll_out(workspace / "recipe.toml", tmp_path, overrides)
 
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_at_least_one_prompt_is_sampled(count: int, workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="at least 1"):
-        run_rollout(str(workspace / "recipe.toml"), [], str(tmp_path), num_prompts=count)
+        roll_out(workspace / "recipe.toml", tmp_path, num_prompts=count)

@@ -5,6 +5,7 @@ In: two trace files. Out: a table for people, or JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -28,13 +29,13 @@ _RECORD = (
 )
 
 
-def run_compare(first: str, second: str, *, as_json: bool) -> int:
+def run_compare(options: argparse.Namespace) -> int:
     """Compare the traces with equal names in two files and print the result.
 
     Raises:
         TraceError: the files hold traces with other names, tokens or models, or cannot be read.
     """
-    files = open_traces(first), open_traces(second)
+    files = open_traces(options.first), open_traces(options.second)
     names = _shared_names(*files)
     reading: list[str] = []
     try:
@@ -44,9 +45,9 @@ def run_compare(first: str, second: str, *, as_json: bool) -> int:
     except TraceError as error:
         advice = f". {_RECORD}" if isinstance(error, TokenMismatchError) else ""
         raise type(error)(
-            f"trace {reading[-1]!r} of {first} and {second}: {error}{advice}"
+            f"trace {reading[-1]!r} of {options.first} and {options.second}: {error}{advice}"
         ) from error
-    if as_json:
+    if options.json:
         print(json.dumps(comparison_report(found, names), indent=2))
     else:
         _show(found, names)

@@ -7,6 +7,7 @@ In: a recipe. Out: tables for people, or JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -15,21 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
-from moe_replay.cli.train import with_values
 from moe_replay.grpo.sampling_words import describe_drawing
 from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.routing import LiveReason, ReplayMode, Routing, expert_dtype
 
 if TYPE_CHECKING:
     from moe_replay.megatron.model import ModelShape
 
 
-def run_doctor(
-    recipe_path: str, overrides: Sequence[tuple[str, str | None]], *, as_json: bool
-) -> int:
+def run_doctor(options: argparse.Namespace) -> int:
     """Examine a recipe and print the report; return 0 if it can run here, else 2.
 
     Raises:
@@ -37,8 +34,8 @@ def run_doctor(
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
-    report = examine(load_recipe(recipe_path, with_values(overrides)), process)
-    if as_json:
+    report = examine(load_recipe(options.recipe, options.overrides), process)
+    if options.json:
         print(json.dumps(report, indent=2))
     else:
         show(report)
@@ -152,47 +149,37 @@ def add_model(report: dict[str, Any], found: Preflight) -> None:
     """
     from moe_replay.megatron.replay.refusals import judge
 
-    shape, layout = found.shape, found.recipe.megatron
+    shape = found.shape
     assert shape is not None
-    report["model"] = model_of(shape, found.recipe)
+    report["model"] = {
+        "path": str(found.recipe.model.path),
+        "family": shape.family,
+        "num_layers": shape.num_layers,
+        "moe_layers": list(shape.moe_layers),
+        "dense_layers": sorted(set(range(shape.num_layers)) - set(shape.moe_layers)),
+        "num_mtp_layers": shape.num_mtp_layers,
+        "num_experts": shape.num_experts,
+        "topk": shape.topk,
+    }
     if found.config is None:
         return
-    num_ranks = found.process.world_size
-    report["layout"] = layout_of(layout, shape, found.stages, num_ranks)
+    moe_layers = [[n for n in layers if n in shape.moe_layers] for layers in found.stages]
+    report["layout"] = layout_of(found, moe_layers)
     if shape.num_moe_layers:
-        report["routes"] = routes_of(found.recipe, layout, shape, found.stages, num_ranks)
+        report["routes"] = routes_of(found, shape, max(map(len, moe_layers)))
     report["options"] = [
         {"option": refusal.option, "state": verdict.value, "why": refusal.why}
         for refusal, verdict in judge(found.config)
     ]
 
 
-def model_of(shape: ModelShape, recipe: Recipe) -> dict[str, Any]:
-    """Describe the routers of the checkpoint."""
-    dense = sorted(set(range(shape.num_layers)) - set(shape.moe_layers))
-    return {
-        "path": str(recipe.model.path),
-        "family": shape.family,
-        "num_layers": shape.num_layers,
-        "moe_layers": list(shape.moe_layers),
-        "dense_layers": dense,
-        "num_mtp_layers": shape.num_mtp_layers,
-        "num_experts": shape.num_experts,
-        "topk": shape.topk,
-    }
-
-
-def layout_of(
-    layout: ParallelLayout,
-    shape: ModelShape,
-    stages: Sequence[Sequence[int]],
-    num_ranks: int,
-) -> dict[str, Any]:
+def layout_of(found: Preflight, moe_layers: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Describe how ranks are divided, and what each pipeline stage holds."""
     import torch
 
     from moe_replay.megatron.upstream import compat
 
+    layout, num_ranks = found.recipe.megatron, found.process.world_size
     return {
         "description": layout.describe(),
         "num_ranks": num_ranks,
@@ -201,35 +188,29 @@ def layout_of(
         "num_replicas": num_ranks // layout.model_parallel_size,
         "ranks_per_copy_of_experts": layout.expert_parallel_size,
         "stages": [
-            {
-                "layers": list(layers),
-                "moe_layers": [layer for layer in layers if layer in shape.moe_layers],
-            }
-            for layers in stages
+            {"layers": list(layers), "moe_layers": of_experts}
+            for layers, of_experts in zip(found.stages, moe_layers, strict=True)
         ],
         "device": f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "CPU",
         "transformer_engine": compat.transformer_engine_usable(),
     }
 
 
-def routes_of(
-    recipe: Recipe,
-    layout: ParallelLayout,
-    shape: ModelShape,
-    stages: Sequence[Sequence[int]],
-    num_ranks: int,
-) -> dict[str, Any]:
-    """Return the bytes of routes per token, and the maximum on any rank."""
+def routes_of(found: Preflight, shape: ModelShape, fullest: int) -> dict[str, Any]:
+    """Return the bytes of routes per token, and the maximum on any rank.
+
+    ``fullest`` is the largest number of MoE layers of a stage.
+    """
+    recipe = found.recipe
+    layout, batch = recipe.megatron, recipe.batch
     id_bytes = expert_dtype(shape.num_experts).itemsize
-    fullest = max(sum(layer in shape.moe_layers for layer in layers) for layers in stages)
     # One byte a row marks whether it has a route.
     row_bytes = fullest * shape.topk * id_bytes + 1
     shards = layout.tensor_model_parallel_size * layout.context_parallel_size
-    batch = recipe.batch
     tokens = batch.max_tokens_per_microbatch or (
         (batch.micro_batch_size or 1) * recipe.max_sequence_length
     )
-    num_replicas = num_ranks // layout.model_parallel_size
+    num_replicas = found.process.world_size // layout.model_parallel_size
     per_step = -(-recipe.samples_per_step // num_replicas) * recipe.max_sequence_length
     return {
         "bytes_per_token": shape.num_moe_layers * shape.topk * id_bytes,

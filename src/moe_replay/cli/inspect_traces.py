@@ -5,6 +5,7 @@ In: a trace file. Out: tables for people, or JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,15 +54,15 @@ class ModelLoad:
         return self.counts * (self.num_experts / max(1, self.num_tokens * self.topk))
 
 
-def run_inspect(path: str, *, as_json: bool) -> int:
+def run_inspect(options: argparse.Namespace) -> int:
     """Print headers, sizes, checksums and expert loads of a trace file.
 
     Raises:
         CodecError: the file cannot be read, or any of its bytes was altered.
     """
-    file = open_traces(path)
+    file = open_traces(options.file)
     traces, loads = _read(file)
-    if as_json:
+    if options.json:
         print(json.dumps(_file_report(file, traces, loads), indent=2))
     else:
         _show(file, traces, loads)

@@ -10,10 +10,11 @@ import argparse
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from moe_replay import __version__
-from moe_replay.cli.options import WIDTH, Overrides, read_options
+from moe_replay.cli.options import WIDTH, read_options
 from moe_replay.cli.stages import say
 from moe_replay.errors import MoeReplayError
 from moe_replay.recipe.bearer import without_secrets
@@ -21,9 +22,9 @@ from moe_replay.recipe.bearer import without_secrets
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options, overrides = read_options(sys.argv[1:] if argv is None else argv)
+    options = read_options(sys.argv[1:] if argv is None else argv)
     try:
-        return _RUN[options.command](options, overrides)
+        return _run(options)
     except MoeReplayError as error:
         if options.traceback:
             traceback.print_exc()
@@ -34,73 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run_serve(options: argparse.Namespace, _: Overrides) -> int:
-    from moe_replay.cli.serve import run_serve
-
-    return run_serve(options)
-
-
-def _run_train(options: argparse.Namespace, overrides: Overrides) -> int:
-    say(f"moe-replay {__version__}: reading {options.recipe} ...")
-    from moe_replay.cli.train import run_train
-
-    return run_train(
-        options.recipe,
-        overrides,
-        dry_run=options.dry_run,
-        restart=options.restart,
-        allow_changed=options.allow_changed,
-    )
-
-
-def _run_rollout(options: argparse.Namespace, overrides: Overrides) -> int:
-    say(f"moe-replay {__version__}: reading {options.recipe} ...")
-    from moe_replay.cli.rollout import run_rollout
-
-    return run_rollout(
-        options.recipe,
-        overrides,
-        options.output,
-        num_prompts=options.num_prompts,
-        first_prompt=options.first_prompt,
-        policy_version=options.policy_version,
-    )
-
-
-def _run_record(options: argparse.Namespace, overrides: Overrides) -> int:
-    say(f"moe-replay {__version__}: reading {options.recipe} ...")
-    from moe_replay.cli.record import run_record
-
-    return run_record(options.recipe, overrides, options.source, options.output, by=options.by)
-
-
-def _run_doctor(options: argparse.Namespace, overrides: Overrides) -> int:
-    from moe_replay.cli.doctor import run_doctor
-
-    return run_doctor(options.recipe, overrides, as_json=options.json)
-
-
-def _run_compare(options: argparse.Namespace, _: Overrides) -> int:
-    from moe_replay.cli.compare import run_compare
-
-    return run_compare(options.first, options.second, as_json=options.json)
-
-
-def _run_inspect(options: argparse.Namespace, _: Overrides) -> int:
-    from moe_replay.cli.inspect_traces import run_inspect
-
-    return run_inspect(options.file, as_json=options.json)
-
-
-_RUN: dict[str, Callable[[argparse.Namespace, Overrides], int]] = {
-    "train": _run_train,
-    "doctor": _run_doctor,
-    "rollout": _run_rollout,
-    "record": _run_record,
-    "compare": _run_compare,
-    "inspect": _run_inspect,
-    "serve": _run_serve,
-}
+def _run(options: argparse.Namespace) -> int:
+    """Run a command, whose module is imported only now: some take seconds."""
+    command = options.command
+    if command in ("train", "rollout", "record"):
+        say(f"moe-replay {__version__}: reading {options.recipe} ...")
+    module = "inspect_traces" if command == "inspect" else command
+    return getattr(import_module(f"moe_replay.cli.{module}"), f"run_{command}")(options)
 
 
 def _error_block(error: MoeReplayError) -> str:

@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from moe_replay import __version__
@@ -17,14 +17,10 @@ WIDTH = 100
 """Characters of a line of help or of an error message."""
 
 _TAKE_KEYS = ("train", "rollout", "record", "doctor")
-_Commands = argparse._SubParsersAction
-
-Overrides = Sequence[tuple[str, str | None]]
-"""(dotted key, text) in the order of the command line; None where the key was the last argument."""
 
 
-def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """Return the options of a command line, and the recipe keys that it overrides.
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line; ``overrides`` are its pairs of recipe key and text.
 
     Raises:
         SystemExit: after help and version (0), and after a usage error (2), which names the nearest
@@ -43,7 +39,13 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         unknown = [f"--{key}" for key, _ in overrides] + unknown
     if unknown:
         _refuse(options.parser, options.command, unknown)
-    return options, overrides
+    for key, value in overrides:
+        if value is None:
+            options.parser.error(
+                f"--{key} has no value: write --{key} VALUE (true or false for a switch)"
+            )
+    options.overrides = overrides
+    return options
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
@@ -106,16 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe-replay {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    added = [
-        _add_train(commands),
-        _add_doctor(commands),
-        _add_rollout(commands),
-        _add_record(commands),
-        _add_compare(commands),
-        _add_inspect(commands),
-        _add_serve(commands),
-    ]
-    for command in added:
+    for name, (purpose, description, add_options) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=description,
+            add_help=name != "train",
+            allow_abbrev=False,
+        )
+        if name in _TAKE_KEYS:
+            command.add_argument("recipe", metavar="RECIPE", help="TOML file")
+            command.add_argument(
+                "--section.key",
+                metavar="VALUE",
+                dest="overrides",
+                help="value of a recipe key; any number of them",
+            )
+        add_options(command)
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )
@@ -123,145 +132,122 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    train = commands.add_parser(
-        "train",
-        help="train by a recipe",
-        description="Train by a recipe. A run whose output directory holds checkpoints is resumed.",
-        usage="moe-replay train RECIPE [--section.key VALUE ...] [--dry-run] [--restart] [--allow-changed KEY ...] [--traceback]",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    train.add_argument("recipe", metavar="RECIPE", help="TOML file")
-    train.add_argument(
+def _train(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--dry-run", action="store_true", help="check everything, show the resolved recipe and stop"
     )
-    train.add_argument(
+    command.add_argument(
         "--restart",
         action="store_true",
         help="discard what the output directory holds and start from the beginning",
     )
-    train.add_argument(
+    command.add_argument(
         "--allow-changed",
         metavar="KEY",
         action="append",
         default=[],
         help="resume although this key, or what it points to, is not what the run was trained with; may be repeated",
     )
-    train.add_argument(
+    command.add_argument(
         "-h", "--help", action=_HelpWithKeys, help="show this and every key of a recipe"
     )
-    return train
 
 
-def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    doctor = commands.add_parser(
-        "doctor",
-        help="tell whether a recipe can run here, and what it replays",
-        description="Examine a recipe without its weights: what is on, what it covers, what each rank holds, the versions "
-        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here.",
-        usage="moe-replay doctor RECIPE [--section.key VALUE ...] [--json] [--traceback]",
-        allow_abbrev=False,
-    )
-    doctor.add_argument("recipe", metavar="RECIPE", help="TOML file")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return doctor
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def _add_rollout(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    rollout = commands.add_parser(
-        "rollout",
-        help="sample by a recipe and keep the completions with their routes",
-        description="Sample completions of a recipe's training prompts by its engine, and write them with their traces. "
-        "A recipe with rollout.engine = 'files' trains from them. Started again, it goes on with what a kill has left; under "
-        "torchrun every rank samples its share.",
-        usage="moe-replay rollout RECIPE --output FOLDER [--num-prompts N] [--first-prompt N] [--policy-version N] "
-        "[--section.key VALUE ...] [--traceback]",
-        allow_abbrev=False,
-    )
-    rollout.add_argument("recipe", metavar="RECIPE", help="TOML file")
-    rollout.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
-    rollout.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
-    rollout.add_argument(
+def _rollout(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    command.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
+    command.add_argument(
         "--first-prompt",
         metavar="N",
         type=int,
         default=0,
         help="position of the first of them among the training prompts",
     )
-    rollout.add_argument(
+    command.add_argument(
         "--policy-version",
         metavar="N",
         type=int,
         default=0,
         help="weight pushes after which model.path was written, such as the export of a run after N steps",
     )
-    return rollout
 
 
-def _add_record(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    record = commands.add_parser(
-        "record",
-        help="record the routes that another engine or number format takes for the same tokens",
-        description="Run the tokens of a rollout through a recipe's engine and write the routes that it takes for them, so "
-        "that compare can tell how two engines, or two number formats, route the same tokens.",
-        usage="moe-replay record RECIPE --from ROLLOUT --output FOLDER [--by trainer] [--section.key VALUE ...] [--traceback]",
-        allow_abbrev=False,
-    )
-    record.add_argument("recipe", metavar="RECIPE", help="TOML file")
-    record.add_argument(
+def _record(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--from",
         metavar="ROLLOUT",
         required=True,
         dest="source",
         help="what moe-replay rollout wrote",
     )
-    record.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
-    record.add_argument(
+    command.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    command.add_argument(
         "--by",
         choices=("engine", "trainer"),
         default="engine",
         help="whose routes: rollout.engine's",
     )
-    return record
 
 
-def _add_compare(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    compare = commands.add_parser(
-        "compare",
-        help="compare two recordings of the same tokens",
-        description="Compare two trace files that were recorded over the same tokens: how often the experts differ, in "
+def _compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("first", metavar="A", help="trace file")
+    command.add_argument("second", metavar="B", help="trace file")
+    _json(command)
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="trace file")
+    _json(command)
+
+
+_COMMANDS: Mapping[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "train": (
+        "train by a recipe",
+        "Train by a recipe. A run whose output directory holds checkpoints is resumed.",
+        _train,
+    ),
+    "doctor": (
+        "tell whether a recipe can run here, and what it replays",
+        "Examine a recipe without its weights: what is on, what it covers, what each rank holds, the versions "
+        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here.",
+        _json,
+    ),
+    "rollout": (
+        "sample by a recipe and keep the completions with their routes",
+        "Sample completions of a recipe's training prompts by its engine, and write them with their traces. "
+        "A recipe with rollout.engine = 'files' trains from them. Started again, it goes on with what a kill has left; under "
+        "torchrun every rank samples its share.",
+        _rollout,
+    ),
+    "record": (
+        "record the routes that another engine or number format takes for the same tokens",
+        "Run the tokens of a rollout through a recipe's engine and write the routes that it takes for them, so "
+        "that compare can tell how two engines, or two number formats, route the same tokens.",
+        _record,
+    ),
+    "compare": (
+        "compare two recordings of the same tokens",
+        "Compare two trace files that were recorded over the same tokens: how often the experts differ, in "
         "which layers, positions, sequences and tokens. A folder stands for the trace file in it.",
-        allow_abbrev=False,
-    )
-    compare.add_argument("first", metavar="A", help="trace file")
-    compare.add_argument("second", metavar="B", help="trace file")
-    compare.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return compare
-
-
-def _add_inspect(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    inspect = commands.add_parser(
-        "inspect",
-        help="show what a trace file holds",
-        description="Check every byte of a trace file and show its traces, sizes, origins and the load of the experts.",
-        allow_abbrev=False,
-    )
-    inspect.add_argument("file", metavar="FILE", help="trace file")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return inspect
-
-
-def _add_serve(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model to trainers",
-        description="Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
+        _compare,
+    ),
+    "inspect": (
+        "show what a trace file holds",
+        "Check every byte of a trace file and show its traces, sizes, origins and the load of the experts.",
+        _inspect,
+    ),
+    "serve": (
+        "serve a model to trainers",
+        "Serve a checkpoint to trainers whose recipe has rollout.engine = 'vllm-server': routes are recorded, "
         "and weights are taken over HTTP. Listens on loopback; elsewhere a bearer token is required.",
-        allow_abbrev=False,
-    )
-    serve_command.add_options(serve)
-    return serve
+        serve_command.add_options,
+    ),
+}
+"""Command -> one line for the list of commands, its description, and what adds its options."""
 
 
 class _HelpWithKeys(argparse.Action):

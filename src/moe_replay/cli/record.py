@@ -6,8 +6,10 @@ comparison.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +17,6 @@ from pathlib import Path
 
 from moe_replay.cli.environment import set_defaults
 from moe_replay.cli.stages import quiet_transformers, say
-from moe_replay.cli.train import with_values
 from moe_replay.engines.files.format import RolloutFile
 from moe_replay.engines.recording import GivenTokens, given_tokens, in_calls, record_given
 from moe_replay.engines.types import Engine
@@ -31,22 +32,15 @@ _MAX_TOKENS = 16384
 """Maximum tokens, padding included, of one engine call; a longer sample gets its own call."""
 
 
-def run_record(
-    recipe_path: str,
-    overrides: Sequence[tuple[str, str | None]],
-    source: str,
-    output: str,
-    *,
-    by: str,
-) -> int:
+def run_record(options: argparse.Namespace) -> int:
     """Run the tokens of a rollout through a recipe's engine or trainer, and write the routes.
 
     Raises:
         MoeReplayError: of the matching kind; no trace file is left behind.
     """
     set_defaults(os.environ)
-    recipe = load_recipe(recipe_path, with_values(overrides))
-    section = recipe.rollout
+    recipe = load_recipe(options.recipe, options.overrides)
+    section, by = recipe.rollout, options.by
     if by == "trainer":
         name = f"trainer-{recipe.model.dtype}"
     elif not isinstance(section, SamplingEngineSection):
@@ -60,23 +54,23 @@ def run_record(
         )
     else:
         name = f"{section.engine}-{section.dtype}"
-    rollout = RolloutFile(_manifest_of(Path(source)))
-    target = Path(output) / f"{name}.traces"
+    rollout = RolloutFile(_manifest_of(Path(options.source)))
+    target = Path(options.output) / f"{name}.traces"
     if target.exists():
         raise RecipeError(f"{target} exists: choose another --output, or remove it")
     say("starting the trainer ..." if by == "trainer" else f"starting the {name} engine ...")
     quiet_transformers()
     with _recorder(recipe, rollout, by=by) as record:
-        counted = _Counted()
+        counted = Counter()
         groups = (rollout.group(request_id) for request_id in rollout.request_ids)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"{target.parent} cannot be created: {error}") from error
-        write_trace_file(target, counted.all_of(record, given_tokens(groups)))
+        write_trace_file(target, _recorded(record, given_tokens(groups), counted))
     print(
-        f"recorded {counted.num_traces} traces, {counted.num_valid} of {counted.num_rows} rows: {target}\n"
-        f"compare them: moe-replay compare {source} {target}",
+        f"recorded {counted['traces']} traces, {counted['valid']} of {counted['rows']} rows: {target}\n"
+        f"compare them: moe-replay compare {options.source} {target}",
         file=sys.stderr,
     )
     return 0
@@ -124,18 +118,11 @@ def _check_fit(recipe: Recipe, rollout: RolloutFile, engine: Engine) -> None:
         )
 
 
-class _Counted:
-    """Counts traces and rows while they are written."""
-
-    def __init__(self) -> None:
-        self.num_traces = self.num_rows = self.num_valid = 0
-
-    def all_of(
-        self, record: Recorder, samples: Iterator[GivenTokens]
-    ) -> Iterator[tuple[str, RoutingTrace]]:
-        for call in in_calls(samples, max_tokens=_MAX_TOKENS):
-            for name, trace in record(call):
-                self.num_traces += 1
-                self.num_rows += len(trace)
-                self.num_valid += trace.num_valid
-                yield name, trace
+def _recorded(
+    record: Recorder, samples: Iterator[GivenTokens], counted: Counter[str]
+) -> Iterator[tuple[str, RoutingTrace]]:
+    """Record in calls of bounded size; count traces and rows while they are written."""
+    for call in in_calls(samples, max_tokens=_MAX_TOKENS):
+        for name, trace in record(call):
+            counted.update(traces=1, rows=len(trace), valid=trace.num_valid)
+            yield name, trace

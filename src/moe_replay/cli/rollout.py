@@ -5,7 +5,9 @@ In: a recipe path, overrides, a folder. Out: an exit code.
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ import numpy as np
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
-from moe_replay.cli.train import with_values
 from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Engine, RolloutGroup
 from moe_replay.errors import RecipeError
@@ -25,10 +26,10 @@ from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import SamplingEngineSection
 
 if TYPE_CHECKING:
-    from moe_replay.cli.rollout_ranks import Ranks
     from moe_replay.engines.files.format import Manifest
     from moe_replay.engines.files.writer import RolloutWriter
     from moe_replay.grpo.inputs import Inputs
+    from moe_replay.megatron.ranks.messages import HostGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +44,7 @@ class Wanted:
     """Number of weight pushes behind the weights of ``model.path``."""
 
 
-def run_rollout(
-    recipe_path: str,
-    overrides: Sequence[tuple[str, str | None]],
-    output: str,
-    *,
-    num_prompts: int | None,
-    first_prompt: int = 0,
-    policy_version: int = 0,
-) -> int:
+def run_rollout(options: argparse.Namespace) -> int:
     """Sample training prompts as the trainer would, by default one step; write each at once.
 
     When it is started again after a kill, it samples what is missing. Under torchrun every rank
@@ -62,10 +55,8 @@ def run_rollout(
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
-    recipe = load_recipe(recipe_path, with_values(overrides))
-    count = recipe.prompts_per_step if num_prompts is None else num_prompts
-    _check_options(recipe, count=count, first=first_prompt, policy_version=policy_version)
-    wanted = Wanted(first=first_prompt, count=count, policy_version=policy_version)
+    recipe = load_recipe(options.recipe, options.overrides)
+    wanted = _wanted(recipe, options)
     say("loading tokenizer, data and rewards ...")
     from moe_replay.grpo.inputs import open_inputs
 
@@ -80,27 +71,34 @@ def run_rollout(
 
     quiet_transformers()
     with ExitStack() as closing:
-        ranks = closing.enter_context(joined_ranks(process))
-        engine = recipe_engine(recipe, ranks.device)
+        ranks, device = closing.enter_context(joined_ranks(process))
+        engine = recipe_engine(recipe, device)
         closing.callback(engine.close)
-        _push(recipe, engine, policy_version)
-        text = _sample(recipe, inputs, engine, wanted, Path(output), ranks)
+        _push(recipe, engine, wanted.policy_version)
+        text = _sample(recipe, inputs, engine, wanted, Path(options.output), ranks)
     say(text)
     return 0
 
 
-def _check_options(recipe: Recipe, *, count: int, first: int, policy_version: int) -> None:
+def _wanted(recipe: Recipe, options: argparse.Namespace) -> Wanted:
     if not isinstance(recipe.rollout, SamplingEngineSection):
         raise RecipeError(
             f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing: choose another engine"
         )
+    given = options.num_prompts
+    wanted = Wanted(
+        first=options.first_prompt,
+        count=recipe.prompts_per_step if given is None else given,
+        policy_version=options.policy_version,
+    )
     for option, value, minimum in (
-        ("--num-prompts", count, 1),
-        ("--first-prompt", first, 0),
-        ("--policy-version", policy_version, 0),
+        ("--num-prompts", wanted.count, 1),
+        ("--first-prompt", wanted.first, 0),
+        ("--policy-version", wanted.policy_version, 0),
     ):
         if value < minimum:
             raise RecipeError(f"{option} is {value}, expected at least {minimum}")
+    return wanted
 
 
 def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
@@ -113,7 +111,7 @@ def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
 
 
 def _sample(
-    recipe: Recipe, inputs: Inputs, engine: Engine, wanted: Wanted, folder: Path, ranks: Ranks
+    recipe: Recipe, inputs: Inputs, engine: Engine, wanted: Wanted, folder: Path, ranks: HostGroup
 ) -> str:
     """Sample what is missing, and return a summary; collective."""
     from rich.console import Console
@@ -125,8 +123,8 @@ def _sample(
     path = folder / f"{rollout_name(engine.description, wanted.policy_version)}.json"
     if ranks.rank == 0:
         begin_rollout(folder, _manifest(recipe, engine, wanted))
-    ranks.wait()
-    with RolloutWriter(path, rank=ranks.rank, num_ranks=ranks.count) as writer:
+    ranks.barrier()
+    with RolloutWriter(path, rank=ranks.rank, num_ranks=ranks.size) as writer:
         _check_kept(recipe, inputs, writer, where=str(path))
         present = union_of(ranks.gather(list(writer.kept)), str(path))
         cut = sum(ranks.gather(writer.num_cut_bytes))
@@ -135,18 +133,19 @@ def _sample(
                 f"continuing: {len(present)} of {wanted.count} prompts are already there; removed {cut} bytes of an unfinished one"
             )
         calls = list(_calls(wanted, present, recipe.prompts_per_step, ranks))
-        done = _Done()
+        done = Counter()
         with showing_progress(
             Console(stderr=True, highlight=False, quiet=ranks.rank > 0),
             engine,
             num_total=sum(map(len, calls)) * recipe.rollout.num_generations,
-            done=lambda: (done.num_completions, done.num_tokens),
+            done=lambda: (done["completions"], done["tokens"]),
         ):
             for group in _groups(recipe, inputs, engine, calls):
                 writer.write(group)
-                done.count(group)
+                done["completions"] += len(group.completions)
+                done["tokens"] += sum(len(c.token_ids) for c in group.completions)
         writer.finish()
-        sampled = sum(ranks.gather(done.num_completions))
+        sampled = sum(ranks.gather(done["completions"]))
     return f"wrote {sampled} completions of {wanted.count - len(present)} prompts: {path}"
 
 
@@ -179,7 +178,7 @@ def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where:
             )
 
 
-def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterator[list[int]]:
+def _calls(wanted: Wanted, present: set[int], step: int, ranks: HostGroup) -> Iterator[list[int]]:
     """Yield the requests of each engine call of this rank: its share of a step's missing prompts.
 
     Every rank makes equally many calls, some of them empty, because ranks that share an engine must
@@ -191,7 +190,7 @@ def _calls(wanted: Wanted, present: set[int], step: int, ranks: Ranks) -> Iterat
         ids = range(start, min(start + step, stop))
         missing = [request_id for request_id in ids if request_id not in present]
         if missing:
-            yield missing[(ranks.rank - turn * step) % ranks.count :: ranks.count]
+            yield missing[(ranks.rank - turn * step) % ranks.size :: ranks.size]
 
 
 def _groups(
@@ -219,14 +218,3 @@ def _groups(
             policy_version=engine.policy_version,
         )
         yield from groups
-
-
-class _Done:
-    """Counts the completions and tokens that engine calls returned."""
-
-    def __init__(self) -> None:
-        self.num_completions = self.num_tokens = 0
-
-    def count(self, group: RolloutGroup) -> None:
-        self.num_completions += len(group.completions)
-        self.num_tokens += sum(len(c.token_ids) for c in group.completions)

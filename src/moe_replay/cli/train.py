@@ -5,6 +5,7 @@ In: a recipe and overrides. Out: an exit code, or the run directory.
 
 from __future__ import annotations
 
+import argparse
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import START_AGAIN, Progress, quiet_transformers, say
-from moe_replay.errors import RecipeError
 from moe_replay.grpo.records import RunEnd
 from moe_replay.grpo.start.preflight import Preflight, preflight
 from moe_replay.grpo.stopping import StopRequest, StopRequested
@@ -28,31 +28,25 @@ if TYPE_CHECKING:
 _MAX_GOODBYE_S = 30.0
 
 
-def run_train(
-    recipe_path: str,
-    overrides: Sequence[tuple[str, str | None]],
-    *,
-    dry_run: bool,
-    restart: bool,
-    allow_changed: Sequence[str] = (),
-) -> int:
-    """Check a recipe and, unless ``dry_run``, train by it.
+def run_train(options: argparse.Namespace) -> int:
+    """Check a recipe and, unless ``--dry-run`` is given, train by it.
 
     Raises:
         MoeReplayError: of the kind that names what went wrong.
     """
     stop = StopRequest()
+    kept = {"restart": options.restart, "allow_changed": options.allow_changed}
     launched = read_process(os.environ).launched_by_torchrun
     try:
         with stop.listening(forwards=launched, say=say), ExitStack() as stack:
             with stop.breaking_off():
-                checked = _prepare(recipe_path, with_values(overrides), tries_push=dry_run)
+                checked = _prepare(options.recipe, options.overrides, tries_push=options.dry_run)
             stack.callback(checked.close)
-            if dry_run:
-                _check_directory(checked, restart=restart, allow_changed=allow_changed)
+            if options.dry_run:
+                _check_directory(checked, **kept)
                 _show(checked)
                 return 0
-            _, end = _train(checked, restart=restart, allow_changed=allow_changed, stop=stop)
+            _, end = _train(checked, **kept, stop=stop)
     except StopRequested:
         say(f"stopped by {stop.reason} before the run began: the same command starts it again")
         return _exit_code(stop.reason)
@@ -163,22 +157,6 @@ def _end_within(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
-
-
-def with_values(overrides: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    """Return the overrides, after checking that each has a value.
-
-    Raises:
-        RecipeError: an override has no value.
-    """
-    pairs: list[tuple[str, str]] = []
-    for key, value in overrides:
-        if value is None:
-            raise RecipeError(
-                f"--{key} has no value: write --{key} VALUE (true or false for a switch)"
-            )
-        pairs.append((key, value))
-    return pairs
 
 
 def _notes(checked: Preflight) -> list[str]:
