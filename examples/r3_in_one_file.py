@@ -22,7 +22,7 @@ from moe_replay.engines.types import Engine, Request, SamplingParams
 from moe_replay.grpo.advantage import group_advantages
 from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.layout import ParallelLayout, initialize
-from moe_replay.megatron.logprobs import token_logprobs
+from moe_replay.megatron.logprobs import token_statistics
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.replay import ReplayScope
 from moe_replay.megatron.replay.overlap import RowOwners
@@ -37,12 +37,16 @@ NUM_PROMPTS, GROUP_SIZE, NUM_UPDATES, CLIP = 8, 4, 2, 0.2
 
 def sampled_logprobs(model: torch.nn.Module, batch: Microbatch, scope: ReplayScope) -> torch.Tensor:
     """Run Megatron under replay; return the log-probabilities of the sampled tokens."""
-    arrays = (batch.token_ids, batch.positions, batch.next_ids, batch.predicts_sampled)
-    ids, positions, next_ids, rows = map(torch.from_numpy, arrays)
+    rows = np.flatnonzero(batch.predicts_sampled)
+    arrays = (batch.token_ids, batch.positions, rows, batch.next_ids[rows])
+    ids, positions, predicting, next_ids = map(torch.from_numpy, arrays)
     packed = packed_rows(batch.index.padded_lengths)
-    with scope.microbatch(batch.key):  # the routers take the routes of this microbatch
-        logits = model(ids[None], positions[None], None, packed_seq_params=packed)
-    return token_logprobs(logits[0, rows], next_ids[rows], temperature=1.0)
+    # The routers take the routes of this microbatch; the output layer returns no logits.
+    with (
+        scope.microbatch(batch.key),
+        token_statistics(model, predicting, next_ids, temperature=1.0),
+    ):
+        return model(ids[None], positions[None], None, packed_seq_params=packed)[0, :, 0]
 
 
 def train(engine: Engine, num_steps: int) -> list[dict[str, float]]:

@@ -44,6 +44,7 @@ def trainer_recorder(
             recipe.megatron,
             dtype=getattr(torch, recipe.model.dtype),
             grouped_experts=recipe.model.grouped_experts,
+            chunk_rows=recipe.batch.logprob_chunk_size,
         )
         yield lambda samples: _record(scorer, form, samples)
     finally:

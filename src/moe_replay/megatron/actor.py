@@ -27,6 +27,7 @@ from moe_replay.errors import DivergedError, UpdateError
 from moe_replay.megatron.backward import BackwardWork, MegatronLearner, TokenLoss
 from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.chunks import unwrap
+from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
 from moe_replay.megatron.upstream.warnings import quiet_megatron
@@ -67,6 +68,7 @@ class MegatronActor(MegatronLearner):
         num_experts: int,
         settings: OptimizerSection,
         num_updates: int,
+        chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config``.
 
@@ -78,7 +80,7 @@ class MegatronActor(MegatronLearner):
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         )
         wrapped = [DistributedDataParallel(config, wrapping, module) for module in self.modules]
-        super().__init__(wrapped, num_experts=num_experts)
+        super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -218,11 +220,13 @@ def build_policy(
     num_updates: int,
     grouped_experts: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
     ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights.
-    ``overrides`` holds further TransformerConfig fields, such as ``recompute_*``.
+    ``overrides`` holds further TransformerConfig fields, such as ``recompute_*``. Logits exist for
+    ``chunk_rows`` token rows at a time.
     """
     modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     return MegatronActor(
@@ -231,6 +235,7 @@ def build_policy(
         num_experts=config.num_moe_experts or 0,
         settings=settings,
         num_updates=num_updates,
+        chunk_rows=chunk_rows,
     )
 
 
@@ -240,12 +245,13 @@ def build_scorer(
     *,
     dtype: torch.dtype,
     grouped_experts: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> MegatronScorer:
     """Build a frozen copy of a Hugging Face checkpoint, such as the reference model."""
     modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, None)
     for module in modules:
         module.requires_grad_(False)
-    return MegatronScorer(modules, num_experts=config.num_moe_experts or 0)
+    return MegatronScorer(modules, num_experts=config.num_moe_experts or 0, chunk_rows=chunk_rows)
 
 
 def _load_modules(

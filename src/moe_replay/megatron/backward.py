@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moe_replay.batch import Microbatch
-from moe_replay.megatron.logprobs import token_logprobs
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.scorer import MegatronScorer, opened
@@ -69,13 +68,12 @@ class MegatronLearner(MegatronScorer):
 
         def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             microbatch = next(batches)
-            output = self._forward(chunk, microbatch, scope)
+            output = self._statistics(chunk, microbatch, scope, temperature=work.temperature)
 
             def scaled_loss(
-                logits: torch.Tensor,
+                statistics: torch.Tensor,
             ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                rows, next_ids = self._predicting(microbatch)
-                logprobs = token_logprobs(logits[0, rows], next_ids, temperature=work.temperature)
+                logprobs = statistics[0, :, 0]
                 if inspect is not None:
                     inspect(microbatch, logprobs)
                 # Megatron divides the summed gradient by the summed count, which is meant for

@@ -1,46 +1,240 @@
-"""Log-probabilities and entropies of tokens; the logits are split over tensor-parallel ranks.
+"""Log-probabilities and entropies of tokens without their logits: `token_statistics`.
 
-In: logits of this rank. Out: log-probabilities (differentiable) and entropies, in nats.
+The logits of 16,384 tokens over 151,936 words are 9.3 GiB in float32, and a softmax with its
+gradient takes several such tensors. Here the output layer runs on a few rows at a time, and again
+in the backward pass, so that only those rows ever exist.
+
+In: hidden rows, the output layer. Out: log-probabilities and entropies in nats, differentiable.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int64
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from jaxtyping import Float, Float32, Int64
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from moe_replay.errors import UnsupportedError
+
+CHUNK_ROWS = 2048
+"""Rows whose logits exist at a time: 1.2 GiB at 151,936 words. Below about 1,000 a GPU is limited
+by reading the weights of the output layer for each chunk."""
+# exp(-1000) is 0 already; 0 times minus infinity would be NaN.
+_NO_SHARE = -1000.0
 
 
-def token_logprobs(
-    logits: Float[torch.Tensor, "tokens local_vocab"],
+@contextmanager
+def token_statistics(
+    model: Any,
+    rows: Int64[torch.Tensor, " tokens"],
     token_ids: Int64[torch.Tensor, " tokens"],
     *,
     temperature: float,
-) -> Float[torch.Tensor, " tokens"]:
-    """Return ``log softmax(logits / temperature)`` at ``token_ids``, in float32."""
-    # The copy matters: the cross entropy subtracts the maximum in place.
-    scaled = logits.float() / temperature if temperature != 1.0 else logits.float().clone()
-    return -vocab_parallel_cross_entropy(scaled.unsqueeze(1), token_ids.unsqueeze(1)).squeeze(1)
+    with_entropies: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Iterator[None]:
+    """Make the forward pass of a GPTModel return ``[1, tokens, 1 or 2]`` instead of logits.
+
+    Column 0 is ``log softmax(logits / temperature)`` at ``token_ids``, column 1 the entropy of that
+    distribution, both float32 and differentiable. ``rows`` are those of the packed batch that
+    predict ``token_ids``; other rows never reach the vocabulary. Works under tensor, sequence,
+    context and pipeline parallelism; on a stage without an output layer it changes nothing.
+
+    Example:
+        >>> with token_statistics(model, rows, next_ids, temperature=1.0):
+        ...     logprobs = model(ids[None], positions[None], None)[0, :, 0]
+
+    Raises:
+        UnsupportedError: the model calls its output layer for more than the next token.
+    """
+    if not model.post_process:
+        yield
+        return
+    for option in ("mtp_num_layers", "defer_embedding_wgrad_compute"):
+        if getattr(model.config, option, None):
+            raise UnsupportedError(
+                f"{option} is {getattr(model.config, option)!r} in Megatron's configuration, expected it unset: "
+                "log-probabilities are computed inside the output layer, which this option calls for other purposes; "
+                "remove it from the overrides"
+            )
+    layer = model.output_layer
+    is_embedding = model.share_embeddings_and_output_weights and model.pre_process
+
+    def forward(
+        hidden: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        # Either one sums the gradient of the hidden rows over the shards of the vocabulary.
+        spread = (
+            gather_from_sequence_parallel_region
+            if layer.sequence_parallel
+            else copy_to_tensor_model_parallel_region
+        )
+        picked = spread(hidden, group=layer.tp_group).flatten(0, 1).index_select(0, rows)
+        values = _Statistics.apply(
+            picked,
+            layer.weight if weight is None else weight,
+            token_ids,
+            temperature,
+            layer.tp_group,
+            chunk_rows,
+            with_entropies,
+            is_embedding,
+        )
+        # GPTModel swaps the first two axes.
+        return values[:, None], None
+
+    # On the instance, so that hooks, parameters and the state dict stay as they are.
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
-@torch.no_grad()
-def token_entropies(
-    logits: Float[torch.Tensor, "tokens local_vocab"],
-    *,
-    temperature: float,
-    tp_group: dist.ProcessGroup,
-) -> Float[torch.Tensor, " tokens"]:
-    """Return the entropy of ``softmax(logits / temperature)``, ``log Z - sum(p * logit)``."""
-    scaled = logits.float() / temperature
-    top = scaled.amax(dim=-1, keepdim=True)
-    if tp_group.size() > 1:
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp_group)
-    shifted = scaled - top
-    # A logit of minus infinity has no share: 0, where 0 times minus infinity is NaN. exp(-1000) is
-    # 0 already.
-    shifted.clamp_(min=-1000.0)
-    weight = shifted.exp()
-    sums = torch.stack([weight.sum(dim=-1), (weight * shifted).sum(dim=-1)])
-    if tp_group.size() > 1:
-        dist.all_reduce(sums, group=tp_group)
-    return sums[0].log() - sums[1] / sums[0]
+class _Statistics(torch.autograd.Function):
+    """``(hidden, weight, ids, ...) -> [tokens, 1 or 2]``, in chunks of rows.
+
+    Example of one row, two shards of the vocabulary with logits (1, 3) and (2, 0), target 2 (the
+    first word of shard 1). Shard 0 has maximum 3, sum e^-2 + 1 = 1.135; shard 1 has maximum 2, sum
+    1 + e^-2 = 1.135, shifted target 0. The maximum of both is 3, so shard 1 is rescaled by e^-1 and
+    its target becomes -1: the sum is 1.135 + 0.418 = 1.553 and the log-probability
+    -1 - ln 1.553 = -1.440.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[torch.Tensor, "tokens hidden"],
+        weight: Float[torch.Tensor, "local_vocab hidden"],
+        ids: Int64[torch.Tensor, " tokens"],
+        temperature: float,
+        group: dist.ProcessGroup,
+        chunk_rows: int,
+        with_entropies: bool,
+        is_embedding: bool,
+    ) -> Float32[torch.Tensor, "tokens statistics"]:
+        pieces = _pieces(len(hidden), chunk_rows)
+        local_vocab = len(weight)
+        is_here = ids // local_vocab == group.rank()
+        index = torch.where(is_here, ids % local_vocab, 0)
+        top, total, moment, target = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
+        buffer = _buffer(pieces, hidden, local_vocab)
+        second = torch.empty_like(buffer) if with_entropies else None
+        for piece in pieces:
+            shifted = _scaled_logits(hidden[piece], weight, temperature, buffer)
+            torch.amax(shifted, -1, out=top[piece])
+            shifted.sub_(top[piece, None])
+            target[piece] = shifted.gather(1, index[piece, None])[:, 0]
+            if second is None:
+                torch.sum(shifted.exp_(), -1, out=total[piece])
+                continue
+            shares = torch.exp(shifted, out=second[: len(shifted)])
+            torch.sum(shares, -1, out=total[piece])
+            torch.sum(shares.mul_(shifted.clamp_(min=_NO_SHARE)), -1, out=moment[piece])
+        # Two collectives of one number a token, for all chunks together.
+        highest = top.clone()
+        if group.size() > 1:
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        shift = top - highest
+        sums = torch.stack(
+            [total, moment + total * shift, torch.where(is_here, target + shift, 0.0)]
+        )
+        sums[:2] *= shift.exp()
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        log_total = sums[0].log()
+        entropies = log_total - sums[1] / sums[0] if with_entropies else None
+        ctx.save_for_backward(hidden, weight, index, is_here, highest + log_total, entropies)
+        # Megatron's marks are attributes of the parameter itself.
+        ctx.parameter = weight
+        ctx.options = temperature, pieces, is_embedding
+        logprobs = sums[2] - log_total
+        return torch.stack([logprobs] if entropies is None else [logprobs, entropies], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # With p the distribution and H its entropy: d logprob / d logit = onehot - p, and
+        # d H / d logit = -p (log p + H). The part of this shard; the caller sums over shards.
+        hidden, weight, index, is_here, log_sum, entropies = ctx.saved_tensors
+        temperature, pieces, is_embedding = ctx.options
+        needs_weight = ctx.needs_input_grad[1]
+        sums, returned = (
+            _weight_gradient(ctx.parameter, is_embedding) if needs_weight else (None, None)
+        )
+        hidden_gradient = torch.empty_like(hidden)
+        buffer = _buffer(pieces, hidden, len(weight))
+        second = torch.empty_like(buffer) if entropies is not None else None
+        for piece in pieces:
+            of_logprob = gradient[piece, :1]
+            logprobs = _scaled_logits(hidden[piece], weight, temperature, buffer)
+            logprobs.sub_(log_sum[piece, None])
+            if second is None:
+                of_logits = logprobs.exp_().mul_(-of_logprob)
+            else:
+                shares = torch.exp(logprobs, out=second[: len(logprobs)])
+                of_logits = logprobs.clamp_(min=_NO_SHARE).add_(entropies[piece, None])
+                of_logits.mul_(gradient[piece, 1:]).add_(of_logprob).mul_(shares).neg_()
+            of_logits.scatter_add_(1, index[piece, None], of_logprob * is_here[piece, None])
+            if temperature != 1.0:
+                of_logits.div_(temperature)
+            of_logits = of_logits.to(weight.dtype)
+            torch.mm(of_logits, weight, out=hidden_gradient[piece])
+            if sums is None:
+                continue
+            if sums.dtype == of_logits.dtype:
+                sums.addmm_(of_logits.t(), hidden[piece])
+            else:
+                sums.add_(of_logits.t() @ hidden[piece])
+        if sums is not None and returned is None:
+            returned = sums.to(weight.dtype)
+        return hidden_gradient, returned, None, None, None, None, None, None
+
+
+def _pieces(num_rows: int, chunk_rows: int) -> list[slice]:
+    """Return chunks of at most ``chunk_rows`` rows and nearly equal size.
+
+    A chunk of one row would use another kernel, which rounds differently. Example: 5 rows in
+    chunks of 4 are 3 and 2.
+    """
+    number = -(-num_rows // chunk_rows)
+    ends = [num_rows * index // number for index in range(number + 1)] if number else [0]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _buffer(pieces: list[slice], hidden: torch.Tensor, local_vocab: int) -> torch.Tensor:
+    rows = max((piece.stop - piece.start for piece in pieces), default=0)
+    return hidden.new_empty(rows, local_vocab, dtype=torch.float32)
+
+
+def _scaled_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, buffer: torch.Tensor
+) -> torch.Tensor:
+    """Write ``logits / temperature`` into the buffer, rounded first as Megatron's layer does."""
+    out = buffer[: len(hidden)]
+    if weight.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        out.copy_(hidden @ weight.t())
+    return out if temperature == 1.0 else out.div_(temperature)
+
+
+def _weight_gradient(weight: Any, is_embedding: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return where the weight's gradient is summed in float32, and what autograd gets for it.
+
+    Under Megatron's DDP the sum goes straight into ``main_grad``, and autograd gets a tensor that
+    nobody reads, or zeros if the embedding adds a gradient of its own to the same weight. None
+    stands for the sum itself.
+    """
+    adds_zeros = getattr(weight, "zero_out_wgrad", False)
+    if not hasattr(weight, "grad_added_to_main_grad") or (is_embedding and not adds_zeros):
+        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), None
+    weight.grad_added_to_main_grad = True
+    return weight.main_grad, (torch.zeros_like if adds_zeros else torch.empty_like)(weight)

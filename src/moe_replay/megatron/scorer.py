@@ -25,7 +25,7 @@ from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.chunks import moe_layers, unwrap
-from moe_replay.megatron.logprobs import token_entropies, token_logprobs
+from moe_replay.megatron.logprobs import CHUNK_ROWS, token_statistics
 from moe_replay.megatron.replay import RecordScope, ReplayScope
 from moe_replay.megatron.replay.overlap import RowOwners, WatchedRoutes
 from moe_replay.routing import RouteForm, RouteSlice, Routing
@@ -65,12 +65,21 @@ class Scores:
 class MegatronScorer:
     """A Megatron model that scores samples."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, num_experts: int) -> None:
-        """Take the model chunks of this rank, with whatever wrappers they have."""
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        num_experts: int,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        """Take the model chunks of this rank, with whatever wrappers they have.
+
+        Logits exist for ``chunk_rows`` token rows at a time.
+        """
         # Any: Megatron's wrappers have methods that torch's Module does not declare.
         self.chunks: list[Any] = list(chunks)
         self.routers = moe_layers(self.chunks)
-        self.num_experts = num_experts
+        self.num_experts, self.chunk_rows = num_experts, chunk_rows
         self.place = RankPlace(
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -96,25 +105,12 @@ class MegatronScorer:
 
         Every rank returns the values of all samples of its own data-parallel replica.
         """
-        outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(microbatch: Microbatch, logits: torch.Tensor) -> None:
-            rows, next_ids = self._predicting(microbatch)
-            picked = logits[0, rows]
-            outputs[microbatch.key] = (
-                token_logprobs(picked, next_ids, temperature=temperature),
-                token_entropies(
-                    picked,
-                    temperature=temperature,
-                    tp_group=parallel_state.get_tensor_model_parallel_group(),
-                ),
-            )
-
+        outputs: dict[int, torch.Tensor] = {}
         for chunk in self.chunks:
             chunk.eval()
         scope = self._scope(microbatches, routing, watch)
         with torch.no_grad(), opened(scope):
-            self._run(microbatches, scope, keep)
+            self._run(microbatches, scope, temperature, outputs)
         self._observe(microbatches, scope, watch)
         scored: dict[int, ScoredSample] = {}
         for microbatch in microbatches:
@@ -138,16 +134,19 @@ class MegatronScorer:
         self,
         microbatches: Sequence[Microbatch],
         scope: ReplayScope | RecordScope | None,
-        keep: Callable[[Microbatch, torch.Tensor], None],
+        temperature: float,
+        outputs: dict[int, torch.Tensor],
     ) -> None:
-        """Drive Megatron's own schedule, forward only."""
+        """Drive Megatron's own schedule, forward only; the last stage fills ``outputs``."""
 
         def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             microbatch = next(batches)
-            output = self._forward(chunk, microbatch, scope)
+            output = self._statistics(
+                chunk, microbatch, scope, temperature=temperature, with_entropies=True
+            )
 
-            def collect(logits: torch.Tensor, non_loss_data: bool = True) -> None:
-                keep(microbatch, logits)
+            def collect(statistics: torch.Tensor, non_loss_data: bool = True) -> None:
+                outputs[microbatch.key] = statistics[0]
 
             return output, collect
 
@@ -166,6 +165,27 @@ class MegatronScorer:
         if len(self.chunks) == 1:
             return iter(microbatches)
         return [iter(microbatches) for _ in self.chunks]
+
+    def _statistics(
+        self,
+        chunk: torch.nn.Module,
+        microbatch: Microbatch,
+        scope: ReplayScope | RecordScope | None,
+        *,
+        temperature: float,
+        with_entropies: bool = False,
+    ) -> torch.Tensor:
+        """Run a forward pass; the last stage returns `token_statistics` of the sampled tokens."""
+        rows = np.flatnonzero(microbatch.predicts_sampled)
+        with token_statistics(
+            unwrap(chunk),
+            self._tensor(rows),
+            self._tensor(microbatch.next_ids[rows]),
+            temperature=temperature,
+            with_entropies=with_entropies,
+            chunk_rows=self.chunk_rows,
+        ):
+            return self._forward(chunk, microbatch, scope)
 
     def _forward(
         self,
@@ -197,10 +217,6 @@ class MegatronScorer:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
-
-    def _predicting(self, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = np.flatnonzero(microbatch.predicts_sampled)
-        return self._tensor(rows), self._tensor(microbatch.next_ids[rows])
 
     def _scope(
         self, microbatches: Sequence[Microbatch], routing: Routing, watch: RouteWatch | None
@@ -235,14 +251,13 @@ class MegatronScorer:
                 watch.observe(microbatch, watched)
 
     def _assemble(
-        self, microbatch: Microbatch, local: tuple[torch.Tensor, torch.Tensor] | None
+        self, microbatch: Microbatch, local: torch.Tensor | None
     ) -> Float32[np.ndarray, "2 batch_rows"]:
         """Return log-probabilities and entropies of all batch rows, on all ranks of a replica."""
         found = np.zeros((2, microbatch.index.num_rows), dtype=np.float32)
         if local is not None:
             rows = microbatch.index.rows[np.flatnonzero(microbatch.predicts_sampled)]
-            for into, values in zip(found, local, strict=True):
-                into[rows] = values.float().cpu().numpy()
+            found[:, rows] = local.t().cpu().numpy()
         cp_group = parallel_state.get_context_parallel_group()
         pp_group = parallel_state.get_pipeline_model_parallel_group()
         if cp_group.size() == 1 and pp_group.size() == 1:

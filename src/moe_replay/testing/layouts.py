@@ -213,7 +213,8 @@ def replayed_step(
     plant: Plant = Plant(),
 ) -> Step:
     """Share coded routes, score and update under them, through the trainer's own path."""
-    actor = start_policy(checkpoint, case.layout, **case.overrides)
+    # A microbatch has some 20 sampled tokens: several chunks of uneven size.
+    actor = start_policy(checkpoint, case.layout, chunk_rows=7, **case.overrides)
     replica = Replica.find(tuple(actor.routers), place=actor.place)
     samples = replica_share(coded_samples(layers), replica)
     # Equally many microbatches everywhere, a multiple of the stages; equally many rows where the

@@ -24,6 +24,7 @@ from moe_replay.batch.packing import split_to
 from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.ranks.sharing import share_routes
@@ -43,16 +44,24 @@ def start_policy(
     layout: ParallelLayout | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    chunk_rows: int = CHUNK_ROWS,
     **overrides: Any,
 ) -> MegatronActor:
     """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
 
-    ``overrides`` are further TransformerConfig fields, such as ``recompute_granularity``.
+    Logits exist for ``chunk_rows`` token rows at a time. ``overrides`` are further
+    TransformerConfig fields, such as ``recompute_granularity``.
     """
     layout = layout or ParallelLayout()
     initialize(layout)
     return build_policy(
-        checkpoint, layout, dtype=dtype, settings=SETTINGS, num_updates=10, overrides=overrides
+        checkpoint,
+        layout,
+        dtype=dtype,
+        settings=SETTINGS,
+        num_updates=10,
+        overrides=overrides,
+        chunk_rows=chunk_rows,
     )
 
 

@@ -134,6 +134,7 @@ def _build_actor(recipe: Recipe, reporter: Reporter) -> MegatronActor:
         num_updates=recipe.num_updates,
         grouped_experts=recipe.model.grouped_experts,
         overrides=recipe.megatron.config_fields(),
+        chunk_rows=recipe.batch.logprob_chunk_size,
     )
 
 
@@ -152,4 +153,5 @@ def _build_reference(recipe: Recipe) -> MegatronScorer | None:
         recipe.megatron,
         dtype=getattr(torch, recipe.model.dtype),
         grouped_experts=recipe.model.grouped_experts,
+        chunk_rows=recipe.batch.logprob_chunk_size,
     )

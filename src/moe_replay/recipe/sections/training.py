@@ -56,6 +56,9 @@ class BatchSection(Section):
         int | None, Key(may_change=True, also_called=("per_device_train_batch_size",))
     ] = Field(default=None, gt=0)
     """Samples of a packed microbatch; give this or ``max_tokens_per_microbatch``."""
+    logprob_chunk_size: Annotated[int, Key(may_change=True)] = Field(default=2048, gt=0)
+    """Sampled tokens whose logits exist at a time, in float32, one such tensor in an update and two
+    while scoring; smaller takes less memory, below about 1,000 a GPU gets slower."""
 
 
 class GrpoSection(Section):
