@@ -160,9 +160,10 @@ class _Statistics(torch.autograd.Function):
         return torch.stack([logprobs] if entropies is None else [logprobs, entropies], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # With p the distribution and H its entropy: d logprob / d logit = onehot - p, and
         # d H / d logit = -p (log p + H). The part of this shard; the caller sums over shards.
+        (gradient,) = gradients
         hidden, weight, index, is_here, log_sum, entropies = ctx.saved_tensors
         temperature, pieces, is_embedding = ctx.options
         needs_weight = ctx.needs_input_grad[1]
