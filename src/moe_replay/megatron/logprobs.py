@@ -58,13 +58,7 @@ def token_statistics(
     if not model.post_process:
         yield
         return
-    for option in ("mtp_num_layers", "defer_embedding_wgrad_compute"):
-        if getattr(model.config, option, None):
-            raise UnsupportedError(
-                f"{option} is {getattr(model.config, option)!r} in Megatron's configuration, expected it unset: "
-                "log-probabilities are computed inside the output layer, which this option calls for other purposes; "
-                "remove it from the overrides"
-            )
+    _refuse_other_uses(model.config)
     layer = model.output_layer
     is_embedding = model.share_embeddings_and_output_weights and model.pre_process
 
@@ -97,6 +91,16 @@ def token_statistics(
         yield
     finally:
         del layer.forward
+
+
+def _refuse_other_uses(config: Any) -> None:
+    for option in ("mtp_num_layers", "defer_embedding_wgrad_compute"):
+        if getattr(config, option, None):
+            raise UnsupportedError(
+                f"{option} is {getattr(config, option)!r} in Megatron's configuration, expected it "
+                "unset: log-probabilities are computed inside the output layer, which this option "
+                "calls for other purposes; remove it from the overrides"
+            )
 
 
 class _Statistics(torch.autograd.Function):
