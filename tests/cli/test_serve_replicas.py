@@ -64,9 +64,8 @@ class Served:
             engine.close()
 
     def cores(self) -> list[psutil.Process]:
-        """Return vLLM's core of each replica."""
-        children = psutil.Process(self.server.pid).children()
-        return [child for child in children if child.children()]
+        """Return vLLM's core of each replica, whose one worker runs in it."""
+        return [process for process in self.started() if "EngineCore" in process.name()]
 
     def started(self) -> list[psutil.Process]:
         """Return every process that the server has started."""
@@ -113,7 +112,7 @@ def sampled_by_each(served: Served, engine: ServerEngine) -> list[RolloutGroup]:
     lengths = {len(c.token_ids) for groups in served.expected for c in groups[0].completions}
     core = served.cores()[0]
     with ThreadPoolExecutor(1) as thread:
-        with held([core, *core.children(recursive=True)]):
+        with held([core]):
             both = thread.submit(engine.generate, REQUESTS[:1], SAMPLING)
             while engine.progress.num_tokens not in lengths:
                 assert not both.done()
@@ -143,15 +142,9 @@ def test_both_replicas_sample_and_take_a_push(served):
         assert ours.completions[0].token_ids.tolist() != theirs.completions[0].token_ids.tolist()
 
 
-@pytest.mark.parametrize("victim", ["worker", "core"])
-def test_e25_a_replica_that_is_killed_ends_the_server_which_says_so(served, victim):
-    """kill -9 of one process while both replicas sample. The last test: it leaves no server."""
-    if victim == "core":
-        served.server.restart()
-        served.server.wait()
-    core = served.cores()[0]
-    (worker,) = (child for child in core.children() if "Worker" in child.name())
-    started, said = served.started(), len(served.log.read_text())
+def assert_ends(served: Served, victim: psutil.Process) -> None:
+    """Kill (-9) a process of a server while all its replicas sample, and see the server end."""
+    started = served.started()
     # So many that they last, whatever tokens come.
     many = [replace(request, num_generations=256) for request in REQUESTS]
     long = SamplingParams(max_completion_length=400, seed=2)
@@ -160,9 +153,24 @@ def test_e25_a_replica_that_is_killed_ends_the_server_which_says_so(served, vict
         work = thread.submit(engine.generate, many, long)
         while not engine.progress.num_tokens:
             assert not work.done()
-        (worker if victim == "worker" else core).send_signal(signal.SIGKILL)
+        victim.send_signal(signal.SIGKILL)
         with pytest.raises(EngineError, match=r"has lost its engine: .* replica [01] of vLLM"):
             work.result()
     assert served.server.ended() == START_AGAIN
     assert psutil.wait_procs(started, timeout=LIMIT_S)[1] == []
-    assert "moe-replay: the server has lost its engine" in served.log.read_text()[said:]
+    assert "moe-replay: the server has lost its engine" in served.log.read_text()
+
+
+def test_e25_a_replica_that_is_killed_ends_the_server_which_says_so(served):
+    """The last test of this server: it leaves none."""
+    assert_ends(served, served.cores()[0])
+
+
+def test_e25_a_worker_that_is_killed_ends_the_server_which_says_so(served, tmp_path):
+    log = tmp_path / "log"
+    options = ["--dtype", "float32", "--kv-cache-gib", "0.05", "--tensor-parallel-size", "2"]
+    with ServerProcess(served.models[0], *options, log=log) as server:
+        server.wait()
+        of_two_workers = replace(served, server=server, log=log)
+        worker, _ = (p for p in of_two_workers.started() if "Worker" in p.name())
+        assert_ends(of_two_workers, worker)

@@ -222,6 +222,19 @@ def test_recording_off_changes_nothing_but_the_trace(checkpoint):
         )
 
 
+def test_a_push_that_does_not_fit_is_refused(checkpoint, other):
+    engine = EmbeddedEngine(checkpoint, dtype="float32")
+    push, norm = dict(pushed(other)), "model.norm.weight"
+    with pytest.raises(EngineError, match=f"{norm} was pushed twice"):
+        engine.load_weights([(norm, push[norm])] * 2, policy_version=1)
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(EngineError, match=f"{fused} is not in this model's checkpoint"):
+        engine.load_weights([*push.items(), (fused, torch.zeros(1))], policy_version=1)
+    del push[norm], push["model.layers.0.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(EngineError, match=r"2 of \d+ weights.*experts\.3\.up_proj.*model\.norm"):
+        engine.load_weights(push.items(), policy_version=1)
+
+
 def test_tied_embeddings_are_pushed_under_one_name(root):
     paths = [
         write_tiny_checkpoint(
@@ -234,6 +247,15 @@ def test_tied_embeddings_are_pushed_under_one_name(root):
     fresh = EmbeddedEngine(paths[1], dtype="float32")
     ours, theirs = (e.generate(prompts(5), GREEDY)[0].completions[0] for e in (engine, fresh))
     assert ours.rollout_logprobs.tolist() == theirs.rollout_logprobs.tolist()
+    push = dict(pushed(paths[1]))
+    embedding = push.pop("model.embed_tokens.weight")
+    push["lm_head.weight"] = embedding
+    engine.load_weights(push.items(), policy_version=2)
+    engine.load_weights([*push.items(), ("model.embed_tokens.weight", embedding)], policy_version=3)
+    with pytest.raises(EngineError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
+        engine.load_weights(
+            [*push.items(), ("model.embed_tokens.weight", embedding + 1)], policy_version=4
+        )
 
 
 def test_a_recurrent_model_is_refused(root):

@@ -25,10 +25,10 @@ from moe_replay.engines.types import (
     SamplingParams,
     grouped,
 )
-from moe_replay.engines.weight_stream import finite_weights
+from moe_replay.engines.weight_stream import checked_weights
 from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
 from moe_replay.transformers.record import record_routes
-from moe_replay.transformers.weights import CheckpointViews
+from moe_replay.transformers.weights import checkpoint_views
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,9 +69,12 @@ class EmbeddedEngine(VersionedEngine):
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
         self._num_threads = num_threads
-        self._views = CheckpointViews(self._model)
-        self._eos_ids, self._num_known_ids = facts.eos_ids, facts.num_known_ids
-        self._vocab_size = facts.vocab_size
+        self._views = checkpoint_views(self._model)
+        # A push holds what the model has, which may be less than the checkpoint: transformers skips
+        # prediction layers.
+        self._facts = replace(
+            facts, weight_shapes={name: tuple(view.shape) for name, view in self._views.items()}
+        )
         self._progress = RolloutProgress()
         super().__init__(
             describe(
@@ -110,7 +113,7 @@ class EmbeddedEngine(VersionedEngine):
         self._check_state("ready")
         check_sampling(sampling)
         check_requests(
-            requests, sampling, description=self._description, vocab_size=self._vocab_size
+            requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
         # Prompts of like length share a batch, which keeps padding short.
         order = sorted(range(len(requests)), key=lambda r: (len(requests[r].prompt_ids), r))
@@ -146,7 +149,9 @@ class EmbeddedEngine(VersionedEngine):
         """
         self._check_push(policy_version)
         self._state = "broken"
-        self._views.copy(finite_weights(weights))
+        with torch.no_grad():
+            for name, tensor in checked_weights(weights, self._facts):
+                self._views[name].copy_(tensor)
         self._state = "ready"
         self._policy_version = policy_version
 
@@ -178,10 +183,10 @@ class EmbeddedEngine(VersionedEngine):
                 recorder,
                 self._device,
                 self._policy_version,
-                self._num_known_ids,
+                self._facts.num_known_ids,
             )
             stops = torch.tensor(
-                sorted({*self._eos_ids, *sampling.stop_token_ids}),
+                sorted({*self._facts.eos_ids, *sampling.stop_token_ids}),
                 dtype=torch.int64,
                 device=self._device,
             )
