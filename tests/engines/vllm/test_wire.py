@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from moe_replay.engines.vllm.wire import (
     RoutePayload,
     check_version,
     payload_of_json,
-    payload_of_output,
     trace_from_vllm,
 )
 from moe_replay.errors import CodecError, EngineError, TraceError, UnsupportedError
@@ -153,15 +151,6 @@ def test_development_versions_count_as_their_release():
     assert check_version("0.21.0rc1.dev5+g0123abc") < check_version("0.22.0")
 
 
-def test_payload_of_output_takes_both_parts():
-    rows = routes()
-    output = SimpleNamespace(prompt_routed_experts=rows[:4])
-    split = payload_of_output(output, SimpleNamespace(routed_experts=rows[4:]))
-    assert (split.prompt_rows == rows[:4]).all() and (split.completion_rows == rows[4:]).all()
-    joined = payload_of_output(SimpleNamespace(), SimpleNamespace(routed_experts=rows))
-    assert joined.prompt_rows is None
-
-
 @pytest.mark.parametrize("encode", [npy, np.ndarray.tolist], ids=["base64", "lists"])
 def test_payload_of_json_gives_the_arrays(encode):
     rows = all_layers(routes()).astype(np.uint16)
@@ -191,7 +180,7 @@ def header(**changes: object) -> bytes:
     [
         (b"", "expected a .npy file"),
         (b"\x80\x04\x95pickle", "expected a .npy file"),
-        (header()[:20], "damaged .npy header"),
+        (header()[:20], "with a sound header"),
         (header()[:-1], "39 bytes after the header, expected 40"),
         (header() + b"\0", "41 bytes after the header"),
         (header(shape=(1 << 40, 4, 2)), "the response was cut"),

@@ -13,7 +13,7 @@ In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,36 +31,14 @@ KEY = "moe_replay"
 LOGPROBS_MODE = "processed_logits"
 """vLLM's ``logprobs_mode`` under which the log-probabilities of this class are reported."""
 
-
 # Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some
 # of them itself.
 _FREE = frozenset(
-    [
-        "n",
-        "temperature",
-        "max_tokens",
-        "stop_token_ids",
-        "ignore_eos",
-        "seed",
-        "logprobs",
-        "prompt_logprobs",
-        "flat_logprobs",
-        "detokenize",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-        "include_stop_str_in_output",
-        "output_kind",
-        "stream_interval",
-        "skip_clone",
-        "output_text_buffer_length",
-        "extra_args",
-        "skip_reading_prefix_cache",
-        "routed_experts_prompt_start",
-        "stop",
-        "_eos_token_id",
-        "_all_stop_token_ids",
-        "_bad_words_token_ids",
-    ]
+    "n temperature max_tokens stop_token_ids ignore_eos seed logprobs prompt_logprobs flat_logprobs "
+    "detokenize skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
+    "output_kind stream_interval skip_clone output_text_buffer_length extra_args "
+    "skip_reading_prefix_cache routed_experts_prompt_start stop _eos_token_id _all_stop_token_ids "
+    "_bad_words_token_ids".split()
 )
 
 
@@ -113,7 +91,7 @@ def draw_params(
         ignore_eos=True,
         logprobs=0,
         detokenize=False,
-        extra_args={KEY: {name: getattr(draw, name) for name in Draw.__slots__}},
+        extra_args={KEY: asdict(draw)},
     )
 
 

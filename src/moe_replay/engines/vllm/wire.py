@@ -56,7 +56,10 @@ FLAG = "--enable-return-routed-experts"
 """The flag of ``vllm serve`` without which no routes come back."""
 
 _OLDEST, _SPLIT, _NARROW = Version("0.14"), Version("0.21"), Version("0.22")
-_MAGIC = b"\x93NUMPY"
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ def completion_of(
     return make_completion(
         np.array(token_ids, dtype=np.int32),
         np.array(logprobs, dtype=np.float32),
-        payload_of_output(output, sampled),
+        RoutePayload(completion_rows=sampled.routed_experts),
         finish_reason=finish_reason,
         request=request,
         facts=facts,
@@ -155,14 +158,6 @@ def make_completion(
         trace=trace,
         finish_reason=finish_reason,
         policy_version=policy_version,
-    )
-
-
-def payload_of_output(output: Any, completion: Any) -> RoutePayload:
-    """Return the route fields of a ``RequestOutput`` and one of its ``CompletionOutput``."""
-    return RoutePayload(
-        completion_rows=_as_array(completion.routed_experts),
-        prompt_rows=_as_array(getattr(output, "prompt_routed_experts", None)),
     )
 
 
@@ -254,10 +249,6 @@ def check_version(version: str) -> Version:
     return release
 
 
-def _as_array(rows: Any) -> Shaped[np.ndarray, "..."] | None:
-    return None if rows is None else np.asarray(rows)
-
-
 def _decode(field: Any, max_bytes: int) -> Shaped[np.ndarray, "..."] | None:
     if field is None:
         return None
@@ -287,21 +278,14 @@ def _read_npy(content: bytes) -> Shaped[np.ndarray, "..."]:
 
     For ``uint8[5, 48, 8]`` exactly 1,920 bytes must follow the header.
     """
-    if content[:6] != _MAGIC or content[6:7] not in (b"\x01", b"\x02"):
-        raise CodecError(
-            f"routes start with {content[:8]!r}, expected a .npy file of format 1 or 2"
-        )
     file = io.BytesIO(content)
     try:
-        major, _ = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if major == 1
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, is_fortran, dtype = read(file)
-    except (ValueError, EOFError) as error:
-        raise CodecError(f"routes have a damaged .npy header: {error}") from error
+        shape, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+    except (ValueError, EOFError, KeyError) as error:
+        raise CodecError(
+            f"routes start with {content[:8]!r}, expected a .npy file of format 1 or 2 with a sound "
+            f"header: {error!r}"
+        ) from error
     if is_fortran or not np.issubdtype(dtype, np.integer) or len(shape) != 3:
         raise CodecError(
             f"routes are {dtype}{list(shape)}{' in Fortran order' if is_fortran else ''}, expected "
