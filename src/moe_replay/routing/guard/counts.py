@@ -214,15 +214,22 @@ def _gains(
         if 0 <= layer + distance < ids.shape[1]:
             other[place] = _shared(chosen, ids[:, layer + distance])
     if chosen.shape[1] > WRAP:
-        wrapped = np.zeros((len(chosen), WRAP), bool)
-        for start in range(0, chosen.shape[1], WRAP):
-            part = chosen[:, start : start + WRAP]
-            wrapped[:, : part.shape[1]] |= part
         # A recorded id above 255 was not wrapped, so it is evidence against this place.
         narrow = ids[:, layer] < WRAP
-        found = np.take_along_axis(wrapped, np.where(narrow, ids[:, layer], 0), axis=1)
+        found = np.take_along_axis(wrapped_mask(chosen), np.where(narrow, ids[:, layer], 0), axis=1)
         other[WRAPPED_PLACE] = (found & narrow).sum(axis=1)
     return other - own
+
+
+def wrapped_mask(
+    chosen: Bool[np.ndarray, "*rows experts"],
+) -> Bool[np.ndarray, "*rows wrapped"]:
+    """Return which ids each row uses once they are wrapped at `WRAP`."""
+    wrapped = np.zeros((*chosen.shape[:-1], WRAP), bool)
+    for start in range(0, chosen.shape[-1], WRAP):
+        part = chosen[..., start : start + WRAP]
+        wrapped[..., : part.shape[-1]] |= part
+    return wrapped
 
 
 def _repeats(

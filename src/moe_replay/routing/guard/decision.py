@@ -14,12 +14,14 @@ In: Baseline, SampleEvidence, gaps, owners. Out: `Guard` and its `Verdict`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.groups import group_faults
+from moe_replay.routing.guard.places import MIN_EXPLAINED
 from moe_replay.routing.guard.sample_tests import (
     ALL_TESTS,
     CERTAIN,
@@ -39,9 +41,6 @@ from moe_replay.routing.guard.verdict import (
     Verdict,
 )
 
-if TYPE_CHECKING:
-    from jaxtyping import Float64
-
 ALPHA = 1e-4
 """False alarms a step, over all tests of all samples."""
 MIN_RHO = 2.0
@@ -49,8 +48,6 @@ MIN_RHO = 2.0
 stay below 1.9."""
 MAX_LOOKS = 8
 """Maximum suspects a step with only a weak sign; those with a strong sign are always looked at."""
-MIN_EXPLAINED = 0.5
-"""Share of the usual information that routes at another place need to count as the right ones."""
 _HISTORY_STEPS = 20
 
 PLACE_CAUSES = (
@@ -106,18 +103,13 @@ class Guard:
                 suffices.
         """
         owners = owners or {}
-        tests = SampleTests(
-            baseline,
-            evidence,
-            gaps=gaps,
-            history=self._history,
-            alpha=self._alpha,
-        )
-        findings = self._findings(baseline, tests, owners, looks)
+        table = baseline.table
+        tests = SampleTests(baseline, evidence, gaps=gaps, history=self._history, alpha=self._alpha)
+        findings = _findings(tests, owners, looks)
         lost = [finding.sample for finding in findings if finding.status is Status.LOST]
         # Drift does not count against a server.
-        telling = tests.is_telling() & ~np.isin(baseline.table.sample_ids, lost)
-        sums = self._sums.after(baseline.table.sample_ids, telling, owners)
+        telling = tests.is_telling() & ~np.isin(table.sample_ids, lost)
+        sums = self._sums.after(table.sample_ids, telling, owners)
         margins, _ = tests.best((*CERTAIN, *STRONG))
         nearest = int(margins.argmax())
         return Verdict(
@@ -126,11 +118,11 @@ class Guard:
                 *group_faults(baseline, tests.stray, tests.apart, owners, alpha=self._alpha),
                 *sums.faults(self._alpha),
             ),
-            sample_ids=baseline.table.sample_ids,
-            agreement=baseline.table.agreement,
+            sample_ids=table.sample_ids,
+            agreement=table.agreement,
             margin_nats=float(margins[nearest]),
-            margin_sample=int(baseline.table.sample_ids[nearest]),
-            record=_record(baseline, tests),
+            margin_sample=int(table.sample_ids[nearest]),
+            record=replace(baseline.record, stray=tests.record_stray),
             sums=sums.to_plain(),
         )
 
@@ -149,99 +141,80 @@ class Guard:
         self._history = [StepRecord.from_plain(step) for step in plain["history"]]
         self._sums = ServerSums.from_plain(plain["sums"])
 
-    def _findings(
-        self,
-        baseline: Baseline,
-        tests: SampleTests,
-        owners: Mapping[int, Owner],
-        looks: Mapping[int, SecondLook] | None,
-    ) -> tuple[Finding, ...]:
-        certain, certain_test = tests.best(CERTAIN)
-        strong, strong_test = tests.best(STRONG)
-        weak, weak_test = tests.best(STRICT)
-        asked = tests.asks_for_a_look()
-        stray_nats = tests.nats[ALL_TESTS.index("strict stray rows")]
-        scattered = set(baseline.table.sample_ids[stray_nats > SUSPECT_NATS].tolist())
-        agreement = baseline.table.agreement
-        # Nats that a search of places must show.
-        threshold = float(tests.thresholds[ALL_TESTS.index("paired sample")])
-        found: list[tuple[float, Finding]] = []
-        for entry in np.flatnonzero((certain > 0) | (strong > 0) | asked).tolist():
-            number = int(baseline.table.sample_ids[entry])
-            look = (looks or {}).get(number)
-            is_strong = bool(strong[entry] > 0)
-            row = int(weak_test[entry])
-            status: Status | None
-            if certain[entry] > 0:
-                status, row = Status.MISALIGNED, int(certain_test[entry])
-            elif looks is None:
-                status = Status.SUSPECT
-            elif look is None:
-                status = Status.MISALIGNED if is_strong else None
-            elif (
-                (
-                    look.nats > threshold
-                    and not _looks_like_drift(look, ALL_TESTS[int(strong_test[entry])])
-                )
-                or _is_apart(look, is_strong or bool(weak[entry] > 0))
-                or (look.rho is None and is_strong)
-            ):
-                status = Status.MISALIGNED
-            else:
-                status = Status.LOST if is_strong else None
-            if status is None:
-                continue
-            if (is_strong and status is not Status.MISALIGNED) or (
-                is_strong and certain[entry] <= 0
-            ):
-                row = int(strong_test[entry])
-            margin = max(float(certain[entry]), float(strong[entry]))
-            finding = _finding(tests, row, entry, number, status, look, owners, agreement)
-            found.append((margin, finding))
-        found.sort(key=lambda pair: -pair[0])
-        weak_looks = [
-            pair
-            for pair in found
-            # A fault with scattered rows shows in all of its samples or none: look at all.
-            if pair[0] <= 0 and pair[1].status is Status.SUSPECT and pair[1].sample not in scattered
-        ]
-        spared = {id(pair[1]) for pair in weak_looks[MAX_LOOKS:]}
-        return tuple(finding for _, finding in found if id(finding) not in spared)
+
+def _findings(
+    tests: SampleTests, owners: Mapping[int, Owner], looks: Mapping[int, SecondLook] | None
+) -> tuple[Finding, ...]:
+    samples = tests.baseline.table.sample_ids
+    certain, certain_test = tests.best(CERTAIN)
+    strong, strong_test = tests.best(STRONG)
+    weak, weak_test = tests.best(STRICT)
+    found: list[tuple[float, Finding]] = []
+    for entry in np.flatnonzero((certain > 0) | (strong > 0) | tests.asks_for_a_look()).tolist():
+        number = int(samples[entry])
+        look = (looks or {}).get(number)
+        is_strong = bool(strong[entry] > 0)
+        row = int(strong_test[entry] if is_strong else weak_test[entry])
+        if certain[entry] > 0:
+            status, row = Status.MISALIGNED, int(certain_test[entry])
+        elif looks is None:
+            status = Status.SUSPECT
+        elif _is_convicted(look, tests, int(strong_test[entry]), is_strong, weak[entry] > 0):
+            status = Status.MISALIGNED
+        elif is_strong:
+            status = Status.LOST
+        else:
+            continue
+        finding = _finding(tests, row, entry, status, look, owners.get(number, Owner()))
+        found.append((max(float(certain[entry]), float(strong[entry])), finding))
+    stray_nats = tests.nats[ALL_TESTS.index("strict stray rows")]
+    scattered = set(samples[stray_nats > SUSPECT_NATS].tolist())
+    kept, num_weak = [], 0
+    for margin, finding in sorted(found, key=lambda pair: -pair[0]):
+        # A fault with scattered rows shows in all of its samples or none: look at all.
+        is_weak = margin <= 0 and finding.status is Status.SUSPECT
+        is_weak = is_weak and finding.sample not in scattered
+        num_weak += is_weak
+        if not is_weak or num_weak <= MAX_LOOKS:
+            kept.append(finding)
+    return tuple(kept)
 
 
-def _looks_like_drift(look: SecondLook, test: str) -> bool:
-    """Tell whether a sample that lost everything is as far from the engine's without replay.
+def _is_convicted(
+    look: SecondLook | None, tests: SampleTests, row: int, is_strong: bool, is_weak: bool
+) -> bool:
+    """Tell whether a second look proves a sample misaligned; ``row`` is its strongest strong test.
 
     Wrong routes raise the gap under replay alone. Routes of other weights fit some place by chance,
-    more than independent slots would: they share its popular experts.
+    more than independent slots would: they share its popular experts. So a place proves nothing of
+    a sample that lost everything and is as far from the engine's without replay.
     """
-    return test == "lost sample" and look.rho is not None and look.rho < MIN_RHO / 2
-
-
-def _is_apart(look: SecondLook, overlap_is_low: bool) -> bool:
-    return look.rho is not None and look.rho > MIN_RHO and overlap_is_low
+    if look is None or look.rho is None:
+        is_apart, is_drift = is_strong, False
+    else:
+        is_apart = look.rho > MIN_RHO and (is_strong or is_weak)
+        is_drift = look.rho < MIN_RHO / 2 and ALL_TESTS[row] == "lost sample"
+    needed = tests.thresholds[ALL_TESTS.index("paired sample")]
+    return is_apart or (look is not None and look.nats > needed and not is_drift)
 
 
 def _finding(
     tests: SampleTests,
     row: int,
     entry: int,
-    number: int,
     status: Status,
     look: SecondLook | None,
-    owners: Mapping[int, Owner],
-    agreement: Float64[np.ndarray, " samples"],
+    owner: Owner,
 ) -> Finding:
-    place = int(tests.place[row, entry])
-    layer = int(tests.layer[row, entry])
-    cause, is_found = _cause(ALL_TESTS[row], tests, row, entry), False
+    place, layer = int(tests.place[row, entry]), int(tests.layer[row, entry])
+    cause, is_found = _cause(tests, row, entry), False
     if place >= 0:
         is_found = bool(tests.explained[row, entry] >= MIN_EXPLAINED)
         cause = PLACE_CAUSES[place] if is_found else BETTER
     if look is not None and (look.place or (look.cause and not is_found)):
         cause = look.place or look.cause or cause
     return Finding(
-        sample=number,
+        sample=int(tests.baseline.table.sample_ids[entry]),
         status=status,
         test=ALL_TESTS[row],
         nats=float(tests.with_gap[row, entry]),
@@ -250,16 +223,17 @@ def _finding(
         layer=layer if layer >= 0 else None,
         first=int(tests.first[row, entry]),
         last=int(tests.last[row, entry]),
-        agreement=float(agreement[entry]),
-        owner=owners.get(number, Owner()),
+        agreement=float(tests.baseline.table.agreement[entry]),
+        owner=owner,
         gap_nats=float(tests.gap[entry]),
         rho=look.rho if look is not None else None,
     )
 
 
-def _cause(test: str, tests: SampleTests, row: int, entry: int) -> str:
-    rows = int(tests.last[row, entry] - tests.first[row, entry]) + 1
+def _cause(tests: SampleTests, row: int, entry: int) -> str:
+    test = ALL_TESTS[row]
     if test == "equal rows":
+        rows = int(tests.last[row, entry] - tests.first[row, entry]) + 1
         return f"{rows} consecutive rows have the same route, which their routers do not choose: a stale part of the engine's buffer"
     if test.endswith("stray rows"):
         return f"{int(tests.stray[entry])} rows, scattered over the sample, have routes of other tokens"
@@ -269,8 +243,3 @@ def _cause(test: str, tests: SampleTests, row: int, entry: int) -> str:
             "sample, or from other weights"
         )
     return "the routes fit their rows clearly worse than those of the usual sample do"
-
-
-def _record(baseline: Baseline, tests: SampleTests) -> StepRecord:
-    plain = baseline.record.to_plain()
-    return StepRecord.from_plain({**plain, "stray": tests.record_stray})

@@ -29,7 +29,7 @@ from moe_replay.routing.guard.summary import row_chance, rows_are_alike
 from moe_replay.routing.guard.table import TESTS, SampleEvidence
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Float64, Int32
+    from jaxtyping import Float64
 
 MIN_STALE_ROWS = 8
 """Shortest run of equal rows that counts: with 8 experts, one healthy step of 4,000 drawn ones had
@@ -45,7 +45,6 @@ _ROW_EFFECT = 2.0  # slots of a row that act as one, at most
 
 def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     """Return the strongest sign of each test in each sample of ``counts``."""
-    found = _Found(counts)
     at = np.searchsorted(baseline.table.sample_ids, counts.sample_ids)
     columns = np.searchsorted(baseline.table.layers, counts.layers)
     kappa = baseline.kappa[baseline.version_entry[at]][:, columns]
@@ -65,6 +64,11 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     met = _times_met(counts)
     once = 1 / met
     apart = counts.num_rows / _sums(met, counts)
+    keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
+    # Many stray rows inflate the measured effect; within a row it is at most 2.
+    effect = min(baseline.effects[0][0], _ROW_EFFECT)
+    clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
+    found = _Found(counts, stray=_sums(clear * once, counts), apart=apart)
     together, single = baseline.effects[0]
     for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
         # Rows that are all alike count as one row.
@@ -82,7 +86,7 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
         nearer, farther = (
             v[place].astype(np.float64) for v in (counts.layer_nearer, counts.layer_farther)
         )
-        nats = shortfall_nats(farther, nearer + farther, np.full(farther.shape, 0.5), single)
+        nats = shortfall_nats(farther, nearer + farther, 0.5, single)
         there = counts.layer_own + nearer - farther
         explained = (there - chance) / np.maximum(kappa * room, 1e-9)
         found.by_layer("paired layer", apart[:, None] * nats, place, explained)
@@ -93,12 +97,7 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     of_tokens = -_FREE_SLOTS * row_slots * np.log(np.clip(by_chance / row_slots, 1e-9, 1.0))
     nats_a_row = np.minimum(-math.log(baseline.repeat), of_tokens)
     found.equal_rows(nats_a_row, own - by_chance, row_room, once)
-    keeps = (by_chance + STRAY_KEEPS * row_room) / row_slots
-    # Many stray rows inflate the measured effect; within a row it is at most 2.
-    effect = min(baseline.effects[0][0], _ROW_EFFECT)
-    clear = shortfall_nats(own, row_slots, keeps, effect) > _STRAY_NATS
-    stray = np.rint(_sums(clear * once, counts)).astype(np.int32)
-    return found.evidence(stray, apart.astype(np.float32))
+    return found.evidence
 
 
 def _sums(
@@ -117,14 +116,29 @@ def _times_met(counts: OverlapCounts) -> Float64[np.ndarray, " rows"]:
 class _Found:
     """The strongest sign of each test so far."""
 
-    def __init__(self, counts: OverlapCounts) -> None:
-        self._counts = counts
+    def __init__(
+        self,
+        counts: OverlapCounts,
+        *,
+        stray: Float64[np.ndarray, " samples"],
+        apart: Float64[np.ndarray, " samples"],
+    ) -> None:
+        self._position = counts.position
+        self._repeats = counts.repeats
         shape = len(TESTS), len(counts.sample_ids)
-        self._nats = np.zeros(shape, np.float32)
-        self._place = np.full(shape, -1, np.int8)
-        self._layer = np.full(shape, -1, np.int16)
-        self._explained = np.zeros(shape, np.float32)
-        self._first, self._last = np.zeros((2, *shape), np.int32)
+        first, last = np.zeros((2, *shape), np.int32)
+        self.evidence = SampleEvidence(
+            layers=counts.layers,
+            sample_ids=counts.sample_ids,
+            nats=np.zeros(shape, np.float32),
+            place=np.full(shape, -1, np.int8),
+            layer=np.full(shape, -1, np.int16),
+            explained=np.zeros(shape, np.float32),
+            first=first,
+            last=last,
+            stray=np.rint(stray).astype(np.int32),
+            apart=apart.astype(np.float32),
+        )
         self._windows = window_rows(counts.num_rows)
         self._starts, self._ends = counts.starts, counts.starts + counts.num_rows
 
@@ -138,10 +152,10 @@ class _Found:
         if not nats.size:
             return
         best = nats.argmax(axis=1)
-        layer = np.array(self._counts.layers, np.int16)[best]
-        rows = np.arange(len(best))
-        there = np.zeros(len(best)) if explained is None else explained[rows, best]
-        self._keep(test, nats.max(axis=1), place, layer, self._starts, self._ends, there)
+        layer = np.array(self.evidence.layers)[best]
+        there = 0.0 if explained is None else explained[np.arange(len(best)), best]
+        found = nats.max(axis=1)
+        self._keep(test, found, self._starts, self._ends, place, layer, there)
 
     def by_window(
         self,
@@ -165,11 +179,11 @@ class _Found:
         top = np.zeros(len(self._starts))
         begin, stop = self._starts.copy(), self._ends.copy()
         top[entry[best]], begin[entry[best]], stop[entry[best]] = nats[best], first[best], end[best]
-        there = np.zeros(len(top))
+        there: float | np.ndarray = 0.0
         if extra is not None:
             information, usual = (window_sums(values, begin, stop) for values in extra)
             there = information / np.maximum(usual, 1e-9)
-        self._keep(test, top, place, np.full(len(top), -1, np.int16), begin, stop, there)
+        self._keep(test, top, begin, stop, place, explained=there)
 
     def equal_rows(
         self,
@@ -189,7 +203,7 @@ class _Found:
         that is 0.34; with 4 layers it is 0.12, and 0.65 in a router that has all but collapsed,
         where q = 0.85.
         """
-        repeats = self._counts.repeats.copy()
+        repeats = self._repeats
         if not len(repeats):
             return
         index = np.arange(len(repeats))
@@ -202,48 +216,32 @@ class _Found:
             end[entry] = self._starts[entry] + int(part.argmax())
         begin = np.where(longest > 0, end - longest, self._starts)
         stop = np.where(longest > 0, end + 1, self._ends)
-        all_layers = np.full(len(longest), -1, np.int16)
         kept = window_sums(information, begin, stop)
         is_stale = kept < STALE_KEEPS * window_sums(usual, begin, stop)
         is_stale &= longest >= MIN_STALE_ROWS
         different = np.minimum(window_sums(once, begin, stop), longest)
-        nats = np.where(
-            is_stale, different * window_sums(nats_a_row, begin, stop) / (stop - begin), 0.0
-        )
-        self._keep("equal rows", nats, -1, all_layers, begin, stop, np.zeros(len(longest)))
+        nats = different * window_sums(nats_a_row, begin, stop) / (stop - begin)
+        self._keep("equal rows", np.where(is_stale, nats, 0.0), begin, stop)
 
     def _keep(
         self,
         test: str,
         nats: np.ndarray,
-        place: int,
-        layer: np.ndarray,
         first: np.ndarray,
         end: np.ndarray,
-        explained: np.ndarray,
+        place: int = -1,
+        layer: int | np.ndarray = -1,
+        explained: float | np.ndarray = 0.0,
     ) -> None:
-        row = TESTS.index(test)
-        better = nats > self._nats[row]
-        position = self._counts.position
-        self._nats[row, better] = nats[better]
-        self._place[row, better] = place
-        self._layer[row, better] = layer[better]
-        self._explained[row, better] = np.clip(explained[better], -10, 10)
-        self._first[row, better] = position[first[better]]
-        self._last[row, better] = position[end[better] - 1]
-
-    def evidence(
-        self, stray: Int32[np.ndarray, " samples"], apart: Float32[np.ndarray, " samples"]
-    ) -> SampleEvidence:
-        return SampleEvidence(
-            layers=self._counts.layers,
-            sample_ids=self._counts.sample_ids,
-            nats=self._nats,
-            place=self._place,
-            layer=self._layer,
-            explained=self._explained,
-            first=self._first,
-            last=self._last,
-            stray=stray,
-            apart=apart,
-        )
+        """Keep the signs, of rows ``first`` to ``end``, that are stronger than those so far."""
+        held, row = self.evidence, TESTS.index(test)
+        better = nats > held.nats[row]
+        for into, values in (
+            (held.nats, nats),
+            (held.place, place),
+            (held.layer, layer),
+            (held.explained, np.clip(explained, -10, 10)),
+            (held.first, self._position[first]),
+            (held.last, self._position[end - 1]),
+        ):
+            into[row] = np.where(better, values, into[row])

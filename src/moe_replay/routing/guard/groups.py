@@ -10,8 +10,8 @@ In: Baseline, owners. Out: `Fault` for each group that looks wrong, with a cause
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +24,6 @@ from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verd
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int64
-
-    from moe_replay.routing.guard.table import StepPart
 
 FLOOR = 0.2
 """Minimum share of the information that the median sample keeps under any drift."""
@@ -64,27 +62,128 @@ def group_faults(
     )
 
 
-def _step_faults(
-    baseline: Baseline,
-    stray: Int64[np.ndarray, " samples"],
-    apart: Float64[np.ndarray, " samples"],
-    alpha: float,
-) -> Iterator[Fault]:
-    table = baseline.table
-    threshold = math.log(2 * _KINDS / alpha)
-    yield from _strewn("step", "", stray, table.num_rows, threshold)
-    stretches = np.sum([part.stretches for part in table.parts], axis=0)
-    share = _share(apart, table.num_rows)
-    yield from _stretch_faults("step", "", stretches, share, baseline, threshold)
-    nearer, farther = table.nearer @ apart, table.farther @ apart
-    yield from _paired("step", "", nearer, farther, baseline, threshold)
-    room = 1 - table.chance.sum(axis=1) / np.maximum(table.slots.sum(axis=1), 1)
-    if np.median(room) > MIN_ROOM and table.slots.sum() >= _MIN_SLOTS:
-        kept = float(np.median(table.information()))
-        nats = _floor_nats(baseline, table.own, table.chance, table.slots, single=False)
-        if kept < FLOOR and nats > threshold:
-            cause = f"no sample's routes carry information: {_NOWHERE}, and the median sample keeps {max(kept, 0):.0%} of it"
-            yield _lost_to_something("step", "", cause, nats, threshold)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Group:
+    """Samples that are tested together; each test yields a fault if its sign suffices."""
+
+    kind: str
+    name: str
+    baseline: Baseline
+    threshold: float
+    effect: int = 0
+    """Entry of `Baseline.effects`: 0 over all layers, 1 in a single layer."""
+    samples: tuple[int, ...] = ()
+
+    def fault(self, cause: str, nats: float, *, may_be_drift: bool = True) -> Iterator[Fault]:
+        if nats > self.threshold:
+            yield Fault(
+                kind=self.kind,
+                name=self.name,
+                cause=cause,
+                nats=nats,
+                threshold=self.threshold,
+                samples=self.samples,
+                may_be_drift=may_be_drift,
+            )
+
+    def paired(
+        self, nearer: Float64[np.ndarray, " places"], farther: Float64[np.ndarray, " places"]
+    ) -> Iterator[Fault]:
+        """Test whether routes at another place fit the group's rows better than their own."""
+        effect = np.array([effects[self.effect] for effects in self.baseline.effects[1:]])
+        nats = shortfall_nats(farther, nearer + farther, 0.5, effect)
+        best = int(nats.argmax())
+        cause = f"the routes at '{PLACES[best]}' fit better than the replayed ones"
+        return self.fault(cause, float(nats[best]), may_be_drift=False)
+
+    def strewn(
+        self, stray: Int64[np.ndarray, " samples"], num_rows: Int64[np.ndarray, " samples"]
+    ) -> Iterator[Fault]:
+        """Test whether more rows fit nowhere than any drift explains."""
+        rows, count = float(num_rows.sum()), float(stray.sum())
+        nats = shortfall_nats(rows - count, rows, 1 - MAX_STRAY, _ROWS_AS_ONE)
+        cause = f"{count / max(rows, 1):.0%} of the rows, scattered over the samples, have routes of other tokens"
+        return self.fault(cause, float(nats))
+
+    def lost(
+        self,
+        own: np.ndarray,
+        chance: np.ndarray,
+        slots: np.ndarray,
+        kappa: Float64[np.ndarray, "samples layers"],
+    ) -> Iterator[Fault]:
+        """Test whether most samples of the group keep far less than the usual sample.
+
+        Most, because single samples may lose their routes to drift; those are judged one by one.
+        """
+        due = (chance + self.baseline.tolerance * kappa * (slots - chance)).sum(axis=1)
+        below = own.sum(axis=1) < due
+        if len(own) >= _MIN_SAMPLES and below.mean() > 0.5:
+            cause = f"{_NOWHERE} of the sample, in {int(below.sum())} of its {len(own)} samples, unlike those of the others"
+            yield from self.fault(cause, self._shortfall(own, due, slots))
+
+    def at_floor(
+        self, own: np.ndarray, chance: np.ndarray, slots: np.ndarray, kept: float, cause: str
+    ) -> Iterator[Fault]:
+        """Test whether the samples keep less than `FLOOR` of the information, as the median does.
+
+        ``kept`` is the median's share; ``cause`` names it at ``{kept}``.
+        """
+        is_high = own.sum() >= MAX_FLOOR_AGREEMENT * slots.sum()
+        if kept < FLOOR and slots.sum() >= _MIN_SLOTS and not is_high:
+            nats = self._shortfall(own, chance + FLOOR * (slots - chance), slots)
+            yield from self.fault(cause.format(kept=f"{max(kept, 0):.0%}"), nats)
+
+    def stretches(
+        self, stretches: Float64[np.ndarray, "quantities stretches"], share: float
+    ) -> Iterator[Fault]:
+        """Test every stretch of all samples, such as their end, and report the worst.
+
+        ``share`` of the rows are independent.
+        """
+        num = stretches.shape[1]
+        total = np.concatenate(
+            [np.zeros((len(stretches), 1)), np.cumsum(stretches, axis=1)], axis=1
+        )
+        # 1, 2, 4 and 8 stretches in a row, each half overlapping the last.
+        first, end = np.array(
+            [
+                (at, at + width)
+                for width in (1, 2, 4, 8)
+                for at in range(0, num - width + 1, -(-width // 2))
+            ]
+        ).T
+        sums = total[:, end] - total[:, first]
+        slots, own, chance = sums[:3]
+        nearer, farther = sums[3:].reshape(2, len(PLACES), -1)
+        effect = np.array([effects[0] for effects in self.baseline.effects])
+        paired = share * shortfall_nats(farther, nearer + farther, 0.5, effect[1:, None])
+        room = slots - chance
+        due = (chance + FLOOR * room) / np.maximum(slots, 1.0)
+        kept = shortfall_nats(own, slots, due, effect[0])
+        silent = (room <= MIN_ROOM * slots) | (own >= MAX_FLOOR_AGREEMENT * slots)
+        kept[silent | (slots < _MIN_SLOTS)] = 0.0
+        best = np.maximum(paired.max(axis=0), kept)
+        at = int(best.argmax())
+        priced = replace(self, threshold=self.threshold + math.log(len(first)))
+        is_paired = bool(paired[:, at].max() > priced.threshold)
+        place = PLACES[int(paired[:, at].argmax())]
+        fits = f"the routes at '{place}' fit better than the replayed ones"
+        cause = (
+            f"from {first[at] / num:.0%} to {end[at] / num:.0%} of the rows of each sample, "
+            f"{fits if is_paired else _NOWHERE}"
+        )
+        return priced.fault(cause, float(best[at]), may_be_drift=not is_paired)
+
+    def _shortfall(self, own: np.ndarray, due: np.ndarray, slots: np.ndarray) -> float:
+        total = float(slots.sum())
+        share = float(due.sum()) / max(total, 1.0)
+        effect = self.baseline.effects[0][self.effect]
+        return float(shortfall_nats(float(own.sum()), total, share, effect))
+
+
+def _threshold(num_groups: int, alpha: float) -> float:
+    return math.log(2 * _KINDS * num_groups / alpha)
 
 
 def _share(
@@ -94,56 +193,23 @@ def _share(
     return float((apart * num_rows).sum() / max(num_rows.sum(), 1))
 
 
-def _stretch_faults(
-    kind: str,
-    name: str,
-    stretches: Float64[np.ndarray, "quantities stretches"],
-    share: float,
+def _step_faults(
     baseline: Baseline,
-    threshold: float,
+    stray: Int64[np.ndarray, " samples"],
+    apart: Float64[np.ndarray, " samples"],
+    alpha: float,
 ) -> Iterator[Fault]:
-    """Yield a fault for the most clearly wrong stretch of all samples, such as their end."""
-    num = stretches.shape[1]
-    total = np.concatenate([np.zeros((len(stretches), 1)), np.cumsum(stretches, axis=1)], axis=1)
-    # 1, 2, 4 and 8 stretches in a row, each half overlapping the last.
-    first, end = np.array(
-        [
-            (at, at + width)
-            for width in (1, 2, 4, 8)
-            for at in range(0, num - width + 1, -(-width // 2))
-        ]
-    ).T
-    sums = total[:, end] - total[:, first]
-    slots, own, chance = sums[:3]
-    nearer, farther = sums[3:].reshape(2, len(PLACES), -1)
-    effect = np.array([effects[0] for effects in baseline.effects])
-    half = np.full(nearer.shape, 0.5)
-    paired = share * shortfall_nats(farther, nearer + farther, half, effect[1:, None])
-    room = slots - chance
-    due = (chance + FLOOR * room) / np.maximum(slots, 1.0)
-    kept = shortfall_nats(own, slots, due, effect[0])
-    silent = (room <= MIN_ROOM * slots) | (own >= MAX_FLOOR_AGREEMENT * slots)
-    kept[silent | (slots < _MIN_SLOTS)] = 0.0
-    best = np.maximum(paired.max(axis=0), kept)
-    at = int(best.argmax())
-    threshold += math.log(len(first))
-    if best[at] <= threshold:
-        return
-    fits = (
-        f"the routes at '{PLACES[int(paired[:, at].argmax())]}' fit better than the replayed ones"
-    )
-    cause = (
-        f"from {first[at] / num:.0%} to {end[at] / num:.0%} of the rows of each sample, "
-        f"{fits if paired[:, at].max() > threshold else _NOWHERE}"
-    )
-    yield Fault(
-        kind=kind,
-        name=name,
-        cause=cause,
-        nats=float(best[at]),
-        threshold=threshold,
-        may_be_drift=bool(paired[:, at].max() <= threshold),
-    )
+    table = baseline.table
+    step = _Group(kind="step", name="", baseline=baseline, threshold=_threshold(1, alpha))
+    yield from step.strewn(stray, table.num_rows)
+    stretches = np.sum([part.stretches for part in table.parts], axis=0)
+    yield from step.stretches(stretches, _share(apart, table.num_rows))
+    yield from step.paired(table.nearer @ apart, table.farther @ apart)
+    room = 1 - table.chance.sum(axis=1) / np.maximum(table.slots.sum(axis=1), 1)
+    if np.median(room) > MIN_ROOM:
+        cause = f"no sample's routes carry information: {_NOWHERE}, and the median sample keeps {{kept}} of it"
+        kept = float(np.median(table.information()))
+        yield from step.at_floor(table.own, table.chance, table.slots, kept, cause)
 
 
 def _layer_faults(
@@ -151,80 +217,69 @@ def _layer_faults(
 ) -> Iterator[Fault]:
     table = baseline.table
     share = _share(apart, table.num_rows)
-    threshold = math.log(2 * _KINDS * len(table.layers) / alpha)
-    information = table.layer_information()
     if np.median(table.information()) < FLOOR:
         return  # the step's fault, not a layer's
-    for entry, layer in enumerate(table.layers):
-        name = str(layer)
-        nearer, farther = (
-            share * table.layer_nearer[:, entry],
-            share * table.layer_farther[:, entry],
+    information = table.layer_information()
+    threshold = _threshold(len(table.layers), alpha)
+    cause = (
+        f"{_NOWHERE} of the sample, and the median sample keeps {{kept}} of the information: the engine did not capture "
+        "this layer, or captured another"
+    )
+    for entry, name in enumerate(map(str, table.layers)):
+        layer = _Group(kind="layer", name=name, baseline=baseline, threshold=threshold, effect=1)
+        yield from layer.paired(
+            share * table.layer_nearer[:, entry], share * table.layer_farther[:, entry]
         )
-        yield from _paired("layer", name, nearer, farther, baseline, threshold, single=True)
         known = np.isfinite(information[:, entry])
-        slots, chance = table.slots[:, [entry]], table.chance[:, [entry]]
+        own, chance, slots = (v[:, [entry]] for v in (table.own, table.chance, table.slots))
         if not known.any() or 1 - chance.sum() / max(slots.sum(), 1) <= MIN_ROOM:
             continue
-        if table.alike[entry] > 0.5:
-            continue  # a collapsed router whose last expert is a near tie: all rows share the same slots, but not all slots
-        kept = float(np.median(information[known, entry]))
-        nats = _floor_nats(baseline, table.own[:, [entry]], chance, slots, single=True)
-        if kept < FLOOR and slots.sum() >= _MIN_SLOTS and nats > threshold:
-            cause = (
-                f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information: the engine "
-                "did not capture this layer, or captured another"
-            )
-            yield _lost_to_something("layer", name, cause, nats, threshold)
+        # A collapsed router whose last expert is a near tie: all rows share the same slots, but not
+        # all slots.
+        if table.alike[entry] <= 0.5:
+            kept = float(np.median(information[known, entry]))
+            yield from layer.at_floor(own, chance, slots, kept, cause)
 
 
 def _rank_faults(
     baseline: Baseline, apart: Float64[np.ndarray, " samples"], alpha: float
 ) -> Iterator[Fault]:
-    table = baseline.table
-    if len(table.parts) < 2:
-        return
-    threshold = math.log(2 * _KINDS * len(table.parts) / alpha)
-    for rank, part in zip(table.ranks, table.parts, strict=True):
-        at = np.searchsorted(table.sample_ids, part.sample_ids)
-        nearer, farther = part.nearer @ apart[at], part.farther @ apart[at]
-        share = _share(apart[at], part.num_rows.astype(np.int64))
-        found = [
-            *_stretch_faults("rank", str(rank), part.stretches, share, baseline, threshold),
-            *_paired("rank", str(rank), nearer, farther, baseline, threshold),
-        ]
-        kappa = baseline.kappa[baseline.version_entry[at]]
-        kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
-        slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
-        lost = tuple(
-            _lost("rank", str(rank), part.own, part.chance, slots, kappa, baseline, threshold)
-        )
-        found += lost or _nowhere_on(rank, part, slots, baseline, threshold)
-        yield from _of_samples(part.sample_ids, found)
-
-
-def _nowhere_on(
-    rank: int, part: StepPart, slots: np.ndarray, baseline: Baseline, threshold: float
-) -> Iterator[Fault]:
-    """Yield a fault if the rows of a rank keep no information in any sample.
+    """Yield the faults of ranks, also of those whose rows keep no information in any sample.
 
     Then no sample stands out: contiguous routes under zigzag context parallelism are wrong for half
     the rows of one rank and all rows of the other, and the median over both keeps a quarter.
     """
-    room = slots.astype(np.float64) - part.chance
-    information = (part.own - part.chance).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
-    if room.sum() <= MIN_ROOM * slots.sum() or slots.sum() < _MIN_SLOTS:
+    table = baseline.table
+    if len(table.parts) < 2:
         return
-    if np.median(baseline.table.information()) < FLOOR:
-        return  # the step's fault, not a rank's
-    kept = float(np.median(information))
-    nats = _floor_nats(baseline, part.own, part.chance, slots, single=False)
-    if kept < FLOOR and nats > threshold:
-        cause = (
-            f"{_NOWHERE} of the sample, and the median sample keeps {max(kept, 0):.0%} of the information in the rows and "
-            "layers of this rank: its routes were cut for other rows than its tokens"
+    threshold = _threshold(len(table.parts), alpha)
+    cause = (
+        f"{_NOWHERE} of the sample, and the median sample keeps {{kept}} of the information in the rows and layers of this "
+        "rank: its routes were cut for other rows than its tokens"
+    )
+    for number, part in zip(table.ranks, table.parts, strict=True):
+        rank = _Group(
+            kind="rank",
+            name=str(number),
+            baseline=baseline,
+            threshold=threshold,
+            samples=tuple(part.sample_ids.tolist()),
         )
-        yield _lost_to_something("rank", str(rank), cause, nats, threshold)
+        at = np.searchsorted(table.sample_ids, part.sample_ids)
+        yield from rank.stretches(part.stretches, _share(apart[at], part.num_rows.astype(np.int64)))
+        yield from rank.paired(part.nearer @ apart[at], part.farther @ apart[at])
+        kappa = baseline.kappa[baseline.version_entry[at]]
+        kappa = kappa[:, np.searchsorted(table.layers, part.layers)]
+        slots = np.repeat(part.num_rows[:, None] * float(part.topk), len(part.layers), axis=1)
+        lost = tuple(rank.lost(part.own, part.chance, slots, kappa))
+        yield from lost
+        room = slots - part.chance
+        is_step = np.median(table.information()) < FLOOR
+        if lost or is_step or room.sum() <= MIN_ROOM * slots.sum():
+            continue
+        information = (part.own - part.chance).sum(axis=1) / np.maximum(room.sum(axis=1), 1e-9)
+        kept = float(np.median(information))
+        yield from rank.at_floor(part.own, part.chance, slots, kept, cause)
 
 
 def _server_faults(
@@ -239,110 +294,19 @@ def _server_faults(
     servers = sorted({server for server in of if server is not None})
     if len(servers) < 2:
         return
-    threshold = math.log(2 * _KINDS * len(servers) / alpha)
-    for server in servers:
-        at = np.array([name == server for name in of])
-        nearer, farther = table.nearer[:, at] @ apart[at], table.farther[:, at] @ apart[at]
-        kappa = baseline.kappa[baseline.version_entry[at]]
-        own, chance, slots = table.own[at], table.chance[at], table.slots[at]
-        found = (
-            *_paired("server", server, nearer, farther, baseline, threshold),
-            *_strewn("server", server, stray[at], table.num_rows[at], threshold),
-            *_lost("server", server, own, chance, slots, kappa, baseline, threshold),
+    for name in servers:
+        at = np.array([other == name for other in of])
+        server = _Group(
+            kind="server",
+            name=name,
+            baseline=baseline,
+            threshold=_threshold(len(servers), alpha),
+            samples=tuple(table.sample_ids[at].tolist()),
         )
-        yield from _of_samples(table.sample_ids[at], found)
-
-
-def _of_samples(
-    sample_ids: Int64[np.ndarray, " samples"], faults: Iterable[Fault]
-) -> Iterator[Fault]:
-    for fault in faults:
-        yield replace(fault, samples=tuple(sample_ids.tolist()))
-
-
-def _lost_to_something(kind: str, name: str, cause: str, nats: float, threshold: float) -> Fault:
-    return Fault(
-        kind=kind, name=name, cause=cause, nats=nats, threshold=threshold, may_be_drift=True
-    )
-
-
-def _strewn(
-    kind: str,
-    name: str,
-    stray: Int64[np.ndarray, " samples"],
-    num_rows: Int64[np.ndarray, " samples"],
-    threshold: float,
-) -> Iterator[Fault]:
-    """Yield a fault if more rows fit nowhere than any drift explains."""
-    rows, count = float(num_rows.sum()), float(stray.sum())
-    kept = shortfall_nats(
-        np.array([rows - count]), np.array([rows]), np.array([1 - MAX_STRAY]), _ROWS_AS_ONE
-    )
-    if kept[0] > threshold:
-        cause = f"{count / max(rows, 1):.0%} of the rows, scattered over the samples, have routes of other tokens"
-        yield _lost_to_something(kind, name, cause, float(kept[0]), threshold)
-
-
-def _paired(
-    kind: str,
-    name: str,
-    nearer: np.ndarray,
-    farther: np.ndarray,
-    baseline: Baseline,
-    threshold: float,
-    *,
-    single: bool = False,
-) -> Iterator[Fault]:
-    """Yield a fault if routes at another place fit the group's rows better than their own."""
-    either = (nearer + farther).astype(np.float64)
-    effect = np.array([effects[int(single)] for effects in baseline.effects[1:]])
-    nats = shortfall_nats(farther.astype(np.float64), either, np.full(len(PLACES), 0.5), effect)
-    best = int(nats.argmax())
-    if nats[best] > threshold:
-        cause = f"the routes at '{PLACES[best]}' fit better than the replayed ones"
-        yield Fault(kind=kind, name=name, cause=cause, nats=float(nats[best]), threshold=threshold)
-
-
-def _lost(
-    kind: str,
-    name: str,
-    own: np.ndarray,
-    chance: np.ndarray,
-    slots: np.ndarray,
-    kappa: Float64[np.ndarray, "samples layers"],
-    baseline: Baseline,
-    threshold: float,
-) -> Iterator[Fault]:
-    """Yield a fault if most samples of the group keep far less than the usual sample.
-
-    Most, because single samples may lose their routes to drift; those are judged one by one.
-    """
-    room = slots - chance
-    due = (chance + baseline.tolerance * kappa * room).sum(axis=1)
-    below = own.sum(axis=1) < due
-    if len(own) < _MIN_SAMPLES or below.mean() <= 0.5:
-        return
-    nats = _shortfall(own, due, slots, baseline, single=False)
-    if nats > threshold:
-        cause = f"{_NOWHERE} of the sample, in {int(below.sum())} of its {len(own)} samples, unlike those of the others"
-        yield _lost_to_something(kind, name, cause, nats, threshold)
-
-
-def _floor_nats(
-    baseline: Baseline, own: np.ndarray, chance: np.ndarray, slots: np.ndarray, *, single: bool
-) -> float:
-    """Return nats of such a low overlap if the samples kept `FLOOR` of the information."""
-    if own.sum() >= MAX_FLOOR_AGREEMENT * slots.sum():
-        return 0.0
-    return _shortfall(own, chance + FLOOR * (slots - chance), slots, baseline, single=single)
-
-
-def _shortfall(
-    own: np.ndarray, due: np.ndarray, slots: np.ndarray, baseline: Baseline, *, single: bool
-) -> float:
-    hits, expected, total = (np.array([float(values.sum())]) for values in (own, due, slots))
-    share = expected / np.maximum(total, 1.0)
-    return float(shortfall_nats(hits, total, share, baseline.effects[0][int(single)])[0])
+        yield from server.paired(table.nearer[:, at] @ apart[at], table.farther[:, at] @ apart[at])
+        yield from server.strewn(stray[at], table.num_rows[at])
+        kappa = baseline.kappa[baseline.version_entry[at]]
+        yield from server.lost(table.own[at], table.chance[at], table.slots[at], kappa)
 
 
 def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: float) -> Verdict:
@@ -351,33 +315,26 @@ def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: floa
     If every sample is wrong, no usual one exists to compare with, so half of full information is
     required.
     """
-    if not verdict.faults or not len(verdict.sample_ids):
+    if not verdict.faults:
         return verdict
     worst = int(verdict.sample_ids[int(verdict.agreement.argmin())])
     faults = []
     for fault in verdict.faults:
-        layer = int(fault.name) if fault.kind == "layer" else None
-        looked = look_closer(
-            rows, [_all_rows_of(worst, layer)], usual_information=max(usual_information, 0.5)
+        suspect = Finding(
+            sample=worst,
+            status=Status.SUSPECT,
+            test="",
+            nats=0.0,
+            threshold=0.0,
+            cause="",
+            layer=int(fault.name) if fault.kind == "layer" else None,
+            first=0,
+            last=2**31 - 1,
+            agreement=0.0,
+            owner=Owner(),
         )
+        looked = look_closer(rows, [suspect], usual_information=max(usual_information, 0.5))
         said = next((look.place or look.cause for look in looked.values()), None)
         words = f"{fault.cause}; in sample {worst}: {said}" if said else fault.cause
         faults.append(replace(fault, cause=words))
     return replace(verdict, faults=tuple(faults))
-
-
-def _all_rows_of(sample: int, layer: int | None = None) -> Finding:
-    """Return a suspect with all of its rows."""
-    return Finding(
-        sample=sample,
-        status=Status.SUSPECT,
-        test="",
-        nats=0.0,
-        threshold=0.0,
-        cause="",
-        layer=layer,
-        first=0,
-        last=2**31 - 1,
-        agreement=0.0,
-        owner=Owner(),
-    )

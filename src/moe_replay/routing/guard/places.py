@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_replay.routing.guard.counts import WRAP
+from moe_replay.routing.guard.counts import WRAP, wrapped_mask
 from moe_replay.routing.guard.statistics import row_keys, shortfall_nats, times_met
 from moe_replay.routing.guard.verdict import Finding, SecondLook
 
@@ -30,9 +30,10 @@ MAX_REACH = 512
 """Maximum distance in tokens that is searched."""
 MAX_ROWS = 4096
 """Maximum rows of a suspect that are searched: its first ones, or those of the sign."""
+MIN_EXPLAINED = 0.5
+"""Share of the usual information that routes at another place need to count as the right ones."""
 _ANCHORS = 64  # rows used to find the best distance
 _MIN_ROWS = 4  # for any conclusion
-_EXPLAINED = 0.5  # of the usual information, for a place to be the right one
 _CONSTANT_ROWS = 8
 _HELD_SHARE = 0.8  # of the wrong rows, to attribute them to another sample
 
@@ -138,7 +139,10 @@ class _Suspect:
         price = math.log(max(1, sum(place.tried for place in tried)))
         for place in tried:
             nats = self._nats(place) - price
-            if nats > max(best.nats, 0.0) and self._information(place) >= _EXPLAINED * self._usual:
+            if (
+                nats > max(best.nats, 0.0)
+                and self._information(place) >= MIN_EXPLAINED * self._usual
+            ):
                 best = SecondLook(place=place.words, nats=nats)
         return best
 
@@ -150,8 +154,7 @@ class _Suspect:
     def _nats(self, place: _Place) -> float:
         gain = (self._once[:, None] * np.nan_to_num(place.shared - self._own))[:, self._wanted]
         nearer, farther = np.maximum(gain, 0).sum(), np.maximum(-gain, 0).sum()
-        either = np.array([nearer + farther])
-        return float(shortfall_nats(np.array([farther]), either, np.array([0.5]), self._effect)[0])
+        return float(shortfall_nats(float(farther), float(nearer + farther), 0.5, self._effect))
 
     def _information(self, place: _Place) -> float:
         held = np.isfinite(place.shared) & self._wanted
@@ -191,17 +194,24 @@ class _Suspect:
 
     def _holder(self, wrong: Int64[np.ndarray, " wrong"]) -> int | None:
         """Return the sample whose routes most of the ``wrong`` rows hold, at the same positions."""
-        rows, order = self._rows, self._order
         ids = np.sort(self._every_id[wrong], axis=2)
+        for other, there, held in self._others(self._every_position[wrong]):
+            same = (np.sort(self._rows.expert_ids[there], axis=2) == ids).all(axis=(1, 2))
+            if (held & same).mean() > _HELD_SHARE:
+                return other
+        return None
+
+    def _others(
+        self, position: Int64[np.ndarray, " positions"]
+    ) -> Iterator[tuple[int, Int64[np.ndarray, " positions"], Bool[np.ndarray, " positions"]]]:
+        """Yield each other sample with its row at each ``position``, and whether it has one."""
+        rows, order = self._rows, self._order
         for other in np.unique(rows.sample[order]):
             theirs = order[rows.sample[order] == other]
-            place = np.searchsorted(rows.position[theirs], self._every_position[wrong])
-            place = np.minimum(place, len(theirs) - 1)
-            held = rows.position[theirs][place] == self._every_position[wrong]
-            same = (np.sort(rows.expert_ids[theirs[place]], axis=2) == ids).all(axis=(1, 2))
-            if other != self._number and (held & same).mean() > _HELD_SHARE:
-                return int(other)
-        return None
+            place = np.searchsorted(rows.position[theirs], position)
+            there = theirs[np.minimum(place, len(theirs) - 1)]
+            if other != self._number:
+                yield int(other), there, rows.position[there] == position
 
     def _places(self) -> Iterator[_Place]:
         yield from self._distances()
@@ -246,16 +256,10 @@ class _Suspect:
         )
 
     def _samples(self) -> Iterator[_Place]:
-        rows, order = self._rows, self._order
-        others = [int(s) for s in np.unique(rows.sample[order]) if int(s) != self._number]
-        for other in others:
-            theirs = order[rows.sample[order] == other]
-            place = np.searchsorted(rows.position[theirs], self._position)
-            place = np.minimum(place, len(theirs) - 1)
-            held = rows.position[theirs][place] == self._position
+        for other, there, held in self._others(self._position):
             if not held.any():
                 continue
-            shared = self._shared(rows.expert_ids[theirs[place]].astype(np.int64))
+            shared = self._shared(self._rows.expert_ids[there].astype(np.int64))
             yield _Place(
                 words=f"swapped samples: its routes are in sample {other}; completions and traces were put together in "
                 "different orders",
@@ -316,13 +320,11 @@ class _Suspect:
             tried=experts,
         )
         if experts > WRAP and (self._ids < WRAP).all():
-            wrapped = np.zeros((*self._mask.shape[:2], WRAP), bool)
-            for start in range(0, experts, WRAP):
-                part = self._mask[..., start : start + WRAP]
-                wrapped[..., : part.shape[2]] |= part
             yield _Place(
                 words=f"expert-id wrap: {experts} experts were stored in 8 bits",
-                shared=np.take_along_axis(wrapped, self._ids, axis=2).sum(axis=2).astype(float),
+                shared=np.take_along_axis(wrapped_mask(self._mask), self._ids, axis=2)
+                .sum(axis=2)
+                .astype(float),
                 tried=1,
             )
 

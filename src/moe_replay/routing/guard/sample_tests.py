@@ -63,7 +63,7 @@ class SampleTests:
         history: Sequence[StepRecord],
         alpha: float,
     ) -> None:
-        self._baseline = baseline
+        self.baseline = baseline
         samples = baseline.table.sample_ids
         shape = len(ALL_TESTS), len(samples)
         self.nats = np.zeros(shape)
@@ -128,7 +128,7 @@ class SampleTests:
 
     def is_telling(self) -> Bool[np.ndarray, " samples"]:
         """Return which samples show a sign that is rare in healthy ones, for sums over steps."""
-        many = math.log(self._baseline.num_sets)
+        many = math.log(self.baseline.num_sets)
         price = np.array([many if _is_within(test) else 0.0 for test in ALL_TESTS])
         telling = (self.nats - price[:, None])[~_rows(STRICT)] > SUSPECT_NATS
         return np.asarray(telling.any(axis=0))
@@ -150,7 +150,7 @@ class SampleTests:
             self.place[ALL_TESTS.index(test)] = place
 
     def _whole_samples(self, apart: Float64[np.ndarray, " samples"]) -> None:
-        baseline, table = self._baseline, self._baseline.table
+        baseline, table = self.baseline, self.baseline.table
         kappa = baseline.kappa[baseline.version_entry]
         slots = table.slots.sum(axis=1)
         chance = np.minimum(table.chance, table.slots * baseline.max_chance)
@@ -160,13 +160,8 @@ class SampleTests:
             nats = shortfall_nats(own, slots, due / (slots + 1), self._effect(0))
             self._set(f"{test} sample", apart * nats)
         either = table.nearer + table.farther
-        half = np.full(either.shape[1], 0.5)
-        nats = np.stack(
-            [
-                shortfall_nats(table.farther[place], either[place], half, self._effect(1 + place))
-                for place in range(len(PLACES))
-            ]
-        )
+        effect = np.array([self._effect(1 + place) for place in range(len(PLACES))])
+        nats = shortfall_nats(table.farther, either, 0.5, effect[:, None])
         best = nats.argmax(axis=0)
         self._set("paired sample", apart * nats.max(axis=0), best)
         gain = (table.nearer - table.farther)[best, np.arange(len(best))]
@@ -176,10 +171,10 @@ class SampleTests:
 
     def _effect(self, entry: int) -> float:
         """Return the slots that act as one over all stages, as if stages were fully correlated."""
-        return 1 + (self._baseline.effects[entry][0] - 1) * self._baseline.num_stages
+        return 1 + (self.baseline.effects[entry][0] - 1) * self.baseline.num_stages
 
     def _take(self, part: SampleEvidence) -> None:
-        at = np.searchsorted(self._baseline.table.sample_ids, part.sample_ids)
+        at = np.searchsorted(self.baseline.table.sample_ids, part.sample_ids)
         for source, test in enumerate(TESTS):
             row = ALL_TESTS.index(test)
             better = part.nats[source] > self.nats[row, at]
@@ -189,7 +184,7 @@ class SampleTests:
     def _stray_counts(self, held: Sequence[SampleEvidence]) -> Int64[np.ndarray, " samples"]:
         """Sum over ranks with different rows, take the maximum over ranks with different layers."""
         by_layers: dict[tuple[int, ...], np.ndarray] = {}
-        samples = self._baseline.table.sample_ids
+        samples = self.baseline.table.sample_ids
         for part in held:
             total = by_layers.setdefault(part.layers, np.zeros(len(samples), np.int64))
             total[np.searchsorted(samples, part.sample_ids)] += part.stray
@@ -208,7 +203,7 @@ class SampleTests:
         half: 1 / (50 * 128), 0.02 a sample, and 12 are 39 nats. These samples lost a tenth of their
         information, as much as a tenth of their rows holds.
         """
-        rows = self._baseline.table.num_rows
+        rows = self.baseline.table.num_rows
         earlier = [step.stray for step in history]
         upper = self._stray_nats([_clean_stray(self.stray, rows, _FEWEST_SHARE)])
         past = self._stray_nats(earlier, *_STRAY_DRIFT) if earlier else upper
@@ -230,12 +225,12 @@ class SampleTests:
         count, rows = sum(step[0] for step in steps), sum(step[1] for step in steps)
         mean, variance = np.mean([step[2:] for step in steps], axis=0)
         shape = mean**2 / (variance - mean) if variance > mean else 0.5
-        due = self._baseline.table.num_rows * (times * (count + 1) / max(rows, 1) + more)
+        due = self.baseline.table.num_rows * (times * (count + 1) / max(rows, 1) + more)
         return excess_nats(self.stray.astype(np.float64), due, float(np.clip(shape, 0.1, 0.5)))
 
     def _is_else_usual(self, history: Sequence[StepRecord]) -> Bool[np.ndarray, " samples"]:
         """Return which samples lost only the information of their stray rows, within the usual."""
-        table = self._baseline.table
+        table = self.baseline.table
         information = table.information()
         cleaner = information[_fewest(self.stray, table.num_rows, _FEWEST_SHARE)]
         low, middle = np.maximum(np.quantile(cleaner, [0.1, 0.5]), 1e-6)
@@ -245,7 +240,7 @@ class SampleTests:
         return np.asarray(lost <= held + 1 - low / middle)
 
     def _gap_nats(self, gaps: Mapping[int, float] | None) -> Float64[np.ndarray, " samples"]:
-        samples = self._baseline.table.sample_ids
+        samples = self.baseline.table.sample_ids
         found = np.zeros(len(samples))
         if gaps is None:
             return found
@@ -254,8 +249,8 @@ class SampleTests:
         known = np.isfinite(values)
         if known.sum() < _MIN_GAPS:
             return found
-        for version in np.unique(self._baseline.version_entry):
-            own = known & (self._baseline.version_entry == version)
+        for version in np.unique(self.baseline.version_entry):
+            own = known & (self.baseline.version_entry == version)
             usual = values[own if own.sum() >= _MIN_GAPS else known]
             found[own] = gap_nats(values[own], usual)
         return found

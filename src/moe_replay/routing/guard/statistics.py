@@ -23,9 +23,9 @@ MIN_WINDOW = 8
 
 
 def shortfall_nats(
-    hits: Float64[np.ndarray, "*#any"],
-    slots: Float64[np.ndarray, "*#any"],
-    share: Float64[np.ndarray, "*#any"],
+    hits: float | Float64[np.ndarray, "*#any"],
+    slots: float | Float64[np.ndarray, "*#any"],
+    share: float | Float64[np.ndarray, "*#any"],
     effect: float | Float64[np.ndarray, "*#any"] = 1.0,
 ) -> Float64[np.ndarray, "*any"]:
     """Return nats of ``hits`` or fewer of ``slots``, each with probability ``share``, or else 0.
