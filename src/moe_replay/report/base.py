@@ -6,7 +6,6 @@ In: records. Out: BaseReporter, SilentReporter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
@@ -43,12 +42,7 @@ class BaseReporter:
     def __enter__(self) -> BaseReporter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from moe_replay.engines.types import RolloutProgress
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.report.base import BaseReporter, SilentReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
-from moe_replay.report.sinks import TensorBoardReporter, TrackioReporter, WandbReporter
+from moe_replay.report.sinks import SINKS
 
 
 class JsonlReporter(BaseReporter):
@@ -37,46 +36,32 @@ class JsonlReporter(BaseReporter):
         self._run_directory.write_evaluation(record, completions)
 
 
+def _told_to_all(method: str) -> Callable[..., None]:
+    def call(self: CompositeReporter, *args: object, **options: object) -> None:
+        for reporter in self.reporters:
+            getattr(reporter, method)(*args, **options)
+
+    return call
+
+
 class CompositeReporter(BaseReporter):
     """Calls several reporters in order; the first failure ends the run, and all are closed."""
 
     def __init__(self, reporters: Sequence[BaseReporter]) -> None:
-        self._reporters = tuple(reporters)
+        self.reporters = tuple(reporters)
+        """Those that are called."""
 
-    def start(self, summary: RunSummary) -> None:
-        """Announce the run."""
-        for reporter in self._reporters:
-            reporter.start(summary)
-
-    def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
-        """Poll ``progress`` while completions are sampled."""
-        for reporter in self._reporters:
-            reporter.follow(progress, whose=whose)
-
-    def station(self, step: int, name: str) -> None:
-        """Say that ``step`` has entered a station of the flow."""
-        for reporter in self._reporters:
-            reporter.station(step, name)
-
-    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Report a finished step."""
-        for reporter in self._reporters:
-            reporter.step(record, completions)
-
-    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Report an evaluation."""
-        for reporter in self._reporters:
-            reporter.evaluation(record, completions)
-
-    def finish(self, message: str) -> None:
-        """Show the summary and ``message``."""
-        for reporter in self._reporters:
-            reporter.finish(message)
+    start = _told_to_all("start")
+    follow = _told_to_all("follow")
+    station = _told_to_all("station")
+    step = _told_to_all("step")
+    evaluation = _told_to_all("evaluation")
+    finish = _told_to_all("finish")
 
     def close(self) -> None:
         """Close every reporter, even if closing one fails."""
         with ExitStack() as stack:
-            for reporter in self._reporters:
+            for reporter in self.reporters:
                 stack.callback(reporter.close)
 
 
@@ -89,13 +74,6 @@ def build_reporter(recipe: Recipe, *, rank: int, run_directory: RunDirectory) ->
     if rank != 0:
         return SilentReporter()
     recipe_toml = recipe.resolved_toml()
-    sinks: list[BaseReporter] = []
-    for name in recipe.logging.sinks:
-        if name == "tensorboard":
-            sinks.append(TensorBoardReporter(run_directory))
-        elif name == "wandb":
-            sinks.append(WandbReporter(run_directory, recipe_toml=recipe_toml))
-        else:
-            sinks.append(TrackioReporter(run_directory, recipe_toml=recipe_toml))
+    sinks = [SINKS[name](run_directory, recipe_toml=recipe_toml) for name in recipe.logging.sinks]
     files = JsonlReporter(run_directory, recipe_toml=recipe_toml)
     return CompositeReporter([files, ConsoleReporter(run_directory=run_directory), *sinks])

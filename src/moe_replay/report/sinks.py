@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib
 import tomllib
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
@@ -23,53 +22,76 @@ PROJECT = "moe-replay"
 """Project under which runs appear."""
 
 
-class TensorBoardReporter(BaseReporter):
-    """Writes scalars into ``tensorboard/`` of the run directory."""
+class _Sink(BaseReporter):
+    """Writes the scalars of steps and evaluations to one service."""
 
-    def __init__(self, run_directory: RunDirectory) -> None:
-        _require("tensorboard", "tensorboard")
+    package: ClassVar[str]
+    """Package that it needs, which is also the extra that installs it."""
+
+    def __init__(self, run_directory: RunDirectory, *, recipe_toml: str = "") -> None:
+        try:
+            self._package = importlib.import_module(self.package)
+        except ImportError as error:
+            raise RecipeError(
+                f"logging.sinks names {self.package!r}, but the package cannot be imported ({error}); "
+                f"pip install 'moe-replay[{self.package}]', or remove it from logging.sinks"
+            ) from error
         self._run_directory = run_directory
-        self._writer: Any = None
-
-    def start(self, summary: RunSummary) -> None:
-        """Open the event file; events of steps that run again are hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = self._run_directory.path / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=summary.first_step)
+        self._recipe_toml = recipe_toml
+        self._run: Any = None
+        """The run in the service; None before the start and after the end."""
 
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
         """Write the scalars of a step."""
-        self._write(record.step, _scalars(record))
+        seconds = {f"seconds/{station}": value for station, value in record.seconds.items()}
+        self._write(record.step, {**record.metrics, **seconds})
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Write the scalars of an evaluation."""
         self._write(record.step, dict(record.metrics))
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Write out what is pending, and end the run."""
+        if self._run is not None:
+            self._finish()
+            self._run = None
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def _finish(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardReporter(_Sink):
+    """Writes scalars into ``tensorboard/`` of the run directory."""
+
+    package = "tensorboard"
+
+    def start(self, summary: RunSummary) -> None:
+        """Open the event file; events of steps that run again are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self._run_directory.path / "tensorboard"
+        self._run = SummaryWriter(str(folder), purge_step=summary.first_step)
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, global_step=step)
-        self._writer.flush()
+            self._run.add_scalar(name, value, global_step=step)
+        self._run.flush()
+
+    def _finish(self) -> None:
+        self._run.close()
 
 
-class WandbReporter(BaseReporter):
+class WandbReporter(_Sink):
     """Logs to Weights & Biases; its own settings and environment choose the server and account."""
 
-    def __init__(self, run_directory: RunDirectory, *, recipe_toml: str) -> None:
-        self._wandb = _require("wandb", "wandb")
-        self._run_directory = run_directory
-        self._recipe_toml = recipe_toml
-        self._run: Any = None
+    package = "wandb"
 
     def start(self, summary: RunSummary) -> None:
         """Start or continue the run."""
-        self._run = self._wandb.init(
+        self._run = self._package.init(
             project=PROJECT,
             name=self._run_directory.path.name,
             dir=str(self._run_directory.path),
@@ -81,66 +103,25 @@ class WandbReporter(BaseReporter):
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Log the scalars of a step."""
-        self._run.log({"step": record.step, **_scalars(record)})
-
-    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Log the scalars of an evaluation."""
-        self._run.log({"step": record.step, **record.metrics})
-
-    def close(self) -> None:
-        """Finish the upload."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
 
 
-class TrackioReporter(BaseReporter):
+class TrackioReporter(_Sink):
     """Logs to trackio, on this machine unless its environment names a Space."""
 
-    def __init__(self, run_directory: RunDirectory, *, recipe_toml: str) -> None:
-        self._trackio = _require("trackio", "trackio")
-        self._run_directory = run_directory
-        self._recipe_toml = recipe_toml
-        self._run: Any = None
+    package = "trackio"
 
     def start(self, summary: RunSummary) -> None:
         """Start or continue the run."""
-        path = self._run_directory.path
-        self._run = self._trackio.init(
+        self._run = self._package.init(
             project=PROJECT,
-            name=f"{path.name}-{self._run_directory.run_id}",
+            name=f"{self._run_directory.path.name}-{self._run_directory.run_id}",
             resume="allow",
             config=tomllib.loads(self._recipe_toml),
             embed=False,
         )
 
-    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Log the scalars of a step."""
-        self._run.log(_scalars(record), step=record.step)
 
-    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Log the scalars of an evaluation."""
-        self._run.log(dict(record.metrics), step=record.step)
-
-    def close(self) -> None:
-        """Write out what is pending."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-
-def _scalars(record: StepRecord) -> dict[str, float]:
-    seconds = {f"seconds/{station}": value for station, value in record.seconds.items()}
-    return {**record.metrics, **seconds}
-
-
-def _require(module: str, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RecipeError(
-            f"logging.sinks names {extra!r}, but the package cannot be imported ({error}); "
-            f"pip install 'moe-replay[{extra}]', or remove it from logging.sinks"
-        ) from error
+SINKS = {sink.package: sink for sink in (TensorBoardReporter, WandbReporter, TrackioReporter)}
+"""Name in ``logging.sinks`` -> its reporter."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -26,70 +25,29 @@ _HEADINGS = (
 """Columns of the metric table, from wide to narrow."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricFigures:
-    """How one metric went, over the steps that have it."""
+def metric_figures(steps: Sequence[StepRecord], name: str) -> dict[str, float] | None:
+    """Return heading -> value of a metric over the steps that have it; None when none has it.
 
-    first: float
-    """Mean of the first 10 % of the steps that have it, at least one."""
-    last: float
-    """Mean of the last 10 %."""
-    mean: float
-    """Over all steps."""
-    minimum: float
-    """Smallest value."""
-    maximum: float
-    """Largest value."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveComparison:
-    """The engine gap with replay and with live routing, over the steps that measured both."""
-
-    num_steps: int
-    """Steps that have both."""
-    replay_k3: float
-    """Mean k3 with replayed routes."""
-    live_k3: float
-    """Mean k3 of the same samples under the same weights with live routing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalChange:
-    """Held-out reward before and after."""
-
-    first_step: int
-    """Step of the first evaluation."""
-    first: float
-    """Its ``eval/reward``."""
-    last_step: int
-    """Step of the last evaluation."""
-    last: float
-    """Its ``eval/reward``."""
-    num_items: int | None
-    """Prompts evaluated; None when the records do not say."""
-
-
-def metric_figures(steps: Sequence[StepRecord], name: str) -> MetricFigures | None:
-    """Return how a metric went, or None when no step has it."""
+    10 % are at least one step.
+    """
     values = [record.metrics[name] for record in steps if name in record.metrics]
     if not values:
         return None
     tenth = max(1, math.ceil(len(values) / 10))
-    return MetricFigures(
-        first=_mean(values[:tenth]),
-        last=_mean(values[-tenth:]),
-        mean=_mean(values),
-        minimum=min(values),
-        maximum=max(values),
-    )
+    return {
+        "first 10 %": _mean(values[:tenth]),
+        "last 10 %": _mean(values[-tenth:]),
+        "mean": _mean(values),
+        "min": min(values),
+        "max": max(values),
+    }
 
 
-def live_comparison(steps: Sequence[StepRecord]) -> LiveComparison | None:
-    """Compare the engine gap with and without replay; None if they never differ.
+def live_comparison(steps: Sequence[StepRecord]) -> tuple[int, float, float] | None:
+    """Return how many steps measured both gaps, and the mean k3 with replay and with live routing.
 
-    Without replay, and with R2 (which scores live and replays in the update), the live gap is the
-    gap itself.
+    None if they never differ: without replay, and with R2 (which scores live and replays in the
+    update), the live gap is the gap itself.
     """
     both = [
         (record.metrics["rollout_correction/k3_kl"], record.metrics["live_gap/k3_kl"])
@@ -98,27 +56,14 @@ def live_comparison(steps: Sequence[StepRecord]) -> LiveComparison | None:
     ]
     if all(replay == live for replay, live in both):
         return None
-    return LiveComparison(
-        num_steps=len(both),
-        replay_k3=_mean([replay for replay, _ in both]),
-        live_k3=_mean([live for _, live in both]),
-    )
+    replays, lives = zip(*both, strict=True)
+    return len(both), _mean(replays), _mean(lives)
 
 
-def eval_change(evaluations: Sequence[EvalRecord]) -> EvalChange | None:
-    """Compare the first with the last evaluation; None when there was none."""
+def eval_change(evaluations: Sequence[EvalRecord]) -> tuple[EvalRecord, EvalRecord] | None:
+    """Return the first and the last evaluation with a reward; None when there was none."""
     known = [record for record in evaluations if "eval/reward" in record.metrics]
-    if not known:
-        return None
-    first, last = known[0], known[-1]
-    num_items = last.metrics.get("eval/num_items")
-    return EvalChange(
-        first_step=first.step,
-        first=first.metrics["eval/reward"],
-        last_step=last.step,
-        last=last.metrics["eval/reward"],
-        num_items=None if num_items is None else int(num_items),
-    )
+    return (known[0], known[-1]) if known else None
 
 
 def seconds_per_step(steps: Sequence[StepRecord]) -> dict[str, float]:
@@ -142,21 +87,17 @@ def print_summary(
     """Print how a run went: metrics, evaluation, replay against live routing, time."""
     if steps:
         console.print(_metric_table(steps, console))
-    evaluation = eval_change(evaluations)
-    if evaluation is not None:
-        items = "" if evaluation.num_items is None else f" ({evaluation.num_items} prompts)"
-        print_line(
-            console,
-            f"held-out reward{items}: {number(evaluation.first)} after step {evaluation.first_step}, "
-            f"{number(evaluation.last)} after step {evaluation.last_step}",
-        )
-    comparison = live_comparison(steps)
-    if comparison is not None:
-        live, replay = comparison.live_k3, comparison.replay_k3
+    if change := eval_change(evaluations):
+        num_items = change[1].metrics.get("eval/num_items")
+        items = "" if num_items is None else f" ({int(num_items)} prompts)"
+        rewards = [f"{number(e.metrics['eval/reward'])} after step {e.step}" for e in change]
+        print_line(console, f"held-out reward{items}: {', '.join(rewards)}")
+    if comparison := live_comparison(steps):
+        num_steps, replay, live = comparison
         factor = f", {live / replay:.1f} times less" if replay > 0 else ""
         print_line(
             console,
-            f"engine gap (k3) over {steps_of(comparison.num_steps)} that measured both: {tiny(live)} with live routing, "
+            f"engine gap (k3) over {steps_of(num_steps)} that measured both: {tiny(live)} with live routing, "
             f"{tiny(replay)} with replay{factor}",
         )
     seconds = seconds_per_step(steps)
@@ -194,12 +135,5 @@ def _table_of(steps: Sequence[StepRecord], headings: Sequence[str]) -> Table:
     for label, metric, show in TABLE_ROWS:
         figures = metric_figures(steps, metric)
         if figures is not None:
-            values = {
-                "first 10 %": figures.first,
-                "last 10 %": figures.last,
-                "mean": figures.mean,
-                "min": figures.minimum,
-                "max": figures.maximum,
-            }
-            table.add_row(label, *(show(values[heading]) for heading in headings))
+            table.add_row(label, *(show(figures[heading]) for heading in headings))
     return table
