@@ -18,12 +18,13 @@
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
     └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
 
-In: nothing. Out: exception classes, and how a message lists names.
+In: nothing. Out: exception classes, and how a message lists names and remarks on a similar one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 _MOST_NAMES = 10
 
@@ -96,3 +97,9 @@ def shortened(names: Sequence[str]) -> str:
     shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:_MOST_NAMES]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def nearest_of(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like ``name`` as a remark; empty if none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (nearest: {close[0]!r})" if close else ""

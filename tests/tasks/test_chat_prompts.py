@@ -89,7 +89,7 @@ def test_d3_tools_of_a_table_hold_no_fields_of_other_rows(tmp_path):
         (
             {"chat_template_kwargs": {"thinkin": 1}},
             TOOLS,
-            "sets thinkin,.*nearest to thinkin: think",
+            "sets thinkin,.*nearest: 'thinking'",
         ),
         ({"chat_template_kwargs": {"tokenize": 1}}, TOOLS, "sets tokenize, which only the trainer"),
         ({"chat_template_kwargs": [1]}, TOOLS, "expected an object of template arguments"),

@@ -14,7 +14,7 @@ from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.run import Run
 from moe_replay.recipe.sections.rollout import FilesEngineSection
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 

@@ -9,7 +9,7 @@ from moe_replay.engines.types import Engine, Request, SamplingParams
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 
 
 def engine_use(recipe: Recipe) -> EngineUse:

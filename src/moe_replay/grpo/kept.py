@@ -15,7 +15,7 @@ from jaxtyping import Float64
 from moe_replay.engines.types import RolloutGroup
 from moe_replay.grpo.records import CompletionRecord
 from moe_replay.grpo.run import Run
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 
 _RECORD_BYTES = 1024  # of a record beside its texts and columns, generously
 

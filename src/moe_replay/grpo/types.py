@@ -48,7 +48,7 @@ from moe_replay.batch import Microbatch, Sample
 from moe_replay.engines.types import Completion, RolloutGroup
 from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Coverage, RouteSlice, RoutingTrace
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 
 MISALIGNED, LOST = "misaligned", "lost"
 """Why the guard keeps a sample out of training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.errors import RecipeError, UnsupportedError, nearest_of
 from moe_replay.recipe.bearer import without_secrets
 from moe_replay.recipe.keys import FIELDS, choices, nearest, section_classes, text_of
 from moe_replay.recipe.recipe import Recipe
@@ -253,8 +252,7 @@ def _problem(
         text = f"missing, and it has no default. It is: {_plain_text(field)}"
     else:
         expected = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        close = difflib.get_close_matches(str(given), choices(name, key), n=1)
-        near = f" (nearest: {close[0]!r})" if close else ""
+        near = nearest_of(str(given), choices(name, key))
         text = f"got {given!r}, expected {expected}{near}. It is: {_plain_text(field)}"
     return Problem(path, text)
 

@@ -5,7 +5,6 @@ In: a tokenizer, strings or chat messages. Out: `PromptEncoder`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from moe_replay.errors import RecipeError, shortened
+from moe_replay.errors import RecipeError, nearest_of, shortened
 from moe_replay.tasks.chat_messages import (
     checked_messages,
     ends_every_text,
@@ -34,12 +33,16 @@ FinalAssistantMessage = Literal["continue", "drop", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInput:
-    """What a dataset row passes to the chat template."""
+    """One item of a dataset, and what it passes to the chat template."""
 
     where: str
     """File and line, for messages."""
+    index: int
+    """As `Prompt.index`."""
     prompt: object
     """A string, or a list of chat messages."""
+    columns: Mapping[str, Any]
+    """As `Prompt.columns`."""
     tools: Sequence[Mapping[str, Any]] | None = None
     """JSON schemas of the tools that the prompt offers."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -47,17 +50,22 @@ class PromptInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedPrompt:
-    """A prompt as the engine sees it."""
+class Prompt:
+    """One prompt as the engine sees it, with its dataset columns."""
 
-    ids: Int32[np.ndarray, " prompt"]
-    """``[prompt]`` token ids."""
+    index: int
+    """Index of the dataset item, from 0; the same in every epoch."""
+    prompt_ids: Int32[np.ndarray, " prompt"]
+    """``[prompt]`` token ids, chat template included."""
     text: str
-    """The text that ``ids`` encode."""
-    prefill: str
-    """As `Prompt.prefill`."""
-    num_cut: int
-    """As `Prompt.num_cut`."""
+    """What ``prompt_ids`` encode."""
+    columns: Mapping[str, Any]
+    """The other columns of the item, passed to reward functions by name."""
+    prefill: str = ""
+    """Start of the assistant's answer that ends the prompt and is continued by the model; mostly
+    empty."""
+    num_cut: int = 0
+    """Tokens removed from the start of the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,74 +139,55 @@ class PromptEncoder:
             )
         return () if self.has_template else ends_every_text(self.tokenizer)
 
-    def encode(self, given: PromptInput) -> EncodedPrompt | None:
-        """Return ids and text, or None for a prompt to delete.
+    def encode(self, given: PromptInput) -> Prompt | None:
+        """Return the prompt, or None for one to delete.
 
         Raises:
             RecipeError: the prompt has another type, cannot be rendered, is empty or is too long.
         """
         rendered = self._render(given)
-        ids = self._ids([rendered])[0]
+        (ids,) = self._ids([rendered.text], has_special_tokens=rendered.has_special_tokens)
         num_cut = max(0, len(ids) - self.max_prompt_length)
         self._check_length(rendered, len(ids))
         if num_cut and self.truncation == "delete":
             return None
-        text = rendered.text
-        if num_cut:
-            ids = ids[num_cut:]
-            text = exact_text(self.tokenizer, ids)
-        return EncodedPrompt(
-            ids=np.array(ids, dtype=np.int32), text=text, prefill=rendered.prefill, num_cut=num_cut
+        ids = ids[num_cut:]
+        return Prompt(
+            index=given.index,
+            prompt_ids=np.array(ids, dtype=np.int32),
+            text=exact_text(self.tokenizer, ids) if num_cut else rendered.text,
+            columns=given.columns,
+            prefill=rendered.prefill,
+            num_cut=num_cut,
         )
 
-    def lengths(self, given: Sequence[PromptInput]) -> list[int]:
-        """Return the length of each prompt in tokens, before any is cut.
+    def measure(self, given: Sequence[PromptInput]) -> tuple[list[int], int]:
+        """Return each prompt's length in tokens, before any is cut, and how many have a prefill.
 
         Raises:
             RecipeError: as `encode`, for the first unusable prompt.
         """
         rendered = [self._render(prompt) for prompt in given]
         lengths = [0] * len(rendered)
-        for has_special_tokens in (True, False):
-            chosen = [
-                n for n, one in enumerate(rendered) if one.has_special_tokens is has_special_tokens
-            ]
-            counts = self._count([rendered[n] for n in chosen])
-            for n, count in zip(chosen, counts, strict=True):
-                lengths[n] = count
+        for special in (True, False):
+            chosen = [n for n, one in enumerate(rendered) if one.has_special_tokens is special]
+            texts = [rendered[n].text for n in chosen]
+            ids = self._ids(texts, has_special_tokens=special) if texts else []
+            for n, each in zip(chosen, ids, strict=True):
+                lengths[n] = len(each)
         for one, length in zip(rendered, lengths, strict=True):
             self._check_length(one, length)
-        return lengths
+        return lengths, sum(bool(one.prefill) for one in rendered)
 
-    def continues(self, given: PromptInput) -> bool:
-        """Return whether the prompt ends with an assistant message that the model continues."""
-        prompt = given.prompt
-        return (
-            self.final_assistant_message == "continue"
-            and isinstance(prompt, list)
-            and bool(prompt)
-            and isinstance(prompt[-1], dict)
-            and prompt[-1].get("role") == "assistant"
-        )
-
-    def _ids(self, rendered: Sequence[_Rendered]) -> list[list[int]]:
-        return [
-            self.tokenizer(one.text, add_special_tokens=not one.has_special_tokens).input_ids
-            for one in rendered
-        ]
-
-    def _count(self, rendered: Sequence[_Rendered]) -> list[int]:
-        """Return the token counts of texts with the same ``has_special_tokens``, in one call."""
-        if not rendered:
-            return []
-        encoded = self.tokenizer(
-            [one.text for one in rendered],
-            add_special_tokens=not rendered[0].has_special_tokens,
+    def _ids(self, texts: list[str], *, has_special_tokens: bool) -> list[list[int]]:
+        """Tokenize texts in one call, which is faster than one by one."""
+        return self.tokenizer(
+            texts,
+            add_special_tokens=not has_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )
-        return [len(ids) for ids in encoded.input_ids]
+        ).input_ids
 
     def _check_length(self, rendered: _Rendered, length: int) -> None:
         if length == 0:
@@ -335,8 +324,7 @@ class PromptEncoder:
         known = template_variables(template) - set(self.tokenizer.special_tokens_map) - {"tools"}
         unknown = sorted(set(arguments) - known)
         if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            nearest = f" (nearest to {unknown[0]}: {close[0]})" if close else ""
+            nearest = nearest_of(unknown[0], known)
             raise RecipeError(
                 f"{where} sets {shortened(unknown)}, which the tokenizer's chat template never reads; it reads "
                 f"{shortened(sorted(known)) or 'no argument'}{nearest}: rename or remove it"

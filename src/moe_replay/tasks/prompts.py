@@ -1,8 +1,8 @@
 """Prompts by position: the same sequence of token ids in every process and after every resume.
 
-The types, and generated prompts; `datasets.file_prompts` reads prompts from files.
+What a source of prompts is, and generated prompts; `datasets.file_prompts` reads them from files.
 
-In: a family of generated items, a tokenizer. Out: `Prompt`, `PromptSource`.
+In: a family of generated items, an encoder. Out: `PromptSource`.
 """
 
 from __future__ import annotations
@@ -11,34 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Int32
-
 from moe_replay.errors import RecipeError
-from moe_replay.tasks.encoding import EncodedPrompt, PromptEncoder, PromptInput
+from moe_replay.tasks.encoding import Prompt, PromptEncoder, PromptInput
 from moe_replay.tasks.generated import GeneratedTask
 
 _GENERATED_COLUMNS = frozenset({"question", "answer", "metadata", "task"})
 _MAX_REPLACEMENTS = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt as the engine sees it, with its dataset columns."""
-
-    index: int
-    """Index of the dataset item, from 0; the same in every epoch."""
-    prompt_ids: Int32[np.ndarray, " prompt"]
-    """``[prompt]`` token ids, chat template included."""
-    text: str
-    """What ``prompt_ids`` encode."""
-    columns: Mapping[str, Any]
-    """The other columns of the item, passed to reward functions by name."""
-    prefill: str = ""
-    """Start of the assistant's answer that ends the prompt and is continued by the model; mostly
-    empty."""
-    num_cut: int = 0
-    """Tokens removed from the start of the prompt."""
 
 
 @runtime_checkable
@@ -104,9 +82,9 @@ class GeneratedPrompts:
             item = self.task.item(self.seed, number, replacement=replacement)
             if item["question"] in self.excluded_questions:
                 continue
-            encoded = self.encoder.encode(_prompt_input(self.task, item, number))
-            if encoded is not None:
-                return _generated_prompt(self.task, item, number, encoded)
+            prompt = self.encoder.encode(_prompt_input(self.task, item, number))
+            if prompt is not None:
+                return prompt
             self._deleted.add((number, replacement))
         raise RecipeError(
             f"{self.task.name}: {_MAX_REPLACEMENTS} draws for item {number} gave only held-out questions or prompts "
@@ -119,8 +97,6 @@ class GeneratedPrompts:
 class HeldOutPrompts:
     """A fixed number of distinct generated items. Make one with `draw_held_out`."""
 
-    location: str
-    """Name of the family."""
     prompts: tuple[Prompt, ...]
     """The items, no question twice."""
     num_deleted: int
@@ -143,11 +119,7 @@ class HeldOutPrompts:
 
     def at(self, position: int, count: int) -> list[Prompt]:
         """Return the items from ``position`` on; there are ``num_prompts``."""
-        if position + count > len(self.prompts):
-            raise RecipeError(
-                f"{self.location} holds {len(self.prompts)} held-out prompts, but position {position + count - 1} "
-                "was requested"
-            )
+        assert position + count <= len(self.prompts)
         return list(self.prompts[position : position + count])
 
 
@@ -171,30 +143,20 @@ def draw_held_out(
         item = task.item(seed, number)
         question = item["question"]
         if question not in prompts and question not in deleted:
-            encoded = encoder.encode(_prompt_input(task, item, number))
-            if encoded is None:
+            prompt = encoder.encode(_prompt_input(task, item, number))
+            if prompt is None:
                 deleted.add(question)
             else:
-                prompts[question] = _generated_prompt(task, item, number, encoded)
+                prompts[question] = prompt
                 last_new = number
         number += 1
-    return HeldOutPrompts(
-        location=task.name, prompts=tuple(prompts.values()), num_deleted=len(deleted)
-    )
+    return HeldOutPrompts(prompts=tuple(prompts.values()), num_deleted=len(deleted))
 
 
 def _prompt_input(task: GeneratedTask, item: Mapping[str, Any], number: int) -> PromptInput:
-    return PromptInput(where=f"{task.name} item {number}", prompt=item["question"])
-
-
-def _generated_prompt(
-    task: GeneratedTask, item: Mapping[str, Any], number: int, encoded: EncodedPrompt
-) -> Prompt:
-    columns = {name: item[name] for name in ("question", "answer", "metadata")} | {"task": task}
-    return Prompt(
+    return PromptInput(
+        where=f"{task.name} item {number}",
         index=number,
-        prompt_ids=encoded.ids,
-        text=encoded.text,
-        columns=columns,
-        num_cut=encoded.num_cut,
+        prompt=item["question"],
+        columns={name: item[name] for name in ("question", "answer", "metadata")} | {"task": task},
     )

@@ -119,7 +119,7 @@ def test_r1_exception_of_any_kind_is_named_and_survived(process: RewardProcess, 
     assert isinstance(failure, Failure)
     assert failure.kind == "raised"
     assert RAISES[name] in failure.text
-    assert call(process, "good") == Scores(values=(1.0, 1.0))
+    assert call(process, "good") == [1.0, 1.0]
     assert pid_of(process) == before
 
 
@@ -131,7 +131,7 @@ def test_r1_end_of_the_process_is_named_and_it_starts_again(
     assert isinstance(failure, Failure)
     assert failure.kind == "crashed"
     assert ENDS[name] in failure.text
-    assert call(process, "good") == Scores(values=(1.0, 1.0))
+    assert call(process, "good") == [1.0, 1.0]
 
 
 def test_r1_native_crash_is_named_with_the_line(process: RewardProcess) -> None:
@@ -152,7 +152,7 @@ def test_d2_function_that_hangs_is_named_with_its_limit_and_line(
         failure.text
     )
     assert f"bad.py, line {line}" in failure.text
-    assert call(process, "good") == Scores(values=(1.0, 1.0))
+    assert call(process, "good") == [1.0, 1.0]
 
 
 def test_d2_the_late_one_of_several_is_named(process: RewardProcess) -> None:

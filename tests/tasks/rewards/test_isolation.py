@@ -19,7 +19,7 @@ import torch
 
 from moe_replay.errors import RecipeError, RewardError
 from moe_replay.recipe.sections.run import RewardSection
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.client import RewardProcess
 from moe_replay.tasks.rewards.rewards import RewardSet
 
@@ -357,7 +357,7 @@ TRAINER = """
 import sys
 from moe_replay.recipe.sections.run import RewardSection
 from moe_replay.tasks.rewards.rewards import RewardSet
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt
 import numpy as np
 rewards = RewardSet.load([RewardSection(function=sys.argv[1], name="f")])
 asked = [Prompt(index=0, prompt_ids=np.array([1], dtype=np.int32), text="?", columns={})]

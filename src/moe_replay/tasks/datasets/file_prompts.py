@@ -20,8 +20,7 @@ from moe_replay.errors import RecipeError
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
 from moe_replay.tasks.datasets.row_reading import ColumnNames, RowReader, read_rows_of
 from moe_replay.tasks.datasets.tables import Row, Table, open_table
-from moe_replay.tasks.encoding import PromptEncoder, PromptInput, Truncation
-from moe_replay.tasks.prompts import Prompt
+from moe_replay.tasks.encoding import Prompt, PromptEncoder, Truncation
 
 _BATCH_ROWS = 512
 
@@ -59,11 +58,6 @@ class FilePrompts:
     """Seed of the order; None keeps the file's order."""
     held_out: bool
     """Whether positions end at the last row instead of starting a new epoch."""
-
-    @property
-    def location(self) -> str:
-        """Its spelling in the recipe."""
-        return self.table.location
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -122,11 +116,7 @@ class FilePrompts:
 
     def at(self, position: int, count: int) -> list[Prompt]:
         """Return the prompts from ``position`` on."""
-        if self.held_out and position + count > len(self.rows):
-            raise RecipeError(
-                f"{self.location} holds {len(self.rows)} held-out prompts, but position {position + count - 1} was "
-                "requested"
-            )
+        assert not self.held_out or position + count <= len(self.rows)
         return [
             self._prompt(*divmod(index, len(self.rows)))
             for index in range(position, position + count)
@@ -136,21 +126,13 @@ class FilePrompts:
         if self.shuffle_seed is not None:
             index = int(_order(len(self.rows), self.shuffle_seed, epoch)[index])
         row = self.table.row(int(self.rows[index]))
-        values = self.reader.values(row)
-        encoded = self.encoder.encode(self.reader.prompt(row, values))
-        if encoded is None:
+        prompt = self.encoder.encode(self.reader.prompt(row))
+        if prompt is None:
             raise RecipeError(
                 f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.max_prompt_length} tokens, "
                 "unlike when the dataset was opened: do not change the file during a run"
             )
-        return Prompt(
-            index=row.number,
-            prompt_ids=encoded.ids,
-            text=encoded.text,
-            columns=values,
-            prefill=encoded.prefill,
-            num_cut=encoded.num_cut,
-        )
+        return prompt
 
 
 @lru_cache(maxsize=2)
@@ -237,16 +219,14 @@ def _survey(
     gaps: dict[str, tuple[int, int]] = {}
     continued = done = 0
     for rows in _batches(islice(table.scan(), total)):
-        prompts: list[PromptInput] = []
-        for row in rows:
-            values = reader.values(row)
-            prompts.append(reader.prompt(row, values))
-            for name, value in values.items():
+        prompts = [reader.prompt(row) for row in rows]
+        for prompt in prompts:
+            for name, value in prompt.columns.items():
                 if value is None:
-                    count, first = gaps.get(name, (0, row.number))
+                    count, first = gaps.get(name, (0, prompt.index))
                     gaps[name] = (count + 1, first)
-        lengths[done : done + len(rows)] = encoder.lengths(prompts)
-        continued += sum(map(encoder.continues, prompts))
+        lengths[done : done + len(rows)], with_prefill = encoder.measure(prompts)
+        continued += with_prefill
         done += len(rows)
         cache.report(f"measuring the prompts of {table.location}", done, total)
     return Survey(lengths=lengths, gaps=gaps, num_continued=continued)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from moe_replay.errors import RecipeError, UnsupportedError, shortened
 from moe_replay.tasks.chat_messages import (
@@ -18,9 +17,8 @@ from moe_replay.tasks.chat_messages import (
 )
 from moe_replay.tasks.datasets.tables import Row, Table, column_value, require_column
 from moe_replay.tasks.encoding import PromptInput
+from moe_replay.tasks.rewards.functions import OWN_NAMES
 
-REWARD_ARGUMENTS = frozenset({"completions", "prompts", "completion_ids"})
-"""Names that every reward function gets, which hide columns of the same name."""
 TOOLS = "tools"
 """Column with the tools of a row."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
@@ -54,18 +52,15 @@ class RowReader:
     nulls_are_absent: bool
     """As `Table.nulls_are_absent`."""
 
-    def values(self, row: Row) -> dict[str, Any]:
-        """Return the columns that rewards get."""
-        renamed = self.columns.renamed
-        return {name: column_value(row.columns, renamed.get(name, name)) for name in self.names}
-
-    def prompt(self, row: Row, values: Mapping[str, Any]) -> PromptInput:
-        """Return the chat template input of a row, given its `values`.
+    def prompt(self, row: Row) -> PromptInput:
+        """Return the columns of a row that rewards get, and its chat template input.
 
         Raises:
             RecipeError: the row has no prompt, or its tools or template arguments are malformed.
             UnsupportedError: it has an image, a sound or a video.
         """
+        renamed = self.columns.renamed
+        values = {name: column_value(row.columns, renamed.get(name, name)) for name in self.names}
         found = (column_value(row.columns, path) for path in self.prompt_columns)
         prompt = next((value for value in found if value is not None), None)
         if prompt is None:
@@ -84,7 +79,9 @@ class RowReader:
             prompt, tools, arguments = map(without_nulls, (prompt, tools, arguments))
         return PromptInput(
             where=row.where,
+            index=row.number,
             prompt=prompt,
+            columns=values,
             tools=checked_tools(tools, row.where),
             arguments=check_arguments(arguments, f"{row.where}: column {TEMPLATE_ARGUMENTS}"),
         )
@@ -109,7 +106,7 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
         require_column(table, name, "data.drop_columns")
     own = [name for name in table.names if name not in {prompts[0], *columns.dropped}]
     names = tuple(dict.fromkeys([*own, *columns.renamed]))
-    hidden = sorted(REWARD_ARGUMENTS & set(names))
+    hidden = sorted(OWN_NAMES & set(names))
     if hidden:
         raise RecipeError(
             f"{table.location} has the column {shortened(hidden)}, but reward functions get something else under that name: "

@@ -24,12 +24,8 @@ _START_S = 300.0
 """Maximum start-up time of the interpreter."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The scores that a function returned for a batch."""
-
-    values: tuple[float | None, ...]
-    """One for each completion; None if the function has no opinion."""
+Scores = Sequence[float | None]
+"""The scores that a function returned, one a completion; None where it has no opinion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +71,8 @@ class RewardProcess:
                     return [refused[0]] * len(functions)
             request = {"op": "score", "functions": list(functions)} | dict(batch)
             events = self._ask(request, blob, functions)
-        outcomes: list[Scores | Failure] = []
-        for index in functions:
-            event = events[index]
-            outcomes.append(
-                event if isinstance(event, Failure) else Scores(values=tuple(event["scores"]))
-            )
-        return outcomes
+        outcomes = (events[index] for index in functions)
+        return [each if isinstance(each, Failure) else each["scores"] for each in outcomes]
 
     def close(self) -> None:
         """End the process and all of its children; another request starts a new one."""
@@ -95,7 +86,7 @@ class RewardProcess:
         request = {"op": "load", "functions": self._functions, "folders": self._folders}
         events = self._ask(request, b"", range(len(self._functions)))
         return [
-            event if isinstance(event, Failure) else Signature.from_plain(event["signature"])
+            event if isinstance(event, Failure) else Signature(**event["signature"])
             for _, event in sorted(events.items())
         ]
 

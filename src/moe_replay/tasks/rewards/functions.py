@@ -3,12 +3,11 @@
 Importing runs user code, so it happens in the reward process; the trainer itself loads only
 built-ins.
 
-In: the name of a function and its arguments. Out: `LoadedFunction`, `Signature`.
+In: the name of a function and its arguments. Out: the function and its `Signature`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -16,17 +15,16 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from moe_replay.errors import RecipeError
+from moe_replay.errors import RecipeError, nearest_of
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 
 OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
-"""Arguments that every reward function may take, with any dataset."""
+"""Arguments that every reward function may take; they would hide columns of the same name."""
 
 _NOT_USER_CODE = (
     *(path for name, path in sysconfig.get_paths().items() if name.endswith("lib")),
@@ -35,13 +33,12 @@ _NOT_USER_CODE = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
+class Signature(NamedTuple):
     """The arguments that a reward function takes."""
 
-    required: tuple[str, ...]
+    required: Sequence[str]
     """Names without a default, except those that every call passes."""
-    accepted: tuple[str, ...]
+    accepted: Sequence[str]
     """Names of its arguments."""
     takes_everything: bool
     """Whether it has ``**kwargs``, and so gets every column."""
@@ -50,31 +47,8 @@ class Signature:
         """Return whether a call may pass ``name``."""
         return self.takes_everything or name in self.accepted
 
-    def to_plain(self) -> dict[str, Any]:
-        """Return the signature as plain JSON."""
-        return asdict(self)
 
-    @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> Signature:
-        """Rebuild what `to_plain` returned."""
-        return Signature(
-            required=tuple(plain["required"]),
-            accepted=tuple(plain["accepted"]),
-            takes_everything=plain["takes_everything"],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedFunction:
-    """A reward function that can be called."""
-
-    function: Callable[..., Any]
-    """The function itself."""
-    signature: Signature
-    """Its arguments."""
-
-
-def load_function(name: str, args: Mapping[str, Any]) -> LoadedFunction:
+def load_function(name: str, args: Mapping[str, Any]) -> tuple[Callable[..., Any], Signature]:
     """Find a built-in function, or import the module or file of another one.
 
     Raises:
@@ -82,7 +56,7 @@ def load_function(name: str, args: Mapping[str, Any]) -> LoadedFunction:
             ``args``.
     """
     function = BUILTIN_REWARDS[name] if name in BUILTIN_REWARDS else _find(name)
-    return LoadedFunction(function=function, signature=_signature(name, function, args))
+    return function, _signature(name, function, args)
 
 
 def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any]) -> Signature:
@@ -111,18 +85,14 @@ def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any])
             "rename or remove it"
         )
     required = {p.name for p in by_name if p.default is p.empty} - OWN_NAMES
-    return Signature(
-        required=tuple(sorted(required)), accepted=accepted, takes_everything=takes_everything
-    )
+    return Signature(sorted(required), accepted, takes_everything)
 
 
 def _find(spelled: str) -> Callable[..., Any]:
     source, colon, name = spelled.rpartition(":")
     if not colon or not source:
-        close = difflib.get_close_matches(spelled, BUILTIN_REWARDS, n=1)
-        nearest = f" (nearest: {close[0]})" if close else ""
         raise RecipeError(
-            f"rewards.function {spelled!r} is not one of {', '.join(BUILTIN_REWARDS)}{nearest}, and not of the form "
+            f"rewards.function {spelled!r} is not one of {', '.join(BUILTIN_REWARDS)}{nearest_of(spelled, BUILTIN_REWARDS)}, and not of the form "
             "module:function or file.py:function"
         )
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)

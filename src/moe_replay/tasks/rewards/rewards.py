@@ -18,7 +18,6 @@ In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from moe_replay.errors import RecipeError, RewardError
+from moe_replay.errors import RecipeError, RewardError, nearest_of
 from moe_replay.recipe.sections.run import RewardSection
 from moe_replay.tasks.chat_messages import excerpt
-from moe_replay.tasks.prompts import Prompt, PromptSource
+from moe_replay.tasks.encoding import Prompt
+from moe_replay.tasks.prompts import PromptSource
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.client import Failure, RewardProcess, Scores
 from moe_replay.tasks.rewards.functions import OWN_NAMES, Signature, load_function
@@ -93,12 +93,6 @@ class RewardSet:
             RecipeError: one cannot be found, does not take ``completions``, or does not take one of
                 its args.
         """
-        names = [spec.name for spec in specs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise RecipeError(
-                f"rewards: the name {', '.join(twice)} is used more than once, but metrics need distinct names: set rewards.name"
-            )
         process = RewardProcess(
             [
                 {
@@ -111,7 +105,7 @@ class RewardSet:
             folders,
         )
         if all(spec.function in BUILTIN_REWARDS for spec in specs):
-            signatures = [load_function(spec.function, spec.args).signature for spec in specs]
+            signatures = [load_function(spec.function, spec.args)[1] for spec in specs]
             return RewardSet(specs, signatures, process)
         loaded = process.load()
         for spec, result in zip(specs, loaded, strict=True):
@@ -139,12 +133,6 @@ class RewardSet:
 
     def check(self, source: PromptSource) -> None:
         """Raise `RecipeError` unless ``source`` has every column that a function requires."""
-        hidden = sorted(OWN_NAMES & source.columns)
-        if hidden:
-            raise RecipeError(
-                f"the dataset has a column {', '.join(hidden)}, but under that name reward functions get the "
-                "prompts or completions, so the column would be hidden: rename it"
-            )
         for spec, signature in zip(self._specs, self._signatures, strict=True):
             _check_columns(spec, signature, source)
             if spec.function in BUILTIN_REWARDS:
@@ -173,7 +161,7 @@ class RewardSet:
             failure = outcomes[number]
             assert isinstance(failure, Failure)
             raise self._error(number, batch, failure) from _cause(failure)
-        return _weighted(self._specs, [o for o in outcomes if isinstance(o, Scores)])
+        return _weighted(self._specs, [o for o in outcomes if not isinstance(o, Failure)])
 
     def _call(self, batch: _Batch, functions: Sequence[int]) -> list[Scores | Failure]:
         request, blob = batch.to_plain([self._signatures[number] for number in functions])
@@ -287,7 +275,7 @@ def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
 
 def _weighted(specs: Sequence[RewardSection], outcomes: Sequence[Scores]) -> ScoredBatch:
     scores = {
-        spec.name: np.array(outcome.values, dtype=np.float64)
+        spec.name: np.array(outcome, dtype=np.float64)
         for spec, outcome in zip(specs, outcomes, strict=True)
     }
     table = np.stack(list(scores.values()))
@@ -310,8 +298,7 @@ def _check_columns(spec: RewardSection, signature: Signature, source: PromptSour
         )
     missing = sorted(set(signature.required) - source.columns - set(spec.args))
     if missing:
-        close = difflib.get_close_matches(missing[0], source.columns, n=1)
-        nearest = f" (nearest to {missing[0]}: {close[0]})" if close else ""
+        nearest = nearest_of(missing[0], source.columns)
         raise RecipeError(
             f"reward {spec.name} ({spec.function}) needs {', '.join(missing)}, but the dataset's columns are "
             f"{', '.join(sorted(source.columns)) or 'none'}{nearest}: add the column, or set it in [rewards.args]"

@@ -24,15 +24,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from numbers import Real
 from typing import Any
 
 from moe_replay.errors import RecipeError
+from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.rewards.functions import (
-    OWN_NAMES,
-    LoadedFunction,
     Signature,
     describe_error,
     load_function,
@@ -129,7 +128,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._specs: list[dict[str, Any]] = []
-        self._functions: list[LoadedFunction | None] = []
+        self._functions: list[tuple[Callable[..., Any], Signature] | None] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
@@ -157,7 +156,7 @@ class _Worker:
                 self._say(event="refused", function=number, text=str(error), trace=trace)
             else:
                 self._functions.append(loaded)
-                signature = loaded.signature.to_plain()
+                signature = loaded[1]._asdict()
                 self._say(event="loaded", function=number, signature=signature)
             self._leave_if_forked()
         self._say(event="finished")
@@ -165,15 +164,15 @@ class _Worker:
     def _score(self, request: Mapping[str, Any], blob: bytes) -> None:
         """Call functions on a batch: async ones start first, and continue while the others run."""
         batch = _Batch(request, blob)
-        functions = {number: self._functions[number] for number in request["functions"]}
         waiting: list[Future[None]] = []
-        for number in sorted(functions, key=lambda n: not _is_async(functions[n])):
+        for number in sorted(request["functions"], key=lambda n: not self._is_async(n)):
             self._say(event="started", function=number)
             _repair_streams()
-            loaded, spec = functions[number], self._specs[number]
+            loaded, spec = self._functions[number], self._specs[number]
             assert loaded is not None, "a run does not start with a refused function"
+            function, signature = loaded
             try:
-                result = loaded.function(**batch.arguments(loaded.signature, spec["args"]))
+                result = function(**batch.arguments(signature, spec["args"]))
             except BaseException as error:  # noqa: BLE001 - the seam: the user's code
                 self._say_raised(number, error)
             else:
@@ -185,6 +184,10 @@ class _Worker:
         for future in waiting:
             future.result()
         self._say(event="finished")
+
+    def _is_async(self, number: int) -> bool:
+        loaded = self._functions[number]
+        return loaded is not None and inspect.iscoroutinefunction(loaded[0])
 
     def _submit(self, number: int, awaitable: Awaitable[Any], size: int) -> Future[None]:
         if self._loop is None:
@@ -256,30 +259,21 @@ class _Batch:
         """Return the keyword arguments of a call, sharing nothing with other calls or samples."""
         request, of = self._request, self._request["prompt_of"]
         columns = self._rows[0].keys() if self._rows else ()
-        arguments: dict[str, Any] = {
-            name: [_own(self._rows[index][name]) for index in of]
+        values: dict[str, Callable[[], list[Any]]] = {
+            name: lambda name=name: [_own(self._rows[index][name]) for index in of]
             for name in columns
-            if signature.takes(name)
+        } | {
+            "completions": lambda: list(request["completions"]),
+            "prompts": lambda: [request["prompts"][index] for index in of],
+            "completion_ids": lambda: unpack_ids(self._blob, request["lengths"]),
         }
-        for name in OWN_NAMES:
-            if not signature.takes(name):
-                continue
-            if name == "completions":
-                arguments[name] = list(request["completions"])
-            elif name == "prompts":
-                arguments[name] = [request["prompts"][index] for index in of]
-            else:
-                arguments[name] = unpack_ids(self._blob, request["lengths"])
+        arguments = {name: value() for name, value in values.items() if signature.takes(name)}
         return arguments | {name: _own(value) for name, value in args.items()}
 
 
 def _own(value: Any) -> Any:
-    return (
-        copy.deepcopy(value) if isinstance(value, _CAN_CHANGE) or hasattr(value, "dtype") else value
-    )
-
-
-_CAN_CHANGE = (list, dict, tuple, set)
+    can_change = isinstance(value, list | dict | tuple | set) or hasattr(value, "dtype")
+    return copy.deepcopy(value) if can_change else value
 
 
 class WrongAnswer(Exception):
@@ -322,10 +316,6 @@ def _checked_score(value: Any, sample: int) -> float | None:
     return score
 
 
-def _is_async(loaded: LoadedFunction | None) -> bool:
-    return loaded is not None and inspect.iscoroutinefunction(loaded.function)
-
-
 async def _awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
     """Return the exception or result of an awaitable: a SystemExit would end the event loop."""
     try:
@@ -357,9 +347,8 @@ def _trace(error: BaseException | None) -> str:
     return "".join(traceback.format_exception(error))[-_MAX_TRACE:] if error is not None else ""
 
 
-def _excerpt(value: Any) -> str:
+def _excerpt(value: object) -> str:
     try:
-        text = repr(value)
+        return excerpt(value)
     except Exception:  # noqa: BLE001 - the seam: the user's object
         return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 120 else f"{text[:117]}..."
