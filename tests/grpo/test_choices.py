@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, get_args
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 
 from moe_replay.grpo import estimators, losses
 from moe_replay.grpo.advantage import group_advantages
-from moe_replay.grpo.loss import sample_weights
-from moe_replay.grpo.losses import BatchSize
-from moe_replay.recipe.sections.training import GrpoSection
+from moe_replay.grpo.losses import BatchSize, Terms, TokenRows
+from moe_replay.megatron.backward import sum_over_context
+from moe_replay.megatron.layout import initialize, shutdown
+from moe_replay.recipe.sections.training import GrpoSection, ParallelLayout
+from moe_replay.testing.ranks import run_ranks
 
 SIZE = BatchSize(num_samples=2, num_tokens=6, max_completion_length=10)
 
@@ -43,21 +48,65 @@ def test_every_name_has_its_function_and_every_function_its_name(
 
 
 def test_control_a_function_without_a_name_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = _in(losses, lambda length, batch: 1.0)
+    scratch = _in(losses, lambda rows, batch: (rows.log_ratio, 1.0))
     monkeypatch.setattr(losses, "scratch", scratch, raising=False)
     assert defined(losses) - named("loss_type") == {"scratch"}
 
 
-def test_a_scratch_loss_is_one_function_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Extended(GrpoSection):
-        loss_type: Literal["grpo", "scratch"] = "grpo"
+def gspo(rows: TokenRows, batch: BatchSize) -> Terms:
+    """Compare the geometric mean of a sample's ratios: a loss of sequences, written as any other.
 
-    monkeypatch.setattr(losses, "scratch", lambda length, batch: length / 2, raising=False)
-    chosen = Extended(loss_type="scratch").loss_type
-    weights = sample_weights([4, 6], [True, True], loss_type=chosen, batch=SIZE)
-    assert weights.tolist() == [2.0, 3.0]
+    Source: GSPO, arXiv 2507.18071, equations 7 and 13.
+    """
+    mean = rows.sample_sums(rows.log_ratio) / rows.length
+    token = rows.new_logprobs - rows.new_logprobs.detach()
+    return mean + token, 1 / (batch.num_samples * rows.length)
+
+
+# Samples of 3 and 1 tokens; their mean log ratios are 0.2 and -1.
+NEW, OLD, OWNERS = [-1.0, -2.0, -3.0, -4.0], [-1.1, -2.2, -3.3, -3.0], [0, 0, 0, 1]
+
+
+def held(rows: slice, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> TokenRows:
+    return TokenRows(
+        new_logprobs=torch.tensor(NEW[rows], requires_grad=True),
+        old_logprobs=torch.tensor(OLD[rows]),
+        sample=torch.tensor(OWNERS[rows]),
+        lengths=torch.tensor([3.0, 1.0]),
+        sum_over_ranks=sum_over_ranks,
+    )
+
+
+def test_a_loss_of_sequences_is_one_function_and_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Extended(GrpoSection):
+        loss_type: Literal["grpo", "gspo"] = "grpo"
+
+    monkeypatch.setattr(losses, "gspo", gspo, raising=False)
+    rows = held(slice(4), lambda values: values)
+    log_ratio, weights = getattr(losses, Extended(loss_type="gspo").loss_type)(rows, SIZE)
+    assert log_ratio.tolist() == pytest.approx([0.2, 0.2, 0.2, -1.0])
+    (log_ratio.exp() * weights).sum().backward()
+    # Each token pulls with the ratio of its sequence.
+    first, second = np.exp(0.2) / 6, np.exp(-1.0) / 2
+    assert rows.new_logprobs.grad is not None
+    assert rows.new_logprobs.grad.tolist() == pytest.approx([first, first, first, second])
     with pytest.raises(ValidationError, match="loss_type"):
-        GrpoSection.model_validate({"loss_type": "scratch"})
+        GrpoSection.model_validate({"loss_type": "gspo"})
+
+
+def _ratios_on_two_ranks() -> list[float]:
+    initialize(ParallelLayout(context_parallel_size=2))
+    mine = held(slice(0, 1) if dist.get_rank() == 0 else slice(1, 4), sum_over_context)
+    log_ratio, _ = gspo(mine, SIZE)
+    shutdown()
+    return log_ratio.tolist()
+
+
+@pytest.mark.ranks
+def test_a_loss_of_sequences_sees_the_rows_of_all_context_parallel_ranks() -> None:
+    first, second = run_ranks(_ratios_on_two_ranks, 2)
+    assert first == pytest.approx([0.2])
+    assert second == pytest.approx([0.2, 0.2, -1.0])
 
 
 def test_a_scratch_estimator_is_one_function_and_one_name(

@@ -6,27 +6,24 @@ its statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 
-from moe_replay.grpo import losses
-from moe_replay.grpo.losses import BatchSize
 from moe_replay.grpo.metrics import MAX_LOG_RATIO, Tally
 from moe_replay.recipe.sections.training import GrpoSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossInputs:
-    """Sampled tokens of one microbatch, one entry each; only ``new_logprobs`` is not constant."""
+    """Sampled tokens of one microbatch, one entry each."""
 
     new_logprobs: Float[torch.Tensor, " tokens"]
     """Under the weights being trained, at the sampling temperature, in nats; differentiable."""
-    old_logprobs: Float[torch.Tensor, " tokens"]
-    """Of the trainer, before the update."""
+    log_ratio: Float[torch.Tensor, " tokens"]
+    """Log of the importance ratio that the loss compares, see `losses`; differentiable."""
     ref_logprobs: Float[torch.Tensor, " tokens"] | None
     """Of the reference model; None when ``beta`` is 0."""
     advantages: Float[torch.Tensor, " tokens"]
@@ -64,7 +61,7 @@ CERTAIN = -1e-3
 def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor, LossStatistics]:
     """Return the microbatch's part of the loss, and its statistics.
 
-    Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(new - old)``
+    Per token: ``-min(r A, clip(r, 1-eps, 1+eps_high) A) + beta k3``, with ``r = exp(log_ratio)``
     and ``k3 = exp(ref - new) - (ref - new) - 1``. A token without a weight, or a clipped one, has
     gradient 0 for any ratio. Above `MAX_LOG_RATIO` an exponential continues along its tangent, so
     value and gradient stay finite and keep their direction; up to there nothing changes, to the
@@ -75,7 +72,7 @@ def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor
     equation 10.
     """
     trains = inputs.weights > 0
-    log_ratio = _where(trains, inputs.new_logprobs - inputs.old_logprobs)
+    log_ratio = _where(trains, inputs.log_ratio)
     ratio = bounded_exp(log_ratio)
     clipped = ratio.clamp(1 - settings.epsilon, 1 + settings.epsilon_high)
     per_token = -torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
@@ -122,19 +119,6 @@ def bounded_exp(values: Float[torch.Tensor, " tokens"]) -> Float[torch.Tensor, "
 def _where(trains: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # Masks before anything is computed: NaN times a mask of 0 is NaN, and so is its gradient.
     return torch.where(trains, values, torch.zeros_like(values))
-
-
-def sample_weights(
-    lengths: Sequence[int], trains: Sequence[bool], *, loss_type: str, batch: BatchSize
-) -> Float64[np.ndarray, " samples"]:
-    """Return the weight of each token of each sample; 0 for those of samples that do not train."""
-    weight: Callable[[int, BatchSize], float] = getattr(losses, loss_type)
-    return np.array(
-        [
-            weight(length, batch) if counts else 0.0
-            for length, counts in zip(lengths, trains, strict=True)
-        ]
-    )
 
 
 def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tally:

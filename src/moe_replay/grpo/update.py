@@ -5,7 +5,7 @@ In: OldScores, reference scores. Out: Update, changed weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +13,21 @@ import torch
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import UpdateError
+from moe_replay.grpo import losses
 from moe_replay.grpo.guard.judging import judge_own_packing
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.loss import (
     LossInputs,
     LossStatistics,
     policy_loss,
-    sample_weights,
     step_tally,
     update_tally,
 )
-from moe_replay.grpo.losses import BatchSize
+from moe_replay.grpo.losses import BatchSize, Terms, TokenRows
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, MiniBatch, OldScores, Update
+from moe_replay.megatron.backward import sum_over_context
 from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Routing
 
@@ -145,15 +146,14 @@ class MinibatchLoss:
         reference: Mapping[int, ScoredSample] | None,
         samples: Sequence[Sample],
     ) -> None:
-        """Weight this replica's ``samples`` by the size of the whole mini-batch; collective."""
+        """Measure the whole mini-batch, of which ``samples`` are this replica's; collective."""
         grpo = run.recipe.grpo
         self.section = grpo
+        self.terms: Callable[[TokenRows, BatchSize], Terms] = getattr(losses, grpo.loss_type)
         self.old, self.reference = old, reference
         self.statistics: list[LossStatistics] = []
         self.samples = samples
-        lengths = [sample.completion_length for sample in samples]
-        trains = [sample.trains for sample in samples]
-        counted = [length for length, counts in zip(lengths, trains, strict=True) if counts]
+        counted = [sample.completion_length for sample in samples if sample.trains]
         # Every rank of a replica has the same samples; one of them counts.
         speaks = int(run.replica.is_leader)
         pulls = [s.trains and (np.float32(s.advantage) != 0 or grpo.beta > 0) for s in samples]
@@ -161,18 +161,11 @@ class MinibatchLoss:
         self.is_idle = not (
             any(part[2] for part in gathered) or run.recipe.megatron.moe_aux_loss_coeff > 0
         )
-        weights = sample_weights(
-            lengths,
-            trains,
-            loss_type=grpo.loss_type,
-            batch=BatchSize(
-                num_samples=sum(part[0] for part in gathered),
-                num_tokens=sum(part[1] for part in gathered),
-                max_completion_length=run.recipe.rollout.max_completion_length,
-            ),
+        self.batch = BatchSize(
+            num_samples=max(1, sum(part[0] for part in gathered)),
+            num_tokens=max(1, sum(part[1] for part in gathered)),
+            max_completion_length=run.recipe.rollout.max_completion_length,
         )
-        ids = [sample.sample_id for sample in samples]
-        self.weights = dict(zip(ids, weights, strict=True))
 
     def __call__(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
         """Return the microbatch's part of the loss."""
@@ -181,17 +174,27 @@ class MinibatchLoss:
             placed = microbatch.place(values, fill=0.0)[microbatch.predicts_sampled]
             return torch.from_numpy(placed).to(new_logprobs.device)
 
+        def of_samples(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=new_logprobs.device)
+
         samples, reference = microbatch.samples, self.reference
-        inputs = LossInputs(
+        numbers = [np.full(s.completion_length, i) for i, s in enumerate(samples)]
+        tokens = TokenRows(
             new_logprobs=new_logprobs,
             old_logprobs=rows([self.old[s.sample_id].token_logprobs for s in samples]),
+            sample=rows(numbers).long(),
+            lengths=of_samples([s.completion_length for s in samples]),
+            sum_over_ranks=sum_over_context,
+        )
+        log_ratio, weights = self.terms(tokens, self.batch)
+        inputs = LossInputs(
+            new_logprobs=new_logprobs,
+            log_ratio=log_ratio,
             ref_logprobs=rows([reference[s.sample_id].token_logprobs for s in samples])
             if reference is not None
             else None,
-            advantages=rows([np.full(s.completion_length, s.advantage) for s in samples]),
-            weights=rows(
-                [np.full(s.completion_length, self.weights[s.sample_id]) for s in samples]
-            ),
+            advantages=of_samples([s.advantage for s in samples])[tokens.sample],
+            weights=weights * of_samples([s.trains for s in samples])[tokens.sample],
         )
         loss, statistics = policy_loss(inputs, self.section)
         self.statistics.append(statistics)
@@ -221,7 +224,8 @@ class MinibatchLoss:
         """Whether some token sequence of this replica has advantages that do not cancel."""
         sums: dict[bytes, tuple[float, float]] = {}
         for sample in self.samples:
-            pull = sample.advantage * self.weights[sample.sample_id]
+            # Equal sequences have equal lengths, and so equal weights in every loss.
+            pull = sample.advantage * sample.trains
             total, size = sums.get(sample.token_ids.tobytes(), (0.0, 0.0))
             sums[sample.token_ids.tobytes()] = (total + pull, size + abs(pull))
         return any(abs(total) > 1e-6 * size for total, size in sums.values())

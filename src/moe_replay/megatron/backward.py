@@ -128,6 +128,16 @@ class MegatronLearner(MegatronScorer):
         return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
 
 
+def sum_over_context(values: torch.Tensor) -> torch.Tensor:
+    """Add up values over the context-parallel ranks, which hold the other rows of the same samples.
+
+    Collective over them, and without gradient.
+    """
+    total = values.detach().clone()
+    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total
+
+
 def _num_tokens(microbatch: Microbatch) -> int:
     """Return the rows of this rank that hold a token."""
     return int(microbatch.index.is_token.sum())
