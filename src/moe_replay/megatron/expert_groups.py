@@ -16,11 +16,10 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.megatron.families.family import ExpertGroups
-from moe_replay.megatron.replay.scope import LiveChoice
 
 
-class GroupedChoice(LiveChoice):
-    """Chooses within groups, whenever Megatron or a replay scope asks for the experts of rows."""
+class GroupedChoice:
+    """Chooses within groups, in the router's RouterReplay, for Megatron or for a replay scope."""
 
     def __init__(self, groups: ExpertGroups) -> None:
         self._groups = groups

@@ -9,51 +9,48 @@ In: a Hugging Face model type. Out: a `Family`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.families import shapes as family_shapes
 from moe_replay.megatron.families.family import Family, Kind, Rule
 
-_LAYER = "decoder.layers.{layer}."
-_HF = "model.layers.{layer}."
+_LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def _mlp(megatron: str, hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+def _rule(megatron: str, hf: str, kind: Kind = Kind.WHOLE, *, keep_dtype: bool = False) -> Rule:
+    """Return a line of a decoder layer; ``hf`` names its tensors, with spaces between them."""
+    names = tuple(_HF + name for name in hf.split())
+    return Rule(megatron=_LAYER + megatron, hf=names, kind=kind, keep_dtype=keep_dtype)
+
+
+def _attention(megatron: str, hf: str, kind: Kind = Kind.WHOLE) -> Rule:
+    names = " ".join(f"self_attn.{name}" for name in hf.split())
+    return _rule(f"self_attention.{megatron}", names, kind)
+
+
+def _mlp(
+    megatron: str, hf: str, names: str = "gate_proj up_proj down_proj", number: str = ""
+) -> tuple[Rule, ...]:
+    gate, up, down = (f"{hf}.{name}.weight" for name in names.split())
     return (
-        Rule(
-            megatron=f"{megatron}.linear_fc1.weight",
-            hf=(f"{hf}.{gate}.weight", f"{hf}.{up}.weight"),
-            kind=Kind.GATED,
-        ),
-        Rule(megatron=f"{megatron}.linear_fc2.weight", hf=(f"{hf}.{down}.weight",), kind=Kind.ROW),
+        _rule(f"{megatron}.linear_fc1.weight{number}", f"{gate} {up}", Kind.GATED),
+        _rule(f"{megatron}.linear_fc2.weight{number}", down, Kind.ROW),
     )
 
 
-def _experts(hf: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    gate_up = (f"{hf}.{{expert}}.{gate}.weight", f"{hf}.{{expert}}.{up}.weight")
-    transformer_engine = f"{_LAYER}mlp.experts"
+def _experts(hf: str, names: str = "gate_proj up_proj down_proj") -> tuple[Rule, ...]:
+    """Return the lines of Megatron's own experts, and of Transformer Engine's single module."""
     return (
-        *_mlp(f"{_LAYER}mlp.experts.local_experts.{{expert}}", f"{hf}.{{expert}}", gate, up, down),
-        Rule(
-            megatron=f"{transformer_engine}.linear_fc1.weight{{expert}}",
-            hf=gate_up,
-            kind=Kind.GATED,
-        ),
-        Rule(
-            megatron=f"{transformer_engine}.linear_fc2.weight{{expert}}",
-            hf=(f"{hf}.{{expert}}.{down}.weight",),
-            kind=Kind.ROW,
-        ),
+        *_mlp("mlp.experts.local_experts.{expert}", f"{hf}.{{expert}}", names),
+        *_mlp("mlp.experts", f"{hf}.{{expert}}", names, number="{expert}"),
     )
 
 
-_QKV_NAMES = tuple(f"{_HF}self_attn.{name}_proj" for name in "qkv")
-_HEAD = (
-    Rule(
-        megatron="embedding.word_embeddings.weight",
-        hf=("model.embed_tokens.weight",),
-        kind=Kind.COLUMN,
-    ),
+_EMBEDDING = Rule(
+    megatron="embedding.word_embeddings.weight",
+    hf=("model.embed_tokens.weight",),
+    kind=Kind.COLUMN,
 )
 _TAIL = (
     Rule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",)),
@@ -61,113 +58,50 @@ _TAIL = (
 )
 # Transformer Engine fuses a norm into the linear layer that follows it.
 _NORMS = (
-    Rule(megatron=f"{_LAYER}input_layernorm.weight", hf=(f"{_HF}input_layernorm.weight",)),
-    Rule(
-        megatron=f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
-        hf=(f"{_HF}input_layernorm.weight",),
-    ),
-    Rule(
-        megatron=f"{_LAYER}pre_mlp_layernorm.weight", hf=(f"{_HF}post_attention_layernorm.weight",)
-    ),
-    Rule(
-        megatron=f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
-        hf=(f"{_HF}post_attention_layernorm.weight",),
-    ),
+    _rule("input_layernorm.weight", "input_layernorm.weight"),
+    _rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    _rule("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+    _rule("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
 )
-_QKV = (
-    Rule(
-        megatron=f"{_LAYER}self_attention.linear_qkv.weight",
-        hf=tuple(f"{name}.weight" for name in _QKV_NAMES),
-        kind=Kind.QKV,
-    ),
-)
-_QKV_BIAS = (
-    Rule(
-        megatron=f"{_LAYER}self_attention.linear_qkv.bias",
-        hf=tuple(f"{name}.bias" for name in _QKV_NAMES),
-        kind=Kind.QKV,
-    ),
-)
-_OUT = (
-    Rule(
-        megatron=f"{_LAYER}self_attention.linear_proj.weight",
-        hf=(f"{_HF}self_attn.o_proj.weight",),
-        kind=Kind.ROW,
-    ),
-)
+_QKV = (_attention("linear_qkv.weight", "q_proj.weight k_proj.weight v_proj.weight", Kind.QKV),)
+_QKV_BIAS = (_attention("linear_qkv.bias", "q_proj.bias k_proj.bias v_proj.bias", Kind.QKV),)
+_OUT = (_attention("linear_proj.weight", "o_proj.weight", Kind.ROW),)
 _QK_NORM = (
-    Rule(
-        megatron=f"{_LAYER}self_attention.q_layernorm.weight", hf=(f"{_HF}self_attn.q_norm.weight",)
-    ),
-    Rule(
-        megatron=f"{_LAYER}self_attention.k_layernorm.weight", hf=(f"{_HF}self_attn.k_norm.weight",)
-    ),
+    _attention("q_layernorm.weight", "q_norm.weight"),
+    _attention("k_layernorm.weight", "k_norm.weight"),
 )
-_ROUTER = (Rule(megatron=f"{_LAYER}mlp.router.weight", hf=(f"{_HF}mlp.gate.weight",)),)
-_DENSE_MLP = _mlp(f"{_LAYER}mlp", f"{_HF}mlp", "gate_proj", "up_proj", "down_proj")
-_EXPERTS = _experts(f"{_HF}mlp.experts", "gate_proj", "up_proj", "down_proj")
+_ROUTER = (_rule("mlp.router.weight", "mlp.gate.weight"),)
+_DENSE_MLP = _mlp("mlp", "mlp")
+_EXPERTS = _experts("mlp.experts")
 _SHARED_EXPERT = (
-    *_mlp(
-        f"{_LAYER}mlp.shared_experts",
-        f"{_HF}mlp.shared_expert",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
-    Rule(
-        megatron=f"{_LAYER}mlp.shared_experts.gate_weight",
-        hf=(f"{_HF}mlp.shared_expert_gate.weight",),
-    ),
+    *_mlp("mlp.shared_experts", "mlp.shared_expert"),
+    _rule("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
 )
-_SHARED_EXPERTS = _mlp(
-    f"{_LAYER}mlp.shared_experts", f"{_HF}mlp.shared_experts", "gate_proj", "up_proj", "down_proj"
-)
+_SHARED_EXPERTS = _mlp("mlp.shared_experts", "mlp.shared_experts")
 _EXPERT_BIAS = (
-    Rule(
-        megatron=f"{_LAYER}mlp.router.expert_bias",
-        hf=(f"{_HF}mlp.gate.e_score_correction_bias",),
-        keep_dtype=True,
-    ),
+    _rule("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", keep_dtype=True),
 )
 _MIXTRAL_MOE = (
-    Rule(megatron=f"{_LAYER}mlp.router.weight", hf=(f"{_HF}block_sparse_moe.gate.weight",)),
-    *_experts(f"{_HF}block_sparse_moe.experts", "w1", "w3", "w2"),
+    _rule("mlp.router.weight", "block_sparse_moe.gate.weight"),
+    *_experts("block_sparse_moe.experts", "w1 w3 w2"),
 )
-
-
-def _projection(megatron: str, hf: str, kind: Kind = Kind.COLUMN) -> Rule:
-    return Rule(
-        megatron=f"{_LAYER}self_attention.{megatron}.weight",
-        hf=(f"{_HF}self_attn.{hf}.weight",),
-        kind=kind,
-    )
-
-
 # Multi-head latent attention. As everywhere, Transformer Engine names a norm after the linear layer
 # behind it.
 _MLA = (
-    _projection("linear_q_proj", "q_proj"),
-    _projection("linear_q_down_proj", "q_a_proj", Kind.WHOLE),
-    *(
-        Rule(
-            megatron=f"{_LAYER}self_attention.{name}", hf=(f"{_HF}self_attn.q_a_layernorm.weight",)
-        )
-        for name in ("q_layernorm.weight", "linear_q_up_proj.layer_norm_weight")
-    ),
-    _projection("linear_q_up_proj", "q_b_proj"),
-    _projection("linear_kv_down_proj", "kv_a_proj_with_mqa", Kind.WHOLE),
-    *(
-        Rule(
-            megatron=f"{_LAYER}self_attention.{name}", hf=(f"{_HF}self_attn.kv_a_layernorm.weight",)
-        )
-        for name in ("kv_layernorm.weight", "linear_kv_up_proj.layer_norm_weight")
-    ),
-    _projection("linear_kv_up_proj", "kv_b_proj"),
+    _attention("linear_q_proj.weight", "q_proj.weight", Kind.COLUMN),
+    _attention("linear_q_down_proj.weight", "q_a_proj.weight"),
+    _attention("q_layernorm.weight", "q_a_layernorm.weight"),
+    _attention("linear_q_up_proj.layer_norm_weight", "q_a_layernorm.weight"),
+    _attention("linear_q_up_proj.weight", "q_b_proj.weight", Kind.COLUMN),
+    _attention("linear_kv_down_proj.weight", "kv_a_proj_with_mqa.weight"),
+    _attention("kv_layernorm.weight", "kv_a_layernorm.weight"),
+    _attention("linear_kv_up_proj.layer_norm_weight", "kv_a_layernorm.weight"),
+    _attention("linear_kv_up_proj.weight", "kv_b_proj.weight", Kind.COLUMN),
 )
 
 
 def _table(*parts: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    return tuple(rule for part in (_HEAD, _NORMS, *parts, _TAIL) for rule in part)
+    return (_EMBEDDING, *_NORMS, *chain.from_iterable(parts), *_TAIL)
 
 
 _SIGMOID_MOE = (*_ROUTER, *_EXPERT_BIAS, *_EXPERTS, *_SHARED_EXPERTS, *_DENSE_MLP)

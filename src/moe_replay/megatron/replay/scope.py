@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import megatron.core.tensor_parallel as tensor_parallel
@@ -25,38 +24,16 @@ from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
+from moe_replay.megatron.expert_groups import GroupedChoice
 from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
 from moe_replay.megatron.replay.refusals import refuse_bypasses, refuse_foreign_routes
 from moe_replay.megatron.replay.upload import DeviceRoutes
 from moe_replay.routing import RouteSlice
 
-TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-class LiveChoice(ABC):
-    """A live choice of experts other than Megatron's own, in the router's RouterReplay."""
-
-    @abstractmethod
-    def get_replay_topk(
-        self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and ids of the experts of each row."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Choice:
-    """One call of a router, as the scope sees it."""
-
-    layer: int
-    scores: Float[torch.Tensor, "rows experts"]
-    live: TopK
-
-    def live_ids(
-        self, rows: Int64[torch.Tensor, " some"] | None
-    ) -> Int64[torch.Tensor, "some topk"]:
-        """Return what the router would choose for ``rows`` (None: all), without gradient."""
-        with torch.no_grad():
-            return self.live(rows)[1]
+Chosen = tuple[Float[torch.Tensor, "rows topk"], Int64[torch.Tensor, "rows topk"]]
+"""Scores and ids of the experts of each row."""
+LiveTopK = Callable[[Int64[torch.Tensor, " some"] | None], Chosen]
+"""What a router would choose for some of its rows (None: all)."""
 
 
 class _RouterSeat:
@@ -74,15 +51,14 @@ class _RouterSeat:
         topk: int,
         num_groups: int | None = None,
         group_topk: int | None = None,
-        default_compute_topk: TopK | None = None,
-    ) -> tuple[Float[torch.Tensor, "rows topk"], Int64[torch.Tensor, "rows topk"]]:
+        default_compute_topk: Callable[..., Chosen] | None = None,
+    ) -> Chosen:
         assert default_compute_topk is not None
 
-        def live(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            if isinstance(self.displaced, LiveChoice):
-                return self.displaced.get_replay_topk(
-                    scores if rows is None else scores[rows], topk
-                )
+        def live(rows: torch.Tensor | None) -> Chosen:
+            if isinstance(self.displaced, GroupedChoice):
+                given = scores if rows is None else scores[rows]
+                return self.displaced.get_replay_topk(given, topk)
             if rows is None or num_groups:
                 # Megatron's group-limited choice counts on seeing every row of the microbatch.
                 values, ids = default_compute_topk(
@@ -91,16 +67,19 @@ class _RouterSeat:
                 return (values, ids) if rows is None else (values[rows], ids[rows])
             return default_compute_topk(scores[rows], topk, num_groups=None, group_topk=None)
 
-        return self.scope.choose(_Choice(layer=self.layer, scores=scores, live=live))
+        return self.scope.choose(self.layer, scores, live)
 
 
 class RouterScope(ABC):
     """What replaying and recording share: owning routers, the microbatch, the count of calls."""
 
-    def __init__(self, routers: Mapping[int, TopKRouter], *, may_be_empty: bool = False) -> None:
+    def __init__(
+        self, routers: Mapping[int, TopKRouter], keys: Iterable[int], *, may_be_empty: bool
+    ) -> None:
         """Prepare to own ``routers`` (global layer -> TopKRouter); `open` takes them over.
 
-        ``may_be_empty`` is for a pipeline stage that holds dense layers only.
+        Each runs once for each microbatch of ``keys``. ``may_be_empty`` is for a pipeline stage
+        that holds dense layers only.
 
         Raises:
             UnsupportedError: when a router's configuration chooses experts without asking the
@@ -113,6 +92,7 @@ class RouterScope(ABC):
             )
         for layer, router in routers.items():
             refuse_bypasses(layer, router)
+        self._keys = tuple(keys)
         self._seats = [_RouterSeat(self, layer, router) for layer, router in routers.items()]
         self._key: int | None = None
         self._recomputing = False
@@ -164,27 +144,26 @@ class RouterScope(ABC):
         finally:
             self._key = before
 
-    def choose(self, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scores and ids of the experts that a router uses for the rows of this call."""
+    def choose(
+        self, layer: int, scores: Float[torch.Tensor, "rows experts"], live: LiveTopK
+    ) -> Chosen:
+        """Return the experts that the router of ``layer`` uses for the rows of this call."""
         if self._key is None:
             raise ReplayScopeError(
-                f"the router of layer {choice.layer} ran outside `scope.microbatch(key)`: the scope cannot know whose "
+                f"the router of layer {layer} ran outside `scope.microbatch(key)`: the scope cannot know whose "
                 "routes to use; run every forward pass of the model inside it, and evaluate after the scope is closed"
             )
-        called = (choice.layer, self._key)
+        called = (layer, self._key)
         if self._recomputing:
             self._recomputes[called] += 1
         else:
             self._forwards[called] += 1
             if self._inside_checkpoint:
                 self._checkpointed.add(called)
-        return self._experts(self._key, choice)
+        return self._experts(self._key, layer, scores, live)
 
     @abstractmethod
-    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    @abstractmethod
-    def _keys(self) -> Sequence[int]: ...
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen: ...
 
     def _checkpoint_with_key(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
@@ -195,7 +174,7 @@ class RouterScope(ABC):
         return checkpoint
 
     def _check_complete(self) -> None:
-        expected = {(layer, key) for layer in self.layers for key in self._keys()}
+        expected = {(layer, key) for layer in self.layers for key in self._keys}
         wrong = {call: n for call, n in self._forwards.items() if n != 1}
         wrong |= {call: 0 for call in expected - self._forwards.keys()}
         if wrong:
@@ -268,7 +247,7 @@ class ReplayScope(RouterScope):
         Raises:
             TraceError: when routes lack a layer of the model, or are of a model of another shape.
         """
-        super().__init__(routers, may_be_empty=may_be_empty)
+        super().__init__(routers, routes, may_be_empty=may_be_empty)
         self._routes = dict(routes)
         self._owners = dict(owners or {})
         self._keeps_live = keeps_live
@@ -282,9 +261,6 @@ class ReplayScope(RouterScope):
             if routers:
                 refuse_foreign_routes(key, held, routers)
             self._entry[key] = {layer: i for i, layer in enumerate(held.layers)}
-
-    def _keys(self) -> Sequence[int]:
-        return tuple(self._routes)
 
     def watched(self, key: int) -> WatchedRoutes | None:
         """Return the counts of microbatch ``key``, once; None when this rank replays no row.
@@ -307,13 +283,12 @@ class ReplayScope(RouterScope):
         counts, use = counter.finish()
         return WatchedRoutes(counts=counts, use=use, live_ids=kept)
 
-    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen:
         routes = self._routes.get(key)
         if routes is None:
             raise ReplayScopeError(
                 f"microbatch {key} has no routes in this scope, which holds {sorted(self._routes)}"
             )
-        scores, layer = choice.scores, choice.layer
         if scores.shape[0] != len(routes.valid):
             raise ReplayScopeError(
                 f"layer {layer}, microbatch {key}: the router sees {scores.shape[0]} rows, the routes have "
@@ -321,14 +296,16 @@ class ReplayScope(RouterScope):
             )
         uploaded = self._upload_once(key, routes, scores.device)
         ids = uploaded.expert_ids[self._entry[key][layer]].long()
-        if key in self._owners and not self._recomputing:
-            # One top-k of all rows serves the rows without a route and the guard.
-            live = choice.live_ids(None)
-            self._count(key, layer, live, uploaded.expert_ids)
-            if uploaded.live_rows is not None:
-                ids.index_copy_(0, uploaded.live_rows, live.index_select(0, uploaded.live_rows))
-        elif uploaded.live_rows is not None:
-            ids.index_copy_(0, uploaded.live_rows, choice.live_ids(uploaded.live_rows))
+        rows = uploaded.live_rows
+        with torch.no_grad():
+            if key in self._owners and not self._recomputing:
+                # One top-k of all rows serves the rows without a route and the guard.
+                every = live(None)[1]
+                self._count(key, layer, every, uploaded.expert_ids)
+                if rows is not None:
+                    ids.index_copy_(0, rows, every.index_select(0, rows))
+            elif rows is not None:
+                ids.index_copy_(0, rows, live(rows)[1])
         return scores.gather(1, ids), ids
 
     def _count(self, key: int, layer: int, live: torch.Tensor, expert_ids: torch.Tensor) -> None:
@@ -362,12 +339,8 @@ class RecordScope(RouterScope):
         may_be_empty: bool = False,
     ) -> None:
         """Prepare to record the microbatches ``keys``."""
-        super().__init__(routers, may_be_empty=may_be_empty)
-        self._wanted = tuple(keys)
+        super().__init__(routers, keys, may_be_empty=may_be_empty)
         self._recorded: dict[tuple[int, int], torch.Tensor] = {}
-
-    def _keys(self) -> Sequence[int]:
-        return self._wanted
 
     def expert_ids(self, key: int) -> Integer[np.ndarray, "layers rows topk"]:
         """Return the routes of microbatch ``key`` in this rank's rows and `layers`; once each.
@@ -385,10 +358,10 @@ class RecordScope(RouterScope):
         per_layer = [self._recorded.pop((layer, key)) for layer in self.layers]
         return torch.stack(per_layer).cpu().numpy()
 
-    def _experts(self, key: int, choice: _Choice) -> tuple[torch.Tensor, torch.Tensor]:
-        values, ids = choice.live(None)
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen:
+        values, ids = live(None)
         if not self._recomputing:
-            self._recorded[choice.layer, key] = ids.detach().to(_narrow(choice.scores.shape[1]))
+            self._recorded[layer, key] = ids.detach().to(_narrow(scores.shape[1]))
         return values, ids
 
 
