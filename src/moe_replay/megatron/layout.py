@@ -16,7 +16,6 @@ from moe_replay.recipe.sections.training import ParallelLayout
 def initialize(
     layout: ParallelLayout,
     *,
-    backend: str | None = None,
     from_environment: bool = False,
     local_rank: int = 0,
     seed: int = 0,
@@ -25,8 +24,8 @@ def initialize(
 
     An existing default process group is used as it is. Otherwise `from_environment` decides: True
     reads the rendezvous that torchrun puts there, False makes a world of this process alone,
-    without opening a port. `backend` defaults to nccl with CUDA and to gloo without. `local_rank`
-    picks the CUDA device.
+    without opening a port. The backend is nccl with CUDA, where `local_rank` picks the device, and
+    gloo without.
 
     Raises:
         UnsupportedError: the world does not hold a whole number of copies of the model.
@@ -36,9 +35,8 @@ def initialize(
     if cuda:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        backend = backend or ("nccl" if cuda else "gloo")
         # A gloo world carries the messages between ranks too; a device's world keeps its own limit.
-        timeout = WAIT_LIMIT if backend == "gloo" else None
+        backend, timeout = ("nccl", None) if cuda else ("gloo", WAIT_LIMIT)
         if from_environment:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:

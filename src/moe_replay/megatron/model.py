@@ -29,12 +29,7 @@ from moe_replay.megatron.upstream import compat
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.recipe.sections.training import ParallelLayout
 
-__all__ = [
-    "ModelShape",
-    "build_model",
-    "read_model_shape",
-    "transformer_config",
-]
+__all__ = ["ModelShape", "build_model", "read_model_shape", "transformer_config"]
 
 
 def read_model_shape(checkpoint_dir: str | Path) -> ModelShape:
@@ -56,8 +51,6 @@ def transformer_config(
     layout: ParallelLayout,
     *,
     dtype: torch.dtype = torch.float32,
-    router_dtype: str | None = "fp32",
-    token_dispatcher: str = "alltoall",
     overrides: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
     """Translate a model shape and a layout into Megatron's configuration.
@@ -70,11 +63,10 @@ def transformer_config(
         UnsupportedError: the layout cannot split the model exactly, or an option does not fit it.
     """
     overrides = dict(overrides or {})
-    _check_overrides(shape, overrides)
+    _check_overrides(shape, layout, overrides)
     balances = bool(overrides.get("moe_aux_loss_coeff"))
     _check_divisible(shape, layout)
-    fields = _architecture_fields(shape) | _layout_fields(layout) | _numeric_fields(dtype)
-    fields["moe_token_dispatcher_type"] = token_dispatcher
+    fields = _fields(shape, layout, dtype)
     if shape.num_experts:
         fields |= {
             "num_moe_experts": shape.num_experts,
@@ -82,15 +74,14 @@ def transformer_config(
             "moe_ffn_hidden_size": shape.expert_ffn_size,
             "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
             "moe_router_load_balancing_type": "aux_loss" if balances else "none",
-            "moe_router_dtype": router_dtype,
+            "moe_router_dtype": "fp32",
             "moe_grouped_gemm": compat.transformer_engine_usable(),
         }
     fields |= dict(shape.megatron_fields) | overrides
-    if fields.get("moe_token_dispatcher_type") == "allgather":
+    if fields["moe_token_dispatcher_type"] == "allgather":
         # Every rank must then bring equally many rows, so their number need not travel along the
         # pipeline either.
         fields["variable_seq_lengths"] = False
-        _refuse_pipeline_with_allgather(layout)
     latent = fields.get("multi_latent_attention", False)
     try:
         with quiet_megatron():
@@ -109,7 +100,9 @@ def transformer_config(
     return config
 
 
-def _check_overrides(shape: ModelShape, overrides: Mapping[str, Any]) -> None:
+def _check_overrides(
+    shape: ModelShape, layout: ParallelLayout, overrides: Mapping[str, Any]
+) -> None:
     if overrides.get("moe_enable_routing_replay"):
         raise UnsupportedError(
             "moe_enable_routing_replay = True: Megatron's process-global replay would compete with the replay "
@@ -120,10 +113,8 @@ def _check_overrides(shape: ModelShape, overrides: Mapping[str, Any]) -> None:
             f"moe_aux_loss_coeff = {overrides['moe_aux_loss_coeff']}, but the {shape.family} checkpoint is dense and has "
             "no experts to balance; set it to 0"
         )
-
-
-def _refuse_pipeline_with_allgather(layout: ParallelLayout) -> None:
-    if layout.pipeline_model_parallel_size > 1:
+    all_gathers = overrides.get("moe_token_dispatcher_type") == "allgather"
+    if all_gathers and layout.pipeline_model_parallel_size > 1:
         raise UnsupportedError(
             "moe_token_dispatcher_type = 'allgather' with pipeline_model_parallel_size = "
             f"{layout.pipeline_model_parallel_size}: this dispatcher refuses batches of varying length, which packed "
@@ -131,7 +122,9 @@ def _refuse_pipeline_with_allgather(layout: ParallelLayout) -> None:
         )
 
 
-def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
+def _fields(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what follows from the architecture, the layout and the device, for any model."""
+    on_cuda = torch.cuda.is_available()
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -145,23 +138,13 @@ def _architecture_fields(shape: ModelShape) -> dict[str, Any]:
         "add_bias_linear": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-    }
-
-
-def _layout_fields(layout: ParallelLayout) -> dict[str, Any]:
-    return {
+        "moe_token_dispatcher_type": "alltoall",
         # The layout's keys bear Megatron's own names.
         **layout.model_dump(include=set(ParallelLayout.model_fields)),
         "sequence_parallel": layout.tensor_model_parallel_size > 1,
         "variable_seq_lengths": True,
         # With batched p2p, interleaving over two stages mixes up activations silently.
         "batch_p2p_comm": False,
-    }
-
-
-def _numeric_fields(dtype: torch.dtype) -> dict[str, Any]:
-    on_cuda = torch.cuda.is_available()
-    return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

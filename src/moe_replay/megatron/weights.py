@@ -51,17 +51,6 @@ class _Key:
     """Global numbers of the experts that one expert-parallel rank holds; (-1,) without experts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Transfer:
-    """How one key travels: every rank has it already, or one of its holders broadcasts it."""
-
-    source_rank: int
-    num_holders: int
-    shape: tuple[int, ...]
-    """Of the merged tensors of all experts of the key."""
-    dtype: torch.dtype
-
-
 def load_hf_weights(
     chunks: Sequence[torch.nn.Module], source: str | Path | Mapping[str, Tensor]
 ) -> None:
@@ -96,16 +85,13 @@ def load_hf_weights(
 
 
 def export_hf_weights(
-    chunks: Sequence[torch.nn.Module],
-    *,
-    dtype: torch.dtype | None = None,
-    read: Callable[[Tensor], Tensor] = Tensor.detach,
+    chunks: Sequence[torch.nn.Module], *, read: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight of the model, on every rank, under its name in a Hugging Face checkpoint.
 
-    Each tensor is a contiguous copy on the parameters' device, cast to `dtype` if given. Gathering
-    is collective: every rank iterates, to the end. At any time one parameter of one layer is held,
-    for experts those of one expert-parallel rank. `read` turns a parameter into what is exported
+    Each tensor is a contiguous copy on the parameters' device. Gathering is collective: every rank
+    iterates, to the end. At any time one parameter of one layer is held, for experts those of one
+    expert-parallel rank. `read` turns a parameter into what is exported
     instead of its values, for example `lambda p: p.main_grad` for gradients.
     """
     shape = _shape_of(chunks)
@@ -118,25 +104,18 @@ def export_hf_weights(
 
     with torch.no_grad():
         transfers = _plan_transfers({key: (rules[key.rule], local_part(key)) for key in held})
-    for key, transfer in sorted(transfers.items()):
+    for key, (holders, size, dtype) in sorted(transfers.items()):
         rule = rules[key.rule]
         # Entered again for every key: a generator must not change the grad mode of its consumer.
         with torch.no_grad():
             merged = _gather_cut(rule, local_part(key)) if key in held else None
-            if transfer.num_holders < all_ranks().size:
+            if len(holders) < all_ranks().size:
                 if merged is None:
-                    merged = torch.empty(transfer.shape, dtype=transfer.dtype, device=device)
-                dist.broadcast(merged, src=transfer.source_rank)
+                    merged = torch.empty(size, dtype=dtype, device=device)
+                dist.broadcast(merged, src=holders[0])
             assert merged is not None
             exported = [
-                (
-                    name,
-                    part.to(
-                        part.dtype if rule.keep_dtype or dtype is None else dtype,
-                        copy=True,
-                        memory_format=torch.contiguous_format,
-                    ),
-                )
+                (name, part.clone(memory_format=torch.contiguous_format))
                 for expert, tensor in zip(key.experts, merged, strict=True)
                 for name, part in zip(
                     _hf_names(rule, key.layer, expert), _unmerge(rule, tensor, shape), strict=True
@@ -150,7 +129,6 @@ def save_hf_checkpoint(
     source_dir: str | Path,
     output_dir: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the model as a Hugging Face checkpoint; every rank calls it, the first one writes.
@@ -170,7 +148,7 @@ def save_hf_checkpoint(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
     raise_everywhere(refusal)
-    tensors = export_hf_weights(chunks, dtype=dtype)
+    tensors = export_hf_weights(chunks)
     if is_first:
         if shape.num_mtp_layers:
             tensors = chain(tensors, _untrained(source_dir, shape))
@@ -209,8 +187,17 @@ def _held_parameters(
     found: dict[tuple[int, int, int], dict[int, Tensor]] = {}
     for chunk in map(unwrap, chunks):
         layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for name, parameter in _named_weights(chunk, patterns):
-            rule, groups = _match(name, patterns, shape)
+        # Of the buffers some rules name, such as a router's expert bias, belong to the weights.
+        for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers()):
+            matched = _match(name, patterns)
+            if matched is None:
+                if isinstance(parameter, torch.nn.Parameter):
+                    raise UnsupportedError(
+                        f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be "
+                        "neither loaded nor exported. Add a rule to moe_replay/megatron/families/rules.py."
+                    )
+                continue
+            rule, groups = matched
             if shape.tie_word_embeddings and name == "output_layer.weight":
                 # The last stage keeps a copy of the embedding, which the checkpoint holds once.
                 rule = embedding
@@ -226,26 +213,11 @@ def _held_parameters(
     }
 
 
-def _named_weights(
-    chunk: torch.nn.Module, patterns: Sequence[re.Pattern[str]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter, and the buffers that a rule names, such as a router's expert bias."""
-    yield from chunk.named_parameters()
-    for name, buffer in chunk.named_buffers():
-        if any(pattern.fullmatch(name) for pattern in patterns):
-            yield name, buffer
-
-
-def _match(
-    name: str, patterns: Sequence[re.Pattern[str]], shape: ModelShape
-) -> tuple[int, dict[str, str]]:
+def _match(name: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, Mapping[str, str]] | None:
     for rule, pattern in enumerate(patterns):
         if match := pattern.fullmatch(name):
             return rule, match.groupdict()
-    raise UnsupportedError(
-        f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be neither loaded "
-        "nor exported. Add a rule to moe_replay/megatron/families/rules.py."
-    )
+    return None
 
 
 def _hf_names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:
@@ -380,18 +352,21 @@ def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
     return torch.cat(parts, dim=1 + _CUT_DIM[rule.kind])
 
 
-def _plan_transfers(local: Mapping[_Key, tuple[Rule, Tensor]]) -> dict[_Key, _Transfer]:
-    """Agree with all ranks on who holds what; collective."""
-    mine: dict[_Key, tuple[tuple[int, ...], torch.dtype]] = {
+def _plan_transfers(
+    local: Mapping[_Key, tuple[Rule, Tensor]],
+) -> dict[_Key, tuple[list[int], tuple[int, ...], torch.dtype]]:
+    """Agree with all ranks on who holds what; collective.
+
+    Returns for each key the ranks that hold it, and shape and dtype of the merged tensors of its
+    experts.
+    """
+    mine = {
         key: ((part.shape[0], *_whole_shape(rule, part[0])), part.dtype)
         for key, (rule, part) in local.items()
     }
     everywhere = all_ranks().gather(mine)
-    transfers: dict[_Key, _Transfer] = {}
-    for key in {key for held in everywhere for key in held}:
-        holders = [rank for rank, held in enumerate(everywhere) if key in held]
-        size, dtype = everywhere[holders[0]][key]
-        transfers[key] = _Transfer(
-            source_rank=holders[0], num_holders=len(holders), shape=size, dtype=dtype
-        )
-    return transfers
+    return {
+        key: ([rank for rank, held in enumerate(everywhere) if key in held], *described)
+        for known in everywhere
+        for key, described in known.items()
+    }

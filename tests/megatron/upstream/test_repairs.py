@@ -156,14 +156,13 @@ def test_t7_without_its_repair_selective_recomputation_asks_a_class_that_is_not_
 def table(present: set[str]) -> tuple[list[str], tuple[str, ...]]:
     """Install by a table of invented causes; return what was installed and reported."""
     installed: list[str] = []
-    made_up = tuple(
-        repairs.Repair(
-            missing=repair.missing,
-            is_there=lambda name=repair.missing: name in present,
-            install=lambda name=repair.missing: installed.append(name),
+    made_up = {
+        missing: (
+            lambda name=missing: name in present,
+            lambda name=missing: installed.append(name),
         )
-        for repair in repairs.REPAIRS
-    )
+        for missing in repairs.REPAIRS
+    }
     kept = repairs.REPAIRS
     try:
         repairs.REPAIRS = made_up
@@ -172,7 +171,7 @@ def table(present: set[str]) -> tuple[list[str], tuple[str, ...]]:
         repairs.REPAIRS = kept
 
 
-ALL = [repair.missing for repair in repairs.REPAIRS]
+ALL = list(repairs.REPAIRS)
 
 
 @pytest.mark.parametrize("missing", ALL)

@@ -31,8 +31,6 @@ class Rule:
     """Checkpoint names of the tensors in it; `{layer}` and `{expert}` stand for global numbers."""
     kind: Kind = Kind.WHOLE
     """How they lie in it."""
-    keep_dtype: bool = False
-    """Never cast, such as a router's expert bias: float32 in checkpoints of bfloat16 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,10 @@ from moe_replay.megatron.families.family import Family, Kind, Rule
 _LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def _rule(megatron: str, hf: str, kind: Kind = Kind.WHOLE, *, keep_dtype: bool = False) -> Rule:
+def _rule(megatron: str, hf: str, kind: Kind = Kind.WHOLE) -> Rule:
     """Return a line of a decoder layer; ``hf`` names its tensors, with spaces between them."""
     names = tuple(_HF + name for name in hf.split())
-    return Rule(megatron=_LAYER + megatron, hf=names, kind=kind, keep_dtype=keep_dtype)
+    return Rule(megatron=_LAYER + megatron, hf=names, kind=kind)
 
 
 def _attention(megatron: str, hf: str, kind: Kind = Kind.WHOLE) -> Rule:
@@ -78,9 +78,7 @@ _SHARED_EXPERT = (
     _rule("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
 )
 _SHARED_EXPERTS = _mlp("mlp.shared_experts", "mlp.shared_experts")
-_EXPERT_BIAS = (
-    _rule("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", keep_dtype=True),
-)
+_EXPERT_BIAS = (_rule("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias"),)
 _MIXTRAL_MOE = (
     _rule("mlp.router.weight", "block_sparse_moe.gate.weight"),
     *_experts("block_sparse_moe.experts", "w1 w3 w2"),

@@ -1,8 +1,6 @@
 """Imports and calls of Megatron-Core that differ from 0.16 to 0.19, or with Transformer Engine.
 
-What has to be repaired in Megatron's own modules is in `missing_packages` and `cpu`.
-
-In: a TransformerConfig. Out: layer specs, and the classes that others test for.
+What has to be repaired in Megatron's own modules is in `missing_packages` and `no_cuda`.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.megatron.upstream.attention import SDPACoreAttention
 from moe_replay.megatron.upstream.layers import (
@@ -35,17 +33,6 @@ from moe_replay.megatron.upstream.layers import (
 from moe_replay.megatron.upstream.missing_packages import has_transformer_engine
 from moe_replay.megatron.upstream.version import check_installed
 from moe_replay.megatron.upstream.warnings import quiet_megatron
-
-__all__ = [
-    "AUX_LOSS_SCALED_BY_GROUP",
-    "VERSION",
-    "MoELayer",
-    "TopKRouter",
-    "decoder_block_spec",
-    "mark_cut_parameters",
-    "mark_expert_gradients",
-    "transformer_engine_usable",
-]
 
 VERSION = check_installed()
 # From 0.19 on the tokens that weigh the auxiliary loss are multiplied by the ranks that share a
@@ -65,11 +52,7 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
     for a checkpoint skips. Unmarked, the parts of all ranks but the first are taken for copies:
     they count nothing in the gradient's norm, and gradients are clipped too little.
     """
-    dims: dict[type, int] = {
-        ColumnParallelLinear: 0,
-        VocabParallelEmbedding: 0,
-        RowParallelLinear: 1,
-    }
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dim = next((d for kind, d in dims.items() if isinstance(module, kind)), None)
         weight = getattr(module, "weight", None)
@@ -91,8 +74,12 @@ def mark_expert_gradients(chunk: torch.nn.Module) -> None:
 
 
 def decoder_block_spec(
-    config: Any, *, vp_stage: int | None, all_heads_qk_norm: bool, grouped_experts: bool
-) -> Any:
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None,
+    all_heads_qk_norm: bool,
+    grouped_experts: bool,
+) -> TransformerBlockSubmodules:
     """Return the layer specs of one model chunk of this rank.
 
     Without Transformer Engine: Megatron's local layers with our norm, core attention and, if asked
@@ -119,7 +106,7 @@ def decoder_block_spec(
             attention.linear_kv_down_proj = ReplicatedLinear
         _use_own_norms(attention)
         _use_own_norms(layer.submodules)
-        if grouped_experts and _is_moe(layer):
+        if grouped_experts and hasattr(layer.submodules.mlp.submodules, "experts"):
             layer.submodules.mlp.submodules.experts = _grouped_experts_builder()
     if not transformer_engine:
         block.layer_norm = RMSNorm
@@ -137,10 +124,6 @@ def _use_own_norms(submodules: Any) -> None:
         current = getattr(submodules, name, None)
         if current is not None and current not in (IdentityOp, AllHeadsQueryNorm, AllHeadsKeyNorm):
             setattr(submodules, name, RMSNorm)
-
-
-def _is_moe(layer: ModuleSpec) -> bool:
-    return hasattr(layer.submodules.mlp.submodules, "experts")
 
 
 def _grouped_experts_builder() -> Any:

@@ -9,48 +9,36 @@ from importlib import metadata
 
 from moe_replay.errors import UnsupportedError
 
-LOWEST = (0, 16)
-BELOW = (0, 20)
-
-
-def installed_version() -> tuple[int, int] | None:
-    """Return (major, minor) of the installed megatron-core, or None where it is not installed."""
-    try:
-        text = metadata.version("megatron-core")
-    except metadata.PackageNotFoundError:
-        return None
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
+LOWEST, BELOW = (0, 16), (0, 20)
+_BOUND = ">=0.16,<0.20"
 
 
 def check_installed() -> tuple[int, int]:
-    """Return the installed version if it is one that replay was verified against.
+    """Return the installed (major, minor) version if replay was verified against it.
 
     Raises:
         UnsupportedError: megatron-core is missing or outside `>=0.16,<0.20`.
     """
-    version = installed_version()
-    bound = f">={LOWEST[0]}.{LOWEST[1]},<{BELOW[0]}.{BELOW[1]}"
-    if version is None:
+    try:
+        major, minor = metadata.version("megatron-core").split(".")[:2]
+    except metadata.PackageNotFoundError:
         raise UnsupportedError(
-            f"megatron-core is not installed; moe_replay.megatron needs {bound}. "
-            f"Install it with: pip install 'megatron-core{bound}'"
-        )
-    check_version(version)
-    return version
+            f"megatron-core is not installed; moe_replay.megatron needs {_BOUND}. "
+            f"Install it with: pip install 'megatron-core{_BOUND}'"
+        ) from None
+    return check_version((int(major), int(minor)))
 
 
-def check_version(version: tuple[int, int]) -> None:
-    """Refuse a (major, minor) outside the supported range.
+def check_version(version: tuple[int, int]) -> tuple[int, int]:
+    """Return a (major, minor) version of the supported range.
 
     Raises:
         UnsupportedError: the router replay hook of that release is absent or unverified.
     """
     if LOWEST <= version < BELOW:
-        return
-    bound = f">={LOWEST[0]}.{LOWEST[1]},<{BELOW[0]}.{BELOW[1]}"
+        return version
     cause = "has no router replay hook" if version < LOWEST else "was never verified"
     raise UnsupportedError(
-        f"megatron-core {version[0]}.{version[1]} is installed, expected {bound}: "
-        f"that release {cause}. Install one in range: pip install 'megatron-core{bound}'"
+        f"megatron-core {version[0]}.{version[1]} is installed, expected {_BOUND}: "
+        f"that release {cause}. Install one in range: pip install 'megatron-core{_BOUND}'"
     )
