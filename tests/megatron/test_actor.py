@@ -155,7 +155,7 @@ def _update_in_data_parallel(checkpoint: Path, world_size: int) -> tuple[torch.T
     rank = torch.distributed.get_rank()
     share: list[Sample] = samples[rank * 8 // world_size : (rank + 1) * 8 // world_size]
     result = actor.update(pack(share), mean_loss, temperature=1.0, routing=Routing.REPLAY)
-    return _weights(actor), result.grad_norm
+    return _weights(actor), result.norm
 
 
 @pytest.mark.ranks

@@ -170,9 +170,8 @@ def _rates(checkpoint: Path, steps: int, warmup: int, skipped: int) -> list[floa
             actor.skip()
             continue
         before = _state(actor)[0]
-        rates.append(
-            actor.update(packed, mean_loss, temperature=1.0, routing=Routing.LIVE).learning_rate
-        )
+        rates.append(actor.learning_rate)
+        actor.update(packed, mean_loss, temperature=1.0, routing=Routing.LIVE)
         assert not torch.equal(before, _state(actor)[0])
     return rates
 

@@ -41,7 +41,7 @@ def update(actor: MegatronActor) -> float:
     samples = replica_share(coded_samples(layers), replica)
     batches = pack(samples, scorer=actor, count=4)
     result = actor.update(batches, mean_loss, temperature=1.0, routing=Routing.REPLAY)
-    return result.grad_norm
+    return result.norm
 
 
 def weights_of(actor: MegatronActor) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ def record_and_replay(checkpoint: Path, where: ParallelLayout) -> tuple[float, i
     batches = pack(samples, scorer=actor, count=4, routed=False)
     routes = actor.score(batches, temperature=1.0, routing=Routing.RECORD).routes
     recorded = [replace(batch, routes=routes[batch.key]) for batch in batches]
-    norm = actor.update(recorded, mean_loss, temperature=1.0, routing=Routing.REPLAY).grad_norm
+    norm = actor.update(recorded, mean_loss, temperature=1.0, routing=Routing.REPLAY).norm
     layers, rows, _ = routes[0].expert_ids.shape
     assert rows == len(batches[0].router_index.rows)
     return norm, layers, len(actor.routers)

@@ -47,16 +47,6 @@ class Gradient:
     layers and microbatches when summed over ranks; None when the recipe has none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What one optimizer step did."""
-
-    grad_norm: float
-    """Norm of the gradient over all ranks before clipping."""
-    learning_rate: float
-    """Learning rate that the step used."""
-
-
 class MegatronActor(MegatronLearner):
     """A Megatron model with gradients, the distributed optimizer and a learning-rate schedule."""
 
@@ -125,15 +115,13 @@ class MegatronActor(MegatronLearner):
         temperature: float,
         routing: Routing,
         watch: RouteWatch | None = None,
-    ) -> UpdateResult:
-        """Take one optimizer step on the sum of ``loss`` over the microbatches of all ranks.
-
-        Calls `backward`, then `step`.
-        """
+    ) -> Gradient:
+        """Take one optimizer step along the gradient that `backward` computes, and return it."""
         gradient = self.backward(
             microbatches, loss, temperature=temperature, routing=routing, watch=watch
         )
-        return UpdateResult(grad_norm=gradient.norm, learning_rate=self.step())
+        self.step()
+        return gradient
 
     @quiet_megatron()
     def backward(
@@ -176,12 +164,10 @@ class MegatronActor(MegatronLearner):
         return Gradient(norm=norm, balancing_loss=self._balance.mean(len(microbatches)))
 
     @quiet_megatron()
-    def step(self) -> float:
-        """Take the optimizer's step along `backward`'s gradient; return its learning rate."""
-        learning_rate = self.learning_rate
+    def step(self) -> None:
+        """Take the optimizer's step along `backward`'s gradient."""
         self.optimizer.step()
         self.skip()
-        return learning_rate
 
     def skip(self) -> None:
         """Advance the learning-rate schedule without a step: it depends on the step count alone."""
@@ -278,17 +264,14 @@ def wrap_precision(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch
     """
     if not config.bf16:
         return list(chunks)
-    return [_in_bfloat16(chunk, config) for chunk in chunks]
-
-
-def _in_bfloat16(chunk: torch.nn.Module, config: Any) -> torch.nn.Module:
     exact = [
         (module, name, buffer)
+        for chunk in chunks
         for module in chunk.modules()
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.dtype == torch.float32
     ]
-    wrapped = Float16Module(config, chunk)
+    wrapped = [Float16Module(config, chunk) for chunk in chunks]
     for module, name, buffer in exact:
         setattr(module, name, buffer)
     return wrapped

@@ -6,7 +6,7 @@ In: microbatches, a loss. Out: gradients in the buffers; the microbatches and sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,13 +113,8 @@ class MegatronLearner(MegatronScorer):
             for start in range(0, len(work.microbatches), size):
                 part = work.microbatches[start : start + size]
                 suspects = _Suspects()
-                alone = BackwardWork(
-                    microbatches=part,
-                    loss=work.loss,
-                    temperature=work.temperature,
-                    routing=work.routing,
-                )
                 scope = self._scope(part, work.routing, None)
+                alone = replace(work, microbatches=part)
                 self.accumulate(alone, scope, inspect=suspects.inspect)
                 found += suspects.sentences(part, _broken_parameter(self.chunks))
         finally:

@@ -18,8 +18,9 @@ import queue
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,18 @@ class CheckpointFolder:
         strategy.shared_write = write
         if _replica_group().size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, _replica_group())
-        with _results_in_this_process(), _nothing_to_collect(), _common_part_in(write):
+        with ExitStack() as inside:
+            # Hide live objects from the collector: the distributed optimizer collects at every
+            # save.
+            gc.freeze()
+            inside.callback(gc.unfreeze)
+            # Before the writer starts a process to hold its results.
+            inside.enter_context(_replaced(filesystem_async, "_results_queue", queue.Queue()))
+            if _HAS_COMMON_FILE:
+                # `save` accepts no other strategy for what all ranks share.
+                name = "get_default_save_common_strategy"
+                ours = partial(_CommonInPart, write)
+                inside.enter_context(_replaced(serialization, name, ours))
             request = dist_checkpointing.save(
                 _sharded_state(actor, is_loading=False),
                 str(folder),
@@ -323,17 +335,6 @@ class _SaveInThisProcess(TorchDistSaveShardedStrategy):
         return AsyncRequest(write, (), [finalize])
 
 
-@contextmanager
-def _results_in_this_process() -> Iterator[None]:
-    """Hand the writer a plain queue, before it starts a process to hold one."""
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
-
-
 # 0.19 has no file of its own for what all ranks share: it is written with the rest, and heard of
 # with it.
 _HAS_COMMON_FILE = hasattr(common, "TorchCommonSaveStrategy")
@@ -353,27 +354,14 @@ class _CommonInPart(_CommonFile):
 
 
 @contextmanager
-def _common_part_in(write: SharedWrite) -> Iterator[None]:
-    """Let Megatron's save, which accepts no other strategy for the common part, find ours."""
-    if not _HAS_COMMON_FILE:
-        yield
-        return
-    before = serialization.get_default_save_common_strategy
-    serialization.get_default_save_common_strategy = lambda: _CommonInPart(write)
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a name of one of Megatron's modules another value for the time of the block."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        serialization.get_default_save_common_strategy = before
-
-
-@contextmanager
-def _nothing_to_collect() -> Iterator[None]:
-    """Hide live objects from the collector: the distributed optimizer collects at every save."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+        setattr(module, name, before)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -7,14 +7,13 @@ In: a TransformerConfig. Out: layers of each stage.
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 
-def stage_layers(config: Any) -> tuple[tuple[int, ...], ...]:
+def stage_layers(config: TransformerConfig) -> tuple[tuple[int, ...], ...]:
     """Return the global decoder indices of each pipeline stage, over its chunks.
 
     Example:

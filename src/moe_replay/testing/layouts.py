@@ -247,7 +247,7 @@ def replayed_step(
     return Step(
         old_logprobs={i: scored.token_logprobs for i, scored in scores.samples.items()},
         loss=float(total),
-        grad_norm=result.grad_norm,
+        grad_norm=result.norm,
         gradients=gradients(actor),
         seen=seen,
         rows=[(m.sample_ids[m.router_rows], m.positions[m.router_rows]) for m in microbatches],

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -95,34 +96,35 @@ class HostGroup:
         torch pads what each rank sends to the longest, so one long message takes ranks x longest on
         each of them: 64 ranks with 16 MB each take 1 GB at once in one piece, and 64 MiB here.
         """
-        pieces = self._pieces(items, num_bytes)
-        everyone: list[list[T]] = [[] for _ in range(self.size)]
-        for number in range(max(self.gather(len(pieces)))):
-            piece = pieces[number] if number < len(pieces) else []
-            for held, part in zip(everyone, self.gather(piece), strict=True):
-                held += part
-        return everyone
+        return self._in_pieces(items, num_bytes, self.gather)
 
     def gather_items_to_first(
         self, items: Sequence[T], num_bytes: Callable[[T], int]
     ) -> list[list[T]]:
         """Return every rank's ``items`` on the first rank alone; see `gather_items`."""
-        if self.size == 1:
-            return [list(items)]
-        pieces = self._pieces(items, num_bytes)
-        everyone: list[list[T]] = [[] for _ in range(self.size)] if self.rank == 0 else []
-        for number in range(max(self.gather(len(pieces)))):
+
+        def gather(piece: list[T]) -> list[list[T]]:
+            if self.size == 1:
+                return [piece]
             received: list[Any] | None = [None] * self.size if self.rank == 0 else None
             with self._waiting():
-                dist.gather_object(
-                    pieces[number] if number < len(pieces) else [],
-                    received,
-                    group=self.group,
-                    group_dst=0,
-                )
-            for held, part in zip(everyone, received or [], strict=True):
-                held += part
-        return everyone
+                dist.gather_object(piece, received, group=self.group, group_dst=0)
+            return received or []
+
+        return self._in_pieces(items, num_bytes, gather)
+
+    def _in_pieces(
+        self,
+        items: Sequence[T],
+        num_bytes: Callable[[T], int],
+        gather: Callable[[list[T]], list[list[T]]],
+    ) -> list[list[T]]:
+        pieces = self._pieces(items, num_bytes)
+        rounds = max(self.gather(len(pieces)))
+        parts = [gather(pieces[n] if n < len(pieces) else []) for n in range(rounds)]
+        if not parts:
+            return [[] for _ in range(self.size)]
+        return [list(chain.from_iterable(of_rank)) for of_rank in zip(*parts, strict=True)]
 
     def exchange(
         self, outgoing: Sequence[UInt8[np.ndarray, " _"]], incoming: Sequence[int]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.errors import TraceError, UnsupportedError
 from moe_replay.routing import RouteSlice, expert_dtype
@@ -35,7 +35,7 @@ class Refusal:
     """Name in messages: a TransformerConfig field, with its value where only some are refused."""
     fields: tuple[str, ...]
     """TransformerConfig fields of which this Megatron-Core needs one to know the option."""
-    is_set: Callable[[Any], bool]
+    is_set: Callable[[TransformerConfig], bool]
     """Whether a configuration asks for it."""
     why: str
     """Why no replay can be exact with it."""
@@ -46,7 +46,7 @@ class Refusal:
 _GRAPHS_WITHOUT_ROUTER = frozenset({"attn", "mlp", "mamba"})
 
 
-def _captures_router(config: Any) -> bool:
+def _captures_router(config: TransformerConfig) -> bool:
     """Whether a CUDA graph would hold a router; an empty list of modules means complete layers."""
     if config.cuda_graph_impl == "none":
         return False
@@ -57,7 +57,7 @@ def _captures_router(config: Any) -> bool:
     )
 
 
-def _recomputes_router_in_low_precision(config: Any) -> bool:
+def _recomputes_router_in_low_precision(config: TransformerConfig) -> bool:
     low_precision = config.fp8 or getattr(config, "fp4", None)
     selected = "moe" in (config.recompute_modules or ())
     recomputes = config.recompute_granularity == "full" or (
@@ -66,26 +66,26 @@ def _recomputes_router_in_low_precision(config: Any) -> bool:
     return bool(low_precision and recomputes)
 
 
-def _balances_by(name: str) -> Callable[[Any], bool]:
-    def is_set(config: Any) -> bool:
+def _balances_by(name: str) -> Callable[[TransformerConfig], bool]:
+    def is_set(config: TransformerConfig) -> bool:
         chosen = config.moe_router_load_balancing_type
         return name in (chosen if isinstance(chosen, list) else [chosen])
 
     return is_set
 
 
-def _is_given(*fields: str) -> Callable[[Any], bool]:
-    def is_set(config: Any) -> bool:
+def _given(*fields: str, why: str, remedy: str) -> Refusal:
+    """Refuse a configuration that sets one of ``fields``, of which the first is the option."""
+
+    def is_set(config: TransformerConfig) -> bool:
         return any(getattr(config, field, None) not in (None, False) for field in fields)
 
-    return is_set
+    return Refusal(option=fields[0], fields=fields, is_set=is_set, why=why, remedy=remedy)
 
 
 REFUSALS = (
-    Refusal(
-        option="moe_router_fusion",
-        fields=("moe_router_fusion",),
-        is_set=_is_given("moe_router_fusion"),
+    _given(
+        "moe_router_fusion",
         why="the fused kernel picks experts itself",
         remedy="moe_router_fusion = False",
     ),
@@ -104,10 +104,9 @@ REFUSALS = (
         why="quantile balancing computes the experts before the top-k",
         remedy="'none' or 'aux_loss'",
     ),
-    Refusal(
-        option="moe_expert_capacity_factor",
-        fields=("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"),
-        is_set=_is_given("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"),
+    _given(
+        "moe_expert_capacity_factor",
+        "moe_expert_rank_capacity_factor",
         why="tokens over capacity are dropped after the replay",
         remedy="no capacity factor, which is dropless",
     ),
@@ -125,10 +124,8 @@ REFUSALS = (
         why="a captured graph repeats the routes that it was captured with",
         remedy="cuda_graph_impl = 'none', or graphs of attention alone",
     ),
-    Refusal(
-        option="overlap_moe_expert_parallel_comm",
-        fields=("overlap_moe_expert_parallel_comm",),
-        is_set=_is_given("overlap_moe_expert_parallel_comm"),
+    _given(
+        "overlap_moe_expert_parallel_comm",
         why="the forward step only plans the layers, which then run between those of other microbatches",
         remedy="overlap_moe_expert_parallel_comm = False",
     ),
@@ -139,24 +136,21 @@ REFUSALS = (
         why="Transformer Engine then recomputes, and does not say of which microbatch",
         remedy="no recomputation of MoE layers, or bf16",
     ),
-    Refusal(
-        option="moe_router_force_load_balancing",
-        fields=("moe_router_force_load_balancing", "moe_router_force_biased"),
-        is_set=_is_given("moe_router_force_load_balancing", "moe_router_force_biased"),
+    _given(
+        "moe_router_force_load_balancing",
+        "moe_router_force_biased",
         why="the scores are random numbers, so the weights of replayed experts would be",
         remedy="moe_router_force_load_balancing = False",
     ),
-    Refusal(
-        option="moe_input_jitter_eps",
-        fields=("moe_input_jitter_eps",),
-        is_set=_is_given("moe_input_jitter_eps"),
+    _given(
+        "moe_input_jitter_eps",
         why="each pass weighs the replayed experts by other noise, so that equal weights give unequal log-probabilities",
         remedy="moe_input_jitter_eps = None",
     ),
 )
 
 
-def judge(config: Any) -> Iterator[tuple[Refusal, Verdict]]:
+def judge(config: TransformerConfig) -> Iterator[tuple[Refusal, Verdict]]:
     """Yield every line of the table with its verdict on a TransformerConfig."""
     for refusal in REFUSALS:
         known = any(hasattr(config, field) for field in refusal.fields)
