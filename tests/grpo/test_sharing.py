@@ -12,13 +12,13 @@ import pytest
 import torch.distributed as dist
 
 from moe_replay.batch import Microbatch, RankPlace, Sample, build_microbatch
-from moe_replay.engines.types import FinishReason
+from moe_replay.engines.types import Completion, FinishReason
 from moe_replay.errors import TraceError
 from moe_replay.grpo import kept
 from moe_replay.megatron.ranks import sharing
 from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
 from moe_replay.megatron.ranks.replica import Peer, Replica
-from moe_replay.megatron.ranks.sharing import SharedCompletion, share_completions, share_routes
+from moe_replay.megatron.ranks.sharing import share_completions, share_routes
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Origin, RoutingTrace, slice_routes
 from moe_replay.testing.policies import lone_replica
@@ -225,22 +225,22 @@ def test_e9_one_rank_alone_lets_its_traces_go_as_they_are_cut() -> None:
 
 def _completions(per_rank: Mapping[int, int]) -> list[tuple[int, int, list[int], float, str]]:
     rank = dist.get_rank()
-    own = [
-        SharedCompletion(
-            place=2 * number + rank,
-            number=0,
+    own = {
+        (2 * number + rank, 0): Completion(
             token_ids=np.arange(rank, rank + number, dtype=np.int32),
             rollout_logprobs=np.full(number, -0.1 * rank, dtype=np.float32),
+            trace=None,
             finish_reason=FinishReason.STOP,
+            policy_version=0,
             server=f"http://server-{rank}",
         )
         for number in range(per_rank[rank])
-    ]
+    }
     shared = share_completions(replica_of("tp2 pp2"), own)
-    assert all(c.token_ids.dtype == np.int32 for c in shared)
+    assert all(c.token_ids.dtype == np.int32 for c in shared.values())
     return [
-        (c.place, len(c.token_ids), c.token_ids.tolist(), float(c.rollout_logprobs.sum()), c.server)
-        for c in shared
+        (place, len(c.token_ids), c.token_ids.tolist(), float(c.rollout_logprobs.sum()), c.server)
+        for (place, _), c in shared.items()
     ]
 
 

@@ -14,7 +14,7 @@ from moe_replay.batch.packing import split_to
 from moe_replay.engines.types import FinishReason
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import MiniBatch, Rollout, SampleOrigin, Scored, StepBatch
-from moe_replay.megatron.ranks.sharing import SharedCompletion, share_completions, share_routes
+from moe_replay.megatron.ranks.sharing import share_completions, share_routes
 from moe_replay.routing import Coverage, LiveReason, Routing, RoutingTrace
 
 
@@ -48,28 +48,20 @@ def _make_samples(
     run: Run, rollout: Rollout, scored: Scored
 ) -> tuple[list[Sample], dict[int, RoutingTrace], tuple[SampleOrigin, ...]]:
     """Return this replica's samples in prompt order, the traces sampled here, and all origins."""
-    own = [
-        SharedCompletion(
-            place=index,
-            number=number,
-            token_ids=completion.token_ids,
-            rollout_logprobs=completion.rollout_logprobs,
-            finish_reason=completion.finish_reason,
-            server=completion.server,
-        )
+    own = {
+        (index, number): completion
         for index, group in zip(rollout.own, rollout.groups, strict=True)
         for number, completion in enumerate(group.completions)
-    ]
-    here = {(completion.place, completion.number) for completion in own}
+    }
     untrained = {FinishReason.ABORTED}
     if run.recipe.grpo.overlong_filter:
         untrained.add(FinishReason.LENGTH)
     samples: list[Sample] = []
     origins: list[SampleOrigin] = []
     traces: dict[int, RoutingTrace] = {}
-    for completion in share_completions(run.replica, own):
-        prompt = rollout.prompts[completion.place]
-        key = (completion.place, completion.number)
+    for key, completion in share_completions(run.replica, own).items():
+        place, number = key
+        prompt = rollout.prompts[place]
         sample = Sample(
             sample_id=len(samples),
             token_ids=np.concatenate([prompt.prompt_ids, completion.token_ids]),
@@ -78,14 +70,14 @@ def _make_samples(
             advantage=float(scored.advantages[key]),
             trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
             server=completion.server,
-            sampled_here=key in here,
+            sampled_here=key in own,
         )
         samples.append(sample)
         origins.append(
             SampleOrigin(
-                index=completion.place * run.recipe.rollout.num_generations + completion.number,
+                index=place * run.recipe.rollout.num_generations + number,
                 item=prompt.index,
-                completion=completion.number,
+                completion=number,
                 server=completion.server,
             )
         )

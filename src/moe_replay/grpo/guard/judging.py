@@ -19,7 +19,7 @@ import numpy as np
 from moe_replay.errors import DivergedError, MisalignmentError
 from moe_replay.grpo.guard.collapse import collapse_warning
 from moe_replay.grpo.guard.second_look import SecondLooks, mean_gap
-from moe_replay.grpo.guard.watch import PassWatch, Seen
+from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import LOST, MISALIGNED, Judged, SampleOrigin, StepBatch
 from moe_replay.megatron.finite import typical_scale
@@ -27,6 +27,7 @@ from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Routing
 from moe_replay.routing.guard import (
     Baseline,
+    Guard,
     Owner,
     SampleEvidence,
     Verdict,
@@ -48,6 +49,7 @@ _MAX_FALL = 0.1
 """How much lower a sample's agreement may be in an update, under the same weights and routes."""
 Origins = Mapping[int, SampleOrigin]
 """Index of a sample in the step -> where it comes from, of all ranks."""
+_Case = tuple[Guard, Baseline, list[SampleEvidence | None], Origins]
 
 
 def judge_engine_routes(
@@ -60,20 +62,12 @@ def judge_engine_routes(
             dropped.
         DivergedError: on every rank, when the weights are why.
     """
-    seen = watch.together(run.ranks)
-    if seen is None:
-        return Judged()
-    origins = _all_origins(run, batch)
-    judged = _measured(run, seen, origins)
-    guard = run.guard
-    if guard is None:
+    judged, case = _measure(run, batch, watch)
+    if case is None:
         return judged
-    again = SecondLooks(
-        recipe=run.recipe, actor=run.actor, ranks=run.ranks, batch=batch, scored=scored
-    )
+    guard, baseline, evidence, origins = case
+    again = SecondLooks(run=run, batch=batch, scored=scored)
     gaps, owners = _gaps(run, batch, scored), _owners(run, origins)
-    baseline = guard.baseline(seen.parts)
-    evidence = run.ranks.gather(_evidence(watch, baseline))
     verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
     num_suspects = len(verdict.suspects)
     if verdict.findings:
@@ -117,16 +111,10 @@ def judge_own_packing(
         MisalignmentError: on every rank.
     """
     watch.forget(before.dropped)
-    seen = watch.together(run.ranks)
-    if seen is None:
-        return Judged()
-    origins = _all_origins(run, batch)
-    judged = _measured(run, seen, origins)
-    guard = run.guard
-    if guard is None:
+    judged, case = _measure(run, batch, watch)
+    if case is None:
         return judged
-    baseline = guard.baseline(seen.parts)
-    evidence = run.ranks.gather(_evidence(watch, baseline))
+    guard, baseline, evidence, origins = case
     verdict = guard.decide(baseline, evidence, owners=_owners(run, origins), looks={})
     verdict = replace(
         verdict,
@@ -199,29 +187,28 @@ def _without(verdict: Verdict, drifted: Collection[tuple[str, str]]) -> Verdict:
     )
 
 
-def _evidence(watch: PassWatch, baseline: Baseline) -> SampleEvidence | None:
-    """Return the strongest signs in the rows of this rank."""
-    held = (counts for counts in watch.counts.values() if len(counts.own))
-    return join_evidence([judge(counts, baseline) for counts in held])
-
-
-def _measured(run: Run, seen: Seen, origins: Origins) -> Judged:
-    """Return what a pass reports with or without a guard."""
+def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Case | None]:
+    """Return what a pass reports with or without a guard, and what a guard judges; collective."""
+    seen = watch.together(run.ranks)
+    if seen is None:
+        return Judged(), None
+    spoken = batch.origins if run.replica.is_leader else ()
+    origins = {origin.index: origin for part in run.ranks.gather(spoken) for origin in part}
     if seen.collapsed:
         run.journal.warn(collapse_warning(seen.collapsed, run.recipe))
-    least = _words(run, origins[seen.least_sample])
     table = seen.table
-    return Judged(
+    judged = Judged(
         metrics=seen.metrics(origins),
-        details={"replay/agreement_min_sample": least},
+        details={"replay/agreement_min_sample": _words(run, origins[seen.least_sample])},
         agreement=dict(zip(table.sample_ids.tolist(), table.agreement.tolist(), strict=True)),
     )
-
-
-def _all_origins(run: Run, batch: StepBatch) -> Origins:
-    """Return the origins of the samples of all replicas; collective."""
-    spoken = batch.origins if run.replica.is_leader else ()
-    return {origin.index: origin for part in run.ranks.gather(spoken) for origin in part}
+    if run.guard is None:
+        return judged, None
+    baseline = run.guard.baseline(seen.parts)
+    held = (counts for counts in watch.counts.values() if len(counts.own))
+    # The strongest signs in the rows of each rank.
+    evidence = run.ranks.gather(join_evidence([judge(counts, baseline) for counts in held]))
+    return judged, (run.guard, baseline, evidence, origins)
 
 
 def _owners(run: Run, origins: Origins) -> dict[int, Owner]:

@@ -8,19 +8,17 @@ In: findings of the guard. Out: a SecondLook for each, the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
+from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import StepBatch
-from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch, ScoredSample
-from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing
 from moe_replay.routing.guard import (
     Baseline,
@@ -39,12 +37,8 @@ _AT_ONCE = 4
 class SecondLooks:
     """Looks again at samples of a step; every method is collective over all ranks."""
 
-    recipe: Recipe
-    """Of the run."""
-    actor: MegatronActor
-    """The policy before the update."""
-    ranks: HostGroup
-    """All ranks."""
+    run: Run
+    """With the policy before the update."""
     batch: StepBatch
     """What the step learns from."""
     scored: Mapping[int, ScoredSample]
@@ -61,8 +55,11 @@ class SecondLooks:
         found: list[tuple[int, SecondLook]] = []
         for part in self._parts(mine):
             seen: list[tuple[Microbatch, WatchedRoutes]] = []
-            watch = RouteWatch(observe=_kept_in(seen), keeps_live=True)
-            self._score(part, Routing.REPLAY, watch)
+
+            def keep(microbatch: Microbatch, watched: WatchedRoutes, seen: list = seen) -> None:
+                seen.append((microbatch, watched))
+
+            self._score(part, Routing.REPLAY, RouteWatch(observe=keep, keeps_live=True))
             live = self._score(part, Routing.LIVE)
             if seen:
                 looks = look_closer(
@@ -75,7 +72,7 @@ class SecondLooks:
             samples = [s for m in part for s in m.samples if s.sample_id in mine]
             for sample, look in self._gaps(samples, live):
                 found.append((mine[sample.sample_id].sample, look))
-        return _joined(entry for given in self.ranks.gather(found) for entry in given)
+        return _joined(entry for given in self.run.ranks.gather(found) for entry in given)
 
     def rho_of_samples(self) -> dict[int, float]:
         """Return ln(k3 under replay / k3 live) of every sample with tokens, by index in the step.
@@ -88,13 +85,13 @@ class SecondLooks:
             for sample, look in self._gaps(self.batch.samples, live)
             if look.rho is not None
         }
-        return {index: rho for part in self.ranks.gather(mine) for index, rho in part.items()}
+        return {index: rho for part in self.run.ranks.gather(mine) for index, rho in part.items()}
 
     def _score(
         self, microbatches: Sequence[Microbatch], routing: Routing, watch: RouteWatch | None = None
     ) -> Mapping[int, ScoredSample]:
-        temperature = self.recipe.rollout.temperature
-        return self.actor.score(
+        temperature = self.run.temperature
+        return self.run.actor.score(
             microbatches, temperature=temperature, routing=routing, watch=watch
         ).samples
 
@@ -119,21 +116,18 @@ class SecondLooks:
         An interleaved pipeline runs multiples of its stages, so others are run beside them.
         Example: 2 stages, suspects in microbatches 1, 4 and 6 of 8: 0, 1, 4 and 6.
         """
-        microbatches, round_up = self.batch.microbatches, self.recipe.megatron.round_up_microbatches
+        microbatches, round_up = (
+            self.batch.microbatches,
+            self.run.recipe.megatron.round_up_microbatches,
+        )
         held = {m.key for m in microbatches if any(s.sample_id in mine for s in m.samples)}
-        wanted = sorted({key for keys in self.ranks.gather(held) for key in keys})
+        wanted = sorted({key for keys in self.run.ranks.gather(held) for key in keys})
         others = [m.key for m in microbatches if m.key not in wanted]
         chosen = set(wanted + others[: round_up(len(wanted)) - len(wanted)])
         given = [m for m in microbatches if m.key in chosen]
         at_once = round_up(_AT_ONCE)
         for start in range(0, len(given), at_once):
             yield given[start : start + at_once]
-
-
-def _kept_in(
-    seen: list[tuple[Microbatch, WatchedRoutes]],
-) -> Callable[[Microbatch, WatchedRoutes], None]:
-    return lambda microbatch, watched: seen.append((microbatch, watched))
 
 
 def mean_gap(sample: Sample, scored: Mapping[int, ScoredSample]) -> float:

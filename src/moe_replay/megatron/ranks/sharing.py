@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import UInt8
 
 from moe_replay.batch import Microbatch
 from moe_replay.batch.routes import cut_routes, empty_slice, fill_routes, row_bytes, rows_of
-from moe_replay.engines.types import FinishReason
+from moe_replay.engines.types import Completion
 from moe_replay.errors import TraceError
 from moe_replay.megatron.ranks.messages import PIECE_BYTES
 from moe_replay.megatron.ranks.replica import Replica
@@ -24,30 +24,20 @@ _COMPLETION_BYTES = 512  # of a completion beside its two arrays, generously
 _NOTHING = np.empty(0, dtype=np.uint8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SharedCompletion:
-    """A completion as every rank of a replica knows it; its trace stays where it was sampled."""
+def share_completions(
+    replica: Replica, own: Mapping[tuple[int, int], Completion]
+) -> dict[tuple[int, int], Completion]:
+    """Return the completions of all ranks of the replica in the prompts' order; collective.
 
-    place: int
-    """Of its prompt among the prompts of the step."""
-    number: int
-    """Among the completions of that prompt."""
-    token_ids: Int32[np.ndarray, " completion"]
-    """``[T]`` sampled ids."""
-    rollout_logprobs: Float32[np.ndarray, " completion"]
-    """``[T]``, in nats."""
-    finish_reason: FinishReason
-    """Why it ended."""
-    server: str
-    """Address of the server that sampled it; empty for an engine in a trainer's process."""
-
-
-def share_completions(replica: Replica, own: Sequence[SharedCompletion]) -> list[SharedCompletion]:
-    """Return the completions of all ranks of the replica in the prompts' order; collective."""
+    Keys are (index of the prompt in the step, of the completion). Traces stay where they were
+    sampled: the completions of ``own`` have none.
+    """
+    assert all(completion.trace is None for completion in own.values())
     gathered = replica.ranks.gather_items(
-        own, lambda c: c.token_ids.nbytes + c.rollout_logprobs.nbytes + _COMPLETION_BYTES
+        list(own.items()),
+        lambda c: c[1].token_ids.nbytes + c[1].rollout_logprobs.nbytes + _COMPLETION_BYTES,
     )
-    return sorted((c for part in gathered for c in part), key=lambda c: (c.place, c.number))
+    return dict(sorted((c for part in gathered for c in part), key=lambda c: c[0]))
 
 
 def share_routes(
