@@ -83,7 +83,13 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
 
 def model_digests(folder: Path, cache: DigestCache) -> dict[str, str]:
     """Return file -> digest of what a run reads of a checkpoint; see `_MODEL_SUFFIXES`."""
-    return {path.name: cache.digest(path, _weights_digest) for path in _model_files(folder)}
+    return {
+        path.name: cache.digest(path, _weights_digest)
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix in _MODEL_SUFFIXES
+        and not path.name.lower().startswith(_NOT_READ)
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -114,21 +120,8 @@ def _shown(value: Any) -> str:
 def _dataset_digest(files: Sequence[Path], cache: DigestCache) -> str:
     if len(files) == 1:
         return cache.digest(files[0])
-    return _digest_of(f"{file.name} {cache.digest(file)}" for file in files)
-
-
-def _digest_of(lines: Iterable[str]) -> str:
-    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def _model_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in _MODEL_SUFFIXES
-        and not path.name.lower().startswith(_NOT_READ)
-    )
+    lines = "\n".join(f"{file.name} {cache.digest(file)}" for file in files)
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()[:32]
 
 
 def _weights_digest(path: Path, size: int) -> str | None:

