@@ -226,7 +226,7 @@ def test_e9_one_rank_alone_lets_its_traces_go_as_they_are_cut() -> None:
 def _completions(per_rank: Mapping[int, int]) -> list[tuple[int, int, list[int], float, str]]:
     rank = dist.get_rank()
     own = {
-        (2 * number + rank, 0): Completion(
+        (4 * number + rank, 0): Completion(
             token_ids=np.arange(rank, rank + number, dtype=np.int32),
             rollout_logprobs=np.full(number, -0.1 * rank, dtype=np.float32),
             trace=None,
@@ -246,9 +246,9 @@ def _completions(per_rank: Mapping[int, int]) -> list[tuple[int, int, list[int],
 
 def test_completions_of_all_ranks_are_the_same_on_all_in_the_order_of_the_prompts() -> None:
     first, *others = run_ranks(_completions, 4, {0: 3, 1: 2, 2: 0, 3: 1})
-    assert [entry[0] for entry in first] == [0, 1, 2, 3, 3, 4]
+    assert [entry[0] for entry in first] == [0, 1, 3, 4, 5, 8]
     assert all(other == first for other in others)
-    assert first[3][2:] == ([1], pytest.approx(-0.1), "http://server-1")
+    assert first[4][2:] == ([1], pytest.approx(-0.1), "http://server-1")
 
 
 def texts_heard(recipe: Recipe, change: Callable[[], None] | None = None) -> tuple[list[str], list]:

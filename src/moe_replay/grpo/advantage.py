@@ -1,7 +1,4 @@
-"""Advantages: how much better a completion did than the other completions of its prompt.
-
-In: rewards of whole groups. Out: GroupAdvantages and the reward metrics.
-"""
+"""Advantages: how much better a completion did than the other completions of its prompt."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ask the engine for completions and the rewards for scores, for training and evaluation alike.
-
-In: requests. Out: groups that keep the contract of engines, and their scores.
-"""
+"""Ask the engine for completions and the rewards for scores, for training and evaluation alike."""
 
 from __future__ import annotations
 

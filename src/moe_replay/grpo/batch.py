@@ -1,7 +1,4 @@
-"""The station between sampling and learning: samples, their microbatches, and this rank's routes.
-
-In: Rollout, Scored. Out: StepBatch.
-"""
+"""The station between sampling and learning: samples, their microbatches, and this rank's routes."""
 
 from __future__ import annotations
 

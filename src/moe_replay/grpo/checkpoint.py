@@ -1,7 +1,4 @@
-"""The station that saves a run, and what a start loads again.
-
-In: an open run. Out: a checkpoint on disk; a run that stands where it left off.
-"""
+"""The station that saves a run, and what a start loads again."""
 
 from __future__ import annotations
 

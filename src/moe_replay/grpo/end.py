@@ -1,7 +1,4 @@
-"""The end of a run: the exported model, and how the run ended, written down.
-
-In: a run that is done or was asked to stop. Out: `export/`, `ended.json`, what to do next.
-"""
+"""The end of a run: the exported model, and how the run ended, written down."""
 
 from __future__ import annotations
 

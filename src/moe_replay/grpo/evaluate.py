@@ -1,7 +1,4 @@
-"""The station that samples and scores held-out prompts under the current weights.
-
-In: an open run. Out: EvalRecord and the completions that are kept.
-"""
+"""The station that samples and scores held-out prompts under the current weights."""
 
 from __future__ import annotations
 

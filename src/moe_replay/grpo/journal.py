@@ -1,7 +1,4 @@
-"""Journal: the warnings and seconds that stations collect until the step's record takes them.
-
-In: warnings, timed blocks. Out: what the step's record holds.
-"""
+"""Journal: the warnings and seconds that stations collect until the step's record takes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The completions whose texts a run keeps: the first of each step and evaluation.
-
-In: completions and their scores, of this rank. Out: records of all ranks, on rank 0.
-"""
+"""The completions whose texts a run keeps: the first of each step and evaluation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The training loop: the stations of a step in their order, and nothing else.
-
-In: a recipe. Out: a run directory with metrics, completions, checkpoints and the exported model.
-"""
+"""The training loop: the stations of a step in their order, and nothing else."""
 
 from __future__ import annotations
 

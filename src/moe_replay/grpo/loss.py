@@ -1,8 +1,4 @@
-"""The policy loss: clipped surrogate and KL penalty; microbatches and ranks sum up to the loss.
-
-In: log-probabilities, advantages and weights of sampled tokens. Out: a scalar to differentiate, and
-its statistics.
-"""
+"""The policy loss: clipped surrogate and KL penalty; microbatches and ranks sum up to the loss."""
 
 from __future__ import annotations
 

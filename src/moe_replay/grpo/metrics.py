@@ -1,7 +1,4 @@
-"""Metrics that ranks can add up: each tallies its own tokens, and the merged tally is the batch's.
-
-In: log-probabilities, lengths, loss statistics. Out: Tally.
-"""
+"""Metrics that ranks can add up: each tallies its own tokens, and the merged tally is the batch's."""
 
 from __future__ import annotations
 

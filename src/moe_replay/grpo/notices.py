@@ -1,7 +1,4 @@
-"""What a person should hear of a step in words: odd metrics of a run that goes on.
-
-In: a recipe, a step's metrics. Out: kind of notice -> text.
-"""
+"""What a person should hear of a step in words: odd metrics of a run that goes on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The station that gives the trained weights to the engine.
-
-In: an updated policy. Out: a new policy version in the engine.
-"""
+"""The station that gives the trained weights to the engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The station that writes a step down: its metrics over all ranks, and the kept completions.
-
-In: what the stations before returned. Out: StepRecord, CompletionRecords.
-"""
+"""The station that writes a step down: its metrics over all ranks, and the kept completions."""
 
 from __future__ import annotations
 

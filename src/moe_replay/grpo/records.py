@@ -1,7 +1,4 @@
-"""The records of a run, and the seam through which they are shown and stored.
-
-In: nothing. Out: StepRecord, CompletionRecord, EvalRecord, RunSummary; the Reporter protocol.
-"""
+"""The records of a run, and the seam through which they are shown and stored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The station that scores completions and compares those of each prompt with one another.
-
-In: Rollout. Out: Scored.
-"""
+"""The station that scores completions and compares those of each prompt with one another."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The station that samples: this rank's part of the step's prompts, answered by the engine.
-
-In: an open run. Out: Rollout.
-"""
+"""The station that samples: this rank's part of the step's prompts, answered by the engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Run: the parts of a run and its position, which stations read and move on.
-
-In: the parts of a run. Out: what is due, what this rank is asked to do, where the run stands.
-"""
+"""Run: the parts of a run and its position, which stations read and move on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The stations that score samples before the update: old and reference log-probabilities.
-
-In: StepBatch. Out: OldScores, reference scores.
-"""
+"""The stations that score samples before the update: old and reference log-probabilities."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Signals are received at once, also while the main thread is inside a long call of torch. What they
 do waits for a safe point: between two steps, or at once while nothing but sampling and rewards is
 under way, which is then dropped.
-
-In: signals, a time limit. Out: `StopRequest`, which the loop asks; `listening`, for the command.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The trainer as a recorder of the routes that its model takes for given tokens, in one process.
-
-In: a recipe, tokens. Out: traces.
-"""
+"""The trainer as a recorder of the routes that its model takes for given tokens, in one process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The station that learns: one optimizer step for each mini-batch in which something trains.
-
-In: OldScores, reference scores. Out: Update, changed weights.
-"""
+"""The station that learns: one optimizer step for each mini-batch in which something trains."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Importing this package, or any module of it, checks the installed Megatron-Core version and repairs
 what Megatron misses on this machine (`moe_replay.megatron.upstream.repairs`).
-
-In: a Hugging Face checkpoint directory and a `ParallelLayout`. Out: Megatron model chunks, their
-weights in Hugging Face naming, replay scopes, training steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""MegatronActor: the policy in training, with its gradients, optimizer and learning-rate schedule.
-
-In: a checkpoint, microbatches, a loss. Out: log-probabilities, updated weights, gradient norms.
-"""
+"""MegatronActor: the policy in training, with its gradients, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 

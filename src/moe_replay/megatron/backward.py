@@ -1,7 +1,4 @@
-"""Backward passes over microbatches, and the search for the one that breaks a gradient.
-
-In: microbatches, a loss. Out: gradients in the buffers; the microbatches and samples at fault.
-"""
+"""Backward passes over microbatches, and the search for the one that breaks a gradient."""
 
 from __future__ import annotations
 

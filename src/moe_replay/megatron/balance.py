@@ -4,8 +4,6 @@ Megatron-Core up to 0.19 applies the padding mask to the wrong dim when it count
 expert bias: it raises, or leaves out experts where there are as many rows. With a mask, the token
 count by which it weighs the auxiliary loss is that of all ranks that share a sequence (its
 reduction works in place); 0.19 multiplies it by their count again.
-
-In: routers. Out: the same routers, fixed, and what the auxiliary loss was.
 """
 
 from __future__ import annotations

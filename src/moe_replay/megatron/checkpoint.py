@@ -4,8 +4,6 @@ A checkpoint is written into a folder whose name no reader looks for, flushed to
 renamed; a process that is killed at any moment leaves either a whole checkpoint or an ignored
 folder behind. A write that fails on one rank fails on all of them, and takes what it left
 unfinished with it.
-
-In: an actor and the loop's own position. Out: folders ``step-000040``.
 """
 
 from __future__ import annotations

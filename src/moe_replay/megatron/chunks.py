@@ -1,7 +1,4 @@
-"""The chunks of a built model on one rank: what their wrappers hold, and where their routers are.
-
-In: model chunks, wrapped or not. Out: GPTModel; routers by global layer.
-"""
+"""The chunks of a built model on one rank: what their wrappers hold, and where their routers are."""
 
 from __future__ import annotations
 

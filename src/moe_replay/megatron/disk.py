@@ -1,7 +1,4 @@
-"""Writes that fail on any rank are explained once and raised on all ranks together.
-
-In: what is written, by each rank. Out: `CheckpointError` on every rank, or nothing.
-"""
+"""Writes that fail on any rank are explained once and raised on all ranks together."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 Megatron scores a group by the sum of its best `topk // group_topk` experts. DeepSeek-V2 scores it
 by its best one, and chooses 6 experts from 3 groups, which Megatron would score by their best two.
-
-In: routers, the groups of a model. Out: the same routers, choosing within these groups, live and
-for a replay scope.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Finds weights and optimizer state that overflowed, before they are saved or pushed.
-
-In: a model and its optimizer. Out: nothing, or `DivergedError` on every rank.
-"""
+"""Finds weights and optimizer state that overflowed, before they are saved or pushed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A Megatron GPT model for a Hugging Face checkpoint: its config, its layers, its routers.
-
-In: a checkpoint directory and a `ParallelLayout`. Out: this rank's model chunks, unloaded.
-"""
+"""A Megatron GPT model for a Hugging Face checkpoint: its config, its layers, its routers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Makes the state of a chained optimizer the same on ranks that hold different parts of a model.
-
-In: the sharded state of an optimizer. Out: the same state with one step.
-"""
+"""Makes the state of a chained optimizer the same on ranks that hold different parts of a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Which decoder layers each pipeline stage will hold, known before any process is started.
 
 Training does not use it: it reads the layers of the built model.
-
-In: a TransformerConfig. Out: layers of each stage.
 """
 
 from __future__ import annotations

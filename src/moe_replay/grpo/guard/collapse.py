@@ -2,8 +2,6 @@
 
 Reinforcement learning does this to small models, and too high a learning rate to any. Such a run
 goes on: its routes are right. It is counted, because the layer has stopped being a mixture.
-
-In: favourite expert sets of replayed rows. Out: the collapsed layers, over all ranks.
 """
 
 from __future__ import annotations

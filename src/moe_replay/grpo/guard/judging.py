@@ -3,8 +3,6 @@
 Every rank measures the same baseline from what all of them counted, judges its own rows, and all
 decide together from the strongest signs. Suspects are scored again, which costs a healthy step
 nothing.
-
-In: what a pass saw. Out: Judged: metrics, and the samples that must not train; MisalignmentError.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Wrong routes raise the engine gap under replay alone, drift raises both; and routes that are right
 somewhere else are found there. All ranks run the same microbatches, because experts may span ranks.
-
-In: findings of the guard. Out: a SecondLook for each, the same on every rank.
 """
 
 from __future__ import annotations

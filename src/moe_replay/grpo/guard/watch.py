@@ -1,7 +1,4 @@
-"""What a replaying pass saw of live beside replayed routes: counts for the guard, and agreement.
-
-In: counts of each microbatch on each rank. Out: PassWatch; StepTable and metrics over all ranks.
-"""
+"""What a replaying pass saw of live beside replayed routes: counts for the guard, and agreement."""
 
 from __future__ import annotations
 

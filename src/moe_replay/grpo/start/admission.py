@@ -1,8 +1,4 @@
-"""Whether a run may start in its directory, decided by rank 0 before anything is loaded.
-
-In: a recipe, its run directory. Out: the locked directory, the step to resume from, what the run is
-by content.
-"""
+"""Whether a run may start in its directory, decided by rank 0 before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""DigestCache: digests of files, of which large ones are read once for all starts of a run.
-
-In: paths. Out: digests; a file that remembers those of large files.
-"""
+"""DigestCache: digests of files, of which large ones are read once for all starts of a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""open_run: the parts of a run built from its recipe, resumed, and closed in reverse order.
-
-In: a recipe, a process. Out: an open Run, at the step where its checkpoints left off.
-"""
+"""open_run: the parts of a run built from its recipe, resumed, and closed in reverse order."""
 
 from __future__ import annotations
 

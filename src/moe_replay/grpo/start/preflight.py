@@ -1,8 +1,5 @@
 """Whether a run can start, before anything is built: for `doctor`, `--dry-run` and every start.
 
-In: a recipe, a process. Out: `Preflight`: every refusal that the start would meet, and what was
-opened on the way.
-
 Nothing is loaded: of weights only headers are read, the model is built without memory, servers are
 asked what they are.
 """

@@ -4,8 +4,6 @@ The lock is the operating system's (a POSIX record lock on ``run.lock``), so it 
 process that holds it, however that ends, and holds across machines wherever the file system passes
 locks on (NFS does). Where the file system has no locks, `RunLock.note` says so and the run goes on
 unprotected.
-
-In: a run directory. Out: the lock, or who holds it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What is about to run, in words for a person.
-
-In: an open run. Out: RunSummary.
-"""
+"""What is about to run, in words for a person."""
 
 from __future__ import annotations
 

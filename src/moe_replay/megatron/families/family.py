@@ -1,7 +1,4 @@
-"""The words in which a model family is described: rules, shapes, families.
-
-In: nothing. Out: `Kind`, `Rule`, `ModelShape`, `Family`.
-"""
+"""The words in which a model family is described: rules, shapes, families."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A family is a list of `Rule`s and a function of `shapes` that reads its Hugging Face config. Adding
 a family means adding both; `weights.py` knows no architecture.
-
-In: a Hugging Face model type. Out: a `Family`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the Hugging Face config of each family means, and which options Megatron cannot match.
-
-In: a Hugging Face config. Out: a `ModelShape`.
-"""
+"""What the Hugging Face config of each family means, and which options Megatron cannot match."""
 
 from __future__ import annotations
 

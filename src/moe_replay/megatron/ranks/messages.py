@@ -2,8 +2,6 @@
 
 Objects travel through torch's object collectives over gloo, which pickles: ranks of one job run the
 same program and trust each other. What comes from outside the job never takes this way.
-
-In: values of this rank. Out: those of the other ranks.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 The ranks of a replica train on the same samples. Each samples its own part of them, and gives every
 other rank just what that rank needs.
-
-In: this rank's routers. Out: Replica.
 """
 
 from __future__ import annotations

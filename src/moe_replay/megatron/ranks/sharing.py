@@ -37,7 +37,9 @@ def share_completions(
         list(own.items()),
         lambda c: c[1].token_ids.nbytes + c[1].rollout_logprobs.nbytes + _COMPLETION_BYTES,
     )
-    return dict(sorted((c for part in gathered for c in part), key=lambda c: c[0]))
+    shared = sorted((c for part in gathered for c in part), key=lambda c: c[0])
+    assert len(dict(shared)) == len(shared), "ranks sampled the same prompt"
+    return dict(shared)
 
 
 def share_routes(

@@ -1,8 +1,4 @@
-"""Replay and recording inside a model's routers.
-
-In: routers by global layer, routes by microbatch key. Out: forced or recorded experts; overlap
-counts.
-"""
+"""Replay and recording inside a model's routers."""
 
 from moe_replay.megatron.replay.scope import RecordScope, ReplayScope, RouterScope
 

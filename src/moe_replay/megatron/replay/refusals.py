@@ -1,7 +1,4 @@
-"""Refuses configurations with which no replay can be exact, and routes of another model.
-
-In: TransformerConfigs; routes. Out: verdicts, UnsupportedError or TraceError with the reason.
-"""
+"""Refuses configurations with which no replay can be exact, and routes of another model."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ open, each of its routers asks it which experts to use; the answer depends on th
 running, by key, never on the order of calls. Recomputation gets the routes of its own forward pass,
 because the key travels inside the checkpointed function, whatever the pipeline schedule does in
 between.
-
-In: routers by global layer, routes by microbatch key. Out: forced or recorded experts.
 """
 
 from __future__ import annotations

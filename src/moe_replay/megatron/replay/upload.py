@@ -1,7 +1,4 @@
-"""Routes from host to device, once a microbatch, in their narrow dtype; counts back to the host.
-
-In: RouteSlice. Out: tensors on the device, arrays on the host.
-"""
+"""Routes from host to device, once a microbatch, in their narrow dtype; counts back to the host."""
 
 from __future__ import annotations
 

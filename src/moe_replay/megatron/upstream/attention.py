@@ -3,8 +3,6 @@
 Megatron's own local attention refuses packed sequences and context parallelism. This one does both,
 on any device, and attends within each sequence only, so a packed run equals the unpacked runs to
 rounding.
-
-In: query, key, value of this rank. Out: the attended values.
 """
 
 from __future__ import annotations

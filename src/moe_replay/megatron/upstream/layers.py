@@ -1,7 +1,4 @@
-"""Layer implementations that Megatron-Core lacks, or has only with Transformer Engine or Apex.
-
-In: a TransformerConfig. Out: modules that the layer specs name.
-"""
+"""Layer implementations that Megatron-Core lacks, or has only with Transformer Engine or Apex."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 None of this has to do with CUDA: `pip install moe-replay` on a GPU machine brings neither
 Transformer Engine nor Apex, and Megatron then falls back to torch's Adam there as on a CPU. Each
 function says what breaks without it.
-
-In: nothing. Out: patched Megatron modules.
 """
 
 from __future__ import annotations

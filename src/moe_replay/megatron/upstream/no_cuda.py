@@ -5,8 +5,6 @@ CUDA is available; what Megatron needs for any other reason is in `missing_packa
 a stand-in replaces a name inside the Megatron modules that use it and leaves torch alone: wrapping
 `torch.tensor` and friends globally would break `with torch.device(...)` and with it transformers'
 `from_pretrained`.
-
-In: nothing. Out: a patched `torch.cuda` and patched Megatron modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """All-gather and reduce-scatter of tensors whose sizes differ between ranks, for gloo.
 
 nccl does both; gloo refuses them. Each tensor is flattened and padded to the largest one.
-
-In: tensors and a process group. Out: the same results that nccl gives.
 """
 
 from __future__ import annotations

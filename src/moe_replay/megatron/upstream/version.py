@@ -1,7 +1,4 @@
-"""Which Megatron-Core releases are supported, checked before the first import of it.
-
-In: the installed distribution's metadata. Out: its version, or a refusal.
-"""
+"""Which Megatron-Core releases are supported, checked before the first import of it."""
 
 from __future__ import annotations
 

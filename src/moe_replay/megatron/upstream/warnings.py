@@ -1,7 +1,4 @@
-"""The warnings that Megatron-Core and torch raise about each other, and that no user can act on.
-
-In: nothing. Out: filters for exactly these.
-"""
+"""The warnings that Megatron-Core and torch raise about each other, and that no user can act on."""
 
 from __future__ import annotations
 
