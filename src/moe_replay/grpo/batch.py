@@ -1,4 +1,4 @@
-"""The station between sampling and learning: samples, their microbatches, and this rank's routes."""
+"""The station between sampling and learning: samples, microbatches, and this rank's routes."""
 
 from __future__ import annotations
 

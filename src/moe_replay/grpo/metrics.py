@@ -1,4 +1,4 @@
-"""Metrics that ranks can add up: each tallies its own tokens, and the merged tally is the batch's."""
+"""Metrics that ranks can add up: each tallies its own tokens, merged they are the batch's."""
 
 from __future__ import annotations
 

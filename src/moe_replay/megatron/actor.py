@@ -1,4 +1,4 @@
-"""MegatronActor: the policy in training, with its gradients, optimizer and learning-rate schedule."""
+"""MegatronActor: the policy in training: gradients, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 

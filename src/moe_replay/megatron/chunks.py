@@ -1,4 +1,4 @@
-"""The chunks of a built model on one rank: what their wrappers hold, and where their routers are."""
+"""The chunks of a built model on one rank: what wrappers hold, and where the routers are."""
 
 from __future__ import annotations
 
