@@ -24,11 +24,9 @@ from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.tasks.datasets.cache import Progress
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     from moe_replay.checkpoint.facts import ModelFacts
     from moe_replay.grpo.inputs import Inputs
-    from moe_replay.megatron.model import ModelShape
+    from moe_replay.megatron.model import ModelShape, TransformerConfig
 
 _PYTHON = ">=3.11"
 _OPTIONAL = "optional"
