@@ -19,7 +19,6 @@ from moe_replay.checkpoint.config import load_config, read_config_json, refuse_n
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.balance import count_tokens_only
 from moe_replay.megatron.chunks import moe_layers
-from moe_replay.megatron.expert_groups import choose_within_groups
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.upstream import compat
@@ -196,17 +195,16 @@ def build_model(
         chunk.model_shape = shape
         compat.mark_cut_parameters(chunk)
         compat.mark_expert_gradients(chunk)
-        count_tokens_only(
-            moe_layers([chunk]).values(), scaled_by_group=compat.AUX_LOSS_SCALED_BY_GROUP
-        )
-        if shape.expert_groups is not None:
-            choose_within_groups(moe_layers([chunk]).values(), shape.expert_groups)
+        routers = moe_layers([chunk]).values()
+        count_tokens_only(routers, scaled_by_group=compat.AUX_LOSS_SCALED_BY_GROUP)
+        for router in routers if shape.expert_groups else ():
+            router.router_replay = shape.expert_groups
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.fill_(torch.nan)
-            for router in moe_layers([chunk]).values():
+            for router in routers:
                 if router.expert_bias is not None:
                     router.expert_bias.fill_(torch.nan)
         chunks.append(chunk)

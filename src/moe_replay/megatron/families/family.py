@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_replay.megatron.replay.expert_groups import ExpertGroups
+
 
 class Kind(enum.Enum):
     """How the Hugging Face tensors lie in the Megatron parameter, and where it is cut."""
@@ -28,18 +30,6 @@ class Rule:
     """Checkpoint names of the tensors in it; `{layer}` and `{expert}` stand for global numbers."""
     kind: Kind = Kind.WHOLE
     """How they lie in it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertGroups:
-    """Groups of experts of which each token may use some only."""
-
-    num_groups: int
-    """Equal groups, of neighbouring experts."""
-    groups_per_token: int
-    """Groups that a token's experts come from."""
-    num_scored: int
-    """A group's score is the sum of its best so many experts'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron.families.family import ExpertGroups, ModelShape
+from moe_replay.megatron.families.family import ModelShape
+from moe_replay.megatron.replay.expert_groups import ExpertGroups
 
 _ROPE_KEYS = frozenset(
     {

@@ -6,20 +6,25 @@ by its best one, and chooses 6 experts from 3 groups, which Megatron would score
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-
-from moe_replay.megatron.families.family import ExpertGroups
 
 
-class GroupedChoice:
-    """Chooses within groups, in the router's RouterReplay, for Megatron or for a replay scope."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertGroups:
+    """Groups of experts of which each token may use some only.
 
-    def __init__(self, groups: ExpertGroups) -> None:
-        self._groups = groups
+    Stands in a router's RouterReplay, and chooses for Megatron or for a replay scope.
+    """
+
+    num_groups: int
+    """Equal groups, of neighbouring experts."""
+    groups_per_token: int
+    """Groups that a token's experts come from."""
+    num_scored: int
+    """A group's score is the sum of its best so many experts'."""
 
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
@@ -29,17 +34,10 @@ class GroupedChoice:
         With 6 experts in 3 groups, 2 groups and 2 experts a token, groups scored by their best
         expert: scores .1 .2 | .5 .0 | .3 .3 keep the last two groups, and choose experts 2 and 4.
         """
-        groups = self._groups
-        grouped = scores.unflatten(-1, (groups.num_groups, -1))
-        group_scores = grouped.topk(groups.num_scored, dim=-1).values.sum(dim=-1)
-        chosen = group_scores.topk(groups.groups_per_token, dim=-1, sorted=False).indices
+        grouped = scores.unflatten(-1, (self.num_groups, -1))
+        group_scores = grouped.topk(self.num_scored, dim=-1).values.sum(dim=-1)
+        chosen = group_scores.topk(self.groups_per_token, dim=-1, sorted=False).indices
         allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, chosen, True)
         within = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
         values, ids = within.topk(topk, dim=-1)
         return values, ids
-
-
-def choose_within_groups(routers: Iterable[TopKRouter], groups: ExpertGroups) -> None:
-    """Have these routers, and no other of the process, choose within ``groups``."""
-    for router in routers:
-        router.router_replay = GroupedChoice(groups)
