@@ -116,18 +116,15 @@ def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
 
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Return what is trained and evaluated on, and what it is rewarded by, in words."""
-    named = [("train", recipe.data.train, inputs.train)]
-    if inputs.held_out is not None:
-        named.append(("eval", str(recipe.data.eval), inputs.held_out))
-    lines = [
-        f"{name}: {location}, "
-        + (
-            "generated without end"
-            if source.num_prompts is None
-            else f"{source.num_prompts} prompts"
-        )
-        for name, location, source in named
-    ]
+    data, lines = recipe.data, []
+    for name, location, source in (
+        ("train", data.train, inputs.train),
+        ("eval", data.eval, inputs.held_out),
+    ):
+        if source is not None:
+            endless = source.num_prompts is None
+            size = "generated without end" if endless else f"{source.num_prompts} prompts"
+            lines.append(f"{name}: {location}, {size}")
     rewards = [f"{reward.name} x {reward.weight:g}" for reward in recipe.rewards]
     return [*lines, f"rewards: {', '.join(rewards)}"]
 

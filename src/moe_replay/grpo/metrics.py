@@ -124,22 +124,12 @@ def engine_gap(
 
     Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other
     names and their averaging, verl, ``compute_offpolicy_metrics``.
-
-    Raises:
-        MoeReplayError: when a log-probability is not finite.
     """
     tally = Tally()
     for number, (old, rollout) in enumerate(zip(old_logprobs, rollout_logprobs, strict=True)):
         assert len(old) == len(rollout), f"sample {number}: {len(old)} and {len(rollout)} values"
         if len(old) == 0:
             continue
-        for name, values in (("old_logprobs", old), ("rollout_logprobs", rollout)):
-            if not np.isfinite(values).all():
-                raise MoeReplayError(
-                    f"{name} of sample {number} are not finite at "
-                    f"{np.flatnonzero(~np.isfinite(values))[:5].tolist()} of {len(values)} tokens; the "
-                    "weights hold NaN or infinity, or the sampled token was masked out"
-                )
         _tally_tokens(tally, prefix, old.astype(np.float64) - rollout.astype(np.float64))
         _tally_sample(tally, prefix, old.astype(np.float64), rollout.astype(np.float64))
     return tally

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from moe_replay.engines.weight_stream import drain
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.stopping import raise_together
 from moe_replay.megatron.finite import check_weights
 from moe_replay.megatron.weights import export_hf_weights
 
@@ -32,4 +31,4 @@ def give_weights(run: Run) -> None:
     except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
         drain(weights, error)
         failure = error
-    raise_together(failure, run.ranks.gather)
+    run.ranks.raise_together(failure)

@@ -52,23 +52,19 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
             "nothing in it. If that goes on (rewards/<name>/std), look at completions.jsonl: are its "
             "answers, its tags and its regex those that the model writes?",
         )
+    metrics = reward_metrics(compared, scores)
+    metrics["completions/unscored_ratio"] = 1.0 - float(has_reward.mean())
+    if run.recipe.data.truncation == "left":
+        # The share of prompts that lost tokens at their start.
+        metrics["prompts/cut_ratio"] = float(np.mean([p.num_cut > 0 for p in rollout.prompts]))
     return Scored(
         texts=tuple(texts),
         rewards=rewards,
         totals=totals,
         advantages=compared.advantages,
         counts=compared.counts,
-        metrics=reward_metrics(compared, scores)
-        | {"completions/unscored_ratio": 1.0 - float(has_reward.mean())}
-        | _cut_prompts(run, rollout),
+        metrics=metrics,
     )
-
-
-def _cut_prompts(run: Run, rollout: Rollout) -> dict[str, float]:
-    """Return the share of prompts that lost tokens at their start, where the recipe cuts them."""
-    if run.recipe.data.truncation != "left":
-        return {}
-    return {"prompts/cut_ratio": float(np.mean([prompt.num_cut > 0 for prompt in rollout.prompts]))}
 
 
 def _by_prompt(

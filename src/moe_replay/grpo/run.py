@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from moe_replay.checkpoint.tokenizer import num_known_ids
 from moe_replay.engines.stop_strings import StopStrings
@@ -15,10 +15,10 @@ from moe_replay.engines.types import Completion, Engine
 from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
 from moe_replay.grpo.records import Reporter
-from moe_replay.grpo.stopping import StopRequest, droppable
+from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder
-from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
+from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, as_text, raise_first
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
@@ -118,8 +118,43 @@ class Run:
         return asked is not None
 
     def droppable(self, work: Callable[[], T], *, alone: bool = True) -> T:
-        """Return what ``work`` returns unless a rank fails or is asked to stop; see `droppable`."""
-        return droppable(work, self.stop, self.ranks.gather, alone=alone)
+        """Return what ``work`` returns unless a rank fails or is asked to stop; collective.
+
+        ``alone`` says that ``work`` is not collective: a request breaks it off on the rank that
+        receives it, and an error of one rank is raised on all, after the others have done their
+        part. Errors are not reported when some rank was asked to stop: the signal may have reached
+        what they work with too.
+
+        Raises:
+            StepDropped: on every rank, when one of them was asked to stop.
+            MoeReplayError: of the kind that another rank raised.
+        """
+        result: T | None = None
+        try:
+            with self.stop.breaking_off() if alone else nullcontext():
+                result = work()
+        except StopRequested:
+            pass
+        except Exception as error:
+            # Ranks that wait for this one inside ``work`` would never hear of it.
+            if not alone and self.stop.reason is None:
+                raise
+            # In here, so that a connection that breaks now does not hide the error.
+            self._agree(error)
+        else:
+            self._agree(None)
+            return cast("T", result)
+        self._agree(None)
+        raise StepDropped
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Leave on every rank when one of them was asked to stop, or has failed; collective."""
+        gathered = self.ranks.gather((self.stop.reason, as_text(failure)))
+        asked = next((reason for reason, _ in gathered if reason is not None), None)
+        if asked is not None:
+            self.stop.ask(asked)
+            raise StepDropped
+        raise_first(failure, [failed for _, failed in gathered])
 
     def begin_step(self) -> None:
         """Move on to the next step."""

@@ -14,13 +14,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar, cast
-
-from moe_replay import errors
-
-T = TypeVar("T")
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 """Requests to stop: schedulers send the first or last, a lost terminal the second."""
@@ -154,76 +149,6 @@ class StopRequest:
                     end_at_once(
                         number, f"{name}: ended at once, unsaved; earlier checkpoints are complete"
                     )
-
-
-def droppable(
-    work: Callable[[], T], stop: StopRequest, gather: Callable[[Any], list[Any]], *, alone: bool
-) -> T:
-    """Return the result of ``work`` unless a rank fails or is asked to stop; collective at its end.
-
-    ``alone`` says that ``work`` is not collective: a request breaks it off on the rank that
-    receives it, and an error of one rank is raised on all, after the others have done their part.
-    Errors are not reported when some rank was asked to stop: the signal may have reached what they
-    work with too.
-
-    Raises:
-        StepDropped: on every rank, when one of them was asked to stop.
-        MoeReplayError: of the kind that another rank raised.
-    """
-    result: T | None = None
-    try:
-        with stop.breaking_off() if alone else nullcontext():
-            result = work()
-    except StopRequested:
-        pass
-    except Exception as error:
-        # Ranks that wait for this one inside ``work`` would never hear of it.
-        if not alone and stop.reason is None:
-            raise
-        # In here, so that a connection that breaks now does not hide the error.
-        _agree(error, stop, gather)
-    else:
-        _agree(None, stop, gather)
-        return cast("T", result)
-    _agree(None, stop, gather)
-    raise StepDropped
-
-
-def _agree(
-    failure: Exception | None, stop: StopRequest, gather: Callable[[Any], list[Any]]
-) -> None:
-    """Leave on every rank when one of them was asked to stop, or has failed; collective."""
-    gathered = gather([stop.reason, _as_text(failure)])
-    asked = next((reason for reason, _ in gathered if reason is not None), None)
-    if asked is not None:
-        stop.ask(asked)
-        raise StepDropped
-    _raise_first(failure, [failed for _, failed in gathered])
-
-
-def raise_together(failure: Exception | None, gather: Callable[[Any], list[Any]]) -> None:
-    """Raise ``failure``, or one of its kind where another rank has failed; collective."""
-    _raise_first(failure, gather(_as_text(failure)))
-
-
-def _as_text(failure: Exception | None) -> tuple[str, str] | None:
-    return None if failure is None else (type(failure).__name__, str(failure))
-
-
-def _raise_first(failure: Exception | None, failures: Sequence[tuple[str, str] | None]) -> None:
-    if failure is not None:
-        raise failure
-    for rank, failed in enumerate(failures):
-        if failed is not None:
-            raise _of_kind(*failed, rank=rank)
-
-
-def _of_kind(name: str, text: str, *, rank: int) -> errors.MoeReplayError:
-    """Return an error of another rank as one of ours, with the name of a foreign kind."""
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, errors.MoeReplayError):
-        return kind(f"on rank {rank}: {text}")
-    return errors.MoeReplayError(f"on rank {rank}: {name}: {text}")
 
 
 def end_at_once(number: int, message: str) -> None:

@@ -31,7 +31,7 @@ from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.families.family import Kind, ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
 from moe_replay.megatron.families.rules import family_of
-from moe_replay.megatron.ranks.messages import all_ranks, raise_everywhere
+from moe_replay.megatron.ranks.messages import all_ranks
 
 # Dim of a merged tensor that tensor parallelism cuts.
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
@@ -81,7 +81,7 @@ def load_hf_weights(
                     parameter.copy_(_read_shard(rules[key.rule], names, parameter, source, shape))
     except CheckpointError as error:
         refusal = error
-    raise_everywhere(refusal)
+    all_ranks().raise_together(refusal)
 
 
 def export_hf_weights(
@@ -147,7 +147,7 @@ def save_hf_checkpoint(
         refusal = CheckpointError(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
-    raise_everywhere(refusal)
+    all_ranks().raise_together(refusal)
     tensors = export_hf_weights(chunks)
     if is_first:
         if shape.num_mtp_layers:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import UInt8
 
-from moe_replay.errors import MoeReplayError, RankError
+from moe_replay import errors
 
 T = TypeVar("T")
 WAIT_LIMIT = timedelta(hours=24)
@@ -153,6 +153,13 @@ class HostGroup:
                 return rank, given
         return None
 
+    def raise_together(self, failure: Exception | None) -> None:
+        """Raise ``failure``, or one of its kind where another rank has failed.
+
+        A rank that raised alone would leave the others waiting in their next collective.
+        """
+        raise_first(failure, self.gather(as_text(failure)))
+
     def _pieces(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
         """Cut ``items`` so that the pieces of all ranks stay below `PIECE_BYTES`, if possible."""
         limit = PIECE_BYTES // self.size
@@ -179,7 +186,7 @@ class HostGroup:
                 if is_silent
                 else "one of them has ended; its own output says why"
             )
-            raise RankError(
+            raise errors.RankError(
                 f"rank {self.rank} of {self.size} ({self.name}) lost the others: {happened}. Start the same command again "
                 f"to go on after the last checkpoint. (torch: {str(error).splitlines()[0]})"
             ) from error
@@ -194,14 +201,22 @@ def all_ranks() -> HostGroup:
     return HostGroup(group=None if world is None else _host_group(world), name="all ranks")
 
 
-def raise_everywhere(refusal: MoeReplayError | None) -> None:
-    """Raise the refusal of any rank on all of them; collective, and without effect if none refuses.
+def raise_first(failure: Exception | None, failures: Sequence[tuple[str, str] | None]) -> None:
+    """Raise this rank's ``failure``, or one of the kind of the first of all ranks' ``failures``."""
+    if failure is not None:
+        raise failure
+    for rank, failed in enumerate(failures):
+        if failed is not None:
+            name, text = failed
+            kind = getattr(errors, name, None)
+            if isinstance(kind, type) and issubclass(kind, errors.MoeReplayError):
+                raise kind(f"on rank {rank}: {text}")
+            raise errors.MoeReplayError(f"on rank {rank}: {name}: {text}")
 
-    A rank that raised alone would leave the others waiting in their next collective.
-    """
-    for found in all_ranks().gather(refusal):
-        if found is not None:
-            raise found
+
+def as_text(failure: Exception | None) -> tuple[str, str] | None:
+    """Return kind and message of a failure, for `raise_first` on other ranks."""
+    return None if failure is None else (type(failure).__name__, str(failure))
 
 
 def forget_groups() -> None:

@@ -213,7 +213,14 @@ def _bucket_rows(
 
 
 def _gathered_order(lengths: list[int], num_ranks: int) -> Int[Tensor, " rows"]:
-    """Return where, in the rank-major gathered rows, the rows of the sequences lie in order."""
+    """Return where, in the rank-major gathered rows, the rows of the sequences lie in order.
+
+    Sequences of 4 and 8 rows, a0..a3 and b0..b7, on 2 ranks, which hold the chunks 0, 3 and 1, 2:
+
+        gathered rows   0  1  2  3  4  5 | 6  7  8  9  10 11
+        hold            a0 a3 b0 b1 b6 b7  a1 a2 b2 b3 b4 b5
+        returned        0 6 7 1 (a), 2 3 8 9 10 11 4 5 (b)
+    """
     num_local = sum(lengths) // num_ranks
     order = torch.empty(sum(lengths), dtype=torch.int64)
     start = 0

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from moe_replay.errors import UnsupportedError
-
 
 class RMSNorm(torch.nn.RMSNorm):
     """Normalise the last dim; unlike Megatron's torch norm it runs under sequence parallelism."""
@@ -29,11 +27,8 @@ class _AllHeadsRMSNorm(torch.nn.Module):
 
     def __init__(self, config: Any, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        if config.tensor_model_parallel_size > 1:
-            raise UnsupportedError(
-                "the query/key norm of this model spans all heads, which tensor parallelism "
-                f"{config.tensor_model_parallel_size} would split; use tensor_model_parallel_size = 1"
-            )
+        # `transformer_config` refuses what would split the heads.
+        assert config.tensor_model_parallel_size == 1
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
             torch.ones(num_heads * head_dim, dtype=config.params_dtype, device=device)
