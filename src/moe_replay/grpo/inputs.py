@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_replay.checkpoint.config import count_experts, read_config_json, refuse_nested
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
@@ -29,12 +29,15 @@ from moe_replay.tasks.prompts import (
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.rewards import RewardSet
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """Everything outside the model that a run reads."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """The transformers tokenizer of the checkpoint."""
     train: PromptSource
     """Prompts to train on."""
@@ -163,7 +166,7 @@ def check_checkpoint_config(recipe: Recipe) -> None:
         )
 
 
-def check_tokenizer(tokenizer: Any, model_dir: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None:
     """Raise `RecipeError` if the tokenizer makes token ids that the model has no embedding for."""
     num_rows = read_config_json(model_dir).get("vocab_size")
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_replay.checkpoint.config import load_config, load_generation_config
 from moe_replay.checkpoint.stop_tokens import describe_stop_tokens, stop_tokens
 from moe_replay.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def describe_drawing(recipe: Recipe) -> str:
@@ -23,7 +26,7 @@ def describe_drawing(recipe: Recipe) -> str:
     )
 
 
-def describe_ends(recipe: Recipe, tokenizer: Any) -> list[str]:
+def describe_ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return what ends a completion, and who says so."""
     path = recipe.model.path
     tokens = stop_tokens(load_generation_config(path), load_config(path), tokenizer)

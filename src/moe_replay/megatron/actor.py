@@ -18,6 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.batch import Microbatch
 from moe_replay.errors import DivergedError, UpdateError
@@ -51,7 +52,7 @@ class MegatronActor(MegatronLearner):
         self,
         modules: Sequence[torch.nn.Module],
         *,
-        config: Any,
+        config: TransformerConfig,
         num_experts: int,
         settings: OptimizerSection,
         num_updates: int,
@@ -243,7 +244,7 @@ def _load_modules(
     dtype: torch.dtype,
     grouped_experts: bool,
     overrides: Mapping[str, Any] | None,
-) -> tuple[list[torch.nn.Module], Any]:
+) -> tuple[list[torch.nn.Module], TransformerConfig]:
     shape = read_model_shape(checkpoint_dir)
     config = transformer_config(shape, layout, dtype=dtype, overrides=overrides)
     chunks = build_model(shape, config, grouped_experts=grouped_experts)
@@ -251,7 +252,9 @@ def _load_modules(
     return wrap_precision(chunks, config), config
 
 
-def wrap_precision(chunks: Sequence[torch.nn.Module], config: Any) -> list[torch.nn.Module]:
+def wrap_precision(
+    chunks: Sequence[torch.nn.Module], config: TransformerConfig
+) -> list[torch.nn.Module]:
     """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are.
 
     The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it

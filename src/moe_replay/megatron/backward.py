@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.ranks.messages import all_ranks
@@ -39,8 +41,8 @@ class MegatronLearner(MegatronScorer):
     """A scorer whose model has gradients and an optimizer."""
 
     # Any: Megatron declares neither; the actor sets both.
-    optimizer: Any
-    config: Any
+    optimizer: MegatronOptimizer
+    config: TransformerConfig
 
     def accumulate(
         self,

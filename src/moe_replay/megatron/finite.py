@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 
 from moe_replay.errors import DivergedError
 from moe_replay.megatron.chunks import unwrap
@@ -39,7 +39,7 @@ def typical_scale(modules: Iterable[torch.nn.Module]) -> float:
     return float(torch.stack(scales).median()) if scales else 0.0
 
 
-def check_optimizer(optimizer: Any, ranks: HostGroup) -> None:
+def check_optimizer(optimizer: MegatronOptimizer, ranks: HostGroup) -> None:
     """Raise unless Adam's moments and main weights, on all ranks, are finite; collective.
 
     A second moment that overflowed freezes its weight for ever, and the weight itself looks
@@ -93,7 +93,7 @@ def _weights(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.Te
         yield from (entry for entry in module.named_buffers() if "expert_bias" in entry[0])
 
 
-def _moments(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _moments(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
     for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
         inner = getattr(part, "optimizer", None)
         if inner is None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -224,7 +223,7 @@ def _hf_names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:
     return tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
 
 
-def _check_names(source: Mapping[str, Any], shape: ModelShape, keys: list[_Key]) -> None:
+def _check_names(source: Mapping[str, Tensor], shape: ModelShape, keys: list[_Key]) -> None:
     """Compare the names in the source with those that all ranks together need."""
     rules = family_of(shape.family).rules
     needed = {
@@ -258,7 +257,7 @@ def _untrained(source_dir: str | Path, shape: ModelShape) -> Iterator[tuple[str,
                 yield name, checkpoint[name]
 
 
-def _cut_group(rule: Rule) -> Any:
+def _cut_group(rule: Rule) -> dist.ProcessGroup:
     """Return the tensor-parallel group that a parameter is cut over."""
     if "{expert}" in rule.megatron:
         return parallel_state.get_expert_tensor_parallel_group()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.megatron.replay.expert_groups import ExpertGroups
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Kind(enum.Enum):
@@ -90,7 +93,7 @@ class Family:
 
     rules: tuple[Rule, ...]
     """In the order in which tensors are exported."""
-    shape: Callable[[Any], ModelShape]
+    shape: Callable[[PretrainedConfig], ModelShape]
     """Reads the Hugging Face config; refuses what Megatron cannot do exactly (UnsupportedError)."""
     all_heads_qk_norm: bool = False
     """The query and key norms span all heads."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.replay.expert_groups import ExpertGroups
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ROPE_KEYS = frozenset(
     {
@@ -26,7 +29,7 @@ _ROPE_KEYS = frozenset(
 )
 
 
-def _refuse(hf: Any, **accepted: tuple[Any, ...]) -> None:
+def _refuse(hf: PretrainedConfig, **accepted: tuple[Any, ...]) -> None:
     for name, values in accepted.items():
         got = getattr(hf, name, None)
         if got is not None and got not in values:
@@ -36,7 +39,9 @@ def _refuse(hf: Any, **accepted: tuple[Any, ...]) -> None:
             )
 
 
-def _common(hf: Any, *, rope_types: tuple[str, ...] = ("default",), **fields: Any) -> ModelShape:
+def _common(
+    hf: PretrainedConfig, *, rope_types: tuple[str, ...] = ("default",), **fields: Any
+) -> ModelShape:
     _refuse(hf, hidden_act=("silu",), attention_dropout=(0.0, 0), clip_qkv=())
     if any(kind != "full_attention" for kind in getattr(hf, "layer_types", None) or ()):
         raise UnsupportedError(
@@ -76,7 +81,7 @@ def _common(hf: Any, *, rope_types: tuple[str, ...] = ("default",), **fields: An
     return ModelShape(**(shape | fields))
 
 
-def _qwen(hf: Any, **megatron_fields: Any) -> ModelShape:
+def _qwen(hf: PretrainedConfig, **megatron_fields: Any) -> ModelShape:
     _refuse(hf, use_sliding_window=(False,))
     moe_layers = tuple(
         layer
@@ -94,13 +99,13 @@ def _qwen(hf: Any, **megatron_fields: Any) -> ModelShape:
     )
 
 
-def qwen3_moe(hf: Any) -> ModelShape:
+def qwen3_moe(hf: PretrainedConfig) -> ModelShape:
     """Read a Qwen3-MoE config: grouped-query attention with query and key norms."""
     _refuse(hf, attention_bias=(False,))
     return _qwen(hf, qk_layernorm=True)
 
 
-def qwen2_moe(hf: Any) -> ModelShape:
+def qwen2_moe(hf: PretrainedConfig) -> ModelShape:
     """Read a Qwen2-MoE config: query, key and value biases, a gated shared expert."""
     return _qwen(
         hf,
@@ -110,7 +115,7 @@ def qwen2_moe(hf: Any) -> ModelShape:
     )
 
 
-def mixtral(hf: Any) -> ModelShape:
+def mixtral(hf: PretrainedConfig) -> ModelShape:
     """Read a Mixtral config."""
     _refuse(hf, sliding_window=(), router_jitter_noise=(0.0, 0))
     return _common(
@@ -121,7 +126,7 @@ def mixtral(hf: Any) -> ModelShape:
     )
 
 
-def olmoe(hf: Any) -> ModelShape:
+def olmoe(hf: PretrainedConfig) -> ModelShape:
     """Read an OLMoE config: query and key norms over all heads."""
     _refuse(hf, attention_bias=(False,))
     return _common(
@@ -133,7 +138,7 @@ def olmoe(hf: Any) -> ModelShape:
     )
 
 
-def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
+def _dense_first(hf: PretrainedConfig, *, sigmoid: bool) -> dict[str, Any]:
     """Return what families with leading dense layers and shared experts have in common."""
     groups = _groups(hf, num_scored=2 if sigmoid else 1)
     _refuse(hf, moe_layer_freq=(1,), scoring_func=("sigmoid" if sigmoid else "softmax",))
@@ -172,7 +177,7 @@ def _dense_first(hf: Any, *, sigmoid: bool) -> dict[str, Any]:
     }
 
 
-def _groups(hf: Any, *, num_scored: int) -> ExpertGroups | None:
+def _groups(hf: PretrainedConfig, *, num_scored: int) -> ExpertGroups | None:
     """Return the groups that limit the experts of a token, or None where there is one group."""
     num_groups, chosen, topk = hf.n_group or 1, hf.topk_group or 1, hf.num_experts_per_tok
     if num_groups == 1:
@@ -186,7 +191,7 @@ def _groups(hf: Any, *, num_scored: int) -> ExpertGroups | None:
     return ExpertGroups(num_groups=num_groups, groups_per_token=chosen, num_scored=num_scored)
 
 
-def _latent_attention(hf: Any) -> dict[str, Any]:
+def _latent_attention(hf: PretrainedConfig) -> dict[str, Any]:
     _refuse(
         hf,
         attention_bias=(False,),
@@ -220,13 +225,13 @@ def _latent_attention(hf: Any) -> dict[str, Any]:
     return fields
 
 
-def _deepseek(hf: Any, *, sigmoid: bool) -> ModelShape:
+def _deepseek(hf: PretrainedConfig, *, sigmoid: bool) -> ModelShape:
     fields = _dense_first(hf, sigmoid=sigmoid)
     fields["megatron_fields"] |= _latent_attention(hf)
     return _common(hf, rope_types=("default", "yarn"), **fields)
 
 
-def deepseek_v2(hf: Any) -> ModelShape:
+def deepseek_v2(hf: PretrainedConfig) -> ModelShape:
     """Read a DeepSeek-V2 config: latent attention, softmax router, dense and shared experts."""
     _refuse(hf, norm_topk_prob=(False,), mlp_bias=(False,))
     _refuse(hf, topk_method=("greedy", "group_limited_greedy"))
@@ -237,13 +242,13 @@ def deepseek_v2(hf: Any) -> ModelShape:
     return replace(shape, megatron_fields={**shape.megatron_fields, "moe_router_pre_softmax": True})
 
 
-def deepseek_v3(hf: Any) -> ModelShape:
+def deepseek_v3(hf: PretrainedConfig) -> ModelShape:
     """Read a DeepSeek-V3 config: as V2, with a sigmoid router, expert bias and groups."""
     _refuse(hf, topk_method=("noaux_tc",))
     return _deepseek(hf, sigmoid=True)
 
 
-def glm4_moe(hf: Any) -> ModelShape:
+def glm4_moe(hf: PretrainedConfig) -> ModelShape:
     """Read a GLM-4-MoE config: grouped-query attention, the router of DeepSeek-V3."""
     fields = _dense_first(hf, sigmoid=True)
     fields["megatron_fields"] |= {

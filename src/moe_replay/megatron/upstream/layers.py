@@ -7,13 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """Normalise the last dim; unlike Megatron's torch norm it runs under sequence parallelism."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__(
             hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
@@ -25,7 +28,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class _AllHeadsRMSNorm(torch.nn.Module):
     """Normalise over all heads together, where Megatron's query and key norms work head by head."""
 
-    def __init__(self, config: Any, num_heads: int, head_dim: int, eps: float) -> None:
+    def __init__(
+        self, config: TransformerConfig, num_heads: int, head_dim: int, eps: float
+    ) -> None:
         super().__init__()
         # `transformer_config` refuses what would split the heads.
         assert config.tensor_model_parallel_size == 1
@@ -43,14 +48,18 @@ class _AllHeadsRMSNorm(torch.nn.Module):
 class AllHeadsQueryNorm(_AllHeadsRMSNorm):
     """The query norm of OLMoE."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__(config, config.num_attention_heads, hidden_size, eps)
 
 
 class AllHeadsKeyNorm(_AllHeadsRMSNorm):
     """The key norm of OLMoE."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__(config, config.num_query_groups, hidden_size, eps)
 
 
@@ -63,7 +72,13 @@ class ReplicatedLinear(torch.nn.Linear):
     """
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: Any, bias: bool, **_unused: Any
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        bias: bool,
+        **_unused: Any,
     ) -> None:
         assert not bias, "no family here has a bias in these projections"
         super().__init__(

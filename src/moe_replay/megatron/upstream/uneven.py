@@ -5,8 +5,6 @@ nccl does both; gloo refuses them. Each tensor is flattened and padded to the la
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
@@ -17,8 +15,11 @@ def _padded(tensor: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def all_gather(
-    outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
-) -> Any:
+    outputs: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
     """Do `torch.distributed.all_gather`, also where the outputs have different shapes.
 
     An uneven gather is finished when this returns, whatever `async_op` says.
@@ -36,10 +37,10 @@ def all_gather(
 def reduce_scatter(
     output: torch.Tensor,
     inputs: list[torch.Tensor],
-    op: Any = dist.ReduceOp.SUM,
-    group: Any = None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
     async_op: bool = False,
-) -> Any:
+) -> dist.Work | None:
     """Do `torch.distributed.reduce_scatter`, also where the inputs have different shapes.
 
     An uneven scatter is finished when this returns, whatever `async_op` says.
