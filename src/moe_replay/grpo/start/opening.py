@@ -49,10 +49,7 @@ def open_run(
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
-    inputs = checked.cleared()
-    checkpoints = CheckpointFolder(
-        recipe.run.output_dir / "checkpoints", save_total_limit=recipe.checkpoint.save_total_limit
-    )
+    inputs, checkpoints = checked.cleared(), _checkpoints(recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
         # Before the minutes that loading takes; the lock is released after all else is closed.
@@ -105,6 +102,12 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
         return
     load_checkpoint(run, step)
     give_weights(run)
+
+
+def _checkpoints(recipe: Recipe) -> CheckpointFolder:
+    return CheckpointFolder(
+        recipe.run.output_dir / "checkpoints", save_total_limit=recipe.checkpoint.save_total_limit
+    )
 
 
 def _agreed_step(admission: Admission) -> int | None:
