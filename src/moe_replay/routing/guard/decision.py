@@ -159,7 +159,7 @@ def _findings(
             status, row = Status.MISALIGNED, int(certain_test[entry])
         elif looks is None:
             status = Status.SUSPECT
-        elif _is_convicted(look, tests, int(strong_test[entry]), is_strong, weak[entry] > 0):
+        elif _is_convicted(look, tests, int(strong_test[entry]), is_strong, bool(weak[entry] > 0)):
             status = Status.MISALIGNED
         elif is_strong:
             status = Status.LOST
@@ -194,7 +194,7 @@ def _is_convicted(
     else:
         is_apart = look.rho > MIN_RHO and (is_strong or is_weak)
         is_drift = look.rho < MIN_RHO / 2 and ALL_TESTS[row] == "lost sample"
-    needed = tests.thresholds[ALL_TESTS.index("paired sample")]
+    needed = float(tests.thresholds[ALL_TESTS.index("paired sample")])
     return is_apart or (look is not None and look.nats > needed and not is_drift)
 
 
