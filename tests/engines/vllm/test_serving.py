@@ -88,7 +88,7 @@ def test_e24_a_push_that_one_of_two_workers_fails_goes_back_everywhere(served, e
     served.push(weights["b"])
     before = served.sample(prompts(6))
     served.workers("replay_plant", 1, 20, 1)
-    with pytest.raises(PushRefused, match=r"weights before it are loaded again.*worker 1.*planted"):
+    with pytest.raises(PushRefused, match=r"worker 1.*planted.*the weights before this push stay"):
         served.push(weights["a"])
     assert gap(served.sample(prompts(6)), before) == 0
     # No worker is one answer behind: each says what it was asked now.
@@ -270,7 +270,7 @@ def test_e25_closing_ends_what_runs_and_leaves_no_process(served):
     workers = [worker for replica in served.engine._replicas for worker in replica._workers]
     assert len(workers) == 2
     assert set(workers) < set(children)
-    push = served.engine._last_good
+    push = served.engine._held._folder
     assert push.is_dir()
 
     async def close():

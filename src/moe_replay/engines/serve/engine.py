@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
-
-import torch
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
 from moe_replay.engines.types import (
@@ -29,6 +27,43 @@ _Result = TypeVar("_Result")
 
 class PushRefused(EngineError):
     """A push failed while it was applied, and the engine holds the weights that it held before."""
+
+
+class HeldPush:
+    """The push whose weights an engine holds, to go back to when the next one fails.
+
+    ``load`` loads the files of a push, or (None) the weights that the engine was started with.
+    """
+
+    def __init__(self, load: Callable[[Path | None], Awaitable[None]]) -> None:
+        self._load = load
+        self._folder: Path | None = None
+
+    async def replace(self, folder: Path) -> None:
+        """Load another push, and remove the folder of this one; if that fails, load this one again.
+
+        Raises:
+            PushRefused: when it failed and the weights before it are loaded again.
+            EngineError: when they could not be loaded either.
+        """
+        try:
+            await self._load(folder)
+        except (EngineError, DivergedError) as error:
+            try:
+                await self._load(self._folder)
+            except (EngineError, DivergedError) as second:
+                raise EngineError(
+                    f"a push failed ({error}), and so did going back to the weights before it "
+                    f"({second}): the engine holds neither; start the server again"
+                ) from error
+            raise PushRefused(f"{error}; the weights before this push stay") from error
+        self.remove()
+        self._folder = folder
+
+    def remove(self) -> None:
+        """Remove its folder."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @runtime_checkable
@@ -139,7 +174,7 @@ class ThreadedEngine:
         self._turn = asyncio.Lock()
         # By identity of the request: two calls may ask for one id at the same time.
         self._running: dict[int, _Running] = {}
-        self._last_good: Path | None = None
+        self._held = HeldPush(self._load)
 
     @property
     def description(self) -> EngineDescription:
@@ -216,14 +251,7 @@ class ThreadedEngine:
             EngineError: when they could not be loaded either.
         """
         async with self._turn:
-            try:
-                await in_thread(lambda: self._load(folder_tensors(folder)))
-            except (EngineError, DivergedError) as error:
-                await self._go_back(error)
-                raise PushRefused(f"{error}; the weights before this push stay") from error
-        if self._last_good is not None:
-            shutil.rmtree(self._last_good, ignore_errors=True)
-        self._last_good = folder
+            await self._held.replace(folder)
 
     async def lost(self) -> str:
         """Wait forever: an engine of this process ends with it."""
@@ -253,25 +281,17 @@ class ThreadedEngine:
             )
             return group
 
-    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        # The engine counts every push that it ever got; runs count their own.
-        self._engine.load_weights(weights, policy_version=self._engine.policy_version + 1)
-
-    async def _go_back(self, error: Exception) -> None:
-        """Load the weights before a push that failed, unless the engine itself checks pushes."""
-        if self._last_good is not None:
-            weights = folder_tensors(self._last_good)
+    async def _load(self, folder: Path | None) -> None:
+        """Load a push, or (None) the checkpoint, unless the engine itself checks pushes."""
+        if folder is not None:
+            weights = folder_tensors(folder)
         elif self._checkpoint is not None:
             weights = checkpoint_tensors(self._checkpoint)
         else:
             return
-        try:
-            await in_thread(lambda: self._load(weights))
-        except (EngineError, DivergedError) as second:
-            raise EngineError(
-                f"a push failed ({error}), and so did going back to the weights before it "
-                f"({second}): the engine holds neither; start the server again"
-            ) from error
+        # The engine counts every push that it ever got; runs count their own.
+        version = self._engine.policy_version + 1
+        await in_thread(lambda: self._engine.load_weights(weights, policy_version=version))
 
 
 def _under(

@@ -11,25 +11,20 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import psutil
 
 from moe_replay.engines.types import Request
-from moe_replay.engines.vllm.workers import Answer, TornReloadError
+from moe_replay.engines.vllm.workers import Answer
 from moe_replay.errors import DivergedError, EngineError
 
 # Longest wait for processes that were told to end, in seconds; what is left then is killed.
 _END_S = 20.0
 # Time between two looks for processes that a launch has started since it was given up, in seconds.
 _LOOK_S = 0.5
-# Error classes of a worker that callers treat differently; all others are failures of the engine.
-_KINDS: dict[str, type[Exception]] = {
-    "DivergedError": DivergedError,
-    "TornReloadError": TornReloadError,
-}
 
 
 class VllmReplica:
@@ -101,11 +96,11 @@ class VllmReplica:
         output = None
         self.num_running += 1
         try:
-            async with aclosing(self._llm.generate(prompt, params, str(self._next_id))) as outputs:
-                async for output in outputs:
-                    progress(len(output.outputs[0].token_ids))
-        except Exception as error:
-            raise self._failure("sampling", error) from error
+            with self._failures_named("sampling"):
+                calls = self._llm.generate(prompt, params, str(self._next_id))
+                async with aclosing(calls) as outputs:
+                    async for output in outputs:
+                        progress(len(output.outputs[0].token_ids))
         finally:
             self.num_running -= 1
         if output is None or not output.finished:
@@ -118,14 +113,11 @@ class VllmReplica:
         """Call a method of `PushWorker` in every worker, and return what each returned.
 
         Raises:
-            TornReloadError: when a worker can take no weights any more.
             DivergedError: when a worker found values that are not finite.
             EngineError: when a worker failed, or its process is gone.
         """
-        try:
+        with self._failures_named(method):
             answers: list[Answer] = await self._llm.collective_rpc(method, args=arguments)
-        except Exception as error:
-            raise self._failure(method, error) from error
         num_workers = self.vllm_config.parallel_config.world_size
         if len(answers) != num_workers:
             raise EngineError(
@@ -134,9 +126,8 @@ class VllmReplica:
             )
         failed = [answer for answer in answers if not answer["ok"]]
         if failed:
-            # What nothing can repair goes first.
-            kinds = {answer["kind"] for answer in failed}
-            kind = next((_KINDS[name] for name in reversed(_KINDS) if name in kinds), EngineError)
+            diverged = any(answer["kind"] == DivergedError.__name__ for answer in failed)
+            kind = DivergedError if diverged else EngineError
             errors = "; ".join(answer["error"] for answer in failed)
             raise kind(f"replica {self.number} of vLLM, {method}: {errors}")
         return [answer["value"] for answer in answers]
@@ -147,23 +138,18 @@ class VllmReplica:
         Raises:
             EngineError: when vLLM fails.
         """
-        try:
+        with self._failures_named("pausing"):
             await self._llm.pause_generation(mode="wait", clear_cache=True)
-        except Exception as error:
-            raise self._failure("pausing", error) from error
 
     async def load(self, folder: str | None) -> None:
         """Load a staged push, or (None) the first checkpoint, in all workers, and empty the cache.
 
         Raises:
-            TornReloadError: when a worker can take no weights any more.
             EngineError: when a worker failed, or vLLM did not empty its cache.
         """
         await self.workers("replay_apply", folder)
-        try:
+        with self._failures_named("emptying the prefix cache"):
             is_empty = await self._llm.reset_prefix_cache()
-        except Exception as error:
-            raise self._failure("emptying the prefix cache", error) from error
         if not is_empty:
             raise EngineError(
                 f"replica {self.number} of vLLM did not empty its prefix cache after a push, so "
@@ -176,10 +162,8 @@ class VllmReplica:
         Raises:
             EngineError: when vLLM fails.
         """
-        try:
+        with self._failures_named("resuming"):
             await self._llm.resume_generation()
-        except Exception as error:
-            raise self._failure("resuming", error) from error
 
     def obituary(self) -> str:
         """Return the message about a replica that `is_dead`."""
@@ -189,15 +173,20 @@ class VllmReplica:
             "the server ends too: start it again"
         )
 
-    def _failure(self, what: str, error: Exception) -> EngineError:
+    @contextmanager
+    def _failures_named(self, what: str) -> Iterator[None]:
+        """Raise what vLLM raises inside as an `EngineError` that says what was done, and where."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if isinstance(error, EngineDeadError):
-            return EngineError(f"{what}: {self.obituary()}")
-        cause = error.__cause__ or error
-        return EngineError(
-            f"{what}: replica {self.number} of vLLM failed: {type(cause).__name__}: {cause}"
-        )
+        try:
+            yield
+        except EngineDeadError as error:
+            raise EngineError(f"{what}: {self.obituary()}") from error
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise EngineError(
+                f"{what}: replica {self.number} of vLLM failed: {type(cause).__name__}: {cause}"
+            ) from error
 
     async def close(self) -> None:
         """End the core and the workers, and wait until they are gone; completions that run fail."""

@@ -34,11 +34,32 @@ LOGPROBS_MODE = "processed_logits"
 # Options of vLLM that change neither the draw nor what is reported of it; `_draw_of` looks at some
 # of them itself.
 _FREE = frozenset(
-    "n temperature max_tokens stop_token_ids ignore_eos seed logprobs prompt_logprobs flat_logprobs "
-    "detokenize skip_special_tokens spaces_between_special_tokens include_stop_str_in_output "
-    "output_kind stream_interval skip_clone output_text_buffer_length extra_args "
-    "skip_reading_prefix_cache routed_experts_prompt_start stop _eos_token_id _all_stop_token_ids "
-    "_bad_words_token_ids".split()
+    [
+        "n",
+        "temperature",
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "seed",
+        "logprobs",
+        "prompt_logprobs",
+        "flat_logprobs",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        "extra_args",
+        "skip_reading_prefix_cache",
+        "routed_experts_prompt_start",
+        "stop",
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "_bad_words_token_ids",
+    ]
 )
 
 

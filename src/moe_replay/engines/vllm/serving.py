@@ -10,7 +10,6 @@ In: a checkpoint directory, requests, folders of pushed weights. Out: completion
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +18,13 @@ from moe_replay.checkpoint.config import load_config
 from moe_replay.checkpoint.facts import ModelFacts, read_facts
 from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.lifecycle import Lifecycle, State
-from moe_replay.engines.serve.engine import PushRefused
+from moe_replay.engines.serve.engine import HeldPush
 from moe_replay.engines.types import Completion, Request, SamplingParams
 from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
 from moe_replay.engines.vllm.replica import VllmReplica, launch_all
 from moe_replay.engines.vllm.startup import check_loadable, describe_vllm, engine_options
 from moe_replay.engines.vllm.wire import completion_of
-from moe_replay.engines.vllm.workers import PUSH_WORKER, TornReloadError
+from moe_replay.engines.vllm.workers import PUSH_WORKER
 from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.routing import LayerOrder
@@ -101,8 +100,7 @@ class VllmServing(Lifecycle):
             gpu_memory_utilization=gpu_memory_utilization,
         )
         self._replicas: list[VllmReplica] = []
-        # None stands for the checkpoint that the engine was started with.
-        self._last_good: Path | None = None
+        self._held = HeldPush(self._load)
         self._staged: Path | None = None
 
     async def start(self) -> None:
@@ -218,17 +216,7 @@ class VllmServing(Lifecycle):
             )
         # Until it is known that all workers hold one policy, also when this task is cancelled.
         self._state, self._staged = "broken", None
-        try:
-            await _all(replica.pause() for replica in self._replicas)
-            await self._load(folder)
-        except EngineError as error:
-            _remove(folder)
-            await self._go_back(error)
-            raise PushRefused(
-                f"a push failed, and the weights before it are loaded again: {error}"
-            ) from error
-        _remove(self._last_good)
-        self._last_good = folder
+        await self._held.replace(folder)
 
     async def lost(self) -> str:
         """Wait until the processes of a replica have ended, and return what happened.
@@ -245,27 +233,16 @@ class VllmServing(Lifecycle):
         self._state = "closed"
         replicas, self._replicas = self._replicas, []
         await asyncio.gather(*(replica.close() for replica in replicas))
-        _remove(self._last_good)
-        self._last_good = None
+        self._held.remove()
 
     async def _load(self, folder: Path | None) -> None:
-        """Load one push everywhere and let requests run again."""
+        """Load one push, or (None) the checkpoint, everywhere and let requests run again."""
+        await _all(replica.pause() for replica in self._replicas)
         await _all(
             replica.load(None if folder is None else str(folder)) for replica in self._replicas
         )
         await _all(replica.resume() for replica in self._replicas)
         self._state = "ready"
-
-    async def _go_back(self, error: EngineError) -> None:
-        try:
-            if isinstance(error, TornReloadError):
-                raise error
-            await self._load(self._last_good)
-        except EngineError as second:
-            raise EngineError(
-                f"a push failed ({error}), and so did going back to the weights before it ({second}): workers hold "
-                "neither, and nothing is sampled; push again, or start the server again"
-            ) from error
 
     def _config(self, replica: int) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -323,11 +300,11 @@ def _num_devices() -> int | None:
 
 
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await all calls to their end, then raise an error if there is one, the fatal ones first."""
+    """Await all calls to their end, then raise the first error if there is one."""
     results = await asyncio.gather(*calls, return_exceptions=True)
-    errors = [result for result in results if isinstance(result, BaseException)]
-    if errors:
-        raise next((error for error in errors if isinstance(error, TornReloadError)), errors[0])
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
     return results
 
 
@@ -337,8 +314,3 @@ def _num_fitting(folder: Path, facts: ModelFacts) -> int:
     for _ in fitting_weights(tensors, facts):
         continue
     return len(tensors)
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

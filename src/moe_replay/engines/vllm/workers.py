@@ -130,7 +130,7 @@ class PushWorker:
 
     def _replay_check(self) -> None:
         if hasattr(self, _TORN):
-            raise TornReloadError(
+            raise EngineError(
                 "an earlier reload broke off in this worker, and it can load no weights any more; start the server again"
             )
 
@@ -156,7 +156,7 @@ class PushWorker:
                 finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
         except Exception as error:
             setattr(self, _TORN, True)
-            raise TornReloadError(
+            raise EngineError(
                 f"a reload broke off, and vLLM could not be told that no more weights come ({type(error).__name__}: "
                 f"{error}): this worker can load no weights any more; start the server again"
             ) from error
@@ -178,7 +178,3 @@ def _wait_for_end(pid: int) -> None:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.poll()
-
-
-class TornReloadError(EngineError):
-    """A worker that no push can repair: weights would be mixed with those of a failed reload."""
