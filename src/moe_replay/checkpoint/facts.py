@@ -19,7 +19,7 @@ from moe_replay.checkpoint.stop_tokens import stop_tokens
 from moe_replay.checkpoint.tokenizer import find_tokenizer, num_known_ids
 from moe_replay.errors import RecipeError
 from moe_replay.routing import RoutedModel
-from moe_replay.transformers.record import find_routers
+from moe_replay.transformers.model_config import routed_of
 
 # How its name ends in the checkpoints of every family that has one.
 _EXPERT_BIAS = "e_score_correction_bias"
@@ -75,7 +75,6 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
     check_counts(shapes, config)
     model = _without_memory(config, model_dir)
     check_fit(shapes, config, model)
-    sites = find_routers(model)
     text = config.get_text_config()
     tokenizer = find_tokenizer(model_dir)
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -83,14 +82,7 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         vocab_size=text.vocab_size,
         max_context_length=text.max_position_embeddings,
         eos_ids=tuple(stop_tokens(load_generation_config(model_dir), config, tokenizer)),
-        routed=RoutedModel(
-            moe_layers=tuple(site.layer for site in sites),
-            num_decoder_layers=text.num_hidden_layers,
-            num_experts=sites[0].num_experts,
-            topk=sites[0].topk,
-        )
-        if sites
-        else None,
+        routed=routed_of(model),
         weight_shapes=shapes,
         tied_names=TIED if tied else frozenset(),
         float32_names=_float32_names(formats),

@@ -43,12 +43,21 @@ def routed_model(config: Any) -> RoutedModel | None:
         raise UnsupportedError(
             f"transformers builds no language model from a {type(config).__name__}: {error}"
         ) from error
+    return routed_of(model)
+
+
+def routed_of(model: Any) -> RoutedModel | None:
+    """Return layers, experts and top-k of a built model; None when it is dense.
+
+    Raises:
+        UnsupportedError: when its routes cannot be read at its routers.
+    """
     sites = find_routers(model)
     if not sites:
         return None
     return RoutedModel(
         moe_layers=tuple(site.layer for site in sites),
-        num_decoder_layers=config.get_text_config().num_hidden_layers,
+        num_decoder_layers=model.config.get_text_config().num_hidden_layers,
         num_experts=sites[0].num_experts,
         topk=sites[0].topk,
     )

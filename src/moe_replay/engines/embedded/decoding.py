@@ -6,13 +6,13 @@ In: jobs, a model, a route recorder. Out: tokens, log-probabilities and routes b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Shaped
 
+from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.noise import completion_noise, no_numbers, sample_tokens
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.routing import expert_dtype
@@ -23,13 +23,11 @@ from moe_replay.transformers.record import RouteRecorder
 _COMPACT_FRAC = 0.25
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(NamedTuple):
     """One completion to sample."""
 
-    request: int
-    """Index of its request in the call."""
-    completion: int
+    request: Request
+    number: int
     """Index among the request's completions."""
 
 
@@ -44,17 +42,19 @@ class Batch:
     def __init__(
         self,
         jobs: Sequence[Job],
-        requests: Sequence[Request],
         sampling: SamplingParams,
         model: Any,
         recorder: RouteRecorder | None,
         device: torch.device,
         policy_version: int,
-        num_known_ids: int | None,
+        facts: ModelFacts,
     ) -> None:
         num_jobs, limit = len(jobs), sampling.max_completion_length
-        self._model, self._recorder, self._device = model, recorder, device
-        self._policy_version, self._num_known_ids = policy_version, num_known_ids
+        self._sampling, self._model, self._recorder = sampling, model, recorder
+        self._device, self._policy_version = device, policy_version
+        self._num_known_ids = facts.num_known_ids
+        stops = sorted({*facts.eos_ids, *sampling.stop_token_ids})
+        self._stops = torch.tensor(stops, dtype=torch.int64, device=device)
         self.token_ids = torch.zeros(num_jobs, limit, dtype=torch.int64, device=device)
         self.rollout_logprobs = torch.zeros(num_jobs, limit, dtype=torch.float32, device=device)
         self.lengths = np.zeros(num_jobs, dtype=np.int64)
@@ -63,8 +63,8 @@ class Batch:
             [
                 completion_noise(
                     seed=sampling.seed,
-                    request_id=requests[job.request].request_id,
-                    completion=job.completion,
+                    request_id=job.request.request_id,
+                    completion=job.number,
                     length=limit,
                 )
                 for job in jobs
@@ -77,30 +77,28 @@ class Batch:
         if recorder is not None:
             shape = (num_jobs, limit, len(recorder.layers), recorder.topk)
             self._completion_routes = np.zeros(shape, dtype=expert_dtype(recorder.num_experts))
-        self._prefill(jobs, requests, limit)
+        self._prefill(jobs, limit)
 
     @property
     def num_running(self) -> int:
         """Sequences that have not ended."""
         return int(self._running.sum())
 
-    def sample(
-        self, position: int, sampling: SamplingParams, stops: Int64[torch.Tensor, " stops"]
-    ) -> None:
+    def sample(self, position: int) -> None:
         """Draw the token of ``position`` for every running row, and see which rows it ends."""
         rows = torch.from_numpy(self._job_of_row).to(self._device)
         ids, logprobs = sample_tokens(
             self._logits,
             self._noise[rows, position],
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            temperature=self._sampling.temperature,
+            top_k=self._sampling.top_k,
+            top_p=self._sampling.top_p,
             num_known_ids=self._num_known_ids,
         )
         self.token_ids[rows, position] = ids
         self.rollout_logprobs[rows, position] = logprobs
         self._last_ids = ids
-        ends, broken = torch.stack([torch.isin(ids, stops), logprobs.isnan()]).cpu().numpy()
+        ends, broken = torch.stack([torch.isin(ids, self._stops), logprobs.isnan()]).cpu().numpy()
         if (broken & self._running).any():
             raise no_numbers("embedded", position, self._policy_version)
         ends = ends & self._running
@@ -144,7 +142,7 @@ class Batch:
         routes[-1] = 0
         return routes
 
-    def _prefill(self, jobs: Sequence[Job], requests: Sequence[Request], limit: int) -> None:
+    def _prefill(self, jobs: Sequence[Job], limit: int) -> None:
         """Run each distinct prompt once, and copy its cache and logits to each of its jobs.
 
         Jobs of requests 3, 3 and 5 run the two prompts; rows 0, 0 and 1 become the batch. Prompts
@@ -156,10 +154,10 @@ class Batch:
         """
         from moe_replay.transformers.cache import growing_cache
 
-        chosen = list(dict.fromkeys(job.request for job in jobs))
-        row_of = {request: row for row, request in enumerate(chosen)}
-        self._prompt_of_job = np.array([row_of[job.request] for job in jobs])
-        prompts = [requests[request].prompt_ids for request in chosen]
+        chosen = {job.request.request_id: job.request.prompt_ids for job in jobs}
+        row_of = {request_id: row for row, request_id in enumerate(chosen)}
+        self._prompt_of_job = np.array([row_of[job.request.request_id] for job in jobs])
+        prompts = list(chosen.values())
         lengths = np.array([len(prompt) for prompt in prompts])
         self._width = int(lengths.max())
         tokens = np.zeros((len(prompts), self._width), dtype=np.int64)

@@ -116,26 +116,23 @@ class EmbeddedEngine(VersionedEngine):
             requests, sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
         # Prompts of like length share a batch, which keeps padding short.
-        order = sorted(range(len(requests)), key=lambda r: (len(requests[r].prompt_ids), r))
+        by_length = sorted(requests, key=lambda request: len(request.prompt_ids))
         jobs = [
-            Job(request=r, completion=c) for r in order for c in range(requests[r].num_generations)
+            Job(request, number)
+            for request in by_length
+            for number in range(request.num_generations)
         ]
-        done: dict[Job, Completion] = {}
+        done: list[Completion] = []
         self._progress = RolloutProgress(num_total=len(jobs))
         try:
             with _threads(self._num_threads), torch.inference_mode():
                 for start in range(0, len(jobs), self._max_batch_size):
                     batch = jobs[start : start + self._max_batch_size]
-                    completions = self._complete(batch, requests, sampling, cancelled)
-                    done.update(zip(batch, completions, strict=True))
+                    done += self._complete(batch, sampling, cancelled)
         finally:
             self._progress = RolloutProgress()
-        in_order = (
-            done[Job(request=r, completion=c)]
-            for r, request in enumerate(requests)
-            for c in range(request.num_generations)
-        )
-        return grouped(requests, in_order)
+        groups = {group.request.request_id: group for group in grouped(by_length, done)}
+        return [groups[request.request_id] for request in requests]
 
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
@@ -164,7 +161,6 @@ class EmbeddedEngine(VersionedEngine):
     def _complete(
         self,
         jobs: Sequence[Job],
-        requests: Sequence[Request],
         sampling: SamplingParams,
         cancelled: Callable[[], bool],
     ) -> list[Completion]:
@@ -177,18 +173,12 @@ class EmbeddedEngine(VersionedEngine):
             before = self._progress
             batch = Batch(
                 jobs,
-                requests,
                 sampling,
                 self._model,
                 recorder,
                 self._device,
                 self._policy_version,
-                self._facts.num_known_ids,
-            )
-            stops = torch.tensor(
-                sorted({*self._facts.eos_ids, *sampling.stop_token_ids}),
-                dtype=torch.int64,
-                device=self._device,
+                self._facts,
             )
             for position in range(sampling.max_completion_length):
                 if cancelled():
@@ -196,7 +186,7 @@ class EmbeddedEngine(VersionedEngine):
                         f"the call was cancelled by its caller before sampled token {position} of "
                         f"{len(jobs)} completions"
                     )
-                batch.sample(position, sampling, stops)
+                batch.sample(position)
                 self._progress = replace(
                     before,
                     num_finished=before.num_finished + len(jobs) - batch.num_running,
@@ -207,7 +197,7 @@ class EmbeddedEngine(VersionedEngine):
                 batch.compact()
                 batch.feed(position)
         self._progress = replace(self._progress, num_finished=before.num_finished + len(jobs))
-        return [self._completion(batch, row, requests[job.request]) for row, job in enumerate(jobs)]
+        return [self._completion(batch, row, job.request) for row, job in enumerate(jobs)]
 
     def _completion(self, batch: Batch, row: int, request: Request) -> Completion:
         length, stopped = int(batch.lengths[row]), bool(batch.stopped[row])

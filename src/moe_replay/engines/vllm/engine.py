@@ -82,7 +82,6 @@ class VllmEngine(VersionedEngine):
             describe_vllm(
                 self._facts,
                 dtype=dtype,
-                max_batch_size=max_batch_size,
                 max_context_length=max_context_length,
                 record_routes=record_routes,
             )
@@ -126,6 +125,8 @@ class VllmEngine(VersionedEngine):
             EngineError: when a request is malformed or too long, vLLM fails, or the engine is
                 closed.
         """
+        from moe_replay.engines.vllm.sampler import asked_of
+
         check_sampling(sampling)
         ranks, own = [requests], 0
         if self._is_sharded:
@@ -135,20 +136,17 @@ class VllmEngine(VersionedEngine):
             check_requests(
                 asked, sampling, description=self._description, vocab_size=self._facts.vocab_size
             )
+        # (rank, request, number) of each completion.
+        wanted = [
+            (rank, request, number)
+            for rank, asked in enumerate(ranks)
+            for request in asked
+            for number in range(request.num_generations)
+        ]
         policy_version, outputs = self._stepper.run(
-            [
-                pair
-                for asked in ranks
-                for request in asked
-                for pair in self._asked_of(request, sampling)
-            ],
+            [asked_of(request, number, sampling, self._facts) for _, request, number in wanted],
             at_start=self._ready_version,
         )
-        # Of ranks that ask for 4, 2 and 3 completions, the second gets outputs 4 and 5.
-        first = sum(request.num_generations for asked in ranks[:own] for request in asked)
-        wanted = [
-            (request, number) for request in requests for number in range(request.num_generations)
-        ]
         completions = (
             completion_of(
                 output,
@@ -159,9 +157,8 @@ class VllmEngine(VersionedEngine):
                 policy_version=policy_version,
                 layer_order=self._layer_order,
             )
-            for (request, number), output in zip(
-                wanted, outputs[first : first + len(wanted)], strict=True
-            )
+            for (rank, request, number), output in zip(wanted, outputs, strict=True)
+            if rank == own
         )
         return grouped(requests, completions)
 
@@ -200,26 +197,6 @@ class VllmEngine(VersionedEngine):
         """Return the policy version, or raise when the engine must not sample."""
         self._check_state("ready")
         return self._policy_version
-
-    def _asked_of(self, request: Request, sampling: SamplingParams) -> list[tuple[Any, Any]]:
-        """Return prompt and parameters of each completion of a request, as vLLM takes them."""
-        from vllm.inputs import TokensPrompt
-
-        from moe_replay.engines.vllm.sampler import draw_params
-
-        return [
-            (
-                TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()),
-                draw_params(
-                    sampling,
-                    request_id=request.request_id,
-                    completion=number,
-                    stop_token_ids=self._facts.eos_ids,
-                    num_known_ids=self._facts.num_known_ids,
-                ),
-            )
-            for number in range(request.num_generations)
-        ]
 
     def _load(
         self, weights: Iterator[tuple[str, torch.Tensor]], policy_version: int

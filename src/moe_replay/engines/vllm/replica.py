@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 
-from moe_replay.engines.types import Request
 from moe_replay.engines.vllm.workers import Answer
 from moe_replay.errors import DivergedError, EngineError
 
@@ -80,19 +79,17 @@ class VllmReplica:
         """Whether its core, or one of its workers, has ended by itself."""
         return self._llm.errored
 
-    async def sample(self, request: Request, params: Any, progress: Callable[[int], None]) -> Any:
+    async def sample(self, prompt: Any, params: Any, progress: Callable[[int], None]) -> Any:
         """Return vLLM's last output for one completion, which has all its tokens and routes.
 
         Raises:
             EngineError: when vLLM fails.
         """
-        from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         # Pieces (DELTA) that pile up before a slow reader would be joined without their routes.
         params.output_kind = RequestOutputKind.CUMULATIVE
         self._next_id += 1
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
         output = None
         self.num_running += 1
         try:

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from vllm import SamplingParams as VllmSamplingParams
+from vllm.inputs import TokensPrompt
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.noise import NOT_A_LOGPROB, completion_noise, sample_tokens
-from moe_replay.engines.types import SamplingParams
+from moe_replay.engines.types import Request, SamplingParams
 
 KEY = "moe_replay"
 """Entry of ``extra_args`` that holds a draw."""
@@ -114,6 +116,20 @@ def draw_params(
         detokenize=False,
         extra_args={KEY: asdict(draw)},
     )
+
+
+def asked_of(
+    request: Request, number: int, sampling: SamplingParams, facts: ModelFacts
+) -> tuple[TokensPrompt, VllmSamplingParams]:
+    """Return prompt and parameters of completion ``number`` of a request, as vLLM takes them."""
+    params = draw_params(
+        sampling,
+        request_id=request.request_id,
+        completion=number,
+        stop_token_ids=facts.eos_ids,
+        num_known_ids=facts.num_known_ids,
+    )
+    return TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()), params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

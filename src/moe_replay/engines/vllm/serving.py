@@ -68,11 +68,6 @@ class VllmServing(Lifecycle):
         gpu_memory_utilization: float | None = None,
         record_routes: bool = True,
     ) -> None:
-        if tensor_parallel_size < 1 or replicas < 1:
-            raise RecipeError(
-                f"the vLLM engine has tensor_parallel_size {tensor_parallel_size} and {replicas} replicas, expected at "
-                "least 1 of each"
-            )
         self._facts = read_facts(model_dir)
         self._layer_order = LayerOrder()
         heads = load_config(Path(model_dir)).get_text_config().num_attention_heads
@@ -81,7 +76,6 @@ class VllmServing(Lifecycle):
             describe_vllm(
                 self._facts,
                 dtype=dtype,
-                max_batch_size=max_batch_size,
                 max_context_length=max_context_length,
                 record_routes=record_routes,
             ),
@@ -145,22 +139,16 @@ class VllmServing(Lifecycle):
                 or the engine is not ready.
             DivergedError: when the model's logits are not numbers.
         """
-        from moe_replay.engines.vllm.sampler import draw_params
+        from moe_replay.engines.vllm.sampler import asked_of
 
         self._check_state("ready")
         check_sampling(sampling)
         check_requests(
             [request], sampling, description=self._description, vocab_size=self._facts.vocab_size
         )
-        params = draw_params(
-            sampling,
-            request_id=request.request_id,
-            completion=number,
-            stop_token_ids=self._facts.eos_ids,
-            num_known_ids=self._facts.num_known_ids,
-        )
+        prompt, params = asked_of(request, number, sampling, self._facts)
         replica = min(self._replicas, key=lambda replica: replica.num_running)
-        output = await replica.sample(request, params, progress)
+        output = await replica.sample(prompt, params, progress)
         return completion_of(
             output,
             request=request,
@@ -182,10 +170,8 @@ class VllmServing(Lifecycle):
         self._check_state("ready", "broken")
         self._staged = None
         num_tensors = await asyncio.to_thread(_num_fitting, folder, self._facts)
-        ranks, num_shares = (
-            self._tensor_parallel_size,
-            self._tensor_parallel_size * self._num_replicas,
-        )
+        ranks = self._tensor_parallel_size
+        num_shares = ranks * self._num_replicas
         checked = await _all(
             replica.workers("replay_stage", str(folder), replica.number * ranks, num_shares)
             for replica in self._replicas

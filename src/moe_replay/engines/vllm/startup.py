@@ -19,7 +19,6 @@ from moe_replay.engines.types import EngineDescription
 from moe_replay.engines.vllm.plugin import TESTED_ON, is_tested
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 
-_DTYPES = ("float32", "bfloat16")
 # Tokens of a cache block on the CPU: the minimum of its attention kernels, to cache short prompts.
 _CPU_BLOCK_SIZE = 32
 CPU_KV_CACHE_GIB = 1.0
@@ -56,21 +55,15 @@ def describe_vllm(
     facts: ModelFacts,
     *,
     dtype: str,
-    max_batch_size: int,
     max_context_length: int | None,
     record_routes: bool,
 ) -> EngineDescription:
     """Return the description of a vLLM engine, whose context is by default that of the model.
 
     Raises:
-        RecipeError: when an option is out of range, or vLLM is not installed.
+        RecipeError: when ``max_context_length`` is out of range, or vLLM is not installed.
         UnsupportedError: when another release of vLLM is installed than the one tested here.
     """
-    if dtype not in _DTYPES or max_batch_size < 1:
-        raise RecipeError(
-            f"the vLLM engine has dtype {dtype} and max_batch_size {max_batch_size}, expected one of "
-            f"{list(_DTYPES)}, and at least 1"
-        )
     positions = facts.max_context_length
     if max_context_length is None:
         max_context_length = positions
@@ -163,10 +156,8 @@ def cache_memory(
     CPU `CPU_KV_CACHE_GIB`.
 
     Raises:
-        RecipeError: when both are given, one is out of range, or a CPU is given a share of a GPU.
+        RecipeError: when both are given, or a CPU is given a share of a GPU.
     """
-    if kv_cache_gib is not None and kv_cache_gib <= 0:
-        raise RecipeError(f"kv_cache_gib is {kv_cache_gib}, expected GiB above 0")
     if gpu_memory_utilization is None:
         gib = CPU_KV_CACHE_GIB if kv_cache_gib is None and is_cpu else kv_cache_gib
         return {} if gib is None else {"kv_cache_memory_bytes": int(gib * (1 << 30))}
@@ -175,14 +166,10 @@ def cache_memory(
             f"kv_cache_gib = {kv_cache_gib} and gpu_memory_utilization = {gpu_memory_utilization} both "
             "size vLLM's key-value cache, and vLLM would ignore the second; give one of them"
         )
-    if is_cpu or not 0 < gpu_memory_utilization <= 1:
+    if is_cpu:
         raise RecipeError(
-            f"gpu_memory_utilization is {gpu_memory_utilization}"
-            + (
-                ", but vLLM runs on a CPU here: size its key-value cache by kv_cache_gib"
-                if is_cpu
-                else ", expected a share of the GPU's memory above 0, and at most 1"
-            )
+            f"gpu_memory_utilization is {gpu_memory_utilization}, but vLLM runs on a CPU here: size its "
+            "key-value cache by kv_cache_gib"
         )
     return {"gpu_memory_utilization": gpu_memory_utilization}
 
