@@ -294,12 +294,6 @@ def test_a_batch_of_none_is_refused(checkpoint):
         EmbeddedEngine(checkpoint, dtype="float32", max_batch_size=0)
 
 
-def test_the_number_of_threads_is_given_back(checkpoint):
-    before = torch.get_num_threads()
-    EmbeddedEngine(checkpoint, dtype="float32", num_threads=before + 1).generate(prompts(5), GREEDY)
-    assert torch.get_num_threads() == before
-
-
 def test_d9_the_engine_says_how_far_it_is(checkpoint):
     engine = EmbeddedEngine(checkpoint, dtype="float32", max_batch_size=2)
     seen = []

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from moe_replay.engines.types import EngineDescription
 from moe_replay.engines.vllm.startup import CPU_KV_CACHE_GIB, cache_memory, engine_options
 from moe_replay.errors import RecipeError
 
@@ -49,9 +50,17 @@ def test_e15_memory_that_vllm_would_ignore_is_refused(is_cpu, gib, share, messag
 def test_the_options_can_be_sent_to_other_processes_and_are_fields_of_vllm(vllm_imported, tmp_path):
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
-    options = engine_options(
-        tmp_path, dtype="float32", max_model_len=64, max_num_seqs=4, record_routes=True
+    description = EngineDescription(
+        name="vllm",
+        version="0.30.0",
+        dtype="float32",
+        records_routes=True,
+        moe_layers=(0, 1),
+        num_experts=16,
+        topk=4,
+        max_context_length=64,
     )
+    options = engine_options(tmp_path, description, max_batch_size=4)
     assert json.loads(json.dumps(options)) == options
     for arguments in (EngineArgs(**options), AsyncEngineArgs(**options)):
         assert not arguments.trust_remote_code

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,6 @@ class EmbeddedEngine(VersionedEngine):
         device: str = "cpu",
         max_batch_size: int = 128,
         record_routes: bool = True,
-        num_threads: int | None = None,
     ) -> None:
         import transformers
 
@@ -68,7 +67,6 @@ class EmbeddedEngine(VersionedEngine):
         self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
-        self._num_threads = num_threads
         self._views = checkpoint_views(self._model)
         # A push holds what the model has, which may be less than the checkpoint: transformers skips
         # prediction layers.
@@ -125,7 +123,7 @@ class EmbeddedEngine(VersionedEngine):
         done: list[Completion] = []
         self._progress = RolloutProgress(num_total=len(jobs))
         try:
-            with _threads(self._num_threads), torch.inference_mode():
+            with torch.inference_mode():
                 for start in range(0, len(jobs), self._max_batch_size):
                     batch = jobs[start : start + self._max_batch_size]
                     done += self._complete(batch, sampling, cancelled)
@@ -164,12 +162,8 @@ class EmbeddedEngine(VersionedEngine):
         sampling: SamplingParams,
         cancelled: Callable[[], bool],
     ) -> list[Completion]:
-        with ExitStack() as scope:
-            recorder = (
-                scope.enter_context(record_routes(self._model))
-                if self._description.records_routes
-                else None
-            )
+        records = self._description.records_routes
+        with record_routes(self._model) if records else nullcontext() as recorder:
             before = self._progress
             batch = Batch(
                 jobs,
@@ -250,14 +244,3 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
     return model
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Run torch with ``count`` threads inside the scope; None keeps the process's setting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

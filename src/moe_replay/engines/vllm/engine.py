@@ -29,6 +29,7 @@ from moe_replay.engines.vllm.ranks import (
 from moe_replay.engines.vllm.startup import (
     check_loadable,
     describe_vllm,
+    engine_options,
     start_vllm,
     stop_vllm,
 )
@@ -89,18 +90,18 @@ class VllmEngine(VersionedEngine):
         self._is_reload_open = False
         self._layer_order = LayerOrder()
         self._is_sharded = tensor_parallel_size > 1
-        self._vllm = start_vllm(
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_batched_tokens=max_tokens_per_forward,
-            model_dir=model_dir,
-            dtype=dtype,
-            max_num_seqs=max_batch_size,
-            max_model_len=self._description.max_context_length,
-            record_routes=self._description.records_routes,
+        options = engine_options(
+            model_dir,
+            self._description,
+            max_batch_size=max_batch_size,
             kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
         )
-        self._capacity = capacity_of(self._vllm.vllm_config)
+        self._vllm = start_vllm(
+            options,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_batched_tokens=max_tokens_per_forward,
+        )
         self._stepper = VllmStepper(
             self._vllm,
             sleeps=self._vllm.vllm_config.model_config.enable_sleep_mode,
@@ -110,7 +111,7 @@ class VllmEngine(VersionedEngine):
     @property
     def capacity(self) -> CacheCapacity:
         """How many sequences the key-value cache holds at once."""
-        return self._capacity
+        return capacity_of(self._vllm.vllm_config)
 
     @property
     def progress(self) -> RolloutProgress:

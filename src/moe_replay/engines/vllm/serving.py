@@ -86,10 +86,8 @@ class VllmServing(Lifecycle):
         devices_of(0, tensor_parallel_size, replicas, self._num_devices)
         self._options = engine_options(
             model_dir,
-            dtype=dtype,
-            max_num_seqs=max_batch_size,
-            max_model_len=self._description.max_context_length,
-            record_routes=self._description.records_routes,
+            self._description,
+            max_batch_size=max_batch_size,
             kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
         )

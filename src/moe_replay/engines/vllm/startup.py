@@ -102,11 +102,9 @@ def check_loadable(
 
 def engine_options(
     model_dir: str | Path,
+    description: EngineDescription,
     *,
-    dtype: str,
-    max_model_len: int,
-    max_num_seqs: int,
-    record_routes: bool,
+    max_batch_size: int,
     kv_cache_gib: float | None = None,
     gpu_memory_utilization: float | None = None,
 ) -> dict[str, Any]:
@@ -122,10 +120,10 @@ def engine_options(
     return {
         "model": str(model_dir),
         "trust_remote_code": False,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "enable_return_routed_experts": record_routes,
+        "dtype": description.dtype,
+        "max_model_len": description.max_context_length,
+        "max_num_seqs": max_batch_size,
+        "enable_return_routed_experts": description.records_routes,
         **cache_memory(
             is_cpu=is_cpu, kv_cache_gib=kv_cache_gib, gpu_memory_utilization=gpu_memory_utilization
         ),
@@ -175,15 +173,14 @@ def cache_memory(
 
 
 def start_vllm(
-    *, tensor_parallel_size: int, max_num_batched_tokens: int | None, **options: Any
+    options: dict[str, Any], *, tensor_parallel_size: int, max_num_batched_tokens: int | None
 ) -> Any:
-    """Return an ``LLMEngine`` of this process; ``options`` are those of `engine_options`.
+    """Return an ``LLMEngine`` of this process with the ``options`` of `engine_options`.
 
     It has no tokenizer. With ``tensor_parallel_size`` above 1 it holds one shard, and all ranks of
     the trainer must call this together.
 
     Raises:
-        RecipeError: when an option is out of range.
         EngineError: when vLLM does not start.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -195,9 +192,8 @@ def start_vllm(
     # vLLM has called it unless its plugins are restricted. Calling it twice is allowed.
     register()
     check_patched()
-    fields = engine_options(**options)
     arguments = EngineArgs(
-        **fields,
+        **options,
         max_num_batched_tokens=max_num_batched_tokens,
         tensor_parallel_size=tensor_parallel_size,
         # The trainer launches the ranks, not vLLM.
@@ -215,7 +211,7 @@ def start_vllm(
             )
         except Exception as error:
             raise EngineError(
-                f"vLLM did not start on {fields['model']}: {type(error).__name__}: {error}"
+                f"vLLM did not start on {options['model']}: {type(error).__name__}: {error}"
             ) from error
 
 
