@@ -116,7 +116,10 @@ class _Scope:
             )
         recorded = self._ids[:, self._column[site.layer]].to(live.device, torch.int64)
         ids = torch.where(self._valid.to(live.device)[:, None], recorded, live)
-        self._count(site)
+        if in_backward():
+            self._num_recomputed += 1
+        else:
+            self._num_forwards[site.layer] += 1
         return logits, weigh(module, logits, ids), ids
 
     def check_consumed(self) -> None:
@@ -132,12 +135,6 @@ class _Scope:
                 "gradient checkpointing is on, but no backward pass ran inside the replay scope; it would recompute "
                 "the forward with live routes: call backward() inside the scope"
             )
-
-    def _count(self, site: RouterSite) -> None:
-        if in_backward():
-            self._num_recomputed += 1
-            return
-        self._num_forwards[site.layer] += 1
 
 
 def _check_routes(

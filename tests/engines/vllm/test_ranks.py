@@ -175,12 +175,9 @@ def test_e24_a_push_that_one_of_two_ranks_cannot_load_is_refused_by_both(checkpo
 def test_an_engine_of_one_rank_runs_on_the_gpu_of_its_process(monkeypatch, has_gpu, device):
     import torch
 
-    from moe_replay.engines.vllm.ranks import on_own_device
-
-    class Executor:
-        def _distributed_args(self):
-            return "a file", 0, 0
+    from moe_replay.engines.vllm.ranks import own_executor
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert on_own_device(Executor)()._distributed_args() == ("a file", 0, device)
+    executor = own_executor("a file")
+    assert executor._distributed_args(executor) == ("a file", 0, device)

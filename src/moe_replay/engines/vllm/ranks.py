@@ -40,37 +40,28 @@ def check_ranks(tensor_parallel_size: int, world_size: int | None = None) -> Non
 
 def executor_of_ranks() -> type:
     """Return the vLLM executor that runs one shard, in this process; collective over all ranks."""
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
     # Shards on one machine find each other's memory by a name, which no other engine may have.
     number = torch.tensor([secrets.randbits(48)], dtype=torch.int64, device=_device())
     dist.broadcast(number, src=0)
-    rank = dist.get_rank()
+    # vLLM takes the trainer's process group, so nothing is ever opened at this address.
+    return own_executor(f"env://moe-replay:{int(number)}", dist.get_rank())
+
+
+def own_executor(address: str | None = None, rank: int = 0) -> type:
+    """Return the vLLM executor that runs a model, or one rank's shard of it, in this process.
+
+    It takes the GPU that this process has chosen; vLLM would use the first one in each of the
+    trainer's processes.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
     local_rank = torch.cuda.current_device() if torch.cuda.is_available() else rank
 
-    class RankExecutor(UniProcExecutor):
+    class OwnExecutor(UniProcExecutor):
         def _distributed_args(self) -> tuple[str, int, int]:
-            # vLLM takes the trainer's process group, so nothing is ever opened at this address.
-            return f"env://moe-replay:{int(number)}", rank, local_rank
+            return address or super()._distributed_args()[0], rank, local_rank
 
-    return RankExecutor
-
-
-def on_own_device(executor: type) -> type:
-    """Return ``executor``, for one rank, bound to the GPU that this process has chosen.
-
-    vLLM would use the first GPU in each of the trainer's processes.
-    """
-    if not torch.cuda.is_available():
-        return executor
-    local_rank = torch.cuda.current_device()
-
-    class OwnDeviceExecutor(executor):
-        def _distributed_args(self) -> tuple[str, int, int]:
-            method, rank, _ = super()._distributed_args()
-            return method, rank, local_rank
-
-    return OwnDeviceExecutor
+    return OwnExecutor
 
 
 def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:

@@ -188,6 +188,7 @@ def start_vllm(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from moe_replay.engines.vllm.plugin import check_patched, register
+    from moe_replay.engines.vllm.ranks import executor_of_ranks, own_executor
 
     # vLLM has called it unless its plugins are restricted. Calling it twice is allowed.
     register()
@@ -203,9 +204,15 @@ def start_vllm(
     with _process_kept_as_it_is(), _groups_counted():
         try:
             config = arguments.create_engine_config()
+            if tensor_parallel_size > 1:
+                executor = executor_of_ranks()
+            else:
+                # The CPU build moves its worker to another process, to which no tensor is pushed.
+                config.parallel_config.distributed_executor_backend = "uni"
+                executor = own_executor()
             return LLMEngine(
                 config,
-                executor_class=_executor(config),
+                executor_class=executor,
                 log_stats=False,
                 multiprocess_mode=False,
             )
@@ -238,19 +245,6 @@ def stop_vllm(llm_engine: Any) -> None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = parallel_state._NODE_COUNT = None
     delattr(parallel_state, _GROUPS)
-
-
-def _executor(config: Any) -> type:
-    """Return the class that runs the model in this process: all of it, or one shard."""
-    from vllm.v1.executor import Executor
-
-    from moe_replay.engines.vllm.ranks import executor_of_ranks, on_own_device
-
-    if config.parallel_config.tensor_parallel_size > 1:
-        return executor_of_ranks()
-    # The CPU build moves its worker to another process, to which tensors cannot be pushed.
-    config.parallel_config.distributed_executor_backend = "uni"
-    return on_own_device(Executor.get_class(config))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ In: folders of pushed safetensors files. Out: `Answer`.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 import time
@@ -30,7 +29,7 @@ from moe_replay.errors import EngineError
 PUSH_WORKER = "moe_replay.engines.vllm.workers.PushWorker"
 """What vLLM's ``worker_extension_cls`` must be."""
 
-# Time between two looks for the server where the system cannot say that it has ended, in seconds.
+# Time between two looks for the server, in seconds.
 _LOOK_S = 0.5
 # Attribute of a worker that can load no weights any more.
 _TORN = "_moe_replay_torn"
@@ -163,18 +162,8 @@ class PushWorker:
 
 
 def _wait_for_end(pid: int) -> None:
-    """Wait until a process, which need not be a child, has ended."""
-    try:
-        ended = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    except OSError:
-        # Some sandboxes do not have it.
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(_LOOK_S)
-        return
-    poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    poll.poll()
+    """Wait until a process, which need not be a child, has ended, collected or not."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_LOOK_S)
