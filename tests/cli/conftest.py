@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tomlkit
 
-from moe_replay.checkpoint.files import has_usual_names
-from moe_replay.testing.tiny_models import character_tokenizer, write_zero_weights
+from moe_replay.checkpoint.config import load_config
+from moe_replay.checkpoint.files import SINGLE_FILE, has_usual_names, usual_parts
+from moe_replay.testing.tiny_models import character_tokenizer
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -37,6 +38,23 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def write_zero_weights(path: Path) -> None:
+    """Write zeros for every tensor that the config.json in `path` calls for."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    zeros = {
+        name: torch.zeros(shape, dtype=torch.bfloat16)
+        for stored, tensor in model.state_dict().items()
+        for name, shape in usual_parts(stored, tuple(tensor.shape), config.model_type)
+    }
+    save_file(zeros, path / SINGLE_FILE, metadata={"format": "pt"})
 
 
 @pytest.fixture

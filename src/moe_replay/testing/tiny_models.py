@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 
-from moe_replay.checkpoint.config import load_config
-from moe_replay.checkpoint.files import SINGLE_FILE, usual_parts
-
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CHARACTERS = (*map(chr, range(32, 127)), "\n")
 _EXPERT_BIAS = "e_score_correction_bias"
@@ -138,23 +135,6 @@ def _cast_all_but_expert_biases(model: torch.nn.Module, dtype: torch.dtype) -> N
     model.to(dtype)
     for router, bias in biases:
         setattr(router, _EXPERT_BIAS, bias)
-
-
-def write_zero_weights(path: str | Path) -> None:
-    """Write zeros for every tensor that the config.json in `path` calls for."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    path = Path(path)
-    config = load_config(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    zeros = {
-        name: torch.zeros(shape, dtype=torch.bfloat16)
-        for stored, tensor in model.state_dict().items()
-        for name, shape in usual_parts(stored, tuple(tensor.shape), config.model_type)
-    }
-    save_file(zeros, path / SINGLE_FILE, metadata={"format": "pt"})
 
 
 def character_tokenizer() -> Any:

@@ -77,17 +77,13 @@ def _patch_experts() -> None:
 
     method = upstream.UnquantizedFusedMoEMethod
     original = method._setup_kernel
-    if hasattr(original, _MARK):
-        return
 
-    @_patch(original)
+    @_patch(method, "_setup_kernel")
     def setup_kernel(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
         is_update = self.moe_kernel is not None
         original(self, layer, w13, w2)
         if is_update and self.unquantized_backend == upstream.UnquantizedMoeBackend.CPU:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    method._setup_kernel = setup_kernel
 
 
 def _patch_tied_head() -> None:
@@ -99,10 +95,8 @@ def _patch_tied_head() -> None:
     from vllm.model_executor.model_loader.reload import layerwise
 
     original = layerwise.finalize_layerwise_processing
-    if hasattr(original, _MARK):
-        return
 
-    @_patch(original)
+    @_patch(layerwise, "finalize_layerwise_processing")
     def finalize_layerwise_processing(model: Any, model_config: Any) -> None:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -111,8 +105,6 @@ def _patch_tied_head() -> None:
         for module in model.modules():
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
 def _patch_streams() -> None:
@@ -136,13 +128,15 @@ def _patch_streams() -> None:
     setattr(stand_in, _MARK, True)
 
 
-def _patch(original: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a function as the patch of ``original``, which stays reachable as ``__wrapped__``."""
+def _patch(owner: Any, name: str) -> Callable[[Callable[..., None]], None]:
+    """Put a function in the place of ``owner``'s, unless that is patched already, and mark it."""
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        patched = wraps(original)(function)
-        setattr(patched, _MARK, True)
-        return patched
+    def decorate(function: Callable[..., None]) -> None:
+        original = getattr(owner, name)
+        if not hasattr(original, _MARK):
+            patched = wraps(original)(function)
+            setattr(patched, _MARK, True)
+            setattr(owner, name, patched)
 
     return decorate
 
