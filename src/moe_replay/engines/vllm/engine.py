@@ -23,8 +23,8 @@ from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
 from moe_replay.engines.vllm.ranks import (
     check_ranks,
     failure_of_ranks,
+    of_ranks,
     own_rank,
-    requests_of_ranks,
 )
 from moe_replay.engines.vllm.startup import (
     check_loadable,
@@ -131,7 +131,7 @@ class VllmEngine(VersionedEngine):
         check_sampling(sampling)
         ranks, own = [requests], 0
         if self._is_sharded:
-            ranks, own = requests_of_ranks(requests), own_rank()
+            ranks, own = of_ranks(requests), own_rank()
         # Every rank checks the requests of all, so that a refused request ends all of them.
         for asked in ranks:
             check_requests(

@@ -11,17 +11,14 @@ ranks of the engine.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Int64
 
-from moe_replay.engines.types import Request
 from moe_replay.errors import EngineError, RecipeError
 
-_HEADER = 3  # request id, number of generations, length of the prompt
+T = TypeVar("T")
 
 
 def check_ranks(tensor_parallel_size: int, world_size: int | None = None) -> None:
@@ -64,17 +61,6 @@ def own_executor(address: str | None = None, rank: int = 0) -> type:
     return OwnExecutor
 
 
-def requests_of_ranks(requests: Sequence[Request]) -> list[list[Request]]:
-    """Return the requests of every rank of this engine, in rank order; collective over them."""
-    flat = [
-        np.concatenate([[r.request_id, r.num_generations, len(r.prompt_ids)], r.prompt_ids])
-        for r in requests
-    ]
-    return [
-        _read_requests(part) for part in _gather(np.concatenate([np.empty(0, np.int64), *flat]))
-    ]
-
-
 def failure_of_ranks(failure: Exception | None) -> Exception | None:
     """Return why a push failed on any rank of this engine; collective over its ranks.
 
@@ -82,10 +68,7 @@ def failure_of_ranks(failure: Exception | None) -> Exception | None:
     model are no model, so what one rank could not load no rank has.
     """
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    texts = [
-        bytes(part.astype(np.uint8)).decode()
-        for part in _gather(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
-    ]
+    texts = of_ranks(text)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if failure is not None or not failed:
         return failure
@@ -102,32 +85,14 @@ def own_rank() -> int:
     return get_tp_group().rank_in_group
 
 
-def _gather(mine: Int64[np.ndarray, " own"]) -> list[Int64[np.ndarray, " one"]]:
-    """Return the values of every rank of this engine, in rank order; their counts may differ."""
+def of_ranks(mine: T) -> list[T]:
+    """Return the values of every rank of this engine, in rank order; collective over them."""
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group().cpu_group
-    length = torch.tensor([len(mine)])
-    lengths = [torch.empty_like(length) for _ in range(group.size())]
-    dist.all_gather(lengths, length, group=group)
-    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.int64)
-    padded[: len(mine)] = torch.from_numpy(mine)
-    everyone = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(everyone, padded, group=group)
-    return [part[: int(n)].numpy() for part, n in zip(everyone, lengths, strict=True)]
-
-
-def _read_requests(flat: np.ndarray) -> list[Request]:
-    requests, start = [], 0
-    while start < len(flat):
-        request_id, num_generations, length = flat[start : start + _HEADER].tolist()
-        start += _HEADER
-        prompt_ids = flat[start : start + length].astype(np.int32)
-        start += length
-        requests.append(
-            Request(request_id=request_id, prompt_ids=prompt_ids, num_generations=num_generations)
-        )
-    return requests
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
 
 
 def _device() -> torch.device:

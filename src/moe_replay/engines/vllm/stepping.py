@@ -158,7 +158,7 @@ class VllmStepper:
             self._is_closing = True
             self._running += self._queued
             self._queued = []
-            self._fail(self._running, self._lost or EngineError(_CLOSED))
+            self._drop(self._running, self._lost or EngineError(_CLOSED))
             self._settle()
 
     def _take_turns(self) -> None:
@@ -206,7 +206,7 @@ class VllmStepper:
                 self._call_of[name] = call
                 self._vllm.add_request(name, prompt, params)
         except Exception as error:  # noqa: BLE001 - the seam: vLLM
-            self._fail([call], error)
+            self._drop([call], error)
 
     def _step(self) -> None:
         try:
@@ -214,7 +214,7 @@ class VllmStepper:
                 raise EngineError("vLLM lost requests: it has none left and did not answer all")
             outputs = self._vllm.step()
         except Exception as error:  # noqa: BLE001 - the seam: vLLM
-            self._fail(self._running, error)
+            self._drop(self._running, error)
             return
         tokens = finished = 0
         for output in outputs:
@@ -230,14 +230,10 @@ class VllmStepper:
                     self._end(call)
         self._count(tokens=tokens, finished=finished)
 
-    def _fail(self, calls: Sequence[_Call], failure: BaseException) -> None:
-        for call in calls:
-            call.failure = failure
-        self._drop(calls)
-
-    def _drop(self, calls: Sequence[_Call]) -> None:
+    def _drop(self, calls: Sequence[_Call], failure: BaseException | None = None) -> None:
         """End calls early, and take what is left of them out of vLLM."""
         for call in list(calls):
+            call.failure = failure
             waiting = [name for name in call.names if name not in call.outputs]
             try:
                 self._vllm.abort_request(waiting)
