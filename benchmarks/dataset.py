@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.datasets.cache import DatasetCache
 from moe_replay.tasks.datasets.file_prompts import open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
@@ -90,7 +91,9 @@ def _measure(path: Path, folder: Path) -> dict[str, float]:
 
 
 def _open(path: Path, cache: Path) -> dict[str, float]:
-    encoder = PromptEncoder(tokenizer=_tokenizer(), max_prompt_length=1024)
+    encoder = PromptEncoder(
+        tokenizer=_tokenizer(), data=DataSection(train=str(path), max_prompt_length=1024)
+    )
     started, cpu = time.perf_counter(), time.process_time()
     source = open_file_prompts(path, encoder, shuffle_seed=0, cache=DatasetCache(cache))
     opened, opened_cpu = time.perf_counter(), time.process_time()

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.rewards.builtin import exact_match, format
@@ -38,13 +39,11 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "int"
 def opened(folder: Path, rows: list[dict], *, template: str | None = TEMPLATE, **options):
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
-    names = ("system_prompt", "chat_template_kwargs", "final_assistant_message", "truncation")
-    settings = {name: options.pop(name) for name in names if name in options}
-    limit = options.pop("max_prompt_length", 400)
-    encoder = PromptEncoder(tokenizer=tokenizer, max_prompt_length=limit, **settings)
+    data = DataSection(train="", **{"max_prompt_length": 400, **options})
+    encoder = PromptEncoder(tokenizer=tokenizer, data=data)
     path = folder / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return open_file_prompts(path, encoder, **options)
+    return open_file_prompts(path, encoder)
 
 
 def texts(source: FilePrompts) -> list[str]:
@@ -75,7 +74,7 @@ def test_d3_tools_of_a_table_hold_no_fields_of_other_rows(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     tokenizer = character_tokenizer()
     tokenizer.chat_template = TOOLS
-    encoder = PromptEncoder(tokenizer=tokenizer, max_prompt_length=400)
+    encoder = PromptEncoder(tokenizer=tokenizer, data=DataSection(train=""))
     assert "null" not in "".join(texts(open_file_prompts(tmp_path / "p.parquet", encoder)))
 
 
@@ -122,7 +121,7 @@ def test_d3_media_columns_are_refused_by_name(tmp_path, column):
 
 def test_d3_media_columns_can_be_dropped_and_empty_ones_are_none(tmp_path):
     rows = [{"prompt": "a", "images": ["x.png"], "kept": 1}]
-    source = opened(tmp_path, rows, dropped=frozenset({"images"}))
+    source = opened(tmp_path, rows, drop_columns=["images"])
     assert source.at(0, 1)[0].columns == {"kept": 1}
     assert opened(tmp_path, [{"prompt": "a", "images": []}]).num_prompts == 1
 

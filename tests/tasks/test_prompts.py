@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder, PromptInput
 from moe_replay.tasks.generated import GeneratedTask
@@ -27,7 +28,9 @@ ONE_DIGIT_SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits":
 def encoder(**options) -> PromptEncoder:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = options.pop("template", None)
-    return PromptEncoder(tokenizer=tokenizer, **{"max_prompt_length": 200, **options})
+    return PromptEncoder(
+        tokenizer=tokenizer, data=DataSection(train="", **{"max_prompt_length": 200, **options})
+    )
 
 
 def write_jsonl(folder: Path, rows: list[dict]) -> Path:

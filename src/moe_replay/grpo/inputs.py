@@ -75,14 +75,7 @@ def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None)
     check_tokenizer(tokenizer, recipe.model.path)
     data = recipe.data
     check_arguments(data.chat_template_kwargs, "data.chat_template_kwargs")
-    encoder = PromptEncoder(
-        tokenizer=tokenizer,
-        max_prompt_length=data.max_prompt_length,
-        truncation=data.truncation,
-        system_prompt=data.system_prompt,
-        chat_template_kwargs=data.chat_template_kwargs,
-        final_assistant_message=data.final_assistant_message,
-    )
+    encoder = PromptEncoder(tokenizer=tokenizer, data=data)
     encoder.check()
     cache = DatasetCache(data.cache_dir or _default_cache(), progress=progress)
     held_out = _open_held_out(recipe, encoder, cache)
@@ -193,7 +186,7 @@ def recipe_dataset_files(recipe: Recipe, key: str) -> tuple[Path, ...]:
         return ()
     if location.startswith(HUB):
         return read_hub_table(location.removeprefix(HUB), config=data.hub_config, split=split)[1]
-    return dataset_files(location, split=split).paths
+    return dataset_files(location, split=split)
 
 
 def _notes(train: PromptSource, held_out: PromptSource | None) -> Iterator[str]:
@@ -255,12 +248,7 @@ def _open_files(
     return open_file_prompts(
         location,
         encoder,
-        prompt_column=data.prompt_column,
-        messages_column=data.messages_column,
-        renamed=data.columns,
-        dropped=frozenset(data.drop_columns),
         split=data.eval_split if held_out else data.train_split,
-        hub_config=data.hub_config,
         shuffle_seed=recipe.run.seed if shuffles else None,
         max_prompts=data.eval_size if held_out else None,
         held_out=held_out,

@@ -69,13 +69,7 @@ def checked_tools(tools: object, where: str) -> list[dict[str, Any]] | None:
     Raises:
         RecipeError: they are anything else.
     """
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(
-                f"{where}: column tools is the text {excerpt(tools)}, which is not JSON: {error}"
-            ) from None
+    tools = _from_text(tools, f"{where}: column tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -93,13 +87,7 @@ def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
     Raises:
         RecipeError: they are anything else, or set an argument that only the trainer sets.
     """
-    if isinstance(arguments, str) and arguments:
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(
-                f"{where} is the text {excerpt(arguments)}, not JSON: {error}"
-            ) from None
+    arguments = _from_text(arguments, where)
     if not arguments:
         return {}
     if not isinstance(arguments, Mapping):
@@ -113,6 +101,17 @@ def check_arguments(arguments: object, where: str) -> Mapping[str, Any]:
             "column named tools, and a chat template into the model directory)"
         )
     return arguments
+
+
+def _from_text(value: object, where: str) -> object:
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{where} is the text {excerpt(value)}, which is not JSON: {error}"
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:

@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError, nearest_of, shortened
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.chat_messages import (
     checked_messages,
     ends_every_text,
@@ -26,9 +27,6 @@ from moe_replay.tasks.chat_messages import (
     writes_the_date,
 )
 from moe_replay.tasks.completion_text import exact_text
-
-Truncation = Literal["error", "delete", "left"]
-FinalAssistantMessage = Literal["continue", "drop", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +86,9 @@ class PromptEncoder:
 
     tokenizer: Any
     """A transformers tokenizer."""
-    max_prompt_length: int
-    """Maximum prompt length in tokens."""
-    truncation: Truncation = "error"
-    """Rule for longer prompts: ``error``, ``delete`` (omit the prompt) or ``left`` (drop tokens at
-    its start)."""
-    system_prompt: str | None = None
-    """System message added to every chat that has none."""
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template, such as ``enable_thinking``."""
-    final_assistant_message: FinalAssistantMessage = "continue"
-    """Rule for chats that end with the assistant: the model continues that message, or it is
-    dropped, or an error."""
+    data: DataSection
+    """Limit and rule for long prompts, system prompt, template arguments, chats that the assistant
+    ends."""
 
     @property
     def has_template(self) -> bool:
@@ -108,9 +97,9 @@ class PromptEncoder:
 
     def check(self) -> None:
         """Raise `RecipeError` unless the chat template reads every argument of the recipe."""
-        if self.chat_template_kwargs:
+        if self.data.chat_template_kwargs:
             self._check_arguments(
-                self.chat_template_kwargs, self._template(None), "data.chat_template_kwargs"
+                self.data.chat_template_kwargs, self._template(None), "data.chat_template_kwargs"
             )
 
     def digest(self) -> str | None:
@@ -121,10 +110,10 @@ class PromptEncoder:
         settings = {
             "template": self.tokenizer.chat_template,
             "special": self.tokenizer.special_tokens_map,
-            "limits": [self.max_prompt_length, self.truncation],
-            "system": self.system_prompt,
-            "arguments": dict(self.chat_template_kwargs),
-            "final": self.final_assistant_message,
+            "limits": [self.data.max_prompt_length, self.data.truncation],
+            "system": self.data.system_prompt,
+            "arguments": dict(self.data.chat_template_kwargs),
+            "final": self.data.final_assistant_message,
             "versions": [metadata.version("transformers"), metadata.version("tokenizers")],
         }
         text = json.dumps(settings, sort_keys=True, default=str) + backend.to_str()
@@ -132,7 +121,9 @@ class PromptEncoder:
 
     def notes(self) -> tuple[str, ...]:
         """Return notes about the tokenization of prompts."""
-        if self.has_template and writes_the_date(self._template(None), self.chat_template_kwargs):
+        if self.has_template and writes_the_date(
+            self._template(None), self.data.chat_template_kwargs
+        ):
             return (
                 "the chat template writes today's date into prompts, so a run that continues tomorrow sees other "
                 "prompts: set data.chat_template_kwargs.date_string, or the argument that the template uses",
@@ -147,9 +138,9 @@ class PromptEncoder:
         """
         rendered = self._render(given)
         (ids,) = self._ids([rendered.text], has_special_tokens=rendered.has_special_tokens)
-        num_cut = max(0, len(ids) - self.max_prompt_length)
+        num_cut = max(0, len(ids) - self.data.max_prompt_length)
         self._check_length(rendered, len(ids))
-        if num_cut and self.truncation == "delete":
+        if num_cut and self.data.truncation == "delete":
             return None
         ids = ids[num_cut:]
         return Prompt(
@@ -194,22 +185,21 @@ class PromptEncoder:
             raise RecipeError(
                 f"{rendered.where}: the prompt {excerpt(rendered.text)} has no tokens: remove or fill the row"
             )
-        if length > self.max_prompt_length and self.truncation == "error":
+        if length > self.data.max_prompt_length and self.data.truncation == "error":
             raise RecipeError(
                 f"{rendered.where}: the prompt has {length} tokens, data.max_prompt_length is "
-                f"{self.max_prompt_length}. It starts {excerpt(rendered.text)}. Raise the limit, or set data.truncation "
+                f"{self.data.max_prompt_length}. It starts {excerpt(rendered.text)}. Raise the limit, or set data.truncation "
                 "to 'delete' (omit such prompts) or 'left' (drop tokens at their start)"
             )
 
     def _render(self, given: PromptInput) -> _Rendered:
         prompt, where = given.prompt, given.where
         if isinstance(prompt, str):
-            if prompt and not prompt.strip():
+            if not prompt.strip():
+                problem = "is only whitespace" if prompt else "has no tokens"
                 raise RecipeError(
-                    f"{where}: the prompt {excerpt(prompt)} is only whitespace: remove or fill the row"
+                    f"{where}: the prompt {excerpt(prompt)} {problem}: remove or fill the row"
                 )
-            if not prompt:
-                raise RecipeError(f"{where}: the prompt '' has no tokens: remove or fill the row")
             messages: list[Any] = [{"role": "user", "content": prompt}]
         else:
             messages = checked_messages(prompt, where)
@@ -224,18 +214,18 @@ class PromptEncoder:
                 f"{self.tokenizer.name_or_path} has none: add chat_template.jinja (or chat_template in "
                 "tokenizer_config.json) to the model directory, or use plain string prompts"
             )
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if self.data.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.data.system_prompt}, *messages]
         return self._render_chat(messages, given)
 
     def _reasons_for_a_template(self, given: PromptInput) -> Iterator[str]:
         if not isinstance(given.prompt, str):
             yield "it is a chat"
-        if self.system_prompt is not None:
+        if self.data.system_prompt is not None:
             yield "data.system_prompt is set"
         if given.tools:
             yield "the row has tools"
-        if given.arguments or self.chat_template_kwargs:
+        if given.arguments or self.data.chat_template_kwargs:
             yield "template arguments are set"
 
     def _render_chat(self, messages: list[Any], given: PromptInput) -> _Rendered:
@@ -258,7 +248,7 @@ class PromptEncoder:
                 tokenize=False,
                 add_generation_prompt=not prefill,
                 continue_final_message=bool(prefill),
-                **{**self.chat_template_kwargs, **given.arguments},
+                **{**self.data.chat_template_kwargs, **given.arguments},
             )
         # Templates concatenate missing values (TypeError), and transformers raises ValueError.
         except (TemplateError, TypeError, ValueError) as error:
@@ -274,13 +264,13 @@ class PromptEncoder:
         last = messages[-1]
         if last["role"] != "assistant":
             return messages, ""
-        if self.final_assistant_message == "error":
+        if self.data.final_assistant_message == "error":
             raise RecipeError(
                 f"{where}: the last message is the assistant's, but the model should write that one: remove it, or set "
                 "data.final_assistant_message to 'continue' (the model continues it) or 'drop' (it is a reference "
                 "answer)"
             )
-        if self.final_assistant_message == "drop":
+        if self.data.final_assistant_message == "drop":
             if len(messages) == 1:
                 raise RecipeError(f"{where}: the only message is the assistant's: nothing remains")
             return messages[:-1], ""

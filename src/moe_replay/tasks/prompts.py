@@ -88,7 +88,7 @@ class GeneratedPrompts:
             self._deleted.add((number, replacement))
         raise RecipeError(
             f"{self.task.name}: {_MAX_REPLACEMENTS} draws for item {number} gave only held-out questions or prompts "
-            f"above data.max_prompt_length = {self.encoder.max_prompt_length}: the family has too few distinct items. "
+            f"above data.max_prompt_length = {self.encoder.data.max_prompt_length}: the family has too few distinct items. "
             "Lower data.eval_size, widen data.task, or raise data.max_prompt_length"
         )
 

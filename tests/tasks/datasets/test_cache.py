@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.datasets.tables import open_table
@@ -34,9 +35,8 @@ def write_rows(path: Path, count: int = 40, words: int = 1) -> Path:
 
 
 def opened(path: Path, cache: DatasetCache | None = None, **options) -> FilePrompts:
-    encoder = PromptEncoder(
-        tokenizer=character_tokenizer(), **{"max_prompt_length": 200, **options}
-    )
+    data = DataSection(train="", **{"max_prompt_length": 200, **options})
+    encoder = PromptEncoder(tokenizer=character_tokenizer(), data=data)
     return open_file_prompts(path, encoder, shuffle_seed=1, cache=cache)
 
 

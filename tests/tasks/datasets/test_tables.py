@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_replay.errors import RecipeError
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.datasets.file_prompts import open_file_prompts
 from moe_replay.tasks.datasets.files import dataset_files
 from moe_replay.tasks.datasets.tables import column_value, open_table
@@ -19,7 +20,8 @@ ROWS = [{"prompt": f"item {n}", "answer": str(n)} for n in range(5)]
 
 
 def encoder(**options) -> PromptEncoder:
-    return PromptEncoder(tokenizer=character_tokenizer(), **{"max_prompt_length": 200, **options})
+    data = DataSection(train="", max_prompt_length=200, **options)
+    return PromptEncoder(tokenizer=character_tokenizer(), data=data)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -120,7 +122,7 @@ def test_d20_files_of_a_folder_without_splits_are_training_rows(tmp_path):
         {"prompt": "a", "answer": 1},
         {"prompt": "b", "answer": None},
     ]
-    assert [path.name for path in dataset_files(tmp_path).paths] == ["a.jsonl", "b.jsonl"]
+    assert [path.name for path in dataset_files(tmp_path)] == ["a.jsonl", "b.jsonl"]
 
 
 def lonely_shard(folder: Path) -> None:
@@ -191,9 +193,10 @@ NESTED = {
 def test_d20_nested_columns_are_named_by_dots(tmp_path):
     source = open_file_prompts(
         write_rows(tmp_path / "p.parquet", [NESTED]),
-        encoder(),
-        prompt_column="extra_info.question",
-        renamed={"answer": "reward_model.ground_truth", "last": "extra_info.turns.-1"},
+        encoder(
+            prompt_column="extra_info.question",
+            columns={"answer": "reward_model.ground_truth", "last": "extra_info.turns.-1"},
+        ),
     )
     prompt = source.at(0, 1)[0]
     assert prompt.text == "two and two"
@@ -210,9 +213,9 @@ def test_d20_column_whose_name_has_a_dot_is_itself():
 def test_d20_column_that_is_not_there_is_refused_by_its_key(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", ROWS)
     with pytest.raises(RecipeError, match=r"data\.columns\.x names 'rewards\.y', but .*'rewards'"):
-        open_file_prompts(path, encoder(), renamed={"x": "rewards.y"})
+        open_file_prompts(path, encoder(columns={"x": "rewards.y"}))
     with pytest.raises(RecipeError, match=r"data\.drop_columns names 'z', but .*prompt, answer"):
-        open_file_prompts(path, encoder(), dropped=frozenset({"z"}))
+        open_file_prompts(path, encoder(drop_columns=["z"]))
 
 
 @pytest.mark.parametrize("name", ["completions", "prompts", "completion_ids"])
@@ -220,15 +223,13 @@ def test_r13_column_that_would_hide_what_rewards_get_is_refused(tmp_path, name):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", name: "mine"}])
     with pytest.raises(RecipeError, match=rf"the column {name}, but .*data\.drop_columns"):
         open_file_prompts(path, encoder())
-    kept = open_file_prompts(
-        path, encoder(), dropped=frozenset({name}), renamed={"reference": name}
-    )
+    kept = open_file_prompts(path, encoder(drop_columns=[name], columns={"reference": name}))
     assert kept.at(0, 1)[0].columns == {"reference": "mine"}
 
 
 def test_r13_prompt_column_may_have_any_name(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", [{"prompts": "a"}])
-    assert open_file_prompts(path, encoder(), prompt_column="prompts").at(0, 1)[0].text == "a"
+    assert open_file_prompts(path, encoder(prompt_column="prompts")).at(0, 1)[0].text == "a"
 
 
 def test_r13_rows_are_given_as_copies(tmp_path):
@@ -284,7 +285,7 @@ def test_r11_array_of_other_things_is_refused_by_item(tmp_path):
 def test_r11_rows_with_messages_and_rows_with_prompts_are_each_read(tmp_path):
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    chats = PromptEncoder(tokenizer=tokenizer, max_prompt_length=200)
+    chats = PromptEncoder(tokenizer=tokenizer, data=encoder().data)
     rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "b"}]}]
     source = open_file_prompts(write_rows(tmp_path / "p.jsonl", rows), chats)
     assert [prompt.text for prompt in source.at(0, 2)] == ["[user]a", "[user]b"]

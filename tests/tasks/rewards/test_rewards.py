@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_replay.errors import RecipeError, RewardError
-from moe_replay.recipe.sections.run import RewardSection
+from moe_replay.recipe.sections.run import DataSection, RewardSection
 from moe_replay.tasks.encoding import Prompt, PromptEncoder
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import GeneratedPrompts
@@ -331,7 +331,7 @@ def test_reasoning_gym_scores_by_the_family():
     source = GeneratedPrompts(
         task=GeneratedTask("chain_sum", {}),
         seed=1,
-        encoder=PromptEncoder(tokenizer=character_tokenizer(), max_prompt_length=200),
+        encoder=PromptEncoder(tokenizer=character_tokenizer(), data=DataSection(train="")),
     )
     rewards = builtin("reasoning_gym")
     rewards.check(source)

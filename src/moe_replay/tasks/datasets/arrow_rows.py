@@ -6,9 +6,7 @@ In: a Parquet, CSV or Arrow file, or a hub name. Out: `ArrowRows`.
 from __future__ import annotations
 
 import csv
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,10 @@ class ArrowRows:
                 f"dataset {location} has the column {shortened(twice)} more than once: rename one"
             )
         self._location = location
-        self._batches = [batch for batch in table.to_batches() if batch.num_rows]
-        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+        self._table = table
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._table.num_rows
 
     def where(self, number: int) -> str:
         """Return file and index of a row."""
@@ -43,22 +40,19 @@ class ArrowRows:
 
     def read(self, number: int) -> Mapping[str, Any]:
         """Return the columns of a row."""
-        part = bisect_right(self._starts, number) - 1
-        return self._decode(part, number - self._starts[part], 1)[0]
+        return self._decode(number, 1)[0]
 
     def scan(self) -> Iterator[Mapping[str, Any]]:
         """Yield the columns of all rows in order."""
-        for part, batch in enumerate(self._batches):
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from self._decode(part, start, _BATCH_ROWS)
+        for start in range(0, len(self), _BATCH_ROWS):
+            yield from self._decode(start, _BATCH_ROWS)
 
-    def _decode(self, part: int, start: int, count: int) -> list[Mapping[str, Any]]:
+    def _decode(self, start: int, count: int) -> list[Mapping[str, Any]]:
         try:
-            return self._batches[part].slice(start, count).to_pylist()
+            return self._table.slice(start, count).to_pylist()
         except UnicodeDecodeError as error:
-            first = self._starts[part] + start
             raise RecipeError(
-                f"{self.where(first)}, or one of the {count} rows from there on, holds text that is not UTF-8: {error}"
+                f"{self.where(start)}, or one of the {count} rows from there on, holds text that is not UTF-8: {error}"
             ) from error
 
 

@@ -18,9 +18,9 @@ from jaxtyping import Int32, Int64
 
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
-from moe_replay.tasks.datasets.row_reading import ColumnNames, RowReader, read_rows_of
+from moe_replay.tasks.datasets.row_reading import RowReader, read_rows_of
 from moe_replay.tasks.datasets.tables import Row, Table, open_table
-from moe_replay.tasks.encoding import Prompt, PromptEncoder, Truncation
+from moe_replay.tasks.encoding import Prompt, PromptEncoder
 
 _BATCH_ROWS = 512
 
@@ -72,18 +72,16 @@ class FilePrompts:
     @property
     def num_deleted(self) -> int:
         """Rows that are omitted because they are too long."""
-        return self._num_long("delete")
+        return self._num_long * (self.encoder.data.truncation == "delete")
 
     @property
     def num_cut(self) -> int:
         """Prompts that lose tokens at their start."""
-        return self._num_long("left")
+        return self._num_long * (self.encoder.data.truncation == "left")
 
-    def _num_long(self, truncation: Truncation) -> int:
-        """Return the number of long prompts, if ``truncation`` is the rule for them."""
-        if self.encoder.truncation != truncation:
-            return 0
-        return int((self.survey.lengths > self.encoder.max_prompt_length).sum())
+    @property
+    def _num_long(self) -> int:
+        return int((self.survey.lengths > self.encoder.data.max_prompt_length).sum())
 
     @property
     def columns(self) -> frozenset[str]:
@@ -99,7 +97,7 @@ class FilePrompts:
 
     def notes(self) -> Iterator[str]:
         """Yield notes about the prompts for the user."""
-        limit = self.encoder.max_prompt_length
+        limit = self.encoder.data.max_prompt_length
         if self.num_deleted:
             yield f"{self.num_deleted} prompts are longer than data.max_prompt_length = {limit} tokens and are omitted"
         if self.num_cut:
@@ -129,7 +127,7 @@ class FilePrompts:
         prompt = self.encoder.encode(self.reader.prompt(row))
         if prompt is None:
             raise RecipeError(
-                f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.max_prompt_length} tokens, "
+                f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.data.max_prompt_length} tokens, "
                 "unlike when the dataset was opened: do not change the file during a run"
             )
         return prompt
@@ -146,12 +144,7 @@ def open_file_prompts(
     location: str | Path,
     encoder: PromptEncoder,
     *,
-    prompt_column: str = "prompt",
-    messages_column: str = "messages",
-    renamed: Mapping[str, str] | None = None,
-    dropped: frozenset[str] = frozenset(),
     split: str = "train",
-    hub_config: str | None = None,
     shuffle_seed: int | None = None,
     max_prompts: int | None = None,
     held_out: bool = False,
@@ -159,29 +152,25 @@ def open_file_prompts(
 ) -> FilePrompts:
     """Open a dataset, a file, a folder or ``hf:ORG/NAME``, and check every prompt in it.
 
-    The prompt is taken from ``messages_column`` if the row has it, else from ``prompt_column``.
-
     Raises:
         RecipeError: the dataset is missing, empty or malformed, has no prompt column, or a prompt
             is unusable.
     """
     cache = cache or DatasetCache(None)
     encoder.check()
-    table = open_table(str(location), split=split, hub_config=hub_config, cache=cache)
-    columns = ColumnNames(
-        prompt=prompt_column, messages=messages_column, renamed=renamed or {}, dropped=dropped
-    )
-    reader = read_rows_of(table, columns)
+    data = encoder.data
+    table = open_table(str(location), split=split, hub_config=data.hub_config, cache=cache)
+    reader = read_rows_of(table, data)
     # If long prompts are deleted, which ones come first is known only after measuring all.
-    limit = None if encoder.truncation == "delete" else max_prompts
+    limit = None if data.truncation == "delete" else max_prompts
     survey = _kept_survey(table, reader, encoder, limit, cache)
     kept = np.arange(len(survey.lengths))
-    if encoder.truncation == "delete":
-        kept = kept[survey.lengths <= encoder.max_prompt_length]
+    if data.truncation == "delete":
+        kept = kept[survey.lengths <= data.max_prompt_length]
     if not len(kept):
         raise RecipeError(
             f"{table.location}: all {len(table)} prompts are longer than data.max_prompt_length = "
-            f"{encoder.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
+            f"{data.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
         )
     return FilePrompts(
         table=table,
@@ -200,7 +189,7 @@ def _kept_survey(
     is_worth_it = bool(table.files) and cache.is_worth_it(table.files, num_rows=len(table))
     digest = encoder.digest() if is_worth_it else None
     if digest is not None:
-        used = [reader.names, reader.prompt_columns, sorted(reader.columns.renamed.items()), limit]
+        used = [reader.names, reader.prompt_columns, sorted(reader.renamed.items()), limit]
         key = entry_key(table.files, "survey", table.location, json.dumps(used), digest)
         entry = cache.entry(
             key,

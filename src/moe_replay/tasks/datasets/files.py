@@ -3,13 +3,12 @@
 Folders follow the layout of Hugging Face: ``train-00000-of-00003.parquet`` belongs to the split
 ``train``, like files in a folder ``train/``; files without a split are ``train``.
 
-In: a location, a split. Out: `DatasetFiles`.
+In: a location, a split. Out: paths.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from moe_replay.errors import RecipeError, shortened
@@ -28,30 +27,15 @@ _SPLIT_WORDS = {
 _SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetFiles:
-    """The files of a dataset, in the order of their rows."""
-
-    location: str
-    """What the recipe says, for messages."""
-    paths: tuple[Path, ...]
-    """Files of one kind."""
-
-    @property
-    def suffix(self) -> str:
-        """Their suffix, such as ``.parquet``."""
-        return self.paths[0].suffix
-
-
-def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles:
-    """Return the files of a dataset on disk.
+def dataset_files(location: str | Path, *, split: str = "train") -> tuple[Path, ...]:
+    """Return the files of a dataset on disk, all of one kind, in the order of their rows.
 
     Raises:
         RecipeError: the files are missing, ambiguous or incomplete.
     """
     path = Path(location)
     if path.is_dir():
-        return DatasetFiles(location=f"{path} split {split}", paths=_files_of_split(path, split))
+        return _files_of_split(path, split)
     if not path.exists():
         raise RecipeError(_nothing_there(path))
     if path.suffix not in SUFFIXES:
@@ -59,7 +43,7 @@ def dataset_files(location: str | Path, *, split: str = "train") -> DatasetFiles
             f"dataset {path}: got the suffix {path.suffix!r}, expected a file {', '.join(SUFFIXES)}, a folder of such "
             f"files, {HUB}ORG/NAME, or reasoning_gym:<family>"
         )
-    return DatasetFiles(location=str(path), paths=(path,))
+    return (path,)
 
 
 def _nothing_there(path: Path) -> str:

@@ -6,9 +6,10 @@ In: `Table`, the names of a recipe. Out: `RowReader`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moe_replay.errors import RecipeError, UnsupportedError, shortened
+from moe_replay.recipe.sections.run import DataSection
 from moe_replay.tasks.chat_messages import (
     MEDIA_COLUMNS,
     check_arguments,
@@ -26,25 +27,11 @@ TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColumnNames:
-    """Which columns a recipe names."""
-
-    prompt: str = "prompt"
-    """Column, or dotted path, with a string or chat messages."""
-    messages: str = "messages"
-    """Column, or dotted path, with chat messages; it takes precedence over ``prompt``."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Name for rewards and chat template -> column or dotted path."""
-    dropped: frozenset[str] = frozenset()
-    """Columns that are ignored."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowReader:
     """Reads the rows of one table. Make one with `read_rows_of`."""
 
-    columns: ColumnNames
-    """The columns that the recipe names."""
+    renamed: Mapping[str, str]
+    """Name for rewards and chat template -> column or dotted path."""
     prompt_columns: tuple[str, ...]
     """Columns, or paths, with prompts; the first filled one counts."""
     names: tuple[str, ...]
@@ -59,8 +46,7 @@ class RowReader:
             RecipeError: the row has no prompt, or its tools or template arguments are malformed.
             UnsupportedError: it has an image, a sound or a video.
         """
-        renamed = self.columns.renamed
-        values = {name: column_value(row.columns, renamed.get(name, name)) for name in self.names}
+        values = {n: column_value(row.columns, self.renamed.get(n, n)) for n in self.names}
         found = (column_value(row.columns, path) for path in self.prompt_columns)
         prompt = next((value for value in found if value is not None), None)
         if prompt is None:
@@ -87,25 +73,25 @@ class RowReader:
         )
 
 
-def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
+def read_rows_of(table: Table, data: DataSection) -> RowReader:
     """Decide what each column of a table is for.
 
     Raises:
         RecipeError: a column named in the recipe is missing, or a column would be hidden from
             rewards.
     """
-    prompts = [path for path in (columns.messages, columns.prompt) if _has(table, path)]
+    prompts = [path for path in (data.messages_column, data.prompt_column) if table.has(path)]
     if not prompts:
         raise RecipeError(
-            f"{table.location} has neither a column {columns.messages!r} nor {columns.prompt!r}; its columns are "
+            f"{table.location} has neither a column {data.messages_column!r} nor {data.prompt_column!r}; its columns are "
             f"{shortened(table.names)}: name the one with the prompts in data.prompt_column or data.messages_column"
         )
-    for name, path in columns.renamed.items():
+    for name, path in data.columns.items():
         require_column(table, path, f"data.columns.{name}")
-    for name in sorted(columns.dropped):
+    for name in sorted(data.drop_columns):
         require_column(table, name, "data.drop_columns")
-    own = [name for name in table.names if name not in {prompts[0], *columns.dropped}]
-    names = tuple(dict.fromkeys([*own, *columns.renamed]))
+    own = [name for name in table.names if name not in {prompts[0], *data.drop_columns}]
+    names = tuple(dict.fromkeys([*own, *data.columns]))
     hidden = sorted(OWN_NAMES & set(names))
     if hidden:
         raise RecipeError(
@@ -113,12 +99,8 @@ def read_rows_of(table: Table, columns: ColumnNames) -> RowReader:
             f"rename it (data.columns gives a column a second name), and set data.drop_columns = {hidden}"
         )
     return RowReader(
-        columns=columns,
+        renamed=data.columns,
         prompt_columns=tuple(prompts),
         names=names,
         nulls_are_absent=table.nulls_are_absent,
     )
-
-
-def _has(table: Table, path: str) -> bool:
-    return path in table.names or ("." in path and path.partition(".")[0] in table.names)

@@ -79,6 +79,10 @@ class Table:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def has(self, path: str) -> bool:
+        """Return whether there is a column of that name, or the first column of a dotted path."""
+        return path in self.names or path.partition(".")[0] in self.names
+
     def row(self, number: int) -> Row:
         """Return one row."""
         part = bisect_right(self._starts, number) - 1
@@ -117,13 +121,12 @@ def open_table(
         table, files = read_hub_table(location.removeprefix(HUB), config=hub_config, split=split)
         opened = Table(location, files, [ArrowRows(location, table)])
     else:
-        found = dataset_files(location, split=split)
+        files = dataset_files(location, split=split)
         cache = cache or DatasetCache(None)
-        is_json = found.suffix in (".json", ".jsonl")
+        is_json = files[0].suffix in (".json", ".jsonl")
         opener = open_json_rows if is_json else open_arrow_rows
-        opened = Table(
-            found.location, found.paths, [opener(path, cache=cache) for path in found.paths]
-        )
+        name = f"{location} split {split}" if Path(location).is_dir() else location
+        opened = Table(name, files, [opener(path, cache=cache) for path in files])
     if not len(opened):
         raise RecipeError(f"dataset {opened.location} is empty: expected at least one row")
     return opened
@@ -156,7 +159,7 @@ def column_value(columns: Mapping[str, Any], path: str) -> Any:
 
 def require_column(table: Table, path: str, key: str) -> None:
     """Raise `RecipeError`, naming ``key``, unless the table has the first column of a path."""
-    if path not in table.names and path.partition(".")[0] not in table.names:
+    if not table.has(path):
         raise RecipeError(
             f"{key} names {path!r}, but {table.location} has no column {path.partition('.')[0]!r}; its columns are "
             f"{shortened(table.names)}"
