@@ -5,7 +5,6 @@ import tomlkit
 
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.load import load_recipe
-from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import (
     EmbeddedEngineSection,
     FilesEngineSection,
@@ -29,7 +28,6 @@ from ..grpo.smallest_recipe import problems_of, recipe, table
 )
 def test_the_engine_chooses_the_class_of_its_keys(keys, section):
     assert type(recipe(rollout=keys).rollout) is section
-    assert type(Recipe.model_validate(table(rollout=keys)).rollout) is section
 
 
 @pytest.mark.parametrize(
@@ -54,8 +52,6 @@ def test_an_unknown_engine_is_one_problem_whatever_its_keys():
     message = problems_of(rollout={"engine": "vlm", "kv_cache_gib": 2, "urls": ["http://a"]})
     assert "rollout.engine: got 'vlm', expected 'embedded', 'vllm'" in message
     assert "(nearest: 'vllm')" in message and "has 1 problem:" in message
-    with pytest.raises(ValueError, match="'vlm'"):
-        Recipe.model_validate(table(rollout={"engine": "vlm"}))
 
 
 @pytest.mark.parametrize("engine", [3, ["vllm"]])
@@ -63,8 +59,6 @@ def test_an_engine_is_a_name(engine):
     assert f"rollout.engine: got {engine!r}, expected a valid string" in problems_of(
         rollout={"engine": engine}
     )
-    with pytest.raises(ValueError, match="valid string"):
-        Recipe.model_validate(table(rollout={"engine": engine}))
 
 
 def test_a_table_of_the_engine_is_its_short_form():

@@ -9,7 +9,6 @@ from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.recipe import rules
 from moe_replay.recipe.keys import FIELDS
 from moe_replay.recipe.load import recipe_from_table
-from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.base import sections_for
 from moe_replay.recipe.sections.rollout import (
     EmbeddedEngineSection,
@@ -283,10 +282,3 @@ def test_unsupported_and_wrong_together_are_wrong():
             grpo={"epsilonn": 1},
         )
     assert not isinstance(caught.value, UnsupportedError)
-
-
-def test_recipe_built_directly_keeps_the_rules_between_sections():
-    sections = dict(recipe())
-    sections["rollout"] = sections["rollout"].model_copy(update={"num_generations": 5})
-    with pytest.raises(ValueError, match=r"not a multiple of"):
-        Recipe(**sections)

@@ -11,6 +11,7 @@ import pytest
 
 from moe_replay.errors import RecipeError
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.recipe.load import recipe_from_table
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.report import (
     BaseReporter,
@@ -26,7 +27,7 @@ RECIPE = '[run]\noutput_dir = "runs/a"\nmax_steps = 5\n'
 
 
 def _recipe(tmp_path: Path, sinks: tuple[str, ...] = ()) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_from_table(
         {
             "run": {"output_dir": str(tmp_path), "max_steps": 5},
             "model": {"path": str(tmp_path)},

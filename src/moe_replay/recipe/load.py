@@ -18,7 +18,7 @@ from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.rules import Problem, effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of
 from moe_replay.recipe.sections.locations import anchored
-from moe_replay.recipe.sections.rollout import ENGINES, RolloutSection, owners
+from moe_replay.recipe.sections.rollout import RolloutSection, engine_class, owners
 
 _ENGINE = "rollout.engine"
 
@@ -222,10 +222,8 @@ def _validate(name: str, table: Any, prefix: str) -> tuple[Section | None, list[
         ]
     section = section_classes(name)[0]
     if section is RolloutSection:
-        engine = _engine_of(table)
-        if isinstance(engine, str) and engine in ENGINES:
-            section = ENGINES[engine]
-        else:
+        section = engine_class(table) or section
+        if section is RolloutSection:
             # One problem is enough: what its keys mean depends on the engine.
             table = {key: value for key, value in table.items() if not owners(key)}
     try:
@@ -242,8 +240,9 @@ def _problem(
     given, key = details["input"], str(details["loc"][0])
     field = section.model_fields.get(key)
     if field is None and name == "rollout" and owners(key):
+        engine = table.get("engine", section.model_fields["engine"].default)
         text = (
-            f"set to {given!r}, but rollout.engine = {_engine_of(table)!r} has no such key; it "
+            f"set to {given!r}, but rollout.engine = {engine!r} has no such key; it "
             f"belongs to {', '.join(map(repr, owners(key)))}. Remove it, or choose such an engine"
         )
     elif field is None:
@@ -255,10 +254,6 @@ def _problem(
         near = nearest_of(str(given), choices(name, key))
         text = f"got {given!r}, expected {expected}{near}. It is: {_plain_text(field)}"
     return Problem(path, text)
-
-
-def _engine_of(rollout: Mapping[str, Any]) -> Any:
-    return rollout.get("engine", RolloutSection.model_fields["engine"].default)
 
 
 def _plain_text(field: FieldInfo) -> str:

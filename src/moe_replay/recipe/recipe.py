@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomlkit
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny
 from pydantic.fields import FieldInfo
 
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.bearer import without_secrets
-from moe_replay.recipe.rules import effect_free_keys, rule_problems
+from moe_replay.recipe.rules import effect_free_keys
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
-from moe_replay.recipe.sections.rollout import RolloutSection, engine_section
+from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.run import (
     CheckpointSection,
     DataSection,
@@ -59,7 +59,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     rewards: Annotated[tuple[RewardSection, ...], Field(strict=False, min_length=1)]
-    rollout: Annotated[SerializeAsAny[RolloutSection], BeforeValidator(engine_section)]
+    rollout: SerializeAsAny[RolloutSection]
     replay: ReplaySection = Field(default_factory=ReplaySection)
     batch: BatchSection
     grpo: GrpoSection = Field(default_factory=lambda: GrpoSection.model_validate({}))
@@ -68,13 +68,6 @@ class Recipe(Section):
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
-
-    @model_validator(mode="after")
-    def _keep_the_rules_between_sections(self) -> Recipe:
-        problems = rule_problems(dict(self))
-        if problems:
-            raise ValueError("; ".join(f"{problem.path}: {problem.text}" for problem in problems))
-        return self
 
     @property
     def samples_per_step(self) -> int:

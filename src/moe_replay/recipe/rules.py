@@ -6,7 +6,7 @@ by themselves and of the classes it names: a rule over `VllmEngineSection` is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_replay.recipe.bearer import MASK
@@ -75,22 +75,19 @@ class EffectRule(NamedTuple):
 
 def rule_problems(sections: Mapping[str, Any]) -> list[Problem]:
     """Check every rule whose sections are all there; the caller omits those that are invalid."""
-    return [
-        problem
-        for rule in _RULES
-        if (needed := sections_for(rule.check, sections)) is not None
-        for problem in rule.check(**needed)
-    ]
+    return list(_found(_RULES, sections))
 
 
 def effect_free_keys(sections: Mapping[str, Any]) -> dict[str, str]:
     """Dotted key -> reason, for every key that changes nothing given the other keys."""
-    return {
-        path: reason
-        for rule in _EFFECT_RULES
-        if (needed := sections_for(rule.check, sections)) is not None
-        for path, reason in rule.check(**needed)
-    }
+    return dict(_found(_EFFECT_RULES, sections))
+
+
+def _found(rules: Iterable[Rule | EffectRule], sections: Mapping[str, Any]) -> Iterator[Any]:
+    for rule in rules:
+        needed = sections_for(rule.check, sections)
+        if needed is not None:
+            yield from rule.check(**needed)
 
 
 @Rule

@@ -156,10 +156,7 @@ def owners(key: str) -> list[str]:
     return [name for name, section in ENGINES.items() if key in section.model_fields]
 
 
-def engine_section(table: Any) -> Any:
-    """Make the section of a ``[rollout]`` table's engine; return anything else as it is."""
-    if not isinstance(table, Mapping):
-        return table
+def engine_class(table: Mapping[str, Any]) -> type[RolloutSection] | None:
+    """Return the class of a ``[rollout]`` table's engine; None where there is no such engine."""
     engine = table.get("engine", RolloutSection.model_fields["engine"].default)
-    section = ENGINES.get(engine) if isinstance(engine, str) else None
-    return (section or RolloutSection).model_validate(table)
+    return ENGINES.get(engine) if isinstance(engine, str) else None
