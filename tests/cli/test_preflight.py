@@ -21,7 +21,7 @@ from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.start import opening, preflight
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec
-from moe_replay.report.base import SilentReporter
+from moe_replay.report import SilentReporter
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from ..support.served import served

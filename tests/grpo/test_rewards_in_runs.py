@@ -15,8 +15,7 @@ from moe_replay.errors import RewardError
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.report import RunDirectory, build_reporter
-from moe_replay.report.base import BaseReporter
+from moe_replay.report import BaseReporter, RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from moe_replay.routing import RoutingTrace, TraceFile
 from moe_replay.routing.slots import row_chunks
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Float64, Int64
 
 _NUM_TRACES_SHOWN = 20
 _NUM_EXPERTS_SHOWN = 4
@@ -48,10 +48,10 @@ class ModelLoad:
         """Rows that hold routes."""
         return int(self.counts[0].sum()) // self.topk
 
-    @property
-    def relative(self) -> np.ndarray:
-        """``[layers, experts]``, load: 1 is even routing, ``experts / topk`` is every token."""
-        return self.counts * (self.num_experts / max(1, self.num_tokens * self.topk))
+    def by_layer(self) -> Iterator[tuple[int, Float64[np.ndarray, " experts"]]]:
+        """Yield each layer with its load: 1 is even routing, ``experts / topk`` is every token."""
+        even = max(1, self.num_tokens * self.topk) / self.num_experts
+        yield from zip(self.layers, self.counts / even, strict=True)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -130,30 +130,29 @@ def _file_report(
         "num_valid": sum(trace["num_valid"] for trace in traces),
         "bytes_per_token": file.num_bytes / rows if rows else None,
         "traces": traces,
-        "loads": [_load_report(load) for load in loads],
-    }
-
-
-def _load_report(load: ModelLoad) -> dict[str, Any]:
-    return {
-        "num_experts": load.num_experts,
-        "topk": load.topk,
-        "num_tokens": load.num_tokens,
-        "by_layer": [
+        "loads": [
             {
-                "layer": layer,
-                "max_relative_load": float(relative.max()),
-                "hottest_experts": _hottest(counts),
-                "unused_experts": np.flatnonzero(counts == 0).tolist(),
+                "num_experts": load.num_experts,
+                "topk": load.topk,
+                "num_tokens": load.num_tokens,
+                "by_layer": [
+                    {
+                        "layer": layer,
+                        "max_relative_load": float(relative.max()),
+                        "hottest_experts": _hottest(relative),
+                        "unused_experts": np.flatnonzero(relative == 0).tolist(),
+                    }
+                    for layer, relative in load.by_layer()
+                ],
             }
-            for layer, counts, relative in zip(load.layers, load.counts, load.relative, strict=True)
+            for load in loads
         ],
     }
 
 
-def _hottest(counts: Int64[np.ndarray, " experts"]) -> list[int]:
-    order = np.argsort(-counts, kind="stable")[:_NUM_EXPERTS_SHOWN]
-    return [int(expert) for expert in order if counts[expert]]
+def _hottest(relative: Float64[np.ndarray, " experts"]) -> list[int]:
+    order = np.argsort(-relative, kind="stable")[:_NUM_EXPERTS_SHOWN]
+    return [int(expert) for expert in order if relative[expert]]
 
 
 def _show(file: TraceFile, traces: list[dict[str, Any]], loads: list[ModelLoad]) -> None:
@@ -199,9 +198,9 @@ def _traces_table(traces: list[dict[str, Any]], width: int) -> Table:
 
 def _load_table(load: ModelLoad) -> Table:
     table = Table("layer", "hottest experts (load)", "unused experts", box=box.SIMPLE)
-    for layer, counts, relative in zip(load.layers, load.counts, load.relative, strict=True):
-        hottest = ", ".join(f"{expert} ({relative[expert]:.2f})" for expert in _hottest(counts))
-        table.add_row(str(layer), hottest or "-", str(int((counts == 0).sum())))
+    for layer, relative in load.by_layer():
+        hottest = ", ".join(f"{expert} ({relative[expert]:.2f})" for expert in _hottest(relative))
+        table.add_row(str(layer), hottest or "-", str(int((relative == 0).sum())))
     return table
 
 

@@ -15,7 +15,7 @@ from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.evaluate import evaluate
 from moe_replay.grpo.push import push_weights
 from moe_replay.grpo.record import step_record
-from moe_replay.grpo.records import Reporter, RunEnd
+from moe_replay.grpo.records import BaseReporter, RunEnd
 from moe_replay.grpo.reward import score_rewards
 from moe_replay.grpo.rollout import roll_out
 from moe_replay.grpo.run import Run
@@ -32,7 +32,7 @@ def train(
     recipe: Recipe,
     *,
     process: ProcessSpec,
-    reporter: Reporter,
+    reporter: BaseReporter,
     restart: bool = False,
     allow_changed: Collection[str] = (),
     make_engine: Callable[[Recipe, torch.device], Engine] = recipe_engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from moe_replay.engines.types import RolloutProgress
 
@@ -103,35 +103,37 @@ class EvalRecord:
     """Wall seconds of the evaluation."""
 
 
-@runtime_checkable
-class Reporter(Protocol):
-    """Receives what the loop says. Every method returns quickly and never changes the run."""
+class BaseReporter:
+    """What the loop tells a person and the files: methods that do nothing, to be overridden.
+
+    Every method returns quickly and never changes the run; `with` closes it. A failing reporter
+    raises and stops the run, which resumes from its last checkpoint: a run that is not recorded
+    cannot be trusted.
+    """
 
     def start(self, summary: RunSummary) -> None:
         """Announce the run."""
-        ...
-
-    def station(self, step: int, name: str) -> None:
-        """Say that ``step`` has entered a station of the flow (``rollout``, ``update``...)."""
-        ...
-
-    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take a finished step and, on rank 0 only, the completions that are kept of it."""
-        ...
-
-    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
-        """Take an evaluation and, on rank 0 only, the completions that are kept of it."""
-        ...
-
-    def finish(self, message: str) -> None:
-        """Close: show the summary table and ``message`` (where the results are)."""
-        ...
-
-
-@runtime_checkable
-class FollowsRollouts(Protocol):
-    """A reporter that shows how far a rollout is while it runs."""
 
     def follow(self, progress: Callable[[], RolloutProgress], *, whose: str) -> None:
         """Ask ``progress`` during sampling; ``whose`` names the ranks it covers, ``""`` for all."""
-        ...
+
+    def station(self, step: int, name: str) -> None:
+        """Say that ``step`` has entered a station of the flow (``rollout``, ``update``...)."""
+
+    def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take a finished step and, on rank 0 only, the completions that are kept of it."""
+
+    def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
+        """Take an evaluation and, on rank 0 only, the completions that are kept of it."""
+
+    def finish(self, message: str) -> None:
+        """Show the summary and ``message`` after the last step."""
+
+    def close(self) -> None:
+        """Release the terminal and files, also after an error; may be called twice."""
+
+    def __enter__(self) -> BaseReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

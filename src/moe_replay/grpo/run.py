@@ -14,7 +14,7 @@ from moe_replay.engines.stop_strings import StopStrings
 from moe_replay.engines.types import Completion, Engine
 from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
-from moe_replay.grpo.records import Reporter
+from moe_replay.grpo.records import BaseReporter
 from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder
@@ -35,7 +35,7 @@ class Run:
 
     recipe: Recipe
     process: ProcessSpec
-    reporter: Reporter
+    reporter: BaseReporter
     inputs: Inputs
     engine: Engine
     actor: MegatronActor

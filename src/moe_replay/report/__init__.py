@@ -3,9 +3,9 @@
 In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters.
 """
 
+from moe_replay.grpo.records import BaseReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.reporters import (
-    BaseReporter,
     CompositeReporter,
     JsonlReporter,
     SilentReporter,

@@ -17,8 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_replay.engines.types import RolloutProgress
-from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
-from moe_replay.report.base import BaseReporter
+from moe_replay.grpo.records import (
+    BaseReporter,
+    CompletionRecord,
+    EvalRecord,
+    RunSummary,
+    StepRecord,
+)
 from moe_replay.report.columns import (
     DASH,
     HEADER_EVERY,

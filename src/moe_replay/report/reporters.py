@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
+from moe_replay.grpo.records import (
+    BaseReporter,
+    CompletionRecord,
+    EvalRecord,
+    RunSummary,
+    StepRecord,
+)
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.report.base import BaseReporter, SilentReporter
 from moe_replay.report.display import ConsoleReporter
 from moe_replay.report.run_directory import RunDirectory
 from moe_replay.report.sinks import SINKS
+
+
+class SilentReporter(BaseReporter):
+    """Reports nothing: for ranks other than 0."""
 
 
 class JsonlReporter(BaseReporter):

@@ -14,8 +14,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.records import CompletionRecord, EvalRecord, RunSummary, StepRecord
-from moe_replay.report.base import BaseReporter
+from moe_replay.grpo.records import (
+    BaseReporter,
+    CompletionRecord,
+    EvalRecord,
+    RunSummary,
+    StepRecord,
+)
 from moe_replay.report.run_directory import RunDirectory
 
 PROJECT = "moe-replay"

@@ -12,7 +12,7 @@ from moe_replay.errors import CheckpointError
 from moe_replay.grpo.checkpoint import load_checkpoint
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.push import give_weights
-from moe_replay.grpo.records import FollowsRollouts, Reporter
+from moe_replay.grpo.records import BaseReporter
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.start.admission import Admission, admit
 from moe_replay.grpo.start.preflight import Preflight, preflight
@@ -31,7 +31,7 @@ from moe_replay.routing.guard import Guard
 def open_run(
     recipe: Recipe,
     process: ProcessSpec,
-    reporter: Reporter,
+    reporter: BaseReporter,
     *,
     restart: bool,
     allow_changed: Collection[str],
@@ -121,7 +121,7 @@ def _agreed_step(admission: Admission) -> int | None:
     return step
 
 
-def _build_actor(recipe: Recipe, reporter: Reporter) -> MegatronActor:
+def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
     reporter.station(0, "loading the model into the trainer")
     return build_policy(
         recipe.model.path,
@@ -135,9 +135,9 @@ def _build_actor(recipe: Recipe, reporter: Reporter) -> MegatronActor:
     )
 
 
-def _follow(engine: Engine, reporter: Reporter, process: ProcessSpec) -> None:
-    """Let the reporter ask how far rollouts are, if both know how."""
-    if isinstance(engine, ShowsProgress) and isinstance(reporter, FollowsRollouts):
+def _follow(engine: Engine, reporter: BaseReporter, process: ProcessSpec) -> None:
+    """Let the reporter ask how far rollouts are, if the engine knows."""
+    if isinstance(engine, ShowsProgress):
         whose = f"rank {process.rank} of {process.world_size}" if process.world_size > 1 else ""
         reporter.follow(lambda: engine.progress, whose=whose)
 
