@@ -1,4 +1,1 @@
-"""The command line, which alone reads the environment.
-
-In: arguments. Out: exit codes.
-"""
+"""The command line, which alone reads the environment."""

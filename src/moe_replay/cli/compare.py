@@ -1,7 +1,4 @@
-"""`moe-replay compare`: how often two recordings of the same tokens differ in experts, and where.
-
-In: two trace files. Out: a table for people, or JSON.
-"""
+"""`moe-replay compare`: how often two recordings of the same tokens differ in experts, and where."""
 
 from __future__ import annotations
 

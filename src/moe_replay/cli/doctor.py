@@ -1,8 +1,6 @@
 """`moe-replay doctor`: whether a recipe can run here, what it replays and what is refused.
 
 The weights are not read.
-
-In: a recipe. Out: tables for people, or JSON.
 """
 
 from __future__ import annotations

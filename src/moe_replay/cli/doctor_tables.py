@@ -1,7 +1,4 @@
-"""The report of `moe-replay doctor` as tables for a terminal.
-
-In: the report. Out: printed tables.
-"""
+"""The report of `moe-replay doctor` as tables for a terminal."""
 
 from __future__ import annotations
 

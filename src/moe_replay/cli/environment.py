@@ -1,7 +1,4 @@
-"""The process environment: which rank this is, and the variables that torch and vLLM read on load.
-
-In: environment variables. Out: `ProcessSpec`, defaults for unset variables.
-"""
+"""The process environment: which rank this is, and the variables that torch and vLLM read on load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`moe-replay inspect`: what a trace file holds, after checking every byte of it.
-
-In: a trace file. Out: tables for people, or JSON.
-"""
+"""`moe-replay inspect`: what a trace file holds, after checking every byte of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The `moe-replay` command: subcommands, overrides, and readable errors.
 
-In: arguments. Out: an exit code: 0 done, 2 a mistake that the message explains, 75 a run or server
-that was stopped and continues when it is started again, 130 interrupted.
+Its exit code: 0 done, 2 a mistake that the message explains, 75 a run or server that was stopped
+and continues when it is started again, 130 interrupted.
 """
 
 from __future__ import annotations

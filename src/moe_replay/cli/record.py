@@ -1,8 +1,4 @@
-"""`moe-replay record`: how another engine, number format or the trainer routes given tokens.
-
-In: a recipe, a rollout on disk, a folder. Out: a trace file with the same names and tokens, for
-comparison.
-"""
+"""`moe-replay record`: how another engine, number format or the trainer routes given tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`moe-replay rollout`: sample with a recipe's engine and write completions with their routes.
-
-In: a recipe path, overrides, a folder. Out: an exit code.
-"""
+"""`moe-replay rollout`: sample with a recipe's engine and write completions with their routes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The ranks that sample one rollout together.
-
-In: a process as torchrun started it. Out: its ranks and its device.
-"""
+"""The ranks that sample one rollout together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`moe-replay serve`: a rollout server, by default on the loopback of this machine.
-
-In: options. Out: an exit code.
-"""
+"""`moe-replay serve`: a rollout server, by default on the loopback of this machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a command prints while it loads, so that the screen is never empty.
-
-In: text. Out: a line on standard error, at once.
-"""
+"""What a command prints while it loads, so that the screen is never empty."""
 
 from __future__ import annotations
 

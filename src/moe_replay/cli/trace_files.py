@@ -1,7 +1,4 @@
-"""Find the trace files behind a path: a file, a rollout, or a folder that holds one.
-
-In: a path from the command line. Out: an open `TraceFile`.
-"""
+"""Find the trace files behind a path: a file, a rollout, or a folder that holds one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`moe-replay train` and `moe_replay.train`: do all cheap checks, then run the loop.
-
-In: a recipe and overrides. Out: an exit code, or the run directory.
-"""
+"""`moe-replay train` and `moe_replay.train`: do all cheap checks, then run the loop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a person sees of a run, and the files that a run leaves behind.
-
-In: records of the loop. Out: `RunDirectory`, `build_reporter` and the reporters.
-"""
+"""What a person sees of a run, and the files that a run leaves behind."""
 
 from moe_replay.grpo.records import BaseReporter
 from moe_replay.report.display import ConsoleReporter

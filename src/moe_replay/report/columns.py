@@ -1,7 +1,4 @@
-"""How metrics are formatted, and which columns fit a given width.
-
-In: a width. Out: columns, formats.
-"""
+"""How metrics are formatted, and which columns fit a given width."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The terminal: a start-up summary, a line a step, live progress on a screen, a closing table.
 
-In: records. Out: text, for logs and for screens of 40 characters or more.
+For logs, and for screens of 40 characters or more.
 """
 
 from __future__ import annotations

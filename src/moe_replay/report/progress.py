@@ -1,7 +1,4 @@
-"""The progress of a running rollout: a line of text, and a timer that prints it.
-
-In: the progress of an engine's running call. Out: text.
-"""
+"""The progress of a running rollout: a line of text, and a timer that prints it."""
 
 from __future__ import annotations
 

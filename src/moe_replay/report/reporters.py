@@ -1,7 +1,4 @@
-"""Which reporters a recipe asks for: files first, then the terminal, then the sinks.
-
-In: the recipe. Out: a reporter.
-"""
+"""Which reporters a recipe asks for: files first, then the terminal, then the sinks."""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@
     ├── eval_completions.jsonl  one line a completion of an evaluation
     ├── checkpoints/        what a run resumes from
     └── export/             the trained model as a Hugging Face checkpoint
-
-In: records of the loop. Out: files, and the records back.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 When a run is resumed, TensorBoard hides the steps that run again; Weights & Biases and trackio keep
 both versions. ``metrics.jsonl`` holds each step once.
-
-In: records. Out: three reporters.
 """
 
 from __future__ import annotations

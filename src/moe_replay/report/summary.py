@@ -1,7 +1,4 @@
-"""How a run went: its figures, and the closing table that shows them on a screen of any width.
-
-In: step and evaluation records. Out: figures, printed text.
-"""
+"""How a run went: its figures, and the closing table that shows them on a screen of any width."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Check the chat messages of a dataset, and find what a tokenizer's chat template would drop.
-
-In: prompts, tools and template arguments of a row. Out: the same, checked; the names that a
-template reads.
-"""
+"""Check the chat messages of a dataset, and find what a tokenizer's chat template would drop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Turn sampled tokens into the text that reward functions and people see.
-
-In: a tokenizer, a completion. Out: its text.
-"""
+"""Turn sampled tokens into the text that reward functions and people see."""
 
 from __future__ import annotations
 

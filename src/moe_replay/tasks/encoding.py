@@ -1,7 +1,4 @@
-"""Turn prompts into token ids: tokenizer, chat template, and the rule for long prompts.
-
-In: a tokenizer, strings or chat messages. Out: `PromptEncoder`.
-"""
+"""Turn prompts into token ids: tokenizer, chat template, and the rule for long prompts."""
 
 from __future__ import annotations
 

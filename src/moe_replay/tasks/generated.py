@@ -3,8 +3,6 @@
 reasoning-gym seeds item i of a dataset with seed + i, so the datasets of seeds 1 and 2 are the same
 items shifted by one. Here every block of items has its own seed, derived from a digest, so
 sequences overlap only by chance.
-
-In: a family and its configuration. Out: `GeneratedTask`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Prompts by position: the same sequence of token ids in every process and after every resume.
 
 What a source of prompts is, and generated prompts; `datasets.file_prompts` reads them from files.
-
-In: a family of generated items, an encoder. Out: `PromptSource`.
 """
 
 from __future__ import annotations

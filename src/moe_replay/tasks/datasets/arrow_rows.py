@@ -1,7 +1,4 @@
-"""Rows of Parquet, CSV and Arrow files, and of hub datasets, as memory-mapped Arrow tables.
-
-In: a Parquet, CSV or Arrow file, or a hub name. Out: `ArrowRows`.
-"""
+"""Rows of Parquet, CSV and Arrow files, and of hub datasets, as memory-mapped Arrow tables."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Entries are named after path, size and times of their source files. A file that is rewritten, even
 with the same size and modification time, gets another entry, because its change time cannot be set.
-
-In: files, and a function that derives something from them. Out: the folder of an entry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Prompts of a file by position: surveyed once before training, read and rendered on demand.
-
-In: a location, a `PromptEncoder`. Out: `FilePrompts`.
-"""
+"""Prompts of a file by position: surveyed once before training, read and rendered on demand."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Folders follow the layout of Hugging Face: ``train-00000-of-00003.parquet`` belongs to the split
 ``train``, like files in a folder ``train/``; files without a split are ``train``.
-
-In: a location, a split. Out: paths.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Lines are found by their offsets, so that a row is read from disk when it is needed; small arrays
 are held in memory.
-
-In: a JSON file. Out: `JsonLines`, `JsonItems`.
 """
 
 from __future__ import annotations

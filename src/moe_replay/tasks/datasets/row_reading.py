@@ -1,7 +1,4 @@
-"""What each column of a row is: prompt, chat template input or reward input.
-
-In: `Table`, the names of a recipe. Out: `RowReader`.
-"""
+"""What each column of a row is: prompt, chat template input or reward input."""
 
 from __future__ import annotations
 

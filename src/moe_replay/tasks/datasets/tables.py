@@ -1,7 +1,4 @@
-"""Rows of a dataset by index, read one at a time: a process holds an index, not the rows.
-
-In: a location. Out: `Table`, `Row`.
-"""
+"""Rows of a dataset by index, read one at a time: a process holds an index, not the rows."""
 
 from __future__ import annotations
 

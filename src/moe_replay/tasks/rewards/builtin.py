@@ -2,8 +2,6 @@
 
 Their signature is that of user functions: completions first, other inputs by name, one number a
 completion returned.
-
-In: completions and dataset columns. Out: scores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The trainer's handle of the reward process: its pipes, its end, and its output.
-
-In: frames. Out: frames, or `ChildGone` and `ChildSilent`.
-"""
+"""The trainer's handle of the reward process: its pipes, its end, and its output."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Every request ends with an answer for each function, or the reason why there is none. After a crash
 or a timeout, the next request starts a new process.
-
-In: reward specifications, batches. Out: `Signature`, `Scores`, `Failure`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Importing runs user code, so it happens in the reward process; the trainer itself loads only
 built-ins.
-
-In: the name of a function and its arguments. Out: the function and its `Signature`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ completion.
 
 All functions run in one separate process (`client`) for the whole run: they cannot affect the
 trainer, and a function that hangs or ends its process is named.
-
-In: specifications, prompts, completions. Out: `RewardSet`, `ScoredBatch`.
 """
 
 from __future__ import annotations

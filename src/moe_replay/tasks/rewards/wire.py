@@ -4,8 +4,6 @@ A frame is two little-endian 64-bit lengths, that many bytes of JSON, and that m
 ids, which would be six times as long in JSON). JSON has fewer types than a dataset, so other types
 are objects with one key that starts with ``$``: a tuple ``(1, 2)`` travels as ``{"$tuple": [1,
 2]}``.
-
-In: columns, texts, token ids. Out: bytes, and back.
 """
 
 from __future__ import annotations
