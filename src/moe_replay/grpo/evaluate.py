@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float64
 
-from moe_replay.engines.types import Request, SamplingParams
+from moe_replay.engines.types import Request
 from moe_replay.grpo.answers import ask_engine, ask_rewards
+from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
@@ -40,11 +42,8 @@ def evaluate(run: Run) -> None:
             )
             for index in own
         ]
-        sampling = SamplingParams(
-            max_completion_length=run.recipe.rollout.max_completion_length,
-            temperature=settings.temperature,
-            stop_token_ids=run.recipe.rollout.stop_token_ids,
-            seed=run.recipe.run.seed,
+        sampling = replace(
+            recipe_sampling(run.recipe), temperature=settings.temperature, top_p=1.0, top_k=0
         )
         try:
             groups, _ = ask_engine(run, requests, sampling)

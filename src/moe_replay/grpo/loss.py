@@ -32,17 +32,17 @@ class LossInputs:
 class LossStatistics:
     """Sums over the trained tokens of a microbatch, to be added up over microbatches and ranks."""
 
-    num_tokens: int
+    num_tokens: float
     """Tokens with a weight."""
     loss: float
     """Part of the mini-batch loss."""
-    num_clipped_low: int
+    num_clipped_low: float
     """Tokens below the clip range with a negative advantage: they get no gradient."""
-    num_clipped_high: int
+    num_clipped_high: float
     """Tokens above it with a positive advantage: likewise."""
-    num_bounded: int
+    num_bounded: float
     """Tokens with a log ratio above `MAX_LOG_RATIO`, in the surrogate or in the KL term."""
-    num_pulled: int
+    num_pulled: float
     """Tokens whose surrogate has a gradient: an advantage, not clipped, a probability below 1."""
     ratio_sum: float
     """Sum of importance ratios new / old, each at most ``exp(MAX_LOG_RATIO)``."""
@@ -85,22 +85,19 @@ def policy_loss(inputs: LossInputs, settings: GrpoSection) -> tuple[torch.Tensor
     low = (ratio < 1 - settings.epsilon) & (inputs.advantages < 0) & trains
     high = (ratio > 1 + settings.epsilon_high) & (inputs.advantages > 0) & trains
     pulled = trains & (inputs.advantages != 0) & ~low & ~high & (inputs.new_logprobs < CERTAIN)
-    shown = torch.exp(log_ratio.detach().clamp(max=MAX_LOG_RATIO))
-    counted = torch.stack([trains, low, high, bounded, pulled, shown * trains, kl * trains])
+    counted = {
+        "num_tokens": trains,
+        "num_clipped_low": low,
+        "num_clipped_high": high,
+        "num_bounded": bounded,
+        "num_pulled": pulled,
+        "ratio_sum": torch.exp(log_ratio.detach().clamp(max=MAX_LOG_RATIO)) * trains,
+        "kl_sum": kl * trains,
+        "loss": per_token.detach() * inputs.weights,
+    }
     # One transfer for all of them, because each waits for the device.
-    sums = torch.cat([counted.sum(dim=1), loss.detach()[None]]).tolist()
-    num_tokens, num_low, num_high, num_bounded, num_pulled, ratio_sum, kl_sum, value = sums
-    statistics = LossStatistics(
-        num_tokens=int(num_tokens),
-        loss=value,
-        num_clipped_low=int(num_low),
-        num_clipped_high=int(num_high),
-        num_bounded=int(num_bounded),
-        num_pulled=int(num_pulled),
-        ratio_sum=ratio_sum,
-        kl_sum=kl_sum,
-    )
-    return loss, statistics
+    sums = torch.stack(list(counted.values())).sum(dim=1).tolist()
+    return loss, LossStatistics(**dict(zip(counted, sums, strict=True)))
 
 
 def bounded_exp(values: Float[torch.Tensor, " tokens"]) -> Float[torch.Tensor, " tokens"]:
@@ -121,7 +118,7 @@ def update_tally(statistics: Iterable[LossStatistics], *, with_kl: bool) -> Tall
     """Tally one rank's microbatches of an update; ``kl`` only ``with_kl``, else it would be 0."""
     tally = Tally()
     for part in statistics:
-        tokens = part.num_tokens
+        tokens = int(part.num_tokens)
         tally.add_sum("loss", part.loss)
         tally.add_mean("policy_ratio/mean", total=part.ratio_sum, count=tokens)
         for name, total in (

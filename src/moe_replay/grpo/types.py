@@ -138,11 +138,6 @@ class StepBatch:
         """All microbatches, with keys from 0."""
         return [microbatch for part in self.minibatches for microbatch in part.microbatches]
 
-    @property
-    def route_bytes(self) -> int:
-        """Bytes of the routes that this rank holds."""
-        return sum(m.routes.nbytes for m in self.microbatches if m.routes is not None)
-
     def with_routes(self, routes: Mapping[int, RouteSlice]) -> StepBatch:
         """Return the batch with routes (microbatch key -> routes)."""
         parts = [
@@ -214,11 +209,6 @@ class OldScores:
     """Agreement of the replayed pass (R3), and the live gap when it was measured."""
     judged: Judged
     """What the guard found in the engine's routes (R3)."""
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        """The samples of this replica."""
-        return self.batch.samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

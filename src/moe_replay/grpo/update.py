@@ -208,7 +208,7 @@ class MinibatchLoss:
         speaks = run.replica.computes_loss
         pulled = sum(part.num_pulled for part in self.statistics) if speaks else 0
         gathered = run.ranks.gather([pulled, self._pulls_one_way()])
-        tokens = sum(part[0] for part in gathered)
+        tokens = int(sum(part[0] for part in gathered))
         if tokens and any(part[1] for part in gathered):
             raise UpdateError(
                 f"{where}: the norm of the gradient is exactly 0, though {tokens} sampled tokens have "

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from moe_replay.errors import DivergedError
+from moe_replay.errors import DivergedError, shortened
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.ranks.messages import HostGroup
 
-_SHOWN = 3
 # The square of a float32 above 1.8e19 is infinite, and norms square what they are given: such a
 # weight is lost as well.
 _LARGEST_WEIGHT = 1e18
@@ -58,10 +57,7 @@ def _check(
     ranks: HostGroup,
 ) -> None:
     bad = _beyond(named, limit)
-    text = (
-        f"{', '.join(bad[:_SHOWN])}{f' and {len(bad) - _SHOWN} more' if len(bad) > _SHOWN else ''}"
-    )
-    found = ranks.first(text if bad else None)
+    found = ranks.first(shortened(bad) if bad else None)
     if found is not None:
         rank, names = found
         raise DivergedError(

@@ -195,9 +195,10 @@ def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Cas
     if seen.collapsed:
         run.journal.warn(collapse_warning(seen.collapsed, run.recipe))
     table = seen.table
+    least = int(table.sample_ids[table.agreement.argmin()])
     judged = Judged(
         metrics=seen.metrics(origins),
-        details={"replay/agreement_min_sample": _words(run, origins[seen.least_sample])},
+        details={"replay/agreement_min_sample": _words(run, origins[least])},
         agreement=dict(zip(table.sample_ids.tolist(), table.agreement.tolist(), strict=True)),
     )
     if run.guard is None:

@@ -52,11 +52,6 @@ class Seen:
                 metrics[f"replay/agreement_server/{name.split('://')[-1]}"] = shared
         return metrics
 
-    @property
-    def least_sample(self) -> int:
-        """Index in the step of the sample that agrees least."""
-        return int(self.table.sample_ids[self.table.agreement.argmin()])
-
 
 class PassWatch:
     """Receives the counts of one pass on this rank, microbatch by microbatch."""

@@ -118,20 +118,21 @@ def _accepted_changes(
     identity: Mapping[str, Any],
     allow_changed: Collection[str],
 ) -> list[Difference]:
-    """Return what differs from a checkpoint, if all of it may."""
+    """Return what differs from a checkpoint.
+
+    Raises:
+        CheckpointError: when nobody has accepted some of it.
+    """
     changed = differences(position.identity, identity)
-    _refuse(directory, position, [c for c in changed if not is_allowed(c.key, allow_changed)])
-    return changed
-
-
-def _refuse(directory: Path, position: RunPosition, changed: list[Difference]) -> None:
-    """Raise `CheckpointError` if anything has changed that nobody has accepted."""
-    if not changed:
-        return
-    lines = [f"  {change}" for change in changed[:_SHOWN]]
-    if len(changed) > _SHOWN:
-        lines.append(f"  and {len(changed) - _SHOWN} more")
-    options = " ".join(f"--allow-changed {name}" for name in dict.fromkeys(map(_option, changed)))
+    refused = [change for change in changed if not is_allowed(change.key, allow_changed)]
+    if not refused:
+        return changed
+    lines = [f"  {change}" for change in refused[:_SHOWN]]
+    if len(refused) > _SHOWN:
+        lines.append(f"  and {len(refused) - _SHOWN} more")
+    # For a file its folder's key.
+    keys = dict.fromkeys(change.key.partition("/")[0].partition(" ")[0] for change in refused)
+    options = " ".join(f"--allow-changed {key}" for key in keys)
     raise CheckpointError(
         "\n".join(
             [
@@ -144,11 +145,6 @@ def _refuse(directory: Path, position: RunPosition, changed: list[Difference]) -
             ]
         )
     )
-
-
-def _option(change: Difference) -> str:
-    """Return the key to name for accepting a change: for a file its folder's key."""
-    return change.key.partition("/")[0].partition(" ")[0]
 
 
 def _write_down(path: Path, step: int, changed: list[Difference]) -> None:

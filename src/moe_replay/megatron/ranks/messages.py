@@ -6,7 +6,7 @@ same program and trust each other. What comes from outside the job never takes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -117,7 +117,8 @@ class HostGroup:
         num_bytes: Callable[[T], int],
         gather: Callable[[list[T]], list[list[T]]],
     ) -> list[list[T]]:
-        pieces = self._pieces(items, num_bytes)
+        # So that the pieces of all ranks together stay below it, if possible.
+        pieces = list(in_pieces(items, num_bytes, PIECE_BYTES // self.size))
         rounds = max(self.gather(len(pieces)))
         parts = [gather(pieces[n] if n < len(pieces) else []) for n in range(rounds)]
         if not parts:
@@ -160,20 +161,6 @@ class HostGroup:
         """
         raise_first(failure, self.gather(as_text(failure)))
 
-    def _pieces(self, items: Sequence[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
-        """Cut ``items`` so that the pieces of all ranks stay below `PIECE_BYTES`, if possible."""
-        limit = PIECE_BYTES // self.size
-        pieces: list[list[T]] = []
-        held = limit
-        for item in items:
-            size = num_bytes(item)
-            if held + size > limit:
-                pieces.append([])
-                held = 0
-            pieces[-1].append(item)
-            held += size
-        return pieces
-
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         """Explain what torch reports when a rank is gone or silent."""
@@ -192,13 +179,33 @@ class HostGroup:
             ) from error
 
 
+def in_pieces(items: Iterable[T], num_bytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Yield consecutive items of at most ``limit`` bytes together, or one that is larger alone.
+
+    Items of 3, 4, 5 and 9 bytes and a limit of 8 make the pieces (3, 4), (5) and (9).
+    """
+    piece: list[T] = []
+    held = 0
+    for item in items:
+        size = num_bytes(item)
+        if piece and held + size > limit:
+            yield piece
+            piece, held = [], 0
+        piece.append(item)
+        held += size
+    if piece:
+        yield piece
+
+
 def all_ranks() -> HostGroup:
     """Return all ranks of the job; this rank alone where torch.distributed is not in use.
 
     The first call is collective, and `moe_replay.megatron.layout.initialize` makes it.
     """
     world = dist.group.WORLD
-    return HostGroup(group=None if world is None else _host_group(world), name="all ranks")
+    if world is not None and dist.get_backend(world) != "gloo":
+        world = _beside(world)
+    return HostGroup(group=world, name="all ranks")
 
 
 def raise_first(failure: Exception | None, failures: Sequence[tuple[str, str] | None]) -> None:
@@ -222,11 +229,6 @@ def as_text(failure: Exception | None) -> tuple[str, str] | None:
 def forget_groups() -> None:
     """Let go of a group of all ranks, before torch.distributed is shut down."""
     _beside.cache_clear()
-
-
-def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a gloo group of all ranks: the world itself where it is one."""
-    return world if dist.get_backend(world) == "gloo" else _beside(world)
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ In: completions and traces of this rank. Out: completions of the replica; this r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from moe_replay.batch import Microbatch
 from moe_replay.batch.routes import cut_routes, empty_slice, fill_routes, row_bytes, rows_of
 from moe_replay.engines.types import Completion
 from moe_replay.errors import TraceError
-from moe_replay.megatron.ranks.messages import PIECE_BYTES
+from moe_replay.megatron.ranks.messages import PIECE_BYTES, in_pieces
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.routing import RouteForm, RouteSlice, RoutingTrace
 
@@ -78,30 +78,13 @@ def share_routes(
     form = _common_form(replica, traces)
     holders = _holders(replica, microbatches, traces)
     shared: dict[int, RouteSlice] = {}
-    for piece in _pieces(microbatches, form):
+    # Every rank of a replica has microbatches of the same samples, so all ranks cut alike.
+    for piece in in_pieces(microbatches, lambda m: sum(m.lengths) * row_bytes(form), PIECE_BYTES):
         shared |= _exchange(replica, piece, _outgoing(replica, piece, traces), holders, form)
         for microbatch in piece:
             for sample in microbatch.samples:
                 traces.pop(sample.sample_id, None)
     return shared
-
-
-def _pieces(microbatches: Sequence[Microbatch], form: RouteForm) -> Iterator[list[Microbatch]]:
-    """Yield consecutive microbatches whose routes, of all ranks, fill `PIECE_BYTES`, or one alone.
-
-    Every rank of a replica has microbatches of the same samples, so all ranks cut alike.
-    """
-    piece: list[Microbatch] = []
-    held = 0
-    for microbatch in microbatches:
-        size = sum(microbatch.lengths) * row_bytes(form)
-        if piece and held + size > PIECE_BYTES:
-            yield piece
-            piece, held = [], 0
-        piece.append(microbatch)
-        held += size
-    if piece:
-        yield piece
 
 
 def _outgoing(

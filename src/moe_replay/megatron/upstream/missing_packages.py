@@ -21,11 +21,6 @@ from moe_replay.megatron.upstream.warnings import quiet_megatron
 _MARK = "_moe_replay_keeps_state"
 
 
-def has_triton() -> bool:
-    """Tell whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def has_transformer_engine() -> bool:
     """Tell whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
@@ -125,7 +120,7 @@ def _state_without_parameters(optimizer: Any) -> dict[str, Any]:
     """Return the state of an empty part, such as the experts' part on a stage of dense layers.
 
     Megatron would ask its parameters for their one step. The step here is a placeholder;
-    `optimizer_state` puts that of the other parts in its place.
+    `checkpoint` puts that of the other parts in its place.
     """
     groups = optimizer.optimizer.state_dict()["param_groups"]
     kept = [{name: value for name, value in g.items() if name != "params"} for g in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -10,7 +11,7 @@ from moe_replay.megatron.upstream import missing_packages as packages
 from moe_replay.megatron.upstream import no_cuda
 
 REPAIRS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
-    "Triton": (packages.has_triton, packages.replace_paged_stash),
+    "Triton": (lambda: find_spec("triton") is not None, packages.replace_paged_stash),
     # Before anything imports Megatron-Core; the repairs below do.
     "CUDA": (lambda: torch.cuda.is_available(), no_cuda.install),
     "Transformer Engine": (packages.has_transformer_engine, packages.replace_transformer_engine),
