@@ -52,7 +52,7 @@ def test_equal_rewards_give_exactly_zero(scale: str) -> None:
     assert np.full(3, 0.1).mean() != 0.1
     result = group_advantages(np.array([[0.1, 0.1, 0.1], [0.0, 0.5, 1.0]]), scale_rewards=scale)
     assert result.advantages[0].tolist() == [0.0, 0.0, 0.0]
-    assert result.frac_reward_zero_std == 0.5
+    assert result.equal_rewards.mean() == 0.5
     assert result.advantages[1, 2] > 0
 
 

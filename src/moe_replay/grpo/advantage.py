@@ -34,11 +34,6 @@ class GroupAdvantages:
     counts: Bool[np.ndarray, "groups generations"]
     """False for a completion without a reward, or whose reward means nothing (it was aborted)."""
 
-    @property
-    def frac_reward_zero_std(self) -> float:
-        """Fraction of groups whose rewards are all equal."""
-        return float(self.equal_rewards.mean())
-
 
 def group_advantages(
     rewards: Float64[np.ndarray, "groups generations"],
@@ -114,7 +109,7 @@ def reward_metrics(
     Raises:
         RewardError: when a score is infinite.
     """
-    metrics = {"frac_reward_zero_std": result.frac_reward_zero_std}
+    metrics = {"frac_reward_zero_std": float(result.equal_rewards.mean())}
     if result.reward_mean is not None and result.reward_std is not None:
         metrics |= {"reward": result.reward_mean, "reward_std": result.reward_std}
     for name, scores in rewards.items():

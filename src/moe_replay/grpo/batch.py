@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 
 import numpy as np
 
-from moe_replay.batch import Sample, build_microbatch, plan_microbatches
+from moe_replay.batch import Microbatch, Sample, build_microbatch, plan_microbatches
 from moe_replay.batch.packing import split_to
 from moe_replay.engines.types import FinishReason
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.types import MiniBatch, Rollout, SampleOrigin, Scored, StepBatch
+from moe_replay.grpo.types import Rollout, SampleOrigin, Scored, StepBatch
 from moe_replay.megatron.ranks.sharing import share_completions, share_routes
 from moe_replay.routing import Coverage, LiveReason, Routing, RoutingTrace
 
@@ -31,7 +32,8 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     minibatches = _pack(run, parts)
     coverage = Coverage()
     if run.mode.replays:
-        coverage = Coverage.total([_padding(run, minibatches), *_rows(run, samples, traces)])
+        padding = _padding(run, chain.from_iterable(minibatches))
+        coverage = Coverage.total([padding, *_rows(run, samples, traces)])
     batch = StepBatch(minibatches=minibatches, origins=origins, coverage=coverage)
     if run.mode.passes.engine is not Routing.RECORD:
         return batch
@@ -84,7 +86,7 @@ def _make_samples(
     return samples, traces, tuple(origins)
 
 
-def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[MiniBatch, ...]:
+def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[tuple[Microbatch, ...], ...]:
     """Pack mini-batches into microbatches, equally many on every rank: experts may span replicas.
 
     Example: a mini-batch fills 3 microbatches on one replica and 5 on another. Both run 5; with an
@@ -105,18 +107,19 @@ def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[MiniBatch, ...]:
             plan, lengths[update], run.recipe.megatron.round_up_microbatches(largest)
         )
     row_multiple = _row_multiple(run, plans, lengths)
-    minibatches = []
-    key = 0
-    for part, plan in zip(parts, plans, strict=True):
-        microbatches = []
-        for group in plan:
-            samples = [part[position] for position in group]
-            microbatches.append(
-                build_microbatch(key, samples, place=run.actor.place, row_multiple=row_multiple)
+    key = count()
+    return tuple(
+        tuple(
+            build_microbatch(
+                next(key),
+                [part[position] for position in group],
+                place=run.actor.place,
+                row_multiple=row_multiple,
             )
-            key += 1
-        minibatches.append(MiniBatch(samples=tuple(part), microbatches=tuple(microbatches)))
-    return tuple(minibatches)
+            for group in plan
+        )
+        for part, plan in zip(parts, plans, strict=True)
+    )
 
 
 def _row_multiple(
@@ -148,10 +151,10 @@ def _rows(
     ]
 
 
-def _padding(run: Run, minibatches: Sequence[MiniBatch]) -> Coverage:
+def _padding(run: Run, microbatches: Iterable[Microbatch]) -> Coverage:
     """Count this rank's padding rows.
 
     Pipeline stages all see the same rows, so the last one counts.
     """
-    rows = sum(m.num_padding_rows for part in minibatches for m in part.microbatches)
+    rows = sum(microbatch.num_padding_rows for microbatch in microbatches)
     return Coverage(num_live={LiveReason.PADDING: rows if run.replica.is_last_stage else 0})

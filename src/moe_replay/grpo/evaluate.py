@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float64
 
 from moe_replay.engines.types import Request
 from moe_replay.grpo.answers import ask_engine, ask_rewards
@@ -73,15 +72,10 @@ def evaluate(run: Run) -> None:
 def _tally(batch: ScoredBatch) -> Tally:
     """Tally what this rank's held-out completions earned."""
     tally = Tally()
-    _add_opinions(tally, "eval/reward", batch.total)
-    for name, scores in batch.scores.items():
-        _add_opinions(tally, f"eval/rewards/{name}", scores)
+    rewards = {f"eval/rewards/{name}": scores for name, scores in batch.scores.items()}
+    for name, scores in {"eval/reward": batch.total, **rewards}.items():
+        given = scores[~np.isnan(scores)]
+        tally.add_mean(name, total=float(given.sum()), count=len(given))
     unscored = int(np.isnan(batch.total).sum())
     tally.add_mean("eval/unscored_ratio", total=unscored, count=len(batch.total))
     return tally
-
-
-def _add_opinions(tally: Tally, name: str, scores: Float64[np.ndarray, " n"]) -> None:
-    """Add the mean of the scores that are not NaN."""
-    given = scores[~np.isnan(scores)]
-    tally.add_mean(name, total=float(given.sum()), count=len(given))

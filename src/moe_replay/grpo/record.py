@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally, completion_tally, sample_gap
-from moe_replay.grpo.notices import step_notices
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import OldScores, Rollout, Scored, Update
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Coverage
 
 
@@ -55,7 +57,7 @@ def step_record(
         advantages=scored.advantages,
         dropped=old.judged.dropped,
     )
-    run.journal.warn_of_changes(step_notices(run.recipe, metrics))
+    run.journal.warn_of_changes(_notices(run.recipe, metrics))
     record = StepRecord(
         step=run.step,
         metrics=metrics,
@@ -86,3 +88,39 @@ def _fault_metrics(run: Run) -> dict[str, float]:
         return {}
     parts = run.ranks.gather(dict(run.engine.faults))
     return {f"rollout/faults_{kind}": float(sum(p[kind] for p in parts)) for kind in parts[0]}
+
+
+def _notices(recipe: Recipe, metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return what is odd about a step, kind of notice -> text; usually nothing."""
+    notices = {}
+    aborted = metrics["completions/aborted_ratio"]
+    if aborted > 0:
+        notices["aborted"] = (
+            f"the engine aborted {100 * aborted:.3g} % of the completions; they are recorded and not "
+            "trained on"
+        )
+    if metrics["completions/clipped_ratio"] == 1:
+        limit = recipe.rollout.max_completion_length
+        end = (
+            "grpo.overlong_filter omits them all from the loss"
+            if recipe.grpo.overlong_filter
+            else "none was seen to end by itself"
+        )
+        notices["cut"] = (
+            f"every completion was cut at rollout.max_completion_length = {limit}, and {end}; raise "
+            "it, or look at completions.jsonl: does the model know its end-of-sequence token?"
+        )
+    if metrics["update/num_skipped"] == recipe.batch.steps_per_generation:
+        notices["idle"] = f"nothing was learned in this step: {_why_idle(metrics)}"
+    return notices
+
+
+def _why_idle(metrics: Mapping[str, float]) -> str:
+    if metrics["completions/filtered_ratio"] == 1:
+        return "the loss omits all completions (completions/filtered_ratio is 1)"
+    if metrics["frac_reward_zero_std"] == 1:
+        return (
+            "in every group all rewards are equal (frac_reward_zero_std is 1); prompts that are too "
+            "easy or too hard, or a reward function that always gives the same score"
+        )
+    return "no completion that counts has an advantage"

@@ -9,15 +9,15 @@ gives what stands beside it, and imports no other station::
                        |
     reward.py       score and compare them             Scored: rewards, advantages
                        |
-    batch.py        pack them, bring every rank        StepBatch of MiniBatches,
-                    the routes that it replays         one for each optimizer step
+    batch.py        pack them, bring every rank        StepBatch: microbatches of
+                    the routes that it replays         each optimizer step
                        |
     score.py        old log-probabilities, judged      OldScores, with what the
                     by guard/ where they replay        guard found: Judged
                        |
     score.py        reference log-probabilities        sample id -> ScoredSample
                        |
-    update.py       one optimizer step a MiniBatch     Update: metrics; new weights
+    update.py       one optimizer step a mini-batch    Update: metrics; new weights
                        |
     push.py         give the weights to the engine     policy version + 1
                        |
@@ -31,13 +31,11 @@ A sample has two names. Its ``sample_id`` counts the samples of one replica; its
 counts those of all replicas, prompt after prompt. Example: a step of 4 prompts with 2 completions
 each, 2 mini-batches, 2 replicas. Replica 1 has prompts 1 and 3 of the 4: its sample ids 0, 1, 2, 3
 are the samples with the indices 2, 3, 6, 7 of the step.
-
-In: what a station found. Out: what the next ones read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,16 +91,6 @@ class Scored:
     """``reward``, ``reward_std``... over all ranks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MiniBatch:
-    """What one optimizer step learns from, on this rank."""
-
-    samples: tuple[Sample, ...]
-    """Of this replica."""
-    microbatches: tuple[Microbatch, ...]
-    """The same, packed; every rank of the run has equally many."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOrigin:
     """Where a sample comes from, in words that mean the same on every rank."""
@@ -121,8 +109,8 @@ class SampleOrigin:
 class StepBatch:
     """What a step learns from, on this rank."""
 
-    minibatches: tuple[MiniBatch, ...]
-    """One for each optimizer step."""
+    minibatches: tuple[tuple[Microbatch, ...], ...]
+    """What each optimizer step learns from, packed; every rank of the run has equally many."""
     origins: tuple[SampleOrigin, ...]
     """By ``sample_id``."""
     coverage: Coverage
@@ -130,24 +118,18 @@ class StepBatch:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """All samples of this replica."""
-        return tuple(sample for part in self.minibatches for sample in part.samples)
+        """All samples of this replica, in the order of their ids."""
+        held = [sample for microbatch in self.microbatches for sample in microbatch.samples]
+        return tuple(sorted(held, key=lambda sample: sample.sample_id))
 
     @property
     def microbatches(self) -> list[Microbatch]:
         """All microbatches, with keys from 0."""
-        return [microbatch for part in self.minibatches for microbatch in part.microbatches]
+        return [microbatch for part in self.minibatches for microbatch in part]
 
     def with_routes(self, routes: Mapping[int, RouteSlice]) -> StepBatch:
         """Return the batch with routes (microbatch key -> routes)."""
-        parts = [
-            replace(
-                part,
-                microbatches=tuple(replace(m, routes=routes[m.key]) for m in part.microbatches),
-            )
-            for part in self.minibatches
-        ]
-        return replace(self, minibatches=tuple(parts))
+        return self._each(lambda m: replace(m, routes=routes[m.key]))
 
     def without(self, dropped: Collection[int]) -> StepBatch:
         """Return the batch in which the samples ``dropped`` (sample ids) do not train.
@@ -155,22 +137,16 @@ class StepBatch:
         They stay in their microbatches, and the denominators of the loss count them as they count
         other untrained samples: not at all.
         """
-        if not dropped:
-            return self
 
-        def changed(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-            return tuple(replace(s, trains=False) if s.sample_id in dropped else s for s in samples)
+        def changed(m: Microbatch) -> Microbatch:
+            kept = (replace(s, trains=s.trains and s.sample_id not in dropped) for s in m.samples)
+            return replace(m, samples=tuple(kept))
 
-        parts = [
-            MiniBatch(
-                samples=changed(part.samples),
-                microbatches=tuple(
-                    replace(m, samples=changed(m.samples)) for m in part.microbatches
-                ),
-            )
-            for part in self.minibatches
-        ]
-        return replace(self, minibatches=tuple(parts))
+        return self._each(changed) if dropped else self
+
+    def _each(self, change: Callable[[Microbatch], Microbatch]) -> StepBatch:
+        parts = tuple(tuple(map(change, part)) for part in self.minibatches)
+        return replace(self, minibatches=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from moe_replay.grpo.loss import (
 from moe_replay.grpo.losses import BatchSize, Terms, TokenRows
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.types import Judged, MiniBatch, OldScores, Update
+from moe_replay.grpo.types import Judged, OldScores, Update
 from moe_replay.megatron.backward import sum_over_context
 from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Routing
@@ -64,13 +64,14 @@ def _update_once(
     run: Run,
     old: OldScores,
     reference: Mapping[int, ScoredSample] | None,
-    minibatch: MiniBatch,
+    minibatch: Sequence[Microbatch],
     number: int,
     *,
     is_first: bool,
 ) -> _UpdateReport:
     """Take one optimizer step; none if nothing trains, or momentum would move the weights."""
-    loss = MinibatchLoss(run, old.scored, reference, minibatch.samples)
+    samples = [sample for microbatch in minibatch for sample in microbatch.samples]
+    loss = MinibatchLoss(run, old.scored, reference, samples)
     learning_rate = run.actor.learning_rate
     if loss.is_idle:
         run.actor.skip()
@@ -90,7 +91,7 @@ def _update_once(
     watch = PassWatch(old.batch.origins) if watches else None
     name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
     gradient = run.actor.backward(
-        minibatch.microbatches,
+        minibatch,
         loss,
         temperature=run.temperature,
         routing=passes.update,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.batch import Sample
+from moe_replay.batch import RankPlace, Sample, build_microbatch
 from moe_replay.checkpoint.tokenizer import load_tokenizer
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.types import MiniBatch, StepBatch
+from moe_replay.grpo.types import StepBatch
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Coverage, RouteSlice
 from moe_replay.testing.misrouting import (
@@ -338,9 +338,9 @@ def test_e1_a_fault_of_our_own_packing_stops_the_update_before_the_optimizer_mov
 def test_dropped_samples_stay_in_their_microbatches_and_do_not_train() -> None:
     samples: tuple[Sample, ...] = tuple(make_samples(4, seed=0))
     batch = StepBatch(
-        minibatches=(
-            MiniBatch(samples=samples[:2], microbatches=()),
-            MiniBatch(samples=samples[2:], microbatches=()),
+        minibatches=tuple(
+            (build_microbatch(key, samples[2 * key : 2 * key + 2], place=RankPlace()),)
+            for key in (0, 1)
         ),
         origins=(),
         coverage=Coverage(),
