@@ -90,24 +90,33 @@ def export_hf_weights(
 
     Each tensor is a contiguous copy on the parameters' device. Gathering is collective: every rank
     iterates, to the end. At any time one parameter of one layer is held, for experts those of one
-    expert-parallel rank. `read` turns a parameter into what is exported
-    instead of its values, for example `lambda p: p.main_grad` for gradients.
+    expert-parallel rank. `read` turns a parameter into what is exported instead of its values, for
+    example `lambda p: p.main_grad` for gradients.
     """
     shape = _shape_of(chunks)
     rules = family_of(shape.family).rules
     held = _held_parameters(chunks, shape)
     device = next(iter(held.values()))[0].device if held else torch.device("cpu")
 
-    def local_part(key: _Key) -> Tensor:
-        return torch.stack([_local_view(rules[key.rule], read(p), shape) for p in held[key]])
+    def view(key: _Key, parameter: Tensor) -> Tensor:
+        return _local_view(rules[key.rule], read(parameter), shape)
 
+    # Shape and dtype of the merged tensors of a key's experts; of all keys, so no tensor is copied.
+    mine: dict[_Key, tuple[tuple[int, ...], torch.dtype]] = {}
     with torch.no_grad():
-        transfers = _plan_transfers({key: (rules[key.rule], local_part(key)) for key in held})
-    for key, (holders, size, dtype) in sorted(transfers.items()):
+        for key, parameters in held.items():
+            first = view(key, parameters[0])
+            mine[key] = (len(parameters), *_whole_shape(rules[key.rule], first)), first.dtype
+    everywhere = all_ranks().gather(mine)
+    known = {key: described for keys in everywhere for key, described in keys.items()}
+    for key, (size, dtype) in sorted(known.items()):
+        holders = [rank for rank, keys in enumerate(everywhere) if key in keys]
         rule = rules[key.rule]
         # Entered again for every key: a generator must not change the grad mode of its consumer.
         with torch.no_grad():
-            merged = _gather_cut(rule, local_part(key)) if key in held else None
+            merged = None
+            if key in held:
+                merged = _gather_cut(rule, torch.stack([view(key, p) for p in held[key]]))
             if len(holders) < all_ranks().size:
                 if merged is None:
                     merged = torch.empty(size, dtype=dtype, device=device)
@@ -349,23 +358,3 @@ def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(parts, local, group=group)
     return torch.cat(parts, dim=1 + _CUT_DIM[rule.kind])
-
-
-def _plan_transfers(
-    local: Mapping[_Key, tuple[Rule, Tensor]],
-) -> dict[_Key, tuple[list[int], tuple[int, ...], torch.dtype]]:
-    """Agree with all ranks on who holds what; collective.
-
-    Returns for each key the ranks that hold it, and shape and dtype of the merged tensors of its
-    experts.
-    """
-    mine = {
-        key: ((part.shape[0], *_whole_shape(rule, part[0])), part.dtype)
-        for key, (rule, part) in local.items()
-    }
-    everywhere = all_ranks().gather(mine)
-    return {
-        key: ([rank for rank, held in enumerate(everywhere) if key in held], *described)
-        for known in everywhere
-        for key, described in known.items()
-    }
