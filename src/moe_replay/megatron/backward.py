@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.batch import Microbatch
@@ -40,7 +39,7 @@ class BackwardWork:
 class MegatronLearner(MegatronScorer):
     """A scorer whose model has gradients and an optimizer."""
 
-    # Any: Megatron declares neither; the actor sets both.
+    # The actor sets both.
     optimizer: MegatronOptimizer
     config: TransformerConfig
 
@@ -85,15 +84,7 @@ class MegatronLearner(MegatronScorer):
             return output, scaled_loss
 
         with opened(scope):
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=self._iterators(work.microbatches),
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(work.microbatches),
-                seq_length=1,
-                micro_batch_size=1,
-                forward_only=False,
-            )
+            self._schedule(step, work.microbatches, forward_only=False)
 
     def find_broken(self, work: BackwardWork) -> list[str]:
         """Run the backward pass again, microbatch by microbatch, and say which are not finite.

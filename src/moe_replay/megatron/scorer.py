@@ -106,11 +106,23 @@ class MegatronScorer:
         Every rank returns the values of all samples of its own data-parallel replica.
         """
         outputs: dict[int, torch.Tensor] = {}
+        scope = self._scope(microbatches, routing, watch)
+
+        def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            microbatch = next(batches)
+            output = self._statistics(
+                chunk, microbatch, scope, temperature=temperature, with_entropies=True
+            )
+
+            def collect(statistics: torch.Tensor, non_loss_data: bool = True) -> None:
+                outputs[microbatch.key] = statistics[0]
+
+            return output, collect
+
         for chunk in self.chunks:
             chunk.eval()
-        scope = self._scope(microbatches, routing, watch)
         with torch.no_grad(), opened(scope):
-            self._run(microbatches, scope, temperature, outputs)
+            self._schedule(step, microbatches, forward_only=True)
         self._observe(microbatches, scope, watch)
         scored: dict[int, ScoredSample] = {}
         for microbatch in microbatches:
@@ -130,41 +142,26 @@ class MegatronScorer:
             routes = {m.key: self._recorded(m, scope) for m in microbatches}
         return Scores(samples=scored, routes=routes)
 
-    def _run(
+    def _schedule(
         self,
+        step: Callable[[Iterator[Microbatch], torch.nn.Module], tuple[torch.Tensor, Any]],
         microbatches: Sequence[Microbatch],
-        scope: ReplayScope | RecordScope | None,
-        temperature: float,
-        outputs: dict[int, torch.Tensor],
+        *,
+        forward_only: bool,
     ) -> None:
-        """Drive Megatron's own schedule, forward only; the last stage fills ``outputs``."""
-
-        def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            microbatch = next(batches)
-            output = self._statistics(
-                chunk, microbatch, scope, temperature=temperature, with_entropies=True
-            )
-
-            def collect(statistics: torch.Tensor, non_loss_data: bool = True) -> None:
-                outputs[microbatch.key] = statistics[0]
-
-            return output, collect
-
+        """Drive Megatron's own schedule; the last stage calls what ``step`` returns."""
+        interleaved = len(self.chunks) > 1
+        data = [iter(microbatches) for _ in self.chunks]
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=self._iterators(microbatches),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            data_iterator=data if interleaved else data[0],
+            model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=len(microbatches),
             seq_length=1,
             micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
         )
-
-    def _iterators(self, microbatches: Sequence[Microbatch]) -> Any:
-        if len(self.chunks) == 1:
-            return iter(microbatches)
-        return [iter(microbatches) for _ in self.chunks]
 
     def _statistics(
         self,
