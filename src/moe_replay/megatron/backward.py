@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.ranks.messages import all_ranks
-from moe_replay.megatron.replay import RecordScope, ReplayScope
+from moe_replay.megatron.replay import RouterScope
 from moe_replay.megatron.scorer import MegatronScorer, opened
 from moe_replay.routing import Routing
 
@@ -46,7 +46,7 @@ class MegatronLearner(MegatronScorer):
     def accumulate(
         self,
         work: BackwardWork,
-        scope: ReplayScope | RecordScope | None,
+        scope: RouterScope | None,
         *,
         inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
     ) -> None:

@@ -26,7 +26,7 @@ from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.chunks import moe_layers, unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS, token_statistics
-from moe_replay.megatron.replay import RecordScope, ReplayScope
+from moe_replay.megatron.replay import RecordScope, ReplayScope, RouterScope
 from moe_replay.megatron.replay.overlap import RowOwners, WatchedRoutes
 from moe_replay.routing import RouteForm, RouteSlice, Routing
 
@@ -167,7 +167,7 @@ class MegatronScorer:
         self,
         chunk: torch.nn.Module,
         microbatch: Microbatch,
-        scope: ReplayScope | RecordScope | None,
+        scope: RouterScope | None,
         *,
         temperature: float,
         with_entropies: bool = False,
@@ -185,15 +185,9 @@ class MegatronScorer:
             return self._forward(chunk, microbatch, scope)
 
     def _forward(
-        self,
-        chunk: torch.nn.Module,
-        microbatch: Microbatch,
-        scope: ReplayScope | RecordScope | None,
+        self, chunk: torch.nn.Module, microbatch: Microbatch, scope: RouterScope | None
     ) -> torch.Tensor:
-        inside: AbstractContextManager[Any] = (
-            scope.microbatch(microbatch.key) if scope is not None else contextlib.nullcontext()
-        )
-        with inside:
+        with contextlib.nullcontext() if scope is None else scope.microbatch(microbatch.key):
             return chunk(
                 input_ids=self._tensor(microbatch.token_ids)[None],
                 position_ids=self._tensor(microbatch.positions)[None],
@@ -217,7 +211,7 @@ class MegatronScorer:
 
     def _scope(
         self, microbatches: Sequence[Microbatch], routing: Routing, watch: RouteWatch | None
-    ) -> ReplayScope | RecordScope | None:
+    ) -> RouterScope | None:
         if routing is Routing.LIVE:
             return None
         # A stage may hold dense layers only, as long as the model has routers elsewhere.
@@ -237,7 +231,7 @@ class MegatronScorer:
     def _observe(
         self,
         microbatches: Sequence[Microbatch],
-        scope: ReplayScope | RecordScope | None,
+        scope: RouterScope | None,
         watch: RouteWatch | None,
     ) -> None:
         if watch is None or not isinstance(scope, ReplayScope):
@@ -302,7 +296,7 @@ def packed_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> P
     )
 
 
-def opened(scope: ReplayScope | RecordScope | None) -> AbstractContextManager[Any]:
+def opened(scope: RouterScope | None) -> AbstractContextManager[Any]:
     """Open ``scope`` for the time of a block; without a scope, do nothing."""
     return contextlib.nullcontext() if scope is None else scope.open()
 
