@@ -75,8 +75,8 @@ def _num_bytes(entry: tuple[int, CompletionRecord]) -> int:
 
 def _columns_read(run: Run, prompt: Prompt) -> dict[str, Any]:
     """Return the columns that some reward function takes, without those that JSON cannot hold."""
-    read = {name: value for name, value in prompt.columns.items() if run.inputs.rewards.takes(name)}
-    return {name: value for name, value in read.items() if _is_plain(value)}
+    takes = run.inputs.rewards.takes
+    return {name: v for name, v in prompt.columns.items() if takes(name) and _is_plain(v)}
 
 
 def _is_plain(value: object) -> bool:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
-
-if TYPE_CHECKING:
-    from moe_replay.batch import Sample
-    from moe_replay.megatron.scorer import ScoredSample
 
 Kind = Literal["mean", "sum", "min", "max"]
 
@@ -133,20 +129,6 @@ def engine_gap(
         _tally_tokens(tally, prefix, old.astype(np.float64) - rollout.astype(np.float64))
         _tally_sample(tally, prefix, old.astype(np.float64), rollout.astype(np.float64))
     return tally
-
-
-def sample_gap(
-    samples: Sequence[Sample],
-    scored: Mapping[int, ScoredSample],
-    *,
-    prefix: str = "rollout_correction",
-) -> Tally:
-    """Tally the `engine_gap` of samples (sample id -> what the trainer found)."""
-    return engine_gap(
-        [scored[sample.sample_id].token_logprobs for sample in samples],
-        [sample.rollout_logprobs for sample in samples],
-        prefix=prefix,
-    )
 
 
 def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
-from moe_replay.grpo.metrics import Tally, completion_tally, sample_gap
+from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import OldScores, Rollout, Scored, Update
@@ -27,7 +27,11 @@ def step_record(
         [completion.finish_reason for completion in rollout.completions],
         overlong_filter=run.recipe.grpo.overlong_filter,
     )
-    tally = Tally.merge([sample_gap(own, old.scored), endings])
+    gap = engine_gap(
+        [old.scored[sample.sample_id].token_logprobs for sample in own],
+        [sample.rollout_logprobs for sample in own],
+    )
+    tally = Tally.merge([gap, endings])
     # Our engines never draw them; those of others may.
     unknown = sum(int((c.token_ids >= run.num_known_ids).sum()) for c in rollout.completions)
     tally.add_sum("completions/unknown_tokens", unknown)

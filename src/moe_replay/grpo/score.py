@@ -10,7 +10,7 @@ from moe_replay.batch import Sample
 from moe_replay.errors import DivergedError
 from moe_replay.grpo.guard.judging import judge_engine_routes
 from moe_replay.grpo.guard.watch import PassWatch
-from moe_replay.grpo.metrics import Tally, sample_gap
+from moe_replay.grpo.metrics import Tally, engine_gap
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, OldScores, StepBatch
 from moe_replay.megatron.scorer import ScoredSample
@@ -46,7 +46,11 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
                 batch.microbatches, temperature=run.temperature, routing=Routing.LIVE
             )
         own = [sample for sample in batch.samples if sample.sampled_here]
-        gap = sample_gap(own, live.samples, prefix="live_gap")
+        gap = engine_gap(
+            [live.samples[sample.sample_id].token_logprobs for sample in own],
+            [sample.rollout_logprobs for sample in own],
+            prefix="live_gap",
+        )
         metrics |= Tally.merge(run.ranks.gather(gap)).finish()
     if routing is Routing.RECORD:
         batch = batch.with_routes(scores.routes)
