@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import moe_replay.megatron.backward as backward
 from moe_replay.engines.types import Engine
 from moe_replay.errors import DivergedError, UpdateError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
 from moe_replay.grpo.records import CompletionRecord, StepRecord
+from moe_replay.megatron.backward import MegatronLearner
 from moe_replay.megatron.scorer import MegatronScorer, Scores
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import BaseReporter, RunDirectory, build_reporter
@@ -144,12 +144,12 @@ def test_r2_an_engine_that_switches_gradients_off_is_not_trained_with(planned: R
 
 
 def _detach_logprobs() -> None:
-    connected = backward.token_logprobs
+    connected = MegatronLearner._statistics
 
     def detached(*args: Any, **options: Any) -> torch.Tensor:
-        return connected(*args, **options).detach().requires_grad_()
+        return connected(*args, **options).detach().requires_grad_(torch.is_grad_enabled())
 
-    backward.token_logprobs = detached
+    MegatronLearner._statistics = detached
 
 
 def test_r2_a_gradient_of_exactly_zero_with_rewards_that_differ_is_an_error(
