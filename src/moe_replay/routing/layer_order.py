@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from moe_replay.errors import TraceError
 
 if TYPE_CHECKING:
-    from jaxtyping import Integer
+    from jaxtyping import Int64, Integer
 
 # A payload of so many rows is judged by itself, whatever others of the engine looked like: a server
 # may be replaced.
@@ -32,36 +31,19 @@ _SHARE_OF_ROUTES = 0.5
 _SHARE_OF_OTHERS = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Column:
-    """What the column of one dense layer held, over some rows."""
+def _holds_routes(num_written: int, num_possible: int, num_other: int) -> bool:
+    """Whether a router wrote the column of a dense layer.
 
-    num_written: int = 0
-    """Rows that the engine wrote: their first MoE layer names different experts."""
-    num_possible: int = 0
-    """Those in which this column holds a possible route: different experts of the model."""
-    num_other: int = 0
-    """Those of which the route is not the first one."""
-
-    def __add__(self, more: _Column) -> _Column:
-        return _Column(
-            num_written=self.num_written + more.num_written,
-            num_possible=self.num_possible + more.num_possible,
-            num_other=self.num_other + more.num_other,
-        )
-
-    @property
-    def holds_routes(self) -> bool:
-        """Whether a router wrote this column.
-
-        Example: zeros are possible in no row; 0, 1, 2, 3 in every row never differ; 199 routes of
-        200 rows, of which one was not written and 150 differ from the first, are routes.
-        """
-        return (
-            self.num_other > 0
-            and self.num_possible >= _SHARE_OF_ROUTES * self.num_written
-            and self.num_other >= _SHARE_OF_OTHERS * self.num_possible
-        )
+    Of the rows that the engine wrote, some hold a possible route here (different experts of the
+    model), and of those some another one than the first. Example: zeros are possible in no row; 0,
+    1, 2, 3 in every row never differ; 199 routes of 200 rows, of which one was not written and 150
+    differ from the first, are routes.
+    """
+    return (
+        num_other > 0
+        and num_possible >= _SHARE_OF_ROUTES * num_written
+        and num_other >= _SHARE_OF_OTHERS * num_possible
+    )
 
 
 class LayerOrder:
@@ -73,7 +55,8 @@ class LayerOrder:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[int, _Column] = {}
+        # Dense layer -> what `_holds_routes` takes, over all rows so far.
+        self._counts: dict[int, Int64[np.ndarray, " 3"]] = {}
         self._firsts: dict[int, Integer[np.ndarray, " topk"]] = {}
         self._lock = threading.Lock()
 
@@ -97,30 +80,25 @@ class LayerOrder:
             possible = (routes[:, 0] >= 0) & (routes[:, -1] < num_experts)
             possible &= (routes[:, 1:] != routes[:, :-1]).all(axis=1)
             routes, num_written = routes[possible], len(routes)
-            if not len(routes):
-                self._add(layer, _Column(num_written=num_written))
-                continue
             with self._lock:
-                known = self._firsts.setdefault(layer, routes[0])
-            alone, pooled = (
-                _Column(
-                    num_written=num_written,
-                    num_possible=len(routes),
-                    num_other=int((routes != reference).any(axis=1).sum()),
-                )
-                for reference in (routes[0], known)
-            )
-            pooled = self._add(layer, pooled)
-            for column, is_enough in ((alone, num_written >= _ROWS_TO_JUDGE_ALONE), (pooled, True)):
-                if is_enough and column.holds_routes:
+                known = self._firsts.setdefault(layer, routes[0]) if len(routes) else None
+                more = (num_written, len(routes), _num_other(routes, known))
+                pooled = self._counts.get(layer, 0) + np.array(more)
+                self._counts[layer] = pooled
+            if not len(routes):
+                continue
+            alone = (num_written, len(routes), _num_other(routes, routes[0]))
+            for counts, is_enough in ((alone, num_written >= _ROWS_TO_JUDGE_ALONE), (pooled, True)):
+                if is_enough and _holds_routes(*map(int, counts)):
                     raise TraceError(
                         f"{where}: decoder layer {layer} is dense, but the payload holds possible routes for it in "
-                        f"{column.num_possible} of {column.num_written} rows, which differ; its layers are not the decoder "
-                        "layers in order: as many draft or multi-token-prediction layers as the model has dense ones were "
-                        "appended, which gives the same count"
+                        f"{counts[1]} of {counts[0]} rows, which differ; its layers are not the decoder layers in order: as "
+                        "many draft or multi-token-prediction layers as the model has dense ones were appended, which gives "
+                        "the same count"
                     )
 
-    def _add(self, layer: int, more: _Column) -> _Column:
-        with self._lock:
-            self._columns[layer] = self._columns.get(layer, _Column()) + more
-            return self._columns[layer]
+
+def _num_other(
+    routes: Integer[np.ndarray, "rows topk"], first: Integer[np.ndarray, " topk"] | None
+) -> int:
+    return 0 if first is None else int((routes != first).any(axis=1).sum())

@@ -26,7 +26,7 @@ from moe_replay.routing.origin import Origin
 from moe_replay.routing.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Integer, Shaped
+    from jaxtyping import Bool, Integer
 
 Unwritten = Literal["refuse", "invalid", "trust"]
 """What to do with rows that look unwritten: raise, keep them as ``valid=False`` and count them, or,
@@ -115,24 +115,17 @@ def trace_from_payload(
             or topk are not as many as the model and the tokens imply, rows are unwritten and not
             allowed to be, or a row is not a possible route.
     """
-    token_ids = as_array(token_ids)
-    _check_lengths(token_ids, num_prompt_tokens, start, where)
-    held = _moe_layers_of(_given(rows, where), model, where, layer_order)
-    given = np.ones(len(held), dtype=bool)
-    if len(token_ids) == num_prompt_tokens:
-        held, given = _of_empty_call(held, len(token_ids) - start, start, where)
-    else:
-        _check_rows(len(held), len(token_ids), num_prompt_tokens, start, where)
-    return _bound(
-        held,
-        given,
-        token_ids=token_ids,
+    call = _Call(
+        token_ids=as_array(token_ids),
+        num_prompt_tokens=num_prompt_tokens,
         model=model,
         origin=origin,
         where=where,
         start=start,
         unwritten=unwritten,
+        layer_order=LayerOrder() if layer_order is None else layer_order,
     )
+    return call.trace(call.moe_layers_of(rows))
 
 
 def trace_from_split_payload(
@@ -157,22 +150,26 @@ def trace_from_split_payload(
     Raises:
         TraceError: as `trace_from_payload`, and when either part has too few or too many rows.
     """
-    token_ids = as_array(token_ids)
-    _check_lengths(token_ids, num_prompt_tokens, start, where)
-    common: dict[str, Any] = {"token_ids": token_ids, "model": model, "origin": origin}
-    common |= {"where": where, "start": start, "unwritten": unwritten}
-    if len(token_ids) == num_prompt_tokens:
-        rows = completion_rows if prompt_rows is None else prompt_rows
-        return trace_from_payload(
-            rows, num_prompt_tokens=num_prompt_tokens, layer_order=layer_order, **common
+    call = _Call(
+        token_ids=as_array(token_ids),
+        num_prompt_tokens=num_prompt_tokens,
+        model=model,
+        origin=origin,
+        where=where,
+        start=start,
+        unwritten=unwritten,
+        layer_order=LayerOrder() if layer_order is None else layer_order,
+    )
+    if not call.num_sampled:
+        return call.trace(
+            call.moe_layers_of(completion_rows if prompt_rows is None else prompt_rows)
         )
-    sampled = _moe_layers_of(_given(completion_rows, where), model, where, layer_order)
-    num_prompt_rows = num_prompt_tokens - start
+    sampled = call.moe_layers_of(completion_rows)
+    num_prompt_rows, num_fed = num_prompt_tokens - start, call.num_sampled - 1
     if prompt_rows is None:
         prompt = np.zeros((num_prompt_rows, *sampled.shape[1:]), dtype=sampled.dtype)
     else:
-        prompt = _moe_layers_of(_given(prompt_rows, where), model, where, layer_order)
-    num_fed = len(token_ids) - num_prompt_tokens - 1
+        prompt = call.moe_layers_of(prompt_rows)
     if (len(prompt), len(sampled)) != (num_prompt_rows, num_fed):
         raise TraceError(
             f"{where}: the payload has {len(prompt)} prompt and {len(sampled)} completion rows, expected "
@@ -185,11 +182,8 @@ def trace_from_split_payload(
             f"{where}: prompt rows are {prompt.dtype} and completion rows {sampled.dtype}; one engine writes one type, so "
             "they come from two requests or one of them was converted on the way"
         )
-    return _bound(
-        np.concatenate([prompt, sampled]),
-        np.arange(num_prompt_rows + num_fed) >= (num_prompt_rows if prompt_rows is None else 0),
-        **common,
-    )
+    given = np.arange(num_prompt_rows + num_fed) >= (num_prompt_rows if prompt_rows is None else 0)
+    return call.bound(np.concatenate([prompt, sampled]), given)
 
 
 def unrouted_trace(token_ids: Any, *, model: RoutedModel, origin: Origin) -> RoutingTrace:
@@ -206,177 +200,161 @@ def unrouted_trace(token_ids: Any, *, model: RoutedModel, origin: Origin) -> Rou
     )
 
 
-def _check_lengths(
-    token_ids: Integer[np.ndarray, " tokens"], num_prompt_tokens: int, start: int, where: str
-) -> None:
-    if not 1 <= num_prompt_tokens <= len(token_ids):
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """One call of an engine, and how its payload becomes a trace."""
+
+    token_ids: Integer[np.ndarray, " tokens"]
+    num_prompt_tokens: int
+    model: RoutedModel
+    origin: Origin
+    where: str
+    start: int
+    unwritten: Unwritten
+    layer_order: LayerOrder
+
+    def __post_init__(self) -> None:
+        num_tokens = len(self.token_ids)
+        if not 1 <= self.num_prompt_tokens <= num_tokens:
+            raise TraceError(
+                f"{self.where}: {self.num_prompt_tokens} prompt tokens of {num_tokens}, expected 1 to {num_tokens}; "
+                "token_ids must hold prompt and completion"
+            )
+        last = min(self.num_prompt_tokens, num_tokens - 1)
+        if not 0 <= self.start <= last:
+            raise TraceError(
+                f"{self.where}: rows start at token {self.start}, expected 0 to {last}, the end of the prompt; engines return "
+                "every row of what they sample"
+            )
+        covered = self.origin.spans[-1].stop if self.origin.spans else 0
+        if covered != num_tokens:
+            raise TraceError(
+                f"{self.where}: the policy spans of the origin cover {covered} rows, expected {num_tokens}: all prompt and "
+                "sampled tokens, also when the payload starts later"
+            )
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def moe_layers_of(self, payload: Any) -> Integer[np.ndarray, "rows moe_layers topk"]:
+        """Return the MoE layers of a payload in either layer form."""
+        where, model = self.where, self.model
+        if payload is None:
+            raise TraceError(
+                f"{where}: the payload is None, expected routes of [rows, layers, topk]: the engine recorded none. vLLM "
+                "needs enable_return_routed_experts=True (--enable-return-routed-experts of vllm serve); SGLang needs "
+                "--enable-return-routed-experts, and return_routed_experts in each request. When rows without routes are "
+                "meant, make an unrouted_trace"
+            )
+        rows = as_array(payload)
+        if rows.ndim != 3 or not np.issubdtype(rows.dtype, np.integer):
+            raise TraceError(
+                f"{where}: the payload is {rows.dtype}{list(rows.shape)}, expected integers of [rows, layers, topk]"
+            )
+        check_holds_ids(rows, model.num_experts, where=where)
+        _, num_layers, topk = rows.shape
+        if topk != model.topk:
+            raise TraceError(
+                f"{where}: the payload names {topk} experts per token and layer, the model uses {model.topk}; it is another "
+                "model's, or shared experts are counted"
+            )
+        if num_layers == len(model.moe_layers):
+            return rows
+        if num_layers != model.num_decoder_layers:
+            raise TraceError(
+                f"{where}: the payload has {num_layers} layers, expected {model.num_decoder_layers} (all decoder layers) or "
+                f"{len(model.moe_layers)} (MoE layers only); draft or multi-token-prediction layers are counted, a pipeline "
+                "stage reported alone, or the engine serves another model"
+            )
+        self.layer_order.check(
+            rows, moe_layers=model.moe_layers, num_experts=model.num_experts, where=where
+        )
+        return rows[:, list(model.moe_layers)]
+
+    def trace(self, rows: Integer[np.ndarray, "rows layers topk"]) -> RoutingTrace:
+        """Return the trace of all rows of a call; one that sampled nothing may have fed less."""
+        num_fed = len(self.token_ids) - self.start - 1
+        if self.num_sampled:
+            self._check_rows(len(rows), num_fed)
+            return self.bound(rows, np.ones(num_fed, dtype=bool))
+        if len(rows) > num_fed + 1:
+            raise TraceError(
+                f"{self.where}: the payload has {len(rows)} rows, expected at most {num_fed + 1}: nothing was sampled, and only "
+                f"the prompt can have been fed, from token {self.start} on"
+            )
+        kept = rows[:num_fed]
+        missing = np.zeros((num_fed - len(kept), *rows.shape[1:]), dtype=rows.dtype)
+        return self.bound(np.concatenate([kept, missing]), np.arange(num_fed) < len(kept))
+
+    def _check_rows(self, num_rows: int, expected: int) -> None:
+        if num_rows == expected:
+            return
+        causes = {
+            expected
+            + 1: "a row for the last sampled token, which is never fed, was added or padded",
+            expected
+            + self.start: f"the engine ignored the start of {self.start}: crop nothing, pass start=0",
+            self.num_sampled - 1: "these are the rows of the completion alone",
+            self.num_prompt_tokens: "these are the rows of the prompt alone",
+        }
+        cause = causes.get(
+            num_rows, "rows were dropped by preemption, or token_ids were re-tokenised"
+        )
         raise TraceError(
-            f"{where}: {num_prompt_tokens} prompt tokens of {len(token_ids)}, expected 1 to {len(token_ids)}; "
-            "token_ids must hold prompt and completion"
+            f"{self.where}: the payload has {num_rows} rows, expected {expected}: {self.num_prompt_tokens} prompt and "
+            f"{self.num_sampled} sampled tokens, from token {self.start} on, less the last one; probably {cause}"
         )
-    last = min(num_prompt_tokens, len(token_ids) - 1)
-    if not 0 <= start <= last:
+
+    def bound(
+        self, rows: Integer[np.ndarray, "rows layers topk"], given: Bool[np.ndarray, " rows"]
+    ) -> RoutingTrace:
+        """Add the row of the last token and bind everything to the tokens."""
+        valid = np.append(given & ~self._unwritten_rows(rows, given), False)
+        try:
+            return RoutingTrace.record(
+                owned(np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))])),
+                token_ids=self.token_ids[self.start :],
+                valid=valid,
+                layers=self.model.moe_layers,
+                num_experts=self.model.num_experts,
+                origin=self.origin.crop(self.start, len(self.token_ids)),
+            )
+        except TraceError as error:
+            raise TraceError(f"{self.where}: {error}") from error
+
+    def _unwritten_rows(
+        self, rows: Integer[np.ndarray, "rows layers topk"], given: Bool[np.ndarray, " rows"]
+    ) -> Bool[np.ndarray, " rows"]:
+        """Return the rows to be marked unwritten; with top-1, zeros are a route to expert 0."""
+        where, (_, num_layers, topk) = self.where, rows.shape
+        if topk == 1 and self.unwritten == "invalid":
+            raise TraceError(
+                f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "
+                "cannot be distinguished; turn the engine's prefix cache off"
+            )
+        if topk > 1 and self.unwritten == "trust":
+            raise TraceError(
+                f"{where}: unwritten='trust' is for models with one expert per token; of {topk} a router names none twice"
+            )
+        # A row whose first layer is a route has been written, so the other layers are seldom read.
+        first = 0 if topk == 1 else rows[:, 0, :1]
+        blank = (rows[:, 0] == first).all(axis=1) & given
+        blank[blank] = (rows[blank] == (0 if topk == 1 else rows[blank, :, :1])).all(axis=(1, 2))
+        if not blank.any() or self.unwritten == "invalid":
+            return blank
+        if self.unwritten == "trust":
+            return np.zeros_like(blank)
+        row = int(blank.argmax())
+        counted, token = f"{where}: {int(blank.sum())} of {len(rows)} rows", self.start + row
+        if topk == 1:
+            raise TraceError(
+                f"{counted} name expert 0 in all {num_layers} layers, the first is that of token {token}; with one expert "
+                "per token a row that nobody wrote looks the same: turn the engine's prefix cache off and pass "
+                "unwritten='trust'"
+            )
         raise TraceError(
-            f"{where}: rows start at token {start}, expected 0 to {last}, the end of the prompt; engines return every row "
-            "of what they sample"
+            f"{counted} are unwritten, the first is that of token {token}, which names expert {int(rows[row, 0, 0])} {topk} "
+            "times in every layer; the engine served them from its prefix cache or did not capture them: turn prefix "
+            "caching off, or pass unwritten='invalid' to route these rows live and count them"
         )
-
-
-def _given(rows: Any, where: str) -> Shaped[np.ndarray, "..."]:
-    """Return a payload as an array; raise when there is none."""
-    if rows is None:
-        raise TraceError(
-            f"{where}: the payload is None, expected routes of [rows, layers, topk]: the engine recorded none. vLLM "
-            "needs enable_return_routed_experts=True (--enable-return-routed-experts of vllm serve); SGLang needs "
-            "--enable-return-routed-experts, and return_routed_experts in each request. When rows without routes are "
-            "meant, make an unrouted_trace"
-        )
-    return as_array(rows)
-
-
-def _moe_layers_of(
-    rows: Shaped[np.ndarray, "..."],
-    model: RoutedModel,
-    where: str,
-    layer_order: LayerOrder | None,
-) -> Integer[np.ndarray, "rows moe_layers topk"]:
-    """Return the MoE layers of a payload in either layer form."""
-    if rows.ndim != 3 or not np.issubdtype(rows.dtype, np.integer):
-        raise TraceError(
-            f"{where}: the payload is {rows.dtype}{list(rows.shape)}, expected integers of [rows, layers, topk]"
-        )
-    check_holds_ids(rows, model.num_experts, where=where)
-    _, num_layers, topk = rows.shape
-    if topk != model.topk:
-        raise TraceError(
-            f"{where}: the payload names {topk} experts per token and layer, the model uses {model.topk}; it is another "
-            "model's, or shared experts are counted"
-        )
-    if num_layers == len(model.moe_layers):
-        return rows
-    if num_layers != model.num_decoder_layers:
-        raise TraceError(
-            f"{where}: the payload has {num_layers} layers, expected {model.num_decoder_layers} (all decoder layers) or "
-            f"{len(model.moe_layers)} (MoE layers only); draft or multi-token-prediction layers are counted, a pipeline "
-            "stage reported alone, or the engine serves another model"
-        )
-    (LayerOrder() if layer_order is None else layer_order).check(
-        rows, moe_layers=model.moe_layers, num_experts=model.num_experts, where=where
-    )
-    return rows[:, list(model.moe_layers)]
-
-
-def _check_rows(
-    num_rows: int, num_tokens: int, num_prompt_tokens: int, start: int, where: str
-) -> None:
-    expected = num_tokens - start - 1
-    if num_rows == expected:
-        return
-    causes = {
-        num_tokens
-        - start: "a row for the last sampled token, which is never fed, was added or padded",
-        num_tokens - 1: f"the engine ignored the start of {start}: crop nothing, pass start=0",
-        num_tokens - num_prompt_tokens - 1: "these are the rows of the completion alone",
-        num_prompt_tokens: "these are the rows of the prompt alone",
-    }
-    cause = causes.get(num_rows, "rows were dropped by preemption, or token_ids were re-tokenised")
-    raise TraceError(
-        f"{where}: the payload has {num_rows} rows, expected {expected}: {num_prompt_tokens} prompt and "
-        f"{num_tokens - num_prompt_tokens} sampled tokens, from token {start} on, less the last one; probably {cause}"
-    )
-
-
-def _of_empty_call(
-    rows: Integer[np.ndarray, "rows layers topk"], num_fed: int, start: int, where: str
-) -> tuple[Integer[np.ndarray, "fed layers topk"], Bool[np.ndarray, " fed"]]:
-    """Return the rows of a call that sampled nothing, without the last, and which were given."""
-    if len(rows) > num_fed:
-        raise TraceError(
-            f"{where}: the payload has {len(rows)} rows, expected at most {num_fed}: nothing was sampled, and only the "
-            f"prompt can have been fed, from token {start} on"
-        )
-    kept = rows[: num_fed - 1]
-    missing = np.zeros((num_fed - 1 - len(kept), *rows.shape[1:]), dtype=rows.dtype)
-    return np.concatenate([kept, missing]), np.arange(num_fed - 1) < len(kept)
-
-
-def _bound(
-    rows: Integer[np.ndarray, "rows layers topk"],
-    given: Bool[np.ndarray, " rows"],
-    *,
-    token_ids: Integer[np.ndarray, " tokens"],
-    model: RoutedModel,
-    origin: Origin,
-    where: str,
-    start: int,
-    unwritten: Unwritten,
-) -> RoutingTrace:
-    """Add the row of the last token and bind everything to the tokens."""
-    covered = origin.spans[-1].stop if origin.spans else 0
-    if covered != len(token_ids):
-        raise TraceError(
-            f"{where}: the policy spans of the origin cover {covered} rows, expected {len(token_ids)}: all prompt and "
-            "sampled tokens, also when the payload starts later"
-        )
-    valid = np.append(given & ~_unwritten_rows(rows, given, start, unwritten, where), False)
-    try:
-        return RoutingTrace.record(
-            owned(np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))])),
-            token_ids=token_ids[start:],
-            valid=valid,
-            layers=model.moe_layers,
-            num_experts=model.num_experts,
-            origin=origin.crop(start, len(token_ids)),
-        )
-    except TraceError as error:
-        raise TraceError(f"{where}: {error}") from error
-
-
-def _unwritten_rows(
-    rows: Integer[np.ndarray, "rows layers topk"],
-    given: Bool[np.ndarray, " rows"],
-    start: int,
-    unwritten: Unwritten,
-    where: str,
-) -> Bool[np.ndarray, " rows"]:
-    if rows.shape[2] == 1:
-        return _unwritten_of_one(rows, given, start, unwritten, where)
-    if unwritten == "trust":
-        raise TraceError(
-            f"{where}: unwritten='trust' is for models with one expert per token; of {rows.shape[2]} a router names none twice"
-        )
-    # A row whose first layer is a route has been written, so the other layers are seldom read.
-    blank = (rows[:, 0] == rows[:, 0, :1]).all(axis=1) & given
-    blank[blank] = (rows[blank] == rows[blank, :, :1]).all(axis=(1, 2))
-    if blank.any() and unwritten == "refuse":
-        first = int(blank.argmax())
-        raise TraceError(
-            f"{where}: {int(blank.sum())} of {len(rows)} rows are unwritten, the first is that of token {start + first}, "
-            f"which names expert {int(rows[first, 0, 0])} {rows.shape[2]} times in every layer; the engine served them "
-            "from its prefix cache or did not capture them: turn prefix caching off, or pass unwritten='invalid' to "
-            "route these rows live and count them"
-        )
-    return blank
-
-
-def _unwritten_of_one(
-    rows: Integer[np.ndarray, "rows layers 1"],
-    given: Bool[np.ndarray, " rows"],
-    start: int,
-    unwritten: Unwritten,
-    where: str,
-) -> Bool[np.ndarray, " rows"]:
-    """Return that all rows are written, or raise: with top-1, zeros are a route to expert 0."""
-    if unwritten == "invalid":
-        raise TraceError(
-            f"{where}: with one expert per token an unwritten row looks like a route to expert 0, so unwritten rows "
-            "cannot be distinguished; turn the engine's prefix cache off"
-        )
-    blank = (rows == 0).all(axis=(1, 2)) & given
-    if blank.any() and unwritten == "refuse":
-        raise TraceError(
-            f"{where}: {int(blank.sum())} of {len(rows)} rows name expert 0 in all {rows.shape[1]} layers, the first is that of "
-            f"token {start + int(blank.argmax())}; with one expert per token a row that nobody wrote looks the same: turn the "
-            "engine's prefix cache off and pass unwritten='trust'"
-        )
-    return np.zeros(len(rows), dtype=bool)

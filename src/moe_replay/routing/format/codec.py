@@ -105,12 +105,14 @@ def decode_trace(
     Raises:
         CodecError: as `decode_traces`, and when the payload holds none or several traces.
     """
-    names = [place.name for place in read_index(memoryview(payload).cast("B"), "payload")]
-    if len(names) != 1:
+    stored = memoryview(payload).cast("B")
+    places = read_index(stored, "payload")
+    if len(places) != 1:
+        names = [place.name for place in places[:8]]
         raise CodecError(
-            f"payload: holds {len(names)} traces {names[:8]}, expected one; decode_traces returns all of them"
+            f"payload: holds {len(places)} traces {names}, expected one; decode_traces returns all of them"
         )
-    return decode_traces(payload, max_bytes=max_bytes)[names[0]]
+    return read_place(stored, places[0], "payload", max_bytes=max_bytes)
 
 
 def to_text(payload: bytes) -> str:
@@ -173,7 +175,7 @@ def write_named(
         CodecError: when the name is empty, repeated or too long, or a number does not fit the
             format.
     """
-    _encoded_name(name, taken)
+    _check_name(name, taken)
     size, checksum = write_frame(trace, encoding, write)
     taken.add(name)
     return FramePlace(name=name, start=at, stop=at + size, checksum=checksum)
@@ -275,17 +277,16 @@ def _check_preamble(stored: memoryview, where: str) -> None:
         raise CodecError(f"{where}: reserved bytes hold {reserved}, expected zeros")
 
 
-def _encoded_name(name: str, taken: set[str]) -> bytes:
+def _check_name(name: str, taken: set[str]) -> None:
     try:
-        encoded = name.encode()
+        size = len(name.encode())
     except UnicodeEncodeError as error:
         raise CodecError(f"trace name {name!r} is not valid text: {error}") from error
-    if not 1 <= len(encoded) < 1 << 16 or name in taken:
+    if not 1 <= size < 1 << 16 or name in taken:
         raise CodecError(
-            f"trace name {name[:80]!r} is {'taken' if name in taken else f'{len(encoded)} bytes long'}; expected a name "
-            "of its own for each trace, of 1 to 65535 bytes"
+            f"trace name {name[:80]!r} is {'taken' if name in taken else f'{size} bytes long'}; expected a name of its own "
+            "for each trace, of 1 to 65535 bytes"
         )
-    return encoded
 
 
 def _decoded_name(encoded: memoryview, size: int, taken: set[str], where: str) -> str:

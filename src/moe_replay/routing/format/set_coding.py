@@ -39,20 +39,6 @@ _CHUNK = struct.Struct("<BI")  # method, bytes of the symbols
 _PLAIN, _ZSTD = 0, 1
 
 
-def new_compressor() -> ZstdCompressor:
-    """Return the compressor of every chunk; gaps have no matches: the fastest level is enough."""
-    from zstandard import ZstdCompressor
-
-    return ZstdCompressor(level=1)
-
-
-def new_decompressor() -> ZstdDecompressor:
-    """Return the decompressor of every chunk."""
-    from zstandard import ZstdDecompressor
-
-    return ZstdDecompressor()
-
-
 def encode_chunk(
     expert_ids: UInt[np.ndarray, "rows layers topk"],
     num_experts: int,
@@ -155,14 +141,10 @@ def _sum_gaps(planes: UInt[np.ndarray, "topk sets"], num_experts: int, where: st
         planes[slot] += planes[slot - 1]
     # A sum that leaves the dtype wraps to at most its predecessor, because a gap is below 2**bits.
     if (planes[1:] <= planes[:-1]).any() or int(planes[-1].max()) >= num_experts:
-        raise _outside(num_experts, where)
-
-
-def _outside(num_experts: int, where: str) -> CodecError:
-    return CodecError(
-        f"{where}: the gaps of a set add up to an expert above {num_experts - 1}; the bytes were not written by this "
-        "format, or their expert count was altered"
-    )
+        raise CodecError(
+            f"{where}: the gaps of a set add up to an expert above {num_experts - 1}; the bytes were not written by this "
+            "format, or their expert count was altered"
+        )
 
 
 def _bits(
@@ -181,13 +163,8 @@ def _decompressed(
 
     try:
         claimed = get_frame_parameters(packed).content_size
-        if claimed != num_slots:
-            raise CodecError(
-                f"{where}: a zstd frame of {claimed} bytes, expected {num_slots} expert slots"
-            )
-        symbols = decompressor.decompress(packed, allow_extra_data=False)
+        if claimed == num_slots:
+            return decompressor.decompress(packed, allow_extra_data=False)
     except ZstdError as error:
         raise CodecError(f"{where}: not a zstd frame of expert slots: {error}") from error
-    if len(symbols) != num_slots:
-        raise CodecError(f"{where}: {len(symbols)} symbols, expected {num_slots}")
-    return symbols
+    raise CodecError(f"{where}: a zstd frame of {claimed} bytes, expected {num_slots} expert slots")
