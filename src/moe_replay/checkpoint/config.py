@@ -6,9 +6,10 @@ of a checkpoint is never run, and there is no option to allow it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,14 +98,11 @@ def load_config(model_dir: str | Path) -> Any:
             f"no model can be built.{code} Use a checkpoint of an architecture that is part of transformers"
         )
     _refuse_quantized(raw, path)
-    # Values that pass our own checks can still raise anything in transformers.
-    try:
+    with refused_by_library(
+        f"{path / 'config.json'} is rejected by transformers",
+        "restore the config of the original checkpoint",
+    ):
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise RecipeError(
-            f"{path / 'config.json'} is rejected by transformers: {type(error).__name__}: {reason(error)}; restore the "
-            "config of the original checkpoint"
-        ) from error
 
 
 def load_generation_config(model_dir: str | Path) -> Any:
@@ -119,13 +117,10 @@ def load_generation_config(model_dir: str | Path) -> Any:
     if not path.is_file():
         return None
     read_json_object(path)
-    try:
+    with refused_by_library(
+        f"{path} is rejected by transformers", "restore the original file, or remove it"
+    ):
         return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-    except Exception as error:
-        raise RecipeError(
-            f"{path} is rejected by transformers: {type(error).__name__}: {reason(error)}; restore the original "
-            "file, or remove it"
-        ) from error
 
 
 def refuse_nested(config: Mapping[str, Any], path: Path) -> None:
@@ -175,13 +170,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path.parent} holds no {path.name}: expected a Hugging Face checkpoint directory with config.json, "
             "safetensors and tokenizer"
         ) from None
-    except RecursionError as error:
-        raise RecipeError(
-            f"{path} cannot be read: it is nested too deeply; restore the original file"
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
+    except RecipeError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read: {error}; restore the original file") from error
     if not isinstance(found, dict):
         raise RecipeError(
@@ -248,9 +239,18 @@ def _refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
                 )
 
 
-def reason(error: Exception) -> str:
-    """Return a library's error in one line, without its advice to run code of the checkpoint."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return "it needs code that comes with the checkpoint, which is never run"
-    return text if len(text) <= 300 else f"{text[:297]}..."
+@contextlib.contextmanager
+def refused_by_library(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library raises about a checkpoint into a `RecipeError` of one line.
+
+    Values that pass our own checks can still raise anything in transformers, and the tokenizers
+    library raises bare `Exception`. Advice to run code of the checkpoint is not repeated.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            text = "it needs code that comes with the checkpoint, which is never run"
+        text = text if len(text) <= 300 else f"{text[:297]}..."
+        raise RecipeError(f"{what}: {type(error).__name__}: {text}; {advice}") from error

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moe_replay.checkpoint.config import load_config, load_generation_config, reason
+from moe_replay.checkpoint.config import load_config, load_generation_config, refused_by_library
 from moe_replay.checkpoint.files import SafetensorsCheckpoint
 from moe_replay.checkpoint.fit import TIED, check_counts, check_fit
 from moe_replay.checkpoint.stop_tokens import stop_tokens
 from moe_replay.checkpoint.tokenizer import find_tokenizer, num_known_ids
-from moe_replay.errors import RecipeError
 from moe_replay.routing import RoutedModel
 from moe_replay.transformers.model_config import routed_of
 
@@ -66,6 +64,8 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         UnsupportedError: the checkpoint is quantized, or of an architecture that transformers does
             not know.
     """
+    from transformers import AutoModelForCausalLM
+
     model_dir = Path(model_dir)
     config = load_config(model_dir)
     with SafetensorsCheckpoint(model_dir) as checkpoint:
@@ -73,7 +73,14 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         stacks_experts = any(stored.expert is not None for stored in checkpoint.stored.values())
         formats = {name: stored.dtype for name, stored in checkpoint.stored.items()}
     check_counts(shapes, config)
-    model = _without_memory(config, model_dir)
+    with (
+        refused_by_library(
+            f"transformers cannot build a model from {model_dir / 'config.json'}",
+            "restore the config of the original checkpoint",
+        ),
+        torch.device("meta"),
+    ):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     check_fit(shapes, config, model)
     text = config.get_text_config()
     tokenizer = find_tokenizer(model_dir)
@@ -104,25 +111,6 @@ def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
         for name, dtype in formats.items()
         if dtype == "F32" and (is_lower or name.endswith(_EXPERT_BIAS))
     )
-
-
-def _without_memory(config: Any, model_dir: Path) -> Any:
-    """Build the model on the meta device.
-
-    Raises:
-        RecipeError: transformers cannot build it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    # A config that describes no possible model may fail in any line of transformers.
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise RecipeError(
-            f"transformers cannot build a model from {model_dir / 'config.json'}: {type(error).__name__}: "
-            f"{reason(error)}; restore the config of the original checkpoint"
-        ) from error
 
 
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,13 +357,5 @@ def _parts(whole: StoredTensor, names: _ExpertNames | None) -> Iterator[tuple[st
             num_rows = rows if cut is None else cut.stop - cut.start
             yield (
                 f"{experts}.{expert}.{part}.weight",
-                StoredTensor(
-                    file=whole.file,
-                    name=whole.name,
-                    stored_shape=whole.stored_shape,
-                    shape=(num_rows, width),
-                    dtype=whole.dtype,
-                    expert=expert,
-                    rows=cut,
-                ),
+                replace(whole, shape=(num_rows, width), expert=expert, rows=cut),
             )

@@ -7,7 +7,7 @@ an error that names the difference.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -59,7 +59,11 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) ->
     if not has_usual_names(config.model_type):
         # Only transformers runs these families, and it reports what is missing.
         return
-    needed = dict(_usual_shapes(model, config.model_type))
+    needed = {
+        usual: shape
+        for name, tensor in model.state_dict().items()
+        for usual, shape in usual_parts(name, tuple(tensor.shape), config.model_type)
+    }
     num_prediction = getattr(config, "num_nextn_predict_layers", None) or 0
     got = {
         name: shape
@@ -99,8 +103,3 @@ def is_prediction(name: str, num_layers: int, num_prediction_layers: int) -> boo
     """Return whether a tensor belongs to a prediction layer; these follow the decoder layers."""
     match = _IN_LAYER.fullmatch(name)
     return match is not None and 0 <= int(match[1]) - num_layers < num_prediction_layers
-
-
-def _usual_shapes(model: Any, model_type: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, tensor in model.state_dict().items():
-        yield from usual_parts(name, tuple(tensor.shape), model_type)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_replay.checkpoint.config import reason
+from moe_replay.checkpoint.config import refused_by_library
 from moe_replay.errors import RecipeError, shortened
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -32,16 +32,13 @@ def load_tokenizer(model_dir: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    try:
+    with refused_by_library(
+        f"the tokenizer in {model_dir} cannot be loaded",
+        "copy the tokenizer files of the original checkpoint again",
+    ):
         return AutoTokenizer.from_pretrained(
             model_dir, local_files_only=True, trust_remote_code=False
         )
-    # The tokenizers library raises bare Exception on a damaged file.
-    except Exception as error:
-        raise RecipeError(
-            f"the tokenizer in {model_dir} cannot be loaded: {reason(error)}. Copy the tokenizer files of the original "
-            "checkpoint again"
-        ) from error
 
 
 def no_checkpoint(model_dir: Path) -> str:

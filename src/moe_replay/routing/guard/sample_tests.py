@@ -200,7 +200,7 @@ class SampleTests:
 
         Example: 20 of 100 samples of 128 rows have 12 stray ones, the others none. Nearly all:
         15 * 12 / (95 * 128) of the rows are stray, 1.9 a sample, and 12 are not surprising. The
-        half: 1 / (50 * 128), 0.02 a sample, and 12 are 39 nats. These samples lost a tenth of their
+        half: 1 / (50 * 128), 0.02 a sample, and 12 are 37 nats. These samples lost a tenth of their
         information, as much as a tenth of their rows holds.
         """
         rows = self.baseline.table.num_rows
