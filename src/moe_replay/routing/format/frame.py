@@ -22,7 +22,13 @@ from moe_replay.errors import CodecError, TraceError
 from moe_replay.routing.arrays import owned
 from moe_replay.routing.digest import digest_tokens, recover_tokens
 from moe_replay.routing.form import expert_dtype
-from moe_replay.routing.format.set_coding import chunk_size, decode_chunk, encode_chunk
+from moe_replay.routing.format.set_coding import (
+    chunk_size,
+    decode_chunk,
+    encode_chunk,
+    new_compressor,
+    new_decompressor,
+)
 from moe_replay.routing.origin import Origin, PolicySpan
 from moe_replay.routing.slots import row_chunks
 from moe_replay.routing.trace import RoutingTrace
@@ -273,12 +279,7 @@ def _token_columns(tokens: UInt64[np.ndarray, " rows"]) -> UInt8[np.ndarray, "ro
 
 
 def _route_pieces(trace: RoutingTrace, header: TraceHeader) -> Iterator[bytes | memoryview]:
-    compressor = None
-    if header.encoding is not Encoding.RAW:
-        from zstandard import ZstdCompressor
-
-        # Gaps have no matches: the fastest level is enough.
-        compressor = ZstdCompressor(level=1)
+    compressor = None if header.encoding is Encoding.RAW else new_compressor()
     for rows in row_chunks(*trace.expert_ids.shape):
         ids, held = trace.expert_ids[rows], trace.valid[rows]
         if not held.all():
@@ -338,9 +339,7 @@ def _read_routes(
     _check_rest(stored, at, where)
     # Every chunk has proven by its size that its routes can be there; only now is memory taken for
     # them.
-    from zstandard import ZstdDecompressor
-
-    ids, decompressor = np.zeros(shape, dtype=dtype), ZstdDecompressor()
+    ids, decompressor = np.zeros(shape, dtype=dtype), new_decompressor()
     for rows, held, chunk in chunks:
         part = ids[rows] if held.all() else np.empty((int(held.sum()), *shape[1:]), dtype=dtype)
         decode_chunk(

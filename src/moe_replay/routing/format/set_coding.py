@@ -39,6 +39,20 @@ _CHUNK = struct.Struct("<BI")  # method, bytes of the symbols
 _PLAIN, _ZSTD = 0, 1
 
 
+def new_compressor() -> ZstdCompressor:
+    """Return the compressor of every chunk; gaps have no matches: the fastest level is enough."""
+    from zstandard import ZstdCompressor
+
+    return ZstdCompressor(level=1)
+
+
+def new_decompressor() -> ZstdDecompressor:
+    """Return the decompressor of every chunk."""
+    from zstandard import ZstdDecompressor
+
+    return ZstdDecompressor()
+
+
 def encode_chunk(
     expert_ids: UInt[np.ndarray, "rows layers topk"],
     num_experts: int,
