@@ -13,8 +13,7 @@ import pytest
 
 MAX_FLOORS = 5
 
-# Folder -> floors, and folder -> circles. These may only shrink; an entry that is not needed fails.
-TALL = {"engines/servers": 6}
+# Folder -> circles. These may only shrink; an entry that is not needed fails.
 CIRCLES: dict[str, list[tuple[str, ...]]] = {}
 
 Graph = dict[str, set[str]]
@@ -120,16 +119,8 @@ def folders(package) -> dict[str, Graph]:
 
 def test_no_folder_has_more_than_five_floors(folders):
     chains = {name: floors(graph) for name, graph in folders.items()}
-    tall = {
-        name: " > ".join(chain)
-        for name, chain in chains.items()
-        if len(chain) > TALL.get(name, MAX_FLOORS)
-    }
+    tall = {name: " > ".join(chain) for name, chain in chains.items() if len(chain) > MAX_FLOORS}
     assert tall == {}
-
-
-def test_exceptions_are_still_needed(folders):
-    assert [name for name in TALL if len(floors(folders[name])) <= MAX_FLOORS] == []
 
 
 def test_no_folder_has_a_circle(folders):

@@ -10,7 +10,8 @@ import pytest
 
 from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.serve.messages import PolicyName, Progress
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Completion, Request, SamplingParams
 
@@ -40,15 +41,14 @@ def generate(url, on_progress=lambda progress: None):
     request = Request(request_id=0, prompt_ids=np.array([5, 6], dtype=np.int32), num_generations=1)
     try:
         kept: dict[int, Completion] = {}
-        calls.complete(
-            request,
-            (0,),
-            SAMPLING,
+        ask = Ask(
+            request=request,
+            numbers=(0,),
+            sampling=SAMPLING,
             policy=POLICY,
             description=calls.status().description,
-            keep=kept.__setitem__,
-            on_progress=on_progress,
         )
+        calls.complete(ask, keep=kept.__setitem__, on_progress=on_progress)
     finally:
         calls.close()
     return kept[0].token_ids.tolist()

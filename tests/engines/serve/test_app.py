@@ -16,6 +16,7 @@ from moe_replay.engines.serve.messages import (
     call_bytes,
     read_call,
 )
+from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, RecipeError
@@ -210,15 +211,14 @@ def test_e2_progress_is_told_while_a_call_runs_and_while_nothing_grows():
         release = threading.Thread(target=lambda: told.wait(LIMIT_S) and engine.release())
         release.start()
         kept: dict[int, Completion] = {}
-        calls.complete(
-            requests(1)[0],
-            (0, 1),
-            SAMPLING,
+        ask = Ask(
+            request=requests(1)[0],
+            numbers=(0, 1),
+            sampling=SAMPLING,
             policy=POLICY,
             description=fake().description,
-            keep=kept.__setitem__,
-            on_progress=look,
         )
+        calls.complete(ask, keep=kept.__setitem__, on_progress=look)
         release.join()
         calls.close()
     assert sorted(kept) == [0, 1]

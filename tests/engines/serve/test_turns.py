@@ -14,7 +14,7 @@ from moe_replay.engines.serve.messages import (
     PushPart,
     call_bytes,
 )
-from moe_replay.engines.servers.http import CallError
+from moe_replay.engines.servers.faults import CallError
 from moe_replay.errors import EngineError
 
 from ...support.served import served

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from moe_replay.engines.serve.run import tls_options
 from moe_replay.engines.servers.certificates import trust_in
 from moe_replay.engines.servers.contract import RolloutServer
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm

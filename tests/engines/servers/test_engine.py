@@ -16,7 +16,7 @@ from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.serve.messages import (
     PolicyName,
 )
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.grpo.stopping import StopRequest, StopRequested

@@ -11,7 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from moe_replay.engines.servers.http import CallError, Fault, GivenUpError, HttpCalls
+from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
+from moe_replay.engines.servers.http import HttpCalls
 from moe_replay.errors import EngineError, RecipeError
 
 from ...support.served import listening

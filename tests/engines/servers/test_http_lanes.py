@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.http import HttpCalls
 
 from ...support.served import listening
 

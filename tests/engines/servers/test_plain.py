@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.servers.http import Fault
+from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError
@@ -256,8 +257,16 @@ def test_e3_a_call_that_is_given_up_twice_is_still_aborted():
             url, facts=FACTS, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 20
         )
         (request,) = requests(1)
-        message = calls._call(request, 0, SAMPLING, calls.status().description)
-        running = calls.begin(calls._ask(message))
+        status = calls.status()
+        ask = Ask(
+            request=request,
+            numbers=(0,),
+            sampling=SAMPLING,
+            policy=status.policy,
+            description=status.description,
+        )
+        message = calls._message(ask, 0)
+        running = calls.begin(calls._answer_to(message))
         assert started.acquire(timeout=LIMIT_S)
         calls.give_up()
         assert calls.aborting.acquire(timeout=LIMIT_S)

@@ -15,7 +15,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.servers.vllm import VllmCalls
@@ -115,15 +116,15 @@ def asked(calls: PlainCalls, numbers: range = range(COUNT)) -> tuple[int, CallEr
     """Return how many completions were kept, and the first failure."""
     kept: list[int] = []
     status = calls.status()
+    ask = Ask(
+        request=REQUEST,
+        numbers=numbers,
+        sampling=SAMPLING,
+        policy=status.policy,
+        description=status.description,
+    )
     try:
-        calls.complete(
-            REQUEST,
-            numbers,
-            SAMPLING,
-            policy=status.policy,
-            description=status.description,
-            keep=lambda number, completion: kept.append(number),
-        )
+        calls.complete(ask, keep=lambda number, completion: kept.append(number))
     except CallError as error:
         return len(kept), error
     return len(kept), None

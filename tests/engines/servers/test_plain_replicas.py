@@ -14,7 +14,7 @@ import pytest
 
 from moe_replay.checkpoint.facts import checkpoint_tensors
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.servers.http import Fault
+from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
 

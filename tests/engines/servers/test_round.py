@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moe_replay.engines.serve.messages import Progress
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.round import Redraws, Round
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.errors import EngineError

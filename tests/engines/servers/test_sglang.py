@@ -10,7 +10,7 @@ import pytest
 
 from moe_replay.engines.serve.messages import PolicyName
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.servers.http import Fault
+from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 

@@ -13,6 +13,7 @@ import pytest
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
+from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.sglang_wire import (
     generate_message,
     read_completion,
@@ -70,15 +71,19 @@ def answer(**meta: Any) -> dict[str, Any]:
     }
 
 
+def asked(facts: ModelFacts = FACTS) -> Ask:
+    return Ask(
+        request=REQUEST,
+        numbers=(0,),
+        sampling=SAMPLING,
+        policy=PolicyName(run="run", policy_version=2),
+        description=read_description(SERVER, facts, "http://a"),
+    )
+
+
 def read(told: Any, *, facts: ModelFacts = FACTS) -> Any:
     return read_completion(
-        told,
-        REQUEST,
-        SAMPLING,
-        facts=facts,
-        description=read_description(SERVER, facts, "http://a"),
-        layer_order=LayerOrder(),
-        where="request 7",
+        told, asked(facts), facts=facts, layer_order=LayerOrder(), where="request 7"
     )
 
 
@@ -96,10 +101,7 @@ def test_a_completion_is_read_with_its_routes():
 
 
 def test_a_request_names_every_option_and_asks_for_all_rows():
-    each = [
-        generate_message(REQUEST, number, SAMPLING, eos_ids=(1,), record_routes=True, rid="a")
-        for number in range(2)
-    ]
+    each = [generate_message(asked(), number, facts=FACTS, rid="a") for number in range(2)]
     told = each[0]
     first, second = (message["sampling_params"] for message in each)
     seeds = first.pop("sampling_seed"), second.pop("sampling_seed")

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from moe_replay.checkpoint.facts import checkpoint_tensors
 from moe_replay.engines.serve.messages import PolicyName
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.servers.http import Fault
+from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.vllm import VllmCalls, connect_vllm
 from moe_replay.engines.types import SamplingParams

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.serve.messages import PolicyName
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.vllm_wire import (
     PROCESSOR,
     generate_message,
@@ -93,18 +95,18 @@ def answer(**choice: Any) -> dict[str, Any]:
     return {"request_id": "a", "choices": [{**fields, **choice}]}
 
 
-def read(told: Any) -> Completion:
-    return read_completion(
-        told,
-        REQUEST,
-        SAMPLING,
-        facts=FACTS,
+def asked(sampling: SamplingParams = SAMPLING) -> Ask:
+    return Ask(
+        request=REQUEST,
+        numbers=(0, 1),
+        sampling=sampling,
+        policy=PolicyName(run="run", policy_version=4),
         description=read_server(VERSION, SERVER, FACTS, "http://a").description,
-        policy_version=4,
-        layer_order=LayerOrder(),
-        max_bytes=1 << 20,
-        where="request 7",
     )
+
+
+def read(told: Any) -> Completion:
+    return read_completion(told, asked(), facts=FACTS, layer_order=LayerOrder(), where="request 7")
 
 
 def test_a_completion_is_read_with_its_routes():
@@ -158,7 +160,7 @@ def test_answers_of_another_form_are_refused(told):
 
 
 def test_a_drawing_server_gets_the_noise_of_every_engine():
-    told = generate_message(REQUEST, 1, SAMPLING, eos_ids=(1,), draws=True, num_known_ids=90)
+    told = generate_message(asked(), 1, facts=replace(FACTS, num_known_ids=90), draws=True)
     params = told["sampling_params"]
     assert told["token_ids"] == [5, 6, 7]
     assert params["temperature"] == 0.0 and params["logprobs"] == 0 and "seed" not in params
@@ -178,17 +180,17 @@ def test_answers_are_asked_for_at_once():
 
     Two merged outputs keep those of the first, which has none.
     """
-    assert generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=False)["stream"] is False
+    assert generate_message(asked(), 0, facts=FACTS, draws=False)["stream"] is False
 
 
 def test_a_plain_server_samples_without_truncation_only():
-    params = generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=False)["sampling_params"]
+    params = generate_message(asked(), 0, facts=FACTS, draws=False)["sampling_params"]
     assert params["temperature"] == 0.5 and "extra_args" not in params
     for change in ({"top_p": 0.9}, {"top_k": 5}):
         truncated = replace(SAMPLING, **change)
         with pytest.raises(RecipeError, match="--logits-processors"):
-            generate_message(REQUEST, 0, truncated, eos_ids=(1,), draws=False)
-        generate_message(REQUEST, 0, truncated, eos_ids=(1,), draws=True)
+            generate_message(asked(truncated), 0, facts=FACTS, draws=False)
+        generate_message(asked(truncated), 0, facts=FACTS, draws=True)
 
 
 def test_the_description_tells_what_comes_back():
@@ -246,7 +248,7 @@ def test_a_configuration_of_another_form_is_refused(told):
 @pytest.mark.parametrize("draws", [False, True])
 def test_e22_every_option_is_named_so_that_no_default_of_the_server_applies(draws):
     """A checkpoint's generation_config.json may hold any of these; vLLM takes them as defaults."""
-    told = generate_message(REQUEST, 0, SAMPLING, eos_ids=(1,), draws=draws)["sampling_params"]
+    told = generate_message(asked(), 0, facts=FACTS, draws=draws)["sampling_params"]
     neutral = {
         "top_p": 1.0,
         "top_k": 0,

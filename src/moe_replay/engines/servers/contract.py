@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.checks import check_group
 from moe_replay.engines.lifecycle import other_model
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName, Progress, Status
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.types import (
     Completion,
     EngineDescription,
     Request,
-    RolloutGroup,
     SamplingParams,
 )
 from moe_replay.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What one call asks of a server: completions of a request, by exactly some weights."""
+
+    request: Request
+    """The request."""
+    numbers: Sequence[int]
+    """Its completions that are wanted."""
+    sampling: SamplingParams
+    """How to sample them."""
+    policy: PolicyName
+    """The weights to sample by."""
+    description: EngineDescription
+    """What the answer is checked against."""
 
 
 @runtime_checkable
@@ -53,19 +67,15 @@ class RolloutServer(Protocol):
 
     def complete(
         self,
-        request: Request,
-        numbers: Sequence[int],
-        sampling: SamplingParams,
+        ask: Ask,
         *,
-        policy: PolicyName,
-        description: EngineDescription,
         keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``.
+        """Sample what is asked for.
 
-        Each is checked and passed to ``keep``, which ignores those that it has. ``on_progress`` may
-        be called now and then, in any thread.
+        Each completion is checked and passed to ``keep``, which ignores those that it has.
+        ``on_progress`` may be called now and then, in any thread.
 
         Raises:
             EngineError: when the server refuses the request itself.
@@ -121,14 +131,6 @@ def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:
             f"{url} answered by policy version {answered.policy_version} of {answered.run}, expected "
             f"{wanted.policy_version} of {wanted.run}",
         )
-
-
-def check_completion(
-    request: Request, completion: Completion, *, description: EngineDescription
-) -> None:
-    """Raise unless one completion of a request keeps the contract of every engine."""
-    alone = replace(request, num_generations=1)
-    check_group(RolloutGroup(request=alone, completions=(completion,)), description)
 
 
 def check_server(

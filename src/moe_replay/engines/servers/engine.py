@@ -24,8 +24,8 @@ from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
 from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.lifecycle import VersionedEngine
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
-from moe_replay.engines.servers.contract import RolloutServer, check_server
-from moe_replay.engines.servers.http import CallError, Fault, GivenUpError
+from moe_replay.engines.servers.contract import Ask, RolloutServer, check_server
+from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push import push, push_bytes
 from moe_replay.engines.servers.push_files import WeightsFolder
@@ -301,12 +301,15 @@ class ServerEngine(VersionedEngine):
     def _sample(
         self, server: RolloutServer, task: Task, work: Round, sampling: SamplingParams
     ) -> None:
-        server.complete(
-            task.request,
-            task.numbers,
-            sampling,
+        ask = Ask(
+            request=task.request,
+            numbers=task.numbers,
+            sampling=sampling,
             policy=self._policy,
             description=self._description,
+        )
+        server.complete(
+            ask,
             keep=partial(work.keep, task, server.url),
             on_progress=partial(work.note, task),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from pydantic import ValidationError
@@ -31,10 +31,11 @@ from moe_replay.engines.serve.messages import (
     read_status,
     sum_of_sums,
 )
-from moe_replay.engines.servers.contract import check_policy
-from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
+from moe_replay.engines.servers.contract import Ask, check_policy
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.http import HttpCalls
 from moe_replay.engines.servers.push_files import WeightPart
-from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
 
 # Attempts to send a chunk of a push.
@@ -77,32 +78,29 @@ class ServerCalls(HttpCalls):
 
     def complete(
         self,
-        request: Request,
-        numbers: Sequence[int],
-        sampling: SamplingParams,
+        ask: Ask,
         *,
-        policy: PolicyName,
-        description: EngineDescription,
         keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Sample all completions of a request by exactly the weights of ``policy``.
+        """Sample all completions of a request, whichever of them are asked for.
 
-        A call asks for all of them, so ``numbers`` changes nothing: those that are known come back
-        as they were. ``on_progress`` is called about once a second, in any thread. Only silence
-        ends a call that takes long.
+        Those that are known come back as they were. ``on_progress`` is called about once a second,
+        in any thread. Only silence ends a call that takes long.
 
         Raises:
             EngineError: when the server refuses the request itself.
             CallError: for every other failure.
         """
-        result = self._result("/generate", call_bytes([request], sampling, policy), on_progress)
+        asked = [ask.request]
+        body = call_bytes(asked, ask.sampling, ask.policy)
+        result = self._result("/generate", body, on_progress)
         try:
-            (group,), answered = read_groups(result, [request], max_bytes=self._max_answer_bytes)
-            check_group(group, description)
+            (group,), answered = read_groups(result, asked, max_bytes=self._max_answer_bytes)
+            check_group(group, ask.description)
         except (TraceError, EngineError) as error:
             raise CallError(Fault.CORRUPT, f"{self.url}: {error}") from error
-        check_policy(answered, policy, self.url)
+        check_policy(answered, ask.policy, self.url)
         for number, completion in enumerate(group.completions):
             keep(number, completion)
 

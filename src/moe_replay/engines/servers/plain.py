@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
-from moe_replay.engines.servers.contract import check_completion
-from moe_replay.engines.servers.http import CallError, Fault, HttpCalls
+from moe_replay.engines.checks import check_group
+from moe_replay.engines.serve.messages import PolicyName, Progress, Status
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.http import HttpCalls
 from moe_replay.engines.servers.push_files import WeightPart
-from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.routing import LayerOrder
 
@@ -82,68 +85,49 @@ class PlainCalls(HttpCalls, ABC):
         """Return the name of the weights that the server holds."""
 
     @abstractmethod
-    def _call(
-        self,
-        request: Request,
-        number: int,
-        sampling: SamplingParams,
-        description: EngineDescription,
-    ) -> dict[str, Any]:
+    def _message(self, ask: Ask, number: int) -> dict[str, Any]:
         """Return the body of the call for completion ``number``."""
 
     @abstractmethod
-    def _completion(
-        self,
-        answer: Any,
-        request: Request,
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        where: str,
-    ) -> tuple[Completion, PolicyName]:
-        """Return the completion of an answer, and the weights that sampled it.
+    def _completion(self, answer: Any, ask: Ask, *, where: str) -> Completion:
+        """Return the completion of an answer; refuse one that names other weights."""
 
-        Those are ``policy`` if answers do not name them.
-        """
-
-    async def _ask(self, message: dict[str, Any]) -> bytes:
+    async def _answer_to(self, message: dict[str, Any]) -> bytes:
         """Return the answer to a message."""
         return await self._waited(self.generate_path, json.dumps(message, allow_nan=False).encode())
 
-    def _complete(
+    def complete(
         self,
-        request: Request,
-        numbers: Sequence[int],
-        sampling: SamplingParams,
+        ask: Ask,
         *,
-        policy: PolicyName,
-        description: EngineDescription,
-        keep: Callable[[int, Completion, PolicyName], None],
-    ) -> CallError | None:
-        """Pass each completion and its weights to ``keep``; return the first failure."""
+        keep: Callable[[int, Completion], None],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        """Sample what is asked for, one call a completion; no progress is reported.
+
+        Raises:
+            RecipeError: when this server cannot sample so that log-probabilities are the policy's.
+            EngineError: when the server refuses the request itself.
+            CallError: when some could not be sampled; the others were kept.
+        """
+        alone = replace(ask.request, num_generations=1)
 
         def read(number: int, answer: bytes) -> None:
-            where = f"{self.url}: request {request.request_id}, completion {number}"
+            where = f"{self.url}: request {alone.request_id}, completion {number}"
             try:
-                completion, sampled_by = self._completion(
-                    self.parsed(answer, self.generate_path),
-                    request,
-                    sampling,
-                    policy=policy,
-                    description=description,
-                    where=where,
-                )
-                check_completion(request, completion, description=description)
+                told = self.parsed(answer, self.generate_path)
+                completion = self._completion(told, ask, where=where)
+                group = RolloutGroup(request=alone, completions=(completion,))
+                check_group(group, ask.description)
             except CallError:
                 raise
             except (TraceError, EngineError) as error:
                 raise CallError(Fault.CORRUPT, str(error)) from error
-            keep(number, completion, sampled_by)
+            keep(number, completion)
 
         # All before the first is sent, as one may be refused.
-        messages = {n: self._call(request, n, sampling, description) for n in numbers}
-        return self._gather({n: self._ask(message) for n, message in messages.items()}, read)
+        messages = {number: self._message(ask, number) for number in ask.numbers}
+        self._gather({n: self._answer_to(message) for n, message in messages.items()}, read)
 
     def biases(self, error: CallError) -> bool:
         """Return whether sampling again what a failed call lost prefers some completions."""
@@ -190,9 +174,7 @@ class PlainCalls(HttpCalls, ABC):
                 "give each run servers of its own",
             )
 
-    def _try_out(
-        self, sampling: SamplingParams, description: EngineDescription, *, hint: str = ""
-    ) -> Completion:
+    def _try_out(self, sampling: SamplingParams, status: Status, *, hint: str = "") -> Completion:
         """Return a completion of a short prompt, sampled before anything is trained on.
 
         ``hint`` names a further cause, for the message.
@@ -203,18 +185,16 @@ class PlainCalls(HttpCalls, ABC):
         """
         # Not the first ids: the embedding of a padding token is zero, and so are its logits.
         prompt_ids = (np.arange(1, 5) * self._facts.vocab_size // 5).astype(np.int32)
-        kept: list[Completion] = []
+        kept: dict[int, Completion] = {}
+        ask = Ask(
+            request=Request(request_id=0, prompt_ids=prompt_ids, num_generations=1),
+            numbers=(0,),
+            sampling=sampling,
+            policy=status.policy,
+            description=status.description,
+        )
         try:
-            failure = self._complete(
-                Request(request_id=0, prompt_ids=prompt_ids, num_generations=1),
-                (0,),
-                sampling,
-                policy=PolicyName(run=CHECKPOINT, policy_version=0),
-                description=description,
-                keep=lambda number, completion, policy: kept.append(completion),
-            )
-            if failure is not None:
-                raise failure
+            self.complete(ask, keep=kept.__setitem__)
         except CallError as error:
             if error.fault not in (Fault.CORRUPT, Fault.CUT):
                 raise
@@ -228,12 +208,13 @@ class PlainCalls(HttpCalls, ABC):
         self,
         calls: Mapping[int, Coroutine[Any, Any, bytes]],
         keep: Callable[[int, bytes], None],
-    ) -> CallError | None:
-        """Run calls at once and pass each answer to ``keep``; return the first failure, if any.
+    ) -> None:
+        """Run calls at once and pass each answer to ``keep``.
 
         One answer is read at a time: one of 32k tokens has 60 MB.
 
         Raises:
+            CallError: the first one, after all other calls have ended.
             EngineError: when the server refuses a call; the others are given up.
         """
         failure: CallError | None = None
@@ -247,7 +228,8 @@ class PlainCalls(HttpCalls, ABC):
         finally:
             for call in begun:
                 call.cancel()
-        return failure
+        if failure is not None:
+            raise failure
 
     async def _waited(self, path: str, body: bytes) -> bytes:
         """Return the body of an answer that may take any time while the server works.

@@ -15,7 +15,7 @@ import torch
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import PolicyName
 from moe_replay.engines.servers.contract import RolloutServer
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder, weight_parts
 from moe_replay.errors import EngineError
 

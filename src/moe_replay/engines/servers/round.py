@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from moe_replay.engines.serve.messages import Progress
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.types import (
     Completion,
     Request,

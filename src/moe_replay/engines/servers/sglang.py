@@ -6,12 +6,11 @@ import asyncio
 import json
 import math
 import secrets
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Progress, Status
-from moe_replay.engines.servers.contract import check_policy
+from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Status
+from moe_replay.engines.servers.contract import Ask, check_policy
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.sglang_wire import (
     FLAG,
@@ -20,7 +19,7 @@ from moe_replay.engines.servers.sglang_wire import (
     read_completion,
     read_description,
 )
-from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.types import Completion, SamplingParams
 from moe_replay.errors import EngineError, RecipeError
 
 # A temperature at which the most likely token loses its lead over chance, and the minimum lead in
@@ -79,11 +78,11 @@ class SglangCalls(PlainCalls):
             RecipeError: when log-probabilities ignore the temperature, or routes do not fit.
             CallError: when it does not answer.
         """
-        description = self.status().description
+        status = self.status()
         best = []
         for temperature in (1.0, _FLAT):
             sampling = SamplingParams(max_completion_length=1, temperature=temperature, top_k=1)
-            best.append(float(self._try_out(sampling, description).rollout_logprobs[0]))
+            best.append(float(self._try_out(sampling, status).rollout_logprobs[0]))
         # Of 1,000 tokens chance gives each -6.9 nats. Probability 0.9 is a lead of 6.8, most of
         # which must be gone at temperature 100.
         lead = best[0] + math.log(self._facts.vocab_size)
@@ -94,39 +93,6 @@ class SglangCalls(PlainCalls):
                 "log-probabilities ignore the temperature, which the trainer's do not; start it "
                 "without SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
-
-    def complete(
-        self,
-        request: Request,
-        numbers: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        keep: Callable[[int, Completion], None],
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-    ) -> None:
-        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``.
-
-        Raises:
-            EngineError: when the server refuses the request itself.
-            CallError: when some could not be sampled.
-        """
-
-        def keep_if_current(number: int, completion: Completion, answered: PolicyName) -> None:
-            check_policy(answered, policy, self.url)
-            keep(number, completion)
-
-        failure = self._complete(
-            request,
-            numbers,
-            sampling,
-            policy=policy,
-            description=description,
-            keep=keep_if_current,
-        )
-        if failure is not None:
-            raise failure
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Make the server load the files that it was given, as ``policy``, and empty its cache.
@@ -162,46 +128,20 @@ class SglangCalls(PlainCalls):
             )
         return PolicyName.read(told["weight_version"])
 
-    def _call(
-        self,
-        request: Request,
-        number: int,
-        sampling: SamplingParams,
-        description: EngineDescription,
-    ) -> dict[str, Any]:
-        return generate_message(
-            request,
-            number,
-            sampling,
-            eos_ids=self._facts.eos_ids,
-            record_routes=description.records_routes,
-            rid=secrets.token_hex(16),
-        )
+    def _message(self, ask: Ask, number: int) -> dict[str, Any]:
+        return generate_message(ask, number, facts=self._facts, rid=secrets.token_hex(16))
 
-    def _completion(
-        self,
-        answer: Any,
-        request: Request,
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        where: str,
-    ) -> tuple[Completion, PolicyName]:
-        return read_completion(
-            answer,
-            request,
-            sampling,
-            facts=self._facts,
-            description=description,
-            layer_order=self._layer_order,
-            where=where,
+    def _completion(self, answer: Any, ask: Ask, *, where: str) -> Completion:
+        completion, sampled_by = read_completion(
+            answer, ask, facts=self._facts, layer_order=self._layer_order, where=where
         )
+        check_policy(sampled_by, ask.policy, self.url)
+        return completion
 
-    async def _ask(self, message: dict[str, Any]) -> bytes:
+    async def _answer_to(self, message: dict[str, Any]) -> bytes:
         """Return the answer to a message; the server aborts one that nobody waits for."""
         try:
-            return await super()._ask(message)
+            return await super()._answer_to(message)
         except asyncio.CancelledError:
             abort = json.dumps({"rid": message["rid"]}).encode()
             said = self._answer("POST", "/abort_request", abort, silence_s=_ABORT_S)

@@ -33,13 +33,13 @@ from packaging.version import InvalidVersion, Version
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
 from moe_replay.engines.serve.messages import PolicyName
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.types import (
     FINISH_REASONS,
     Completion,
     EngineDescription,
     FinishReason,
-    Request,
     SamplingParams,
 )
 from moe_replay.errors import CodecError, EngineError, RecipeError, UnsupportedError
@@ -131,20 +131,13 @@ def is_deterministic(told: Mapping[str, Any]) -> bool:
     return told.get("enable_deterministic_inference") is True
 
 
-def generate_message(
-    request: Request,
-    number: int,
-    sampling: SamplingParams,
-    *,
-    eos_ids: tuple[int, ...],
-    record_routes: bool,
-    rid: str,
-) -> dict[str, Any]:
+def generate_message(ask: Ask, number: int, *, facts: ModelFacts, rid: str) -> dict[str, Any]:
     """Return the body of a ``/generate`` call for completion ``number``, which ``rid`` can abort.
 
     One call a completion: all 16 of a prompt at 32k tokens would be 1 GB of JSON. Every option is
     set, so that defaults of the server or the checkpoint change nothing.
     """
+    request, sampling = ask.request, ask.sampling
     return {
         "rid": rid,
         "input_ids": request.prompt_ids.tolist(),
@@ -160,7 +153,7 @@ def generate_message(
             "min_new_tokens": 0,
             "logit_bias": None,
             "stop": [],
-            "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
+            "stop_token_ids": sorted({*facts.eos_ids, *sampling.stop_token_ids}),
             "ignore_eos": False,
             "no_stop_trim": True,
             "skip_special_tokens": False,
@@ -168,21 +161,14 @@ def generate_message(
         },
         "return_logprob": True,
         "return_text_in_logprobs": False,
-        "return_routed_experts": record_routes,
+        "return_routed_experts": ask.description.records_routes,
         "routed_experts_start_len": 0,
         "stream": False,
     }
 
 
 def read_completion(
-    answer: Any,
-    request: Request,
-    sampling: SamplingParams,
-    *,
-    facts: ModelFacts,
-    description: EngineDescription,
-    layer_order: LayerOrder,
-    where: str,
+    answer: Any, ask: Ask, *, facts: ModelFacts, layer_order: LayerOrder, where: str
 ) -> tuple[Completion, PolicyName]:
     """Return the completion in one entry of an answer, and the weights that it was sampled with.
 
@@ -210,7 +196,7 @@ def read_completion(
         versions = {str(span["version"]) for span in meta.get("weight_versions", ())}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
-    expected = {"prompt_tokens": len(request.prompt_ids), "completion_tokens": len(tokens)}
+    expected = {"prompt_tokens": len(ask.request.prompt_ids), "completion_tokens": len(tokens)}
     ids = answer.get("output_ids", list(tokens))
     if told != expected or ids != list(tokens):
         raise EngineError(
@@ -223,14 +209,20 @@ def read_completion(
             f"{where}: sampled by the weights {sorted(versions)}, one after the other; another "
             "trainer pushes to this server"
         )
-    trace = _trace(
-        meta, request, token_ids, policy, num_retractions, facts, description, layer_order, where
-    )
     completion = Completion(
         token_ids=token_ids,
         rollout_logprobs=np.array(logprobs, dtype=np.float32),
-        trace=trace,
-        finish_reason=_finish_reason(reason, token_ids, sampling, where),
+        trace=_trace(
+            meta,
+            token_ids,
+            num_retractions,
+            policy,
+            ask,
+            facts=facts,
+            layer_order=layer_order,
+            where=where,
+        ),
+        finish_reason=_finish_reason(reason, token_ids, ask.sampling, where),
         policy_version=policy.policy_version,
     )
     return completion, policy
@@ -272,27 +264,27 @@ def _finish_reason(
 
 def _trace(
     meta: Mapping[str, Any],
-    request: Request,
     token_ids: Int32[np.ndarray, " completion"],
-    policy: PolicyName,
     num_retractions: int,
+    policy: PolicyName,
+    ask: Ask,
+    *,
     facts: ModelFacts,
-    description: EngineDescription,
     layer_order: LayerOrder,
     where: str,
 ) -> RoutingTrace | None:
-    if not description.records_routes:
+    if not ask.description.records_routes:
         return None
     model = facts.routed
     assert model is not None
-    sequence = request.sequence(token_ids)
-    origin = description.origin(policy_version=policy.policy_version, num_rows=len(sequence))
+    sequence = ask.request.sequence(token_ids)
+    origin = ask.description.origin(policy_version=policy.policy_version, num_rows=len(sequence))
     if num_retractions:
         return unrouted_trace(sequence, model=model, origin=origin)
     return trace_from_payload(
         _decode_routes(meta.get("routed_experts"), model, len(sequence), where),
         token_ids=sequence,
-        num_prompt_tokens=len(request.prompt_ids),
+        num_prompt_tokens=len(ask.request.prompt_ids),
         model=model,
         origin=origin,
         where=where,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Progress, Status
-from moe_replay.engines.servers.contract import RolloutServer, check_policy
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import Ask, RolloutServer, check_policy
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.vllm_wire import (
@@ -19,7 +19,7 @@ from moe_replay.engines.servers.vllm_wire import (
     read_completion,
     read_server,
 )
-from moe_replay.engines.types import Completion, EngineDescription, Request, SamplingParams
+from moe_replay.engines.types import Completion, SamplingParams
 from moe_replay.engines.vllm.wire import FLAG
 from moe_replay.errors import EngineError, RecipeError
 
@@ -28,7 +28,6 @@ _LOADING = "moe-replay is loading"
 _GENERATE = "/inference/v1/generate"
 # Counters that grow while a server works.
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total")
-_ROUTE_BYTES = 1 << 30
 # Paths that a plain server has -> how it must be started to have them.
 _PATHS = {
     "/version": "start a server there: `moe-replay serve MODEL`",
@@ -113,7 +112,7 @@ class VllmCalls(PlainCalls):
         """
         self._try_out(
             SamplingParams(max_completion_length=2),
-            self.status().description,
+            self.status(),
             hint=" (compiled, vLLM's CPU build returns zeros for routes: start it with "
             "--enforce-eager)",
         )
@@ -126,38 +125,29 @@ class VllmCalls(PlainCalls):
 
     def complete(
         self,
-        request: Request,
-        numbers: Sequence[int],
-        sampling: SamplingParams,
+        ask: Ask,
         *,
-        policy: PolicyName,
-        description: EngineDescription,
         keep: Callable[[int, Completion], None],
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """Sample the completions ``numbers`` of a request by exactly the weights of ``policy``.
+        """Sample what is asked for; no progress is reported.
 
         Answers do not name their weights, so the server is asked before and after, and nothing is
-        kept in between. It reports no progress.
+        kept in between.
 
         Raises:
-            RecipeError: when this server cannot sample so that log-probabilities are the policy's.
-            EngineError: when the server refuses the request itself.
-            CallError: when some could not be sampled.
+            RecipeError, EngineError, CallError: as `PlainCalls.complete`.
         """
-        check_policy(self._policy(), policy, self.url)
-        sampled: list[tuple[int, Completion]] = []
-        failure = self._complete(
-            request,
-            numbers,
-            sampling,
-            policy=policy,
-            description=description,
-            keep=lambda number, completion, policy: sampled.append((number, completion)),
-        )
+        check_policy(self._policy(), ask.policy, self.url)
+        sampled: dict[int, Completion] = {}
+        failure: CallError | None = None
+        try:
+            super().complete(ask, keep=sampled.__setitem__)
+        except CallError as error:
+            failure = error
         if sampled:
-            check_policy(self._policy(), policy, self.url)
-            for number, completion in sampled:
+            check_policy(self._policy(), ask.policy, self.url)
+            for number, completion in sampled.items():
                 keep(number, completion)
         if failure is not None:
             raise failure
@@ -216,41 +206,10 @@ class VllmCalls(PlainCalls):
             raise CallError(Fault.CORRUPT, f"{self.url}/weight_info answers {told}")
         return str(told["weight_version"])
 
-    def _call(
-        self,
-        request: Request,
-        number: int,
-        sampling: SamplingParams,
-        description: EngineDescription,
-    ) -> dict[str, Any]:
-        return generate_message(
-            request,
-            number,
-            sampling,
-            eos_ids=self._facts.eos_ids,
-            draws=self.draws_by_seed,
-            num_known_ids=self._facts.num_known_ids,
-        )
+    def _message(self, ask: Ask, number: int) -> dict[str, Any]:
+        return generate_message(ask, number, facts=self._facts, draws=self.draws_by_seed)
 
-    def _completion(
-        self,
-        answer: Any,
-        request: Request,
-        sampling: SamplingParams,
-        *,
-        policy: PolicyName,
-        description: EngineDescription,
-        where: str,
-    ) -> tuple[Completion, PolicyName]:
-        completion = read_completion(
-            answer,
-            request,
-            sampling,
-            facts=self._facts,
-            description=description,
-            layer_order=self._layer_order,
-            policy_version=policy.policy_version,
-            max_bytes=_ROUTE_BYTES,
-            where=where,
+    def _completion(self, answer: Any, ask: Ask, *, where: str) -> Completion:
+        return read_completion(
+            answer, ask, facts=self._facts, layer_order=self._layer_order, where=where
         )
-        return completion, policy

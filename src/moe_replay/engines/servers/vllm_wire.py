@@ -20,13 +20,13 @@ from packaging.version import Version
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
-from moe_replay.engines.servers.http import CallError, Fault
+from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.types import (
     FINISH_REASONS,
     Completion,
     EngineDescription,
     FinishReason,
-    Request,
     SamplingParams,
 )
 from moe_replay.engines.vllm.wire import (
@@ -50,6 +50,8 @@ _OLDEST = Version("0.28")
 _DRAW = "moe_replay"
 # How vLLM names a token beside its log-probability when it does not detokenize.
 _TOKEN = "token_id:"
+# Maximum size of the routes of one completion.
+_ROUTE_BYTES = 1 << 30
 
 # Entry of the server's configuration -> the value that replay needs, and what any other one does.
 _OPTIONS: Mapping[tuple[str, str], tuple[Any, str]] = {
@@ -124,20 +126,13 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
     return NativeServer(description=description, draws=draws)
 
 
-def generate_message(
-    request: Request,
-    number: int,
-    sampling: SamplingParams,
-    *,
-    eos_ids: tuple[int, ...],
-    draws: bool,
-    num_known_ids: int | None = None,
-) -> dict[str, Any]:
+def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -> dict[str, Any]:
     """Return the body of an ``/inference/v1/generate`` call for completion ``number``.
 
     Raises:
         RecipeError: when the server's log-probabilities would be those of a truncated distribution.
     """
+    request, sampling = ask.request, ask.sampling
     if not draws and (sampling.top_p < 1 or sampling.top_k > 0):
         raise RecipeError(
             f"top_p is {sampling.top_p} and top_k {sampling.top_k}, but a plain vLLM server reports "
@@ -159,7 +154,7 @@ def generate_message(
         "min_tokens": 0,
         "logit_bias": None,
         "logprobs": 0,
-        "stop_token_ids": sorted({*eos_ids, *sampling.stop_token_ids}),
+        "stop_token_ids": sorted({*facts.eos_ids, *sampling.stop_token_ids}),
         "ignore_eos": True,
         "detokenize": False,
     }
@@ -171,7 +166,7 @@ def generate_message(
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "num_known_ids": num_known_ids,
+            "num_known_ids": facts.num_known_ids,
         }
         params["extra_args"] = {_DRAW: draw}
     # Not streamed: before a slow reader vLLM 0.30 merges pieces and loses the routes, which come
@@ -180,16 +175,7 @@ def generate_message(
 
 
 def read_completion(
-    answer: Any,
-    request: Request,
-    sampling: SamplingParams,
-    *,
-    facts: ModelFacts,
-    description: EngineDescription,
-    policy_version: int,
-    layer_order: LayerOrder,
-    max_bytes: int,
-    where: str,
+    answer: Any, ask: Ask, *, facts: ModelFacts, layer_order: LayerOrder, where: str
 ) -> Completion:
     """Return the completion of an answer; ``layer_order`` belongs to its server.
 
@@ -206,16 +192,18 @@ def read_completion(
         rollout_logprobs = np.array([float(entry["logprob"]) for entry in content], np.float32)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
-    finish_reason = _finish_reason(choice.get("finish_reason"), token_ids, named, sampling, where)
+    finish_reason = _finish_reason(
+        choice.get("finish_reason"), token_ids, named, ask.sampling, where
+    )
     return make_completion(
         token_ids,
         rollout_logprobs,
-        payload_of_json(answer, choice, max_bytes=max_bytes),
+        payload_of_json(answer, choice, max_bytes=_ROUTE_BYTES),
         finish_reason=finish_reason,
-        request=request,
+        request=ask.request,
         facts=facts,
-        description=description,
-        policy_version=policy_version,
+        description=ask.description,
+        policy_version=ask.policy.policy_version,
         layer_order=layer_order,
         where=where,
     )
