@@ -86,7 +86,7 @@ class HeldEngine(ThreadedEngine):
     """A fake engine whose completions wait until released, and which counts what became of them."""
 
     def __init__(self) -> None:
-        super().__init__(fake, facts=FACTS)
+        super().__init__(fake)
         self._made = fake()
         self._changed = threading.Condition()
         self._is_released = False

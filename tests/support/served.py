@@ -58,7 +58,7 @@ def served(
         limits.setdefault("push_folder", folder.path)
         if not isinstance(engine, ServedEngine):
             made = engine
-            engine = ThreadedEngine(lambda: made, facts=facts)
+            engine = ThreadedEngine(lambda: made)
             asyncio.run(engine.start())
         server = EngineServer(engine, facts=facts, token=token, **limits)
         server.ready()

@@ -169,7 +169,7 @@ def _serve(options: argparse.Namespace, token: str | None, listening: socket.soc
         say(warning)
     log_to(say)
     with OwnFolder(weights_dir, "moe-replay-serve-") as folder:
-        engine = _engine(options, facts)
+        engine = _engine(options)
         server = EngineServer(
             engine,
             facts=facts,
@@ -224,7 +224,7 @@ def check_exposure(host: str, token: str | None) -> None:
         )
 
 
-def _engine(options: argparse.Namespace, facts: ModelFacts) -> ServedEngine:
+def _engine(options: argparse.Namespace) -> ServedEngine:
     from moe_replay.engines.serve.engine import ThreadedEngine
 
     sizes: dict[str, Any] = {
@@ -237,7 +237,7 @@ def _engine(options: argparse.Namespace, facts: ModelFacts) -> ServedEngine:
         from moe_replay.engines.embedded.engine import EmbeddedEngine
 
         return ThreadedEngine(
-            lambda: EmbeddedEngine(model, **sizes), facts=facts, checkpoint=model, cancellable=True
+            lambda: EmbeddedEngine(model, **sizes), checkpoint=model, cancellable=True
         )
     from moe_replay.engines.vllm.serving import VllmServing
 

@@ -11,10 +11,11 @@ import pytest
 from moe_replay.engines.serve.access import Access, RefusedError
 from moe_replay.engines.serve.app import EngineServer
 from moe_replay.engines.serve.messages import (
+    GenerateCall,
     PolicyName,
     Progress,
     call_bytes,
-    read_call,
+    read_message,
 )
 from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.own import ServerCalls
@@ -143,20 +144,22 @@ def test_bodies_above_the_limit_are_refused():
 def test_hostile_calls_are_refused(open_url, path, body):
     assert call("POST", open_url + path, body).status_code == 400
     with pytest.raises(CodecError):
-        read_call(body)
+        read_message(GenerateCall, body)
 
 
 def test_every_key_of_a_call_is_needed_and_none_may_be_added():
     body = json.loads(call_bytes(requests(1), SAMPLING, POLICY))
-    read_call(json.dumps(body).encode())
+    read_message(GenerateCall, json.dumps(body).encode())
     for key in body:
         with pytest.raises(CodecError):
-            read_call(json.dumps({k: v for k, v in body.items() if k != key}).encode())
+            read_message(
+                GenerateCall, json.dumps({k: v for k, v in body.items() if k != key}).encode()
+            )
     with pytest.raises(CodecError):
-        read_call(json.dumps({**body, "code": "import os"}).encode())
+        read_message(GenerateCall, json.dumps({**body, "code": "import os"}).encode())
     body["requests"][0]["prompt_ids"] = [1 << 40]
     with pytest.raises(CodecError):
-        read_call(json.dumps(body).encode())
+        read_message(GenerateCall, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(

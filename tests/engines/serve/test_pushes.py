@@ -199,11 +199,21 @@ def test_r10_parts_beyond_the_size_of_the_model_are_refused():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({**dict(weights()), NAMES[0]: torch.ones(4, 2, dtype=torch.int8)}, "pushed as I8"),
-        ({**dict(weights()), NAMES[0]: torch.ones(4, 2, dtype=torch.float64)}, "pushed as F64"),
-        ({**dict(weights()), NAMES[0]: torch.ones(2, 4)}, r"is [2, 4], expected [4, 2]"),
-        ({NAMES[0]: torch.ones(4, 2)}, "lm_head.weight is missing"),
-        ({**dict(weights()), "other": torch.ones(1)}, "other is [1], expected no such name"),
+        ({**dict(weights()), NAMES[0]: torch.ones(4, 2, dtype=torch.int8)}, "pushed as torch.int8"),
+        (
+            {**dict(weights()), NAMES[0]: torch.ones(4, 2, dtype=torch.float64)},
+            "pushed as torch.float64",
+        ),
+        (
+            {**dict(weights()), NAMES[0]: torch.ones(2, 4)},
+            "with shape [2, 4], the engine's model has [4, 2]",
+        ),
+        ({}, "2 of 2 weights were not pushed"),
+        ({NAMES[0]: torch.ones(4, 2)}, "1 of 2 weights were not pushed: lm_head.weight"),
+        (
+            {**dict(weights()), "other": torch.ones(1)},
+            "weight other is not in this model's checkpoint",
+        ),
     ],
 )
 def test_r10_weights_of_another_format_name_or_shape_are_refused(tensors, message):

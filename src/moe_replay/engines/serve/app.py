@@ -15,9 +15,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -50,7 +49,7 @@ from moe_replay.engines.serve.messages import (
     PushStart,
     Status,
     groups_bytes,
-    read_call,
+    read_message,
 )
 from moe_replay.engines.serve.pushes import (
     Push,
@@ -61,10 +60,9 @@ from moe_replay.engines.serve.pushes import (
 )
 from moe_replay.engines.types import Completion, grouped
 from moe_replay.engines.types import Request as RolloutRequest
-from moe_replay.errors import CodecError, EngineError, MoeReplayError
+from moe_replay.errors import EngineError, MoeReplayError
 
 _Endpoint = Callable[[HttpRequest], Awaitable[Any]]
-_Message = TypeVar("_Message", bound=BaseModel)
 
 # Completions that one call may ask for: each is a task.
 _MAX_COMPLETIONS = 1 << 16
@@ -156,7 +154,8 @@ class EngineServer:
         return Response(status.model_dump_json(), media_type="application/json")
 
     async def _generate(self, request: HttpRequest) -> FrameAnswer:
-        call = read_call(await self._bodies.whole(request, self._max_call_bytes))
+        body = await self._bodies.whole(request, self._max_call_bytes)
+        call = read_message(GenerateCall, body)
         requests = call.engine_requests()
         self._check_call(call, requests)
         if not self._turns.is_closed:
@@ -166,7 +165,7 @@ class EngineServer:
         return self._streamed(work, tally.progress)
 
     async def _begin(self, request: HttpRequest) -> Response:
-        start = _message(PushStart, await self._bodies.whole(request, 1 << 12))
+        start = read_message(PushStart, await self._bodies.whole(request, 1 << 12))
         await self._pushes.begin(start.push)
         return PlainTextResponse("begun")
 
@@ -183,7 +182,7 @@ class EngineServer:
         return PlainTextResponse("kept")
 
     async def _commit(self, request: HttpRequest) -> FrameAnswer:
-        commit = _message(PushCommit, await self._bodies.whole(request, _MAX_COMMIT_BYTES))
+        commit = read_message(PushCommit, await self._bodies.whole(request, _MAX_COMMIT_BYTES))
         if commit.policy.run == CHECKPOINT:
             raise RefusedError(
                 BAD_REQUEST,
@@ -318,10 +317,3 @@ class EngineServer:
             self._policy = PolicyName(run="a push that failed", policy_version=0)
             raise RefusedError(FAILED, f"the engine is broken: {error}") from error
         self._policy, push.is_loaded = policy, True
-
-
-def _message(kind: type[_Message], body: bytes) -> _Message:
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise CodecError(f"the body is not a {kind.__name__}: {error}") from error

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
+from moe_replay.checkpoint.facts import checkpoint_tensors
 from moe_replay.engines.types import (
     Completion,
     Engine,
@@ -19,7 +19,7 @@ from moe_replay.engines.types import (
     RolloutGroup,
     SamplingParams,
 )
-from moe_replay.engines.weight_stream import checked_weights, finite_weights, folder_tensors
+from moe_replay.engines.weight_stream import finite_weights, folder_tensors
 from moe_replay.errors import DivergedError, EngineError
 
 _Result = TypeVar("_Result")
@@ -104,10 +104,12 @@ class ServedEngine(Protocol):
         ...
 
     async def stage(self, folder: Path) -> None:
-        """Check the files of a push: names, shapes, finite values. It changes nothing.
+        """Check the values of a push, whose names and shapes the server has checked.
+
+        It changes nothing.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape.
+            EngineError: when the engine cannot load pushes.
             DivergedError: when a weight is not finite.
         """
         ...
@@ -149,10 +151,9 @@ class _Running:
 class ThreadedEngine:
     """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
 
-    ``make`` loads it. Pushes are checked against ``facts`` before they reach the engine, and a
-    failed first push goes back to ``checkpoint``; without them the engine's own checks must do. A
-    call whose client left is finished and dropped, unless the engine is ``cancellable``: its
-    `generate` then asks ``cancelled()`` between tokens.
+    ``make`` loads it. A failed first push goes back to ``checkpoint``; without one the engine's own
+    checks must do. A call whose client left is finished and dropped, unless the engine is
+    ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
 
     Example:
         >>> engine = ThreadedEngine(FakeEngine)
@@ -164,11 +165,10 @@ class ThreadedEngine:
         self,
         make: Callable[[], Engine],
         *,
-        facts: ModelFacts | None = None,
         checkpoint: Path | None = None,
         cancellable: bool = False,
     ) -> None:
-        self._make, self._facts, self._checkpoint = make, facts, checkpoint
+        self._make, self._checkpoint = make, checkpoint
         self._is_cancellable = cancellable
         self._made: Engine | None = None
         self._turn = asyncio.Lock()
@@ -228,17 +228,14 @@ class ThreadedEngine:
         return _under(group.completions[number], policy_version, self.description)
 
     async def stage(self, folder: Path) -> None:
-        """Check a push against the facts of the model.
+        """Check the values of a push.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape.
             DivergedError: when a weight is not finite.
         """
 
         def check() -> None:
-            stream = folder_tensors(folder)
-            facts = self._facts
-            for _ in finite_weights(stream) if facts is None else checked_weights(stream, facts):
+            for _ in finite_weights(folder_tensors(folder)):
                 continue
 
         await in_thread(check)

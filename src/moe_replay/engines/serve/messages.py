@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,21 @@ _MESSAGE, _TRACES = "message", "traces"
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+_Kind = TypeVar("_Kind", bound=_Message)
+
+
+def read_message(kind: type[_Kind], body: bytes) -> _Kind:
+    """Return the message in a body.
+
+    Raises:
+        CodecError: when the body holds something else.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise CodecError(f"the body is not a {kind.__name__}: {error}") from error
 
 
 class PolicyName(_Message):
@@ -132,12 +147,16 @@ class PushCommit(_Message):
     """Every part, in the order of their numbers."""
 
 
+# What fits in int32; whether it is a token is the engine's to say.
+_TokenId = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+
+
 class WireRequest(_Message):
     """One prompt of a `GenerateCall`."""
 
     request_id: int
     """As in `Request`."""
-    prompt_ids: Annotated[list[int], Field(max_length=1 << 24)]
+    prompt_ids: Annotated[list[_TokenId], Field(max_length=1 << 24)]
     """As in `Request`."""
     num_generations: int = Field(ge=1, le=1 << 16)
     """As in `Request`."""
@@ -180,32 +199,6 @@ def call_bytes(requests: Sequence[Request], sampling: SamplingParams, policy: Po
         sampling=sampling,
     )
     return call.model_dump_json().encode()
-
-
-def read_call(body: bytes) -> GenerateCall:
-    """Return the call in a body.
-
-    Raises:
-        CodecError: when the body is not a valid call.
-    """
-    try:
-        call = GenerateCall.model_validate_json(body)
-        call.engine_requests()
-    except (ValidationError, OverflowError) as error:
-        raise CodecError(f"the body is not a generate call: {error}") from error
-    return call
-
-
-def read_status(body: bytes) -> Status:
-    """Return the status in a body.
-
-    Raises:
-        CodecError: when the body is not a status.
-    """
-    try:
-        return Status.model_validate_json(body)
-    except ValidationError as error:
-        raise CodecError(f"the body is not a status of a moe-replay server: {error}") from error
 
 
 def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:

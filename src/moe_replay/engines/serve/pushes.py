@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import math
 import os
 import shutil
 import zlib
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.access import (
@@ -27,13 +27,15 @@ from moe_replay.engines.serve.access import (
     RefusedError,
 )
 from moe_replay.engines.serve.messages import MAX_PARTS, PushCommit, sum_of_sums
+from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
+from moe_replay.errors import EngineError
 
-# Safetensors' names of the formats that weights may have.
-_FORMATS = ("F32", "BF16", "F16")
+# The number formats that weights may have.
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _BYTES_PER_VALUE = 4
 # A tensor's entry in the header of its file: name, shape, offsets.
 _HEADER_BYTES_PER_TENSOR = 1 << 10
-_MAX_NAMES = 4
+_MAX_ODD = 4
 
 
 def largest_push(facts: ModelFacts) -> int:
@@ -91,7 +93,7 @@ class Push:
                 BAD_REQUEST,
                 f"push {self.push_id} has {len(ours)} parts of {self.num_bytes} bytes, expected "
                 f"{len(theirs)} of {sum(size for size, _ in theirs.values())}; these are missing, cut "
-                f"or damaged: {odd[:_MAX_NAMES]}; push again",
+                f"or damaged: {odd[:_MAX_ODD]}; push again",
             )
 
 
@@ -175,7 +177,13 @@ class Pushes:
                 BAD_REQUEST, f"part {number} of a push, expected 0 to {MAX_PARTS - 1}"
             )
         part = push.part(number)
-        with _alone(part):
+        if part.is_busy:
+            raise RefusedError(
+                STALE,
+                f"two chunks of part {number} of a push came at once, expected one after the other",
+            )
+        part.is_busy = True
+        try:
             before = part.size
             part.rewind(offset)
             push.num_bytes -= before - part.size
@@ -194,6 +202,8 @@ class Pushes:
                 )
             part.grow(size, crc32)
             push.num_bytes += size
+        finally:
+            part.is_busy = False
 
     async def _write(
         self, push: Push, part: _Part, pieces: AsyncIterator[bytes]
@@ -231,21 +241,6 @@ class Pushes:
         return size, crc32
 
 
-@contextmanager
-def _alone(part: _Part) -> Iterator[None]:
-    """Let one chunk of a part be written at a time."""
-    if part.is_busy:
-        raise RefusedError(
-            STALE,
-            f"two chunks of {part.path.name} of a push came at once, expected one after the other",
-        )
-    part.is_busy = True
-    try:
-        yield
-    finally:
-        part.is_busy = False
-
-
 def superseded(push_id: str) -> RefusedError:
     """Return the refusal of a part or commit of a push that is not the current one."""
     return RefusedError(
@@ -256,61 +251,25 @@ def superseded(push_id: str) -> RefusedError:
 
 
 def check_tensors(folder: Path, facts: ModelFacts | None) -> None:
-    """Raise `RefusedError` unless the headers of a push name all weights once, in a valid format.
+    """Raise `RefusedError` unless the files of a push hold all weights once, in a valid format.
 
     Values are the engine's to check; ``facts`` None leaves names and shapes to it too.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, dtype, shape in _header(path):
-            if dtype not in _FORMATS:
-                raise RefusedError(
-                    BAD_REQUEST,
-                    f"weight {name} was pushed as {dtype}, expected one of {', '.join(_FORMATS)}: push "
-                    "the weights in the rollout's number format",
-                )
-            if name in shapes:
-                raise RefusedError(
-                    BAD_REQUEST, f"weight {name} was pushed twice; each name must come once"
-                )
-            shapes[name] = shape
-    if facts is None:
-        return
-    # Of tied tensors any may be pushed, and one must be.
-    tied = (facts.tied_names & shapes.keys()) or (facts.tied_names & facts.weight_shapes.keys())
-    tied_shapes = [
-        facts.weight_shapes[name] for name in facts.tied_names & facts.weight_shapes.keys()
-    ]
-    wanted = {n: shape for n, shape in facts.weight_shapes.items() if n not in facts.tied_names}
-    wanted |= {name: tied_shapes[0] for name in tied}
-    odd = sorted(n for n in wanted.keys() | shapes.keys() if shapes.get(n) != wanted.get(n))
-    if odd:
-        some = "; ".join(
-            f"{name} is {list(shapes[name]) if name in shapes else 'missing'}, expected "
-            f"{list(wanted[name]) if name in wanted else 'no such name'}"
-            for name in odd[:_MAX_NAMES]
-        )
-        raise RefusedError(
-            BAD_REQUEST,
-            f"{len(odd)} of {len(wanted)} weights differ from this model's: {some}; the trainer's "
-            "model and the server's differ, or padding was not removed",
-        )
-
-
-def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield name, format and shape of the tensors in a safetensors file, from its header alone."""
+    tensors = _of_known_formats(folder_tensors(folder))
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size - 8:
-                raise ValueError(f"its header has {length} bytes, the file {path.stat().st_size}")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                yield name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RefusedError(
-            BAD_REQUEST,
-            f"{path.name} of a push is not a safetensors file: {error}; send the bytes of "
-            "`safetensors.torch.save`",
-        ) from error
+        for _ in tensors if facts is None else fitting_weights(tensors, facts):
+            continue
+    except EngineError as error:
+        raise RefusedError(BAD_REQUEST, str(error)) from error
+
+
+def _of_known_formats(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if tensor.dtype not in _FORMATS:
+            raise EngineError(
+                f"weight {name} was pushed as {tensor.dtype}, expected one of {_FORMATS}: push the "
+                "weights in the rollout's number format"
+            )
+        yield name, tensor

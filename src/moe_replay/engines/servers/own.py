@@ -28,7 +28,7 @@ from moe_replay.engines.serve.messages import (
     Status,
     call_bytes,
     read_groups,
-    read_status,
+    read_message,
     sum_of_sums,
 )
 from moe_replay.engines.servers.contract import Ask, check_policy
@@ -63,7 +63,7 @@ class ServerCalls(HttpCalls):
         """
         body = self.call("GET", "/status", b"")
         try:
-            status = read_status(body)
+            status = read_message(Status, body)
         except CodecError as error:
             raise RecipeError(
                 f"{self.url} answers, but is not a rollout server ({error}); start one with "
