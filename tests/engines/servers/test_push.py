@@ -26,22 +26,24 @@ from ..server_case import SAMPLING, SHAPES, client, fake, requests, tokens, weig
 pytestmark = pytest.mark.vllm
 
 
-class Ranks:
-    """What each rank passes to all others, the pushing one first."""
+class Rank:
+    """A rank of several in threads, which share what each passes to all others."""
 
-    def __init__(self, count: int) -> None:
-        self._values: list[Any] = [None] * count
-        self._barrier = threading.Barrier(count)
+    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, len(values)
+        self._values, self._barrier = values, barrier
 
-    def share(self, rank: int) -> Callable[[Any], list[Any]]:
-        def share(value: Any) -> list[Any]:
-            self._values[rank] = value
-            self._barrier.wait()
-            everyone = list(self._values)
-            self._barrier.wait()
-            return everyone
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value
+        self._barrier.wait()
+        everyone = list(self._values)
+        self._barrier.wait()
+        return everyone
 
-        return share
+
+def two_ranks() -> tuple[Rank, Rank]:
+    values, barrier = [None, None], threading.Barrier(2)
+    return Rank(0, values, barrier), Rank(1, values, barrier)
 
 
 def on_ranks(*calls: Callable[[], Any]) -> list[Any]:
@@ -59,7 +61,7 @@ def on_ranks(*calls: Callable[[], Any]) -> list[Any]:
 
 def test_e11_no_rank_drops_a_server_that_loads_slowly():
     """One of three servers loads last, after the other two have answered."""
-    loaded, ranks = threading.Semaphore(0), Ranks(2)
+    loaded, (first_rank, second_rank) = threading.Semaphore(0), two_ranks()
 
     class Loading(FakeEngine):
         def __init__(self, *, waits: bool) -> None:
@@ -75,8 +77,8 @@ def test_e11_no_rank_drops_a_server_that_loads_slowly():
 
     with ExitStack() as open_servers:
         urls = [open_servers.enter_context(served(Loading(waits=n == 1))) for n in range(3)]
-        pushing = client(*urls, share=ranks.share(0))
-        waiting = client(*urls, pushes=False, share=ranks.share(1))
+        pushing = client(*urls, ranks=first_rank)
+        waiting = client(*urls, ranks=second_rank)
         raised = on_ranks(
             lambda: pushing.load_weights(weights(), policy_version=1),
             lambda: waiting.load_weights(weights(), policy_version=1),
@@ -90,11 +92,11 @@ def test_e11_no_rank_drops_a_server_that_loads_slowly():
 
 
 def test_e11_every_rank_leaves_out_the_server_that_did_not_take_a_push():
-    ranks = Ranks(2)
+    first_rank, second_rank = two_ranks()
     with served(fake()) as first, ExitStack() as gone:
         second = gone.enter_context(served(fake()))
-        pushing = client(first, second, share=ranks.share(0))
-        waiting = client(first, second, pushes=False, share=ranks.share(1))
+        pushing = client(first, second, ranks=first_rank)
+        waiting = client(first, second, ranks=second_rank)
         gone.close()
         raised = on_ranks(
             lambda: pushing.load_weights(weights(), policy_version=1),
@@ -108,11 +110,11 @@ def test_e11_every_rank_leaves_out_the_server_that_did_not_take_a_push():
 
 
 def test_e11_a_push_that_failed_stops_every_rank():
-    ranks = Ranks(2)
+    first_rank, second_rank = two_ranks()
     with ExitStack() as gone:
         url = gone.enter_context(served(fake()))
-        pushing = client(url, share=ranks.share(0))
-        waiting = client(url, pushes=False, share=ranks.share(1))
+        pushing = client(url, ranks=first_rank)
+        waiting = client(url, ranks=second_rank)
         gone.close()
         raised = on_ranks(
             lambda: pushing.load_weights(weights(), policy_version=1),
@@ -127,11 +129,11 @@ def test_e11_a_push_that_failed_stops_every_rank():
 def test_e8_every_rank_is_answered_by_the_checkpoint_of_the_run(tmp_path):
     """The server was started with other weights of the same shape; two ranks."""
     ours, other = (write_tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    facts, ranks = read_facts(ours), Ranks(2)
+    facts, (first_rank, second_rank) = read_facts(ours), two_ranks()
     right = tokens(EmbeddedEngine(ours, dtype="float32").generate(requests(2), SAMPLING))
     with served(EmbeddedEngine(other, dtype="float32")) as url:
-        pushing = client(url, facts=facts, share=ranks.share(0))
-        waiting = client(url, facts=facts, pushes=False, share=ranks.share(1))
+        pushing = client(url, facts=facts, ranks=first_rank)
+        waiting = client(url, facts=facts, ranks=second_rank)
         assert tokens(waiting.generate(requests(2), SAMPLING)) != right
         raised = on_ranks(lambda: pushing.restore(ours), lambda: waiting.restore(ours))
         assert raised == [None, None]

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
 from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.lifecycle import VersionedEngine
+from moe_replay.engines.registry import Ranks
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
 from moe_replay.engines.servers.contract import Ask, RolloutServer, check_server
 from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
@@ -56,8 +57,7 @@ class ServerEngine(VersionedEngine):
     servers that read pushed weights from files find them below ``weights_dir``. Weights travel in
     the number format ``dtype``.
 
-    Of several ranks one pushes; ``share`` returns what all ranks passed to it, the pushing one
-    first.
+    Of several ``ranks`` the first one pushes, and the others hear which servers took it.
 
     Example:
         >>> engine = ServerEngine(
@@ -84,8 +84,7 @@ class ServerEngine(VersionedEngine):
         record_routes: bool,
         connect: Callable[..., RolloutServer] = ServerCalls,
         weights_dir: Path | None = None,
-        pushes: bool = True,
-        share: Callable[[Any], list[Any]] | None = None,
+        ranks: Ranks | None = None,
         token: str | None = None,
         calls_per_server: int = 8,
         timeout_s: float = 600.0,
@@ -93,12 +92,9 @@ class ServerEngine(VersionedEngine):
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
-        if not pushes and share is None:
-            raise RecipeError(
-                "an engine that does not push needs `share`, to hear of the pushes of the one that does"
-            )
         self._servers: list[RolloutServer] = []
-        self._facts, self._dtype, self._pushes, self._share = facts, _FORMATS[dtype], pushes, share
+        self._facts, self._dtype = facts, _FORMATS[dtype]
+        self._ranks, self._pushes = ranks, ranks is None or ranks.rank == 0
         self._folder = WeightsFolder(weights_dir)
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
         self._run = run
@@ -191,9 +187,8 @@ class ServerEngine(VersionedEngine):
     ) -> None:
         """Push ``weights`` (Hugging Face checkpoint names) to every server, as ``policy_version``.
 
-        A server that cannot be reached is skipped until a later push reaches it. An engine made
-        with ``pushes=False`` only reads ``weights`` and learns from the pushing one which servers
-        loaded them.
+        A server that cannot be reached is skipped until a later push reaches it. The engine of a
+        later rank only reads ``weights`` and learns from the pushing one which servers loaded them.
 
         Raises:
             EngineError: when a name is unknown, missing, or of another shape, the version goes
@@ -217,7 +212,7 @@ class ServerEngine(VersionedEngine):
         """
         tensors = checkpoint_tensors(model_dir) if self._pushes else iter(())
         weights = lowered_weights(tensors, self._dtype, self._facts)
-        self._deliver(weights, self._policy, must_reach_all=True, then=self._check_servers)
+        self._deliver(weights, self._policy, at_start=True)
 
     def _check_servers(self) -> None:
         for server in self._servers:
@@ -332,35 +327,39 @@ class ServerEngine(VersionedEngine):
         weights: Iterator[tuple[str, torch.Tensor]],
         policy: PolicyName,
         *,
-        must_reach_all: bool = False,
-        then: Callable[[], None] = lambda: None,
+        at_start: bool = False,
     ) -> None:
-        """Push, or only read the weights; then tell all ranks which servers loaded them."""
-        shared: dict[str, Any] = {"holders": [], "error": None}
+        """Push, or only read the weights; then tell all ranks which servers loaded them.
+
+        At the start all must do so, and show that they sample by them.
+        """
+        holders: list[str] = []
         mine: MoeReplayError | None = None
         try:
             if self._pushes:
-                shared["holders"] = push(
+                holders = push(
                     weights,
                     policy,
                     self._servers,
                     folder=self._folder,
                     num_bytes=push_bytes(self._facts, self._dtype),
-                    must_reach_all=must_reach_all,
+                    must_reach_all=at_start,
                     faults=self._faults,
                 )
-                then()
+                if at_start:
+                    self._check_servers()
             else:
                 for _ in weights:
                     continue
         except MoeReplayError as error:
-            mine, shared["error"] = error, str(error)
-        if self._share is not None:
-            shared = self._share(shared)[0]
+            mine = error
+        failure = None if mine is None else str(mine)
+        if self._ranks is not None:
+            holders, failure = self._ranks.gather((holders, failure))[0]
         if mine is not None:
             raise mine
-        if shared["error"] is not None:
+        if failure is not None:
             raise EngineError(
-                f"the rank that pushes policy version {policy.policy_version} failed: {shared['error']}"
+                f"the rank that pushes policy version {policy.policy_version} failed: {failure}"
             )
-        self._holders = frozenset(shared["holders"])
+        self._holders = frozenset(holders)

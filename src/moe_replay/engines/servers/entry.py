@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from moe_replay.checkpoint.facts import ModelFacts, read_facts
 from moe_replay.engines.registry import EngineUse, Ranks
@@ -32,9 +30,7 @@ def open_engine(
         use,
         read_facts(use.model_dir),
         run=ranks.gather(secrets.token_hex(8))[0],
-        num_ranks=ranks.size,
-        pushes=ranks.rank == 0,
-        share=ranks.gather,
+        ranks=ranks,
     )
     try:
         engine.restore(use.model_dir)
@@ -74,10 +70,9 @@ def _connect(
     facts: ModelFacts,
     *,
     run: str,
-    num_ranks: int = 1,
-    pushes: bool = True,
-    share: Callable[[Any], list[Any]] | None = None,
+    ranks: Ranks | None = None,
 ) -> ServerEngine:
+    num_ranks = 1 if ranks is None else ranks.size
     protocol = SglangCalls if section.engine == "sglang-server" else connect_vllm
     return ServerEngine(
         section.urls,
@@ -87,8 +82,7 @@ def _connect(
         run=run,
         dtype=section.dtype,
         record_routes=use.record_routes,
-        pushes=pushes,
-        share=share,
+        ranks=ranks,
         token=read_token(section.token_file),
         # Every rank asks every server: of 128 sequences at once on each server, 8 ranks with
         # groups of 4 ask for 4 groups each.
