@@ -17,14 +17,15 @@ In: RolloutGroups. Out: files, and the groups back.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt64
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_replay.engines.files.group_log import FORMAT, find_groups, read_group
@@ -92,16 +93,14 @@ class RolloutFile:
         nothing = np.empty(0, np.uint64)
         request_ids = np.concatenate([nothing, *(each.request_ids for each in found)])
         order = np.argsort(request_ids, kind="stable")
-        self._request_ids = request_ids[order]
+        self._check_complete(request_ids[order])
         self._starts = np.concatenate([np.empty(0, np.int64), *(e.starts for e in found)])[order]
         self._shard_of = np.repeat(
             np.arange(len(found), dtype=np.int32), [len(each.starts) for each in found]
         )[order]
-        self._check_complete()
-        self._traces: dict[int, memoryview] = {}
+        self._traces: list[memoryview] = []
         if self.manifest.engine.records_routes:
-            for number, shard in enumerate(self._shards):
-                self._traces[number] = map_file(shard.with_suffix(".traces"))
+            self._traces = [map_file(shard.with_suffix(".traces")) for shard in self._shards]
 
     def __contains__(self, request_id: int) -> bool:
         return self.manifest.first_request <= request_id < self.manifest.stop_request
@@ -123,7 +122,7 @@ class RolloutFile:
         index = request_id - self.manifest.first_request
         shard = int(self._shard_of[index])
         stored = read_group(self._groups[shard], int(self._starts[index]), str(self._shards[shard]))
-        if shard not in self._traces:
+        if not self._traces:
             return stored.group
         file = str(self._shards[shard].with_suffix(".traces"))
         completions = []
@@ -140,9 +139,9 @@ class RolloutFile:
             completions.append(replace(completion, trace=trace))
         return replace(stored.group, completions=tuple(completions))
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, held: UInt64[np.ndarray, " groups"]) -> None:
         """Raise `CodecError` unless every prompt of the manifest is there, once."""
-        manifest, held = self.manifest, self._request_ids
+        manifest = self.manifest
         wanted = np.arange(manifest.first_request, manifest.stop_request, dtype=np.uint64)
         if np.array_equal(held, wanted):
             return
@@ -203,10 +202,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        with_format = _format_of(text)
-        if with_format is not None and with_format != FORMAT:
+        others = [each["input"] for each in error.errors() if each["loc"] == ("format",)]
+        if others:
             raise CodecError(
-                f"{path} is a rollout of format {with_format}, this release reads format {FORMAT}: "
+                f"{path} is a rollout of format {others[0]}, this release reads format {FORMAT}: "
                 "sample it again with `moe-replay rollout RECIPE --output FOLDER` into an empty "
                 "folder, or read it with the release that wrote it"
             ) from error
@@ -222,7 +221,9 @@ def find_manifests(path: Path) -> list[Path]:
 
 def shard_files(manifest: Path, suffix: str) -> list[Path]:
     """Return a rollout's ``.groups`` or ``.traces`` files in the order of their shards."""
-    return [path for _, path in sorted(_shards(manifest, suffix))]
+    name = re.compile(rf"{re.escape(manifest.stem)}\.shard-[0-9]+{re.escape(suffix)}")
+    found = [path for path in manifest.parent.iterdir() if name.fullmatch(path.name)]
+    return sorted(found, key=shard_number)
 
 
 def shard_file(manifest: Path, shard: int) -> Path:
@@ -233,14 +234,6 @@ def shard_file(manifest: Path, shard: int) -> Path:
 def shard_number(path: Path) -> int:
     """Return which shard a file belongs to."""
     return int(path.stem.rpartition("-")[2])
-
-
-def _shards(manifest: Path, suffix: str) -> Iterator[tuple[int, Path]]:
-    start = f"{manifest.stem}.shard-"
-    for path in manifest.parent.iterdir():
-        number = path.name.removeprefix(start).removesuffix(suffix)
-        if path.name == f"{start}{number}{suffix}" and number.isdecimal():
-            yield int(number), path
 
 
 def _find_manifest(path: Path) -> Path:
@@ -279,16 +272,6 @@ def _check_same(path: Path, old: Manifest, new: Manifest) -> None:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-        flat |= nested
+        name = prefix + key
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _format_of(text: bytes) -> Any:
-    try:
-        told = json.loads(text)
-    except ValueError:
-        return None
-    return told.get("format") if isinstance(told, dict) else None

@@ -36,15 +36,13 @@ FORMAT = 2
 CHECKSUM_BYTES = 16
 """Length of a record's checksum."""
 
-_MAGIC = b"\x93MOEGRP\n"
-_PREAMBLE = struct.Struct("<8sHHI")
 _RECORD_MAGIC = b"GRUP"
 _HEADER = struct.Struct("<4sIQQII")
 _ENTRY = struct.Struct("<IBBHqQQ16s")
 _NO_CHECKSUM = bytes(16)
 _REASONS = tuple(FinishReason)
 
-PREAMBLE = _PREAMBLE.pack(_MAGIC, FORMAT, 0, 0)
+PREAMBLE = struct.pack("<8sHHI", b"\x93MOEGRP\n", FORMAT, 0, 0)
 """First bytes of every groups file; the first record follows."""
 
 
@@ -57,9 +55,7 @@ class FoundGroups:
     starts: Int64[np.ndarray, " groups"]
     """First byte of each record."""
     end: int
-    """One past the last complete record."""
-    num_torn_bytes: int
-    """Bytes after it: a record that its writer could not finish."""
+    """One past the last complete record; what follows, its writer could not finish."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,13 +120,15 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
     """
     request_ids: list[int] = []
     starts: list[int] = []
-    is_begun = len(stored) < len(PREAMBLE) and PREAMBLE.startswith(stored)
-    at = 0 if is_begun else len(PREAMBLE)
-    if not is_begun:
-        _check_preamble(stored, where)
-    while at < len(stored):
-        if len(stored) - at < _HEADER.size:
-            break
+    begin = bytes(stored[: len(PREAMBLE)])
+    if not PREAMBLE.startswith(begin):
+        raise CodecError(
+            f"{where}: begins {begin.hex(' ')}, expected {PREAMBLE.hex(' ')}: this is not a groups "
+            f"file of format {FORMAT}; sample it again with `moe-replay rollout`"
+        )
+    # A file that was only begun holds no record.
+    at = len(PREAMBLE) if begin == PREAMBLE else 0
+    while len(stored) - at >= _HEADER.size:
         magic, _, request_id, size, _, reserved = _HEADER.unpack_from(stored, at)
         if magic != _RECORD_MAGIC or reserved or size % 16 or size < _HEADER.size + CHECKSUM_BYTES:
             # After a power cut a file may have grown by zeros that were never filled.
@@ -149,7 +147,6 @@ def find_groups(stored: memoryview, where: str) -> FoundGroups:
         request_ids=np.array(request_ids, dtype=np.uint64),
         starts=np.array(starts, dtype=np.int64),
         end=at,
-        num_torn_bytes=len(stored) - at,
     )
 
 
@@ -204,15 +201,6 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
     request = Request(request_id=request_id, prompt_ids=prompt_ids, num_generations=num_completions)
     group = RolloutGroup(request=request, completions=tuple(completions))
     return StoredGroup(group=group, places=tuple(places))
-
-
-def _check_preamble(stored: memoryview, where: str) -> None:
-    if bytes(stored[: len(PREAMBLE)]) != PREAMBLE:
-        raise CodecError(
-            f"{where}: begins {bytes(stored[: len(PREAMBLE)]).hex(' ')}, expected "
-            f"{PREAMBLE.hex(' ')}: this is not a groups file of format {FORMAT}; sample it again with "
-            "`moe-replay rollout`"
-        )
 
 
 def _checksum(*pieces: bytes | memoryview) -> bytes:
