@@ -12,12 +12,14 @@ from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName, Progress, 
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.types import (
+    FINISH_REASONS,
     Completion,
     EngineDescription,
+    FinishReason,
     Request,
     SamplingParams,
 )
-from moe_replay.errors import RecipeError
+from moe_replay.errors import EngineError, RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,42 @@ class RolloutServer(Protocol):
     def close(self) -> None:
         """Close the connections."""
         ...
+
+
+NEUTRAL = {
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+}
+"""What vLLM and SGLang call sampling options that change nothing. A server may take what is omitted
+from generation_config.json or its own options."""
+
+
+def finish_reason_of(
+    told: object, num_tokens: int, sampling: SamplingParams, *, where: str, remedy: str
+) -> FinishReason:
+    """Return why a server of another project ended a completion, if that may be trained on.
+
+    Raises:
+        EngineError: when it was aborted, or holds nothing.
+        CallError: when it was cut before its length; ``remedy`` says how not to.
+    """
+    # SGLang says more than vLLM, in a dictionary.
+    reason = FINISH_REASONS.get(str(told.get("type") if isinstance(told, dict) else told))
+    if reason not in (FinishReason.STOP, FinishReason.LENGTH) or num_tokens == 0:
+        raise EngineError(
+            f"{where} ended with {told!r} after {num_tokens} tokens, expected stop or length after "
+            "at least one; the server aborted it"
+        )
+    if reason is FinishReason.LENGTH and num_tokens != sampling.max_completion_length:
+        raise CallError(
+            Fault.CUT,
+            f"{where} ended at its length with {num_tokens} tokens, expected "
+            f"{sampling.max_completion_length}; the server's {remedy}",
+        )
+    return reason
 
 
 def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:

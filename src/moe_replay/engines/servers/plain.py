@@ -26,6 +26,7 @@ from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.http import HttpCalls
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.vllm.wire import FLAG
 from moe_replay.errors import EngineError, RecipeError, TraceError
 from moe_replay.routing import LayerOrder
 
@@ -40,9 +41,14 @@ _LOAD_BYTES_PER_S = 50 << 20
 class PlainCalls(HttpCalls, ABC):
     """One server of another project. Threads may call it at the same time."""
 
+    how_to_record: str = (
+        f"it was started without {FLAG}, or its model has no routers; start it with that flag"
+    )
     reads_files: bool = True
     generate_path: str
     """Path that completions are asked for at."""
+    weights_path: str
+    """Path whose answer names the weights that the server holds."""
 
     def __init__(
         self,
@@ -79,10 +85,6 @@ class PlainCalls(HttpCalls, ABC):
     @abstractmethod
     async def _shows_life(self) -> bool:
         """Return whether the server has worked on anything since the last call."""
-
-    @abstractmethod
-    def _policy(self) -> PolicyName:
-        """Return the name of the weights that the server holds."""
 
     @abstractmethod
     def _message(self, ask: Ask, number: int) -> dict[str, Any]:
@@ -163,6 +165,17 @@ class PlainCalls(HttpCalls, ABC):
             "rollout.weights_dir with the trainer, or its user cannot read the trainer's files: run "
             f"both as one user, or give that folder a group and the set-group-id bit{then}",
         )
+
+    def _policy(self) -> PolicyName:
+        """Return the name of the weights that the server holds."""
+        told = self.call_json("GET", self.weights_path)
+        if not isinstance(told, dict) or "weight_version" not in told:
+            raise CallError(
+                Fault.CORRUPT,
+                f"{self.url}{self.weights_path} answers {str(told)[:80]}, expected a weight_version; "
+                "it is not a server of a known release",
+            )
+        return PolicyName.read(told["weight_version"])
 
     def _check_held(self, policy: PolicyName) -> None:
         """Raise `CallError` unless the server holds the weights that were just pushed."""

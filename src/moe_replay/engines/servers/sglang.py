@@ -13,13 +13,13 @@ from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Status
 from moe_replay.engines.servers.contract import Ask, check_policy
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.sglang_wire import (
-    FLAG,
     generate_message,
     is_deterministic,
     read_completion,
     read_description,
 )
 from moe_replay.engines.types import Completion, SamplingParams
+from moe_replay.engines.vllm.wire import FLAG
 from moe_replay.errors import EngineError, RecipeError
 
 # A temperature at which the most likely token loses its lead over chance, and the minimum lead in
@@ -36,10 +36,8 @@ class SglangCalls(PlainCalls):
     ``--enable-deterministic-inference`` gives equal completions for equal seeds.
     """
 
-    how_to_record: str = (
-        f"it was started without {FLAG}, or its model has no routers; start it with that flag"
-    )
     generate_path: str = "/generate"
+    weights_path: str = "/model_info"
 
     _is_deterministic: bool = False
 
@@ -118,15 +116,6 @@ class SglangCalls(PlainCalls):
         except EngineError as error:
             raise self._not_loaded(policy, error) from error
         self._check_held(policy)
-
-    def _policy(self) -> PolicyName:
-        told = self.call_json("GET", "/model_info")
-        if not isinstance(told, dict) or "weight_version" not in told:
-            raise RecipeError(
-                f"{self.url}/model_info has no weight_version; it is not an SGLang server of a known "
-                "release"
-            )
-        return PolicyName.read(told["weight_version"])
 
     def _message(self, ask: Ask, number: int) -> dict[str, Any]:
         return generate_message(ask, number, facts=self._facts, rid=secrets.token_hex(16))

@@ -33,15 +33,14 @@ from packaging.version import InvalidVersion, Version
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
 from moe_replay.engines.serve.messages import PolicyName
-from moe_replay.engines.servers.contract import Ask
-from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.contract import NEUTRAL, Ask, finish_reason_of
 from moe_replay.engines.types import (
-    FINISH_REASONS,
     Completion,
     EngineDescription,
     FinishReason,
     SamplingParams,
 )
+from moe_replay.engines.vllm.wire import FLAG
 from moe_replay.errors import CodecError, EngineError, RecipeError, UnsupportedError
 from moe_replay.routing import (
     LayerOrder,
@@ -50,9 +49,6 @@ from moe_replay.routing import (
     trace_from_payload,
     unrouted_trace,
 )
-
-FLAG = "--enable-return-routed-experts"
-"""The flag of ``python -m sglang.launch_server`` without which no routes come back."""
 
 _OLDEST = Version("0.5.12")
 _DTYPES = {"float": "float32", "half": "float16"}
@@ -146,12 +142,8 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, rid: str) -> d
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "frequency_penalty": 0.0,
-            "presence_penalty": 0.0,
-            "repetition_penalty": 1.0,
+            **NEUTRAL,
             "min_new_tokens": 0,
-            "logit_bias": None,
             "stop": [],
             "stop_token_ids": sorted({*facts.eos_ids, *sampling.stop_token_ids}),
             "ignore_eos": False,
@@ -237,27 +229,20 @@ def _sampling_seed(seed: int, request_id: int, number: int) -> int:
 def _finish_reason(
     reason: Any, token_ids: Int32[np.ndarray, " completion"], sampling: SamplingParams, where: str
 ) -> FinishReason:
-    kind = reason.get("type") if isinstance(reason, dict) else reason
-    finish_reason = FINISH_REASONS.get(str(kind))
-    if finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
-        raise EngineError(
-            f"{where} ended with {reason!r}, expected stop or length; the server aborted it"
-        )
+    finish_reason = finish_reason_of(
+        reason,
+        len(token_ids),
+        sampling,
+        where=where,
+        remedy="context or cache has no room for more: raise --context-length or "
+        "--mem-fraction-static",
+    )
+    last = int(token_ids[-1])
     matched = reason.get("matched") if isinstance(reason, dict) else None
-    if finish_reason is FinishReason.STOP and matched not in (
-        int(token_ids[-1]),
-        [int(token_ids[-1])],
-    ):
+    if finish_reason is FinishReason.STOP and matched not in (last, [last]):
         raise EngineError(
             f"{where} ended on {matched!r}, expected a stop token that is its last token, "
-            f"{token_ids[-1]}; the server stops on a string, or sampled an unknown token"
-        )
-    if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
-        raise CallError(
-            Fault.CUT,
-            f"{where} ended at its length with {len(token_ids)} tokens, expected "
-            f"{sampling.max_completion_length}; the server's context or cache has no room for more: "
-            "raise --context-length or --mem-fraction-static",
+            f"{last}; the server stops on a string, or sampled an unknown token"
         )
     return finish_reason
 

@@ -20,7 +20,6 @@ from moe_replay.engines.servers.vllm_wire import (
     read_server,
 )
 from moe_replay.engines.types import Completion, SamplingParams
-from moe_replay.engines.vllm.wire import FLAG
 from moe_replay.errors import EngineError, RecipeError
 
 # Name of the weights of a server that is loading a push, or in which a push has failed.
@@ -64,10 +63,8 @@ def connect_vllm(
 class VllmCalls(PlainCalls):
     """One plain vLLM server. Threads may call it at the same time."""
 
-    how_to_record: str = (
-        f"it was started without {FLAG}, or its model has no routers; start it with that flag"
-    )
     generate_path: str = _GENERATE
+    weights_path: str = "/weight_info"
 
     _server: NativeServer | None = None
     _work: tuple[bytes, ...] = ()
@@ -164,7 +161,7 @@ class VllmCalls(PlainCalls):
             CallError: when it does not answer, fails to load, or has failed before.
         """
         assert self._pushed is not None
-        if self._weight_version() == _LOADING:
+        if self._policy().run == _LOADING:
             raise CallError(
                 Fault.FAILED,
                 f"{self.url} is loading another push, or has failed to, after which vLLM's workers "
@@ -196,15 +193,6 @@ class VllmCalls(PlainCalls):
 
     def _name_weights(self, name: str) -> None:
         self.call_json("POST", "/update_weight_version", {"new_version": name})
-
-    def _policy(self) -> PolicyName:
-        return PolicyName.read(self._weight_version())
-
-    def _weight_version(self) -> str:
-        told = self.call_json("GET", "/weight_info")
-        if not isinstance(told, dict) or "weight_version" not in told:
-            raise CallError(Fault.CORRUPT, f"{self.url}/weight_info answers {told}")
-        return str(told["weight_version"])
 
     def _message(self, ask: Ask, number: int) -> dict[str, Any]:
         return generate_message(ask, number, facts=self._facts, draws=self.draws_by_seed)

@@ -10,25 +10,19 @@ In: JSON of a server. Out: descriptions, completions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 from packaging.version import Version
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
-from moe_replay.engines.servers.contract import Ask
-from moe_replay.engines.servers.faults import CallError, Fault
-from moe_replay.engines.types import (
-    FINISH_REASONS,
-    Completion,
-    EngineDescription,
-    FinishReason,
-    SamplingParams,
-)
+from moe_replay.engines.servers.contract import NEUTRAL, Ask, finish_reason_of
+from moe_replay.engines.types import Completion, EngineDescription
 from moe_replay.engines.vllm.wire import (
     FLAG,
     check_version,
@@ -54,13 +48,11 @@ _TOKEN = "token_id:"
 _ROUTE_BYTES = 1 << 30
 
 # Entry of the server's configuration -> the value that replay needs, and what any other one does.
-_OPTIONS: Mapping[tuple[str, str], tuple[Any, str]] = {
+_OPTIONS: Mapping[tuple[str, ...], tuple[int | None, str]] = {
     ("parallel_config", "pipeline_parallel_size"): (1, "vLLM captures no routes over pipelines"),
     ("model_config", "quantization"): (None, "pushed weights are of full precision"),
-}
-_ABSENT = {
-    "speculative_config": "tokens are drafted by another model, whose routers run too",
-    "kv_transfer_config": "rows that come from another server have no routes",
+    ("speculative_config",): (None, "tokens are drafted by another model, whose routers run too"),
+    ("kv_transfer_config",): (None, "rows that come from another server have no routes"),
 }
 
 
@@ -95,23 +87,17 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
         is_async = config["scheduler_config"]["async_scheduling"]
         dtype, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
         is_cpu = config["device_config"]["device"] == "cpu"
-        got = {key: config[key[0]][key[1]] for key in _OPTIONS}
-        present = {name: config[name] for name in _ABSENT}
+        got = {entry: reduce(getitem, entry, config) for entry in _OPTIONS}
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"{url}/server_info has another form than that of vLLM 0.30 ({error!r}); use "
             "`moe-replay serve` there"
         ) from error
-    for key, (expected, reason) in _OPTIONS.items():
-        if got[key] != expected:
+    for entry, (expected, reason) in _OPTIONS.items():
+        if got[entry] != expected:
             raise UnsupportedError(
-                f"{url} runs with {key[1]} = {got[key]!r}, expected {expected!r}: {reason}; start it "
-                "without"
-            )
-    for name, reason in _ABSENT.items():
-        if present[name] is not None:
-            raise UnsupportedError(
-                f"{url} runs with {name} = {present[name]!r}: {reason}; start it without"
+                f"{url} runs with {entry[-1]} = {got[entry]!r}, expected {expected!r}: {reason}; "
+                "start it without"
             )
     draws = PROCESSOR in processors
     _check_sampling_of(url, mode, draws=draws, is_async=is_async is True, is_cpu=is_cpu)
@@ -146,13 +132,8 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -
         "temperature": 0.0 if draws else sampling.temperature,
         "top_p": 1.0,
         "top_k": 0,
-        # A server may take what is omitted from generation_config.json or its own options.
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
+        **NEUTRAL,
         "min_tokens": 0,
-        "logit_bias": None,
         "logprobs": 0,
         "stop_token_ids": sorted({*facts.eos_ids, *sampling.stop_token_ids}),
         "ignore_eos": True,
@@ -192,9 +173,19 @@ def read_completion(
         rollout_logprobs = np.array([float(entry["logprob"]) for entry in content], np.float32)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EngineError(f"{where}: the answer is damaged: {error!r}") from error
-    finish_reason = _finish_reason(
-        choice.get("finish_reason"), token_ids, named, ask.sampling, where
+    finish_reason = finish_reason_of(
+        choice.get("finish_reason"),
+        # That each has a token is checked next.
+        len(named) if token_ids.ndim == 1 and token_ids.size else 0,
+        ask.sampling,
+        where=where,
+        remedy="context has no room for more: raise --max-model-len",
     )
+    if named != [f"{_TOKEN}{token}" for token in token_ids.tolist()]:
+        raise EngineError(
+            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are "
+            f"{str(token_ids.tolist())[:80]}: they do not belong together"
+        )
     return make_completion(
         token_ids,
         rollout_logprobs,
@@ -207,39 +198,6 @@ def read_completion(
         layer_order=layer_order,
         where=where,
     )
-
-
-def _finish_reason(
-    told: Any,
-    token_ids: Int32[np.ndarray, "..."],
-    named: Sequence[str],
-    sampling: SamplingParams,
-    where: str,
-) -> FinishReason:
-    """Return why a completion ended, if it did in a way that may be trained on."""
-    finish_reason = FINISH_REASONS.get(str(told))
-    if (
-        finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
-        or token_ids.ndim != 1
-        or len(token_ids) == 0
-    ):
-        raise EngineError(
-            f"{where} ended with {told!r} after {token_ids.size} tokens, expected stop or length "
-            "after at least one; the server aborted it"
-        )
-    if named != [f"{_TOKEN}{token}" for token in token_ids.tolist()]:
-        raise EngineError(
-            f"{where}: the log-probabilities are those of {str(named)[:80]}, the tokens are "
-            f"{str(token_ids.tolist())[:80]}: they do not belong together"
-        )
-    if finish_reason is FinishReason.LENGTH and len(token_ids) != sampling.max_completion_length:
-        raise CallError(
-            Fault.CUT,
-            f"{where} ended at its length with {len(token_ids)} tokens, expected "
-            f"{sampling.max_completion_length}; the server's context has no room for more: raise "
-            "--max-model-len",
-        )
-    return finish_reason
 
 
 def _check_sampling_of(url: str, mode: Any, *, draws: bool, is_async: bool, is_cpu: bool) -> None:
