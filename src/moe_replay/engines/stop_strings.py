@@ -8,6 +8,7 @@ In: completions, strings, a tokenizer. Out: completions that end where a string 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,15 +50,9 @@ class StopStrings:
         """
         if not self._holds(token_ids):
             return None
-        # Bisection: a text that holds a string still holds it when it grows.
-        low, high = 1, len(token_ids)
-        while low < high:
-            middle = (low + high) // 2
-            if self._holds(token_ids[:middle]):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        # A text that holds a string still holds it when it grows.
+        lengths = range(1, len(token_ids) + 1)
+        return 1 + bisect_left(lengths, True, key=lambda length: self._holds(token_ids[:length]))
 
     def _holds(self, token_ids: Int32[np.ndarray, " completion"]) -> bool:
         text = exact_text(self.tokenizer, token_ids.tolist())

@@ -280,17 +280,15 @@ def _groups_of(
             f"tokens came as {tokens.dtype} and log-probabilities as {rollout_logprobs.dtype}, "
             "expected int32 and float32"
         )
-    ends = np.cumsum([0, *lengths])
-    every = [
+    stops = np.cumsum(lengths)
+    every = (
         Completion(
-            token_ids=tokens[start:stop],
-            rollout_logprobs=rollout_logprobs[start:stop],
+            token_ids=tokens[stop - length : stop],
+            rollout_logprobs=rollout_logprobs[stop - length : stop],
             trace=traces.get(str(number)),
             finish_reason=reason,
             policy_version=policy.policy_version,
         )
-        for number, (start, stop, reason) in enumerate(
-            zip(ends[:-1], ends[1:], reasons, strict=True)
-        )
-    ]
+        for number, (length, stop, reason) in enumerate(zip(lengths, stops, reasons, strict=True))
+    )
     return grouped(requests, every)

@@ -56,8 +56,6 @@ class Push:
         self.push_id = push_id
         self.folder = folder
         """Where its files lie."""
-        self.num_bytes = 0
-        """Bytes of all parts."""
         self.is_superseded = False
         """Whether another push has begun since."""
         self.is_loaded = False
@@ -65,6 +63,11 @@ class Push:
         self.loading: asyncio.Task[Any] | None = None
         """The call that commits it, which another push cancels until the engine loads."""
         self._parts: dict[int, _Part] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size for part in self._parts.values())
 
     def supersede(self) -> None:
         """Let nothing more be done with this push."""
@@ -184,9 +187,7 @@ class Pushes:
             )
         part.is_busy = True
         try:
-            before = part.size
             part.rewind(offset)
-            push.num_bytes -= before - part.size
             if offset != part.size:
                 raise RefusedError(
                     BAD_REQUEST,
@@ -201,7 +202,6 @@ class Pushes:
                     f"{crc32:08x}; it was damaged in transit, send it again",
                 )
             part.grow(size, crc32)
-            push.num_bytes += size
         finally:
             part.is_busy = False
 
@@ -210,13 +210,14 @@ class Pushes:
     ) -> tuple[int, int]:
         """Write pieces as they arrive, not held in memory; return their length and CRC-32."""
         size = crc32 = 0
+        before = push.num_bytes
         # Superseded or not, the folder of a push that comes in is there: nothing awaits between
         # `current` and here.
         file = os.open(part.path, os.O_CREAT | os.O_WRONLY, 0o600)
         try:
             async for piece in pieces:
                 push.check_current()
-                if push.num_bytes + size + len(piece) > self._max_bytes:
+                if before + size + len(piece) > self._max_bytes:
                     raise RefusedError(
                         BAD_REQUEST,
                         f"the push exceeds {self._max_bytes} bytes, what all weights of this model "
@@ -233,7 +234,7 @@ class Pushes:
                 raise
             raise RefusedError(
                 NO_SPACE,
-                f"{self._folder} has no room for a push, {push.num_bytes + size} bytes came: make "
+                f"{self._folder} has no room for a push, {before + size} bytes came: make "
                 "room, or start the server with --weights-dir (containers: a larger --shm-size)",
             ) from error
         finally:

@@ -278,8 +278,7 @@ class ServerEngine(VersionedEngine):
             try:
                 self._sample(server, task, work, sampling)
             except GivenUpError as error:
-                work.stop(error)
-                work.put_down(task)
+                work.put_down(task, error)
             except CallError as error:
                 with self._lock:
                     self._faults[error.fault] += 1
@@ -287,8 +286,7 @@ class ServerEngine(VersionedEngine):
                     work.stop(stop)
                 work.give_back(task, server.url, error)
             except BaseException as error:
-                work.stop(error)
-                work.put_down(task)
+                work.put_down(task, error)
                 raise
             else:
                 work.finish(task, server.url)

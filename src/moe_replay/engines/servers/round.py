@@ -148,9 +148,10 @@ class Round:
         began = self._began[url]
         return self._said.get(url, began) if began.fault is Fault.UNREACHABLE else began
 
-    def put_down(self, task: Task) -> None:
-        """Record that a call was given up."""
+    def put_down(self, task: Task, error: BaseException) -> None:
+        """Record that a call was given up, and end the round."""
         with self._turn:
+            self._stop(error)
             self._back(task)
 
     def _back(self, task: Task) -> None:
