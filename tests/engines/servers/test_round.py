@@ -7,19 +7,34 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moe_replay.engines.serve.messages import Progress
+from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.round import Redraws, Round
 from moe_replay.engines.types import RolloutProgress
 from moe_replay.errors import EngineError
 
-from ..server_case import SAMPLING, fake, requests
+from ..server_case import POLICY, SAMPLING, fake, requests
 
 URL = "http://a"
 
 
+def asks(count: int) -> list[Ask]:
+    description = fake().description
+    return [
+        Ask(
+            request=request,
+            numbers=range(request.num_generations),
+            sampling=SAMPLING,
+            policy=POLICY,
+            description=description,
+        )
+        for request in requests(count)
+    ]
+
+
 def test_tokens_under_way_are_counted_until_they_come_back():
     (group,) = fake().generate(requests(1), SAMPLING)
-    work = Round(requests(1), 2, {URL})
+    work = Round(asks(1), 2, {URL})
     task = work.take(URL)
     work.note(task, Progress(doing="sampling", num_tokens=3))
     assert work.progress() == RolloutProgress(num_finished=0, num_total=2, num_tokens=3)
@@ -40,7 +55,7 @@ def test_tokens_under_way_are_counted_until_they_come_back():
 
 
 def test_threads_without_work_are_woken_by_a_failure_or_the_last_call_and_not_by_others():
-    work = Round(requests(2), 3, {URL})
+    work = Round(asks(2), 3, {URL})
     tasks = [work.take(URL), work.take(URL)]
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(work.take, URL)
@@ -64,7 +79,7 @@ def failed(work: Round, *messages: str) -> None:
 
 
 def test_what_a_server_failed_of_first_is_named_beside_what_came_of_it():
-    work = Round(requests(1), 3, {URL})
+    work = Round(asks(1), 3, {URL})
     failed(work, "its engine has ended", "no connection", "no connection")
     with pytest.raises(EngineError, match=r"last: no connection; its .* of: its engine has ended;"):
         work.results()
@@ -72,7 +87,7 @@ def test_what_a_server_failed_of_first_is_named_beside_what_came_of_it():
 
 def test_a_failure_before_the_last_success_of_a_server_is_not_its_cause():
     (group,) = fake().generate(requests(1), SAMPLING)
-    work = Round(requests(2), 2, {URL})
+    work = Round(asks(2), 2, {URL})
     failed(work, "once")
     task = work.take(URL)
     for number in task.numbers:
@@ -86,7 +101,7 @@ def test_a_failure_before_the_last_success_of_a_server_is_not_its_cause():
 
 def test_what_a_server_said_explains_that_it_cannot_be_reached_whatever_came_between():
     (group,) = fake().generate(requests(1), SAMPLING)
-    work = Round(requests(3), 2, {URL})
+    work = Round(asks(3), 2, {URL})
     failed(work, "its engine has ended")
     task = work.take(URL)
     for number in task.numbers:

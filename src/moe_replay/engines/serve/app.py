@@ -44,7 +44,6 @@ from moe_replay.engines.serve.messages import (
     PROTOCOL,
     GenerateCall,
     PolicyName,
-    Progress,
     PushCommit,
     PushStart,
     Status,
@@ -161,8 +160,7 @@ class EngineServer:
         if not self._turns.is_closed:
             self._policy_for(call.policy)
         tally = Tally()
-        work = partial(self._sample, call, requests, tally)
-        return self._streamed(work, tally.progress)
+        return self._streamed(partial(self._sample, call, requests, tally), tally)
 
     async def _begin(self, request: HttpRequest) -> Response:
         start = read_message(PushStart, await self._bodies.whole(request, 1 << 12))
@@ -194,11 +192,9 @@ class EngineServer:
             raise RefusedError(STALE, f"push {push.push_id} is being committed already")
         push.check_complete(commit)
         tally = Tally(doing="checking")
-        return self._streamed(partial(self._load, push, commit.policy, tally), tally.progress)
+        return self._streamed(partial(self._load, push, commit.policy, tally), tally)
 
-    def _streamed(
-        self, work: Callable[[], Awaitable[bytes]], progress: Callable[[], Progress]
-    ) -> FrameAnswer:
+    def _streamed(self, work: Callable[[], Awaitable[bytes]], tally: Tally) -> FrameAnswer:
         async def job() -> bytes:
             task = asyncio.current_task()
             assert task is not None
@@ -210,7 +206,7 @@ class EngineServer:
 
         return FrameAnswer(
             job,
-            progress=progress,
+            tally=tally,
             ending=lambda: self._closed_because or "the call was ended",
             pause_s=self._progress_s,
         )

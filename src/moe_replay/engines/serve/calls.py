@@ -38,11 +38,11 @@ class FrameAnswer:
         self,
         work: Callable[[], Coroutine[Any, Any, bytes]],
         *,
-        progress: Callable[[], Progress],
+        tally: Tally,
         ending: Callable[[], str],
         pause_s: float,
     ) -> None:
-        self._work, self._progress, self._pause_s = work, progress, pause_s
+        self._work, self._tally, self._pause_s = work, tally, pause_s
         self._ending = ending
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -52,7 +52,7 @@ class FrameAnswer:
         job, left = asyncio.create_task(self._work()), asyncio.create_task(_departure(receive))
         try:
             while not await _first_done(job, left, limit_s=self._pause_s):
-                report = frame(PROGRESS, self._progress().model_dump_json().encode())
+                report = frame(PROGRESS, self._tally.progress().model_dump_json().encode())
                 await send({"type": "http.response.body", "body": report, "more_body": True})
             if job.done():
                 await send({"type": "http.response.body", "body": _last_frame(job, self._ending)})

@@ -30,7 +30,7 @@ from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push import push, push_bytes
 from moe_replay.engines.servers.push_files import WeightsFolder
-from moe_replay.engines.servers.round import Redraws, Round, Task
+from moe_replay.engines.servers.round import Redraws, Round
 from moe_replay.engines.types import (
     EngineDescription,
     Request,
@@ -150,13 +150,23 @@ class ServerEngine(VersionedEngine):
         holders = {server.url for server in self._servers}
         if self._holders is not None:
             holders &= self._holders
-        work = Round(requests, self._max_attempts, holders)
+        asks = [
+            Ask(
+                request=request,
+                numbers=range(request.num_generations),
+                sampling=sampling,
+                policy=self._policy,
+                description=self._description,
+            )
+            for request in requests
+        ]
+        work = Round(asks, self._max_attempts, holders)
         self._round = work
         threads = ThreadPoolExecutor(len(self._servers) * self._calls_per_server)
         workers: list[Future[None]] = []
         try:
             workers += [
-                threads.submit(self._serve, server, work, sampling)
+                threads.submit(self._serve, server, work)
                 for _ in range(min(self._calls_per_server, len(requests)))
                 for server in self._in_turn(requests)
             ]
@@ -272,50 +282,38 @@ class ServerEngine(VersionedEngine):
             pause_s = _GIVE_UP_S if work.is_stopped else None
             _, pending = wait(pending, timeout=pause_s, return_when=FIRST_COMPLETED)
 
-    def _serve(self, server: RolloutServer, work: Round, sampling: SamplingParams) -> None:
+    def _serve(self, server: RolloutServer, work: Round) -> None:
         """Let one server work on a round until nothing is left, or it fails too often in a row."""
-        while (task := work.take(server.url)) is not None:
+        while (ask := work.take(server.url)) is not None:
             try:
-                self._sample(server, task, work, sampling)
+                server.complete(
+                    ask,
+                    keep=partial(work.keep, ask, server.url),
+                    on_progress=partial(work.note, ask),
+                )
             except GivenUpError as error:
-                work.put_down(task, error)
+                work.put_down(ask, error)
             except CallError as error:
                 with self._lock:
                     self._faults[error.fault] += 1
-                if (stop := self._bias(server, task, work, error)) is not None:
+                if (stop := self._bias(server, ask, work, error)) is not None:
                     work.stop(stop)
-                work.give_back(task, server.url, error)
+                work.give_back(ask, server.url, error)
             except BaseException as error:
-                work.put_down(task, error)
+                work.put_down(ask, error)
                 raise
             else:
-                work.finish(task, server.url)
-
-    def _sample(
-        self, server: RolloutServer, task: Task, work: Round, sampling: SamplingParams
-    ) -> None:
-        ask = Ask(
-            request=task.request,
-            numbers=task.numbers,
-            sampling=sampling,
-            policy=self._policy,
-            description=self._description,
-        )
-        server.complete(
-            ask,
-            keep=partial(work.keep, task, server.url),
-            on_progress=partial(work.note, task),
-        )
+                work.finish(ask, server.url)
 
     def _bias(
-        self, server: RolloutServer, task: Task, work: Round, error: CallError
+        self, server: RolloutServer, ask: Ask, work: Round, error: CallError
     ) -> EngineError | None:
-        """Return what ends the run if tasks drawn again would change its data too much."""
+        """Return what ends the run if completions drawn again would change its data too much."""
         if not server.biases(error):
             return None
         return self._redraws.add(
             error,
-            num_missing=work.num_missing(task),
+            num_missing=work.num_missing(ask),
             num_sampled=self._num_sampled + work.progress().num_finished,
             url=server.url,
         )

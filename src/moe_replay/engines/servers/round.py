@@ -9,17 +9,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moe_replay.engines.serve.messages import Progress
+from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.faults import CallError, Fault
-from moe_replay.engines.types import (
-    Completion,
-    Request,
-    RolloutGroup,
-    RolloutProgress,
-    grouped,
-)
+from moe_replay.engines.types import Completion, RolloutGroup, RolloutProgress
 from moe_replay.errors import EngineError
 
 # A server that fails this often in a row is not asked until the next round, unless it is the last.
@@ -30,31 +25,17 @@ _BACKOFF_S = 0.25
 _MAX_REDRAWS, _MAX_REDRAWN_FRAC = 8, 0.01
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What one call asks of a server."""
-
-    index: int
-    """Index of the request in the round."""
-    request: Request
-    """The request."""
-    numbers: tuple[int, ...]
-    """Its completions that are still missing."""
-
-
 class Round:
-    """The requests of one call of `generate`. Threads work on it together."""
+    """What one call of `generate` asks for, one `Ask` a request. Threads work on it together."""
 
-    def __init__(
-        self, requests: Sequence[Request], max_attempts: int, urls: AbstractSet[str]
-    ) -> None:
-        self.requests = requests
+    def __init__(self, asks: Sequence[Ask], max_attempts: int, urls: AbstractSet[str]) -> None:
+        self._asks = {ask.request.request_id: ask for ask in asks}
         self._max_attempts = max_attempts
         self._left = set(urls)
-        self._waiting = deque(range(len(requests)))
+        self._waiting = deque(self._asks)
         self._num_out = 0
         self._tokens_under_way: dict[int, int] = {}
-        self._completions: list[dict[int, Completion]] = [{} for _ in requests]
+        self._completions: dict[int, dict[int, Completion]] = {id_: {} for id_ in self._asks}
         self._errors: dict[int, list[CallError]] = {}
         self._failures_in_a_row: Counter[str] = Counter()
         self._began: dict[str, CallError] = {}
@@ -67,45 +48,44 @@ class Round:
         """Whether the rest of this round is no longer wanted."""
         return self._stopped is not None
 
-    def take(self, url: str) -> Task | None:
+    def take(self, url: str) -> Ask | None:
         """Return something to do for the server at ``url``; None if there is nothing more."""
         with self._turn:
             self._turn.wait_for(lambda: self._waiting or not self._num_out or self._stopped)
             if self._stopped or not self._waiting or url not in self._left:
                 return None
             self._num_out += 1
-            index = self._waiting.popleft()
-            request, have = self.requests[index], self._completions[index]
-            missing = tuple(n for n in range(request.num_generations) if n not in have)
-            return Task(index=index, request=request, numbers=missing)
+            ask = self._asks[self._waiting.popleft()]
+            have = self._completions[ask.request.request_id]
+            return replace(ask, numbers=tuple(n for n in ask.numbers if n not in have))
 
-    def keep(self, task: Task, url: str, number: int, completion: Completion) -> None:
+    def keep(self, ask: Ask, url: str, number: int, completion: Completion) -> None:
         """Keep one completion, unless it came before."""
         with self._turn:
-            known = self._completions[task.index]
+            known = self._completions[ask.request.request_id]
             known.setdefault(number, replace(completion, server=url))
 
-    def note(self, task: Task, progress: Progress) -> None:
+    def note(self, ask: Ask, progress: Progress) -> None:
         """Record how far a running call is."""
         with self._turn:
-            self._tokens_under_way[task.index] = progress.num_tokens
+            self._tokens_under_way[ask.request.request_id] = progress.num_tokens
 
-    def num_missing(self, task: Task) -> int:
+    def num_missing(self, ask: Ask) -> int:
         """Return how many completions of a request have not come back."""
         with self._turn:
-            return task.request.num_generations - len(self._completions[task.index])
+            return ask.request.num_generations - len(self._completions[ask.request.request_id])
 
-    def finish(self, task: Task, url: str) -> None:
+    def finish(self, ask: Ask, url: str) -> None:
         """Record that a request has all of its completions."""
-        assert self.num_missing(task) == 0
+        assert self.num_missing(ask) == 0
         with self._turn:
             self._failures_in_a_row[url] = 0
-            self._back(task)
+            self._back(ask)
 
-    def give_back(self, task: Task, url: str, error: CallError) -> None:
-        """Queue a failed task again, or stop if it failed too often; return after a pause."""
+    def give_back(self, ask: Ask, url: str, error: CallError) -> None:
+        """Queue again what failed, or stop if it failed too often; return after a pause."""
         with self._turn:
-            self._back(task)
+            self._back(ask)
             if not self._failures_in_a_row[url]:
                 self._began[url] = error
             if error.fault is not Fault.UNREACHABLE:
@@ -116,17 +96,17 @@ class Round:
             too_often = self._failures_in_a_row[url] >= _MAX_FAILURES_IN_A_ROW
             if is_stale or (too_often and self._left != {url}):
                 self._left.discard(url)
-            errors = self._errors.setdefault(task.index, [])
+            errors = self._errors.setdefault(ask.request.request_id, [])
             errors.append(error)
             if len(errors) >= self._max_attempts:
                 self._stop(
                     EngineError(
-                        f"request {task.request.request_id} failed {len(errors)} times, last: {error}"
+                        f"request {ask.request.request_id} failed {len(errors)} times, last: {error}"
                         f"{self._cause(url, error)}; the run can be resumed when the servers work"
                     )
                 )
             else:
-                self._waiting.append(task.index)
+                self._waiting.append(ask.request.request_id)
             self._turn.notify_all()
             failures = min(self._failures_in_a_row[url], _MAX_FAILURES_IN_A_ROW)
             if not is_stale:
@@ -148,15 +128,15 @@ class Round:
         began = self._began[url]
         return self._said.get(url, began) if began.fault is Fault.UNREACHABLE else began
 
-    def put_down(self, task: Task, error: BaseException) -> None:
+    def put_down(self, ask: Ask, error: BaseException) -> None:
         """Record that a call was given up, and end the round."""
         with self._turn:
             self._stop(error)
-            self._back(task)
+            self._back(ask)
 
-    def _back(self, task: Task) -> None:
+    def _back(self, ask: Ask) -> None:
         self._num_out -= 1
-        self._tokens_under_way.pop(task.index, None)
+        self._tokens_under_way.pop(ask.request.request_id, None)
         # Threads in `take` wait for the last one: woken each time, n would wake n * n / 2 times.
         if not self._num_out:
             self._turn.notify_all()
@@ -173,11 +153,11 @@ class Round:
     def progress(self) -> RolloutProgress:
         """Return how far this round is."""
         with self._turn:
-            finished = [c for known in self._completions for c in known.values()]
+            finished = [c for known in self._completions.values() for c in known.values()]
             under_way = sum(self._tokens_under_way.values())
         return RolloutProgress(
             num_finished=len(finished),
-            num_total=sum(request.num_generations for request in self.requests),
+            num_total=sum(len(ask.numbers) for ask in self._asks.values()),
             num_tokens=under_way + sum(len(completion.token_ids) for completion in finished),
         )
 
@@ -193,17 +173,16 @@ class Round:
                 if count
             }
             raise EngineError(
-                f"{len(self._waiting)} of {len(self.requests)} requests are left and no server is: "
+                f"{len(self._waiting)} of {len(self._asks)} requests are left and no server is: "
                 f"{'; '.join(sorted(causes))}; start the servers again and resume the run"
             )
-        return grouped(
-            self.requests,
-            (
-                known[number]
-                for request, known in zip(self.requests, self._completions, strict=True)
-                for number in range(request.num_generations)
-            ),
-        )
+        return [
+            RolloutGroup(
+                request=ask.request,
+                completions=tuple(self._completions[id_][number] for number in ask.numbers),
+            )
+            for id_, ask in self._asks.items()
+        ]
 
 
 class Redraws:
