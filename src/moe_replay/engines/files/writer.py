@@ -57,10 +57,7 @@ class RolloutWriter:
         own = shard_file(manifest, rank)
         left = [s for s in shard_files(manifest, ".groups") if shard_number(s) % num_ranks == rank]
         try:
-            self._shards = [
-                self._open(path, records_routes=self._description.records_routes)
-                for path in sorted({own, *left}, key=shard_number)
-            ]
+            self._shards = [self._open(path) for path in sorted({own, *left}, key=shard_number)]
         except BaseException:
             self._closing.close()
             raise
@@ -101,8 +98,8 @@ class RolloutWriter:
         """Close the files as they are. Calling it twice is allowed."""
         self._closing.close()
 
-    def _open(self, path: Path, *, records_routes: bool) -> _Shard:
-        shard = _Shard(path, records_routes=records_routes)
+    def _open(self, path: Path) -> _Shard:
+        shard = _Shard(path, records_routes=self._description.records_routes)
         self._closing.callback(shard.close)
         self.num_cut_bytes += shard.num_cut_bytes
         return shard
@@ -187,14 +184,9 @@ class _Shard:
         if starts and not is_intact(self._stored, starts[-1]):
             # A power cut may leave the last record with its full length and without its bytes.
             end = starts.pop()
-        self._starts = starts
-        self.kept: list[int] = []
-        places: list[FramePlace] = []
-        for start in starts:
-            stored = read_group(self._stored, start, str(self.path))
-            self.kept.append(stored.group.request.request_id)
-            places += [place for place in stored.places if place is not None]
-        return places, end
+        self._starts, self.kept = starts, found.request_ids.tolist()[: len(starts)]
+        stored = (read_group(self._stored, start, str(self.path)) for start in starts)
+        return [place for each in stored for place in each.places if place is not None], end
 
     def _cut(self, end: int) -> None:
         """Cut off what follows the last complete record; an empty file gets its first bytes."""

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+from starlette.types import Receive, Scope, Send
+
 from moe_replay.engines.serve.access import (
     FAILED,
     UNAVAILABLE,
@@ -45,7 +47,7 @@ class FrameAnswer:
         self._work, self._tally, self._pause_s = work, tally, pause_s
         self._ending = ending
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         headers = [(b"content-type", CONTENT_TYPE.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -69,7 +71,7 @@ async def _first_done(*tasks: asyncio.Task[Any], limit_s: float) -> bool:
     return bool(done)
 
 
-async def _departure(receive: Any) -> None:
+async def _departure(receive: Receive) -> None:
     """Return when the caller has left."""
     while (await receive())["type"] != "http.disconnect":
         continue
@@ -90,7 +92,7 @@ def _last_frame(job: asyncio.Task[bytes], ending: Callable[[], str]) -> bytes:
     return error_frame(FAILED, text_of(error))
 
 
-def _name(scope: Any) -> str:
+def _name(scope: Scope) -> str:
     client = scope.get("client")
     return f"{client[0]}:{client[1]}" if client else "a client"
 

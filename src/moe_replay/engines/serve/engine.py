@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -143,10 +144,6 @@ class _Running:
         self.num_waiting = 0
         self.taken: set[int] = set()
 
-    def is_abandoned(self) -> bool:
-        """Return whether no task waits for it any more."""
-        return self.num_waiting == 0
-
 
 class ThreadedEngine:
     """Serves an `Engine` that samples whole requests, one call at a time, in a thread.
@@ -272,10 +269,10 @@ class ThreadedEngine:
     ) -> RolloutGroup:
         # A call that is cancelled while it waits for its turn samples nothing.
         async with self._turn:
-            options = {"cancelled": running.is_abandoned} if self._is_cancellable else {}
-            (group,) = await in_thread(
-                lambda: self._engine.generate([request], sampling, **options)
-            )
+            work = partial(self._engine.generate, [request], sampling)
+            if self._is_cancellable:
+                work = partial(work, cancelled=lambda: not running.num_waiting)
+            (group,) = await in_thread(work)
             return group
 
     async def _load(self, folder: Path | None) -> None:

@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 import uvicorn
+from starlette.types import ASGIApp
 
 from moe_replay.engines.serve.access import limited
 from moe_replay.engines.serve.app import EngineServer
@@ -38,7 +40,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def web_server(
-    application: Any,
+    application: ASGIApp,
     *,
     headers_s: float = _HEADERS_S,
     max_connections: int = _MAX_CONNECTIONS,
@@ -173,7 +175,7 @@ class _Stop:
             self._ending.set_result(None)
         return self._ending
 
-    def ask(self, number: int, frame: Any) -> None:
+    def ask(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: the first asks, the second kills."""
         if self._is_asked:
             _kill_all()

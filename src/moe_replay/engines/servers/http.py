@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,17 +103,16 @@ class HttpCalls:
         body: bytes = b"",
         *,
         on_piece: Callable[[bytes], None] | None = None,
+        silence_s: float | None = None,
     ) -> bytes:
-        """Return the body of an answer.
-
-        ``on_piece`` gets each piece of a successful one as it arrives, in another thread.
+        """Return the body of an answer; see `exchange`.
 
         Raises:
             RecipeError: when the server refuses the token.
             EngineError: when it refuses the call itself.
             CallError: for every other failure.
         """
-        code, answer = self.exchange(method, path, body, on_piece=on_piece)
+        code, answer = self.exchange(method, path, body, on_piece=on_piece, silence_s=silence_s)
         return self._good(code, answer, path)
 
     def _good(self, code: int, answer: bytes, path: str) -> bytes:
@@ -139,7 +138,12 @@ class HttpCalls:
         return CallError(fault, f"{self.url}{path} answers {code}: {text}")
 
     def call_json(
-        self, method: str, path: str, message: Any = None, *, silence_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        message: Mapping[str, object] | None = None,
+        *,
+        silence_s: float | None = None,
     ) -> Any:
         """Return the JSON of an answer.
 
@@ -147,8 +151,7 @@ class HttpCalls:
             CallError: as `call`, and when the answer is not JSON.
         """
         body = b"" if message is None else json.dumps(message, allow_nan=False).encode()
-        code, answer = self.exchange(method, path, body, silence_s=silence_s)
-        return self.parsed(self._good(code, answer, path), path)
+        return self.parsed(self.call(method, path, body, silence_s=silence_s), path)
 
     def parsed(self, answer: bytes, path: str) -> Any:
         """Return the JSON in the body of an answer.
@@ -175,7 +178,9 @@ class HttpCalls:
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None = None,
     ) -> tuple[int, bytes]:
-        """Return status code and body of any answer; ``on_piece`` gets each piece if that is 200.
+        """Return status code and body of any answer.
+
+        If the code is 200, ``on_piece`` gets each piece as it arrives, in another thread.
 
         An answer may take any time: ``silence_s`` (default: ``timeout_s``) limits the silence
         before its first piece and between two of them.
