@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.servers.faults import Fault
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError
@@ -103,7 +103,8 @@ class LimitsAnswers(SglangCalls):
 class Careless(LimitsAnswers):
     """Takes another draw for the same one."""
 
-    draws_by_seed = True
+    def biases(self, error: CallError) -> bool:
+        return False
 
 
 async def never_if_long(length: int, response: Response) -> Response:

@@ -101,7 +101,7 @@ def asked(sampling: SamplingParams = SAMPLING) -> Ask:
         numbers=(0, 1),
         sampling=sampling,
         policy=PolicyName(run="run", policy_version=4),
-        description=read_server(VERSION, SERVER, FACTS, "http://a").description,
+        description=read_server(VERSION, SERVER, FACTS, "http://a")[0],
     )
 
 
@@ -194,13 +194,12 @@ def test_a_plain_server_samples_without_truncation_only():
 
 
 def test_the_description_tells_what_comes_back():
-    plain = read_server(VERSION, SERVER, FACTS, "http://a")
-    assert not plain.draws and plain.description.records_routes
-    assert plain.description.dtype == "bfloat16" and plain.description.max_context_length == 256
+    plain, draws = read_server(VERSION, SERVER, FACTS, "http://a")
+    assert not draws and plain.records_routes
+    assert plain.dtype == "bfloat16" and plain.max_context_length == 256
     blind = server(**{"model_config.enable_return_routed_experts": False})
-    assert not read_server(VERSION, blind, FACTS, "http://a").description.records_routes
-    drawing = read_server(VERSION, server(**DRAWING), FACTS, "http://a")
-    assert drawing.draws
+    assert not read_server(VERSION, blind, FACTS, "http://a")[0].records_routes
+    assert read_server(VERSION, server(**DRAWING), FACTS, "http://a")[1]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ class PlainCalls(HttpCalls, ABC):
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
     reads_files: bool = True
+    draws_by_seed: bool = False
+    """Whether equal seeds give equal completions, as far as `status` has found out."""
     generate_path: str
     """Path that completions are asked for at."""
     weights_path: str
@@ -76,11 +78,6 @@ class PlainCalls(HttpCalls, ABC):
         self._watch: asyncio.Task[None] | None = None
         self._last_piece_s = 0.0
         self._num_silences = 0
-
-    @property
-    @abstractmethod
-    def draws_by_seed(self) -> bool:
-        """Whether a completion that is sampled again with the same seed comes out the same."""
 
     @abstractmethod
     async def _shows_life(self) -> bool:

@@ -14,7 +14,6 @@ from moe_replay.engines.servers.contract import Ask, check_policy
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.sglang_wire import (
     generate_message,
-    is_deterministic,
     read_completion,
     read_description,
 )
@@ -39,13 +38,6 @@ class SglangCalls(PlainCalls):
     generate_path: str = "/generate"
     weights_path: str = "/model_info"
 
-    _is_deterministic: bool = False
-
-    @property
-    def draws_by_seed(self) -> bool:
-        """Whether it was started so that equal seeds give equal completions."""
-        return self._is_deterministic
-
     async def _shows_life(self) -> bool:
         # Answered once the server's scheduler gives any output, also that of other requests.
         code, _ = await self._answer("GET", "/health_generate", silence_s=self._timeout_s)
@@ -66,7 +58,7 @@ class SglangCalls(PlainCalls):
             )
         told = self.call_json("GET", "/server_info")
         description = read_description(told, self._facts, self.url)
-        self._is_deterministic = is_deterministic(told)
+        self.draws_by_seed = told.get("enable_deterministic_inference") is True
         return Status(protocol=PROTOCOL, description=description, policy=self._policy())
 
     def check(self) -> None:

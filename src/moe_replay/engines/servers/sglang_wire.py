@@ -122,11 +122,6 @@ def read_description(told: Any, facts: ModelFacts, url: str) -> EngineDescriptio
     )
 
 
-def is_deterministic(told: Mapping[str, Any]) -> bool:
-    """Return whether a server draws by the seeds of requests, according to its ``/server_info``."""
-    return told.get("enable_deterministic_inference") is True
-
-
 def generate_message(ask: Ask, number: int, *, facts: ModelFacts, rid: str) -> dict[str, Any]:
     """Return the body of a ``/generate`` call for completion ``number``, which ``rid`` can abort.
 

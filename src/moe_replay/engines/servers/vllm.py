@@ -14,12 +14,11 @@ from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.plain import PlainCalls
 from moe_replay.engines.servers.vllm_wire import (
-    NativeServer,
     generate_message,
     read_completion,
     read_server,
 )
-from moe_replay.engines.types import Completion, SamplingParams
+from moe_replay.engines.types import Completion, EngineDescription, SamplingParams
 from moe_replay.errors import EngineError, RecipeError
 
 # Name of the weights of a server that is loading a push, or in which a push has failed.
@@ -66,20 +65,13 @@ class VllmCalls(PlainCalls):
     generate_path: str = _GENERATE
     weights_path: str = "/weight_info"
 
-    _server: NativeServer | None = None
+    _description: EngineDescription | None = None
     _work: tuple[bytes, ...] = ()
-
-    @property
-    def draws_by_seed(self) -> bool:
-        """Whether it has this project's logits processor, which draws by the run's seed."""
-        return self._server is not None and self._server.draws
 
     async def _shows_life(self) -> bool:
         _, text = await self._answer("GET", "/metrics", silence_s=self._timeout_s)
-        before, self._work = (
-            self._work,
-            tuple(line for line in text.splitlines() if line.startswith(_WORK)),
-        )
+        before = self._work
+        self._work = tuple(line for line in text.splitlines() if line.startswith(_WORK))
         return self._work != before
 
     def status(self) -> Status:
@@ -89,16 +81,16 @@ class VllmCalls(PlainCalls):
             RecipeError: when it refuses the token or was started without a flag that replay needs.
             CallError: when it does not answer.
         """
-        if self._server is None:
+        if self._description is None:
             for path, remedy in _PATHS.items():
                 if not self.has(path):
                     raise RecipeError(f"{self.url} is a plain vLLM server without {path}; {remedy}")
             version = self.call_json("GET", "/version")
             told = self.call_json("GET", "/server_info?config_format=json")
-            self._server = read_server(version, told, self._facts, self.url)
-        return Status(
-            protocol=PROTOCOL, description=self._server.description, policy=self._policy()
-        )
+            self._description, self.draws_by_seed = read_server(
+                version, told, self._facts, self.url
+            )
+        return Status(protocol=PROTOCOL, description=self._description, policy=self._policy())
 
     def check(self) -> None:
         """Sample once, to find out whether what comes back fits the model.

@@ -11,7 +11,6 @@ In: JSON of a server. Out: descriptions, completions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -56,18 +55,12 @@ _OPTIONS: Mapping[tuple[str, ...], tuple[int | None, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NativeServer:
-    """What a plain vLLM server is, as far as its answers depend on it."""
+def read_server(
+    version: Any, told: Any, facts: ModelFacts, url: str
+) -> tuple[EngineDescription, bool]:
+    """Return what a server is, and whether it draws by this project's logits processor.
 
-    description: EngineDescription
-    """What it can return."""
-    draws: bool
-    """Whether it has this project's logits processor."""
-
-
-def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeServer:
-    """Return what a server is, out of its ``/version`` and ``/server_info?config_format=json``.
+    ``version`` and ``told`` are its ``/version`` and ``/server_info?config_format=json``.
 
     Raises:
         RecipeError: when it reports other log-probabilities than the trainer recomputes.
@@ -109,7 +102,7 @@ def read_server(version: Any, told: Any, facts: ModelFacts, url: str) -> NativeS
         record_routes=is_recording is True,
         max_context_length=min(facts.max_context_length, length),
     )
-    return NativeServer(description=description, draws=draws)
+    return description, draws
 
 
 def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -> dict[str, Any]:
