@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.lifecycle import other_model
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName, Progress, Status
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart
@@ -19,7 +17,7 @@ from moe_replay.engines.types import (
     Request,
     SamplingParams,
 )
-from moe_replay.errors import EngineError, RecipeError
+from moe_replay.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,26 +167,3 @@ def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:
             f"{url} answered by policy version {answered.policy_version} of {answered.run}, expected "
             f"{wanted.policy_version} of {wanted.run}",
         )
-
-
-def check_server(
-    server: RolloutServer,
-    description: EngineDescription,
-    facts: ModelFacts,
-    dtype: str,
-    record_routes: bool,
-) -> None:
-    """Raise `RecipeError` unless a server serves the recipe's model as the recipe needs it."""
-    url = server.url
-    if record_routes and not description.records_routes:
-        raise RecipeError(
-            f"{url} records no routes, which router_replay_mode = 'R3' replays: "
-            f"{server.how_to_record}"
-        )
-    if description.dtype != dtype:
-        raise RecipeError(
-            f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, or start "
-            f"the server with --dtype {dtype}"
-        )
-    if difference := other_model(description, facts):
-        raise RecipeError(f"{url} serves {difference}; serve model.path")

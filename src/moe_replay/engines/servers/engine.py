@@ -22,10 +22,10 @@ import torch
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
 from moe_replay.engines.checks import check_requests, check_sampling
-from moe_replay.engines.lifecycle import VersionedEngine
+from moe_replay.engines.lifecycle import VersionedEngine, other_model
 from moe_replay.engines.registry import Ranks
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
-from moe_replay.engines.servers.contract import Ask, RolloutServer, check_server
+from moe_replay.engines.servers.contract import Ask, RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push import push, push_bytes
@@ -251,15 +251,26 @@ class ServerEngine(VersionedEngine):
         return PolicyName(run=self._run, policy_version=self._policy_version)
 
     def _agreed_description(self, dtype: str, record_routes: bool) -> EngineDescription:
-        """Ask every server what it is, before anything is sampled."""
+        """Return what the servers are, once each serves the recipe's model as it is needed."""
         told = {}
         for server in self._servers:
-            description = server.status().description
-            check_server(server, description, self._facts, dtype, record_routes)
+            url, description = server.url, server.status().description
+            if record_routes and not description.records_routes:
+                raise RecipeError(
+                    f"{url} records no routes, which router_replay_mode = 'R3' replays: "
+                    f"{server.how_to_record}"
+                )
+            if description.dtype != dtype:
+                raise RecipeError(
+                    f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, "
+                    f"or start the server with --dtype {dtype}"
+                )
+            if difference := other_model(description, self._facts):
+                raise RecipeError(f"{url} serves {difference}; serve model.path")
             if self._pushes:
                 # One rank is enough for a trial.
                 server.check()
-            told[server.url] = description
+            told[url] = description
         different = set(told.values())
         if len(different) > 1:
             raise RecipeError(
