@@ -240,8 +240,7 @@ class EngineServer:
     def _policy_for(self, wanted: PolicyName) -> PolicyName:
         """Return the name of the current weights, if they may answer a call for ``wanted``."""
         held = self._policy
-        at_start = held.run == CHECKPOINT and wanted.policy_version == 0
-        if wanted != held and not at_start:
+        if not held.may_answer(wanted):
             raise RefusedError(
                 STALE,
                 f"this server holds the weights of policy version {held.policy_version} of {held.run}, "

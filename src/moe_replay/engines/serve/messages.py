@@ -70,6 +70,13 @@ class PolicyName(_Message):
         """The name as one string, for servers of other projects, such as ``7f3a:2``."""
         return f"{self.run}:{self.policy_version}"
 
+    def may_answer(self, wanted: PolicyName) -> bool:
+        """Return whether these weights answer a call for ``wanted``.
+
+        A run that has pushed nothing yet asks for the checkpoint, under its own name.
+        """
+        return self == wanted or (self.run == CHECKPOINT and wanted.policy_version == 0)
+
     @classmethod
     def read(cls, version: object) -> PolicyName:
         """Return the weights that a server's ``weight_version`` names.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName, Progress, Status
+from moe_replay.engines.serve.messages import PolicyName, Progress, Status
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.types import (
@@ -156,12 +156,8 @@ def finish_reason_of(
 
 
 def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:
-    """Raise `CallError` unless a server answered by the weights that were asked for.
-
-    A run that has pushed nothing yet asks for the checkpoint, under its own name.
-    """
-    at_start = answered.run == CHECKPOINT and wanted.policy_version == 0
-    if answered != wanted and not at_start:
+    """Raise `CallError` unless a server answered by the weights that were asked for."""
+    if not answered.may_answer(wanted):
         raise CallError(
             Fault.STALE,
             f"{url} answered by policy version {answered.policy_version} of {answered.run}, expected "
