@@ -135,11 +135,10 @@ class EmbeddedEngine(VersionedEngine):
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
     ) -> None:
-        """Replace all weights by ``weights``, named as in a Hugging Face checkpoint.
+        """Replace all weights; after a failed push the engine refuses to sample until one succeeds.
 
         Raises:
-            EngineError: when a name is unknown, missing, or of another shape, or the version goes
-                backwards. After a failed push the engine refuses to sample until a push succeeds.
+            EngineError: when a push does not fit (see `checked_weights`), or its version goes back.
             DivergedError: when a weight is not finite.
         """
         self._check_push(policy_version)

@@ -89,7 +89,6 @@ class VllmEngine(VersionedEngine):
         )
         self._is_reload_open = False
         self._layer_order = LayerOrder()
-        self._is_sharded = tensor_parallel_size > 1
         options = engine_options(
             model_dir,
             self._description,
@@ -105,7 +104,7 @@ class VllmEngine(VersionedEngine):
         self._stepper = VllmStepper(
             self._vllm,
             sleeps=self._vllm.vllm_config.model_config.enable_sleep_mode,
-            in_step=self._is_sharded,
+            in_step=tensor_parallel_size > 1,
         )
 
     @property
@@ -129,9 +128,7 @@ class VllmEngine(VersionedEngine):
         from moe_replay.engines.vllm.sampler import asked_of
 
         check_sampling(sampling)
-        ranks, own = [requests], 0
-        if self._is_sharded:
-            ranks, own = of_ranks(requests), own_rank()
+        ranks, own = of_ranks(requests), own_rank()
         # Every rank checks the requests of all, so that a refused request ends all of them.
         for asked in ranks:
             check_requests(
@@ -176,11 +173,7 @@ class VllmEngine(VersionedEngine):
         """
         self._check_state("ready", "broken")
         with self._stepper.paused():
-            failure = self._load(iter(weights), policy_version)
-            if self._is_sharded:
-                own, failure = failure, failure_of_ranks(failure)
-                if own is None and failure is not None:
-                    self._state = "broken"
+            failure = failure_of_ranks(self._load(iter(weights), policy_version))
             if failure is not None:
                 raise failure
             self._state = "ready"

@@ -90,8 +90,10 @@ def of_ranks(mine: T) -> list[T]:
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group().cpu_group
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone: list[Any] = [mine] * group.size()
+    # Threads may call an engine of one rank at the same time.
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 
