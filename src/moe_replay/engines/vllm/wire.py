@@ -21,7 +21,6 @@ In: outputs of vLLM, objects or JSON. Out: Completion, RoutingTrace.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 from collections.abc import Mapping
@@ -252,25 +251,22 @@ def check_version(version: str) -> Version:
 def _decode(field: Any, max_bytes: int) -> Shaped[np.ndarray, "..."] | None:
     if field is None:
         return None
-    if isinstance(field, str):
-        return _read_npy(_from_base64(field, max_bytes))
     if isinstance(field, list):
         return _from_lists(field)
-    raise CodecError(
-        f"routes came as {type(field).__name__}, expected base64 of a .npy file or nested lists"
-    )
-
-
-def _from_base64(field: str, max_bytes: int) -> bytes:
+    if not isinstance(field, str):
+        raise CodecError(
+            f"routes came as {type(field).__name__}, expected base64 of a .npy file or nested lists"
+        )
     if len(field) * 3 // 4 > max_bytes:
         raise CodecError(
             f"routes came as {len(field)} base64 characters, more than the limit of {max_bytes} bytes "
             "for one completion"
         )
     try:
-        return base64.b64decode(field, validate=True)
-    except (binascii.Error, ValueError) as error:
+        content = base64.b64decode(field, validate=True)
+    except ValueError as error:
         raise CodecError(f"routes are not valid base64: {error}") from error
+    return _read_npy(content)
 
 
 def _read_npy(content: bytes) -> Shaped[np.ndarray, "..."]:
