@@ -17,7 +17,10 @@ pytestmark = pytest.mark.vllm
 
 
 class Counting:
-    """Notes calls' connections; /hold waits for `release`, /close and /cut end the connection."""
+    """Notes calls' connections; /hold waits for `release`, /close and /cut end the connection.
+
+    The status code is that of a path such as /500.
+    """
 
     def __init__(self) -> None:
         self.ports: list[int] = []
@@ -33,7 +36,8 @@ class Counting:
         if scope["path"] == "/hold":
             await anyio.to_thread.run_sync(self.release.wait)
         headers = [(b"connection", b"close")] if scope["path"] == "/close" else []
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        status = int(code) if (code := scope["path"][1:]).isdecimal() else 200
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"here", "more_body": True})
         if scope["path"] == "/cut":
             raise RuntimeError("the answer ends here")
@@ -73,6 +77,18 @@ def test_a_connection_that_the_server_has_closed_is_not_used_again(path):
         assert [calls.call("GET", path) for _ in range(3)] == [b"here"] * 3
         calls.close()
     assert len(set(server.ports)) == (3 if path == "/close" else 1)
+
+
+@pytest.mark.parametrize(("status", "num_connections"), [(500, 2), (409, 1)])
+def test_a_connection_is_not_used_again_after_an_error_of_the_server(status, num_connections):
+    """It may be closing it; the control is an error of the caller."""
+    server = Counting()
+    with listening(server) as url:
+        calls = calls_to(url)
+        assert calls.exchange("GET", f"/{status}") == (status, b"here")
+        assert calls.call("GET", "/") == b"here"
+        calls.close()
+    assert len(set(server.ports)) == num_connections
 
 
 def test_a_call_works_after_one_whose_answer_was_cut():

@@ -17,6 +17,8 @@ import httpcore2
 import httpx2
 
 _SCHEMES = ("http", "https")
+# The first status code by which a server blames itself.
+_SERVER_ERROR = 500
 # Shorter than servers keep idle connections, or a call would use one that is being closed.
 _KEEP_ALIVE_S = 5.0
 
@@ -68,7 +70,7 @@ class Lanes:
             raise httpcore2.UnsupportedProtocol(
                 f"the address begins with {self._scheme!r}, expected http or https"
             )
-        lane = await self._taken()
+        lane, status = await self._taken(), 0
         try:
             async with lane.stream(
                 method,
@@ -84,11 +86,15 @@ class Lanes:
                     "timeout": {"connect": connect_s, "read": silence_s, "write": silence_s}
                 },
             ) as response:
+                status = response.status
                 yield response
         finally:
+            # After an error of its own a server may close the connection behind the answer.
+            if status >= _SERVER_ERROR:
+                await lane.aclose()
             # One whose answer was not read to its end is closed, and so is one that never
             # connected.
-            if lane.is_available():
+            elif lane.is_available():
                 self._free.append(lane)
 
     async def aclose(self) -> None:
