@@ -1,7 +1,6 @@
 """Read the config of a checkpoint by one set of rules for trainer, engines and doctor.
 
-In: a checkpoint directory. Out: its config.json as checked JSON, and as a transformers config. Code
-of a checkpoint is never run, and there is no option to allow it.
+Code of a checkpoint is never run, and there is no option to allow it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What trainer and engines must know about a checkpoint, read from its files without loading it.
-
-In: a checkpoint directory. Out: `ModelFacts`.
-"""
+"""What trainer and engines must know about a checkpoint, read from its files without loading it."""
 
 from __future__ import annotations
 

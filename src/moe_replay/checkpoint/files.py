@@ -11,9 +11,6 @@ that (`save_original_format=False`). Here each expert has the usual name of its 
     model.layers.0.mlp.experts.gate_up_proj [experts, 2 x inner, hidden]
         -> model.layers.0.mlp.experts.3.gate_proj.weight  is its [3, :inner]
         -> model.layers.0.mlp.experts.3.up_proj.weight    is its [3, inner:]
-
-In: a checkpoint directory. Out: its tensors by name, each read on access; shapes and number formats
-are known in advance.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Check from headers alone that a checkpoint holds the tensors that its config requires.
-
-In: names and shapes on disk, a config, the model built from it on the meta device. Out: nothing, or
-an error that names the difference.
-"""
+"""Check from headers alone that a checkpoint holds the tensors that its config requires."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 The files may disagree: a base model's config names the end of a document, its chat template ends
 turns with another token. If only one of them counted, some completions would run to their limit, so
 all of them count.
-
-In: a checkpoint directory, its configs, its tokenizer. Out: stop tokens with their sources.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The tokenizer of a checkpoint, loaded without network access and without running its code.
-
-In: a checkpoint directory. Out: a transformers tokenizer.
-"""
+"""The tokenizer of a checkpoint, loaded without network access and without running its code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The core: traces, alignment and comparison in numpy, importable without torch.
-
-In: arrays. Out: `RoutingTrace`, `RowIndex`, `Coverage`, `ReplayMode`, guard, codec, reference
-router.
-"""
+"""The core: traces, alignment and comparison in numpy, importable without torch."""
 
 from moe_replay.routing.compare import TraceComparison, compare_traces, flipped
 from moe_replay.routing.form import RouteForm, expert_dtype

@@ -1,8 +1,6 @@
 """Arrays as callers hold them (numpy, lists, tensors of torch), converted once at the border.
 
 torch itself is never imported here: a tensor is known by what it can do.
-
-In: whatever a caller holds. Out: numpy arrays.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A *flip* is a (token, layer) whose expert sets differ; each layer has one router, so flips by layer
 are flips by router. Fractions are over pairs of rows that both traces hold.
-
-In: pairs of traces. Out: TraceComparison.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ Worked example in decimal, mod 100, with ``mix(t) = t`` and ``B = 3`` (``1/3 = 6
 
     digest        5,  5 + 7*3 = 26,  26 + 4*9 = 62
     crop(1, 3)    (26 - 5) * 67 = 7,  (62 - 5) * 67 = 19     = the digest of 7 4:  7,  7 + 4*3 = 19
-
-In: token ids. Out: uint64 digests.
 """
 
 from __future__ import annotations

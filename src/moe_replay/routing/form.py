@@ -1,7 +1,4 @@
-"""RouteForm: what the routes of one model have in common, and how wide their ids are.
-
-In: numbers of a model. Out: RouteForm, dtypes.
-"""
+"""RouteForm: what the routes of one model have in common, and how wide their ids are."""
 
 from __future__ import annotations
 

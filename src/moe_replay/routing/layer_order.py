@@ -3,8 +3,6 @@
 A model with one dense layer in front whose engine leaves that layer out and appends the routes of a
 multi-token-prediction layer sends as many layers as the model has decoder layers, each of them one
 position too early. Then a column that should belong to a dense layer holds routes.
-
-In: the columns of dense layers. Out: `TraceError`, or nothing.
 """
 
 from __future__ import annotations

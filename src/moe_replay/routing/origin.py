@@ -1,11 +1,7 @@
-"""Origin: who recorded the rows of a trace, and under which weights.
-
-In: engine names, policy versions. Out: Origin.
-"""
+"""Origin: who recorded the rows of a trace, and under which weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -42,12 +38,13 @@ class Origin:
 
     def crop(self, start: int, stop: int) -> Origin:
         """Return the origin of the rows ``start:stop``, counted from ``start``."""
-        spans = _crop_spans(self.spans, start, stop)
+        cut = (
+            (max(span.start, start), min(span.stop, stop), span.policy_version)
+            for span in self.spans
+        )
+        spans = tuple(
+            PolicySpan(start=a - start, stop=b - start, policy_version=version)
+            for a, b, version in cut
+            if a < b
+        )
         return Origin(engine=self.engine, engine_version=self.engine_version, spans=spans)
-
-
-def _crop_spans(spans: Sequence[PolicySpan], start: int, stop: int) -> tuple[PolicySpan, ...]:
-    cut = ((max(span.start, start), min(span.stop, stop), span.policy_version) for span in spans)
-    return tuple(
-        PolicySpan(start=a - start, stop=b - start, policy_version=v) for a, b, v in cut if a < b
-    )

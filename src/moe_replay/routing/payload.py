@@ -5,8 +5,6 @@ Engines differ in four ways, and each difference shows in the shape. *Layers*: a
 completion, or two. *Rows*: one for each token that was fed, which is every token but the last
 sampled one, from the first token or from a later ``start``. *Width*: any integer type. Whatever
 fits no form raises with the count that was expected.
-
-In: arrays as an engine sent them. Out: RoutingTrace.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Replay fixes which experts run. Their gate weights always come from the current 
 own score function, gathered at the replayed ids. For a softmax router that is ``g_i = I_i exp(s_i)
 / sum_j I_j exp(s_j)`` with the replayed mask ``I``; the logits of experts that were not replayed
 then get no gradient from the normalised weights.
-
-In: logits and ids. Out: ids, gate weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What is replayed, what runs live and why: modes, reasons, and the coverage of every run.
-
-In: rows with and without routes. Out: ReplayMode and its Passes, LiveReason, Coverage.
-"""
+"""What is replayed, what runs live and why: modes, reasons, and the coverage of every run."""
 
 from __future__ import annotations
 

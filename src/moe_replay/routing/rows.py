@@ -3,8 +3,6 @@
 Packing or padding, context parallelism (CP), sequence parallelism (SP) and padding multiples are
 composed once, here. Whatever has a value per token (ids, masks, log-probabilities, advantages,
 routes) moves through the same vector, so no two of them can disagree.
-
-In: sequence lengths and a rank's coordinates. Out: gather vectors.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class RowIndex:
         _check_rank("cp", cp_rank, cp_size)
         unit = 2 * cp_size if cp_size > 1 else 1
         padded = [-(-length // unit) * unit for length in lengths]
-        total_unit = _common_multiple(pad_multiple * cp_size, unit)
+        total_unit = int(np.lcm(pad_multiple * cp_size, unit))
         padded[-1] += -sum(padded) % total_unit
         sizes = np.array(padded, dtype=np.int64)
         # One column a chunk that this rank holds of each sequence: two under the zigzag, else one.
@@ -195,10 +193,6 @@ def _stretches(
     """Count up from each of ``starts``: ``[5, 0]`` and ``[2, 3]`` give ``[5, 6, 0, 1, 2]``."""
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(starts - before, counts)
-
-
-def _common_multiple(a: int, b: int) -> int:
-    return int(np.lcm(a, b))
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:

@@ -4,8 +4,6 @@ The routes of a global batch are tens of gigabytes when every rank is sent all o
 are widened first. A rank holds the layers of its pipeline stage times the rows of its context and
 sequence shard, as wide as a trace's. The layer comes first, so a slice is uploaded at once and each
 router reads one contiguous block.
-
-In: traces, a rank's RowIndex and layers. Out: RouteSlice.
 """
 
 from __future__ import annotations

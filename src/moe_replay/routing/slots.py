@@ -3,8 +3,6 @@
 Sorting the last axis of ``[rows, layers, topk]`` costs one small sort a set. Transposed to ``topk``
 planes, plane ``j`` holding slot ``j`` of every (row, layer), the same sorting network runs over all
 sets at once, in vector instructions.
-
-In: routes in chunks of rows. Out: planes, in any order or sorted; repeated experts.
 """
 
 from __future__ import annotations

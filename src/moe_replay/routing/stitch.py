@@ -14,8 +14,6 @@ to the next call that samples. When the call that owns a row has no route for it
     call 0   prompt a b c   samples d e      owns rows a b c d
     call 1   prompt .. e, environment f g    owns rows e f g h
              samples h i                     row i was never fed: valid=False
-
-In: engine calls in order. Out: StitchedRollout.
 """
 
 from __future__ import annotations

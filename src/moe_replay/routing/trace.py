@@ -1,7 +1,4 @@
-"""RoutingTrace: the experts that a sequence of tokens used, bound to those very tokens and layers.
-
-In: arrays from an engine, a recorder or the codec. Out: immutable traces.
-"""
+"""RoutingTrace: the experts that a sequence of tokens used, bound to these tokens and layers."""
 
 from __future__ import annotations
 

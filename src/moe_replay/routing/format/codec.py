@@ -3,15 +3,12 @@
 A payload is a preamble, one frame for each trace (`frame`), and an index with names and checksums.
 Nothing is unpickled, nothing is trusted: every size is compared with the bytes that are there
 before memory is taken for it.
-
-In: named RoutingTraces. Out: bytes, or text for JSON; and back.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import io
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +19,7 @@ from moe_replay.routing.format.frame import (
     ALIGNMENT,
     CHECKSUM_BYTES,
     Encoding,
+    checksum_of,
     read_frame,
     write_frame,
 )
@@ -191,7 +189,7 @@ def pack_index(places: Sequence[FramePlace]) -> bytes:
     at = places[-1].stop if places else len(PREAMBLE)
     index = b"".join(entries)
     footer = _FOOTER.pack(at, len(entries), _FOOTER_MAGIC, bytes(CHECKSUM_BYTES))[:_CHECKED]
-    return index + footer + _checksum(PREAMBLE + index + footer)
+    return index + footer + checksum_of(PREAMBLE + index + footer)
 
 
 def read_index(stored: memoryview, where: str) -> list[FramePlace]:
@@ -210,7 +208,7 @@ def read_index(stored: memoryview, where: str) -> list[FramePlace]:
             f"{where}: {len(stored)} bytes that do not end as a payload does; cut off in transport, or the writer died"
         )
     index = stored[index_at:end]
-    if _checksum(b"".join([stored[: _PREAMBLE.size], index, footer[:_CHECKED]])) != checksum:
+    if checksum_of(b"".join([stored[: _PREAMBLE.size], index, footer[:_CHECKED]])) != checksum:
         raise CodecError(f"{where}: the checksum does not fit the index: bytes were altered")
     places: list[FramePlace] = []
     names: set[str] = set()
@@ -299,7 +297,3 @@ def _decoded_name(encoded: memoryview, size: int, taken: set[str], where: str) -
             f"{where}: the name {name[:80]!r} is cut off, empty or not the only one of its kind"
         )
     return name
-
-
-def _checksum(piece: bytes) -> bytes:
-    return hashlib.sha256(piece).digest()[:CHECKSUM_BYTES]

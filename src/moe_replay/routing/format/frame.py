@@ -3,8 +3,6 @@
 Tokens travel as the ids that the rolling digest was made of, in as few bytes as the largest needs:
 three for every vocabulary in use where the digest takes eight, and nothing is lost, because the
 digest can be undone (`recover_tokens`).
-
-In: RoutingTrace. Out: bytes; and back.
 """
 
 from __future__ import annotations
@@ -97,6 +95,11 @@ class TraceHeader:
     def leaves_rows_out(self) -> bool:
         """Whether rows with ``valid=False`` take no bytes among the routes."""
         return self.encoding is not Encoding.RAW and self.row_bytes <= _WIDEST_ROW_LEFT_OUT
+
+
+def checksum_of(piece: bytes | memoryview) -> bytes:
+    """Return the start of the SHA-256 of a piece."""
+    return hashlib.sha256(piece).digest()[:CHECKSUM_BYTES]
 
 
 def write_frame(
@@ -205,7 +208,7 @@ def read_frame(frame: memoryview, where: str, *, max_bytes: int) -> RoutingTrace
             ``max_bytes``.
     """
     end = len(frame) - CHECKSUM_BYTES
-    if end < 0 or hashlib.sha256(frame[:end]).digest()[:CHECKSUM_BYTES] != frame[end:]:
+    if end < 0 or checksum_of(frame[:end]) != frame[end:]:
         raise CodecError(
             f"{where}: the checksum does not fit the {len(frame)} bytes; they were altered or cut off in transport or "
             "on disk: send or write the trace again"

@@ -13,8 +13,6 @@ Worked example, top-4 of 512 experts, one set as recorded:
     gaps              7   4 287   0      experts between neighbours: 12 - 7 - 1 = 4
     low bit           1   0   1   0      9 bits an id, of which 1 is left outside
     symbols           3   2 143   0      gap >> 1, one byte each, Huffman coded
-
-In: the valid rows of one chunk. Out: bytes; and back.
 """
 
 from __future__ import annotations

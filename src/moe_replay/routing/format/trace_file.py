@@ -1,7 +1,4 @@
-"""Trace files: traces on disk, written at once or one by one, and read one at a time.
-
-In: named RoutingTraces. Out: a file; headers and traces from it.
-"""
+"""Trace files: traces on disk, written at once or one by one, and read one at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The guard as one call on plain arrays, for any trainer: do these routes belong to these rows?
-
-In: replayed ids, live ids, sample numbers. Out: `RouteReport`.
-"""
+"""The guard as one call on plain arrays, for any trainer: do these routes belong to these rows?"""
 
 from __future__ import annotations
 

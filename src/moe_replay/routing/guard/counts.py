@@ -3,8 +3,6 @@
 Counting runs where the ids are (a twin of `count_overlaps` counts on the device, one layer at a
 time); judging sees only these counts. All of them are exact integers, so both implementations can
 be compared bit by bit.
-
-In: replayed and live expert ids of one microbatch on one rank. Out: `OverlapCounts`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ A step runs in this order::
     evidence  = judge(counts, baseline), gathered from all ranks
     verdict   = guard.decide(baseline, evidence)  same on every rank; again after a second look
     guard.accept(verdict)                         later steps remember this one
-
-In: Baseline, SampleEvidence, gaps, owners. Out: `Guard` and its `Verdict`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@ Two tests matter. *Paired*: the live routes fit another place better than their 
 router drifts, it is never systematically closer to another row's route than to the row's own, so
 this needs no threshold on agreement. *Lost*: they fit their own place hardly better than the routes
 of any other row of the sample, unlike in the median sample.
-
-In: OverlapCounts of a rank, Baseline of the step. Out: `SampleEvidence`, a few numbers for each
-sample.
 """
 
 from __future__ import annotations
@@ -71,6 +68,8 @@ def judge(counts: OverlapCounts, baseline: Baseline) -> SampleEvidence:
     found = _Found(counts, stray=_sums(clear * once, counts), apart=apart)
     together, single = baseline.effects[0]
     for name, share in (("lost", baseline.tolerance), ("strict", baseline.strict)):
+        # Example: of 100 slots 30 are shared by chance, the median sample keeps 0.8 of the room of
+        # 70, and drift leaves 0.3 of that: 30 + 0.3 * 0.8 * 70 = 46.8 are due.
         # Rows that are all alike count as one row.
         # One extra slot, because two or three rows cannot show that every slot would be shared.
         expected = np.where(alike, 0.0, (chance + share * kappa * room) / (slots + 1))

@@ -1,7 +1,4 @@
-"""Check the arguments of `check_routes` once, and turn them into rows.
-
-In: arrays, tensors or lists. Out: `RouteRows`.
-"""
+"""Check the arguments of `check_routes` once, and turn them into rows."""
 
 from __future__ import annotations
 

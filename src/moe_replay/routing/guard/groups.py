@@ -3,8 +3,6 @@
 If all samples have the same fault, it moves the median that each is compared with. So the median
 itself is tested: by the paired test, which needs no comparison, and against a floor far below what
 drift leaves.
-
-In: Baseline, owners. Out: `Fault` for each group that looks wrong, with a cause.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ number of places tried) *and* be right: the routes there must agree with the liv
 as in a healthy sample. Otherwise the right routes are not here, and the cause says which rows are
 wrong. A choice from many (an order of layers, a map of ids) is made on every second row and scored
 on the others, so that the choice cannot overfit the score.
-
-In: replayed and live ids of a few samples. Out: `SecondLook` for each suspect.
 """
 
 from __future__ import annotations
@@ -86,7 +84,7 @@ def look_closer(
 class _Place:
     words: str
     shared: Float64[np.ndarray, "rows layers"]  # nan where the place gives no evidence
-    tried: int  # number of places of this kind
+    tried: int = 1  # number of places of this kind
 
 
 class _Suspect:
@@ -264,7 +262,6 @@ class _Suspect:
                 words=f"swapped samples: its routes are in sample {other}; completions and traces were put together in "
                 "different orders",
                 shared=np.where(held[:, None], shared, np.nan),
-                tried=1,
             )
 
     def _layer_orders(self) -> Iterator[_Place]:
@@ -277,7 +274,6 @@ class _Suspect:
                 words=f"layers rotated by {signed:+d}: the routes of layer entry l are in entry (l{signed:+d}) mod {num_layers}; "
                 "layers were gathered in another order",
                 shared=self._shared(np.roll(self._ids, -by, axis=1)),
-                tried=1,
             )
         every = np.stack(
             [
@@ -304,7 +300,6 @@ class _Suspect:
             "numbered or gathered in another order",
             # Layers that stay in position give no evidence.
             shared=np.where(source == np.arange(num_layers), np.nan, shared),
-            tried=1,
         )
 
     def _offsets(self) -> Iterator[_Place]:
@@ -325,7 +320,6 @@ class _Suspect:
                 shared=np.take_along_axis(wrapped_mask(self._mask), self._ids, axis=2)
                 .sum(axis=2)
                 .astype(float),
-                tried=1,
             )
 
     def _renamings(self) -> Iterator[_Place]:
@@ -335,7 +329,6 @@ class _Suspect:
                 words=f"wrong expert-id space: {words} explains the ids, such as physical instead of logical ids under "
                 "expert load balancing",
                 shared=self._cross_fitted(lambda rows, pooled=pooled: self._renamed(rows, pooled)),
-                tried=1,
             )
 
     def _renamed(

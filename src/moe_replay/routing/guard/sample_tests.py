@@ -4,8 +4,6 @@
 tests compare with the usual sample (information lost, stray rows), so strong drift could trigger
 them. The engine gap adds to either, because both are independent in healthy samples; it never
 suffices alone.
-
-In: Baseline, SampleEvidence of all ranks, gaps. Out: `SampleTests`.
 """
 
 from __future__ import annotations

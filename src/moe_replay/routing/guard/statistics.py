@@ -2,8 +2,6 @@
 
 Nats of independent signs add up, and 20 nats are one in 5e8. Every function bounds from above (the
 true probability is smaller), so thresholds in nats keep the stated rate of false alarms.
-
-In: counts and their expectations. Out: nats, and windows of rows that are counted together.
 """
 
 from __future__ import annotations

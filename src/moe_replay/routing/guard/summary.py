@@ -1,7 +1,4 @@
-"""Sum up what a rank counted in a step, small enough to be gathered by all ranks.
-
-In: OverlapCounts of a rank's microbatches. Out: `StepPart`.
-"""
+"""Sum up what a rank counted in a step, small enough to be gathered by all ranks."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ rate of the other servers, but at least 1 in 1,000, so that drift, which hits al
 adds up on none; r1 is ten times r0. Example with r0 = 0.001: a sign adds 2.3, a clean answer takes
 0.009. At 3 % wrong answers a sum grows by 0.06 an answer and passes ln(8 servers / 1e-4) = 11.3
 after about 190.
-
-In: signs by sample, owners. Out: `ServerSums`, and faults of servers.
 """
 
 from __future__ import annotations

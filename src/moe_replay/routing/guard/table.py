@@ -4,8 +4,6 @@ A `StepPart` is what one rank counted: its layers and its rows of some samples. 
 numbers for each sample and layer, two dozen for each sample) and all ranks gather them; per-row
 counts stay on their rank. Example: 8,192 samples x 48 layers are 3.1 MB in all, and 1.2 MB for the
 rest. `SampleEvidence` is what a rank then found in its rows.
-
-In: sums of counts. Out: `StepTable`, with a row for each sample and a column for each layer.
 """
 
 from __future__ import annotations

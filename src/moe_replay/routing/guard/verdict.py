@@ -1,8 +1,4 @@
-"""The guard's answer: which samples, servers, ranks and layers are misaligned, how surely.
-
-In: nothing. Out: `Owner`, `SecondLook`, `Finding`, `Fault`, `StepRecord`, `Verdict`, and their
-messages.
-"""
+"""The guard's answer: which samples, servers, ranks and layers are misaligned, how surely."""
 
 from __future__ import annotations
 
