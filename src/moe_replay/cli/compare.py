@@ -1,4 +1,4 @@
-"""`moe-replay compare`: how often two recordings of the same tokens differ in experts, and where."""
+"""`moe-replay compare`: how often and where two recordings of the same tokens differ in experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process environment: which rank this is, and the variables that torch and vLLM read on load."""
+"""The process environment: which rank this is, and the variables that torch and vLLM read."""
 
 from __future__ import annotations
 

@@ -17,15 +17,10 @@ def open_traces(path: str) -> TraceFile:
     Raises:
         CodecError: there is none, or more than one, or it is damaged.
     """
-    return TraceFile(*find_traces(Path(path)))
+    return TraceFile(*_files(Path(path)))
 
 
-def find_traces(path: Path) -> list[Path]:
-    """Return the trace file that ``path`` leads to, or all shards of a rollout.
-
-    Raises:
-        CodecError: there is none, or more than one.
-    """
+def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.traces"))
         if len({_owner(each) for each in found}) == 1:

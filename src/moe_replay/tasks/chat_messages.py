@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.errors import RecipeError, UnsupportedError, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios", "pixel_values"})
 """Columns in which datasets hold media other than text."""
@@ -144,7 +147,7 @@ def writes_the_date(template: str, arguments: Mapping[str, Any]) -> bool:
 
 
 @lru_cache(maxsize=8)
-def renders_parts(tokenizer: Any, template: str) -> bool:
+def renders_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Return whether a template renders content in parts just like the same text.
 
     Many templates of text models render nothing for parts, or their Python repr.
@@ -154,7 +157,7 @@ def renders_parts(tokenizer: Any, template: str) -> bool:
     texts = []
     for content in (_MARK, [{"type": "text", "text": _MARK}]):
         try:
-            messages = [{"role": "user", "content": content}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
             texts.append(
                 tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             )
@@ -199,7 +202,7 @@ def _check_content(message: dict[str, Any], where: str) -> None:
         )
 
 
-def ends_every_text(tokenizer: Any) -> tuple[str, ...]:
+def ends_every_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return a note for a tokenizer that appends its end token to plain text; otherwise nothing."""
     ids = tokenizer("a").input_ids
     if not ids or ids[-1] != tokenizer.eos_token_id:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_replay.engines.types import Completion, FinishReason
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[str] = ()) -> str:
+
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, completion: Completion, *, stop: Sequence[str] = ()
+) -> str:
     """Return what the model wrote, without padding, begin, end and stop tokens.
 
     Other special tokens stay: in some tokenizers ``<think>``, ``<answer>`` or ``<tool_call>`` are
@@ -28,11 +33,13 @@ def completion_text(tokenizer: Any, completion: Completion, *, stop: Sequence[st
     return exact_text(tokenizer, [i for i in ids if i not in frame])
 
 
-def exact_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+def exact_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     """Decode token ids exactly, special tokens included.
 
     Tokenizers with ``clean_up_tokenization_spaces`` would turn ``[1 , 2]`` into ``[1, 2]``.
     """
-    return tokenizer.decode(
+    text = tokenizer.decode(
         token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+    assert isinstance(text, str)
+    return text

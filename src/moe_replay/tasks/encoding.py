@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -25,6 +25,9 @@ from moe_replay.tasks.chat_messages import (
 )
 from moe_replay.tasks.completion_text import exact_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptInput:
@@ -38,7 +41,7 @@ class PromptInput:
     """A string, or a list of chat messages."""
     columns: Mapping[str, Any]
     """As `Prompt.columns`."""
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: list[Any] | None = None
     """JSON schemas of the tools that the prompt offers."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Template arguments of this row; they override those of the recipe."""
@@ -81,7 +84,7 @@ class PromptEncoder:
     is.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     """A transformers tokenizer."""
     data: DataSection
     """Limit and rule for long prompts, system prompt, template arguments, chats that the assistant
@@ -197,7 +200,7 @@ class PromptEncoder:
                 raise RecipeError(
                     f"{where}: the prompt {excerpt(prompt)} {problem}: remove or fill the row"
                 )
-            messages: list[Any] = [{"role": "user", "content": prompt}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         else:
             messages = checked_messages(prompt, where)
         if not self.has_template:
@@ -225,7 +228,7 @@ class PromptEncoder:
         if given.arguments or self.data.chat_template_kwargs:
             yield "template arguments are set"
 
-    def _render_chat(self, messages: list[Any], given: PromptInput) -> _Rendered:
+    def _render_chat(self, messages: list[dict[str, Any]], given: PromptInput) -> _Rendered:
         from jinja2 import TemplateError
 
         template = self._template(given.tools)
@@ -254,9 +257,12 @@ class PromptEncoder:
                 f"{given.where}: the tokenizer's chat template rejects messages with roles {excerpt(roles)}: "
                 f"{str(error)[:300]}"
             ) from error
+        assert isinstance(text, str)
         return _Rendered(where=given.where, text=text, has_special_tokens=True, prefill=prefill)
 
-    def _open_end(self, messages: list[Any], where: str) -> tuple[list[Any], str]:
+    def _open_end(
+        self, messages: list[dict[str, Any]], where: str
+    ) -> tuple[list[dict[str, Any]], str]:
         """Return the messages before the model's turn, and the text that it continues."""
         last = messages[-1]
         if last["role"] != "assistant":
@@ -281,7 +287,7 @@ class PromptEncoder:
         # From here on the parts of the message, if any, are one text.
         return [*messages[:-1], {**last, "content": text}], text
 
-    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _template(self, tools: list[Any] | None) -> str:
         if not self.has_template:
             raise RecipeError(
                 f"data.chat_template_kwargs is set, but the tokenizer of {self.tokenizer.name_or_path} has no chat "

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_replay.errors import RecipeError, shortened
 from moe_replay.recipe.sections.locations import HUB
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _BATCH_ROWS = 2048
 
@@ -17,7 +20,7 @@ _BATCH_ROWS = 2048
 class ArrowRows:
     """The rows of an Arrow table."""
 
-    def __init__(self, location: str, table: Any) -> None:
+    def __init__(self, location: str, table: pyarrow.Table) -> None:
         self.names: Sequence[str] = tuple(table.schema.names)
         """Columns, in the table's order."""
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
@@ -82,7 +85,9 @@ def open_arrow_rows(path: Path, *, cache: DatasetCache) -> ArrowRows:
         ) from error
 
 
-def read_hub_table(name: str, *, config: str | None, split: str) -> tuple[Any, tuple[Path, ...]]:
+def read_hub_table(
+    name: str, *, config: str | None, split: str
+) -> tuple[pyarrow.Table, tuple[Path, ...]]:
     """Return the table of a hub dataset and its files, through the package ``datasets``.
 
     Raises:
@@ -110,7 +115,7 @@ def read_hub_table(name: str, *, config: str | None, split: str) -> tuple[Any, t
     return dataset.with_format("arrow")[:] if not files else dataset.data, files
 
 
-def _mapped(path: Path) -> Any:
+def _mapped(path: Path) -> pyarrow.Table:
     import pyarrow
 
     source = pyarrow.memory_map(str(path))
@@ -132,7 +137,7 @@ def _convert(path: Path, folder: Path, cache: DatasetCache) -> None:
             cache.report(f"reading {path.name}", min(done, total), total)
 
 
-def _read_batches(path: Path) -> tuple[Any, Iterator[Any], int]:
+def _read_batches(path: Path) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch], int]:
     """Return schema and batches of a file, and their rows (Parquet) or approximate bytes (CSV)."""
     import pyarrow.csv
     import pyarrow.parquet

@@ -133,15 +133,7 @@ def entry_key(paths: Sequence[Path], *parts: str) -> str:
     """Return a name for what is derived from files and ``parts``; it changes with the files."""
     states = []
     for path in paths:
-        state = path.stat()
-        states.append(
-            [
-                str(path.resolve()),
-                state.st_size,
-                state.st_mtime_ns,
-                state.st_ctime_ns,
-                state.st_ino,
-            ]
-        )
+        s = path.stat()
+        states.append([str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino])
     text = json.dumps([_FORMAT, states, parts])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -10,7 +10,10 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_replay.tasks.generated import GeneratedTask
 
 _TIMEOUT_S = 5
 # Whitespace after it belongs to the template, as in "<think>\n".
@@ -21,7 +24,7 @@ def reasoning_gym(
     completions: Sequence[str],
     *,
     prompts: Sequence[str],
-    task: Sequence[Any],
+    task: Sequence[GeneratedTask],
     question: Sequence[str],
     answer: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],

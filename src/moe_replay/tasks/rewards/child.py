@@ -33,11 +33,7 @@ _CHUNK = 1 << 20
 
 
 class ChildGone(Exception):
-    """The process has ended."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+    """The process has ended, in the way that the message says."""
 
 
 class ChildSilent(Exception):

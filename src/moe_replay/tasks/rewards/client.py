@@ -104,7 +104,7 @@ class RewardProcess:
             while not pending.is_over:
                 pending.take(self._child.receive(pending.deadline))
         except ChildGone as gone:
-            pending.end_crashed(gone.text)
+            pending.end_crashed(str(gone))
             self._end()
         except ChildSilent:
             where = self._child.where_it_stands()
