@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,18 +26,6 @@ if TYPE_CHECKING:
     from moe_replay.engines.files.writer import RolloutWriter
     from moe_replay.grpo.inputs import Inputs
     from moe_replay.megatron.ranks.messages import HostGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Which prompts to sample, and with which weights."""
-
-    first: int
-    """Position of the first among the training prompts."""
-    count: int
-    """Number of prompts."""
-    policy_version: int
-    """Number of weight pushes behind the weights of ``model.path``."""
 
 
 def run_rollout(options: argparse.Namespace) -> int:
@@ -71,31 +58,28 @@ def run_rollout(options: argparse.Namespace) -> int:
         ranks, device = closing.enter_context(joined_ranks(process))
         engine = recipe_engine(recipe, device)
         closing.callback(engine.close)
-        _push(recipe, engine, wanted.policy_version)
+        _push(recipe, engine, options.policy_version)
         text = _sample(recipe, inputs, engine, wanted, Path(options.output), ranks)
     say(text)
     return 0
 
 
-def _wanted(recipe: Recipe, options: argparse.Namespace) -> Wanted:
+def _wanted(recipe: Recipe, options: argparse.Namespace) -> range:
+    """Return the positions of the prompts to sample among the training prompts."""
     if not isinstance(recipe.rollout, SamplingEngineSection):
         raise RecipeError(
             f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing: choose another engine"
         )
     given = options.num_prompts
-    wanted = Wanted(
-        first=options.first_prompt,
-        count=recipe.prompts_per_step if given is None else given,
-        policy_version=options.policy_version,
-    )
+    count = recipe.prompts_per_step if given is None else given
     for option, value, minimum in (
-        ("--num-prompts", wanted.count, 1),
-        ("--first-prompt", wanted.first, 0),
-        ("--policy-version", wanted.policy_version, 0),
+        ("--num-prompts", count, 1),
+        ("--first-prompt", options.first_prompt, 0),
+        ("--policy-version", options.policy_version, 0),
     ):
         if value < minimum:
             raise RecipeError(f"{option} is {value}, expected at least {minimum}")
-    return wanted
+    return range(options.first_prompt, options.first_prompt + count)
 
 
 def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
@@ -108,7 +92,7 @@ def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
 
 
 def _sample(
-    recipe: Recipe, inputs: Inputs, engine: Engine, wanted: Wanted, folder: Path, ranks: HostGroup
+    recipe: Recipe, inputs: Inputs, engine: Engine, wanted: range, folder: Path, ranks: HostGroup
 ) -> str:
     """Sample what is missing, and return a summary; collective."""
     from rich.console import Console
@@ -117,7 +101,7 @@ def _sample(
     from moe_replay.engines.files.writer import RolloutWriter, union_of
     from moe_replay.report.progress import showing_progress
 
-    path = folder / f"{rollout_name(engine.description, wanted.policy_version)}.json"
+    path = folder / f"{rollout_name(engine.description, engine.policy_version)}.json"
     if ranks.rank == 0:
         begin_rollout(folder, _manifest(recipe, engine, wanted))
     ranks.barrier()
@@ -127,7 +111,7 @@ def _sample(
         cut = sum(ranks.gather(writer.num_cut_bytes))
         if present or cut:
             say(
-                f"continuing: {len(present)} of {wanted.count} prompts are already there; removed {cut} bytes of an unfinished one"
+                f"continuing: {len(present)} of {len(wanted)} prompts are already there; removed {cut} bytes of an unfinished one"
             )
         calls = list(_calls(wanted, present, recipe.prompts_per_step, ranks))
         done = Counter()
@@ -143,10 +127,10 @@ def _sample(
                 done["tokens"] += sum(len(c.token_ids) for c in group.completions)
         writer.finish()
         sampled = sum(ranks.gather(done["completions"]))
-    return f"wrote {sampled} completions of {wanted.count - len(present)} prompts: {path}"
+    return f"wrote {sampled} completions of {len(wanted) - len(present)} prompts: {path}"
 
 
-def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
+def _manifest(recipe: Recipe, engine: Engine, wanted: range) -> Manifest:
     from moe_replay.engines.files.format import Manifest
     from moe_replay.grpo.engines import recipe_sampling
     from moe_replay.grpo.start.digest_cache import DigestCache
@@ -154,10 +138,10 @@ def _manifest(recipe: Recipe, engine: Engine, wanted: Wanted) -> Manifest:
 
     return Manifest(
         engine=engine.description,
-        policy_version=wanted.policy_version,
+        policy_version=engine.policy_version,
         sampling=recipe_sampling(recipe),
-        first_request=wanted.first,
-        num_requests=wanted.count,
+        first_request=wanted.start,
+        num_requests=len(wanted),
         weights=model_digests(recipe.model.path, DigestCache(Path(os.devnull))),
     )
 
@@ -175,17 +159,15 @@ def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where:
             )
 
 
-def _calls(wanted: Wanted, present: set[int], step: int, ranks: HostGroup) -> Iterator[list[int]]:
+def _calls(wanted: range, present: set[int], step: int, ranks: HostGroup) -> Iterator[list[int]]:
     """Yield the requests of each engine call of this rank: its share of a step's missing prompts.
 
     Every rank makes equally many calls, some of them empty, because ranks that share an engine must
     call together. Example: two ranks share two steps of 3 prompts as ``[0, 2], [4]`` and ``[1], [3,
     5]``: the odd one alternates.
     """
-    stop = wanted.first + wanted.count
-    for turn, start in enumerate(range(wanted.first, stop, step)):
-        ids = range(start, min(start + step, stop))
-        missing = [request_id for request_id in ids if request_id not in present]
+    for turn, start in enumerate(range(0, len(wanted), step)):
+        missing = [each for each in wanted[start : start + step] if each not in present]
         if missing:
             yield missing[(ranks.rank - turn * step) % ranks.size :: ranks.size]
 

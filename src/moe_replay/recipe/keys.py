@@ -131,10 +131,12 @@ def nearest_keys(name: str) -> Sequence[str]:
 
 
 def _default_of(field: FieldInfo) -> str:
+    if (described := key_of(field).default) is not None:
+        return described
+    if field.is_required():
+        return "required"
     if field.default_factory is not None:
         return "{}"
-    if field.is_required():
-        return key_of(field).default or "required"
     return "none" if field.default is None else _spell(field.default)
 
 

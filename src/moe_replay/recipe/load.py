@@ -229,7 +229,9 @@ def _validate(name: str, table: Any, prefix: str) -> tuple[Section | None, list[
     try:
         return section.model_validate(table), []
     except ValidationError as error:
-        return None, [_problem(section, table, prefix, details) for details in error.errors()]
+        # A default that follows from another key is missing only because that key is wrong.
+        errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        return None, [_problem(section, table, prefix, details) for details in errors]
 
 
 def _problem(

@@ -62,7 +62,7 @@ class Recipe(Section):
     rollout: SerializeAsAny[RolloutSection]
     replay: ReplaySection = Field(default_factory=ReplaySection)
     batch: BatchSection
-    grpo: GrpoSection = Field(default_factory=lambda: GrpoSection.model_validate({}))
+    grpo: GrpoSection = Field(default_factory=GrpoSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     megatron: MegatronSection = Field(default_factory=MegatronSection)
     eval: EvalSection = Field(default_factory=EvalSection)

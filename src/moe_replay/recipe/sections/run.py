@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from moe_replay.recipe.sections.base import Dtype, Key, Section, Several, TomlPath
 from moe_replay.recipe.sections.locations import GENERATED, anchored_dataset, anchored_function
@@ -154,24 +154,15 @@ class RewardSection(Section):
     ``module:function`` of a module beside the recipe or an installed one."""
     weight: float = 1.0
     """Factor of its score in the reward."""
-    name: Annotated[str, Key(default="the function's name")] = Field(min_length=1)
+    name: Annotated[str, Key(default="the function's name")] = Field(
+        default_factory=lambda reward: reward["function"].rpartition(":")[2], min_length=1
+    )
     """Name in metrics; by default the function's own."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments passed on every call."""
     timeout_s: Annotated[float, Key(may_change=True)] = Field(default=1800.0, gt=0)
     """Longest time that one call, which scores all that a rank has sampled in a step, or its
     import may take."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_name_from_function(cls, table: Any) -> Any:
-        if (
-            isinstance(table, dict)
-            and "name" not in table
-            and isinstance(table.get("function"), str)
-        ):
-            return {**table, "name": table["function"].rpartition(":")[2]}
-        return table
 
 
 class EvalSection(Section):

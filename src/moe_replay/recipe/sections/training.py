@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from moe_replay.recipe.sections.base import Key, Section, Several
 from moe_replay.routing import ReplayMode
@@ -68,7 +68,9 @@ class GrpoSection(Section):
     """How token losses are averaged."""
     epsilon: Annotated[float, Key(also_called=("clip_ratio",))] = Field(default=0.2, gt=0, lt=1)
     """The importance ratio is clipped below at 1 - epsilon."""
-    epsilon_high: Annotated[float, Key(default="epsilon")] = Field(gt=0)
+    epsilon_high: Annotated[float, Key(default="epsilon")] = Field(
+        default_factory=lambda grpo: grpo["epsilon"], gt=0
+    )
     """The importance ratio is clipped above at 1 + epsilon_high; ``epsilon`` by default."""
     beta: Annotated[float, Key(also_called=("kl_coef",))] = Field(default=0.0, ge=0)
     """Weight of the KL term towards the reference model; 0 loads no reference model."""
@@ -79,14 +81,6 @@ class GrpoSection(Section):
     """Whose standard deviation the advantages are divided by."""
     overlong_filter: bool = False
     """Keep completions that were cut off by ``rollout.max_completion_length`` out of the loss."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_epsilon_high_from_epsilon(cls, table: Any) -> Any:
-        if isinstance(table, dict) and "epsilon_high" not in table:
-            epsilon = table.get("epsilon", cls.model_fields["epsilon"].default)
-            return {**table, "epsilon_high": epsilon}
-        return table
 
 
 class OptimizerSection(Section):

@@ -195,17 +195,12 @@ class _Worker:
             threading.Thread(target=_run_for_ever, args=(self._loop,), daemon=True).start()
         # From here on this process enforces the time limit.
         self._say(event="waiting", function=number)
-        limit = self._specs[number]["timeout_s"]
-        return asyncio.run_coroutine_threadsafe(
-            self._finish(number, awaitable, size, limit), self._loop
-        )
+        return asyncio.run_coroutine_threadsafe(self._finish(number, awaitable, size), self._loop)
 
-    async def _finish(
-        self, number: int, awaitable: Awaitable[Any], size: int, limit: float
-    ) -> None:
+    async def _finish(self, number: int, awaitable: Awaitable[Any], size: int) -> None:
         """Wait for an async function within its time limit, and report its outcome."""
         task = asyncio.ensure_future(_awaited(awaitable))
-        await asyncio.wait({task}, timeout=limit)
+        await asyncio.wait({task}, timeout=self._specs[number]["timeout_s"])
         if not task.done():
             self._say(event="late", function=number, where=_where_it_waits(awaitable))
             task.cancel()
