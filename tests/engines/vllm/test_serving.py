@@ -243,16 +243,6 @@ def test_e15_the_number_of_sequences_that_fit_is_said(served):
     assert served.engine.capacity().startswith(f"{fit:,} sequences of 512 tokens fit")
 
 
-def test_a_request_that_leaves_no_room_is_refused_before_vllm_sees_it(served):
-    sampling = SamplingParams(max_completion_length=500)
-    with pytest.raises(EngineError, match="exceed the context of 512"):
-        served.run(served.one(prompts(1)[0], 0, sampling))
-    with pytest.raises(RecipeError, match="temperature"):
-        served.run(
-            served.one(prompts(1)[0], 0, SamplingParams(max_completion_length=4, temperature=-1.0))
-        )
-
-
 def test_replicas_take_devices_one_after_the_other():
     from moe_replay.engines.vllm.serving import devices_of
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from moe_replay.checkpoint.config import load_config
 from moe_replay.checkpoint.facts import ModelFacts, read_facts
-from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.lifecycle import Lifecycle, State
 from moe_replay.engines.serve.engine import HeldPush
 from moe_replay.engines.types import Completion, Request, SamplingParams
@@ -132,18 +131,12 @@ class VllmServing(Lifecycle):
         this is cancelled, the request is aborted in every worker.
 
         Raises:
-            RecipeError: when a sampling setting is out of range.
-            EngineError: when the request is malformed or leaves no room in the context, vLLM fails,
-                or the engine is not ready.
+            EngineError: when vLLM fails, or the engine is not ready.
             DivergedError: when the model's logits are not numbers.
         """
         from moe_replay.engines.vllm.sampler import asked_of
 
         self._check_state("ready")
-        check_sampling(sampling)
-        check_requests(
-            [request], sampling, description=self._description, vocab_size=self._facts.vocab_size
-        )
         prompt, params = asked_of(request, number, sampling, self._facts)
         replica = min(self._replicas, key=lambda replica: replica.num_running)
         output = await replica.sample(prompt, params, progress)
