@@ -8,7 +8,7 @@ routes) moves through the same vector, so no two of them can disagree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -140,12 +140,7 @@ class RowIndex:
                 f"to a max_length that divides by cp_size x {tp_size}"
             )
         size = len(self.rows) // tp_size
-        return RowIndex(
-            rows=self.rows[tp_rank * size : (tp_rank + 1) * size],
-            num_rows=self.num_rows,
-            padded_lengths=self.padded_lengths,
-            num_side_by_side=self.num_side_by_side,
-        )
+        return replace(self, rows=self.rows[tp_rank * size : (tp_rank + 1) * size])
 
     @property
     def is_token(self) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,11 +159,10 @@ class RoutingTrace:
         """
         if not 0 <= start <= stop <= len(self):
             raise TraceError(f"cannot crop rows {start}:{stop} of a trace of {len(self)} rows")
-        return RoutingTrace(
+        return replace(
+            self,
             expert_ids=self.expert_ids[start:stop],
             valid=self.valid[start:stop],
-            layers=self.layers,
-            num_experts=self.num_experts,
             token_digest=owned(crop_digest(self.token_digest, start, stop)),
             origin=self.origin.crop(start, stop),
         )
@@ -204,16 +203,8 @@ class RoutingTrace:
             )
         if tuple(layers) == self.layers:
             return self
-        return RoutingTrace(
-            expert_ids=owned(
-                np.array(self.expert_ids[:, [entry[layer] for layer in layers]], order="C")
-            ),
-            valid=self.valid,
-            layers=tuple(layers),
-            num_experts=self.num_experts,
-            token_digest=self.token_digest,
-            origin=self.origin,
-        )
+        ids = np.array(self.expert_ids[:, [entry[layer] for layer in layers]], order="C")
+        return replace(self, expert_ids=owned(ids), layers=tuple(layers))
 
     def _check_form(self) -> None:
         ids, expected = self.expert_ids, expert_dtype(self.num_experts)
