@@ -56,7 +56,8 @@ def admit(
     directory = recipe.run.output_dir
     try:
         _check_can_be_written(directory)
-        lock = closing.enter_context(RunLock(directory))
+        lock = RunLock(directory)
+        closing.callback(lock.release)
         notes = [] if lock.note is None else [lock.note]
         checkpoints.remove_unfinished()
         for name in (NEW_EXPORT, f"{NEW_EXPORT}.partial"):

@@ -25,7 +25,7 @@ _TAKEN = {errno.EACCES, errno.EAGAIN}
 
 
 class RunLock:
-    """Holds a run directory; as a context manager it gives it back.
+    """Holds a run directory until it is released.
 
     A record lock and not flock: processes that this one forks, such as those of reward functions,
     do not inherit it, so an orphan cannot keep the directory after its trainer was killed.
@@ -69,12 +69,6 @@ class RunLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 def _own_name() -> bytes:
