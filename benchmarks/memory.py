@@ -1,8 +1,9 @@
-"""Memory and time of log-probabilities in chunks, beside the same from whole logits.
+"""Memory of log-probabilities and of a push, and time of the former, beside simpler ways.
 
-An output layer of Megatron-Core with random weights, one thread, alternating rounds. Memory is the
-highest sum of what torch handed out while a pass ran: inputs are excluded, the gradient of the
-weight, which both ways hold, is included. The figures come last, one JSON object a line.
+Log-probabilities in chunks are compared with those from whole logits: an output layer of
+Megatron-Core with random weights, one thread, alternating rounds. Memory is the highest sum of what
+torch handed out while a pass ran: inputs are excluded, the gradient of the weight, which both ways
+hold, is included. The figures come last, one JSON object a line.
 
     python benchmarks/memory.py [--quick]
 
@@ -10,14 +11,18 @@ weight, which both ways hold, is included. The figures come last, one JSON objec
 `logits.update_peak_chunks` that of a forward and backward pass, in float32 tensors of chunk x
 vocabulary; those of whole logits, in tensors of tokens x vocabulary, are printed beside them.
 `logits.time_ratio` is chunks over whole logits, of a scoring pass and an update together.
+`push.peak_ratio` is what the weights and an export of them hold at the peak, over the weights: one
+parameter of a layer more, where a plan that held its tensors came to 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +32,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 
-from moe_replay.megatron.layout import ParallelLayout, initialize
+from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.logprobs import token_statistics
+from moe_replay.megatron.weights import WeightExport
+from moe_replay.testing.memory import peak_bytes
+from moe_replay.testing.policies import start_policy
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 TEMPERATURE = 0.7
 _FLOAT_BYTES = 4
@@ -98,21 +107,21 @@ class OutputLayer:
         return torch.autograd.grad(loss, (self.hidden, self.layer.weight))
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the highest sum of what torch's allocator handed out and did not get back."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        kept = run()
-    del kept
-    events = [
-        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+def push_ratio() -> float:
+    """Return the peak of planning and running an export, weights included, over the weights."""
+    shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_tiny_checkpoint(
+            Path(folder) / "model", num_hidden_layers=24, num_experts=16, hidden_size=128
+        )
+        actor = start_policy(checkpoint)
+
+    def export() -> None:
+        for _ in WeightExport(actor.modules).tensors():
+            pass
+
+    weights = sum(p.nbytes for module in actor.modules for p in module.parameters())
+    return (weights + peak_bytes(export)) / weights
 
 
 def main() -> None:
@@ -149,6 +158,7 @@ def main() -> None:
         ("logits.peak_chunks", peaks["score"][0] / unit / layer.chunk, "chunks"),
         ("logits.update_peak_chunks", peaks["update"][0] / unit / layer.chunk, "chunks"),
         ("logits.time_ratio", contest.ratio, "ratio"),
+        ("push.peak_ratio", push_ratio(), "ratio"),
     ):
         print(json.dumps({"metric": metric, "value": round(value, 4), "unit": what}))
 

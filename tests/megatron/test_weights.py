@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from moe_replay.errors import CheckpointError, UnsupportedError
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
-from moe_replay.megatron.weights import export_hf_weights, load_hf_weights, save_hf_checkpoint
+from moe_replay.megatron.weights import (
+    WeightExport,
+    export_hf_weights,
+    load_hf_weights,
+    save_hf_checkpoint,
+)
+from moe_replay.testing.memory import peak_bytes
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.tiny_models import FAMILIES, write_tiny_checkpoint
 
@@ -112,6 +119,43 @@ def export_then_overwrite(checkpoint: Path) -> bool:
 
 def test_export_yields_copies(checkpoint):
     assert run_ranks(export_then_overwrite, 1, checkpoint) == [False]
+
+
+def export_peaks(checkpoint: Path) -> dict[str, float]:
+    """Return the peaks of planning, of an export, and of one whose tensors are kept."""
+    chunks = built(checkpoint, ONE)
+    load_hf_weights(chunks, checkpoint)
+    exports = []
+    plan = peak_bytes(lambda: exports.append(WeightExport(chunks)))
+    (export,) = exports
+
+    def one_by_one() -> None:
+        for _ in export.tensors():
+            pass
+
+    parameters = [parameter.nbytes for parameter in chunks[0].parameters()]
+    return {
+        "plan": plan,
+        "export": peak_bytes(one_by_one),
+        "kept": peak_bytes(lambda: list(export.tensors())),
+        "weights": sum(parameters),
+    }
+
+
+def test_t9_an_export_holds_one_parameter_at_a_time(tmp_path):
+    path = write_tiny_checkpoint(tmp_path, num_hidden_layers=6)
+    (found,) = run_ranks(export_peaks, 1, path)
+    largest = max(
+        sum(t.nbytes for n, t in tensors_of(path).items() if re.fullmatch(pattern, n))
+        for pattern in (
+            r"model\.layers\.1\.mlp\.experts\.\d+\.(gate|up)_proj\.weight",
+            r"model\.embed_tokens\.weight",
+        )
+    )
+    assert found["plan"] == 0
+    assert found["export"] < 1.6 * largest
+    # The control: the measure sees tensors that are kept.
+    assert found["kept"] >= found["weights"] > 4 * largest
 
 
 def first_logits(checkpoint: Path, source: Any) -> torch.Tensor:

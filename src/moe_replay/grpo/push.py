@@ -5,7 +5,6 @@ from __future__ import annotations
 from moe_replay.engines.weight_stream import drain
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.finite import check_weights
-from moe_replay.megatron.weights import export_hf_weights
 
 
 def push_weights(run: Run) -> None:
@@ -25,7 +24,7 @@ def give_weights(run: Run) -> None:
     Raises:
         MoeReplayError: on every rank, when the engine of one of them does not take them.
     """
-    weights, failure = export_hf_weights(run.actor.modules), None
+    weights, failure = run.actor.weights.tensors(), None
     try:
         run.engine.load_weights(weights, policy_version=run.policy_version)
     except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's

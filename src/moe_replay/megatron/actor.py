@@ -29,7 +29,7 @@ from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
 from moe_replay.megatron.upstream.warnings import quiet_megatron
-from moe_replay.megatron.weights import load_hf_weights
+from moe_replay.megatron.weights import WeightExport, load_hf_weights
 from moe_replay.recipe.sections.training import OptimizerSection, ParallelLayout
 from moe_replay.routing import Routing
 
@@ -69,6 +69,8 @@ class MegatronActor(MegatronLearner):
         )
         wrapped = [DistributedDataParallel(config, wrapping, module) for module in self.modules]
         super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
+        self.weights = WeightExport(self.modules)
+        """What engines are given."""
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",

@@ -83,53 +83,78 @@ def load_hf_weights(
     all_ranks().raise_together(refusal)
 
 
+class WeightExport:
+    """The weights of a model under the names of a Hugging Face checkpoint, as often as asked for.
+
+    Who holds what is agreed on once, by all ranks together. `read` turns a parameter into what is
+    exported instead of its values, for example `lambda p: p.main_grad` for gradients.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        read: Callable[[Tensor], Tensor] = Tensor.detach,
+    ) -> None:
+        """Plan exports of model chunks from `build_model`; collective."""
+        self._chunks, self._read = list(chunks), read
+        self._shape = _shape_of(chunks)
+        self._rules = family_of(self._shape.family).rules
+        mine: dict[_Key, tuple[tuple[int, ...], torch.dtype]] = {}
+        with torch.no_grad():
+            for key, parameters in _held_parameters(chunks, self._shape).items():
+                # A view: a plan must not hold a second copy of the model.
+                view = self._view(key, parameters[0])
+                size = (len(key.experts), *_whole_shape(self._rules[key.rule], view))
+                mine[key] = size, view.dtype
+        everywhere = all_ranks().gather(mine)
+        known = {key: described for held in everywhere for key, described in held.items()}
+        self._plan = [
+            (key, [rank for rank, held in enumerate(everywhere) if key in held], *known[key])
+            for key in sorted(known)
+        ]
+        """Keys in export order, the ranks that hold them, shape and dtype of the merged tensors of
+        their experts."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight of the model, on every rank; collective, so iterate to the end.
+
+        Each tensor is a contiguous copy on the parameters' device. At any time one parameter of one
+        layer is held, for experts those of one expert-parallel rank, beside the tensor yielded.
+        """
+        # Looked up every time: Megatron may have put another tensor in a buffer's place.
+        held = _held_parameters(self._chunks, self._shape)
+        device = next((tensors[0].device for tensors in held.values()), torch.device("cpu"))
+        for key, holders, size, dtype in self._plan:
+            rule = self._rules[key.rule]
+            # Entered again for every key: a generator must not change the grad mode of its
+            # consumer.
+            with torch.no_grad():
+                merged = None
+                if key in held:
+                    views = [self._view(key, parameter) for parameter in held[key]]
+                    merged = _gather_cut(rule, torch.stack(views))
+                if len(holders) < all_ranks().size:
+                    if merged is None:
+                        merged = torch.empty(size, dtype=dtype, device=device)
+                    dist.broadcast(merged, src=holders[0])
+            assert merged is not None and (merged.shape, merged.dtype) == (size, dtype)
+            for expert, tensor in zip(key.experts, merged, strict=True):
+                names = _hf_names(rule, key.layer, expert)
+                for name, part in zip(names, _unmerge(rule, tensor, self._shape), strict=True):
+                    # A part would keep the others alive.
+                    alone = part.numel() == merged.numel() and part.is_contiguous()
+                    yield name, part if alone else part.clone(memory_format=torch.contiguous_format)
+
+    def _view(self, key: _Key, parameter: Tensor) -> Tensor:
+        return _local_view(self._rules[key.rule], self._read(parameter), self._shape)
+
+
 def export_hf_weights(
     chunks: Sequence[torch.nn.Module], *, read: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight of the model, on every rank, under its name in a Hugging Face checkpoint.
-
-    Each tensor is a contiguous copy on the parameters' device. Gathering is collective: every rank
-    iterates, to the end. At any time one parameter of one layer is held, for experts those of one
-    expert-parallel rank. `read` turns a parameter into what is exported instead of its values, for
-    example `lambda p: p.main_grad` for gradients.
-    """
-    shape = _shape_of(chunks)
-    rules = family_of(shape.family).rules
-    held = _held_parameters(chunks, shape)
-    device = next(iter(held.values()))[0].device if held else torch.device("cpu")
-
-    def view(key: _Key, parameter: Tensor) -> Tensor:
-        return _local_view(rules[key.rule], read(parameter), shape)
-
-    # Shape and dtype of the merged tensors of a key's experts; of all keys, so no tensor is copied.
-    mine: dict[_Key, tuple[tuple[int, ...], torch.dtype]] = {}
-    with torch.no_grad():
-        for key, parameters in held.items():
-            first = view(key, parameters[0])
-            mine[key] = (len(parameters), *_whole_shape(rules[key.rule], first)), first.dtype
-    everywhere = all_ranks().gather(mine)
-    known = {key: described for keys in everywhere for key, described in keys.items()}
-    for key, (size, dtype) in sorted(known.items()):
-        holders = [rank for rank, keys in enumerate(everywhere) if key in keys]
-        rule = rules[key.rule]
-        # Entered again for every key: a generator must not change the grad mode of its consumer.
-        with torch.no_grad():
-            merged = None
-            if key in held:
-                merged = _gather_cut(rule, torch.stack([view(key, p) for p in held[key]]))
-            if len(holders) < all_ranks().size:
-                if merged is None:
-                    merged = torch.empty(size, dtype=dtype, device=device)
-                dist.broadcast(merged, src=holders[0])
-            assert merged is not None
-            exported = [
-                (name, part.clone(memory_format=torch.contiguous_format))
-                for expert, tensor in zip(key.experts, merged, strict=True)
-                for name, part in zip(
-                    _hf_names(rule, key.layer, expert), _unmerge(rule, tensor, shape), strict=True
-                )
-            ]
-        yield from exported
+    """Yield every weight of the model as `WeightExport` does, once; collective."""
+    return WeightExport(chunks, read=read).tensors()
 
 
 def save_hf_checkpoint(
