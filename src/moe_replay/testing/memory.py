@@ -15,6 +15,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     ) as profile:
         kept = run()
     del kept
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
