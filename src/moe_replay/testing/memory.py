@@ -19,6 +19,6 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyrefly: ignore - torch does not declare it
         peak = max(peak, held)
     return peak
