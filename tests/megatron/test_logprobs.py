@@ -104,7 +104,7 @@ def assert_equal_values(found: Values, expected: Values, bound: float) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_chunks_give_the_values_and_gradients_of_all_logits_in_every_layout(
+def test_t8_chunks_give_the_values_and_gradients_of_all_logits_in_every_layout(
     tmp_path: Path, tied: bool
 ) -> None:
     checkpoint = write_tiny_checkpoint(
