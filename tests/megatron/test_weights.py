@@ -14,8 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.checkpoint.files import SafetensorsCheckpoint
-from moe_replay.errors import CheckpointError, UnsupportedError
+from moe_replay.engines.weight_stream import checked_weights
+from moe_replay.errors import CheckpointError, EngineError, UnsupportedError
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
@@ -335,6 +337,25 @@ def test_multi_token_prediction_layers_are_kept_as_they_were(tmp_path):
     run_ranks(save, 1, path, tmp_path / "out", ONE)
     with SafetensorsCheckpoint(tmp_path / "out") as saved:
         assert_equal_tensors(dict(saved), tensors | extra)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_an_export_is_a_full_push_of_a_checkpoint_with_prediction_layers(tmp_path, family):
+    """They are not trained, so engines must not wait for them."""
+    path = write_tiny_checkpoint(tmp_path, family, num_hidden_layers=2, num_nextn_predict_layers=1)
+    trained = {n: t for n, t in tensors_of(path).items() if not n.startswith("model.layers.2.")}
+    extra = {
+        "model.layers.2.eh_proj.weight": torch.randn(4, 4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(4),
+    }
+    save_file(trained | extra, path / "model.safetensors", metadata={"format": "pt"})
+    facts = read_facts(path)
+    (exported,) = run_ranks(round_trip, 1, path, ONE)
+    assert_equal_tensors(dict(checked_weights(iter(exported.items()), facts)), trained)
+    assert_equal_tensors(dict(checkpoint_tensors(path)), trained)
+    del exported["model.norm.weight"]
+    with pytest.raises(EngineError, match=r"1 of \d+ weights were not pushed: model\.norm"):
+        list(checked_weights(iter(exported.items()), facts))
 
 
 def test_a_layer_beyond_the_multi_token_prediction_layers_is_unexpected(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from moe_replay.checkpoint.config import load_config, load_generation_config, refused_by_library
 from moe_replay.checkpoint.files import SafetensorsCheckpoint
-from moe_replay.checkpoint.fit import TIED, check_counts, check_fit
+from moe_replay.checkpoint.fit import TIED, check_counts, check_fit, is_weight
 from moe_replay.checkpoint.stop_tokens import stop_tokens
 from moe_replay.checkpoint.tokenizer import find_tokenizer, num_known_ids
 from moe_replay.routing import RoutedModel
@@ -33,7 +33,8 @@ class ModelFacts:
     routed: RoutedModel | None
     """Layers, experts and top-k of its routers; None for a dense model."""
     weight_shapes: Mapping[str, tuple[int, ...]]
-    """Name of every tensor on disk -> its shape: what a full push holds."""
+    """Name of every weight on disk -> its shape: what a full push holds. Prediction layers are not
+    trained, and belong to none."""
     tied_names: frozenset[str]
     """Names that share one tensor; a push holds at least one of them."""
     float32_names: frozenset[str] = frozenset()
@@ -87,7 +88,7 @@ def read_facts(model_dir: str | Path) -> ModelFacts:
         max_context_length=text.max_position_embeddings,
         eos_ids=tuple(stop_tokens(load_generation_config(model_dir), config, tokenizer)),
         routed=routed_of(model),
-        weight_shapes=shapes,
+        weight_shapes={name: shape for name, shape in shapes.items() if is_weight(name, config)},
         tied_names=TIED if tied else frozenset(),
         float32_names=_float32_names(formats),
         num_known_ids=num_known_ids(tokenizer) if tokenizer is not None else None,
@@ -111,10 +112,14 @@ def _float32_names(formats: Mapping[str, str]) -> frozenset[str]:
 
 
 def checkpoint_tensors(model_dir: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a checkpoint directory by name, one at a time.
+    """Yield the weights of a checkpoint directory by name, one at a time, as a push holds them.
 
     Raises:
+        RecipeError: config.json is missing or wrong.
         CheckpointError: as `SafetensorsCheckpoint`.
     """
+    config = load_config(model_dir)
     with SafetensorsCheckpoint(model_dir) as checkpoint:
-        yield from checkpoint.items()
+        for name in checkpoint:
+            if is_weight(name, config):
+                yield name, checkpoint[name]

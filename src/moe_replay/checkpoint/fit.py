@@ -60,13 +60,7 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) ->
         for name, tensor in model.state_dict().items()
         for usual, shape in usual_parts(name, tuple(tensor.shape), config.model_type)
     }
-    num_prediction = getattr(config, "num_nextn_predict_layers", None) or 0
-    got = {
-        name: shape
-        for name, shape in shapes.items()
-        if not NOT_A_WEIGHT.fullmatch(name)
-        and not is_prediction(name, config.num_hidden_layers, num_prediction)
-    }
+    got = {name: shape for name, shape in shapes.items() if is_weight(name, config)}
     if config.tie_word_embeddings:
         for name in TIED & got.keys():
             needed.setdefault(name, got[name])
@@ -93,6 +87,18 @@ def check_names(needed: AbstractSet[str], got: AbstractSet[str], what: str) -> N
                 f"the checkpoint {differs}: {shortened(sorted(names))}. "
                 "Its config.json likely belongs to another checkpoint, or a shard is missing."
             )
+
+
+def is_weight(name: str, config: Any) -> bool:
+    """Return whether a tensor on disk is trained and given to engines.
+
+    Those of prediction layers are not, and neither are constants that old checkpoints hold.
+    """
+    num_prediction = getattr(config, "num_nextn_predict_layers", None) or 0
+    return not (
+        NOT_A_WEIGHT.fullmatch(name)
+        or is_prediction(name, config.num_hidden_layers, num_prediction)
+    )
 
 
 def is_prediction(name: str, num_layers: int, num_prediction_layers: int) -> bool:
