@@ -41,11 +41,8 @@ def sampled_logprobs(model: torch.nn.Module, batch: Microbatch, scope: ReplaySco
     arrays = (batch.token_ids, batch.positions, rows, batch.next_ids[rows])
     ids, positions, predicting, next_ids = map(torch.from_numpy, arrays)
     packed = packed_rows(batch.index.padded_lengths)
-    # The routers take the routes of this microbatch; the output layer returns no logits.
-    with (
-        scope.microbatch(batch.key),
-        token_statistics(model, predicting, next_ids, temperature=1.0),
-    ):
+    statistics = token_statistics(model, predicting, next_ids, temperature=1.0)
+    with scope.microbatch(batch.key), statistics:  # its routes; no logits of all rows
         return model(ids[None], positions[None], None, packed_seq_params=packed)[0, :, 0]
 
 

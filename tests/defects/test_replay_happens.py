@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,7 +116,7 @@ def _opened(checkpoint: Path, changes: dict[str, Callable[[Any], None]]) -> dict
 
 def replace_fields(config: Any, change: Callable[[Any], None]) -> Any:
     """Return a copy with changed fields; Megatron would refuse some without a GPU."""
-    changed = SimpleNamespace(**vars(config))
+    changed = copy(config)
     change(changed)
     return changed
 

@@ -157,10 +157,10 @@ class _LatestMicrobatch(ReplayScope):
     def _checkpoint_with_key(self, plain: Any) -> Any:
         return plain
 
-    def choose(self, choice: Any) -> Any:
+    def choose(self, *call: Any) -> Any:
         self.latest = self.latest if self._key is None else self._key
         with self.microbatch(self.latest):
-            return super().choose(choice)
+            return super().choose(*call)
 
     def _check_complete(self) -> None:
         """Say nothing, as a global action would."""
