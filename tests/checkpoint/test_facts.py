@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.errors import CheckpointError, RecipeError
@@ -26,6 +26,32 @@ def test_every_family_is_read(tmp_path, family):
 def test_dense_layers_are_no_moe_layers(tmp_path):
     path = write_tiny_checkpoint(tmp_path, num_hidden_layers=4, mlp_only_layers=[0, 2])
     assert read_facts(path).routed.moe_layers == (1, 3)
+
+
+def test_a_language_model_inside_another_config_is_read(tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig
+
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    config = Qwen3_5MoeConfig(text_config=text)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    zeros = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    save_file(zeros, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(tmp_path)
+    facts = read_facts(tmp_path)
+    assert (facts.routed.num_experts, facts.routed.topk) == (4, 2)
+    assert facts.weight_shapes.keys() == zeros.keys() == dict(checkpoint_tensors(tmp_path)).keys()
 
 
 def test_tied_embeddings_are_seen(tmp_path):

@@ -9,7 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from moe_replay.cli.main import main
 from moe_replay.engines.files.format import RolloutFile, shard_files
@@ -125,6 +127,19 @@ def test_e7_one_rank_of_three_is_killed_and_two_go_on(recipe, tmp_path, monkeypa
     assert "continuing:" in capfd.readouterr().err
     sample(recipe, tmp_path / "whole")
     assert completions(tmp_path / "killed") == completions(tmp_path / "whole")
+
+
+def test_a_later_policy_version_of_a_checkpoint_with_prediction_layers_is_sampled(recipe, tmp_path):
+    """As a run's export holds them."""
+    path = write_tiny_checkpoint(
+        tmp_path / "model", "glm4_moe", num_hidden_layers=2, num_nextn_predict_layers=1
+    )
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.2.eh_proj.weight"] = torch.zeros(4, 4)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    sample(recipe, tmp_path / "out", count=1, policy_version=1)
+    group = RolloutFile(tmp_path / "out").group(0)
+    assert {completion.policy_version for completion in group.completions} == {1}
 
 
 def test_e7_a_later_policy_version_is_sampled_beside_the_first(recipe, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,8 +257,8 @@ def test_a_microbatch_that_predicts_nothing_has_a_gradient_of_zero() -> None:
     assert run_ranks(_of_one_layer, 1, weight, _no_rows)[0] == ([0, 1, 1], 0.0)
 
 
-def _refused(model: Any, weight: torch.Tensor) -> str:
-    model.config.mtp_num_layers = 1
+def _refused(model: Any, weight: torch.Tensor, post_process: bool) -> str:
+    model.config.mtp_num_layers, model.post_process = 1, post_process
     with (
         pytest.raises(UnsupportedError) as refusal,
         token_statistics(model, torch.arange(1), torch.arange(1), temperature=1.0),
@@ -267,6 +268,8 @@ def _refused(model: Any, weight: torch.Tensor) -> str:
     return str(refusal.value)
 
 
-def test_a_model_that_predicts_further_tokens_is_refused() -> None:
-    (text,) = run_ranks(_of_one_layer, 1, [[1.0, 2.0]], _refused)
+@pytest.mark.parametrize("post_process", [True, False], ids=["last stage", "first stage"])
+def test_a_model_that_predicts_further_tokens_is_refused_on_every_stage(post_process) -> None:
+    refused = partial(_refused, post_process=post_process)
+    (text,) = run_ranks(_of_one_layer, 1, [[1.0, 2.0]], refused)
     assert "mtp_num_layers is 1" in text

@@ -94,10 +94,10 @@ def is_weight(name: str, config: Any) -> bool:
 
     Those of prediction layers are not, and neither are constants that old checkpoints hold.
     """
-    num_prediction = getattr(config, "num_nextn_predict_layers", None) or 0
+    text = config.get_text_config()
+    num_prediction = getattr(text, "num_nextn_predict_layers", None) or 0
     return not (
-        NOT_A_WEIGHT.fullmatch(name)
-        or is_prediction(name, config.num_hidden_layers, num_prediction)
+        NOT_A_WEIGHT.fullmatch(name) or is_prediction(name, text.num_hidden_layers, num_prediction)
     )
 
 

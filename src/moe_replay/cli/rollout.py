@@ -85,10 +85,10 @@ def _wanted(recipe: Recipe, options: argparse.Namespace) -> range:
 def _push(recipe: Recipe, engine: Engine, policy_version: int) -> None:
     """Set the policy version of the engine's weights, which it has loaded as version 0."""
     if policy_version:
-        from moe_replay.checkpoint.files import SafetensorsCheckpoint
+        from moe_replay.checkpoint.facts import checkpoint_tensors
 
-        with SafetensorsCheckpoint(recipe.model.path) as weights:
-            engine.load_weights(weights.items(), policy_version=policy_version)
+        weights = checkpoint_tensors(recipe.model.path)
+        engine.load_weights(weights, policy_version=policy_version)
 
 
 def _sample(

@@ -55,10 +55,11 @@ def token_statistics(
     Raises:
         UnsupportedError: the model calls its output layer for more than the next token.
     """
+    # On every stage, or the others would wait for the last one.
+    _refuse_other_uses(model.config)
     if not model.post_process:
         yield
         return
-    _refuse_other_uses(model.config)
     layer = model.output_layer
     is_embedding = model.share_embeddings_and_output_weights and model.pre_process
 

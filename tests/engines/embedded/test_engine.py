@@ -258,6 +258,22 @@ def test_tied_embeddings_are_pushed_under_one_name(root):
         )
 
 
+def test_an_embedding_of_another_name_is_tied_by_its_memory(root):
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
+    config.bos_token_id, config.eos_token_id = 1, 2
+    GPT2LMHeadModel(config).save_pretrained(root / "gpt2")
+    engine = EmbeddedEngine(root / "gpt2", dtype="float32")
+    push = load_file(root / "gpt2" / "model.safetensors")
+    engine.load_weights(push.items(), policy_version=1)
+    (embedding,) = (name for name in push if name.endswith("wte.weight"))
+    del push[embedding]
+    with pytest.raises(EngineError, match=r"wte\.weight"):
+        engine.load_weights(push.items(), policy_version=2)
+
+
 def test_a_recurrent_model_is_refused(root):
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 

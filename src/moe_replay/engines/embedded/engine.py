@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -68,10 +69,14 @@ class EmbeddedEngine(VersionedEngine):
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
         self._views = checkpoint_views(self._model)
-        # A push holds what the model has, which may be less than the checkpoint: transformers skips
-        # prediction layers.
+        # A push holds what the model has, and names that share memory are tied, whatever they are.
+        num_names = Counter(view.data_ptr() for view in self._views.values())
         self._facts = replace(
-            facts, weight_shapes={name: tuple(view.shape) for name, view in self._views.items()}
+            facts,
+            weight_shapes={name: tuple(view.shape) for name, view in self._views.items()},
+            tied_names=frozenset(
+                name for name, view in self._views.items() if num_names[view.data_ptr()] > 1
+            ),
         )
         self._progress = RolloutProgress()
         super().__init__(

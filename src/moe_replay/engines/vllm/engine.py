@@ -101,6 +101,7 @@ class VllmEngine(VersionedEngine):
             tensor_parallel_size=tensor_parallel_size,
             max_num_batched_tokens=max_tokens_per_forward,
         )
+        self._capacity = capacity_of(self._vllm.vllm_config)
         self._stepper = VllmStepper(
             self._vllm,
             sleeps=self._vllm.vllm_config.model_config.enable_sleep_mode,
@@ -110,7 +111,7 @@ class VllmEngine(VersionedEngine):
     @property
     def capacity(self) -> CacheCapacity:
         """How many sequences the key-value cache holds at once."""
-        return capacity_of(self._vllm.vllm_config)
+        return self._capacity
 
     @property
     def progress(self) -> RolloutProgress:
@@ -127,6 +128,8 @@ class VllmEngine(VersionedEngine):
         """
         from moe_replay.engines.vllm.sampler import asked_of
 
+        # A closed engine has no group of ranks left; in a broken one all ranks go on together.
+        self._check_state("ready", "broken")
         check_sampling(sampling)
         ranks, own = of_ranks(requests), own_rank()
         # Every rank checks the requests of all, so that a refused request ends all of them.

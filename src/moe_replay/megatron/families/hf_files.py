@@ -38,7 +38,6 @@ def write_checkpoint(
     Works in `<output_dir>.partial` and renames it at the end.
     """
     output = Path(output_dir)
-    assert not output.exists(), output
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -21,6 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moe_replay.errors import UnsupportedError
+
 # Sequences share one padded SDPA call while the shortest fills this part of the longest.
 _MIN_FILL_FRAC = 0.75
 
@@ -45,9 +47,17 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        # `transformer_config` and the layer specs ask for nothing else.
-        assert dropout == 0 and getattr(config, "window_size", None) is None
-        assert attention_type == "self" and attn_mask_type is AttnMaskType.causal
+        for condition, what in (
+            (dropout > 0, f"attention dropout {dropout}"),
+            (getattr(config, "window_size", None) is not None, "a sliding window"),
+            (attention_type != "self", f"{attention_type} attention"),
+            (attn_mask_type is not AttnMaskType.causal, f"attention mask {attn_mask_type.name}"),
+        ):
+            if condition:
+                raise UnsupportedError(
+                    f"core attention of layer {layer_number - 1} was built with {what}; without "
+                    "Transformer Engine only causal self-attention without dropout is available"
+                )
         group = getattr(pg_collection, "cp", None)
         self.cp_group = parallel_state.get_context_parallel_group() if group is None else group
         self.softmax_scale = softmax_scale
@@ -64,7 +74,11 @@ class SDPACoreAttention(MegatronModule):
         **_unused: Any,
     ) -> Tensor:
         """Return attended values with heads and head dim merged: `[s b heads*d]`, `[t heads*d]`."""
-        assert attention_mask is None and attention_bias is None, "sequences are packed, not masked"
+        if attention_mask is not None or attention_bias is not None:
+            raise UnsupportedError(
+                "core attention got an attention mask or bias; it is causal within each sequence and "
+                "takes neither. Pass attention_mask=None and pack sequences instead of masking padding"
+            )
         packed = query.dim() == 3
         num_ranks = self.cp_group.size()
         if packed:
