@@ -171,8 +171,7 @@ def test_a_failed_first_push_goes_back_to_the_checkpoint(tmp_path):
                 raise EngineError(f"no {loaded[-1]}")
 
     for name, value in (("good", 1.0), ("bad", 3.0)):
-        path = tmp_path / name
-        path.mkdir()
+        path = write_tiny_checkpoint(tmp_path / name, num_hidden_layers=1)
         save_file(dict(weights(value)), path / "model.safetensors")
     push = folder_of(tmp_path / "push", weights(2.0))
     engine = started(Failing, checkpoint=tmp_path / "good")
