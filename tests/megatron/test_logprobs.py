@@ -44,9 +44,14 @@ def weighted_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.T
     return (new_logprobs * torch.from_numpy(weights.astype(np.float32))).sum() / 64
 
 
-def chunked_step(checkpoint: Path, parallel: ParallelLayout, chunk_rows: int) -> Values:
+def chunked_step(
+    checkpoint: Path,
+    parallel: ParallelLayout,
+    chunk_rows: int,
+    dtype: torch.dtype = torch.float32,
+) -> Values:
     """Score and differentiate as training does: log-probabilities, entropies, gradients."""
-    actor = start_policy(checkpoint, parallel, chunk_rows=chunk_rows)
+    actor = start_policy(checkpoint, parallel, chunk_rows=chunk_rows, dtype=dtype)
     microbatches = pack(make_samples(8, seed=SEED), scorer=actor, row_multiple=4, count=4)
     scored = actor.score(microbatches, temperature=TEMPERATURE, routing=Routing.LIVE).samples
     actor.backward(microbatches, weighted_loss, temperature=TEMPERATURE, routing=Routing.LIVE)
@@ -65,10 +70,10 @@ def logits_of(actor: MegatronActor, microbatch: Microbatch) -> tuple[torch.Tenso
     return logits.double() / TEMPERATURE, torch.from_numpy(microbatch.next_ids[rows])
 
 
-def plain_step(checkpoint: Path) -> Values:
+def plain_step(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Values:
     """Do the same in one process by a softmax over all logits, in float64."""
-    actor = start_policy(checkpoint)
-    microbatches = pack(make_samples(8, seed=SEED), count=4)
+    actor = start_policy(checkpoint, dtype=dtype)
+    microbatches = pack(make_samples(8, seed=SEED), row_multiple=4, count=4)
     logprobs, entropies = {}, {}
     for microbatch in microbatches:
         logits, next_ids = logits_of(actor, microbatch)
@@ -125,6 +130,19 @@ def test_t8_chunks_give_the_values_and_gradients_of_all_logits_in_every_layout(
             # Chunks of one row take another kernel.
             assert_equal_values(found, expected, 1e-3 if chunk == 1 else 2e-5)
         print(name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bfloat16_loses_no_more_than_whole_logits_in_bfloat16(tmp_path: Path, tied: bool) -> None:
+    """The gradient of the output layer's weight is summed over chunks in float32."""
+    checkpoint = write_tiny_checkpoint(tmp_path, tie_word_embeddings=tied, num_hidden_layers=2)
+    (expected,) = run_ranks(plain_step, 1, checkpoint, torch.bfloat16)
+    (found,) = run_ranks(chunked_step, 1, checkpoint, layout(), CHUNK, torch.bfloat16)
+    # Rounding inside the model; a lost gradient is 1.0.
+    assert_equal_values(found, expected, 3e-2)
+    if not tied:
+        # Summed in bfloat16 it is 8e-3.
+        assert worst(found[2]["lm_head.weight"], expected[2]["lm_head.weight"]) < 6e-3
 
 
 def _with_lost_sum(checkpoint: Path) -> Values:

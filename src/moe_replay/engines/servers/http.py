@@ -220,7 +220,7 @@ class HttpCalls:
             raise
 
     async def _say_anyway(self, answer: Coroutine[Any, Any, Answer]) -> Answer:
-        """Wait for a call that goes on to its end even if whoever waits for it is cancelled."""
+        """Return the answer of a call that runs to its end even if its waiter is cancelled."""
         said = self._loop.create_task(answer)
         for tasks in (self._running, self._given_up):
             tasks.add(said)
