@@ -43,7 +43,7 @@ def test_d19_help_of_train_shows_the_choices_of_every_key_that_has_some(capsys):
         "optimizer.lr_scheduler": "one of: constant, linear, cosine",
         "replay.router_replay_mode": "one of: disabled, R2, R3",
         "megatron.recompute_granularity": "one of: full, selective",
-        "megatron.moe_token_dispatcher_type": "one of: alltoall, allgather",
+        "megatron.moe_token_dispatcher_type": "one of: alltoall, allgather, flex",
         "logging.sinks": "any of: tensorboard, wandb, trackio",
     }
     for key, shown in choices.items():

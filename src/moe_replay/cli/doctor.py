@@ -145,8 +145,6 @@ def add_model(report: dict[str, Any], found: Preflight) -> None:
 
     Loads Megatron-Core, but makes no process group and reads no weight.
     """
-    from moe_replay.megatron.replay.refusals import judge
-
     shape = found.shape
     assert shape is not None
     report["model"] = {
@@ -167,7 +165,7 @@ def add_model(report: dict[str, Any], found: Preflight) -> None:
         report["routes"] = routes_of(found, shape, max(map(len, moe_layers)))
     report["options"] = [
         {"option": refusal.option, "state": verdict.value, "why": refusal.why}
-        for refusal, verdict in judge(found.config)
+        for refusal, verdict in found.verdicts
     ]
 
 

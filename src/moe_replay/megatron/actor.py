@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,11 +22,15 @@ from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.optimization import build_optimizer, wrap_for_training
+from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import WeightExport, load_hf_weights
 from moe_replay.recipe.sections.training import OptimizerSection, ParallelLayout
 from moe_replay.routing import Routing
+
+_NO_OPTIONS = MegatronOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,36 +56,20 @@ class MegatronActor(MegatronLearner):
         settings: OptimizerSection,
         num_updates: int,
         chunk_rows: int = CHUNK_ROWS,
+        options: MegatronOptions = _NO_OPTIONS,
     ) -> None:
         """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config``.
 
-        The schedule of the learning rate ends after ``num_updates`` optimizer steps.
+        ``options`` are further fields of Megatron's configs of gradient buffers and optimizer. The
+        schedule of the learning rate ends after ``num_updates`` optimizer steps.
         """
         self.modules = list(modules)
         self.config = config
-        wrapping = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
-        )
-        wrapped = [DistributedDataParallel(config, wrapping, module) for module in self.modules]
+        wrapped = wrap_for_training(self.modules, config, options)
         super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
         self.weights = WeightExport(self.modules)
         """What engines are given."""
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                bf16=bool(config.bf16),
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            wrapped,
-        )
+        self.optimizer = build_optimizer(wrapped, settings, config, options)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             # Megatron starts the warm-up from here; a start at 0 would waste a rollout.
@@ -205,16 +188,18 @@ def build_policy(
     settings: OptimizerSection,
     num_updates: int,
     grouped_experts: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    options: MegatronOptions = _NO_OPTIONS,
     chunk_rows: int = CHUNK_ROWS,
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
     ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights.
-    ``overrides`` holds further TransformerConfig fields, such as ``recompute_*``. Logits exist for
-    ``chunk_rows`` token rows at a time.
+    ``options`` holds further fields of Megatron's configs, such as ``recompute_*``. Logits exist
+    for ``chunk_rows`` token rows at a time.
     """
-    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
+    modules, config = _load_modules(
+        checkpoint_dir, layout, dtype, grouped_experts, options.transformer
+    )
     return MegatronActor(
         modules,
         config=config,
@@ -222,6 +207,7 @@ def build_policy(
         settings=settings,
         num_updates=num_updates,
         chunk_rows=chunk_rows,
+        options=options,
     )
 
 
@@ -232,9 +218,13 @@ def build_scorer(
     dtype: torch.dtype,
     grouped_experts: bool = False,
     chunk_rows: int = CHUNK_ROWS,
+    overrides: Mapping[str, Any] | None = None,
 ) -> MegatronScorer:
-    """Build a frozen copy of a Hugging Face checkpoint, such as the reference model."""
-    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, None)
+    """Build a frozen copy of a Hugging Face checkpoint, such as the reference model.
+
+    ``overrides`` are further TransformerConfig fields.
+    """
+    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     for module in modules:
         module.requires_grad_(False)
     return MegatronScorer(modules, num_experts=config.num_moe_experts or 0, chunk_rows=chunk_rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,29 +62,12 @@ def transformer_config(
     """
     overrides = dict(overrides or {})
     _check_overrides(shape, layout, overrides)
-    balances = bool(overrides.get("moe_aux_loss_coeff"))
     _check_divisible(shape, layout)
-    fields = _fields(shape, layout, dtype)
-    if shape.num_experts:
-        fields |= {
-            "num_moe_experts": shape.num_experts,
-            "moe_router_topk": shape.topk,
-            "moe_ffn_hidden_size": shape.expert_ffn_size,
-            "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
-            "moe_router_load_balancing_type": "aux_loss" if balances else "none",
-            "moe_router_dtype": "fp32",
-            "moe_grouped_gemm": compat.transformer_engine_usable(),
-        }
-    fields |= dict(shape.megatron_fields) | overrides
-    if fields["moe_token_dispatcher_type"] == "allgather":
-        # Every rank must then bring equally many rows, so their number need not travel along the
-        # pipeline either.
-        fields["variable_seq_lengths"] = False
-    latent = fields.get("multi_latent_attention", False)
+    fields = config_fields(shape, layout, dtype=dtype, overrides=overrides)
     try:
         with quiet_megatron():
-            config = (MLATransformerConfig if latent else TransformerConfig)(**fields)
-    except (ValueError, AssertionError) as error:
+            config = _config_class(fields)(**fields)
+    except (ValueError, AssertionError, ImportError) as error:
         raise UnsupportedError(
             f"Megatron-Core {'.'.join(map(str, compat.VERSION))} refuses this model in this layout: {error}"
         ) from error
@@ -94,6 +79,59 @@ def transformer_config(
             f"virtual_pipeline_model_parallel_size is {num_chunks}; set it to the number in the layout"
         )
     return config
+
+
+def asked_config(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overrides: Mapping[str, Any] | None = None,
+) -> SimpleNamespace:
+    """Return the fields of the configuration as they are asked for, whatever Megatron says to them.
+
+    A refusal of replay is worth more than that of a package that the same option needs.
+    """
+    fields = config_fields(shape, layout, dtype=dtype, overrides=overrides or {})
+    defaults = {
+        each.name: each.default
+        for each in dataclasses.fields(_config_class(fields))
+        if each.default is not dataclasses.MISSING
+    }
+    return SimpleNamespace(**defaults | fields)
+
+
+def config_fields(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of Megatron's configuration; nothing is checked."""
+    fields = _fields(shape, layout, dtype)
+    if shape.num_experts:
+        balances = bool(overrides.get("moe_aux_loss_coeff"))
+        fields |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_router_topk": shape.topk,
+            "moe_ffn_hidden_size": shape.expert_ffn_size,
+            "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
+            "moe_router_load_balancing_type": "aux_loss" if balances else "none",
+            "moe_router_dtype": "fp32",
+            "moe_grouped_gemm": compat.transformer_engine_usable(),
+        }
+    fields |= dict(shape.megatron_fields) | dict(overrides)
+    if fields["moe_token_dispatcher_type"] == "allgather":
+        # Every rank must then bring equally many rows, so their number need not travel along the
+        # pipeline either.
+        fields["variable_seq_lengths"] = False
+    return fields
+
+
+def _config_class(fields: Mapping[str, Any]) -> type[TransformerConfig]:
+    latent = fields.get("multi_latent_attention", False)
+    return MLATransformerConfig if latent else TransformerConfig
 
 
 def _check_overrides(

@@ -19,6 +19,7 @@ from moe_replay.recipe.rules import Problem, effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of
 from moe_replay.recipe.sections.locations import anchored
 from moe_replay.recipe.sections.rollout import RolloutSection, engine_class, owners
+from moe_replay.recipe.sections.training import OWN_TRANSFORMER_KEYS
 
 _ENGINE = "rollout.engine"
 
@@ -64,6 +65,7 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Rec
     """
     tables: dict[str, Any] = _plain(table)
     _spread_engine(tables)
+    _lift_megatron_keys(tables)
     sections, problems = _validate_sections(tables)
     problems += rule_problems(sections)
     effect_free = effect_free_keys(sections)
@@ -111,6 +113,21 @@ def _spread_engine(table: dict[str, Any]) -> None:
         own = "engine" if key == "kind" else key
         wrong = own in rollout or key in RolloutSection.model_fields
         rollout[f"engine.{key}" if wrong else own] = value
+
+
+def _lift_megatron_keys(table: dict[str, Any]) -> None:
+    """Move what ``[megatron.transformer]`` says of a key of ``[megatron]`` to that key.
+
+    Example: ``[megatron.transformer] recompute_granularity = "full"`` becomes
+    ``megatron.recompute_granularity``. If both are there, it stays behind, and is refused.
+    """
+    megatron = table.get("megatron")
+    if not isinstance(megatron, dict) or not isinstance(megatron.get("transformer"), dict):
+        return
+    options = megatron["transformer"]
+    for name in OWN_TRANSFORMER_KEYS & options.keys():
+        if name not in megatron:
+            megatron[name] = options.pop(name)
 
 
 def _make_paths_absolute(table: dict[str, Any], folder: Path) -> None:

@@ -177,13 +177,18 @@ class Recipe(Section):
     def fingerprint_items(self) -> dict[str, Any]:
         """Dotted key -> value of everything that decides the training results, rounding aside.
 
-        Keys whose `Key.may_change` allows it are omitted. Of a path only the last part counts;
-        `run_identity` puts digests of the contents in its place.
+        Keys whose `Key.may_change` allows it are omitted, and so are names in a table that
+        `Key.may_change_inside` lists. Of a path only the last part counts; `run_identity` puts
+        digests of the contents in its place.
         """
         items = {}
         for path, section, field, entry in self._keys(self.resolved_table()):
-            if not self._may_change(section, field):
-                value = entry[_leaf(path)]
+            if self._may_change(section, field):
+                continue
+            value = entry[_leaf(path)]
+            if allowed := key_of(field).may_change_inside:
+                items |= {f"{path}.{name}": value[name] for name in sorted(value.keys() - allowed)}
+            else:
                 items[path] = Path(value).name if is_path(field) else value
         return items
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_replay.recipe.bearer import MASK
+from moe_replay.recipe.options.problems import option_problems
 from moe_replay.recipe.sections.base import sections_for
 from moe_replay.recipe.sections.locations import GENERATED, HUB, has_splits
 from moe_replay.recipe.sections.rollout import (
@@ -26,6 +27,7 @@ from moe_replay.recipe.sections.run import (
     RunSection,
 )
 from moe_replay.recipe.sections.training import (
+    OWN_TRANSFORMER_KEYS,
     BatchSection,
     GrpoSection,
     MegatronSection,
@@ -286,6 +288,15 @@ def _live_gap_needs_replay(replay: ReplaySection) -> Iterator[Problem]:
             "live and rollout_correction/* is the live gap already: set it to 0, or choose a mode "
             "that replays",
         )
+
+
+@Rule
+def _megatron_options_are_honoured(megatron: MegatronSection) -> Iterator[Problem]:
+    tables = {name: getattr(megatron, name) for name in ("transformer", "ddp", "optimizer")}
+    for found in option_problems(
+        tables, dispatcher=megatron.moe_token_dispatcher_type, own_keys=OWN_TRANSFORMER_KEYS
+    ):
+        yield Problem(*found)
 
 
 @EffectRule

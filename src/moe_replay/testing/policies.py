@@ -5,7 +5,7 @@ In: a checkpoint. Out: an actor, microbatches, samples with the model's own rout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.logprobs import CHUNK_ROWS
+from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.ranks.replica import Peer, Replica
 from moe_replay.megatron.ranks.sharing import share_routes
@@ -45,12 +46,15 @@ def start_policy(
     *,
     dtype: torch.dtype = torch.float32,
     chunk_rows: int = CHUNK_ROWS,
+    ddp: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> MegatronActor:
     """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
 
     Logits exist for ``chunk_rows`` token rows at a time. ``overrides`` are further
-    TransformerConfig fields, such as ``recompute_granularity``.
+    TransformerConfig fields, such as ``recompute_granularity``, ``ddp`` and ``optimizer`` those of
+    DistributedDataParallelConfig and OptimizerConfig.
     """
     layout = layout or ParallelLayout()
     initialize(layout)
@@ -60,7 +64,7 @@ def start_policy(
         dtype=dtype,
         settings=SETTINGS,
         num_updates=10,
-        overrides=overrides,
+        options=MegatronOptions(transformer=overrides, ddp=ddp or {}, optimizer=optimizer or {}),
         chunk_rows=chunk_rows,
     )
 

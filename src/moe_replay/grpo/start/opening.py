@@ -20,6 +20,7 @@ from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import initialize, shutdown
+from moe_replay.megatron.options.typed import read_options
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
@@ -130,7 +131,7 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         settings=recipe.optimizer,
         num_updates=recipe.num_updates,
         grouped_experts=recipe.model.grouped_experts,
-        overrides=recipe.megatron.config_fields(),
+        options=read_options(recipe.megatron),
         chunk_rows=recipe.batch.logprob_chunk_size,
     )
 
@@ -151,4 +152,5 @@ def _build_reference(recipe: Recipe) -> MegatronScorer | None:
         dtype=getattr(torch, recipe.model.dtype),
         grouped_experts=recipe.model.grouped_experts,
         chunk_rows=recipe.batch.logprob_chunk_size,
+        overrides=read_options(recipe.megatron).transformer,
     )

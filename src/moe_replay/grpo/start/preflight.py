@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moe_replay.checkpoint.facts import ModelFacts
     from moe_replay.grpo.inputs import Inputs
     from moe_replay.megatron.model import ModelShape, TransformerConfig
+    from moe_replay.megatron.replay.refusals import Refusal, Verdict
 
 _PYTHON = ">=3.11"
 _OPTIONAL = "optional"
@@ -50,6 +51,8 @@ class Preflight:
         """What the checkpoint's config says of the model."""
         self.config: TransformerConfig | None = None
         """Of the model in that layout."""
+        self.verdicts: Sequence[tuple[Refusal, Verdict]] = ()
+        """What replay says to every option of its table of refusals."""
         self.stages: Sequence[Sequence[int]] = ()
         """Decoder layers of each pipeline stage."""
         self.facts: ModelFacts | None = None
@@ -219,25 +222,32 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     """Translate model and layout into Megatron's configuration, and judge that."""
     import torch
 
-    from moe_replay.megatron.model import transformer_config
+    from moe_replay.megatron.model import asked_config, transformer_config
+    from moe_replay.megatron.optimization import optimizer_config, wrapping_config
+    from moe_replay.megatron.options.typed import option_errors, read_options
+    from moe_replay.megatron.replay.refusals import judge
     from moe_replay.megatron.stages import stage_layers
 
     recipe = found.recipe
-    layout = recipe.megatron
+    layout, dtype = recipe.megatron, getattr(torch, recipe.model.dtype)
     found.ask(lambda: _check_ranks(layout, found.process.world_size))
+    asked = asked_config(shape, layout, dtype=dtype, overrides=layout.config_fields())
+    found.verdicts = list(judge(asked))
+    if recipe.replays:
+        found.problems += _refusals(found.verdicts, shape, recipe)
+    wrong = list(option_errors(layout))
+    found.problems += wrong
+    if wrong:
+        return
+    options = read_options(layout)
     found.config = found.ask(
-        lambda: transformer_config(
-            shape,
-            layout,
-            dtype=getattr(torch, recipe.model.dtype),
-            overrides=layout.config_fields(),
-        )
+        lambda: transformer_config(shape, layout, dtype=dtype, overrides=options.transformer)
     )
+    found.ask(lambda: wrapping_config(options))
     if found.config is None:
         return
+    found.ask(lambda: optimizer_config(recipe.optimizer, found.config, options))
     found.stages = stage_layers(found.config)
-    if recipe.replays:
-        found.problems += _refusals(found.config, shape, recipe)
 
 
 def _check_ranks(layout: ParallelLayout, world_size: int) -> None:
@@ -250,16 +260,16 @@ def _check_ranks(layout: ParallelLayout, world_size: int) -> None:
 
 
 def _refusals(
-    config: TransformerConfig, shape: ModelShape, recipe: Recipe
+    verdicts: Sequence[tuple[Refusal, Verdict]], shape: ModelShape, recipe: Recipe
 ) -> Iterator[MoeReplayError]:
-    from moe_replay.megatron.replay.refusals import Verdict, judge
+    from moe_replay.megatron.replay.refusals import Verdict
 
     if not shape.num_moe_layers:
         yield RecipeError(
             f"every layer of {recipe.model.path} is dense, so there is nothing to replay; set "
             "replay.router_replay_mode = 'disabled'"
         )
-    for refusal, verdict in judge(config):
+    for refusal, verdict in verdicts:
         if verdict is Verdict.REFUSED:
             yield UnsupportedError(
                 f"replay cannot be exact with {refusal.option}: {refusal.why}; set {refusal.remedy}"

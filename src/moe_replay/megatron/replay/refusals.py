@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.errors import TraceError, UnsupportedError
 from moe_replay.routing import RouteSlice, expert_dtype
@@ -32,7 +32,7 @@ class Refusal:
     """Name in messages: a TransformerConfig field, with its value where only some are refused."""
     fields: tuple[str, ...]
     """TransformerConfig fields of which this Megatron-Core needs one to know the option."""
-    is_set: Callable[[TransformerConfig], bool]
+    is_set: Callable[[Asked], bool]
     """Whether a configuration asks for it."""
     why: str
     """Why no replay can be exact with it."""
@@ -40,21 +40,26 @@ class Refusal:
     """What to set instead."""
 
 
+# A configuration, or its fields as a recipe asks for them.
+Asked = Any
+
 _GRAPHS_WITHOUT_ROUTER = frozenset({"attn", "mlp", "mamba"})
 
 
-def _captures_router(config: TransformerConfig) -> bool:
+def _captures_router(config: Asked) -> bool:
     """Whether a CUDA graph would hold a router; an empty list of modules means complete layers."""
     if config.cuda_graph_impl == "none":
         return False
     modules = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope or ()
+    if isinstance(modules, str):
+        modules = [] if modules == "full" else modules.split(",")
     names = {getattr(module, "name", str(module)) for module in modules}
     return config.cuda_graph_impl != "transformer_engine" or not (
         names and names <= _GRAPHS_WITHOUT_ROUTER
     )
 
 
-def _recomputes_router_in_low_precision(config: TransformerConfig) -> bool:
+def _recomputes_router_in_low_precision(config: Asked) -> bool:
     low_precision = config.fp8 or getattr(config, "fp4", None)
     selected = "moe" in (config.recompute_modules or ())
     recomputes = config.recompute_granularity == "full" or (
@@ -63,8 +68,8 @@ def _recomputes_router_in_low_precision(config: TransformerConfig) -> bool:
     return bool(low_precision and recomputes)
 
 
-def _balances_by(name: str) -> Callable[[TransformerConfig], bool]:
-    def is_set(config: TransformerConfig) -> bool:
+def _balances_by(name: str) -> Callable[[Asked], bool]:
+    def is_set(config: Asked) -> bool:
         chosen = config.moe_router_load_balancing_type
         return name in (chosen if isinstance(chosen, list) else [chosen])
 
@@ -74,7 +79,7 @@ def _balances_by(name: str) -> Callable[[TransformerConfig], bool]:
 def _given(*fields: str, why: str, remedy: str) -> Refusal:
     """Refuse a configuration that sets one of ``fields``, of which the first is the option."""
 
-    def is_set(config: TransformerConfig) -> bool:
+    def is_set(config: Asked) -> bool:
         return any(getattr(config, field, None) not in (None, False) for field in fields)
 
     return Refusal(option=fields[0], fields=fields, is_set=is_set, why=why, remedy=remedy)
@@ -95,8 +100,7 @@ REFUSALS = (
     ),
     Refusal(
         option="moe_router_load_balancing_type = quantile_balancing",
-        # The balancing came together with this field.
-        fields=("moe_router_quantile_balancing_ema",),
+        fields=("moe_router_load_balancing_type",),
         is_set=_balances_by("quantile_balancing"),
         why="quantile balancing computes the experts before the top-k",
         remedy="'none' or 'aux_loss'",
@@ -104,6 +108,7 @@ REFUSALS = (
     _given(
         "moe_expert_capacity_factor",
         "moe_expert_rank_capacity_factor",
+        "moe_paged_stash",
         why="tokens over capacity are dropped after the replay",
         remedy="no capacity factor, which is dropless",
     ),
@@ -123,6 +128,8 @@ REFUSALS = (
     ),
     _given(
         "overlap_moe_expert_parallel_comm",
+        "delay_wgrad_compute",
+        "ep_overlap_early_attn_memory_release",
         why="the forward step only plans the layers, which then run between those of other microbatches",
         remedy="overlap_moe_expert_parallel_comm = False",
     ),
@@ -147,8 +154,8 @@ REFUSALS = (
 )
 
 
-def judge(config: TransformerConfig) -> Iterator[tuple[Refusal, Verdict]]:
-    """Yield every line of the table with its verdict on a TransformerConfig."""
+def judge(config: Asked) -> Iterator[tuple[Refusal, Verdict]]:
+    """Yield every line of the table with its verdict on a TransformerConfig, or on its fields."""
     for refusal in REFUSALS:
         known = any(hasattr(config, field) for field in refusal.fields)
         if not config.num_moe_experts or not known:

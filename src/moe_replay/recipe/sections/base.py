@@ -41,6 +41,8 @@ class Key:
     may_change: bool | Callable[..., bool] | None = None
     """Whether a run resumes although the value has changed, because it does not decide results. A
     function is asked with the sections that its parameters name; None: as the section says."""
+    may_change_inside: frozenset[str] = frozenset()
+    """Of a key that holds a table and may not change: names in it that may."""
     anchor: Callable[[str, Path], str] | None = None
     """(value, folder) -> value, for a text that may hold a path, which then starts at the folder.
     Keys of type `TomlPath` need none."""

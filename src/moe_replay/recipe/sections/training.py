@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moe_replay.recipe.options.switches import MAY_CHANGE_ON_RESUME
 from moe_replay.recipe.sections.base import Key, Section, Several
 from moe_replay.routing import ReplayMode
 
@@ -173,11 +174,14 @@ class ParallelLayout(Section):
         )
 
 
-class MegatronSection(ParallelLayout):
-    """``[megatron]``: layout and recomputation, under Megatron-Core's own names."""
+_TABLES = {"transformer", "ddp", "optimizer"}
 
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel to the ranks of their experts."""
+
+class MegatronSection(ParallelLayout):
+    """``[megatron]``: layout, recomputation and other options, under Megatron-Core's own names."""
+
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens travel to the ranks of their experts; ``flex`` needs DeepEP or HybridEP."""
     moe_aux_loss_coeff: Annotated[float, Key(may_change=False)] = Field(default=0.0, ge=0)
     """Weight of the loss that balances the live experts of a microbatch, padding excluded; 0
     switches it off."""
@@ -191,11 +195,46 @@ class MegatronSection(ParallelLayout):
     recompute_modules: Several[str] | None = None
     """With ``selective``: names of modules, such as ``moe``."""
 
+    transformer: Annotated[
+        dict[str, Any], Key(may_change=False, may_change_inside=MAY_CHANGE_ON_RESUME)
+    ] = Field(default_factory=dict)
+    """Any other field of Megatron's TransformerConfig, such as ``moe_permute_fusion = true``."""
+    ddp: Annotated[
+        dict[str, Any], Key(may_change=False, may_change_inside=MAY_CHANGE_ON_RESUME)
+    ] = Field(default_factory=dict)
+    """Any field of Megatron's DistributedDataParallelConfig, such as ``overlap_grad_reduce =
+    true``."""
+    optimizer: Annotated[
+        dict[str, Any], Key(may_change=False, may_change_inside=MAY_CHANGE_ON_RESUME)
+    ] = Field(default_factory=dict)
+    """Any field of Megatron's OptimizerConfig, such as ``optimizer_cpu_offload = true``."""
+
     def config_fields(self) -> dict[str, Any]:
-        """Return the keys beside the layout's: each is a TransformerConfig field of that name."""
-        return self.model_dump(
-            mode="json", exclude_none=True, exclude=set(ParallelLayout.model_fields)
+        """Return the TransformerConfig fields beside the layout's, as a recipe writes them."""
+        own = self.model_dump(
+            mode="json", exclude_none=True, exclude=set(ParallelLayout.model_fields) | _TABLES
         )
+        return own | self.transformer
+
+    def ddp_fields(self) -> dict[str, Any]:
+        """Return the DistributedDataParallelConfig fields that are set, as a recipe writes them.
+
+        Gradients are summed and reduced in float32, unless ``main_grads_dtype`` says that the
+        optimizer takes another format.
+        """
+        wide = self.optimizer.get("main_grads_dtype", "float32") == "float32"
+        return {"grad_reduce_in_fp32": wide, "use_distributed_optimizer": True} | self.ddp
+
+    def optimizer_fields(self) -> dict[str, Any]:
+        """Return the OptimizerConfig fields that are set, as a recipe writes them.
+
+        With ``optimizer_cpu_offload`` everything is offloaded, where Megatron's own default for
+        the fraction is nothing.
+        """
+        fields: dict[str, Any] = {"use_distributed_optimizer": True}
+        if self.optimizer.get("optimizer_cpu_offload"):
+            fields["optimizer_offload_fraction"] = 1.0
+        return fields | self.optimizer
 
     def round_up_microbatches(self, count: int) -> int:
         """Return the lowest number of microbatches from ``count`` on that the schedule takes.
@@ -207,3 +246,9 @@ class MegatronSection(ParallelLayout):
             return count
         stages = self.pipeline_model_parallel_size
         return -(-count // stages) * stages
+
+
+OWN_TRANSFORMER_KEYS = (
+    frozenset(MegatronSection.model_fields) - frozenset(ParallelLayout.model_fields) - _TABLES
+)
+"""Keys of ``[megatron]`` that are fields of Megatron's TransformerConfig beside the layout."""
