@@ -14,7 +14,8 @@ from moe_replay.megatron.options.typed import option_errors, read_options
 from moe_replay.megatron.upstream.compat import VERSION
 from moe_replay.recipe.options.decided import DECIDED
 from moe_replay.recipe.options.refused import REFUSED
-from moe_replay.recipe.options.switches import MAY_CHANGE_ON_RESUME, SWITCHES
+from moe_replay.recipe.options.switches import SWITCHES
+from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 from moe_replay.recipe.sections.training import MegatronSection
 
 CONFIGS = {

@@ -5,7 +5,8 @@ import pytest
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.recipe.options.decided import DECIDED
 from moe_replay.recipe.options.refused import REFUSED
-from moe_replay.recipe.options.switches import MAY_CHANGE_ON_RESUME, SWITCHES
+from moe_replay.recipe.options.switches import SWITCHES
+from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 
 from ...grpo.smallest_recipe import problems_of, recipe
 

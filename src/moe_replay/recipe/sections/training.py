@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moe_replay.recipe.options.switches import MAY_CHANGE_ON_RESUME
 from moe_replay.recipe.sections.base import Key, Section, Several
+from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 from moe_replay.routing import ReplayMode
 
 
