@@ -194,6 +194,6 @@ def _groups(
             sampling,
             engine.description,
             vocab_size=vocab_size,
-            policy_version=engine.policy_version,
+            policy_versions=range(engine.policy_version, engine.policy_version + 1),
         )
         yield from groups

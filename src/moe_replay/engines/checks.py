@@ -80,12 +80,12 @@ def check_groups(
     description: EngineDescription,
     *,
     vocab_size: int,
-    policy_version: int | None,
+    policy_versions: range | None,
 ) -> None:
     """Raise `EngineError` unless ``groups`` answer ``requests`` as every engine must.
 
-    ``vocab_size`` is that of the model that is trained. ``policy_version`` must have sampled them;
-    None accepts any.
+    ``vocab_size`` is that of the model that is trained. ``policy_versions`` may have sampled them,
+    the last one is the trainer's; None accepts any.
     """
     if len(groups) != len(requests):
         raise EngineError(
@@ -102,7 +102,7 @@ def check_groups(
                 sampling,
                 where=f"{where}, completion {number}",
                 vocab_size=vocab_size,
-                policy_version=policy_version,
+                policy_versions=policy_versions,
             )
 
 
@@ -126,7 +126,7 @@ def _check_asked(
     *,
     where: str,
     vocab_size: int,
-    policy_version: int | None,
+    policy_versions: range | None,
 ) -> None:
     tokens = completion.token_ids
     foreign = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
@@ -142,11 +142,18 @@ def _check_asked(
             f"{where}: {len(tokens)} tokens, expected at most {sampling.max_completion_length} "
             "(max_completion_length): the engine must stop there and return FinishReason.LENGTH"
         )
-    if policy_version is not None and completion.policy_version != policy_version:
+    versions = (completion.oldest_version, completion.policy_version)
+    if policy_versions is not None and any(v not in policy_versions for v in versions):
+        allowed = (
+            f"; rollout.max_staleness accepts {policy_versions[0]} to {policy_versions[-1]}"
+            if len(policy_versions) > 1
+            else ""
+        )
         raise EngineError(
-            f"{where} was sampled by policy version {completion.policy_version}, the trainer is at "
-            f"{policy_version} (weight pushes so far): its log-probabilities are those of other "
-            "weights; return completions of the weights that were pushed last"
+            f"{where} was sampled by policy version "
+            f"{' to '.join(map(str, sorted({*versions})))}, the trainer is at "
+            f"{policy_versions[-1]} (weight pushes so far): its log-probabilities are those of other "
+            f"weights; return completions of the weights that were pushed last{allowed}"
         )
 
 

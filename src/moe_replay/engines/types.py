@@ -95,6 +95,9 @@ class Completion:
     """Weight pushes that the engine had received when the completion ended."""
     server: str = ""
     """Address of the server that sampled it, credentials masked; empty without a server."""
+    began_under: int | None = None
+    """Policy version that sampled its first token, if a push came in between; its trace then says
+    which rows are of which version. None: ``policy_version`` sampled all of it."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "rollout_logprobs"):
@@ -102,6 +105,11 @@ class Completion:
             # A copy, as an engine may reuse its buffer. `check_group` refuses what is not an array.
             if isinstance(array, np.ndarray):
                 object.__setattr__(self, name, kept(array))
+
+    @property
+    def oldest_version(self) -> int:
+        """Policy version of its first token: by it a completion is stale."""
+        return self.policy_version if self.began_under is None else self.began_under
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +246,22 @@ class CountsFaults(Protocol):
     @property
     def faults(self) -> Mapping[str, int]:
         """Kind of fault -> calls that have failed in this way."""
+        ...
+
+
+@runtime_checkable
+class SamplesBeside(Protocol):
+    """An engine on resources of its own, which samples while the trainer computes.
+
+    With ``rollout.max_staleness`` `Engine.generate` is called in a thread of its own, one call at a
+    time. No other method but `cancel` and properties is called while it runs.
+    """
+
+    def cancel(self) -> None:
+        """End the running call of `Engine.generate`, which then raises; nothing where none runs.
+
+        Another thread calls it.
+        """
         ...
 
 

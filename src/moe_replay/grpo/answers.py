@@ -25,25 +25,54 @@ def ask_engine(
         EngineError: on every rank, when the engine of one fails or breaks the contract. Where ranks
             share an engine that fails while it samples, only on that one: the others wait inside.
     """
-    rollout = run.recipe.rollout
     # The ranks of one vLLM take their steps together, so none of them may leave alone.
     groups = run.droppable(
-        lambda: run.engine.generate(requests, sampling), alone=rollout.ranks_per_engine == 1
+        lambda: run.engine.generate(requests, sampling),
+        alone=run.recipe.rollout.ranks_per_engine == 1,
     )
-    stale = isinstance(rollout, FilesEngineSection) and rollout.allow_stale
 
-    def checked() -> list[tuple[RolloutGroup, int]]:
-        check_groups(
-            groups,
-            requests,
-            sampling,
-            run.engine.description,
-            vocab_size=run.actor.vocab_size,
-            policy_version=None if stale else run.policy_version,
-        )
-        return [run.stop_strings.cut(group) for group in groups]
+    def checked() -> tuple[list[RolloutGroup], int]:
+        check_answer(run, groups, requests, sampling, trained_at=run.policy_version)
+        return end_at_stops(run, groups)
 
-    cut = run.droppable(checked)
+    return run.droppable(checked)
+
+
+def check_answer(
+    run: Run,
+    groups: Sequence[RolloutGroup],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    *,
+    trained_at: int,
+    max_staleness: int = 0,
+) -> None:
+    """Hold what an engine returned to its contract.
+
+    ``trained_at`` is the trainer's policy version when it learns from them, and ``max_staleness``
+    how many versions older they may be.
+
+    Raises:
+        EngineError: when it breaks the contract.
+        DivergedError: when a log-probability is NaN.
+    """
+    rollout = run.recipe.rollout
+    takes_any = isinstance(rollout, FilesEngineSection) and rollout.allow_stale
+    check_groups(
+        groups,
+        requests,
+        sampling,
+        run.engine.description,
+        vocab_size=run.actor.vocab_size,
+        policy_versions=None
+        if takes_any
+        else range(max(0, trained_at - max_staleness), run.policy_version + 1),
+    )
+
+
+def end_at_stops(run: Run, groups: Sequence[RolloutGroup]) -> tuple[list[RolloutGroup], int]:
+    """End completions at stop strings; return the groups, and the tokens cut off there."""
+    cut = [run.stop_strings.cut(group) for group in groups]
     return [group for group, _ in cut], sum(count for _, count in cut)
 
 

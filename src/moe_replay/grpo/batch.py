@@ -78,6 +78,7 @@ def _make_samples(
                 item=prompt.index,
                 completion=number,
                 server=completion.server,
+                policy_version=completion.oldest_version,
             )
         )
         trace = rollout.traces.get(key)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_replay.grpo.ahead import begin_saving, save_groups
+from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.checkpoint import RunPosition
 from moe_replay.megatron.finite import check_optimizer
+
+ROLLOUT_FOLDER = "rollout"
+"""Of a checkpoint: the completions that the next step learns from, where they are there already."""
 
 
 def save_checkpoint(run: Run) -> None:
@@ -24,8 +32,31 @@ def save_checkpoint(run: Run) -> None:
         evaluation_is_owed=run.evaluation_is_owed,
         guard=run.guard.to_plain() if run.guard is not None else {},
     )
-    run.checkpoints.save(run.actor, position)
+    run.checkpoints.save(run.actor, position, beside=_rollout_writers(run))
     run.saved_step = run.step
+
+
+def _rollout_writers(run: Run) -> list[Callable[[Path], None]]:
+    """Return what writes the rollout that the next step will take, if one is held."""
+    held = run.ahead.held
+    if held is None:
+        return []
+    position = run.next_prompt
+
+    def begin(folder: Path) -> None:
+        if run.ranks.rank == 0:
+            begin_saving(
+                folder / ROLLOUT_FOLDER,
+                run.engine.description,
+                recipe_sampling(run.recipe),
+                policy_version=held[0].completions[0].policy_version,
+                requests=range(position, position + run.recipe.prompts_per_step),
+            )
+
+    def write(folder: Path) -> None:
+        save_groups(folder / ROLLOUT_FOLDER, held, rank=run.ranks.rank, num_ranks=run.ranks.size)
+
+    return [begin, write]
 
 
 def load_checkpoint(run: Run, step: int) -> None:

@@ -17,7 +17,7 @@ from moe_replay.grpo.push import push_weights
 from moe_replay.grpo.record import step_record
 from moe_replay.grpo.records import BaseReporter, RunEnd
 from moe_replay.grpo.reward import score_rewards
-from moe_replay.grpo.rollout import roll_out
+from moe_replay.grpo.rollout import await_next, begin_next, roll_out
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.score import score_old, score_reference
 from moe_replay.grpo.start.opening import open_run
@@ -91,8 +91,10 @@ def _take_step(run: Run) -> None:
     run.begin_step()
     with run.station("rollout"):
         rollout = roll_out(run)
+    begin_next(run)
     with run.station("reward"):
         scored = score_rewards(run, rollout)
+    run.keep_step()
     with run.station("batch"):
         batch = make_batch(run, rollout, scored)
     with run.station("old_logprobs"):
@@ -101,6 +103,7 @@ def _take_step(run: Run) -> None:
         reference = score_reference(run, old.batch)
     with run.station("update"):
         update = update_policy(run, old, reference)
+    await_next(run)
     with run.station("sync"):
         push_weights(run)
     record, completions = step_record(run, rollout, scored, old, update)

@@ -37,6 +37,8 @@ def step_record(
     tally.add_sum("completions/unknown_tokens", unknown)
     if run.recipe.rollout.stop:
         tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
+    if run.may_be_stale:
+        tally = Tally.merge([tally, _staleness(rollout)])
     for sample in own:
         entropies = old.scored[sample.sample_id].entropies
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
@@ -70,6 +72,18 @@ def step_record(
         warnings=run.journal.take_warnings(),
     )
     return record, everyone
+
+
+def _staleness(rollout: Rollout) -> Tally:
+    """Tally by how many weight pushes completions are older than what learns from them."""
+    tally = Tally()
+    ages = [rollout.policy_version - c.oldest_version for c in rollout.completions]
+    for age in ages:
+        tally.add_mean("rollout/staleness_mean", total=age)
+        tally.add_max("rollout/staleness_max", age)
+    for age in set(ages):
+        tally.add_sum(f"rollout/num_staleness_{age}", ages.count(age))
+    return tally
 
 
 def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:

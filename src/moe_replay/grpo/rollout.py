@@ -1,27 +1,49 @@
-"""The station that samples: this rank's part of the step's prompts, answered by the engine."""
+"""The station that samples: this rank's part of the step's prompts, answered by the engine.
+
+With ``rollout.max_staleness`` a step takes what was sampled during the step before it, and has the
+next one's sampled meanwhile::
+
+    engine    R1 (v0) | R2 (v0)   | R3 (v1)      |          R3: rollout of step 3
+    trainer           | step 1    | step 2       | step 3   v1: weights of 1 push
+    pushes                    v1 --^          v2 --^
+
+A push waits until the rollout beside it has ended, so each has one policy version: that of the
+push before.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from moe_replay.grpo.answers import ask_engine
+from moe_replay.engines.types import Request, RolloutGroup
+from moe_replay.grpo.ahead import load_groups
+from moe_replay.grpo.answers import ask_engine, check_answer, end_at_stops
 from moe_replay.grpo.engines import recipe_sampling, training_request
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rollout
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing, RoutingTrace
+from moe_replay.tasks.encoding import Prompt
 
 
 def roll_out(run: Run) -> Rollout:
-    """Sample completions for this rank's part of the step's prompts."""
+    """Sample completions for this rank's part of the step's prompts, unless they are there already.
+
+    Raises:
+        StepDropped: on every rank, when one of them was asked to stop while it samples.
+    """
     recipe = run.recipe
-    position = run.next_prompt
-    prompts = run.inputs.train.at(position, recipe.prompts_per_step)
-    run.next_prompt += recipe.prompts_per_step
     own = own_prompts(recipe, run.replica)
-    requests = [training_request(recipe, position + index, prompts[index]) for index in own]
-    groups, num_cut = ask_engine(run, requests, recipe_sampling(recipe))
+    prompts, requests = _next_prompts(run, own)
+    run.next_prompt += recipe.prompts_per_step
+    held = run.ahead.take()
+    if held is None:
+        groups, num_cut = ask_engine(run, requests, recipe_sampling(recipe))
+    else:
+        groups, num_cut = end_at_stops(run, held)
     traces: dict[tuple[int, int], RoutingTrace] = {}
     bare = []
     for index, group in zip(own, groups, strict=True):
@@ -32,8 +54,82 @@ def roll_out(run: Run) -> Rollout:
             replace(group, completions=tuple(replace(c, trace=None) for c in group.completions))
         )
     return Rollout(
-        prompts=tuple(prompts), own=own, groups=tuple(bare), traces=traces, num_cut=num_cut
+        prompts=tuple(prompts),
+        own=own,
+        groups=tuple(bare),
+        traces=traces,
+        num_cut=num_cut,
+        policy_version=run.policy_version,
     )
+
+
+def begin_next(run: Run) -> None:
+    """Have the rollout of the next step sampled from here on, where the run overlaps them."""
+    if not run.overlaps or run.step == run.recipe.run.max_steps:
+        return
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    run.ahead.start(run.engine, requests, recipe_sampling(run.recipe))
+
+
+def await_next(run: Run) -> None:
+    """Wait until the rollout of the next step is complete, before its weights are replaced.
+
+    Raises:
+        EngineError: on every rank, when the engine of one failed or breaks the contract.
+    """
+    if not run.ahead.is_under_way:
+        return
+    with run.station("rollout"):
+        failure: Exception | None = None
+        try:
+            run.ahead.held = _checked(run, run.ahead.wait(), trained_at=run.policy_version + 1)
+        except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
+            failure = error
+        run.ranks.raise_together(failure)
+
+
+def hold_saved(run: Run, folder: Path) -> None:
+    """Hold the rollout that a checkpoint has for the next step, if the run still asks for it.
+
+    Raises:
+        CodecError: on every rank, when a file is damaged.
+    """
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    failure, groups = None, None
+    try:
+        groups = load_groups(folder, requests, recipe_sampling(run.recipe))
+        if groups is not None:
+            groups = _checked(run, groups, trained_at=run.policy_version)
+    except Exception as error:  # noqa: BLE001 - raised on all ranks
+        failure = error
+    run.ranks.raise_together(failure)
+    if all(run.ranks.gather(groups is not None)):
+        run.ahead.held = groups
+    else:
+        run.journal.warn(
+            f"{folder} was sampled for other prompts or in another way than this recipe asks for: "
+            f"step {run.step + 1} is sampled again, by the weights of the checkpoint"
+        )
+
+
+def _next_prompts(run: Run, own: Sequence[int]) -> tuple[Sequence[Prompt], list[Request]]:
+    """Return all prompts of the next step, and the requests for those of this rank."""
+    position = run.next_prompt
+    prompts = run.inputs.train.at(position, run.recipe.prompts_per_step)
+    return prompts, [training_request(run.recipe, position + i, prompts[i]) for i in own]
+
+
+def _checked(run: Run, groups: list[RolloutGroup], *, trained_at: int) -> list[RolloutGroup]:
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    check_answer(
+        run,
+        groups,
+        requests,
+        recipe_sampling(run.recipe),
+        trained_at=trained_at,
+        max_staleness=run.recipe.rollout.max_staleness,
+    )
+    return groups
 
 
 def own_prompts(recipe: Recipe, replica: Replica) -> tuple[int, ...]:

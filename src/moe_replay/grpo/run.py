@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from moe_replay.checkpoint.tokenizer import num_known_ids
 from moe_replay.engines.stop_strings import StopStrings
 from moe_replay.engines.types import Completion, Engine
+from moe_replay.grpo.ahead import Ahead
 from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
 from moe_replay.grpo.records import BaseReporter
@@ -22,6 +23,7 @@ from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, as_text, ra
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import Guard
 from moe_replay.tasks.completion_text import completion_text
@@ -51,6 +53,8 @@ class Run:
     """What a person should know about how the run was resumed."""
     journal: Journal = field(default_factory=Journal)
     """Warnings and seconds of the step in flight."""
+    ahead: Ahead = field(default_factory=Ahead)
+    """The rollout of the next step, where the run samples it beside the trainer."""
     step: int = 0
     """Finished steps; during a step, its number."""
     policy_version: int = 0
@@ -72,6 +76,17 @@ class Run:
     def temperature(self) -> float:
         """Temperature of the trainer's log-probabilities: that of the rollout."""
         return self.recipe.rollout.temperature
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the engine samples while the trainer computes: nothing of either may make way."""
+        return self.recipe.rollout.max_staleness > 0
+
+    @property
+    def may_be_stale(self) -> bool:
+        """Whether a step may learn from completions of older weights than the trainer's."""
+        rollout = self.recipe.rollout
+        return self.overlaps or (isinstance(rollout, FilesEngineSection) and rollout.allow_stale)
 
     @property
     def min_coverage(self) -> float:
@@ -161,11 +176,17 @@ class Run:
         self._step_began_at = self.next_prompt
         self.step += 1
 
+    def keep_step(self) -> None:
+        """Finish the step in flight from here on, whatever asks the run to stop."""
+        self._step_began_at = None
+        self.ahead.keep()
+
     def drop_step(self) -> None:
         """Go back to where the step in flight began; nothing of it remains."""
         assert self._step_began_at is not None
         self.step -= 1
         self.next_prompt = self._step_began_at
+        self.ahead.put_back()
 
     @contextmanager
     def station(self, name: str) -> Iterator[None]:

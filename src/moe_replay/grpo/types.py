@@ -66,6 +66,8 @@ class Rollout:
     """(index of the prompt, of the completion) -> its trace; emptied once the routes are cut."""
     num_cut: int
     """Tokens of this rank that the engine sampled after a stop string, and that were cut off."""
+    policy_version: int
+    """Weight pushes when the step began: what learns from it. Completions may be older."""
 
     @property
     def completions(self) -> list[Completion]:
@@ -103,6 +105,8 @@ class SampleOrigin:
     """Its index among the completions of the prompt."""
     server: str
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
+    policy_version: int
+    """Weights that sampled its first token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

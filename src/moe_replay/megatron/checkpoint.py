@@ -15,7 +15,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -97,8 +97,16 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in matches if match)
 
     @quiet_megatron()
-    def save(self, actor: MegatronActor, position: RunPosition) -> None:
+    def save(
+        self,
+        actor: MegatronActor,
+        position: RunPosition,
+        *,
+        beside: Sequence[Callable[[Path], None]] = (),
+    ) -> None:
         """Write the checkpoint of ``position.step``; every rank calls this together.
+
+        ``beside`` write more into its folder, one after the other on all ranks; none is collective.
 
         Raises:
             CheckpointError: when the disk is full or cannot be written; the previous checkpoint
@@ -114,6 +122,10 @@ class CheckpointFolder:
                     unfinished.mkdir(parents=True)
             write.finish()
             self._write_state(actor, unfinished, write)
+            for part in beside:
+                with write.part():
+                    part(unfinished)
+                write.finish()
             with write.part():
                 if _is_first_rank():
                     save_config(_FORMAT, str(unfinished))
@@ -129,6 +141,10 @@ class CheckpointFolder:
         if _is_first_rank():
             self._forget_old()
         all_ranks().barrier()
+
+    def folder(self, step: int) -> Path:
+        """Return where the checkpoint of ``step`` lies."""
+        return self.path / f"step-{step:06d}"
 
     def position(self, step: int) -> RunPosition:
         """Read where the run stood at ``step``, without loading any weight."""

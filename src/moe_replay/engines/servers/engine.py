@@ -183,6 +183,14 @@ class ServerEngine(VersionedEngine):
         self._num_sampled += sum(len(group.completions) for group in groups)
         return groups
 
+    def cancel(self) -> None:
+        """End the running call of `generate`, which then raises; nothing where none runs."""
+        work = self._round
+        if work is not None:
+            work.stop(EngineError("the rollout was cancelled: its run has stopped or failed"))
+            for server in self._servers:
+                server.give_up()
+
     def _in_turn(self, requests: Sequence[Request]) -> list[RolloutServer]:
         """Return the servers in the order in which this call asks them, to spread few requests.
 

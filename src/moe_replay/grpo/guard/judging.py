@@ -65,7 +65,7 @@ def judge_engine_routes(
         return judged
     guard, baseline, evidence, origins = case
     again = SecondLooks(run=run, batch=batch, scored=scored)
-    gaps, owners = _gaps(run, batch, scored), _owners(run, origins)
+    gaps, owners = _gaps(run, batch, scored), _owners(origins)
     verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
     num_suspects = len(verdict.suspects)
     if verdict.findings:
@@ -87,8 +87,8 @@ def judge_engine_routes(
         metrics={**judged.metrics, **_guard_metrics(verdict, num_suspects, dropped)},
         details={
             **judged.details,
-            "replay/guard_margin_nats": _words(run, origins[verdict.margin_sample]),
-            **_dropped_details(run, origins, dropped),
+            "replay/guard_margin_nats": _words(origins[verdict.margin_sample]),
+            **_dropped_details(origins, dropped),
         },
         dropped=dropped,
         drifted=drifted,
@@ -113,7 +113,7 @@ def judge_own_packing(
     if case is None:
         return judged
     guard, baseline, evidence, origins = case
-    verdict = guard.decide(baseline, evidence, owners=_owners(run, origins), looks={})
+    verdict = guard.decide(baseline, evidence, owners=_owners(origins), looks={})
     verdict = replace(
         verdict,
         findings=tuple(
@@ -198,23 +198,24 @@ def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Cas
     least = int(table.sample_ids[table.agreement.argmin()])
     judged = Judged(
         metrics=seen.metrics(origins),
-        details={"replay/agreement_min_sample": _words(run, origins[least])},
+        details={"replay/agreement_min_sample": _words(origins[least])},
         agreement=dict(zip(table.sample_ids.tolist(), table.agreement.tolist(), strict=True)),
     )
     if run.guard is None:
         return judged, None
-    baseline = run.guard.baseline(seen.parts)
+    versions = {index: origin.policy_version for index, origin in origins.items()}
+    baseline = run.guard.baseline(seen.parts, versions=versions)
     held = (counts for counts in watch.counts.values() if len(counts.own))
     # The strongest signs in the rows of each rank.
     evidence = run.ranks.gather(join_evidence([judge(counts, baseline) for counts in held]))
     return judged, (run.guard, baseline, evidence, origins)
 
 
-def _owners(run: Run, origins: Origins) -> dict[int, Owner]:
+def _owners(origins: Origins) -> dict[int, Owner]:
     return {
         index: Owner(
             server=origin.server or None,
-            policy_version=run.policy_version,
+            policy_version=origin.policy_version,
             prompt=origin.item,
         )
         for index, origin in origins.items()
@@ -293,23 +294,23 @@ def _warn_of_dropped(
             run.journal.warn(str(fault))
 
 
-def _words(run: Run, origin: SampleOrigin) -> dict[str, Any]:
+def _words(origin: SampleOrigin) -> dict[str, Any]:
     """Say in plain values which sample is meant."""
     return {
         "sample": origin.index,
         "item": origin.item,
         "completion": origin.completion,
         "server": origin.server,
-        "policy_version": run.policy_version,
+        "policy_version": origin.policy_version,
     }
 
 
 def _dropped_details(
-    run: Run, origins: Origins, dropped: Mapping[int, str]
+    origins: Origins, dropped: Mapping[int, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return which samples were dropped and lost, under the names of their metrics."""
     found: dict[str, list[dict[str, Any]]] = {}
     for index, why in sorted(dropped.items()):
         name = "replay/dropped_samples" if why == MISALIGNED else "replay/lost_samples"
-        found.setdefault(name, []).append(_words(run, origins[index]))
+        found.setdefault(name, []).append(_words(origins[index]))
     return found

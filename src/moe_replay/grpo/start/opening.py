@@ -9,10 +9,12 @@ import torch
 
 from moe_replay.engines.types import Engine, ShowsProgress
 from moe_replay.errors import CheckpointError
-from moe_replay.grpo.checkpoint import load_checkpoint
+from moe_replay.grpo.ahead import check_beside
+from moe_replay.grpo.checkpoint import ROLLOUT_FOLDER, load_checkpoint
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.push import give_weights
 from moe_replay.grpo.records import BaseReporter
+from moe_replay.grpo.rollout import hold_saved
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.start.admission import Admission, admit
 from moe_replay.grpo.start.preflight import Preflight, preflight
@@ -71,6 +73,7 @@ def open_run(
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine = make_engine(recipe, actor.device)
         closing.callback(engine.close)
+        check_beside(engine, recipe.rollout)
         _follow(engine, reporter, process)
         run = Run(
             recipe=recipe,
@@ -87,6 +90,8 @@ def open_run(
             stop=stop,
             notes=admission.notes,
         )
+        # Before the engine is closed.
+        closing.callback(run.ahead.cancel)
         _resume(run, step, restart=restart)
         yield run
 
@@ -103,6 +108,9 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
         return
     load_checkpoint(run, step)
     give_weights(run)
+    folder = run.checkpoints.folder(step) / ROLLOUT_FOLDER
+    if run.overlaps and any(run.ranks.gather(folder.is_dir())):
+        hold_saved(run, folder)
 
 
 def _checkpoints(recipe: Recipe) -> CheckpointFolder:

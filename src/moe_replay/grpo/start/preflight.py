@@ -20,6 +20,7 @@ from moe_replay.engines.registry import engine_entry
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.grpo.start.packages import installed
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.tasks.datasets.cache import Progress
 
@@ -137,6 +138,8 @@ def preflight(
     if any_ranks:
         found.process = replace(process, world_size=ranks_needed(recipe.megatron))
     found.ask(lambda: recipe.check_world(found.process.world_size))
+    if not own_engine:
+        found.ask(lambda: _check_overlap(recipe.rollout))
     _ask_checkpoint(found)
     if found.shape is not None:
         _ask_layout(found, found.shape)
@@ -196,6 +199,16 @@ def _check_version(row: PackageVersion) -> None:
     if not row.is_ok:
         raise UnsupportedError(
             f"{row.name} {row.found or 'is missing'}, expected {row.supported}; {row.remedy}"
+        )
+
+
+def _check_overlap(section: RolloutSection) -> None:
+    if section.max_staleness and not section.samples_beside:
+        raise UnsupportedError(
+            f"rollout.max_staleness is {section.max_staleness} with rollout.engine = "
+            f"{section.engine!r}: {section.why_not_beside}, so rollouts cannot run while the trainer "
+            "learns; start servers with `moe-replay serve MODEL` and set engine = 'vllm-server', or "
+            "set max_staleness = 0"
         )
 
 

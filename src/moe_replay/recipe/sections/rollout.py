@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -40,6 +40,12 @@ class RolloutSection(Section):
     engine sampled beyond is cut off."""
     num_generations: Annotated[int, Key(also_called=("n", "group_size"))] = Field(default=8, ge=2)
     """Completions per prompt, compared with each other."""
+    max_staleness: Annotated[int, Key(also_called=("max_off_policy_steps", "async_steps"))] = Field(
+        default=0, ge=0, le=1
+    )
+    """Weight pushes that completions may be behind the trainer. 1: those of the next step are
+    sampled while this one is learned from, by an engine with resources of its own. 0: one after
+    the other."""
 
     @field_validator("engine")
     @classmethod
@@ -48,6 +54,11 @@ class RolloutSection(Section):
             *names, last = map(repr, ENGINES)
             raise ValueError(f"{', '.join(names)} or {last}")
         return engine
+
+    samples_beside: ClassVar[bool] = False
+    """Whether the engine has resources of its own and samples while the trainer computes."""
+    why_not_beside: ClassVar[str] = "it samples in the trainer's process, on the same devices"
+    """Why it has not, for a message."""
 
     @property
     def ranks_per_engine(self) -> int:
@@ -104,6 +115,8 @@ class VllmEngineSection(SamplingEngineSection):
 class ServersEngineSection(SamplingEngineSection):
     """Servers that are asked over HTTP."""
 
+    samples_beside: ClassVar[bool] = True
+
     engine: Literal["vllm-server", "sglang-server"]
     urls: Annotated[Several[str], Key(may_change=True, holds_secrets=True)] = ()
     """Addresses of the servers of ``vllm-server`` or ``sglang-server``, such as
@@ -123,6 +136,8 @@ class ServersEngineSection(SamplingEngineSection):
 
 class FilesEngineSection(RolloutSection):
     """Completions that were sampled before."""
+
+    why_not_beside: ClassVar[str] = "everything it answers was sampled before"
 
     engine: Literal["files"]
     path: Annotated[TomlPath, Key(may_change=True, default="required by files")]
