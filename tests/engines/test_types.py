@@ -103,20 +103,20 @@ def forged(group, **fields):
     return replace(group, completions=(first, *rest))
 
 
-def check(engine, group, request, *, policy_version=0, vocab_size=32, sampling=SAMPLING):
+def check(engine, group, request, *, policy_versions=range(1), vocab_size=32, sampling=SAMPLING):
     check_groups(
         [group],
         [request],
         sampling,
         engine.description,
         vocab_size=vocab_size,
-        policy_version=policy_version,
+        policy_versions=policy_versions,
     )
 
 
 def test_t3_what_was_asked_for_is_accepted(engine, group):
     check(engine, group, group.request)
-    check(engine, group, group.request, policy_version=None)
+    check(engine, group, group.request, policy_versions=None)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,36 @@ def test_t3_groups_for_other_requests_are_refused(engine, group):
             SAMPLING,
             engine.description,
             vocab_size=32,
-            policy_version=0,
+            policy_versions=range(1),
         )
 
 
 def test_t15_completions_of_other_weights_are_refused(engine, group):
     with pytest.raises(EngineError, match="policy version 0, the trainer is at 3"):
-        check(engine, group, group.request, policy_version=3)
+        check(engine, group, group.request, policy_versions=range(3, 4))
+
+
+def test_older_completions_are_accepted_as_far_as_allowed(engine, group):
+    at = {
+        version: with_first(group, policy_version=version, trace=None) for version in (1, 2, 3, 4)
+    }
+    without_routes = copy.copy(engine)
+    without_routes._description = replace(engine.description, records_routes=False)
+    for version in (2, 3):
+        rest = tuple(replace(c, policy_version=version) for c in at[version].completions)
+        check(
+            without_routes,
+            replace(at[version], completions=rest),
+            group.request,
+            policy_versions=range(2, 4),
+        )
+    for version in (1, 4):
+        with pytest.raises(EngineError, match=f"version {version}, the trainer is at 3.*2 to 3"):
+            check(without_routes, at[version], group.request, policy_versions=range(2, 4))
+    # A push came while it was sampled: its oldest token counts.
+    crossed = with_first(group, policy_version=3, began_under=1)
+    with pytest.raises(EngineError, match="version 1 to 3, the trainer is at 3"):
+        check(without_routes, crossed, group.request, policy_versions=range(2, 4))
 
 
 def test_e6_a_completion_keeps_what_it_was_made_with(engine, group):

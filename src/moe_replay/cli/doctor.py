@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
-from moe_replay.grpo.sampling_words import describe_drawing
+from moe_replay.grpo.sampling_words import describe_drawing, describe_overlap
 from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
@@ -82,6 +82,7 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         "mode": replay.router_replay_mode.value,
         "engine": recipe.rollout.describe_engine(),
         "sampling": describe_drawing(recipe),
+        "rollouts": describe_overlap(recipe),
         "trainer": recipe.model.dtype,
         "recompute": recompute,
         "dispatcher": megatron.moe_token_dispatcher_type,

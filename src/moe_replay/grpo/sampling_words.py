@@ -26,6 +26,13 @@ def describe_drawing(recipe: Recipe) -> str:
     )
 
 
+def describe_overlap(recipe: Recipe) -> str:
+    """Return when rollouts run beside the steps that learn from them."""
+    if not recipe.rollout.max_staleness:
+        return "before each step, by its weights"
+    return "beside the step before, so completions are one weight push old (max_staleness 1)"
+
+
 def describe_ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return what ends a completion, and who says so."""
     path = recipe.model.path

@@ -6,7 +6,7 @@ from moe_replay.engines.vllm.capacity import HasCache
 from moe_replay.grpo.inputs import data_lines
 from moe_replay.grpo.records import RunSummary
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.sampling_words import describe_drawing, describe_ends
+from moe_replay.grpo.sampling_words import describe_drawing, describe_ends, describe_overlap
 
 
 def run_summary(run: Run) -> RunSummary:
@@ -29,6 +29,7 @@ def run_summary(run: Run) -> RunSummary:
                 f"{engine.name} {engine.version}, {engine.dtype}, context "
                 f"{engine.max_context_length}",
                 describe_drawing(recipe),
+                *([f"rollouts {describe_overlap(recipe)}"] if run.overlaps else []),
                 *describe_ends(recipe, run.inputs.tokenizer),
                 *_what_fits(run),
             ],
