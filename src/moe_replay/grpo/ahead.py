@@ -32,8 +32,11 @@ from moe_replay.engines.types import (
     SamplingParams,
 )
 from moe_replay.errors import RecipeError, UnsupportedError
+from moe_replay.megatron.disk import flush_folder
 from moe_replay.recipe.sections.rollout import RolloutSection
 
+ROLLOUT_FOLDER = "rollout"
+"""Of a checkpoint: the completions that the next step learns from, if they are there already."""
 # Maximum wait for a call that was cancelled, and time between two attempts to cancel it.
 _LEAVE_S, _AGAIN_S = 60.0, 0.05
 _NAME = "ahead"
@@ -175,6 +178,7 @@ def save_groups(folder: Path, groups: Sequence[RolloutGroup], *, rank: int, num_
         for group in groups:
             writer.write(group)
         writer.finish()
+        flush_folder(folder)
 
 
 def load_groups(

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_replay.grpo.ahead import begin_saving, save_groups
+from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, save_groups
 from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.checkpoint import RunPosition
 from moe_replay.megatron.finite import check_optimizer
-
-ROLLOUT_FOLDER = "rollout"
-"""Of a checkpoint: the completions that the next step learns from, where they are there already."""
 
 
 def save_checkpoint(run: Run) -> None:

@@ -17,7 +17,7 @@ from moe_replay.grpo.push import push_weights
 from moe_replay.grpo.record import step_record
 from moe_replay.grpo.records import BaseReporter, RunEnd
 from moe_replay.grpo.reward import score_rewards
-from moe_replay.grpo.rollout import await_next, begin_next, roll_out
+from moe_replay.grpo.rollout import await_next, begin_next, hold_saved, roll_out
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.score import score_old, score_reference
 from moe_replay.grpo.start.opening import open_run
@@ -73,6 +73,7 @@ def train(
             )
         reporter.start(run_summary(run))
         try:
+            hold_saved(run)
             if run.evaluation_is_owed:
                 evaluate(run)
             while run.goes_on():

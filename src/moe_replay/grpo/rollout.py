@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from moe_replay.engines.types import Request, RolloutGroup
-from moe_replay.grpo.ahead import load_groups
+from moe_replay.grpo.ahead import ROLLOUT_FOLDER, load_groups
 from moe_replay.grpo.answers import ask_engine, check_answer, end_at_stops
 from moe_replay.grpo.engines import recipe_sampling, training_request
 from moe_replay.grpo.run import Run
@@ -88,19 +87,22 @@ def await_next(run: Run) -> None:
         run.ranks.raise_together(failure)
 
 
-def hold_saved(run: Run, folder: Path) -> None:
-    """Hold the rollout that a checkpoint has for the next step, if the run still asks for it.
+def hold_saved(run: Run) -> None:
+    """Hold the rollout that the checkpoint has for the next step, if the run still asks for it.
 
     Raises:
         CodecError: on every rank, when a file is damaged.
     """
+    folder = run.checkpoints.folder(run.step) / ROLLOUT_FOLDER
+    if not run.overlaps or not any(run.ranks.gather(folder.is_dir())):
+        return
     _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
     failure, groups = None, None
     try:
         groups = load_groups(folder, requests, recipe_sampling(run.recipe))
         if groups is not None:
             groups = _checked(run, groups, trained_at=run.policy_version)
-    except Exception as error:  # noqa: BLE001 - raised on all ranks
+    except Exception as error:  # noqa: BLE001 - the seam: raised on all ranks
         failure = error
     run.ranks.raise_together(failure)
     if all(run.ranks.gather(groups is not None)):

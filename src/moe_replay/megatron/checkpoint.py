@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-import os
 import queue
 import re
 import shutil
@@ -43,7 +42,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.chunks import unwrap
-from moe_replay.megatron.disk import SharedWrite
+from moe_replay.megatron.disk import SharedWrite, flush_folder
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 
@@ -113,7 +112,7 @@ class CheckpointFolder:
                 stays whole.
         """
         unfinished = self.path / f"{_UNFINISHED}step-{position.step:06d}"
-        finished = self.path / f"step-{position.step:06d}"
+        finished = self.folder(position.step)
         write = SharedWrite(finished)
         try:
             with write.part():
@@ -130,7 +129,7 @@ class CheckpointFolder:
                 if _is_first_rank():
                     save_config(_FORMAT, str(unfinished))
                     (unfinished / _POSITION_FILE).write_text(json.dumps(asdict(position), indent=1))
-                    _flush_folder(unfinished)
+                    flush_folder(unfinished)
                     self._publish(unfinished, finished)
             write.finish()
         except CheckpointError as error:
@@ -148,7 +147,7 @@ class CheckpointFolder:
 
     def position(self, step: int) -> RunPosition:
         """Read where the run stood at ``step``, without loading any weight."""
-        path = self.path / f"step-{step:06d}" / _POSITION_FILE
+        path = self.folder(step) / _POSITION_FILE
         try:
             return RunPosition(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -164,8 +163,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: when the checkpoint is not whole or belongs to another model.
         """
-        folder = self.path / f"step-{step:06d}"
-        position = self.position(step)
+        folder, position = self.folder(step), self.position(step)
         strategy = FullyParallelLoadStrategyWrapper(
             TorchDistLoadShardedStrategy(), _replica_group()
         )
@@ -198,7 +196,7 @@ class CheckpointFolder:
 
     def _forget_old(self) -> None:
         for step in self.steps()[: -self.save_total_limit]:
-            shutil.rmtree(self.path / f"step-{step:06d}")
+            shutil.rmtree(self.folder(step))
 
     def _write_state(self, actor: MegatronActor, folder: Path, write: SharedWrite) -> None:
         """Write weights and optimizer; every rank its shards, the first one also what all share."""
@@ -245,7 +243,7 @@ class CheckpointFolder:
         if finished.exists():
             finished.rename(replaced)
         unfinished.rename(finished)
-        _flush_folder(self.path)
+        flush_folder(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _advice(self) -> str:
@@ -397,13 +395,3 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Force the folder's files and names to the disk, so that the rename cannot overtake them."""
-    for path in [*folder.iterdir(), folder] if folder.is_dir() else []:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

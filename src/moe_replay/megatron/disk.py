@@ -51,6 +51,16 @@ class SharedWrite:
             raise CheckpointError(f"writing {self._path} failed{where}: {reason}") from self._error
 
 
+def flush_folder(folder: Path) -> None:
+    """Force the folder's files and names to the disk, so that the rename cannot overtake them."""
+    for path in [*folder.iterdir(), folder] if folder.is_dir() else []:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def explain(path: Path, error: BaseException) -> str:
     """Say in one line what kept ``path`` from being written, and what to do.
 

@@ -9,12 +9,11 @@ import torch
 
 from moe_replay.engines.types import Engine, ShowsProgress
 from moe_replay.errors import CheckpointError
-from moe_replay.grpo.ahead import check_beside
-from moe_replay.grpo.checkpoint import ROLLOUT_FOLDER, load_checkpoint
+from moe_replay.grpo.ahead import Ahead, check_beside
+from moe_replay.grpo.checkpoint import load_checkpoint
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.push import give_weights
 from moe_replay.grpo.records import BaseReporter
-from moe_replay.grpo.rollout import hold_saved
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.start.admission import Admission, admit
 from moe_replay.grpo.start.preflight import Preflight, preflight
@@ -71,9 +70,7 @@ def open_run(
         step = _agreed_step(admission)
         actor = _build_actor(recipe, reporter)
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
-        engine = make_engine(recipe, actor.device)
-        closing.callback(engine.close)
-        check_beside(engine, recipe.rollout)
+        engine, ahead = _open_engine(recipe, actor.device, make_engine, closing)
         _follow(engine, reporter, process)
         run = Run(
             recipe=recipe,
@@ -89,9 +86,8 @@ def open_run(
             identity=admission.identity,
             stop=stop,
             notes=admission.notes,
+            ahead=ahead,
         )
-        # Before the engine is closed.
-        closing.callback(run.ahead.cancel)
         _resume(run, step, restart=restart)
         yield run
 
@@ -108,9 +104,6 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
         return
     load_checkpoint(run, step)
     give_weights(run)
-    folder = run.checkpoints.folder(step) / ROLLOUT_FOLDER
-    if run.overlaps and any(run.ranks.gather(folder.is_dir())):
-        hold_saved(run, folder)
 
 
 def _checkpoints(recipe: Recipe) -> CheckpointFolder:
@@ -142,6 +135,21 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         options=read_options(recipe.megatron),
         chunk_rows=recipe.batch.logprob_chunk_size,
     )
+
+
+def _open_engine(
+    recipe: Recipe,
+    device: torch.device,
+    make_engine: Callable[[Recipe, torch.device], Engine],
+    closing: ExitStack,
+) -> tuple[Engine, Ahead]:
+    """Return the engine, and what samples with it beside the trainer, which is ended first."""
+    engine = make_engine(recipe, device)
+    closing.callback(engine.close)
+    check_beside(engine, recipe.rollout)
+    ahead = Ahead()
+    closing.callback(ahead.cancel)
+    return engine, ahead
 
 
 def _follow(engine: Engine, reporter: BaseReporter, process: ProcessSpec) -> None:
