@@ -107,7 +107,7 @@ def _take_step(run: Run) -> None:
     await_next(run)
     with run.station("sync"):
         push_weights(run)
-    record, completions = step_record(run, rollout, scored, old, update)
+    record, completions = step_record(run, rollout, scored, update)
     run.reporter.step(record, completions)
     if run.evaluation_is_due:
         evaluate(run)

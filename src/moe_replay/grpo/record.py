@@ -15,9 +15,10 @@ from moe_replay.routing import Coverage
 
 
 def step_record(
-    run: Run, rollout: Rollout, scored: Scored, old: OldScores, update: Update
+    run: Run, rollout: Rollout, scored: Scored, update: Update
 ) -> tuple[StepRecord, list[CompletionRecord]]:
     """Collect the step's metrics over all ranks, and a record of the completions that are kept."""
+    old = update.old
     # What a dropped sample's log-probabilities are under wrong routes says nothing about the
     # engine.
     dropped = old.judged.dropped_here(old.batch)

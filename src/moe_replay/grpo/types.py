@@ -13,7 +13,8 @@ gives what stands beside it, and imports no other station::
                     the routes that it replays         each optimizer step
                        |
     score.py        old log-probabilities, judged      OldScores, with what the
-                    by guard/ where they replay        guard found: Judged
+                    by guard/ where they replay;       guard found: Judged
+                    or those of the update's pass
                        |
     score.py        reference log-probabilities        sample id -> ScoredSample
                        |
@@ -184,7 +185,8 @@ class OldScores:
     batch: StepBatch
     """With the routes that the update replays: the engine's (R3) or those of this pass (R2)."""
     scored: Mapping[int, ScoredSample]
-    """Sample id -> old log-probabilities and entropies."""
+    """Sample id -> old log-probabilities and entropies; empty while the update's own forward pass
+    has yet to give them."""
     metrics: Mapping[str, float]
     """Agreement of the replayed pass (R3), and the live gap when it was measured."""
     judged: Judged
@@ -195,6 +197,9 @@ class OldScores:
 class Update:
     """What the optimizer steps of a step did."""
 
+    old: OldScores
+    """What the trainer thought of the samples before: as it was given, or as the update's own
+    forward pass found it."""
     metrics: Mapping[str, float]
     """``loss``, ``clip_ratio/*``, ``grad_norm``... over all ranks."""
     details: Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import UpdateError
 from moe_replay.grpo import losses
 from moe_replay.grpo.guard.judging import judge_own_packing
+from moe_replay.grpo.guard.old_scores import checked_scores, old_pass, watch_old
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.loss import (
     LossInputs,
@@ -24,7 +25,8 @@ from moe_replay.grpo.losses import BatchSize, Terms, TokenRows
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, OldScores, Update
-from moe_replay.megatron.backward import sum_over_context
+from moe_replay.megatron.actor import Gradient
+from moe_replay.megatron.backward import BackwardWork, sum_over_context
 from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Routing
 
@@ -34,16 +36,23 @@ def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample
 
     Raises:
         DivergedError: on every rank, before the optimizer moves, when a gradient is not finite.
+        MisalignmentError: likewise, when the guard finds routes that are not those of their tokens.
         UpdateError: likewise, when it is 0 where it cannot be, or gradients are switched off.
     """
     reports: list[_UpdateReport] = []
-    for number, minibatch in enumerate(old.batch.minibatches):
-        is_first = all(report.grad_norm is None for report in reports)
-        reports.append(_update_once(run, old, reference, minibatch, number, is_first=is_first))
+    if run.recipe.why_old_pass is None:
+        old, report = _score_and_update(run, old, reference)
+        reports.append(report)
+    else:
+        for number, minibatch in enumerate(old.batch.minibatches):
+            # Later mini-batches drift away from their routes by design; the first shows whether the
+            # update packs them correctly.
+            judges = all(report.grad_norm is None for report in reports)
+            reports.append(_update_once(run, old, reference, minibatch, number, judges=judges))
     judged = next((report.judged for report in reports if report.grad_norm is not None), Judged())
     tally = step_tally([report.tally for report in reports])
     metrics = tally.finish() | _update_metrics(reports) | dict(judged.metrics)
-    return Update(metrics=metrics, details=judged.details)
+    return Update(old=old, metrics=metrics, details=judged.details)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +69,42 @@ class _UpdateReport:
     """What was found in the routes of its pass; nothing when they were not looked at."""
 
 
+def _score_and_update(
+    run: Run, old: OldScores, reference: Mapping[int, ScoredSample] | None
+) -> tuple[OldScores, _UpdateReport]:
+    """Take the step's only update, whose forward pass gives the old log-probabilities too.
+
+    They are checked and judged before the optimizer moves. If samples are dropped then, the
+    gradient is computed again without them.
+    """
+    batch, name = old.batch, _name(run, 0)
+    where = f"step {run.step}, {name}"
+    loss = MinibatchLoss(run, None, reference, batch.samples)
+    work = BackwardWork(
+        microbatches=batch.microbatches,
+        loss=loss,
+        temperature=run.temperature,
+        routing=run.mode.passes.update,
+    )
+    if loss.is_idle:
+        scored, _ = old_pass(run, batch)
+    else:
+        watch = watch_old(run, batch)
+        found = run.actor.forward_backward(
+            work,
+            watch=watch.route_watch if watch is not None else None,
+            with_scores=True,
+            where=where,
+        )
+        scored = checked_scores(run, batch, found, watch, where=name)
+    old = replace(scored, metrics={**old.metrics, **scored.metrics})
+    if loss.is_idle or old.judged.dropped:
+        (minibatch,) = old.batch.minibatches
+        return old, _update_once(run, old, reference, minibatch, 0, judges=False)
+    gradient = run.actor.measure_gradient(work, where=where)
+    return old, _step_along(run, gradient, loss, name)
+
+
 def _update_once(
     run: Run,
     old: OldScores,
@@ -67,13 +112,16 @@ def _update_once(
     minibatch: Sequence[Microbatch],
     number: int,
     *,
-    is_first: bool,
+    judges: bool,
 ) -> _UpdateReport:
-    """Take one optimizer step; none if nothing trains, or momentum would move the weights."""
+    """Take one optimizer step; none if nothing trains, or momentum would move the weights.
+
+    ``judges`` says that the routes of its pass are to be judged, where some are replayed.
+    """
     samples = [sample for microbatch in minibatch for sample in microbatch.samples]
     loss = MinibatchLoss(run, old.scored, reference, samples)
-    learning_rate = run.actor.learning_rate
     if loss.is_idle:
+        learning_rate = run.actor.learning_rate
         run.actor.skip()
         tally = Tally()
         tally.add_sum("loss", 0.0)
@@ -81,15 +129,14 @@ def _update_once(
             tally=tally, grad_norm=None, learning_rate=learning_rate, judged=Judged()
         )
     passes = run.mode.passes
-    # Later mini-batches drift away from their routes by design; the first shows whether the update
-    # packs them correctly. Without a guard only this pass measures R2's agreement.
+    # Without a guard only this pass measures R2's agreement.
     watches = (
         passes.update is Routing.REPLAY
-        and is_first
+        and judges
         and (run.guard is not None or passes.old is not Routing.REPLAY)
     )
     watch = PassWatch(old.batch.origins) if watches else None
-    name = f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
+    name = _name(run, number)
     gradient = run.actor.backward(
         minibatch,
         loss,
@@ -101,19 +148,26 @@ def _update_once(
     judged = Judged()
     if watch is not None:
         judged = judge_own_packing(run, old.batch, watch, name, before=old.judged)
+    return replace(_step_along(run, gradient, loss, name), judged=judged)
+
+
+def _step_along(run: Run, gradient: Gradient, loss: MinibatchLoss, name: str) -> _UpdateReport:
+    """Take the optimizer's step along a gradient, and report it; collective."""
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
-    part = update_tally(statistics, with_kl=reference is not None)
+    part = update_tally(statistics, with_kl=loss.reference is not None)
     if gradient.balancing_loss is not None:
         part.add_sum("load_balancing_loss", gradient.balancing_loss)
     tally = Tally.merge(run.ranks.gather(part))
+    learning_rate = run.actor.learning_rate
     run.actor.step()
     return _UpdateReport(
-        tally=tally,
-        grad_norm=gradient.norm,
-        learning_rate=learning_rate,
-        judged=judged,
+        tally=tally, grad_norm=gradient.norm, learning_rate=learning_rate, judged=Judged()
     )
+
+
+def _name(run: Run, number: int) -> str:
+    return f"update {number + 1} of {run.recipe.batch.steps_per_generation}"
 
 
 def _update_metrics(reports: Sequence[_UpdateReport]) -> dict[str, float]:
@@ -140,11 +194,14 @@ class MinibatchLoss:
     def __init__(
         self,
         run: Run,
-        old: Mapping[int, ScoredSample],
+        old: Mapping[int, ScoredSample] | None,
         reference: Mapping[int, ScoredSample] | None,
         samples: Sequence[Sample],
     ) -> None:
-        """Measure the whole mini-batch, of which ``samples`` are this replica's; collective."""
+        """Measure the whole mini-batch, of which ``samples`` are this replica's; collective.
+
+        ``old`` is None where this pass is the one that finds the old log-probabilities.
+        """
         grpo = run.recipe.grpo
         self.section = grpo
         self.terms: Callable[[TokenRows, BatchSize], Terms] = getattr(losses, grpo.loss_type)
@@ -175,11 +232,13 @@ class MinibatchLoss:
         def of_samples(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=new_logprobs.device)
 
-        samples, reference = microbatch.samples, self.reference
+        samples, old, reference = microbatch.samples, self.old, self.reference
         numbers = [np.full(s.completion_length, i) for i, s in enumerate(samples)]
         tokens = TokenRows(
             new_logprobs=new_logprobs,
-            old_logprobs=rows([self.old[s.sample_id].token_logprobs for s in samples]),
+            old_logprobs=rows([old[s.sample_id].token_logprobs for s in samples])
+            if old is not None
+            else new_logprobs.detach(),
             sample=rows(numbers).long(),
             lengths=of_samples([s.completion_length for s in samples]),
             sum_over_ranks=sum_over_context,

@@ -24,7 +24,7 @@ from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.optimization import build_optimizer, wrap_for_training
 from moe_replay.megatron.options.typed import MegatronOptions
-from moe_replay.megatron.scorer import MegatronScorer, RouteWatch
+from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import WeightExport, load_hf_weights
 from moe_replay.recipe.sections.training import OptimizerSection, ParallelLayout
@@ -106,7 +106,6 @@ class MegatronActor(MegatronLearner):
         self.step()
         return gradient
 
-    @quiet_megatron()
     def backward(
         self,
         microbatches: Sequence[Microbatch],
@@ -123,8 +122,30 @@ class MegatronActor(MegatronLearner):
         ``where`` names the update in errors.
 
         Raises:
-            DivergedError: on every rank, when the gradient is not finite anywhere; it names the
-                microbatch, and the sample where that can be found.
+            DivergedError: as `measure_gradient`.
+            UpdateError: as `forward_backward`.
+        """
+        work = BackwardWork(
+            microbatches=microbatches, loss=loss, temperature=temperature, routing=routing
+        )
+        self.forward_backward(work, watch=watch, where=where)
+        return self.measure_gradient(work, where=where)
+
+    @quiet_megatron()
+    def forward_backward(
+        self,
+        work: BackwardWork,
+        *,
+        watch: RouteWatch | None = None,
+        with_scores: bool = False,
+        where: str = "update",
+    ) -> Mapping[int, ScoredSample]:
+        """Run the passes of ``work``; its gradient lies in the model's buffers afterwards.
+
+        Returns what the forward pass found of all samples of this rank's replica, by sample id, as
+        `score` does; nothing unless ``with_scores``.
+
+        Raises:
             UpdateError: when gradients are switched off in this process.
         """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -133,18 +154,26 @@ class MegatronActor(MegatronLearner):
                 "reward function, an engine, a module that was imported) called torch.set_grad_enabled(False) or entered "
                 "inference mode and never left it. Use `with torch.no_grad():` there"
             )
-        work = BackwardWork(
-            microbatches=microbatches, loss=loss, temperature=temperature, routing=routing
-        )
-        scope = self._scope(microbatches, routing, watch)
+        scope = self._scope(work.microbatches, work.routing, watch)
         self._balance.clear()
-        self.accumulate(work, scope)
-        self._observe(microbatches, scope, watch)
+        outputs: dict[int, torch.Tensor] = {}
+        self.accumulate(work, scope, outputs=outputs if with_scores else None)
+        self._observe(work.microbatches, scope, watch)
+        return self._scored(work.microbatches, outputs) if with_scores else {}
+
+    @quiet_megatron()
+    def measure_gradient(self, work: BackwardWork, *, where: str = "update") -> Gradient:
+        """Measure the gradient that `forward_backward` left; the optimizer has not moved yet.
+
+        Raises:
+            DivergedError: on every rank, when the gradient is not finite anywhere; it names the
+                microbatch, and the sample where that can be found.
+        """
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if self._on_any_rank(not math.isfinite(norm)):
             raise self._broken_gradient(work, norm, where)
-        return Gradient(norm=norm, balancing_loss=self._balance.mean(len(microbatches)))
+        return Gradient(norm=norm, balancing_loss=self._balance.mean(len(work.microbatches)))
 
     @quiet_megatron()
     def step(self) -> None:

@@ -48,10 +48,12 @@ class MegatronLearner(MegatronScorer):
         work: BackwardWork,
         scope: RouterScope | None,
         *,
+        outputs: dict[int, torch.Tensor] | None = None,
         inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
     ) -> None:
         """Add the gradient of the loss to the model's zeroed buffers; all ranks call this together.
 
+        ``outputs`` receives log-probabilities and entropies of each microbatch under its key.
         ``inspect`` sees each microbatch with its log-probabilities before the loss does.
         """
         for chunk in self.chunks:
@@ -66,12 +68,20 @@ class MegatronLearner(MegatronScorer):
 
         def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             microbatch = next(batches)
-            output = self._statistics(chunk, microbatch, scope, temperature=work.temperature)
+            output = self._statistics(
+                chunk,
+                microbatch,
+                scope,
+                temperature=work.temperature,
+                with_entropies=outputs is not None,
+            )
 
             def scaled_loss(
                 statistics: torch.Tensor,
             ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
                 logprobs = statistics[0, :, 0]
+                if outputs is not None:
+                    outputs[microbatch.key] = statistics[0].detach()
                 if inspect is not None:
                     inspect(microbatch, logprobs)
                 # Megatron divides the summed gradient by the summed count, which is meant for

@@ -39,14 +39,16 @@ def token_statistics(
     *,
     temperature: float,
     with_entropies: bool = False,
+    entropies_learn: bool = True,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[None]:
     """Make the forward pass of a GPTModel return ``[1, tokens, 1 or 2]`` instead of logits.
 
     Column 0 is ``log softmax(logits / temperature)`` at ``token_ids``, column 1 the entropy of that
-    distribution, both float32 and differentiable. ``rows`` are those of the packed batch that
-    predict ``token_ids``; other rows never reach the vocabulary. Works under tensor, sequence,
-    context and pipeline parallelism; on a stage without an output layer it changes nothing.
+    distribution, both float32 and differentiable; entropies only if ``entropies_learn``, which
+    makes the backward pass slower. ``rows`` are those of the packed batch that predict
+    ``token_ids``; other rows never reach the vocabulary. Works under tensor, sequence, context and
+    pipeline parallelism; on a stage without an output layer it changes nothing.
 
     Example:
         >>> with token_statistics(model, rows, next_ids, temperature=1.0):
@@ -81,6 +83,7 @@ def token_statistics(
             layer.tp_group,
             chunk_rows,
             with_entropies,
+            entropies_learn,
             is_embedding,
         )
         # GPTModel swaps the first two axes.
@@ -124,6 +127,7 @@ class _Statistics(torch.autograd.Function):
         group: dist.ProcessGroup,
         chunk_rows: int,
         with_entropies: bool,
+        entropies_learn: bool,
         is_embedding: bool,
     ) -> Float32[torch.Tensor, "tokens statistics"]:
         pieces = _pieces(len(hidden), chunk_rows)
@@ -157,7 +161,8 @@ class _Statistics(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
         log_total = sums[0].log()
         entropies = log_total - sums[1] / sums[0] if with_entropies else None
-        ctx.save_for_backward(hidden, weight, index, is_here, highest + log_total, entropies)
+        learned = entropies if entropies_learn else None
+        ctx.save_for_backward(hidden, weight, index, is_here, highest + log_total, learned)
         # Megatron's marks are attributes of the parameter itself.
         ctx.parameter = weight
         ctx.options = temperature, pieces, is_embedding
@@ -201,7 +206,7 @@ class _Statistics(torch.autograd.Function):
                 sums.add_(of_logits.t() @ hidden[piece])
         if sums is not None and returned is None:
             returned = sums.to(weight.dtype)
-        return hidden_gradient, returned, None, None, None, None, None, None
+        return hidden_gradient, returned, *[None] * 7
 
 
 def _pieces(num_rows: int, chunk_rows: int) -> list[slice]:

@@ -124,6 +124,18 @@ class MegatronScorer:
         with torch.no_grad(), opened(scope):
             self._schedule(step, microbatches, forward_only=True)
         self._observe(microbatches, scope, watch)
+        routes: dict[int, RouteSlice] = {}
+        if isinstance(scope, RecordScope):
+            routes = {m.key: self._recorded(m, scope) for m in microbatches}
+        return Scores(samples=self._scored(microbatches, outputs), routes=routes)
+
+    def _scored(
+        self, microbatches: Sequence[Microbatch], outputs: Mapping[int, torch.Tensor]
+    ) -> dict[int, ScoredSample]:
+        """Return sample id -> values, on every rank of a replica; collective over it.
+
+        ``outputs`` are the statistics of each microbatch that this rank computed, by its key.
+        """
         scored: dict[int, ScoredSample] = {}
         for microbatch in microbatches:
             values = self._assemble(microbatch, outputs.get(microbatch.key))
@@ -137,10 +149,7 @@ class MegatronScorer:
                 scored[sample.sample_id] = ScoredSample(
                     token_logprobs=logprobs, entropies=entropies
                 )
-        routes: dict[int, RouteSlice] = {}
-        if isinstance(scope, RecordScope):
-            routes = {m.key: self._recorded(m, scope) for m in microbatches}
-        return Scores(samples=scored, routes=routes)
+        return scored
 
     def _schedule(
         self,
@@ -180,6 +189,8 @@ class MegatronScorer:
             self._tensor(microbatch.next_ids[rows]),
             temperature=temperature,
             with_entropies=with_entropies,
+            # No loss has an entropy term: it is measured alone.
+            entropies_learn=False,
             chunk_rows=self.chunk_rows,
         ):
             return self._forward(chunk, microbatch, scope)

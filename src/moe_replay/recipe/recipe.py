@@ -94,6 +94,22 @@ class Recipe(Section):
         """Whether any trainer pass replays routes."""
         return self.replay.router_replay_mode.replays
 
+    @property
+    def why_old_pass(self) -> str | None:
+        """Why old log-probabilities take a pass of their own before the update.
+
+        None when the forward pass of the update gives the same values: the weights, the samples and
+        the routes are those of a pass before it.
+        """
+        passes = self.replay.router_replay_mode.passes
+        if passes.old is not passes.update:
+            return f"router_replay_mode = '{self.replay.router_replay_mode}' records routes in it"
+        if self.batch.steps_per_generation > 1:
+            return f"batch.steps_per_generation = {self.batch.steps_per_generation}"
+        if self.batch.old_logprobs == "pass":
+            return "batch.old_logprobs = 'pass'"
+        return None
+
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks among ``world_size`` processes.
 

@@ -33,7 +33,8 @@ class Passes:
     engine: Routing
     """While completions are sampled."""
     old: Routing
-    """While the trainer computes old log-probabilities."""
+    """While the trainer computes old log-probabilities in a pass of their own, see
+    `Recipe.why_old_pass`."""
     update: Routing
     """In the forward pass of the update; recomputation always repeats its own forward pass."""
     reference: Routing
@@ -88,7 +89,7 @@ PASSES: Mapping[ReplayMode, Passes] = {
         update=Routing.REPLAY,
         reference=Routing.REPLAY,
         recorded_by="the engine, while it samples",
-        replayed_in="old-logprobs, update and recomputation",
+        replayed_in="update, recomputation, and old-logprobs where they take a pass",
     ),
 }
 """What a mode means; every station, `doctor` and the README's table read it here alone."""

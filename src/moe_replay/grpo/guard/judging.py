@@ -51,9 +51,17 @@ _Case = tuple[Guard, Baseline, list[SampleEvidence | None], Origins]
 
 
 def judge_engine_routes(
-    run: Run, batch: StepBatch, watch: PassWatch, scored: Mapping[int, ScoredSample]
+    run: Run,
+    batch: StepBatch,
+    watch: PassWatch,
+    scored: Mapping[int, ScoredSample],
+    *,
+    where: str,
 ) -> Judged:
-    """Judge the engine's routes by the pass of old log-probabilities under them (R3); collective.
+    """Judge the engine's routes by the first pass under them (R3); collective.
+
+    That is the pass of old log-probabilities, or the update's before its optimizer moves. ``where``
+    names it in errors.
 
     Raises:
         MisalignmentError: on every rank, when routes are not those of their tokens and may not be
@@ -77,8 +85,9 @@ def judge_engine_routes(
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
         if not _may_drop(run, verdict):
-            where = f"step {run.step}, old_logprobs"
-            raise _stopped(run, verdict, where, beyond=_beyond_dropping(run, verdict))
+            raise _stopped(
+                run, verdict, f"step {run.step}, {where}", beyond=_beyond_dropping(run, verdict)
+            )
         dropped |= {finding.sample: MISALIGNED for finding in verdict.misaligned}
     guard.accept(verdict)
     _warn_of_dropped(run, verdict, origins, dropped)

@@ -57,9 +57,14 @@ class BatchSection(Section):
         int | None, Key(may_change=True, also_called=("per_device_train_batch_size",))
     ] = Field(default=None, gt=0)
     """Samples of a packed microbatch; give this or ``max_tokens_per_microbatch``."""
+    old_logprobs: Annotated[Literal["auto", "pass"], Key(may_change=True)] = "auto"
+    """Where old log-probabilities come from: ``auto`` takes those of the update's own forward pass
+    where they are the same (one update a step, and no routes to record as R2 does), ``pass`` always
+    runs a pass of their own before the update."""
     logprob_chunk_size: Annotated[int, Key(may_change=True)] = Field(default=2048, gt=0)
-    """Sampled tokens whose logits exist at a time, in float32, one such tensor in an update and two
-    while scoring; smaller takes less memory, below about 1,000 a GPU gets slower."""
+    """Sampled tokens whose logits exist at a time, in float32, two such tensors in a pass that also
+    gives entropies and one in any other; smaller takes less memory, below about 1,000 a GPU gets
+    slower."""
 
 
 class GrpoSection(Section):
