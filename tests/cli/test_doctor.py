@@ -44,7 +44,7 @@ def test_tables_say_the_same_to_people(write_recipe, capsys):
     assert main(["doctor", str(write_recipe())]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "top-2 of 8" in shown
-    assert "old log-probabilities replay of the engine's" in shown
+    assert "old log-probabilities the update's own pass update replay of the engine's" in shown
     assert "this recipe can run here" in shown
 
 
@@ -107,9 +107,11 @@ def passes(examined: Callable[..., tuple[int, Report]], **sections: Any) -> dict
 def test_passes_of_r3_replay_the_engines_routes(examined):
     assert passes(examined) == {
         "rollout": "live, recorded",
-        "old log-probabilities": "replay of the engine's",
+        "old log-probabilities": "the update's own pass",
         "update": "replay of the engine's",
     }
+    found = passes(examined, batch={"steps_per_generation": 2})
+    assert found["old log-probabilities"] == "replay of the engine's"
 
 
 def test_passes_of_r2_replay_those_of_the_old_log_probabilities(examined):

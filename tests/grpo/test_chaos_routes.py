@@ -88,7 +88,7 @@ def test_e1_three_percent_wrong_answers_of_one_server_stop_the_run_and_name_it(
         run(chaotic(recipe, model, urls), make_engine=Lying(urls[1], plant))
     # About 32 of the 64 samples of a step are the liar's, so its 16th answer comes in the first
     # step, or the second.
-    assert re.search(r"step [12], old_logprobs", str(caught.value)), str(caught.value)
+    assert re.search(r"step [12], update 1 of 1", str(caught.value)), str(caught.value)
     assert urls[1] in str(caught.value) and urls[0] not in str(caught.value)
 
 

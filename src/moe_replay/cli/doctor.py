@@ -105,9 +105,10 @@ def passes_of(recipe: Recipe) -> list[dict[str, str]]:
         Routing.RECORD: "live, recorded",
         Routing.REPLAY: f"replay of the {recorded}",
     }
+    skips_old = recipe.why_old_pass is None
     rows = [
         ("rollout", words[passes.engine]),
-        ("old log-probabilities", words[passes.old]),
+        ("old log-probabilities", "the update's own pass" if skips_old else words[passes.old]),
         ("update", words[passes.update]),
     ]
     if recipe.megatron.recompute_granularity is not None:

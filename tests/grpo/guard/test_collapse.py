@@ -115,7 +115,7 @@ def test_e13_control_a_layer_that_the_engine_did_not_capture_is_refused_before_i
 ) -> None:
     with pytest.raises(
         MisalignmentError,
-        match=r"(?s)step 1, old_logprobs: .*layer 1: .*did not capture this layer",
+        match=r"(?s)step 1, update 1 of 1: .*layer 1: .*did not capture this layer",
     ):
         run(recipe(**LONG), make_engine=UnwrittenLayer)
 

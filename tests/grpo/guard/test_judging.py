@@ -123,7 +123,7 @@ def test_e1_misaligned_routes_stop_the_run_before_anything_is_learned(
     plant: Plant, chosen: Callable[[int, int], bool], cause: str, recipe: Recipes
 ) -> None:
     spoiled = recipe(**LONG)
-    with pytest.raises(MisalignmentError, match=f"(?s)step 1, old_logprobs: .*{cause}"):
+    with pytest.raises(MisalignmentError, match=f"(?s)step 1, update 1 of 1: .*{cause}"):
         run(spoiled, make_engine=wrong(plant, chosen))
     assert not list((spoiled.run.output_dir / "checkpoints").glob("*"))
 
@@ -209,10 +209,11 @@ class OtherWeights(MisroutingEngine):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("way", ["auto", "pass"])
 def test_e1_a_sample_that_drift_robbed_of_its_routes_is_left_out_and_never_stops_the_run(
-    recipe: Recipes, capfd: pytest.CaptureFixture[str]
+    way: str, recipe: Recipes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = recipe(**LONG)
+    made = recipe(batch__old_logprobs=way, **LONG)
     (record,) = run(
         made,
         make_engine=lambda loaded, device: OtherWeights(

@@ -7,6 +7,7 @@ from moe_replay.grpo.inputs import data_lines
 from moe_replay.grpo.records import RunSummary
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.sampling_words import describe_drawing, describe_ends, describe_overlap
+from moe_replay.recipe.recipe import Recipe
 
 
 def run_summary(run: Run) -> RunSummary:
@@ -43,6 +44,7 @@ def run_summary(run: Run) -> RunSummary:
                 f"{recipe.prompts_per_step} prompts x {recipe.rollout.num_generations} completions "
                 f"a step, {recipe.batch.steps_per_generation} update(s) of "
                 f"{recipe.batch.global_batch_size} samples",
+                f"old log-probabilities: {_which_pass(recipe)}",
             ],
             "Output": [
                 f"{run.directory} (every key of the recipe: recipe.toml)",
@@ -53,6 +55,12 @@ def run_summary(run: Run) -> RunSummary:
         first_step=run.step + 1,
         max_steps=recipe.run.max_steps,
     )
+
+
+def _which_pass(recipe: Recipe) -> str:
+    if recipe.why_old_pass is None:
+        return "of the update's own forward pass"
+    return f"a pass of their own ({recipe.why_old_pass})"
 
 
 def _what_is_replayed(run: Run) -> str:
