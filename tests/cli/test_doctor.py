@@ -133,7 +133,8 @@ def test_passes_of_r2_replay_those_of_the_old_log_probabilities(examined):
 def test_passes_without_replay_are_live_and_so_is_every_row(examined):
     mode = {"router_replay_mode": "disabled"}
     found = passes(examined, replay=mode, grpo={"beta": 0.1})
-    assert set(found.values()) == {"live"}
+    assert set(found.values()) == {"live", "the update's own pass"}
+    assert set(passes(examined, replay=mode, batch={"old_logprobs": "pass"}).values()) == {"live"}
     assert examined(replay=mode)[1]["live_rows"] == []
 
 
