@@ -68,15 +68,8 @@ def token_statistics(
     def forward(
         hidden: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, None]:
-        # Either one sums the gradient of the hidden rows over the shards of the vocabulary.
-        spread = (
-            gather_from_sequence_parallel_region
-            if layer.sequence_parallel
-            else copy_to_tensor_model_parallel_region
-        )
-        picked = spread(hidden, group=layer.tp_group).flatten(0, 1).index_select(0, rows)
         values = _Statistics.apply(
-            picked,
+            _spread(layer, hidden).flatten(0, 1).index_select(0, rows),
             layer.weight if weight is None else weight,
             token_ids,
             temperature,
@@ -95,6 +88,16 @@ def token_statistics(
         yield
     finally:
         del layer.forward
+
+
+def _spread(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return all hidden rows, whose gradient is summed over the shards of the vocabulary."""
+    spread = (
+        gather_from_sequence_parallel_region
+        if layer.sequence_parallel
+        else copy_to_tensor_model_parallel_region
+    )
+    return spread(hidden, group=layer.tp_group)
 
 
 def _refuse_other_uses(config: Any) -> None:
