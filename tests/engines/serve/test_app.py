@@ -18,6 +18,7 @@ from moe_replay.engines.serve.messages import (
     read_message,
 )
 from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, RecipeError
@@ -237,6 +238,33 @@ def test_a_server_that_loads_says_so(tmp_path):
         assert "being loaded" in answer.text
         server.ready()
         assert call("GET", f"{url}/status").status_code == 200
+
+
+def test_a_start_waits_for_a_server_that_loads(tmp_path):
+    server = EngineServer(HeldEngine(), facts=FACTS, push_folder=tmp_path)
+    application, asked = server.application(), []
+
+    async def ready_when_asked_thrice(scope, receive, send):
+        asked.extend([scope["path"]] * (scope["type"] == "http"))
+        if len(asked) == 3:
+            server.ready()
+        await application(scope, receive, send)
+
+    with listening(ready_when_asked_thrice) as url:
+        with pytest.raises(CallError, match="being loaded") as failed:
+            client(url)
+        assert failed.value.fault is Fault.LOADING
+        client(url, waits_for_loading=True).close()
+    # The one that was refused, one more that was, the one that was not, and what a start asks.
+    assert asked == ["/status"] * 4
+
+
+def test_a_start_does_not_wait_for_a_server_that_lost_its_engine(tmp_path):
+    server = EngineServer(HeldEngine(), facts=FACTS, push_folder=tmp_path)
+    with listening(server.application()) as url:
+        server.stop("the server has lost its engine")
+        with pytest.raises(CallError, match="lost its engine"):
+            client(url, waits_for_loading=True)
 
 
 def test_an_error_of_ours_is_a_failure_with_a_traceback(caplog):

@@ -40,6 +40,7 @@ from moe_replay.engines.serve.calls import LOG, FrameAnswer, Tally, Turns
 from moe_replay.engines.serve.engine import PushRefused, ServedEngine, in_thread, to_its_end
 from moe_replay.engines.serve.messages import (
     CHECKPOINT,
+    LOADING,
     MAX_CHUNK_BYTES,
     PROTOCOL,
     GenerateCall,
@@ -102,7 +103,7 @@ class EngineServer:
         self._pushes = Pushes(push_folder, max_bytes=max_bytes)
         self._turns = Turns(drain_s)
         self._jobs: set[asyncio.Task[Any]] = set()
-        self._closed_because: str | None = "the model is being loaded; ask again later"
+        self._closed_because: str | None = LOADING
 
     def application(self) -> Starlette:
         """Return the ASGI application."""

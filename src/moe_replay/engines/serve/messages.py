@@ -33,6 +33,9 @@ PROTOCOL = 3
 CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
 
+LOADING = "the model is being loaded; ask again later"
+"""What a server says between the opening of its port and its first answer."""
+
 # What both vLLM and SGLang say before anything was pushed.
 _UNPUSHED = "default"
 _MESSAGE, _TRACES = "message", "traces"

@@ -44,7 +44,21 @@ from moe_replay.errors import EngineError, MoeReplayError, RecipeError
 _ANSWER_BYTES = 4 << 30
 # Time between two attempts to end calls that were given up, and the maximum wait for them.
 _GIVE_UP_S, _LEAVE_S = 0.05, 30.0
+# Time between two questions to a server that loads its model.
+_LOADING_S = 1.0
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _wait_until_loaded(server: RolloutServer) -> None:
+    """Return once a server no longer says that it loads its model, however long that takes."""
+    while True:
+        try:
+            server.status()
+            return
+        except CallError as error:
+            if error.fault is not Fault.LOADING:
+                raise
+        time.sleep(_LOADING_S)
 
 
 class ServerEngine(VersionedEngine):
@@ -57,6 +71,7 @@ class ServerEngine(VersionedEngine):
     servers that read pushed weights from files find them below ``weights_dir``. Weights travel in
     the number format ``dtype``.
 
+    ``waits_for_loading`` lets a start wait for servers that still load their model.
     Of several ``ranks`` the first one pushes, and the others hear which servers took it.
 
     Example:
@@ -89,6 +104,7 @@ class ServerEngine(VersionedEngine):
         calls_per_server: int = 8,
         timeout_s: float = 600.0,
         max_attempts: int = 12,
+        waits_for_loading: bool = False,
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
@@ -109,6 +125,9 @@ class ServerEngine(VersionedEngine):
                 self._servers.append(
                     connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
                 )
+            if waits_for_loading:
+                for server in self._servers:
+                    _wait_until_loaded(server)
             super().__init__(self._agreed_description(dtype, record_routes))
         except BaseException:
             self._disconnect()

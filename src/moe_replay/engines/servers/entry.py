@@ -31,6 +31,7 @@ def open_engine(
         read_facts(use.model_dir),
         run=ranks.gather(secrets.token_hex(8))[0],
         ranks=ranks,
+        waits_for_loading=True,
     )
     try:
         engine.restore(use.model_dir)
@@ -48,8 +49,11 @@ def check_engine(
     tries_push: bool,
     **_: object,
 ) -> list[str]:
-    """Ask the servers what they are; with ``tries_push`` give the idle ones the checkpoint."""
-    engine = _connect(section, use, facts, run=_TRIAL)
+    """Ask the servers what they are; with ``tries_push`` give the idle ones the checkpoint.
+
+    Without, as at a start, servers that still load their model are waited for.
+    """
+    engine = _connect(section, use, facts, run=_TRIAL, waits_for_loading=not tries_push)
     try:
         busy = engine.busy
         if tries_push and not busy:
@@ -71,6 +75,7 @@ def _connect(
     *,
     run: str,
     ranks: Ranks | None = None,
+    waits_for_loading: bool = False,
 ) -> ServerEngine:
     num_ranks = 1 if ranks is None else ranks.size
     protocol = SglangCalls if section.engine == "sglang-server" else connect_vllm
@@ -88,4 +93,5 @@ def _connect(
         # groups of 4 ask for 4 groups each.
         calls_per_server=max(1, section.max_batch_size // (section.num_generations * num_ranks)),
         timeout_s=section.timeout_s,
+        waits_for_loading=waits_for_loading,
     )

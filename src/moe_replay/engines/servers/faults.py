@@ -17,6 +17,8 @@ class Fault(StrEnum):
     """Connection failed or dropped: the server crashed or was never started."""
     SLOW = "slow"
     """Nothing arrived within the limit on silence."""
+    LOADING = "loading"
+    """The server is up and still loads its model."""
     FAILED = "failed"
     """The server reports that its engine failed."""
     CUT = "cut"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pydantic import ValidationError
 
 from moe_replay.engines.checks import check_group
+from moe_replay.engines.serve.access import UNAVAILABLE
 from moe_replay.engines.serve.frames import (
     CONTENT_TYPE,
     RESULT,
@@ -18,6 +19,7 @@ from moe_replay.engines.serve.frames import (
     read_error,
 )
 from moe_replay.engines.serve.messages import (
+    LOADING,
     MAX_CHUNK_BYTES,
     PROTOCOL,
     PolicyName,
@@ -110,6 +112,12 @@ class ServerCalls(HttpCalls):
 
     def check(self) -> None:
         """Do nothing: `status` of these servers tells everything."""
+
+    def refusal(self, code: int, text: str, path: str) -> RecipeError | EngineError:
+        """Return the error of a status code, which may also come inside a stream."""
+        if code == UNAVAILABLE and text.startswith(LOADING):
+            return CallError(Fault.LOADING, f"{self.url}{path} answers {code}: {text}")
+        return super().refusal(code, text, path)
 
     def put_weights(self, part: WeightPart) -> None:
         """Give the server a part of a push in chunks; part 0 begins the push and ends any other.
