@@ -1,0 +1,224 @@
+"""The trainer's bytes on a rank: what it holds always, and the peaks of scoring and of an update.
+
+In: ModelShape, Settings, the layers of each pipeline stage, Kernels. Out: TrainerBytes of each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_replay.megatron.families.family import ModelShape
+from moe_replay.plan.activations import LayerBytes, kept_by, layer_bytes
+from moe_replay.plan.kernels import Kernels
+from moe_replay.plan.settings import Settings
+from moe_replay.plan.weights import Weight, buffer_size, stage_weights
+from moe_replay.routing import expert_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """What a rank holds between passes, in bytes."""
+
+    weights: float
+    """The policy's, in Megatron's buffers."""
+    reference: float
+    """The frozen copy's."""
+    gradients: float
+    """Their buffers."""
+    optimizer: float
+    """Main weights and moments that this rank owns, on the device."""
+    host: float
+    """Of the same, in host memory."""
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.weights + self.reference + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """What a pass takes beside that, at its peak, in bytes."""
+
+    activations: float
+    """Kept for the backward pass, recomputed, or in passing."""
+    logits: float
+    """Chunks of logits, and the gradients of the rows and the layer behind them."""
+    routes: float
+    """Replayed experts on the device."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.activations + self.logits + self.routes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerBytes:
+    """What a rank of a pipeline stage needs."""
+
+    stage: int
+    """Its number."""
+    resident: Resident
+    """Always held."""
+    scoring: Passing
+    """While old log-probabilities are computed."""
+    update: Passing
+    """While a gradient is computed."""
+    largest_push: float
+    """Bytes of the largest parameter that an export merges."""
+
+
+def trainer_bytes(
+    shape: ModelShape,
+    settings: Settings,
+    stages: Sequence[Sequence[int]],
+    kernels: Kernels,
+) -> list[TrainerBytes]:
+    """Return what a rank of each stage needs; ``stages`` holds the decoder layers of each."""
+    return [_stage_bytes(shape, settings, stages, stage, kernels) for stage in range(len(stages))]
+
+
+def resident_bytes(weights: Sequence[Weight], settings: Settings) -> Resident:
+    """Return what a rank holds of these parameters."""
+    dense = [weight for weight in weights if not weight.is_expert]
+    experts = [weight for weight in weights if weight.is_expert]
+    groups = ((dense, settings.replicas), (experts, settings.expert_replicas))
+    buffers = sum(buffer_size(held, replicas) for held, replicas in groups)
+    owned = sum(
+        min(sum(weight.size for weight in held), buffer_size(held, replicas) / replicas)
+        for held, replicas in groups
+    )
+    adam = settings.adam
+    return Resident(
+        weights=buffers * settings.dtype_bytes,
+        reference=sum(w.size for w in weights) * settings.dtype_bytes * settings.has_reference,
+        gradients=buffers * adam.gradient_bytes,
+        optimizer=owned * adam.device_bytes,
+        host=owned * adam.host_bytes,
+    )
+
+
+def _stage_bytes(
+    shape: ModelShape,
+    settings: Settings,
+    stages: Sequence[Sequence[int]],
+    stage: int,
+    kernels: Kernels,
+) -> TrainerBytes:
+    layout = settings.layout
+    held = stage_weights(shape, layout, stages[stage], stage)
+    kinds = {
+        is_moe: layer_bytes(shape, settings, kernels, is_moe=is_moe) for is_moe in (False, True)
+    }
+    layers = [kinds[layer in shape.moe_layers] for layer in stages[stage]]
+    is_last = stage == len(stages) - 1
+    merged = max((w.size for w in held if not w.is_expert), default=0) * (
+        layout.tensor_model_parallel_size
+    )
+    # The experts of an expert-parallel rank are merged together, one matrix of a layer.
+    experts = shape.num_experts // layout.expert_model_parallel_size
+    merged = max(merged, 2 * experts * shape.expert_ffn_size * shape.hidden_size)
+    return TrainerBytes(
+        stage=stage,
+        resident=resident_bytes(held, settings),
+        scoring=_scoring(shape, settings, layers, kernels, is_last=is_last),
+        update=_update(shape, settings, layers, kernels, stage=stage, is_last=is_last),
+        largest_push=merged * settings.dtype_bytes,
+    )
+
+
+def _update(
+    shape: ModelShape,
+    settings: Settings,
+    layers: Sequence[LayerBytes],
+    kernels: Kernels,
+    *,
+    stage: int,
+    is_last: bool,
+) -> Passing:
+    """Return the largest of three moments: the end of the forward pass, the logits, the backward."""
+    found = kept_by(list(layers), settings.megatron)
+    flight = in_flight(settings, stage)
+    kept = found.kept * flight
+    routes = _routes(shape, settings, layers) * flight
+    passing = max((layer.dispatched for layer in layers), default=0) * kernels.dispatch_copies
+    largest = max(layers, key=lambda layer: layer.whole, default=None)
+    backward = 0.0
+    if largest is not None:
+        backward = largest.whole * kernels.backward_frac
+        backward += largest.hidden * kernels.gradient_copies
+        if found.recomputed:
+            backward += found.recomputed + passing
+    forward = kept + passing
+    if not is_last:
+        return Passing(activations=max(forward, kept + backward), logits=0, routes=routes)
+    final, logits = _logits(shape, settings, kernels, learns=True)
+    if kept + final + logits > max(forward, kept + backward):
+        return Passing(activations=kept + final, logits=logits, routes=routes)
+    return Passing(activations=max(forward, kept + backward), logits=0, routes=routes)
+
+
+def _scoring(
+    shape: ModelShape,
+    settings: Settings,
+    layers: Sequence[LayerBytes],
+    kernels: Kernels,
+    *,
+    is_last: bool,
+) -> Passing:
+    """Return the larger of two moments: inside a layer, and the logits."""
+    routes = _routes(shape, settings, layers)
+    largest = max(layers, key=lambda layer: layer.whole, default=None)
+    inside = 0.0
+    if largest is not None:
+        inside = largest.dispatched * (1 + kernels.dispatch_copies) + 2 * largest.hidden
+    final, logits = _logits(shape, settings, kernels, learns=False) if is_last else (0.0, 0.0)
+    if final + logits > inside:
+        return Passing(activations=final, logits=logits, routes=routes)
+    return Passing(activations=inside, logits=0, routes=routes)
+
+
+def _logits(
+    shape: ModelShape, settings: Settings, kernels: Kernels, *, learns: bool
+) -> tuple[float, float]:
+    """Return bytes of the last hidden rows, and of what `token_statistics` holds."""
+    layout, number = settings.layout, settings.dtype_bytes
+    rows = settings.max_tokens / layout.context_parallel_size
+    vocab = shape.vocab_size / layout.tensor_model_parallel_size
+    hidden = rows * shape.hidden_size * number
+    chunk = min(settings.chunk_rows, rows) * vocab
+    # Lower precision first gives logits in its own format.
+    rounded = number if number < 4 else 0
+    if not learns:
+        return hidden, chunk * (2 * 4 + rounded)
+    last = hidden / layout.tensor_model_parallel_size * kernels.norm_copies
+    # A gradient of the rows; of the weight one that nobody reads, in lower precision one product.
+    products = vocab * shape.hidden_size * number * (2 if rounded else 1)
+    return last + hidden, chunk * (4 + rounded) + hidden + products
+
+
+def _routes(shape: ModelShape, settings: Settings, layers: Sequence[LayerBytes]) -> float:
+    if not settings.replays or not shape.num_experts:
+        return 0
+    layout = settings.layout
+    rows = settings.max_tokens / layout.tensor_model_parallel_size / layout.context_parallel_size
+    routed = sum(layer.dispatched > 0 for layer in layers)
+    return rows * routed * shape.topk * expert_dtype(shape.num_experts).itemsize
+
+
+def in_flight(settings: Settings, stage: int) -> float:
+    """Return how many microbatches a stage keeps at once, of all its layers.
+
+    Example: of 4 stages the first keeps 4, the last 1. With 2 chunks a stage the first keeps those
+    of 1 + 3 / 8 times as many.
+    """
+    layout = settings.layout
+    stages = layout.pipeline_model_parallel_size
+    chunks = layout.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return min(stages - stage, settings.num_microbatches)
+    # Megatron's interleaved schedule: forward passes of chunks before the first backward.
+    warm_up = (stages - stage - 1) * 2 + (chunks - 1) * stages + 1
+    return min(warm_up, settings.num_microbatches * chunks) / chunks
