@@ -27,11 +27,17 @@ if TYPE_CHECKING:
 def run_doctor(options: argparse.Namespace) -> int:
     """Examine a recipe and print the report; return 0 if it can run here, else 2.
 
+    With ``--plan`` print instead what it needs of another machine; return 0 if it fits.
+
     Raises:
         RecipeError: the recipe itself is wrong, so there is nothing to examine.
     """
     process = read_process(os.environ)
     set_defaults(os.environ)
+    if options.plan is not None:
+        from moe_replay.cli.doctor_plan import run_plan
+
+        return run_plan(options)
     report = examine(load_recipe(options.recipe, options.overrides), process)
     if options.json:
         print(json.dumps(report, indent=2))

@@ -157,6 +157,17 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
+def _doctor(command: argparse.ArgumentParser) -> None:
+    _json(command)
+    command.add_argument(
+        "--plan",
+        metavar="NAME=VALUE",
+        nargs="+",
+        help="compute what the recipe needs of a machine, from config.json alone: gpus=8x80GB or nodes=2x8x80GB, and "
+        "servers=8x80GB for rollout servers; further names are rates",
+    )
+
+
 def _rollout(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
     command.add_argument("--num-prompts", metavar="N", type=int, help="prompts; those of a step")
@@ -213,8 +224,9 @@ _COMMANDS: Mapping[str, tuple[str, str, Callable[[argparse.ArgumentParser], None
     "doctor": (
         "tell whether a recipe can run here, and what it replays",
         "Examine a recipe without its weights: what is on, what it covers, what each rank holds, the versions "
-        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here.",
-        _json,
+        "that were found, and what is refused and why. Exits with 2 when the recipe cannot run here. With --plan: what "
+        "it needs of another machine; exits with 2 when it does not fit.",
+        _doctor,
     ),
     "rollout": (
         "sample by a recipe and keep the completions with their routes",

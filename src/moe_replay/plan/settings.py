@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import MegatronSection, ParallelLayout
 
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+NUMBER_BYTES = {
+    **dict.fromkeys(("float32", "fp32"), 4),
+    **dict.fromkeys(("bfloat16", "bf16", "float16", "fp16"), 2),
+    **dict.fromkeys(("uint8", "fp8"), 1),
+}
 """Bytes of one number, by the names of torch and of Megatron-Core."""
 
 
@@ -21,8 +26,6 @@ class AdamStorage:
     """Of a model parameter."""
     gradient_bytes: int = 4
     """Of a number in the gradient buffers."""
-    is_precision_aware: bool = False
-    """Whether the optimizer takes gradients and keeps moments in lower precision."""
     main_gradient_bytes: int = 4
     """Of a gradient that the optimizer reads."""
     main_parameter_bytes: int = 4
@@ -76,6 +79,8 @@ class Settings:
     """Whether a frozen copy of the weights is held."""
     replays: bool = True
     """Whether routes are on the device."""
+    update_has_entropies: bool = False
+    """Whether the update's forward pass gives entropies too."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -97,3 +102,51 @@ class Settings:
     def expert_replicas(self) -> int:
         """Ranks that share the optimizer's state of an expert's parameter."""
         return self.num_ranks // self.megatron.expert_parallel_size
+
+
+def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
+    """Return what a recipe says for ``num_ranks`` ranks; every completion has its maximum length."""
+    batch, longest = recipe.batch, recipe.max_sequence_length
+    tokens = batch.max_tokens_per_microbatch or (batch.micro_batch_size or 1) * longest
+    replicas = num_ranks // recipe.megatron.model_parallel_size
+    samples = -(-batch.global_batch_size // replicas)
+    count = -(-samples // max(1, tokens // longest))
+    return Settings(
+        num_ranks=num_ranks,
+        megatron=recipe.megatron,
+        dtype_bytes=NUMBER_BYTES[recipe.model.dtype],
+        adam=adam_of(recipe),
+        max_tokens=min(tokens, samples * longest),
+        max_sequence_length=longest,
+        num_microbatches=recipe.megatron.round_up_microbatches(count),
+        chunk_rows=batch.logprob_chunk_size,
+        has_reference=recipe.grpo.beta > 0,
+        replays=recipe.replays,
+        update_has_entropies=getattr(recipe, "why_old_pass", "") is None,
+    )
+
+
+def adam_of(recipe: Recipe) -> AdamStorage:
+    """Return where the optimizer's state of a recipe lies."""
+    number, megatron = NUMBER_BYTES[recipe.model.dtype], recipe.megatron
+    fields = megatron.optimizer_fields() if hasattr(megatron, "optimizer_fields") else {}
+    ddp = megatron.ddp_fields() if hasattr(megatron, "ddp_fields") else {}
+    in_float32 = ddp.get("grad_reduce_in_fp32", True)
+    aware = bool(fields.get("use_precision_aware_optimizer"))
+
+    def size(name: str) -> int:
+        return NUMBER_BYTES[fields.get(name, "float32")] if aware else 4
+
+    main = size("main_params_dtype")
+    # Only the 16 bits that the bfloat16 weight lacks are kept, unless that is switched off.
+    if aware and number == 2 and main == 4 and fields.get("store_param_remainders", True):
+        main = 2
+    host = fields.get("optimizer_cpu_offload") and fields.get("optimizer_offload_fraction", 0.0)
+    return AdamStorage(
+        dtype_bytes=number,
+        gradient_bytes=4 if in_float32 else number,
+        main_gradient_bytes=size("main_grads_dtype"),
+        main_parameter_bytes=main,
+        moment_bytes=(size("exp_avg_dtype"), size("exp_avg_sq_dtype")),
+        host_frac=float(host or 0.0),
+    )

@@ -87,13 +87,13 @@ def resident_bytes(weights: Sequence[Weight], settings: Settings) -> Resident:
     groups = ((dense, settings.replicas), (experts, settings.expert_replicas))
     buffers = sum(buffer_size(held, replicas) for held, replicas in groups)
     owned = sum(
-        min(sum(weight.size for weight in held), buffer_size(held, replicas) / replicas)
+        min(sum(weight.total for weight in held), buffer_size(held, replicas) / replicas)
         for held, replicas in groups
     )
     adam = settings.adam
     return Resident(
         weights=buffers * settings.dtype_bytes,
-        reference=sum(w.size for w in weights) * settings.dtype_bytes * settings.has_reference,
+        reference=sum(w.total for w in weights) * settings.dtype_bytes * settings.has_reference,
         gradients=buffers * adam.gradient_bytes,
         optimizer=owned * adam.device_bytes,
         host=owned * adam.host_bytes,

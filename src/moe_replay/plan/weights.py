@@ -29,6 +29,13 @@ class Weight:
     """Numbers that this rank holds."""
     is_expert: bool = False
     """Whether it belongs to a routed expert."""
+    count: int = 1
+    """How many of them follow one another."""
+
+    @property
+    def total(self) -> int:
+        """Numbers in all of them."""
+        return self.size * self.count
 
 
 def stage_weights(
@@ -134,9 +141,10 @@ def _moe(shape: ModelShape, layout: ParallelLayout) -> Iterator[Weight]:
     hidden, tensor = shape.hidden_size, layout.tensor_model_parallel_size
     yield Weight(name="router", size=shape.num_experts * hidden)
     inner = shape.expert_ffn_size // layout.expert_tensor_size
-    for _ in range(shape.num_experts // layout.expert_model_parallel_size):
-        yield Weight(name="experts.linear_fc1", size=2 * inner * hidden, is_expert=True)
-        yield Weight(name="experts.linear_fc2", size=inner * hidden, is_expert=True)
+    count = shape.num_experts // layout.expert_model_parallel_size
+    # Their order does not matter to sums, and only little to how they are padded.
+    yield Weight(name="experts.linear_fc1", size=2 * inner * hidden, is_expert=True, count=count)
+    yield Weight(name="experts.linear_fc2", size=inner * hidden, is_expert=True, count=count)
     shared = shared_width(shape) // tensor
     if shared:
         yield Weight(name="shared_experts.linear_fc1", size=2 * shared * hidden)
@@ -157,12 +165,12 @@ def buffer_size(weights: Iterable[Weight], replicas: int) -> int:
     Example: two parameters of 100 numbers begin at 0 and at 128, and end at 228, which 2 ranks round
     up to 256: 128 for each.
     """
-    sizes = [weight.size for weight in weights]
-    if not sizes:
+    held = list(weights)
+    if not held:
         return 0
-    # The last one built is the first one in the buffer.
-    *earlier, last = reversed(sizes)
-    end = sum(_rounded(size, _START) for size in earlier) + last
+    # The last one built is the first one in the buffer, so the first one ends it.
+    end = sum(_rounded(weight.size, _START) * weight.count for weight in held)
+    end -= _rounded(held[0].size, _START) - held[0].size
     return _rounded(end, math.lcm(_END, replicas))
 
 
