@@ -29,6 +29,8 @@ class LayerBytes:
     """Projections, rotation."""
     core: float
     """Core attention, which returns to its own inputs when it is recomputed."""
+    attended: float
+    """Attention's weights, where they are kept: part of ``core``."""
     router: float
     """Scores, indices, masks."""
     experts: float
@@ -100,6 +102,7 @@ def layer_bytes(
         normed=2 * hidden,
         attention=heads * part + uncut * rows,
         core=core * part,
+        attended=core * part if _keeps_weights(shape, kernels) else 0.0,
         router=kernels.router_bytes_per_expert * experts + choices,
         # With tensor parallelism inside experts each of their ranks takes the rows of all of them.
         experts=shape.topk * hidden * layout.expert_tensor_size * is_moe + 2 * inner,
@@ -152,14 +155,20 @@ def _latent(shape: ModelShape, settings: Settings, kernels: Kernels) -> tuple[fl
         + of_value * sizes.value
     )
     core = 4.0 * heads
-    if kernels.keeps_attention_weights:
-        if sizes.query != sizes.value:
-            core = heads * settings.max_sequence_length * number
-        else:
-            core += heads * sizes.value * number
+    if _keeps_weights(shape, kernels):
+        core = heads * settings.max_sequence_length * number
     uncut = kernels.rotary_bytes * sizes.rotary + kernels.index_bytes
     # Compressed rows are the same on all tensor-parallel ranks, each of which keeps its own rows.
     return (numbers + compressed) * number + statistics, core, uncut
+
+
+def _keeps_weights(shape: ModelShape, kernels: Kernels) -> bool:
+    if not kernels.keeps_attention_weights:
+        return False
+    if not shape.megatron_fields.get("multi_latent_attention"):
+        return False
+    sizes = LatentSizes.of(shape)
+    return sizes.query != sizes.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

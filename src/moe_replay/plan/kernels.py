@@ -57,6 +57,12 @@ class Kernels:
     """Of these, what stays although a layer is recomputed."""
     dispatch_copies: float
     """Rows of all experts of a token that exist in passing, while the experts run."""
+    exchange_copies: float
+    """Further ones where these rows come from other ranks."""
+    scored_dispatch_copies: float
+    """All of them in a pass that keeps nothing."""
+    scored_attention_weights: float
+    """Copies of attention's weights, where it keeps them, in a pass that keeps nothing."""
     gradient_copies: float
     """Hidden rows that exist in passing, while a layer's gradient is computed."""
     backward_frac: float
@@ -86,6 +92,9 @@ GPU = Kernels(
     router_bytes_per_choice=0,
     dispatcher_bytes_per_expert=0,
     dispatch_copies=0,
+    exchange_copies=0,
+    scored_dispatch_copies=5,
+    scored_attention_weights=0,
     gradient_copies=0,
     backward_frac=0.5,
     other_bytes=4 * 10**9,
@@ -113,6 +122,9 @@ CPU = Kernels(
     router_bytes_per_choice=24,
     dispatcher_bytes_per_expert=5,
     dispatch_copies=3,
+    exchange_copies=1,
+    scored_dispatch_copies=4,
+    scored_attention_weights=3,
     gradient_copies=2,
     backward_frac=0,
     other_bytes=0,

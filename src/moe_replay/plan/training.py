@@ -143,7 +143,9 @@ def _update(
     flight = in_flight(settings, stage)
     kept = found.kept * flight
     routes = _routes(shape, settings, layers) * flight
-    passing = max((layer.dispatched for layer in layers), default=0) * kernels.dispatch_copies
+    passing = max((layer.dispatched for layer in layers), default=0) * (
+        kernels.dispatch_copies + _exchanges(settings, kernels)
+    )
     largest = max(layers, key=lambda layer: layer.whole, default=None)
     backward = 0.0
     if largest is not None:
@@ -170,14 +172,24 @@ def _scoring(
 ) -> Passing:
     """Return the larger of two moments: inside a layer, and the logits."""
     routes = _routes(shape, settings, layers)
-    largest = max(layers, key=lambda layer: layer.whole, default=None)
-    inside = 0.0
-    if largest is not None:
-        inside = largest.dispatched * (1 + kernels.dispatch_copies) + 2 * largest.hidden
+    copies = kernels.scored_dispatch_copies + _exchanges(settings, kernels)
+    # Residual, its norm, and what enters and leaves the experts; attention has one fewer.
+    inside = [layer.dispatched * copies + 4 * layer.hidden for layer in layers]
+    inside += [
+        layer.attention + layer.core + 3 * layer.hidden
+        if not layer.attended
+        else layer.attention + layer.attended * kernels.scored_attention_weights + 2 * layer.hidden
+        for layer in layers
+    ]
+    within = max(inside, default=0.0) + sum(layer.dispatcher for layer in layers)
     final, logits = _logits(shape, settings, kernels, learns=False) if is_last else (0.0, 0.0)
-    if final + logits > inside:
+    if final + logits > within:
         return Passing(activations=final, logits=logits, routes=routes)
-    return Passing(activations=inside, logits=0, routes=routes)
+    return Passing(activations=within, logits=0, routes=routes)
+
+
+def _exchanges(settings: Settings, kernels: Kernels) -> float:
+    return kernels.exchange_copies * (settings.layout.expert_model_parallel_size > 1)
 
 
 def _logits(
@@ -193,10 +205,11 @@ def _logits(
     rounded = number if number < 4 else 0
     if not learns:
         return hidden, chunk * (2 * 4 + rounded)
+    buffers = 2 if settings.update_has_entropies else 1
     last = hidden / layout.tensor_model_parallel_size * kernels.norm_copies
     # A gradient of the rows; of the weight one that nobody reads, in lower precision one product.
     products = vocab * shape.hidden_size * number * (2 if rounded else 1)
-    return last + hidden, chunk * (4 + rounded) + hidden + products
+    return last + hidden, chunk * (buffers * 4 + rounded) + hidden + products
 
 
 def _routes(shape: ModelShape, settings: Settings, layers: Sequence[LayerBytes]) -> float:

@@ -1,0 +1,185 @@
+"""A plan beside the truth: what a small policy really takes on the CPU, and what its plan says.
+
+In: a case. Out: bytes of weights, gradients, optimizer state and peaks, measured and planned, on each
+rank. Routes are replayed and dealt evenly, as a plan assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moe_replay.batch import Microbatch
+from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.chunks import unwrap
+from moe_replay.megatron.families.family import ModelShape
+from moe_replay.megatron.layout import ParallelLayout
+from moe_replay.megatron.stages import stage_layers
+from moe_replay.plan.kernels import CPU, Kernels
+from moe_replay.plan.settings import AdamStorage, Settings
+from moe_replay.plan.training import trainer_bytes
+from moe_replay.recipe.sections.training import MegatronSection
+from moe_replay.routing import Origin, Routing, RoutingTrace
+from moe_replay.testing.memory import peak_bytes
+from moe_replay.testing.policies import mean_loss, pack, start_policy
+from moe_replay.testing.samples import RoutedSample, make_samples, with_trace
+
+SEED = 7
+_FLOAT_BYTES = 4
+_RUNS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCase:
+    """A layout, its ranks, and the batch."""
+
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    """Degrees of parallelism."""
+    ranks: int = 1
+    """Processes."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """``recompute_*``."""
+    max_tokens: int = 1024
+    """Of a microbatch."""
+    length: int = 128
+    """Of each sequence."""
+    chunk_rows: int = 256
+    """Rows whose logits exist at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Bytes on one rank."""
+
+    what: str
+    """``weights``, ``gradients``, ``optimizer``, ``update`` or ``scoring``; the last two are peaks
+    beyond the first three."""
+    measured: int
+    """Handed out by torch."""
+    planned: float
+    """By the formulas."""
+
+    @property
+    def error_frac(self) -> float:
+        """How far the plan is off, in parts of the truth; negative when it says too little."""
+        return self.planned / self.measured - 1
+
+
+def compare(checkpoint: Path, case: PlannedCase, kernels: Kernels = CPU) -> list[Compared]:
+    """Build the policy on this rank, measure it, and plan it; all ranks call this together."""
+    actor = start_policy(
+        checkpoint, case.layout, chunk_rows=case.chunk_rows, **dict(case.overrides)
+    )
+    stages = case.layout.pipeline_model_parallel_size
+    # As many as stages, so that the first one keeps as many as it ever does.
+    count = max(2, stages)
+    microbatches = _evenly_routed(actor, case, count)
+    shape = unwrap(actor.chunks[0]).model_shape
+    settings = Settings(
+        num_ranks=dist.get_world_size(),
+        megatron=MegatronSection(**case.layout.model_dump(), **dict(case.overrides)),
+        dtype_bytes=_FLOAT_BYTES,
+        adam=AdamStorage(dtype_bytes=_FLOAT_BYTES),
+        max_tokens=case.max_tokens,
+        max_sequence_length=case.length,
+        num_microbatches=count,
+        chunk_rows=case.chunk_rows,
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    planned = trainer_bytes(shape, settings, stage_layers(actor.config), kernels)[stage]
+    resident, passing = planned.resident, {"update": planned.update, "scoring": planned.scoring}
+
+    def update() -> None:
+        actor.update(microbatches, mean_loss, temperature=1.0, routing=Routing.REPLAY)
+
+    def score() -> None:
+        actor.score(microbatches, temperature=1.0, routing=Routing.REPLAY)
+
+    # The first update makes the optimizer's state.
+    update()
+    held = {"weights": _weights, "gradients": _gradients, "optimizer": _optimizer}
+    return [
+        *(
+            Compared(what=name, measured=read(actor), planned=getattr(resident, name))
+            for name, read in held.items()
+        ),
+        *(
+            Compared(what=name, measured=_lowest_peak(run), planned=passing[name].total)
+            for name, run in (("update", update), ("scoring", score))
+        ),
+    ]
+
+
+def _lowest_peak(run: Any) -> int:
+    """Return the lowest of several peaks: gloo's threads give buffers back when they come to it."""
+    return min(peak_bytes(run) for _ in range(_RUNS))
+
+
+def _buffers(actor: MegatronActor) -> list[Any]:
+    return [
+        buffer
+        for chunk in actor.chunks
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+    ]
+
+
+def _weights(actor: MegatronActor) -> int:
+    return sum(buffer.param_data.nbytes for buffer in _buffers(actor))
+
+
+def _gradients(actor: MegatronActor) -> int:
+    return sum(buffer.grad_data.nbytes for buffer in _buffers(actor))
+
+
+def _optimizer(actor: MegatronActor) -> int:
+    """Return the bytes of the moments; a float32 weight is its own main weight."""
+    optimizers = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+    return sum(
+        value.nbytes
+        for optimizer in optimizers
+        if optimizer.optimizer is not None
+        for state in optimizer.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.dim() > 0
+    )
+
+
+def _evenly_routed(actor: MegatronActor, case: PlannedCase, count: int) -> list[Microbatch]:
+    """Return microbatches of which every expert gets equally many rows."""
+    shape = unwrap(actor.chunks[0]).model_shape
+    samples = make_samples(
+        count * case.max_tokens // case.length,
+        seed=SEED,
+        vocab_size=min(99, shape.vocab_size),
+        min_length=case.length,
+        max_length=case.length,
+    )
+    routed: Sequence[RoutedSample] = [
+        with_trace(sample, _even_trace(shape, sample.token_ids)) for sample in samples
+    ]
+    microbatches = pack(routed, max_tokens=case.max_tokens, scorer=actor)
+    assert len(microbatches) == count
+    return microbatches
+
+
+def _even_trace(shape: ModelShape, token_ids: np.ndarray) -> RoutingTrace:
+    """Return routes that go round the experts: token 0 to 0..K-1, token 1 to K..2K-1."""
+    tokens, layers = np.arange(len(token_ids)), np.arange(shape.num_moe_layers)
+    first = tokens[:, None, None] * shape.topk + layers[None, :, None]
+    return RoutingTrace.record(
+        (first + np.arange(shape.topk)) % shape.num_experts,
+        token_ids=token_ids,
+        valid=np.ones(len(token_ids), dtype=bool),
+        layers=shape.moe_layers,
+        num_experts=shape.num_experts,
+        origin=Origin.single(
+            engine="even", engine_version="0", policy_version=0, num_rows=len(token_ids)
+        ),
+    )
