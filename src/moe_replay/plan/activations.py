@@ -22,9 +22,9 @@ class LayerBytes:
     hidden: float
     """One hidden row each: what a recomputed layer keeps."""
     norms: float
-    """Both norms before their last product."""
+    """What enters the norms."""
     normed: float
-    """What the norms return."""
+    """What the norms compute and return."""
     attention: float
     """Projections, rotation."""
     core: float
@@ -98,8 +98,8 @@ def layer_bytes(
         shared += hidden
     return LayerBytes(
         hidden=hidden,
-        norms=2 * kernels.norm_copies * hidden + 2 * kernels.statistics_bytes * part,
-        normed=2 * hidden,
+        norms=2 * hidden,
+        normed=2 * kernels.norm_copies * hidden + 2 * kernels.statistics_bytes * part,
         attention=heads * part + uncut * rows,
         core=core * part,
         attended=core * part if _keeps_weights(shape, kernels) else 0.0,
@@ -177,8 +177,10 @@ class Kept:
 
     kept: float
     """Until the backward pass, in bytes."""
-    recomputed: float
+    recomputed: float = 0.0
     """At a time in the backward pass."""
+    kept_then: float = 0.0
+    """Of ``kept``, what is still there when that begins."""
 
 
 def kept_by(layers: list[LayerBytes], megatron: MegatronSection) -> Kept:
@@ -186,23 +188,27 @@ def kept_by(layers: list[LayerBytes], megatron: MegatronSection) -> Kept:
     dispatchers = sum(layer.dispatcher for layer in layers)
     whole = [layer.whole for layer in layers]
     if megatron.recompute_granularity is None or not layers:
-        return Kept(kept=sum(whole), recomputed=0)
+        return Kept(kept=sum(whole))
     if megatron.recompute_granularity == "selective":
         modules = ["core_attn"]
         if megatron.recompute_modules is not None:
             modules = list(megatron.recompute_modules)
         freed = [sum(map(layer.recomputed_by, modules)) for layer in layers]
-        return Kept(kept=sum(whole) - sum(freed), recomputed=max(freed))
+        kept = sum(whole) - sum(freed)
+        return Kept(kept=kept, recomputed=max(freed), kept_then=kept)
     count = megatron.recompute_num_layers or 1
     if megatron.recompute_method == "block":
         # The first layers of each chunk.
         chunks = megatron.virtual_pipeline_model_parallel_size or 1
         size = -(-len(layers) // chunks)
         again = [index for index in range(len(layers)) if index % size < count]
-        kept = sum(layers[i].hidden if i in again else whole[i] for i in range(len(layers)))
-        return Kept(kept=kept + dispatchers, recomputed=max(whole[i] for i in again))
+        inputs = sum(layers[index].hidden for index in again) + dispatchers
+        others = sum(whole[index] for index in range(len(layers)) if index not in again)
+        # The layers behind them are through by then, in the last chunk at least.
+        later = others * (chunks - 1) / chunks
+        largest = max(whole[index] for index in again)
+        return Kept(kept=inputs + others, recomputed=largest, kept_then=inputs + later)
     units = [layers[start : start + count] for start in range(0, len(layers), count)]
-    return Kept(
-        kept=sum(unit[0].hidden for unit in units) + dispatchers,
-        recomputed=max(sum(layer.whole for layer in unit) for unit in units),
-    )
+    kept = sum(unit[0].hidden for unit in units) + dispatchers
+    largest = max(sum(layer.whole for layer in unit) for unit in units)
+    return Kept(kept=kept, recomputed=largest, kept_then=kept)

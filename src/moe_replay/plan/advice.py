@@ -160,8 +160,6 @@ def _optimizer_changes(recipe: Recipe) -> Iterator[Change]:
     if recipe.model.dtype == "float32":
         yield Change(group="dtype", keys={"model.dtype": "bfloat16"})
     table = "megatron.optimizer"
-    if not hasattr(recipe.megatron, "optimizer"):
-        return
     if not recipe.megatron.optimizer.get("use_precision_aware_optimizer"):
         lean = {
             f"{table}.use_precision_aware_optimizer": True,

@@ -118,10 +118,8 @@ def _rollout(recipe: Recipe, work: Work, machine: Machine, engine: EngineBytes) 
     longest = section.max_completion_length
     mean = rates.length_frac * longest
     length = recipe.data.max_prompt_length * rates.length_frac + mean / 2
-    # Ranks share nothing of max_batch_size but servers do.
-    limit = section.max_batch_size * (engine.num_ranks if engine.shares_gpu else 1)
     held = engine.sequences(int(length) + 1)
-    batch = max(1.0, min(samples, limit, held))
+    batch = max(1.0, min(samples, section.max_batch_size, held))
     number = NUMBER_BYTES[section.dtype]
     read = work.touched(batch) / engine.num_ranks * number + batch * length * engine.token_bytes
     arithmetic = 2 * work.active * batch / engine.num_ranks

@@ -129,9 +129,7 @@ def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
 def adam_of(recipe: Recipe) -> AdamStorage:
     """Return where the optimizer's state of a recipe lies."""
     number, megatron = NUMBER_BYTES[recipe.model.dtype], recipe.megatron
-    fields = megatron.optimizer_fields() if hasattr(megatron, "optimizer_fields") else {}
-    ddp = megatron.ddp_fields() if hasattr(megatron, "ddp_fields") else {}
-    in_float32 = ddp.get("grad_reduce_in_fp32", True)
+    fields, ddp = megatron.optimizer_fields(), megatron.ddp_fields()
     aware = bool(fields.get("use_precision_aware_optimizer"))
 
     def size(name: str) -> int:
@@ -144,7 +142,7 @@ def adam_of(recipe: Recipe) -> AdamStorage:
     host = fields.get("optimizer_cpu_offload") and fields.get("optimizer_offload_fraction", 0.0)
     return AdamStorage(
         dtype_bytes=number,
-        gradient_bytes=4 if in_float32 else number,
+        gradient_bytes=4 if ddp["grad_reduce_in_fp32"] else number,
         main_gradient_bytes=size("main_grads_dtype"),
         main_parameter_bytes=main,
         moment_bytes=(size("exp_avg_dtype"), size("exp_avg_sq_dtype")),

@@ -152,7 +152,7 @@ def _update(
         backward = largest.whole * kernels.backward_frac
         backward += largest.hidden * kernels.gradient_copies
         if found.recomputed:
-            backward += found.recomputed + passing
+            backward += found.recomputed + passing - found.kept + found.kept_then
     forward = kept + passing
     if not is_last:
         return Passing(activations=max(forward, kept + backward), logits=0, routes=routes)

@@ -6,19 +6,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the highest sum of what was handed out and not given back."""
+    """Return the highest sum of what was handed out and not given back.
+
+    What was there before does not count, even if it is given back meanwhile.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         kept = run()
     del kept
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found: list[tuple[int, int, int]] = []
+    waiting: list[Any] = list(profile.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    sizes: dict[int, int] = {}
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # pyrefly: ignore - torch does not declare it
-        peak = max(peak, held)
+    for _, address, size in sorted(found, key=lambda event: event[0]):
+        if size > 0:
+            sizes[address] = size
+            held += size
+            peak = max(peak, held)
+        else:
+            held -= sizes.pop(address, 0)
     return peak
