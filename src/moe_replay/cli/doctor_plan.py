@@ -42,7 +42,11 @@ def show_plan(plan: Plan) -> None:
     memory, time = plan.memory, plan.time
     console.print(f"{plan.machine.describe()}, {plan.layout}: computed, not run on a GPU")
     console.print(_phases(plan))
-    notes = [f"host memory of a node: {gb(memory.host)} GB of {gb(memory.usable_host)}"]
+    logits = max(found.logits for found in memory.trainer)
+    notes = [
+        f"chunks of logits take {gb(logits)} GB at their own moment of an update",
+        f"host memory of a node: {gb(memory.host)} GB of {gb(memory.usable_host)}",
+    ]
     engine = memory.engine
     if engine is not None:
         length = memory.settings.max_sequence_length
@@ -65,7 +69,9 @@ def show_plan(plan: Plan) -> None:
     for text in memory.short:
         console.print(f"  - {escape(text)}")
     if not plan.remedies:
-        console.print("no set of changes that was tried makes it fit: more GPUs, or a smaller model")
+        console.print(
+            "no set of changes that was tried makes it fit: more GPUs, or a smaller model"
+        )
     for number, remedy in enumerate(plan.remedies, start=1):
         peak = remedy.memory.peak
         console.print(f"it fits with ({number}): {gb(peak.total)} GB in {peak.name}, by")

@@ -1,1 +1,1 @@
-"""What a recipe needs of a machine, computed from its keys and the checkpoint's config.json alone."""
+"""What a recipe needs of a machine, computed from its keys and the checkpoint's config.json."""

@@ -1,7 +1,7 @@
 """Activations: the bytes that a decoder layer keeps for its backward pass.
 
-In: ModelShape, layout, kernels, the rows of a microbatch. Out: bytes of one rank, by the part of the
-layer that keeps them, because recomputation frees some parts and not others.
+In: ModelShape, layout, kernels, the rows of a microbatch. Out: bytes of one rank, by the part of
+the layer that keeps them, because recomputation frees some parts and not others.
 """
 
 from __future__ import annotations

@@ -139,11 +139,6 @@ def _changes(recipe: Recipe, shape: ModelShape, machine: Machine) -> Iterator[Ch
 
 def _rollout_changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     section = recipe.rollout
-    if getattr(section, "shares_device", False):
-        for level in ("optimizer", "weights"):
-            if recipe.megatron.offload_during_rollout != level:
-                key = "megatron.offload_during_rollout"
-                yield Change(group="offload", keys={key: level})
     if not isinstance(section, VllmEngineSection):
         return
     if section.kv_cache_gib is None:

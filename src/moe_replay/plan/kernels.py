@@ -1,7 +1,7 @@
 """Kernels: what the implementation of a layer keeps and needs, as counts of tensors.
 
-The same formulas (`activations`, `training`) give the bytes of a GPU and of a CPU; only these counts
-differ.
+The same formulas (`activations`, `training`) give the bytes of a GPU and of a CPU; only these
+counts differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """How many tensors of each width a decoder layer keeps for each of its rows, or needs in passing.
+    """How many tensors of each width a layer keeps for each of its rows, or needs in passing.
 
     Kept means: from the forward pass until the backward pass.
     """

@@ -120,7 +120,9 @@ def plan_memory(
         server_ranks=_server_ranks(recipe, machine),
     )
     per_stage = [_phases(recipe, settings, found, engine, kernels) for found in trainer]
-    phases = tuple(max(same, key=lambda phase: phase.total) for same in zip(*per_stage, strict=True))
+    phases = tuple(
+        max(same, key=lambda phase: phase.total) for same in zip(*per_stage, strict=True)
+    )
     return MemoryPlan(
         phases=phases,
         usable=machine.usable_bytes,
@@ -252,7 +254,7 @@ def _host_bytes(
     engine: EngineBytes | None,
     machine: Machine,
 ) -> float:
-    """Return the bytes on a node's host: offloaded state, what was given back, a sleeping engine."""
+    """Return the bytes on a node's host: offloaded state, what was given back, asleep engines."""
     given = gives_back(recipe)
     each = 0.0
     for found in trainer:

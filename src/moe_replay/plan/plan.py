@@ -57,6 +57,7 @@ class Plan:
                 }
                 for phase in memory.phases
             ],
+            "logits_bytes": int(max(found.logits for found in memory.trainer)),
             "host_bytes_per_node": int(memory.host),
             "engine": None
             if engine is None

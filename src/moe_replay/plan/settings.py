@@ -105,7 +105,7 @@ class Settings:
 
 
 def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
-    """Return what a recipe says for ``num_ranks`` ranks; every completion has its maximum length."""
+    """Return what a recipe says for ``num_ranks`` ranks; completions have their maximum length."""
     batch, longest = recipe.batch, recipe.max_sequence_length
     tokens = batch.max_tokens_per_microbatch or (batch.micro_batch_size or 1) * longest
     replicas = num_ranks // recipe.megatron.model_parallel_size

@@ -1,6 +1,6 @@
 """The trainer's bytes on a rank: what it holds always, and the peaks of scoring and of an update.
 
-In: ModelShape, Settings, the layers of each pipeline stage, Kernels. Out: TrainerBytes of each stage.
+In: ModelShape, Settings, the layers of each pipeline stage, Kernels. Out: TrainerBytes of each.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class TrainerBytes:
     """While old log-probabilities are computed."""
     update: Passing
     """While a gradient is computed."""
+    logits: float
+    """What chunks of logits take in an update, at their own moment, which need not be the peak."""
     largest_push: float
     """Bytes of the largest parameter that an export merges."""
 
@@ -125,6 +127,7 @@ def _stage_bytes(
         resident=resident_bytes(held, settings),
         scoring=_scoring(shape, settings, layers, kernels, is_last=is_last),
         update=_update(shape, settings, layers, kernels, stage=stage, is_last=is_last),
+        logits=_logits(shape, settings, kernels, learns=True)[1] if is_last else 0.0,
         largest_push=merged * settings.dtype_bytes,
     )
 
@@ -138,7 +141,7 @@ def _update(
     stage: int,
     is_last: bool,
 ) -> Passing:
-    """Return the largest of three moments: the end of the forward pass, the logits, the backward."""
+    """Return the largest of three moments: end of the forward pass, logits, backward pass."""
     found = kept_by(list(layers), settings.megatron)
     flight = in_flight(settings, stage)
     kept = found.kept * flight

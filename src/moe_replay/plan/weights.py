@@ -1,7 +1,7 @@
 """The parameters of one rank, from the shape of a model and a layout, without building anything.
 
-In: ModelShape, layout, the layers of a stage. Out: the size of each parameter, dense ones apart from
-experts, because different ranks share their optimizer state.
+In: ModelShape, layout, the layers of a stage. Out: the size of each parameter, dense ones apart
+from experts, because different ranks share their optimizer state.
 """
 
 from __future__ import annotations
@@ -160,10 +160,10 @@ def _dense(shape: ModelShape, layout: ParallelLayout) -> Iterator[Weight]:
 
 
 def buffer_size(weights: Iterable[Weight], replicas: int) -> int:
-    """Return the numbers of Megatron's buffer for ``weights``, whose state ``replicas`` ranks share.
+    """Return the numbers of Megatron's buffer of ``weights``, whose state ``replicas`` ranks share.
 
-    Example: two parameters of 100 numbers begin at 0 and at 128, and end at 228, which 2 ranks round
-    up to 256: 128 for each.
+    Example: two parameters of 100 numbers begin at 0 and at 128, and end at 228, which 2 ranks
+    round up to 256: 128 for each.
     """
     held = list(weights)
     if not held:
@@ -176,4 +176,3 @@ def buffer_size(weights: Iterable[Weight], replicas: int) -> int:
 
 def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-

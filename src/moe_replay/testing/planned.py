@@ -1,7 +1,7 @@
 """A plan beside the truth: what a small policy really takes on the CPU, and what its plan says.
 
-In: a case. Out: bytes of weights, gradients, optimizer state and peaks, measured and planned, on each
-rank. Routes are replayed and dealt evenly, as a plan assumes.
+In: a case. Out: bytes of weights, gradients, optimizer state and peaks, measured and planned, on
+each rank. Routes are replayed and dealt evenly, as a plan assumes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,33 @@ from moe_replay.plan.settings import AdamStorage, Settings
 from moe_replay.plan.training import trainer_bytes
 from moe_replay.recipe.sections.training import MegatronSection
 from moe_replay.routing import Origin, Routing, RoutingTrace
+from moe_replay.testing.layouts import BLOCK, FULL, MOE, layout
 from moe_replay.testing.memory import peak_bytes
 from moe_replay.testing.policies import mean_loss, pack, start_policy
 from moe_replay.testing.samples import RoutedSample, make_samples, with_trace
 
 SEED = 7
+_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 4096,
+}
+_QWEN = _SIZES | {"num_experts": 16, "moe_intermediate_size": 48}
+_DENSE_FIRST = _SIZES | {"moe_intermediate_size": 48, "intermediate_size": 160}
+_LATENT = _DENSE_FIRST | {"num_key_value_heads": 8, "q_lora_rank": 40, "kv_lora_rank": 24}
 _FLOAT_BYTES = 4
 _RUNS_OF_SEVERAL = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedCase:
-    """A layout, its ranks, and the batch."""
+    """A model, a layout, its ranks, and the batch."""
 
+    family: str = "qwen3_moe"
+    """Of the tiny model."""
+    fields: Mapping[str, Any] = field(default_factory=lambda: _QWEN)
+    """Of its config."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Degrees of parallelism."""
     ranks: int = 1
@@ -52,6 +66,39 @@ class PlannedCase:
     """Of each sequence."""
     chunk_rows: int = 256
     """Rows whose logits exist at a time."""
+
+
+CASES: Mapping[str, PlannedCase] = {
+    "plain": PlannedCase(),
+    "full recompute": PlannedCase(overrides=FULL),
+    "moe recompute": PlannedCase(overrides=MOE),
+    "block recompute": PlannedCase(overrides=BLOCK),
+    "many words": PlannedCase(fields=_QWEN | {"vocab_size": 8192}),
+    "wide": PlannedCase(fields=_QWEN | {"hidden_size": 256, "moe_intermediate_size": 128}),
+    "long": PlannedCase(length=1024),
+    "latent attention": PlannedCase(family="deepseek_v3", fields=_LATENT),
+    "latent attention, full recompute": PlannedCase(
+        family="deepseek_v3", fields=_LATENT, overrides=FULL
+    ),
+    "dense first": PlannedCase(family="glm4_moe", fields=_DENSE_FIRST),
+    "few experts": PlannedCase(
+        family="mixtral",
+        fields=_SIZES | {"num_local_experts": 8, "intermediate_size": 96, "num_experts_per_tok": 2},
+    ),
+    "gated shared expert": PlannedCase(
+        family="qwen2_moe", fields=_QWEN | {"shared_expert_intermediate_size": 80}
+    ),
+    "norms over all heads": PlannedCase(
+        family="olmoe", fields=_SIZES | {"num_experts": 16, "intermediate_size": 48}
+    ),
+    "tp2": PlannedCase(layout=layout(tp=2), ranks=2),
+    "ep2": PlannedCase(layout=layout(ep=2), ranks=2),
+    "ep2, full recompute": PlannedCase(layout=layout(ep=2), ranks=2, overrides=FULL),
+    "tp2 ep2": PlannedCase(layout=layout(tp=2, ep=2, etp=1), ranks=2),
+    "pp2": PlannedCase(layout=layout(pp=2), ranks=2),
+    "pp2 vpp2, full recompute": PlannedCase(layout=layout(pp=2, vpp=2), ranks=2, overrides=FULL),
+}
+"""Shapes and layouts that the formulas are compared in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
