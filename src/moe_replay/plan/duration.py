@@ -91,14 +91,14 @@ def plan_time(recipe: Recipe, shape: ModelShape, machine: Machine, memory: Memor
         engines = machine.servers if not memory.engine.shares_gpu else machine
         if engines is not None:
             parts["rollout"] = _rollout(recipe, work, engines, memory.engine)
-    if getattr(recipe, "why_old_pass", "always") is not None:
+    if recipe.why_old_pass is not None:
         parts["old log-probabilities"] = forward
     if recipe.grpo.beta > 0:
         parts["reference log-probabilities"] = forward
     parts["update"] = forward * (3 + again)
     parts["optimizer"] = _optimizer(recipe, machine, memory)
     parts["push"] = _push(recipe, shape, machine, memory)
-    overlaps = bool(getattr(recipe.rollout, "max_staleness", 0))
+    overlaps = recipe.rollout.max_staleness > 0
     return StepTime(parts=parts, overlaps=overlaps)
 
 

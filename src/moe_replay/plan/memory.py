@@ -217,7 +217,7 @@ def _phases(
             remains,
             {"engine weights": engine.weights, "cache": engine.cache, "engine work": engine.work},
         )
-    if getattr(recipe, "why_old_pass", "always") is not None:
+    if recipe.why_old_pass is not None:
         add("old log-probabilities", scoring, asleep, _passing(found.scoring))
     add("update", learning, asleep, _passing(found.update))
     add("optimizer step", all_of_it, asleep)
