@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from moe_replay.batch import Microbatch
 from moe_replay.megatron.actor import MegatronActor
@@ -139,8 +138,10 @@ def compare(checkpoint: Path, case: PlannedCase, kernels: Kernels = CPU) -> list
         num_microbatches=count,
         chunk_rows=case.chunk_rows,
     )
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    planned = trainer_bytes(shape, settings, stage_layers(actor.config), kernels)[stage]
+    dealt = stage_layers(actor.config)
+    first = unwrap(actor.chunks[0]).decoder.layers[0].layer_number - 1
+    stage = next(number for number, layers in enumerate(dealt) if first in layers)
+    planned = trainer_bytes(shape, settings, dealt, kernels)[stage]
     resident, passing = planned.resident, {"update": planned.update, "scoring": planned.scoring}
 
     def update() -> None:
