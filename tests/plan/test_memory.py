@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from moe_replay.errors import MoeReplayError
-from moe_replay.plan.kernels import CPU, GPU
 from moe_replay.plan.machine import Machine, read_machine
 from moe_replay.plan.memory import MemoryPlan, plan_memory
 from moe_replay.plan.rollout import cache_token_bytes, engine_weights
-from moe_replay.plan.settings import AdamStorage, adam_of
+from moe_replay.plan.trainer.kernels import CPU, GPU
+from moe_replay.plan.trainer.settings import AdamStorage, adam_of
 
 EIGHT = read_machine(["gpus=8x80GB"])
 LEAN = {

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from moe_replay.megatron.chunks import unwrap
-from moe_replay.plan.weights import Weight, buffer_size, layer_weights, stage_weights
+from moe_replay.plan.trainer.weights import Weight, buffer_size, layer_weights, stage_weights
 from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.testing.layouts import layout
 from moe_replay.testing.policies import start_policy

@@ -12,8 +12,8 @@ from moe_replay.megatron.families.family import ModelShape
 from moe_replay.plan.machine import Machine
 from moe_replay.plan.memory import MemoryPlan, gives_back
 from moe_replay.plan.rollout import EngineBytes, engine_weights
-from moe_replay.plan.settings import NUMBER_BYTES, Settings
-from moe_replay.plan.weights import Weight, stage_weights
+from moe_replay.plan.trainer.settings import NUMBER_BYTES, Settings
+from moe_replay.plan.trainer.weights import Weight, stage_weights
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import SamplingEngineSection
 from moe_replay.recipe.sections.training import ParallelLayout

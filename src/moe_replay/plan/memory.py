@@ -13,11 +13,11 @@ from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.model import transformer_config
 from moe_replay.megatron.stages import stage_layers
-from moe_replay.plan.kernels import GPU, Kernels
 from moe_replay.plan.machine import Machine
 from moe_replay.plan.rollout import EngineBytes, engine_bytes
-from moe_replay.plan.settings import Settings, settings_of
-from moe_replay.plan.training import Resident, TrainerBytes, trainer_bytes
+from moe_replay.plan.trainer.kernels import GPU, Kernels
+from moe_replay.plan.trainer.settings import Settings, settings_of
+from moe_replay.plan.trainer.training import Resident, TrainerBytes, trainer_bytes
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import ServersEngineSection, VllmEngineSection
 

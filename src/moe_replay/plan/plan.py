@@ -13,9 +13,9 @@ from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.model import read_model_shape
 from moe_replay.plan.advice import Remedy, recipe_lines, remedies
 from moe_replay.plan.duration import StepTime, plan_time
-from moe_replay.plan.kernels import GPU
 from moe_replay.plan.machine import USABLE_FRAC, Machine
 from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, plan_memory
+from moe_replay.plan.trainer.kernels import GPU
 from moe_replay.recipe.recipe import Recipe
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moe_replay.megatron.families.family import ModelShape
-from moe_replay.plan.settings import NUMBER_BYTES
-from moe_replay.plan.weights import LatentSizes, stage_weights
+from moe_replay.plan.trainer.settings import NUMBER_BYTES
+from moe_replay.plan.trainer.weights import LatentSizes, stage_weights
 from moe_replay.recipe.sections.rollout import (
     EmbeddedEngineSection,
     RolloutSection,

@@ -21,9 +21,9 @@ from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.layout import ParallelLayout
 from moe_replay.megatron.stages import stage_layers
-from moe_replay.plan.kernels import CPU, Kernels
-from moe_replay.plan.settings import AdamStorage, Settings
-from moe_replay.plan.training import trainer_bytes
+from moe_replay.plan.trainer.kernels import CPU, Kernels
+from moe_replay.plan.trainer.settings import AdamStorage, Settings
+from moe_replay.plan.trainer.training import trainer_bytes
 from moe_replay.recipe.sections.training import MegatronSection
 from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.layouts import BLOCK, FULL, MOE, layout

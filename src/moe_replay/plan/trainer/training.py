@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_replay.megatron.families.family import ModelShape
-from moe_replay.plan.activations import LayerBytes, kept_by, layer_bytes
-from moe_replay.plan.kernels import Kernels
-from moe_replay.plan.settings import Settings
-from moe_replay.plan.weights import Weight, buffer_size, stage_weights
+from moe_replay.plan.trainer.activations import LayerBytes, kept_by, layer_bytes
+from moe_replay.plan.trainer.kernels import Kernels
+from moe_replay.plan.trainer.settings import Settings
+from moe_replay.plan.trainer.weights import Weight, buffer_size, stage_weights
 from moe_replay.routing import expert_dtype
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_replay.megatron.families.family import ModelShape
-from moe_replay.plan.kernels import Kernels
-from moe_replay.plan.settings import Settings
-from moe_replay.plan.weights import LatentSizes, shared_width
+from moe_replay.plan.trainer.kernels import Kernels
+from moe_replay.plan.trainer.settings import Settings
+from moe_replay.plan.trainer.weights import LatentSizes, shared_width
 from moe_replay.recipe.sections.training import MegatronSection
 
 
