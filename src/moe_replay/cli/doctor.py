@@ -56,7 +56,7 @@ def examine(recipe: Recipe, process: ProcessSpec) -> dict[str, Any]:
         "can_run": not found.problems,
         "problems": [str(problem) for problem in found.problems],
         "notes": found.notes,
-        "settings": settings_of(recipe),
+        "settings": settings_of(found.recipe),
         "passes": passes_of(recipe),
         "live_rows": live_rows_of(recipe.replay.router_replay_mode),
         "versions": [asdict(version) | {"is_ok": version.is_ok} for version in found.versions],

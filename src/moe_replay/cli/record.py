@@ -17,6 +17,7 @@ from moe_replay.engines.files.format import RolloutFile
 from moe_replay.engines.recording import GivenTokens, given_tokens, in_calls, record_given
 from moe_replay.engines.types import Engine
 from moe_replay.errors import RecipeError
+from moe_replay.grpo.start.device import on_this_device
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import SamplingEngineSection
@@ -38,6 +39,7 @@ def run_record(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     section, by = recipe.rollout, options.by
     if by == "trainer":
+        recipe = on_this_device(recipe)
         name = f"trainer-{recipe.model.dtype}"
     elif not isinstance(section, SamplingEngineSection):
         raise RecipeError(

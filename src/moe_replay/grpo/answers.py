@@ -9,6 +9,7 @@ from jaxtyping import Float64
 
 from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
+from moe_replay.grpo import memory
 from moe_replay.grpo.run import Run
 from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.tasks.encoding import Prompt
@@ -26,10 +27,11 @@ def ask_engine(
             share an engine that fails while it samples, only on that one: the others wait inside.
     """
     # The ranks of one vLLM take their steps together, so none of them may leave alone.
-    groups = run.droppable(
-        lambda: run.engine.generate(requests, sampling),
-        alone=run.recipe.rollout.ranks_per_engine == 1,
-    )
+    with memory.sampling(run):
+        groups = run.droppable(
+            lambda: run.engine.generate(requests, sampling),
+            alone=run.recipe.rollout.ranks_per_engine == 1,
+        )
 
     def checked() -> tuple[list[RolloutGroup], int]:
         check_answer(run, groups, requests, sampling, trained_at=run.policy_version)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
+from moe_replay.grpo.memory import memory_metrics
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
@@ -53,6 +54,7 @@ def step_record(
     if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
+    metrics |= memory_metrics(run)
     everyone = kept_completions(
         run,
         rollout.prompts,

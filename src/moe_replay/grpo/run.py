@@ -15,6 +15,7 @@ from moe_replay.engines.types import Completion, Engine
 from moe_replay.grpo.ahead import Ahead
 from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
+from moe_replay.grpo.peaks import DevicePeaks
 from moe_replay.grpo.records import BaseReporter
 from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
@@ -66,6 +67,16 @@ class Run:
     saved_step: int = 0
     """Step of the newest checkpoint; 0 without one."""
     _step_began_at: int | None = None
+
+    @cached_property
+    def peaks(self) -> DevicePeaks:
+        """What the phases of a step take on the device."""
+        return DevicePeaks.of(self.actor.device)
+
+    @property
+    def models(self) -> list[MegatronScorer]:
+        """Every model of the trainer on this rank."""
+        return [self.actor] if self.reference is None else [self.actor, self.reference]
 
     @property
     def mode(self) -> ReplayMode:

@@ -22,12 +22,21 @@ from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.offload import (
+    DeviceMemory,
+    Holding,
+    check_movable,
+    drop_scratch_memory,
+    gradients_of,
+    optimizer_state_of,
+    weights_of,
+)
 from moe_replay.megatron.optimization import build_optimizer, wrap_for_training
 from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import WeightExport, load_hf_weights
-from moe_replay.recipe.sections.training import OptimizerSection, ParallelLayout
+from moe_replay.recipe.sections.training import GivenBack, OptimizerSection, ParallelLayout
 from moe_replay.routing import Routing
 
 _NO_OPTIONS = MegatronOptions()
@@ -57,21 +66,24 @@ class MegatronActor(MegatronLearner):
         num_updates: int,
         chunk_rows: int = CHUNK_ROWS,
         options: MegatronOptions = _NO_OPTIONS,
+        gives_back: GivenBack = "none",
     ) -> None:
         """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config``.
 
         ``options`` are further fields of Megatron's configs of gradient buffers and optimizer. The
-        schedule of the learning rate ends after ``num_updates`` optimizer steps.
+        schedule of the learning rate ends after ``num_updates`` optimizer steps. ``gives_back``
+        says what leaves the device when ``memory`` is asked to give back.
         """
-        self.modules = list(modules)
+        self._modules = list(modules)
         self.config = config
-        wrapped = wrap_for_training(self.modules, config, options)
+        wrapped = wrap_for_training(self._modules, config, options)
         super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
-        self.weights = WeightExport(self.modules)
-        """What engines are given."""
-        self.optimizer = build_optimizer(wrapped, settings, config, options)
+        check_movable(gives_back, config, self.chunks[0].ddp_config)
+        self._weights = WeightExport(self._modules)
+        self._optimizer = build_optimizer(wrapped, settings, config, options)
+        self.memory = self._device_memory(gives_back)
         self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
+            self._optimizer,
             # Megatron starts the warm-up from here; a start at 0 would waste a rollout.
             init_lr=settings.lr / (settings.warmup_steps + 1),
             max_lr=settings.lr,
@@ -88,7 +100,36 @@ class MegatronActor(MegatronLearner):
             self.routers.values(), num_layers=len(unwrap(wrapped[0]).model_shape.moe_layers)
         )
         config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
+        config.grad_scale_func = self._optimizer.scale_loss
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The model chunks without Megatron's wrapper; their weights come back to the device."""
+        self.memory.take_back("weights")
+        return self._modules
+
+    @property
+    def weights(self) -> WeightExport:
+        """What engines are given; the weights come back to the device."""
+        self.memory.take_back("weights")
+        return self._weights
+
+    def _device_memory(self, gives_back: GivenBack) -> DeviceMemory:
+        def drop_what_a_step_leaves() -> None:
+            # Float32 copies of bfloat16 gradients, which the next pass makes again.
+            self._optimizer.zero_grad()
+            drop_scratch_memory()
+
+        return DeviceMemory(
+            self.device,
+            {
+                "gradients": Holding(tensors=lambda: gradients_of(self.chunks), keeps_values=False),
+                "optimizer": Holding(tensors=lambda: optimizer_state_of(self._optimizer)),
+                "weights": Holding(tensors=lambda: weights_of(self.chunks)),
+            },
+            gives_back=gives_back,
+            before=drop_what_a_step_leaves,
+        )
 
     def update(
         self,
@@ -169,8 +210,8 @@ class MegatronActor(MegatronLearner):
             DivergedError: on every rank, when the gradient is not finite anywhere; it names the
                 microbatch, and the sample where that can be found.
         """
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        self._optimizer.prepare_grads()
+        norm = float(self._optimizer.get_grad_norm())
         if self._on_any_rank(not math.isfinite(norm)):
             raise self._broken_gradient(work, norm, where)
         return Gradient(norm=norm, balancing_loss=self._balance.mean(len(work.microbatches)))
@@ -188,7 +229,7 @@ class MegatronActor(MegatronLearner):
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def _on_any_rank(self, value: bool) -> bool:
         flag = torch.tensor([float(value)], device=self.device)
@@ -219,12 +260,13 @@ def build_policy(
     grouped_experts: bool = False,
     options: MegatronOptions = _NO_OPTIONS,
     chunk_rows: int = CHUNK_ROWS,
+    gives_back: GivenBack = "none",
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
     ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights.
     ``options`` holds further fields of Megatron's configs, such as ``recompute_*``. Logits exist
-    for ``chunk_rows`` token rows at a time.
+    for ``chunk_rows`` token rows at a time. ``gives_back`` is ``megatron.offload_during_rollout``.
     """
     modules, config = _load_modules(
         checkpoint_dir, layout, dtype, grouped_experts, options.transformer
@@ -237,6 +279,7 @@ def build_policy(
         num_updates=num_updates,
         chunk_rows=chunk_rows,
         options=options,
+        gives_back=gives_back,
     )
 
 
@@ -248,6 +291,7 @@ def build_scorer(
     grouped_experts: bool = False,
     chunk_rows: int = CHUNK_ROWS,
     overrides: Mapping[str, Any] | None = None,
+    gives_back: GivenBack = "none",
 ) -> MegatronScorer:
     """Build a frozen copy of a Hugging Face checkpoint, such as the reference model.
 
@@ -256,7 +300,12 @@ def build_scorer(
     modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     for module in modules:
         module.requires_grad_(False)
-    return MegatronScorer(modules, num_experts=config.num_moe_experts or 0, chunk_rows=chunk_rows)
+    return MegatronScorer(
+        modules,
+        num_experts=config.num_moe_experts or 0,
+        chunk_rows=chunk_rows,
+        gives_back=gives_back,
+    )
 
 
 def _load_modules(

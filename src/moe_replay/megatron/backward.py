@@ -40,8 +40,14 @@ class MegatronLearner(MegatronScorer):
     """A scorer whose model has gradients and an optimizer."""
 
     # The actor sets both.
-    optimizer: MegatronOptimizer
+    _optimizer: MegatronOptimizer
     config: TransformerConfig
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """Megatron's optimizer; its state, and the weights that it holds views of, come back."""
+        self.memory.take_back("optimizer", "weights")
+        return self._optimizer
 
     def accumulate(
         self,
@@ -56,10 +62,12 @@ class MegatronLearner(MegatronScorer):
         ``outputs`` receives log-probabilities and entropies of each microbatch under its key.
         ``inspect`` sees each microbatch with its log-probabilities before the loss does.
         """
+        # The optimizer's state may stay away: only its step reads it.
+        self.memory.take_back("weights", "gradients")
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._optimizer.zero_grad()
         num_tokens = torch.tensor([sum(map(_num_tokens, work.microbatches))], device=self.device)
         dist.all_reduce(
             num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -26,8 +26,16 @@ from moe_replay.batch.routes import empty_slice
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.chunks import moe_layers, unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS, token_statistics
+from moe_replay.megatron.offload import (
+    DeviceMemory,
+    Holding,
+    Part,
+    drop_scratch_memory,
+    weights_of,
+)
 from moe_replay.megatron.replay import RecordScope, ReplayScope, RouterScope
 from moe_replay.megatron.replay.overlap import RowOwners, WatchedRoutes
+from moe_replay.recipe.sections.training import GivenBack
 from moe_replay.routing import RouteForm, RouteSlice, Routing
 
 
@@ -71,10 +79,12 @@ class MegatronScorer:
         *,
         num_experts: int,
         chunk_rows: int = CHUNK_ROWS,
+        gives_back: GivenBack = "none",
     ) -> None:
         """Take the model chunks of this rank, with whatever wrappers they have.
 
-        Logits exist for ``chunk_rows`` token rows at a time.
+        Logits exist for ``chunk_rows`` token rows at a time. ``gives_back`` says what leaves the
+        device when ``memory`` is asked to give back.
         """
         # Any: Megatron's wrappers have methods that torch's Module does not declare.
         self.chunks: list[Any] = list(chunks)
@@ -87,6 +97,13 @@ class MegatronScorer:
             cp_rank=parallel_state.get_context_parallel_rank(),
         )
         self.device = next(self.chunks[0].parameters()).device
+        holdings: dict[Part, Holding] = {
+            "weights": Holding(tensors=lambda: weights_of(self.chunks))
+        }
+        self.memory = DeviceMemory(
+            self.device, holdings, gives_back=gives_back, before=drop_scratch_memory
+        )
+        """What it holds on its device."""
 
     @property
     def vocab_size(self) -> int:
@@ -159,6 +176,7 @@ class MegatronScorer:
         forward_only: bool,
     ) -> None:
         """Drive Megatron's own schedule; the last stage calls what ``step`` returns."""
+        self.memory.take_back("weights")
         interleaved = len(self.chunks) > 1
         data = [iter(microbatches) for _ in self.chunks]
         get_forward_backward_func()(

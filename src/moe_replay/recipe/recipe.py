@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomlkit
 from pydantic import Field, SerializeAsAny
@@ -109,6 +109,23 @@ class Recipe(Section):
         if self.batch.old_logprobs == "pass":
             return "batch.old_logprobs = 'pass'"
         return None
+
+    def on_device(self, device: Literal["cpu", "cuda"]) -> Recipe:
+        """Return the recipe with every ``auto`` decided for the kind of device that trains.
+
+        Example: ``model.dtype`` becomes bfloat16 on CUDA and float32 on a CPU. What a recipe sets
+        stays.
+        """
+        on_cuda = device == "cuda"
+        decided: dict[str, Section] = {}
+        if self.model.dtype == "auto":
+            dtype = "bfloat16" if on_cuda else "float32"
+            decided["model"] = self.model.model_copy(update={"dtype": dtype})
+        if self.megatron.offload_during_rollout == "auto":
+            level = "optimizer" if on_cuda and self.rollout.shares_device else "none"
+            update = {"offload_during_rollout": level}
+            decided["megatron"] = self.megatron.model_copy(update=update)
+        return self.model_copy(update=decided)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks among ``world_size`` processes.

@@ -280,6 +280,20 @@ def _eval_samples_differ(eval: EvalSection) -> Iterator[Problem]:
 
 
 @Rule
+def _nothing_is_given_back_while_training(
+    rollout: ServersEngineSection, megatron: MegatronSection
+) -> Iterator[Problem]:
+    level = megatron.offload_during_rollout
+    if rollout.max_staleness and level not in ("auto", "none"):
+        yield Problem(
+            "megatron.offload_during_rollout",
+            f"{level!r} with rollout.max_staleness = {rollout.max_staleness}: the trainer computes "
+            "while the servers sample, and needs all of its memory; remove it, or set "
+            "max_staleness = 0",
+        )
+
+
+@Rule
 def _live_gap_needs_replay(replay: ReplaySection) -> Iterator[Problem]:
     if not replay.router_replay_mode.replays and replay.live_gap_every:
         yield Problem(
@@ -369,6 +383,13 @@ def _eval_without_effect(data: DataSection, eval: EvalSection) -> Iterator[tuple
 def _optimizer_without_effect(optimizer: OptimizerSection) -> Iterator[tuple[str, str]]:
     if optimizer.lr_scheduler == "constant":
         yield "optimizer.min_lr", "optimizer.lr_scheduler is 'constant'"
+
+
+@EffectRule
+def _nothing_is_sampled(
+    rollout: FilesEngineSection, megatron: MegatronSection
+) -> Iterator[tuple[str, str]]:
+    yield "megatron.offload_during_rollout", f"rollout.engine = {rollout.engine!r} holds no model"
 
 
 @EffectRule

@@ -32,7 +32,7 @@ from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights
-from moe_replay.recipe.sections.training import OptimizerSection
+from moe_replay.recipe.sections.training import GivenBack, OptimizerSection
 from moe_replay.routing import RouteForm, Routing
 from moe_replay.testing.samples import RoutedSample, with_trace
 
@@ -48,13 +48,15 @@ def start_policy(
     chunk_rows: int = CHUNK_ROWS,
     ddp: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
+    gives_back: GivenBack = "none",
     **overrides: Any,
 ) -> MegatronActor:
     """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
 
-    Logits exist for ``chunk_rows`` token rows at a time. ``overrides`` are further
-    TransformerConfig fields, such as ``recompute_granularity``, ``ddp`` and ``optimizer`` those of
-    DistributedDataParallelConfig and OptimizerConfig.
+    Logits exist for ``chunk_rows`` token rows at a time. ``gives_back`` is
+    ``megatron.offload_during_rollout``. ``overrides`` are further TransformerConfig fields, such as
+    ``recompute_granularity``, ``ddp`` and ``optimizer`` those of DistributedDataParallelConfig and
+    OptimizerConfig.
     """
     layout = layout or ParallelLayout()
     initialize(layout)
@@ -66,6 +68,7 @@ def start_policy(
         num_updates=10,
         options=MegatronOptions(transformer=overrides, ddp=ddp or {}, optimizer=optimizer or {}),
         chunk_rows=chunk_rows,
+        gives_back=gives_back,
     )
 
 

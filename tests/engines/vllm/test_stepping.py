@@ -67,8 +67,8 @@ class Counting:
     def sleep(self, level: int) -> None:
         self.said.append(f"sleep {level}")
 
-    def wake_up(self) -> None:
-        self.said.append("wake")
+    def wake_up(self, tags: list[str]) -> None:
+        self.said.append(f"wake {' '.join(tags)}")
 
 
 @pytest.fixture
@@ -234,10 +234,27 @@ def test_a_call_returns_after_vllm_has_given_its_memory_back(vllm, stepper):
     """The trainer takes that memory next."""
     assert vllm.said == ["sleep 1"]
     ask(stepper, 2)
-    assert vllm.said == ["sleep 1", "wake", "sleep 1"]
+    assert vllm.said == ["sleep 1", "wake weights kv_cache", "sleep 1"]
+
+
+def test_a_push_wakes_the_weights_alone_and_the_next_call_the_cache(vllm, stepper):
+    """Half awake vLLM takes itself for asleep: a call to sleep would free nothing."""
+    for _ in range(2):
+        with stepper.paused():
+            assert vllm.said == ["sleep 1", "wake weights"]
+    with pytest.raises(RuntimeError, match="broke off"), stepper.paused():
+        raise RuntimeError("the push broke off")
+    ask(stepper, 2)
+    assert vllm.said == ["sleep 1", "wake weights", "wake kv_cache", "sleep 1"]
+
+
+def test_a_vllm_that_never_sleeps_is_never_woken(vllm):
+    stepper = VllmStepper(vllm, sleeps=False, in_step=False)
     with stepper.paused():
-        assert vllm.said[3:] == ["wake"]
-    assert vllm.said[3:] == ["wake", "sleep 1"]
+        pass
+    ask(stepper, 1)
+    stepper.close()
+    assert vllm.said == []
 
 
 def test_memory_that_is_not_given_back_is_an_error_of_the_call(vllm, stepper, monkeypatch):

@@ -20,6 +20,8 @@ from moe_replay.engines.types import RolloutProgress
 from moe_replay.errors import EngineError
 
 T = TypeVar("T")
+_MEMORY = ("weights", "kv_cache")
+"""vLLM's names of its memory, in the order in which it wakes."""
 _CLOSED = "the vLLM engine is closed; make a new one"
 
 
@@ -44,9 +46,10 @@ class VllmStepper:
     """Steps one ``LLMEngine``; any thread may `run` calls, which are sampled together.
 
     ``sleeps`` tells that vLLM's memory is given back whenever nothing runs; a call returns when
-    that is done. With ``in_step`` the engine is one of several ranks that must take the same steps:
-    a call is then never cut short, whoever leaves it, because the other ranks would wait in the
-    middle of theirs.
+    that is done. A push wakes the weights alone, and they stay awake until the next call, which
+    wakes the cache beside them: vLLM does not go back to sleep half awake. With ``in_step`` the
+    engine is one of several ranks that must take the same steps: a call is then never cut short,
+    whoever leaves it, because the other ranks would wait in the middle of theirs.
     """
 
     def __init__(self, vllm: Any, *, sleeps: bool, in_step: bool) -> None:
@@ -59,7 +62,9 @@ class VllmStepper:
         self._lengths: dict[str, int] = {}
         self._progress = RolloutProgress()
         self._next_name = 0
-        self._is_asleep = self._is_closing = False
+        self._is_closing = False
+        # Tags of vLLM's memory that is not there, in the order in which it wakes.
+        self._asleep: tuple[str, ...] = ()
         self._lost: BaseException | None = None
         # Both belong to a thread, and a new one would start with the defaults of the process.
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -116,9 +121,10 @@ class VllmStepper:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop vLLM from stepping, awake, while the caller changes it; new calls wait.
+        """Stop vLLM from stepping while the caller changes its weights; new calls wait.
 
-        Calls that were left by their callers are waited for.
+        The weights are awake meanwhile, the key-value cache sleeps on if it does. Calls that were
+        left by their callers are waited for.
 
         Raises:
             EngineError: when a call is under way.
@@ -130,11 +136,8 @@ class VllmStepper:
                     "completion mixes two policies"
                 )
             self._changed.wait_for(lambda: not self._queued and not self._running)
-            self._wake()
-            try:
-                yield
-            finally:
-                self._sleep()
+            self._wake(("weights",))
+            yield
 
     def close(self) -> None:
         """End the thread; running calls fail, except those of several ranks, which end first."""
@@ -196,7 +199,7 @@ class VllmStepper:
     def _begin(self, call: _Call) -> None:
         self._count(total=len(call.asked))
         try:
-            self._wake()
+            self._wake(_MEMORY)
             for prompt, params in call.asked:
                 name = str(self._next_name)
                 self._next_name += 1
@@ -256,12 +259,15 @@ class VllmStepper:
             num_tokens=now.num_tokens + tokens,
         )
 
-    def _wake(self) -> None:
-        if self._is_asleep:
-            self._vllm.wake_up()
-            self._is_asleep = False
+    def _wake(self, tags: Sequence[str]) -> None:
+        """Wake what of ``tags`` sleeps, weights first."""
+        needed = [tag for tag in self._asleep if tag in tags]
+        if needed:
+            self._vllm.wake_up(tags=needed)
+            self._asleep = tuple(tag for tag in self._asleep if tag not in tags)
 
     def _sleep(self) -> None:
-        if self._sleeps and not self._is_asleep:
+        """Let all of it sleep, unless some does already, which vLLM takes for all of it."""
+        if self._sleeps and not self._asleep:
             self._vllm.sleep(level=1)
-            self._is_asleep = True
+            self._asleep = _MEMORY

@@ -51,7 +51,8 @@ def open_run(
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
-    inputs, checkpoints = checked.cleared(), _checkpoints(recipe)
+    inputs, recipe = checked.cleared(), checked.recipe
+    checkpoints = _checkpoints(recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
         # Before the minutes that loading takes; the lock is released after all else is closed.
@@ -69,6 +70,8 @@ def open_run(
         closing.callback(shutdown)
         step = _agreed_step(admission)
         actor = _build_actor(recipe, reporter)
+        # An engine that shares the device measures at its start what is free.
+        actor.memory.give_back()
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine, ahead = _open_engine(recipe, actor.device, make_engine, closing)
         _follow(engine, reporter, process)
@@ -134,6 +137,7 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         grouped_experts=recipe.model.grouped_experts,
         options=read_options(recipe.megatron),
         chunk_rows=recipe.batch.logprob_chunk_size,
+        gives_back=recipe.megatron.offload_during_rollout,
     )
 
 
@@ -169,4 +173,5 @@ def _build_reference(recipe: Recipe) -> MegatronScorer | None:
         grouped_experts=recipe.model.grouped_experts,
         chunk_rows=recipe.batch.logprob_chunk_size,
         overrides=read_options(recipe.megatron).transformer,
+        gives_back=recipe.megatron.offload_during_rollout,
     )

@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from moe_replay.engines.registry import engine_entry
 from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
+from moe_replay.grpo.start.device import check_attention, on_this_device
 from moe_replay.grpo.start.packages import installed
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.recipe.sections.rollout import RolloutSection
@@ -43,6 +44,7 @@ class Preflight:
     def __init__(self, recipe: Recipe, process: ProcessSpec) -> None:
         """Start with nothing known."""
         self.recipe = recipe
+        """With what it leaves to the device decided, once the checkpoint's config was read."""
         self.process = process
         self.problems: list[MoeReplayError] = []
         """Every refusal once, in the order in which a start would meet them."""
@@ -240,8 +242,9 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     from moe_replay.megatron.options.typed import option_errors, read_options
     from moe_replay.megatron.replay.refusals import judge
     from moe_replay.megatron.stages import stage_layers
+    from moe_replay.megatron.upstream.compat import transformer_engine_usable
 
-    recipe = found.recipe
+    recipe = found.recipe = on_this_device(found.recipe)
     layout, dtype = recipe.megatron, getattr(torch, recipe.model.dtype)
     found.ask(lambda: _check_ranks(layout, found.process.world_size))
     asked = asked_config(shape, layout, dtype=dtype, overrides=layout.config_fields())
@@ -261,6 +264,9 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
         return
     found.ask(lambda: optimizer_config(recipe.optimizer, found.config, options))
     found.stages = stage_layers(found.config)
+    found.ask(
+        lambda: check_attention(recipe.model.dtype, transformer_engine=transformer_engine_usable())
+    )
 
 
 def _check_ranks(layout: ParallelLayout, world_size: int) -> None:

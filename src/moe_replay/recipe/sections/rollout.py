@@ -65,6 +65,11 @@ class RolloutSection(Section):
         """Consecutive ranks of the trainer that hold one engine together."""
         return 1
 
+    @property
+    def shares_device(self) -> bool:
+        """Whether the engine samples on the trainer's own device, while the trainer waits."""
+        return False
+
     def describe_engine(self) -> str:
         """Return the engine in words, such as ``vllm, bfloat16``."""
         return self.engine
@@ -89,6 +94,11 @@ class EmbeddedEngineSection(SamplingEngineSection):
 
     engine: Literal["embedded"] = "embedded"
 
+    @property
+    def shares_device(self) -> bool:
+        """Whether the engine samples on the trainer's own device, while the trainer waits."""
+        return True
+
 
 class VllmEngineSection(SamplingEngineSection):
     """vLLM, in the trainer's process."""
@@ -110,6 +120,11 @@ class VllmEngineSection(SamplingEngineSection):
     def ranks_per_engine(self) -> int:
         """Consecutive ranks of the trainer that hold one engine together."""
         return self.tensor_parallel_size
+
+    @property
+    def shares_device(self) -> bool:
+        """Whether the engine samples on the trainer's own device, while the trainer waits."""
+        return True
 
 
 class ServersEngineSection(SamplingEngineSection):

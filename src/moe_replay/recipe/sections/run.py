@@ -80,7 +80,9 @@ class ModelSection(Section):
 
     path: Annotated[TomlPath, Key(also_called=("model",))]
     """Directory of a Hugging Face checkpoint: config, safetensors and tokenizer."""
-    dtype: Dtype = "float32"
+    dtype: Annotated[
+        Literal["auto"] | Dtype, Key(default="bfloat16 on a GPU, float32 on a CPU")
+    ] = "auto"
     """Number format of the trainer's parameters; bfloat16 keeps float32 main weights in the
     optimizer."""
     grouped_experts: bool = False

@@ -10,6 +10,9 @@ from moe_replay.recipe.sections.base import Key, Section, Several
 from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 from moe_replay.routing import ReplayMode
 
+GivenBack = Literal["auto", "none", "gradients", "optimizer", "weights"]
+"""What of the trainer leaves its device while an engine samples; each holds those before it."""
+
 
 class ReplaySection(Section):
     """``[replay]``: whose expert choice the trainer uses, and how closely that is watched."""
@@ -199,6 +202,12 @@ class MegatronSection(ParallelLayout):
     (block)."""
     recompute_modules: Several[str] | None = None
     """With ``selective``: names of modules, such as ``moe``."""
+    offload_during_rollout: Annotated[
+        GivenBack, Key(default="optimizer where an engine samples on the trainer's GPU, else none")
+    ] = "auto"
+    """What the trainer frees on its device while the engine samples: ``none``, ``gradients``,
+    ``optimizer`` (gradients, and its state, which waits in host memory), or ``weights`` (all of
+    it)."""
 
     transformer: Annotated[
         dict[str, Any], Key(may_change=False, may_change_inside=MAY_CHANGE_ON_RESUME)
@@ -216,9 +225,8 @@ class MegatronSection(ParallelLayout):
 
     def config_fields(self) -> dict[str, Any]:
         """Return the TransformerConfig fields beside the layout's, as a recipe writes them."""
-        own = self.model_dump(
-            mode="json", exclude_none=True, exclude=set(ParallelLayout.model_fields) | _TABLES
-        )
+        beside = {*ParallelLayout.model_fields, *_TABLES, "offload_during_rollout"}
+        own = self.model_dump(mode="json", exclude_none=True, exclude=beside)
         return own | self.transformer
 
     def ddp_fields(self) -> dict[str, Any]:
