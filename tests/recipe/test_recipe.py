@@ -19,6 +19,36 @@ def test_smallest_recipe_has_the_documented_defaults():
     assert loaded.max_sequence_length == 576
 
 
+@pytest.mark.parametrize(
+    ("rollout", "on_cuda"),
+    [
+        ({}, ("bfloat16", "optimizer")),
+        ({"engine": "vllm"}, ("bfloat16", "optimizer")),
+        ({"engine": "vllm-server", "urls": ["http://a"]}, ("bfloat16", "none")),
+        ({"engine": "files", "path": "/r"}, ("bfloat16", "none")),
+    ],
+)
+def test_what_a_recipe_leaves_open_follows_the_device(rollout, on_cuda):
+    open_ = recipe(rollout=rollout)
+    cpu, cuda = open_.on_device("cpu"), open_.on_device("cuda")
+    assert (cpu.model.dtype, cpu.megatron.offload_during_rollout) == ("float32", "none")
+    assert (cuda.model.dtype, cuda.megatron.offload_during_rollout) == on_cuda
+    assert cuda.on_device("cpu") == cuda
+    # Another number format trains differently; memory given back does not.
+    ours, theirs = cpu.fingerprint_items(), cuda.fingerprint_items()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"model.dtype"}
+    assert (
+        cpu.fingerprint_items()
+        == recipe(rollout=rollout, model={"dtype": "float32"}).on_device("cpu").fingerprint_items()
+    )
+
+
+def test_what_a_recipe_sets_does_not_follow_the_device():
+    given = {"model": {"dtype": "float32"}, "megatron": {"offload_during_rollout": "weights"}}
+    cuda = recipe(**given).on_device("cuda")
+    assert (cuda.model.dtype, cuda.megatron.offload_during_rollout) == ("float32", "weights")
+
+
 def test_recipe_cannot_be_changed():
     with pytest.raises(ValueError, match=r"frozen"):
         recipe().run.seed = 3

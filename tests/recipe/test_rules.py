@@ -81,6 +81,14 @@ from ..grpo.smallest_recipe import problems_of, recipe, table
             "rollout.ca_file",
             "no address in rollout.urls begins with https://",
         ),
+        (
+            {
+                "rollout": {"engine": "files", "path": "/r"},
+                "megatron": {"offload_during_rollout": "gradients"},
+            },
+            "megatron.offload_during_rollout",
+            "rollout.engine = 'files' holds no model",
+        ),
     ],
 )
 def test_key_without_effect_is_refused_with_the_reason(sections, path, reason):
@@ -206,6 +214,14 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
             {"rollout": {"engine": "vllm", "kv_cache_gib": 1, "gpu_memory_utilization": 0.5}},
             "rollout.gpu_memory_utilization",
             "give one of the two",
+        ),
+        (
+            {
+                "rollout": {"engine": "vllm-server", "urls": ["http://a"], "max_staleness": 1},
+                "megatron": {"offload_during_rollout": "gradients"},
+            },
+            "megatron.offload_during_rollout",
+            "needs all of its memory",
         ),
     ],
 )
