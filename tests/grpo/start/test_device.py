@@ -18,7 +18,7 @@ Recipes = Callable[..., Recipe]
 
 
 def test_float32_has_no_attention_beside_transformer_engine_and_all_else_has_one() -> None:
-    with pytest.raises(UnsupportedError, match='set model.dtype = "bfloat16"'):
+    with pytest.raises(UnsupportedError, match=r'set model\.dtype = "bfloat16"'):
         check_attention("float32", transformer_engine=True)
     check_attention("bfloat16", transformer_engine=True)
     check_attention("float32", transformer_engine=False)
@@ -38,6 +38,6 @@ def test_a_run_keeps_the_format_that_it_began_with(recipe: Recipes) -> None:
         (recipe().run.output_dir / "checkpoints" / "step-000001" / "position.json").read_text()
     )
     assert position["identity"]["model.dtype"] == "float32"
-    with pytest.raises(CheckpointError, match='model.dtype: was "float32", is "bfloat16"'):
+    with pytest.raises(CheckpointError, match=r'model\.dtype: was "float32", is "bfloat16"'):
         run(recipe(run__max_steps=2).on_device("cuda"))
     run(recipe(run__max_steps=2, model__dtype="float32"))
