@@ -9,7 +9,6 @@ from jaxtyping import Float64
 
 from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
-from moe_replay.grpo import memory
 from moe_replay.grpo.run import Run
 from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.tasks.encoding import Prompt
@@ -27,7 +26,7 @@ def ask_engine(
             share an engine that fails while it samples, only on that one: the others wait inside.
     """
     # The ranks of one vLLM take their steps together, so none of them may leave alone.
-    with memory.sampling(run):
+    with run.device.sampling():
         groups = run.droppable(
             lambda: run.engine.generate(requests, sampling),
             alone=run.recipe.rollout.ranks_per_engine == 1,

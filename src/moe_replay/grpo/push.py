@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moe_replay.engines.weight_stream import drain
-from moe_replay.grpo.memory import make_room
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.finite import check_weights
 
@@ -25,7 +24,7 @@ def give_weights(run: Run) -> None:
     Raises:
         MoeReplayError: on every rank, when the engine of one of them does not take them.
     """
-    make_room(run, for_push=True)
+    run.device.make_room(for_push=True)
     weights, failure = run.actor.weights.tensors(), None
     try:
         run.engine.load_weights(weights, policy_version=run.policy_version)

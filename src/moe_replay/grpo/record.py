@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
-from moe_replay.grpo.memory import memory_metrics
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
@@ -54,7 +53,7 @@ def step_record(
     if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
-    metrics |= memory_metrics(run)
+    metrics |= run.device.metrics()
     everyone = kept_completions(
         run,
         rollout.prompts,

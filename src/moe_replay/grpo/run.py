@@ -15,7 +15,7 @@ from moe_replay.engines.types import Completion, Engine
 from moe_replay.grpo.ahead import Ahead
 from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
-from moe_replay.grpo.peaks import DevicePeaks
+from moe_replay.grpo.memory import SharedDevice
 from moe_replay.grpo.records import BaseReporter
 from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
@@ -69,14 +69,15 @@ class Run:
     _step_began_at: int | None = None
 
     @cached_property
-    def peaks(self) -> DevicePeaks:
-        """What the phases of a step take on the device."""
-        return DevicePeaks.of(self.actor.device)
-
-    @property
-    def models(self) -> list[MegatronScorer]:
-        """Every model of the trainer on this rank."""
-        return [self.actor] if self.reference is None else [self.actor, self.reference]
+    def device(self) -> SharedDevice:
+        """What the trainer holds where the engine may sample."""
+        models = (self.actor, self.reference)
+        return SharedDevice(
+            [model for model in models if model is not None],
+            ranks=self.ranks,
+            makes_room=self.recipe.megatron.offload_during_rollout not in ("auto", "none"),
+            overlaps=self.overlaps,
+        )
 
     @property
     def mode(self) -> ReplayMode:

@@ -6,11 +6,12 @@ by themselves and of the classes it names: a rule over `VllmEngineSection` is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from moe_replay.recipe.bearer import MASK
 from moe_replay.recipe.options.problems import option_problems
+from moe_replay.recipe.rule import EffectRule, Problem, Rule
 from moe_replay.recipe.sections.base import sections_for
 from moe_replay.recipe.sections.locations import GENERATED, HUB, has_splits
 from moe_replay.recipe.sections.rollout import (
@@ -50,29 +51,6 @@ _START_SERVER = {
     "sglang-server": "python -m sglang.launch_server --model-path MODEL "
     "--enable-return-routed-experts",
 }
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong with a recipe."""
-
-    path: str
-    """Dotted key."""
-    text: str
-    """What was given, what was expected and what to do."""
-    is_unsupported: bool = False
-    """Whether the value makes sense but cannot be honoured."""
-
-
-class Rule(NamedTuple):
-    """Makes a function a rule: it yields what is wrong with the sections its parameters name."""
-
-    check: Callable[..., Iterator[Problem]]
-
-
-class EffectRule(NamedTuple):
-    """Makes a function a rule that yields dotted keys without effect, each with the reason."""
-
-    check: Callable[..., Iterator[tuple[str, str]]]
 
 
 def rule_problems(sections: Mapping[str, Any]) -> list[Problem]:

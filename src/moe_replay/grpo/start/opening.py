@@ -51,8 +51,7 @@ def open_run(
     """
     if checked is None:
         checked = preflight(recipe, process, own_engine=make_engine is not recipe_engine)
-    inputs, recipe = checked.cleared(), checked.recipe
-    checkpoints = _checkpoints(recipe)
+    inputs, recipe, checkpoints = checked.cleared(), checked.recipe, _checkpoints(checked.recipe)
     with ExitStack() as closing:
         closing.callback(inputs.close)
         # Before the minutes that loading takes; the lock is released after all else is closed.
@@ -70,8 +69,6 @@ def open_run(
         closing.callback(shutdown)
         step = _agreed_step(admission)
         actor = _build_actor(recipe, reporter)
-        # An engine that shares the device measures at its start what is free.
-        actor.memory.give_back()
         reporter.station(0, f"starting the {recipe.rollout.engine} engine")
         engine, ahead = _open_engine(recipe, actor.device, make_engine, closing)
         _follow(engine, reporter, process)
@@ -128,7 +125,7 @@ def _agreed_step(admission: Admission) -> int | None:
 
 def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
     reporter.station(0, "loading the model into the trainer")
-    return build_policy(
+    actor = build_policy(
         recipe.model.path,
         recipe.megatron,
         dtype=getattr(torch, recipe.model.dtype),
@@ -139,6 +136,9 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         chunk_rows=recipe.batch.logprob_chunk_size,
         gives_back=recipe.megatron.offload_during_rollout,
     )
+    # An engine that shares the device measures at its start what is free.
+    actor.memory.give_back()
+    return actor
 
 
 def _open_engine(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_replay.grpo.peaks import DevicePeaks, Meter
+from moe_replay.grpo.memory import DevicePeaks, Meter
 
 
 @dataclass
