@@ -49,6 +49,7 @@ def replica_of(name: str) -> Replica:
         computes_loss=True,
         is_last_stage=dist.get_rank() >= 2,
         ranks=all_ranks(),
+        siblings=HostGroup(group=None, name="ranks of place 0"),
     )
 
 
@@ -78,7 +79,7 @@ def batch(num_experts: int = 64) -> tuple[list[Sample], dict[int, RoutingTrace]]
                 rollout_logprobs=np.zeros(length - 2, dtype=np.float32),
                 advantage=1.0,
                 trains=True,
-                sampled_here=True,
+                reported_here=True,
             )
         )
     return samples, traces

@@ -144,6 +144,31 @@ def export_peaks(checkpoint: Path) -> dict[str, float]:
     }
 
 
+def even_length(checkpoint: Path, layout: ParallelLayout) -> float:
+    return WeightExport(built(checkpoint, layout)).even_length
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(expert_model_parallel_size=2)])
+def test_the_even_length_is_the_weights_of_a_token_by_the_width_of_attention(tmp_path, layout):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    path = write_tiny_checkpoint(
+        tmp_path / "m",
+        **shape,
+        num_hidden_layers=2,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=32,
+        tie_word_embeddings=False,
+    )
+    vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
+    # Queries and output 64 x 128, keys and values 64 x 64, a router, 4 experts of 3 x 64 x 32.
+    layer = 2 * 64 * 128 + 2 * 64 * 64 + 64 * 16 + 4 * 3 * 64 * 32
+    norms = 2 * 64 + 2 * 32
+    weights = 2 * (layer + norms) + 64 + vocabulary * 64
+    for found in run_ranks(even_length, layout.expert_model_parallel_size, path, layout):
+        assert found == pytest.approx(weights / (2 * 4 * 32))
+
+
 def test_t9_an_export_holds_one_parameter_at_a_time(tmp_path):
     path = write_tiny_checkpoint(tmp_path, num_hidden_layers=6)
     (found,) = run_ranks(export_peaks, 1, path)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from moe_replay.batch.place import RankPlace
 from moe_replay.batch.samples import Sample
@@ -23,11 +23,12 @@ class Microbatch:
     key: int
     """Number of the microbatch in its pass; the replay scope finds routes by it."""
     samples: tuple[Sample, ...]
-    """The samples, in the order of the concatenated batch."""
+    """The samples, in the order of the concatenated batch; none where a rank runs along, because
+    the pipeline or another rank needs more microbatches than it has samples."""
     index: RowIndex
     """Where each local row comes from."""
     token_ids: Int64[np.ndarray, " rows"]
-    """Input ids; padding repeats those of the batch, so that it uses experts as tokens do."""
+    """Input ids; padding repeats those of samples, so that it uses experts as tokens do."""
     positions: Int64[np.ndarray, " rows"]
     """Position of the token in its own sequence, 0 at padding."""
     sample_ids: Int64[np.ndarray, " rows"]
@@ -95,30 +96,35 @@ def build_microbatch(
     *,
     place: RankPlace = RankPlace(),  # noqa: B008 - frozen
     row_multiple: int = 1,
+    spare_ids: Int32[np.ndarray, " spare"] | None = None,
 ) -> Microbatch:
     """Pack ``samples`` into the rows of one rank; the routes come later.
 
     ``row_multiple`` pads the local rows beyond what ``place`` needs, for a dispatcher that wants
-    equally many rows on every rank.
+    equally many rows on every rank. A microbatch without samples needs ``spare_ids``, tokens of
+    others, to feed in its padding.
     """
-    index = place.row_index(
-        [len(sample.token_ids) for sample in samples], row_multiple=row_multiple
-    )
-    tokens = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
-    positions = np.concatenate([np.arange(len(sample.token_ids)) for sample in samples])
-    owners = np.concatenate(
-        [np.full(len(sample.token_ids), sample.sample_id, dtype=np.int64) for sample in samples]
-    )
-    following = np.concatenate([np.append(sample.token_ids[1:], 0) for sample in samples])
-    predicts = np.concatenate([sample.predicts_sampled for sample in samples])
+    lengths = [len(sample.token_ids) for sample in samples]
+    index = place.row_index(lengths, row_multiple=row_multiple)
+
+    def joined(parts: list[np.ndarray]) -> Int64[np.ndarray, " batch_rows"]:
+        return np.concatenate([*parts, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+    tokens = joined([sample.token_ids for sample in samples])
+    predicts = joined([sample.predicts_sampled for sample in samples]).astype(bool)
+    spare = tokens if spare_ids is None else spare_ids.astype(np.int64)
     return Microbatch(
         key=key,
         samples=tuple(samples),
         index=index,
-        token_ids=_fed_ids(index, tokens),
-        positions=index.gather(positions, fill=0),
-        sample_ids=index.gather(owners, fill=-1),
-        next_ids=index.gather(following.astype(np.int64), fill=0),
+        token_ids=_fed_ids(index, tokens, spare),
+        positions=index.gather(joined([np.arange(length) for length in lengths]), fill=0),
+        sample_ids=index.gather(
+            joined([np.full(len(s.token_ids), s.sample_id) for s in samples]), fill=-1
+        ),
+        next_ids=index.gather(
+            joined([np.append(sample.token_ids[1:], 0) for sample in samples]), fill=0
+        ),
         predicts_sampled=index.gather(predicts, fill=False),
         router_rows=place.router_rows(len(index.rows)),
         row_multiple=row_multiple,
@@ -127,10 +133,12 @@ def build_microbatch(
 
 
 def _fed_ids(
-    index: RowIndex, tokens: Int64[np.ndarray, " batch_rows"]
+    index: RowIndex,
+    tokens: Int64[np.ndarray, " batch_rows"],
+    spare: Int64[np.ndarray, " spare"],
 ) -> Int64[np.ndarray, " rows"]:
     """Return the input ids of one rank; padding of one id would all go to the same experts."""
     ids = index.gather(tokens, fill=0)
     padding = np.flatnonzero(~index.is_token)
-    ids[padding] = tokens[padding % len(tokens)]
+    ids[padding] = spare[padding % len(spare)]
     return ids

@@ -7,27 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_replay.batch.balance import deal
 from moe_replay.errors import RecipeError
 
 
+def spread_over(
+    groups: list[list[int]],
+    count: int,
+    *,
+    lengths: Sequence[int],
+    work: Sequence[float],
+    max_tokens: int | None,
+    max_samples: int | None,
+) -> list[list[int]]:
+    """Return the samples of ``groups`` in ``count`` microbatches of about equal work, most first.
+
+    Every rank runs as many microbatches, and where experts span replicas all wait for the slowest,
+    so the heaviest of each run together. Where the budget leaves no way to deal by work, the
+    fullest group is halved. Fewer samples than ``count`` leave empty microbatches.
+
+    Worked example: a rank needs one group for lengths 3 1 2, another rank two. With work as the
+    squares 9 1 4, ``count = 2`` gives ``[[0], [1, 2]]``; ``count = 4`` gives
+    ``[[0], [2], [1], []]``.
+    """
+    assert count >= len(groups)
+
+    def has_room(part: list[int], position: int) -> bool:
+        tokens = sum(lengths[p] for p in part) + lengths[position]
+        return (max_tokens is None or tokens <= max_tokens) and (
+            max_samples is None or len(part) < max_samples
+        )
+
+    dealt = deal(work, count, has_room=has_room)
+    parts = split_to(groups, lengths, count) if dealt is None else dealt
+    return sorted(parts, key=lambda part: (-sum(work[p] for p in part), not part, part))
+
+
 def split_to(groups: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Return ``groups`` split until there are ``count``: every rank runs as many microbatches.
+    """Return ``groups`` split until there are ``count``, by empty ones where no sample is left.
 
-    The group of most tokens is halved first, by tokens. Worked example: a rank has one group of
-    lengths 3 1 2, another rank two. ``split_to([[0, 1, 2]], [3, 1, 2], 2)`` gives
-    ``[[0], [1, 2]]``, 3 tokens each.
-
-    Raises:
-        RecipeError: when there are fewer samples than microbatches wanted.
+    The group of most tokens is halved first, by tokens. Worked example:
+    ``split_to([[0, 1, 2]], [3, 1, 2], 2)`` gives ``[[0], [1, 2]]``, 3 tokens each.
     """
     parts = list(groups)
     while len(parts) < count:
         splittable = [index for index, part in enumerate(parts) if len(part) > 1]
         if not splittable:
-            raise RecipeError(
-                f"{sum(map(len, parts))} samples of a rank's mini-batch cannot be split into the {count} microbatches "
-                "that the pipeline or another rank needs; raise batch.global_batch_size"
-            )
+            return parts + [[] for _ in range(count - len(parts))]
         largest = max(splittable, key=lambda i: (sum(lengths[p] for p in parts[i]), -i))
         group = parts[largest]
         half, tokens = 0, 0

@@ -26,7 +26,14 @@ class RankPlace:
     """From 0."""
 
     def row_index(self, lengths: Sequence[int], *, row_multiple: int = 1) -> RowIndex:
-        """Return the rows of packed sequences that this rank feeds, padded to ``row_multiple``."""
+        """Return the rows of packed sequences that this rank feeds, padded to ``row_multiple``.
+
+        Without a sequence they are padding, as few as the layout takes.
+        """
+        if not lengths:
+            return RowIndex.empty(
+                cp_size=self.cp_size, pad_multiple=math.lcm(self.tp_size, row_multiple)
+            )
         return RowIndex.packed(
             lengths,
             cp_size=self.cp_size,

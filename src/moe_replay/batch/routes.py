@@ -54,12 +54,13 @@ def rows_of(
         local rows         0  1     3  4
         their own index    0  2     3  4       (sequence 2 starts at row 5 of all, at row 3 of two)
     """
-    starts = np.cumsum([0, *lengths])
+    whole = np.array(lengths, dtype=np.int64)
+    starts = np.append(0, np.cumsum(whole))
     owner = np.searchsorted(starts, index.rows, side="right") - 1
     # Padding is row -1, so its owner is -1: the last entry, which stays False.
     is_asked = np.zeros(len(lengths) + 1, dtype=bool)
     is_asked[list(numbers)] = True
-    sizes = np.where(is_asked[:-1], lengths, 0)
+    sizes = np.where(is_asked[:-1], whole, 0)
     moved_by = starts[:-1] - (np.cumsum(sizes) - sizes)
     local = np.flatnonzero(is_asked[owner])
     rows = index.rows[local]

@@ -36,8 +36,8 @@ class Sample:
     """False when the sample is kept for metrics but not in the loss (an overlong one, say)."""
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
-    sampled_here: bool = True
-    """Whether this rank sampled it: one of those that train on it reports its metrics."""
+    reported_here: bool = True
+    """Whether this rank reports its metrics: one of those that train on it does."""
 
     def __post_init__(self) -> None:
         # What is checked here must stay: a caller's buffer may hold the next sample soon.

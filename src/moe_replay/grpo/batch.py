@@ -8,10 +8,12 @@ from itertools import chain, count
 import numpy as np
 
 from moe_replay.batch import Microbatch, Sample, build_microbatch, plan_microbatches
-from moe_replay.batch.packing import split_to
-from moe_replay.engines.types import FinishReason
+from moe_replay.batch.balance import deal, work_of
+from moe_replay.batch.packing import spread_over
+from moe_replay.engines.types import Completion, FinishReason
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rollout, SampleOrigin, Scored, StepBatch
+from moe_replay.megatron.ranks.dealing import Key, hand_over
 from moe_replay.megatron.ranks.sharing import share_completions, share_routes
 from moe_replay.routing import Coverage, LiveReason, Routing, RoutingTrace
 
@@ -25,10 +27,9 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
         CoverageError: when too few rows of what trains can be replayed; nothing is learned then.
         TokenMismatchError: when a trace is bound to other tokens than its sample has.
     """
-    samples, traces, origins = _make_samples(run, rollout, scored)
+    parts, traces, origins = _make_samples(run, rollout, scored)
     rollout.traces.clear()
-    size = len(samples) // run.recipe.batch.steps_per_generation
-    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+    samples = list(chain.from_iterable(parts))
     minibatches = _pack(run, parts)
     coverage = Coverage()
     if run.mode.replays:
@@ -45,33 +46,29 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
 
 def _make_samples(
     run: Run, rollout: Rollout, scored: Scored
-) -> tuple[list[Sample], dict[int, RoutingTrace], tuple[SampleOrigin, ...]]:
-    """Return this replica's samples in prompt order, the traces sampled here, and all origins."""
-    own = {
-        (index, number): completion
-        for index, group in zip(rollout.own, rollout.groups, strict=True)
-        for number, completion in enumerate(group.completions)
-    }
+) -> tuple[list[list[Sample]], dict[int, RoutingTrace], tuple[SampleOrigin, ...]]:
+    """Return this replica's samples by mini-batch, traces that this rank holds, and all origins."""
+    own, held = _held_here(run, rollout)
     untrained = {FinishReason.ABORTED}
     if run.recipe.grpo.overlong_filter:
         untrained.add(FinishReason.LENGTH)
-    samples: list[Sample] = []
+    parts: list[list[Sample]] = [[] for _ in range(run.recipe.batch.steps_per_generation)]
     origins: list[SampleOrigin] = []
     traces: dict[int, RoutingTrace] = {}
     for key, completion in share_completions(run.replica, own).items():
         place, number = key
         prompt = rollout.prompts[place]
         sample = Sample(
-            sample_id=len(samples),
+            sample_id=len(origins),
             token_ids=np.concatenate([prompt.prompt_ids, completion.token_ids]),
             prompt_length=len(prompt.prompt_ids),
             rollout_logprobs=completion.rollout_logprobs,
             advantage=float(scored.advantages[key]),
             trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
             server=completion.server,
-            sampled_here=key in own,
+            reported_here=key in own,
         )
-        samples.append(sample)
+        parts[_minibatch_of(run, place)].append(sample)
         origins.append(
             SampleOrigin(
                 index=place * run.recipe.rollout.num_generations + number,
@@ -81,34 +78,75 @@ def _make_samples(
                 policy_version=completion.oldest_version,
             )
         )
-        trace = rollout.traces.get(key)
-        if trace is not None:
-            traces[sample.sample_id] = trace
-    return samples, traces, tuple(origins)
+        if key in held:
+            traces[sample.sample_id] = held[key]
+    return parts, traces, tuple(origins)
+
+
+def _held_here(
+    run: Run, rollout: Rollout
+) -> tuple[dict[Key, Completion], dict[Key, RoutingTrace]]:
+    """Return the completions and traces that this rank brings to its replica; collective.
+
+    They are those that it sampled, unless ``batch.balance`` deals them by their work.
+    """
+    own = {
+        (index, number): completion
+        for index, group in zip(rollout.own, rollout.groups, strict=True)
+        for number, completion in enumerate(group.completions)
+    }
+    if not run.recipe.batch.balance or run.replica.num_replicas == 1:
+        return own, dict(rollout.traces)
+    lengths = {
+        key: len(rollout.prompts[key[0]].prompt_ids) + num_tokens
+        for part in run.ranks.gather([(key, len(c.token_ids)) for key, c in own.items()])
+        for key, num_tokens in part
+    }
+    to: dict[Key, int] = {}
+    for update in range(run.recipe.batch.steps_per_generation):
+        keys = sorted(key for key in lengths if _minibatch_of(run, key[0]) == update)
+        dealt = deal(_work(run, [lengths[key] for key in keys]), run.replica.num_replicas)
+        assert dealt is not None
+        to |= {keys[at]: number for number, part in enumerate(dealt) for at in part}
+    return hand_over(run.replica, own, rollout.traces, to)
+
+
+def _minibatch_of(run: Run, place: int) -> int:
+    """Return the mini-batch that learns from the step's prompt number ``place``."""
+    return place * run.recipe.batch.steps_per_generation // run.recipe.prompts_per_step
+
+
+def _work(run: Run, lengths: Sequence[int]) -> list[float]:
+    return [work_of(length, run.actor.weights.even_length) for length in lengths]
 
 
 def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[tuple[Microbatch, ...], ...]:
     """Pack mini-batches into microbatches, equally many on every rank: experts may span replicas.
 
     Example: a mini-batch fills 3 microbatches on one replica and 5 on another. Both run 5; with an
-    interleaved pipeline of 2 stages both run 6.
+    interleaved pipeline of 2 stages both run 6. One with fewer samples runs some of padding alone.
     """
     batch = run.recipe.batch
     lengths = [[len(sample.token_ids) for sample in part] for part in parts]
-    plans = [
-        plan_microbatches(
-            each, max_tokens=batch.max_tokens_per_microbatch, max_samples=batch.micro_batch_size
-        )
-        for each in lengths
-    ]
+    limits = {
+        "max_tokens": batch.max_tokens_per_microbatch,
+        "max_samples": batch.micro_batch_size,
+    }
+    plans = [plan_microbatches(each, **limits) for each in lengths]
     gathered = run.ranks.gather([len(plan) for plan in plans])
     for update, plan in enumerate(plans):
         largest = max(counts[update] for counts in gathered)
-        plans[update] = split_to(
-            plan, lengths[update], run.recipe.megatron.round_up_microbatches(largest)
+        plans[update] = spread_over(
+            plan,
+            run.recipe.megatron.round_up_microbatches(largest),
+            lengths=lengths[update],
+            work=_work(run, lengths[update]),
+            **limits,
         )
     row_multiple = _row_multiple(run, plans, lengths)
     key = count()
+    # Of another sample where a microbatch has none: a replica has at least one in each step.
+    spare = next(sample.token_ids for part in parts for sample in part)
     return tuple(
         tuple(
             build_microbatch(
@@ -116,6 +154,7 @@ def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[tuple[Microbatch
                 [part[position] for position in group],
                 place=run.actor.place,
                 row_multiple=row_multiple,
+                spare_ids=spare if not group else None,
             )
             for group in plan
         )
@@ -140,8 +179,8 @@ def _row_multiple(
 def _rows(
     run: Run, samples: Sequence[Sample], traces: Mapping[int, RoutingTrace]
 ) -> list[Coverage]:
-    """Count the rows of the samples sampled here: those that the mode replays, and the others."""
-    own = [sample for sample in samples if sample.sampled_here]
+    """Count the rows of the samples reported here: those that the mode replays, and the others."""
+    own = [sample for sample in samples if sample.reported_here]
     if run.mode.passes.old is Routing.RECORD:
         # A recording pass covers every row of a token.
         return [Coverage(num_replayed=len(sample.token_ids)) for sample in own]

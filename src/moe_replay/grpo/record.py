@@ -22,7 +22,7 @@ def step_record(
     # What a dropped sample's log-probabilities are under wrong routes says nothing about the
     # engine.
     dropped = old.judged.dropped_here(old.batch)
-    own = [s for s in old.batch.samples if s.sampled_here and s.sample_id not in dropped]
+    own = [s for s in old.batch.samples if s.reported_here and s.sample_id not in dropped]
     endings = completion_tally(
         [len(completion.token_ids) for completion in rollout.completions],
         [completion.finish_reason for completion in rollout.completions],
@@ -90,7 +90,7 @@ def _staleness(rollout: Rollout) -> Tally:
 
 def _coverage_metrics(run: Run, old: OldScores) -> dict[str, float]:
     coverage = old.batch.coverage
-    tokens = sum(len(sample.token_ids) for sample in old.batch.samples if sample.sampled_here)
+    tokens = sum(len(sample.token_ids) for sample in old.batch.samples if sample.reported_here)
     routes = sum(m.routes.nbytes for m in old.batch.microbatches if m.routes is not None)
     parts = run.ranks.gather((coverage, routes, tokens))
     whole = Coverage.total(part for part, _, _ in parts)

@@ -59,7 +59,7 @@ def _live_gap(
         live = run.actor.score(
             batch.microbatches, temperature=run.temperature, routing=Routing.LIVE
         ).samples
-    own = [sample for sample in batch.samples if sample.sampled_here]
+    own = [sample for sample in batch.samples if sample.reported_here]
     gap = engine_gap(
         [live[sample.sample_id].token_logprobs for sample in own],
         [sample.rollout_logprobs for sample in own],

@@ -119,7 +119,7 @@ class StepBatch:
     origins: tuple[SampleOrigin, ...]
     """By ``sample_id``."""
     coverage: Coverage
-    """Rows of tokens sampled here and of this rank's padding: replayed, or live by reason."""
+    """Rows of samples reported here and of this rank's padding: replayed, or live by reason."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -16,6 +16,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
+_TRACE = 1e-12
+"""Tokens; its square, by which Megatron divides, is far above the smallest float32."""
+
 
 def count_tokens_only(routers: Iterable[TopKRouter], *, scaled_by_group: bool) -> None:
     """Fix these routers, and no other of the process.
@@ -26,6 +29,8 @@ def count_tokens_only(routers: Iterable[TopKRouter], *, scaled_by_group: bool) -
     for router in routers:
         fixed: Any = router
         fixed._apply_expert_bias = partial(_count_loads, fixed._apply_expert_bias)
+        for name in ("_apply_aux_loss", "_apply_seq_aux_loss", "_apply_global_aux_loss"):
+            setattr(fixed, name, partial(_never_of_nothing, getattr(fixed, name)))
         if scaled_by_group:
             fixed.attach_and_log_load_balancing_loss = partial(
                 _attach_loss, fixed.attach_and_log_load_balancing_loss, fixed.tp_cp_group.size()
@@ -38,6 +43,25 @@ def _count_loads(
     if padding_mask is not None:
         routing_map = routing_map & ~padding_mask.reshape(-1, 1)
     stock(routing_map)
+
+
+def _never_of_nothing(
+    stock: Callable[..., torch.Tensor],
+    probs: torch.Tensor,
+    scores: torch.Tensor,
+    routing_map: torch.Tensor,
+    *args: Any,
+    **options: Any,
+) -> torch.Tensor:
+    """Compute an auxiliary loss of 0 where all rows are padding: divided by 0 tokens it is NaN.
+
+    A trace of load in one row is below float32's last digit of any count, and the masked scores of
+    padding make the loss and its gradient exactly 0. Asking whether there is a token would wait for
+    the device.
+    """
+    loads = routing_map.to(torch.float32)
+    loads[0] += _TRACE
+    return stock(probs, scores, loads, *args, **options)
 
 
 def _attach_loss(

@@ -275,6 +275,8 @@ class MegatronScorer:
     ) -> Float32[np.ndarray, "2 batch_rows"]:
         """Return log-probabilities and entropies of all batch rows, on all ranks of a replica."""
         found = np.zeros((2, microbatch.index.num_rows), dtype=np.float32)
+        if not microbatch.samples:
+            return found
         if local is not None:
             rows = microbatch.index.rows[np.flatnonzero(microbatch.predicts_sampled)]
             found[:, rows] = local.t().cpu().numpy()

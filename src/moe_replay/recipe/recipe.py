@@ -5,7 +5,6 @@ Load one with `load.load_recipe`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,27 +160,6 @@ class Recipe(Section):
             raise RecipeError(
                 f"{uneven} cannot be shared evenly by {ranks} data-parallel ranks "
                 f"(world size {world_size}): change the batch or the number of processes"
-            )
-        self._check_interleaving(ranks)
-
-    def _check_interleaving(self, ranks: int) -> None:
-        """Raise `RecipeError` unless a rank's samples are a multiple of the interleaved stages.
-
-        With 6 samples and 4 stages, 5 microbatches would have to become 8, and it depends on the
-        lengths of the completions whether a step needs that many.
-        """
-        chunks = self.megatron.virtual_pipeline_model_parallel_size
-        stages = self.megatron.pipeline_model_parallel_size
-        samples = self.batch.global_batch_size // ranks
-        if chunks is not None and samples % stages:
-            step = math.lcm(self.rollout.num_generations, stages) * ranks
-            raise RecipeError(
-                f"batch.global_batch_size = {self.batch.global_batch_size} gives each of {ranks} "
-                f"data-parallel ranks {samples} samples per update, expected a multiple of "
-                f"megatron.pipeline_model_parallel_size = {stages}: with "
-                "virtual_pipeline_model_parallel_size Megatron-Core runs microbatches in rounds of "
-                "that many, and long completions need one microbatch each. Make global_batch_size "
-                f"a multiple of {step}, or remove virtual_pipeline_model_parallel_size"
             )
 
     def resolved_table(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ routes) moves through the same vector, so no two of them can disagree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,6 +91,19 @@ class RowIndex:
         )
 
     @classmethod
+    def empty(cls, *, cp_size: int = 1, pad_multiple: int = 1) -> RowIndex:
+        """Lay no sequence at all: the fewest rows that a rank can run, all of them padding.
+
+        Two CP ranks and ``pad_multiple = 1`` give one sequence of 4 padding rows, 2 on each rank.
+        """
+        num_rows = math.lcm(pad_multiple * cp_size, 2 * cp_size if cp_size > 1 else 1)
+        return cls(
+            rows=np.full(num_rows // cp_size, PAD, dtype=np.int64),
+            num_rows=0,
+            padded_lengths=(num_rows,),
+        )
+
+    @classmethod
     def padded(
         cls,
         lengths: Sequence[int],
@@ -156,6 +170,8 @@ class RowIndex:
                 f"values have {len(values)} rows, the concatenated batch has {self.num_rows}; "
                 "they belong to another batch, or were padded before"
             )
+        if not self.num_rows:
+            return np.full((len(self.rows), *values.shape[1:]), fill, dtype=values.dtype)
         local = values[np.where(self.is_token, self.rows, 0)]
         local[~self.is_token] = fill
         return local

@@ -133,6 +133,7 @@ def lone_replica(layers: Sequence[int], place: RankPlace = RankPlace()) -> Repli
         computes_loss=True,
         is_last_stage=True,
         ranks=HostGroup(group=None, name="replica 0"),
+        siblings=HostGroup(group=None, name="ranks of place 0"),
     )
 
 

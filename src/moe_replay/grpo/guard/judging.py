@@ -236,7 +236,7 @@ def _gaps(run: Run, batch: StepBatch, scored: Mapping[int, ScoredSample]) -> dic
     mine = {
         batch.origins[sample.sample_id].index: mean_gap(sample, scored)
         for sample in batch.samples
-        if sample.sampled_here and sample.completion_length
+        if sample.reported_here and sample.completion_length
     }
     return {index: gap for part in run.ranks.gather(mine) for index, gap in part.items()}
 

@@ -74,7 +74,7 @@ def require_finite(
     for sample in samples:
         values = scored[sample.sample_id]
         finite = np.isfinite(values.token_logprobs) & np.isfinite(values.entropies)
-        if sample.sampled_here and not finite.all():
+        if sample.reported_here and not finite.all():
             first = int(np.flatnonzero(~finite)[0])
             broken.append(
                 f"sample {sample.sample_id} of replica {run.replica.number}: {int((~finite).sum())} "

@@ -96,9 +96,9 @@ class SecondLooks:
     def _gaps(
         self, samples: Sequence[Sample], live: Mapping[int, ScoredSample]
     ) -> Iterator[tuple[Sample, SecondLook]]:
-        """Yield the samples with tokens that this rank sampled, and their rho."""
+        """Yield the samples with tokens that this rank reports, and their rho."""
         for sample in samples:
-            if sample.sampled_here and sample.completion_length:
+            if sample.reported_here and sample.completion_length:
                 yield (
                     sample,
                     with_rho(

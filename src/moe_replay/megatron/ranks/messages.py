@@ -53,9 +53,12 @@ class HostGroup:
         own = next(number for number, ranks in enumerate(parts) if dist.get_rank() in ranks)
         # torch numbers groups as they are made, and ranks of a group must know it by one number.
         groups = [
-            dist.new_group(list(ranks), timeout=WAIT_LIMIT, backend="gloo") for ranks in parts
+            dist.new_group(list(ranks), timeout=WAIT_LIMIT, backend="gloo")
+            if len(ranks) > 1
+            else None
+            for ranks in parts
         ]
-        group = groups[own] if len(parts[own]) > 1 else None
+        group = groups[own]
         assert group is None or isinstance(group, dist.ProcessGroup)
         return cls(group=group, name=f"{name} {own}")
 

@@ -44,6 +44,8 @@ class Replica:
     """Whether this rank is on the last pipeline stage."""
     ranks: HostGroup
     """How its ranks talk."""
+    siblings: HostGroup
+    """The ranks of this one's place in every replica, in the order of their numbers."""
 
     @classmethod
     def find(cls, layers: Sequence[int], *, place: RankPlace) -> Replica:
@@ -54,17 +56,21 @@ class Replica:
         for rank, (replica, _) in enumerate(everyone):
             members.setdefault(replica, []).append(rank)
         ranks = members[number]
+        own = ranks.index(dist.get_rank())
+        replicas = [members[replica] for replica in sorted(members)]
+        places = [list(place) for place in zip(*replicas, strict=True)]
+        # torch numbers the ranks of a group in the order of the world's.
+        assert all(place == sorted(place) for place in places)
         is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         return cls(
             number=number,
             num_replicas=len(members),
             peers=tuple(everyone[rank][1] for rank in ranks),
-            own=ranks.index(dist.get_rank()),
+            own=own,
             computes_loss=place.tp_rank == 0 and is_last_stage,
             is_last_stage=is_last_stage,
-            ranks=HostGroup.own_part(
-                [members[replica] for replica in sorted(members)], name="replica"
-            ),
+            ranks=HostGroup.own_part(replicas, name="replica"),
+            siblings=HostGroup.own_part(places, name="ranks of place"),
         )
 
     @property

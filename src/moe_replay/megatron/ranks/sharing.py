@@ -49,7 +49,7 @@ def share_routes(
 ) -> dict[int, RouteSlice]:
     """Return this rank's routes of each microbatch, by its key; collective over the replica.
 
-    ``traces`` (sample id -> trace) are those of the samples that this rank sampled. Each rank cuts,
+    ``traces`` (sample id -> trace) are those of the samples that this rank holds. Each rank cuts,
     for every other, the layers and rows which that rank owns, so no rank ever holds the routes of
     the whole batch. Microbatches go one after another, as many at once as fill `PIECE_BYTES`, and
     ``traces`` is emptied as they go: what a rank sends makes room for what it receives.

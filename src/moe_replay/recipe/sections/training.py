@@ -64,6 +64,9 @@ class BatchSection(Section):
     """Where old log-probabilities come from: ``auto`` takes those of the update's own forward pass
     where they are the same (one update a step, and no routes to record as R2 does), ``pass`` always
     runs a pass of their own before the update."""
+    balance: Annotated[bool, Key(may_change=True)] = True
+    """Deal the samples of an update to data-parallel ranks by their estimated work, so that none
+    waits long for another; otherwise each trains on what it sampled. Results differ by rounding."""
     logprob_chunk_size: Annotated[int, Key(may_change=True)] = Field(default=2048, gt=0)
     """Sampled tokens whose logits exist at a time, in float32, two such tensors in a pass that also
     gives entropies and one in any other; smaller takes less memory, below about 1,000 a GPU gets
