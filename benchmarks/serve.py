@@ -256,11 +256,11 @@ def upload(url: str, megabytes: int) -> int:
 
     with tempfile.TemporaryDirectory() as unused:
         folder = WeightsFolder(Path(unused))
-        part = WeightPart(0, bytes(1 << 20) * megabytes, folder, "benchmark")
+        part = WeightPart(0, [memoryview(bytes(1 << 20) * megabytes)], folder, "benchmark")
         calls = ServerCalls(url, token=None, timeout_s=600.0, max_answer_bytes=1 << 20)
         calls.put_weights(part)
         calls.close()
-    return len(part.content)
+    return part.num_bytes
 
 
 if __name__ == "__main__":

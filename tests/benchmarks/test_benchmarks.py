@@ -39,6 +39,12 @@ def test_megatron_replay_prints_its_three_figures() -> None:
     assert 1.0 <= figures[2]["value"] < 1.1
 
 
+def test_balance_prints_both_figures_and_reaches_its_goal() -> None:
+    figures = {f["metric"]: f["value"] for f in map(json.loads, printed("balance.py")[-2:])}
+    assert figures.keys() == {"balance.by_position_ratio", "balance.slowest_ratio"}
+    assert 1.0 < figures["balance.slowest_ratio"] <= 1.02 < figures["balance.by_position_ratio"]
+
+
 def test_gpu_replay_runs_on_a_cpu_and_claims_nothing() -> None:
     lines = printed("gpu_replay.py", "--quick", "--layers", "2")
     assert "say nothing about a GPU" in lines[0]

@@ -57,7 +57,11 @@ def stepped(recipe: Recipe, world_size: int) -> list[Any]:
             sampled = {at * 4 + n for at in rollout.own for n in range(4)}
             batch = make(run_, rollout, scored)
             work = [
-                {batch.origins[s.sample_id].index: len(s.token_ids) for m in part for s in m.samples}
+                {
+                    batch.origins[s.sample_id].index: len(s.token_ids)
+                    for m in part
+                    for s in m.samples
+                }
                 for part in batch.minibatches
             ]
             counts = [len(part) for part in batch.minibatches]
@@ -160,7 +164,10 @@ def test_e1_a_wrong_route_of_a_dealt_sample_is_found_and_named_by_its_prompt(
     # The last sample of the step is the second rank's. Prompts of 3 and 30 words beside it.
     made = recipe(data__train=uneven(tmp_path), data__shuffle="false", **LONG)
     last = lambda prompt, number: (prompt, number) == (7, 3)  # noqa: E731
-    with pytest.raises(MisalignmentError, match=r"sample 31 \(prompt 7, policy version 0\)"):
+    with pytest.raises(
+        MisalignmentError,
+        match=r"sample 31 \(prompt 7, server engine of rank 1, policy version 0\)",
+    ):
         run(made, world_size=2, make_engine=wrong(one_row_late, last))
     (healthy,) = run(made, world_size=2)
     assert healthy["replay/dropped_samples"] == healthy["replay/suspects"] == 0.0
@@ -307,7 +314,7 @@ def test_t10_a_pipeline_that_needs_more_microbatches_than_samples_runs_some_of_p
     }
     one = recipe(run__output_dir=tmp_path / "one", **settings)
     two = recipe(run__output_dir=tmp_path / "two", **settings, **interleaved)
-    (alone,), (staged) = [r[-1] for r in stepped(one, 1)][0], stepped(two, 2)
+    ((*_, (alone,)),), staged = stepped(one, 1), stepped(two, 2)
     assert [counts for _, _, _, counts, *_ in staged] == [[samples + 1]] * 2
     scale = max(float(value.abs().max()) for value in alone.values())
     assert scale > 0

@@ -276,3 +276,13 @@ class ShowsProgress(Protocol):
         Other threads read it.
         """
         ...
+
+
+@runtime_checkable
+class CountsPushedBytes(Protocol):
+    """An engine that knows how many bytes a push takes on its way."""
+
+    @property
+    def pushed_bytes(self) -> int:
+        """Bytes of the last push, as they went to each server."""
+        ...

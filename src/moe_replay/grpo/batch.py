@@ -48,7 +48,15 @@ def _make_samples(
     run: Run, rollout: Rollout, scored: Scored
 ) -> tuple[list[list[Sample]], dict[int, RoutingTrace], tuple[SampleOrigin, ...]]:
     """Return this replica's samples by mini-batch, traces that this rank holds, and all origins."""
-    own, held = _held_here(run, rollout)
+    own = {
+        (index, number): completion
+        for index, group in zip(rollout.own, rollout.groups, strict=True)
+        for number, completion in enumerate(group.completions)
+    }
+    everyone = run.ranks.gather({key: len(completion.token_ids) for key, completion in own.items()})
+    rank_of = {key: rank for rank, part in enumerate(everyone) for key in part}
+    num_tokens = {key: count for part in everyone for key, count in part.items()}
+    own, held = _held_here(run, rollout, own, num_tokens)
     untrained = {FinishReason.ABORTED}
     if run.recipe.grpo.overlong_filter:
         untrained.add(FinishReason.LENGTH)
@@ -76,6 +84,7 @@ def _make_samples(
                 completion=number,
                 server=completion.server,
                 policy_version=completion.oldest_version,
+                rank=rank_of[key],
             )
         )
         if key in held:
@@ -84,23 +93,17 @@ def _make_samples(
 
 
 def _held_here(
-    run: Run, rollout: Rollout
+    run: Run, rollout: Rollout, own: dict[Key, Completion], num_tokens: Mapping[Key, int]
 ) -> tuple[dict[Key, Completion], dict[Key, RoutingTrace]]:
     """Return the completions and traces that this rank brings to its replica; collective.
 
-    They are those that it sampled, unless ``batch.balance`` deals them by their work.
+    They are those that it sampled (``own``), unless ``batch.balance`` deals all, of ``num_tokens``,
+    by their work.
     """
-    own = {
-        (index, number): completion
-        for index, group in zip(rollout.own, rollout.groups, strict=True)
-        for number, completion in enumerate(group.completions)
-    }
     if not run.recipe.batch.balance or run.replica.num_replicas == 1:
         return own, dict(rollout.traces)
     lengths = {
-        key: len(rollout.prompts[key[0]].prompt_ids) + num_tokens
-        for part in run.ranks.gather([(key, len(c.token_ids)) for key, c in own.items()])
-        for key, num_tokens in part
+        key: len(rollout.prompts[key[0]].prompt_ids) + count for key, count in num_tokens.items()
     }
     to: dict[Key, int] = {}
     for update in range(run.recipe.batch.steps_per_generation):

@@ -11,6 +11,8 @@ class Journal:
     """What this process has to say of the step in flight."""
 
     def __init__(self) -> None:
+        self.pushed_bytes = 0
+        """Bytes of the last push, as they went to each server."""
         self._seconds: dict[str, float] = {}
         self._warnings: list[str] = []
         self._kinds_said: set[str] = set()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+
+from moe_replay.engines.types import CountsPushedBytes
 from moe_replay.engines.weight_stream import drain
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.finite import check_weights
@@ -25,10 +30,28 @@ def give_weights(run: Run) -> None:
         MoeReplayError: on every rank, when the engine of one of them does not take them.
     """
     run.device.make_room(for_push=True)
-    weights, failure = run.actor.weights.tensors(), None
+    weights, failure = _Counted(run.actor.weights.tensors()), None
     try:
         run.engine.load_weights(weights, policy_version=run.policy_version)
     except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
         drain(weights, error)
         failure = error
     run.ranks.raise_together(failure)
+    engine = run.engine
+    counts = isinstance(engine, CountsPushedBytes)
+    run.journal.pushed_bytes = engine.pushed_bytes if counts else weights.num_bytes
+
+
+class _Counted:
+    """Named tensors, and their bytes so far."""
+
+    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._tensors, self.num_bytes = tensors, 0
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        name, tensor = next(self._tensors)
+        self.num_bytes += tensor.nbytes
+        return name, tensor

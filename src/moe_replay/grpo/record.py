@@ -50,6 +50,7 @@ def step_record(
         | dict(old.metrics)
     )
     metrics["policy_version"] = float(run.policy_version)
+    metrics["sync/bytes"] = float(run.journal.pushed_bytes)
     if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)

@@ -108,6 +108,8 @@ class SampleOrigin:
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
     policy_version: int
     """Weights that sampled its first token."""
+    rank: int
+    """The rank that sampled it, or asked a server to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

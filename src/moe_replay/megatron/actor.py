@@ -214,7 +214,10 @@ class MegatronActor(MegatronLearner):
         norm = float(self._optimizer.get_grad_norm())
         if self._on_any_rank(not math.isfinite(norm)):
             raise self._broken_gradient(work, norm, where)
-        return Gradient(norm=norm, balancing_loss=self._balance.mean(sum(bool(m.samples) for m in work.microbatches)))
+        return Gradient(
+            norm=norm,
+            balancing_loss=self._balance.mean(sum(bool(m.samples) for m in work.microbatches)),
+        )
 
     @quiet_megatron()
     def step(self) -> None:

@@ -20,6 +20,7 @@ from moe_replay.grpo.records import (
     StepRecord,
 )
 from moe_replay.report.run_directory import RunDirectory
+from moe_replay.report.summary import push_speed
 
 PROJECT = "moe-replay"
 """Project under which runs appear."""
@@ -47,7 +48,9 @@ class _Sink(BaseReporter):
     def step(self, record: StepRecord, completions: Sequence[CompletionRecord]) -> None:
         """Write the scalars of a step."""
         seconds = {f"seconds/{station}": value for station, value in record.seconds.items()}
-        self._write(record.step, {**record.metrics, **seconds})
+        speed = push_speed([record])
+        speeds = {} if speed is None else {"sync/MBps": speed}
+        self._write(record.step, {**record.metrics, **seconds, **speeds})
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Write the scalars of an evaluation."""

@@ -69,6 +69,16 @@ def seconds_per_step(steps: Sequence[StepRecord]) -> dict[str, float]:
     return {name: _mean([record.seconds.get(name, 0.0) for record in steps]) for name in stations}
 
 
+def push_speed(steps: Sequence[StepRecord]) -> float | None:
+    """Return the speed of the pushes of some steps in MB/s; None when none was timed.
+
+    Pushes of 40 MB in 0.3 and 0.5 s: 100 MB/s.
+    """
+    num_bytes = math.fsum(record.metrics.get("sync/bytes", 0.0) for record in steps)
+    seconds = math.fsum(record.seconds.get("sync", 0.0) for record in steps)
+    return num_bytes / seconds / 1e6 if num_bytes and seconds else None
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
@@ -104,6 +114,9 @@ def print_summary(
             f"{name} {spent:.2f} ({100 * spent / total:.0f} %)" for name, spent in seconds.items()
         )
         print_line(console, f"seconds a step: {total:.2f} = {shares}")
+    if (speed := push_speed(steps)) is not None:
+        size = steps[-1].metrics["sync/bytes"] / 1e6
+        print_line(console, f"a push: {size:,.1f} MB, {speed:,.1f} MB/s")
 
 
 def _metric_table(steps: Sequence[StepRecord], console: Console) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,14 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
 from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.fake import FakeEngine
-from moe_replay.engines.servers.push_files import PART_BYTES, WeightsFolder, weight_parts
-from moe_replay.errors import EngineError
+from moe_replay.engines.serve.messages import PolicyName
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.push import push
+from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder, weight_parts
+from moe_replay.errors import DivergedError, EngineError
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from ...support.served import served
@@ -167,22 +173,186 @@ def test_e4_expert_biases_reach_an_engine_bit_for_bit(tmp_path):
     assert held[name].dtype == torch.bfloat16 and torch.equal(held[name], on_disk[name])
 
 
-def test_e4_one_part_of_a_push_is_in_memory():
+def test_e4_one_part_of_a_push_is_in_memory_while_the_next_is_made():
     """Tensors of the first part are gone while the second one is made."""
-    alive: list[weakref.ref[torch.Tensor]] = []
+    alive: list[weakref.ref[np.ndarray]] = []
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(4):
-            # Two of them fill a part.
-            tensor = torch.zeros(PART_BYTES // 8, dtype=torch.float32)
-            alive.append(weakref.ref(tensor))
+            array = np.full(256, number, dtype=np.float32)
+            alive.append(weakref.ref(array))
+            tensor = torch.from_numpy(array)
+            del array
             yield f"w{number}", tensor
             del tensor
 
     seen = []
-    with weight_parts(stream(), folder=WeightsFolder(None), push="push-1") as parts:
+    folder = WeightsFolder(None)
+    # Two of them fill a part.
+    with weight_parts(stream(), folder=folder, push="push-1", bucket_bytes=2048) as parts:
         for part in parts:
             seen.append(sum(each() is not None for each in alive))
             del part
-    # The one that the stream gave last, which it still holds itself.
-    assert seen == [1, 1]
+    # Two are those of the part; the third belongs to the next one, and tells that this one is full.
+    assert seen == [3, 2]
+
+
+class Slow:
+    """A server that takes parts when it is let, and remembers them."""
+
+    how_to_record, reads_files = "", False
+
+    def __init__(self, url: str, *, fails_at: int = -1, error: EngineError | None = None) -> None:
+        self.url, self.taken, self.committed = url, [], []
+        self._may = threading.Semaphore(0)
+        self._fails_at = fails_at
+        self._error = error or CallError(Fault.UNREACHABLE, f"{url} is gone")
+
+    def let(self, count: int = 1) -> None:
+        for _ in range(count):
+            self._may.release()
+
+    def put_weights(self, part: WeightPart) -> None:
+        self._may.acquire()
+        if part.number == self._fails_at:
+            raise self._error
+        content = b"".join(bytes(p) for chunk in part.chunks(64) for p in chunk.pieces)
+        assert len(content) == part.num_bytes
+        self.taken.append(content)
+
+    def commit_weights(self, policy: PolicyName) -> None:
+        self.committed.append(policy.policy_version)
+
+    def give_up(self) -> None:
+        self.let(100)
+
+    def status(self) -> Any: ...
+
+    def check(self) -> None: ...
+
+    def complete(self, ask: Any, **how: Any) -> None: ...
+
+    def biases(self, error: CallError) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+NUM_TENSORS = 12
+TENSORS = {f"w{n:02}": torch.arange(16, dtype=torch.float32) + n for n in range(NUM_TENSORS)}
+
+
+def pushed(*servers: Any, made: Callable[[int], None] = lambda n: None) -> Any:
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, tensor) in enumerate(TENSORS.items()):
+            made(number)
+            yield name, tensor
+
+    return push(
+        stream(),
+        PolicyName(run="r", policy_version=3),
+        servers,
+        folder=WeightsFolder(None),
+        num_bytes=0,
+        bucket_bytes=2 * 64,
+        must_reach_all=False,
+        faults=Counter(),
+    )
+
+
+def test_servers_take_parts_at_their_own_speed_and_two_parts_exist_at_a_time():
+    fast, slow = Slow("fast"), Slow("slow")
+    fast.let(100)
+    slow.let(100)
+    ahead = []
+
+    def made(number: int) -> None:
+        # Tensor 2k + 2 shows that part k is full, and may be given out.
+        ahead.append(number // 2 - min(len(fast.taken), len(slow.taken)))
+
+    result = pushed(fast, slow, made=made)
+    assert fast.taken == slow.taken and len(fast.taken) == NUM_TENSORS // 2
+    loaded = {name: t for part in fast.taken for name, t in load(part).items()}
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    assert set(result.urls) == {"fast", "slow"}
+    assert result.num_bytes == sum(map(len, fast.taken))
+    assert fast.committed == slow.committed == [3]
+    # One is with the servers, one full, and the tensor that did not fit is made.
+    assert max(ahead) <= 2
+
+
+def test_a_slow_server_holds_up_the_making_and_no_fast_one_by_more_than_a_part():
+    fast, slow = Slow("fast"), Slow("slow")
+    fast.let(100)
+    made: list[int] = []
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(pushed, fast, slow, made=made.append)
+        deadline = time.monotonic() + 20
+        while len(fast.taken) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        # Part 0 is with the slow server, so part 2 is not begun: tensor 4 is where part 1 was full.
+        assert (len(fast.taken), slow.taken, max(made)) == (2, [], 4)
+        slow.let(100)
+        call.result()
+    assert slow.taken == fast.taken
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 5])
+def test_a_server_that_dies_in_the_middle_holds_nobody_up_and_is_not_committed(fails_at):
+    living, dying = Slow("living"), Slow("dying", fails_at=fails_at)
+    living.let(100)
+    dying.let(100)
+    result = pushed(living, dying)
+    assert (result.urls, living.committed, dying.committed) == (("living",), [3], [])
+    assert len(living.taken) == 6 and len(dying.taken) == fails_at
+
+
+def test_when_all_die_the_stream_is_read_to_its_end_for_the_other_ranks():
+    made: list[int] = []
+    dying = [Slow(f"d{n}", fails_at=n) for n in range(2)]
+    for server in dying:
+        server.let(100)
+    with pytest.raises(EngineError, match=r"no server took policy version 3: .*d0 is gone"):
+        pushed(*dying, made=made.append)
+    assert made == list(range(NUM_TENSORS))
+
+
+def test_what_one_server_refuses_no_server_loads():
+    refusing = Slow("r", fails_at=2, error=EngineError("not this model"))
+    taking = Slow("t")
+    refusing.let(100)
+    taking.let(100)
+    with pytest.raises(EngineError, match="not this model"):
+        pushed(taking, refusing)
+    assert taking.committed == refusing.committed == []
+
+
+def test_a_stream_that_breaks_commits_nothing_and_ends_running_calls():
+    server = Slow("s")
+
+    def made(number: int) -> None:
+        if number == 3:
+            raise DivergedError("weight w03 was pushed with NaN")
+
+    with pytest.raises(DivergedError, match="w03"):
+        pushed(server, made=made)
+    assert server.committed == []
+
+
+def test_mixed_formats_lie_in_one_file_at_multiples_of_their_width():
+    tensors = {
+        "a": torch.arange(3, dtype=torch.bfloat16),
+        "b": torch.tensor(2.5),
+        "c": torch.zeros(0, 4, dtype=torch.float16),
+        "d": torch.arange(4, dtype=torch.float32).reshape(2, 2).t(),
+    }
+    with weight_parts(
+        tensors.items(), folder=WeightsFolder(None), push="p", bucket_bytes=1 << 20
+    ) as parts:
+        (content,) = [
+            b"".join(bytes(p) for chunk in part.chunks(7) for p in chunk.pieces) for part in parts
+        ]
+    loaded = load(content)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)

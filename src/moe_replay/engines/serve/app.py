@@ -2,9 +2,11 @@
 
 ``GET /status`` says what it is. ``POST /generate`` samples. ``POST /pushes`` begins a push of
 weights, ``PUT /pushes/{id}/{part}`` takes its parts in chunks, and ``POST /pushes/{id}/commit``
-checks and loads them. Sampling and loading are answered by frames, which report progress. If a
-bearer token is set, nothing is answered without it; all that a caller may send or hold is limited,
-and nothing is unpickled.
+checks and loads them. ``POST /transfers`` joins a process group with the trainer; parts that come
+through it are announced by ``POST /pushes/{id}/{part}/receive``, and ``/received`` waits for them.
+Sampling and loading are answered by frames, which report progress. If a bearer token is set,
+nothing is answered without it; all that a caller may send or hold is limited, and nothing is
+unpickled.
 
 In: an engine. Out: an ASGI application.
 """
@@ -44,10 +46,12 @@ from moe_replay.engines.serve.messages import (
     MAX_CHUNK_BYTES,
     PROTOCOL,
     GenerateCall,
+    PartTransfer,
     PolicyName,
     PushCommit,
     PushStart,
     Status,
+    TransferStart,
     groups_bytes,
     read_message,
 )
@@ -58,6 +62,7 @@ from moe_replay.engines.serve.pushes import (
     largest_push,
     superseded,
 )
+from moe_replay.engines.serve.transfer import Transfers
 from moe_replay.engines.types import Completion, grouped
 from moe_replay.engines.types import Request as RolloutRequest
 from moe_replay.errors import EngineError, MoeReplayError
@@ -101,6 +106,7 @@ class EngineServer:
         self._policy = PolicyName(run=CHECKPOINT, policy_version=0)
         max_bytes = _MAX_PUSH_BYTES if facts is None else largest_push(facts)
         self._pushes = Pushes(push_folder, max_bytes=max_bytes)
+        self._transfers = Transfers(self._pushes)
         self._turns = Turns(drain_s)
         self._jobs: set[asyncio.Task[Any]] = set()
         self._closed_because: str | None = LOADING
@@ -112,6 +118,17 @@ class EngineServer:
                 Route("/status", self._guarded(self._status), methods=["GET"]),
                 Route("/generate", self._guarded(self._generate), methods=["POST"]),
                 Route("/pushes", self._guarded(self._begin), methods=["POST"]),
+                Route("/transfers", self._guarded(self._join), methods=["POST"]),
+                Route(
+                    "/pushes/{push}/{part:int}/receive",
+                    self._guarded(self._receive),
+                    methods=["POST"],
+                ),
+                Route(
+                    "/pushes/{push}/{part:int}/received",
+                    self._guarded(self._received),
+                    methods=["POST"],
+                ),
                 Route("/pushes/{push}/commit", self._guarded(self._commit), methods=["POST"]),
                 Route("/pushes/{push}/{part:int}", self._guarded(self._take), methods=["PUT"]),
             ]
@@ -178,6 +195,22 @@ class EngineServer:
         pieces = self._bodies.pieces(request, MAX_CHUNK_BYTES)
         path = request.path_params
         await self._pushes.take(path["push"], path["part"], **numbers, pieces=pieces)
+        return PlainTextResponse("kept")
+
+    async def _join(self, request: HttpRequest) -> Response:
+        body = await self._bodies.whole(request, 1 << 12)
+        self._transfers.join(read_message(TransferStart, body))
+        return PlainTextResponse("joining")
+
+    async def _receive(self, request: HttpRequest) -> Response:
+        message = read_message(PartTransfer, await self._bodies.whole(request, _MAX_COMMIT_BYTES))
+        path = request.path_params
+        await self._transfers.begin(path["push"], path["part"], message)
+        return PlainTextResponse("receiving")
+
+    async def _received(self, request: HttpRequest) -> Response:
+        path = request.path_params
+        await self._transfers.end(path["push"], path["part"])
         return PlainTextResponse("kept")
 
     async def _commit(self, request: HttpRequest) -> FrameAnswer:

@@ -139,6 +139,34 @@ class PushStart(_Message):
     """Name of the push."""
 
 
+class TransferStart(_Message):
+    """Asks a server to join a process group with its trainer, through which parts will come."""
+
+    transfer: PushId
+    """Name of the group."""
+    backend: Literal["gloo", "nccl"]
+    """What carries the bytes."""
+    address: str
+    """Of the trainer, as servers reach it."""
+    port: int = Field(ge=1, le=65535)
+    """Where its ranks meet."""
+    rank: int = Field(ge=1, lt=1 << 16)
+    """Of this server; the trainer has 0."""
+    size: int = Field(ge=2, le=1 << 16)
+    """Ranks."""
+
+
+class PartTransfer(_Message):
+    """Announces a part that comes through the group."""
+
+    transfer: PushId
+    """Name of the group."""
+    num_bytes: int = Field(ge=1, lt=1 << 48)
+    """Length of the part."""
+    sums: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 32)]], Field(max_length=1 << 20)]
+    """CRC-32 of each of its chunks of `MAX_CHUNK_BYTES`."""
+
+
 class PushPart(_Message):
     """One file of a push as its sender knows it."""
 

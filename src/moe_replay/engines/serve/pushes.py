@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +107,50 @@ class _Part:
         self.path = path
         self.size = 0
         self.sums: list[int] = []
-        self._last_start = 0
+        self._last_start = self._last_count = 0
         self.is_busy = False
 
     def rewind(self, offset: int) -> None:
         """Take back the last chunk when it is sent again, as after a broken connection."""
         if offset == self._last_start < self.size:
-            self.sums.pop()
+            del self.sums[self._last_count :]
             self.size = offset
 
     def grow(self, num_bytes: int, crc32: int) -> None:
         """Keep a chunk that was written behind the others."""
-        self._last_start, self.size = self.size, self.size + num_bytes
+        self._last_start, self._last_count = self.size, len(self.sums)
+        self.size += num_bytes
         self.sums.append(crc32)
+
+    def become(self, num_bytes: int, sums: Sequence[int]) -> None:
+        """Keep what was written in place of all chunks; sent again, it begins at 0."""
+        self.size, self.sums = num_bytes, list(sums)
+        self._last_start = self._last_count = 0
+
+
+class PartReceiver:
+    """A part that comes as a whole, in another thread."""
+
+    def __init__(self, part: _Part) -> None:
+        self._part, self.path = part, part.path
+        part.is_busy = True
+        part.become(0, ())
+        try:
+            self.file = os.open(part.path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+            """What its bytes are written to."""
+        except OSError:
+            part.is_busy = False
+            raise
+
+    def finish(self, num_bytes: int, sums: Sequence[int]) -> None:
+        """Keep what was written."""
+        self._part.become(num_bytes, sums)
+        self.fail()
+
+    def fail(self) -> None:
+        """Keep nothing that was not kept before; the part may be sent again."""
+        os.close(self.file)
+        self._part.is_busy = False
 
 
 class Pushes:
@@ -172,19 +203,7 @@ class Pushes:
             RefusedError: when it is of another push, damaged, out of order, or more than a model of
                 this size has.
         """
-        push = self.current(push_id)
-        if push.loading is not None:
-            raise RefusedError(STALE, f"push {push_id} was committed, and takes no more parts")
-        if not 0 <= number < MAX_PARTS:
-            raise RefusedError(
-                BAD_REQUEST, f"part {number} of a push, expected 0 to {MAX_PARTS - 1}"
-            )
-        part = push.part(number)
-        if part.is_busy:
-            raise RefusedError(
-                STALE,
-                f"two chunks of part {number} of a push came at once, expected one after the other",
-            )
+        push, part = self._free_part(push_id, number)
         part.is_busy = True
         try:
             part.rewind(offset)
@@ -205,6 +224,40 @@ class Pushes:
         finally:
             part.is_busy = False
 
+    def receiver(self, push_id: str, number: int, num_bytes: int) -> PartReceiver:
+        """Return what receives a part that comes as a whole, in place of what came of it.
+
+        Raises:
+            RefusedError: as `take`.
+        """
+        push, part = self._free_part(push_id, number)
+        if push.num_bytes - part.size + num_bytes > self._max_bytes:
+            raise self._too_large()
+        return PartReceiver(part)
+
+    def _free_part(self, push_id: str, number: int) -> tuple[Push, _Part]:
+        push = self.current(push_id)
+        if push.loading is not None:
+            raise RefusedError(STALE, f"push {push_id} was committed, and takes no more parts")
+        if not 0 <= number < MAX_PARTS:
+            raise RefusedError(
+                BAD_REQUEST, f"part {number} of a push, expected 0 to {MAX_PARTS - 1}"
+            )
+        part = push.part(number)
+        if part.is_busy:
+            raise RefusedError(
+                STALE,
+                f"two chunks of part {number} of a push came at once, expected one after the other",
+            )
+        return push, part
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            BAD_REQUEST,
+            f"the push exceeds {self._max_bytes} bytes, what all weights of this model have in "
+            "float32; the trainer's model is another one",
+        )
+
     async def _write(
         self, push: Push, part: _Part, pieces: AsyncIterator[bytes]
     ) -> tuple[int, int]:
@@ -218,11 +271,7 @@ class Pushes:
             async for piece in pieces:
                 push.check_current()
                 if before + size + len(piece) > self._max_bytes:
-                    raise RefusedError(
-                        BAD_REQUEST,
-                        f"the push exceeds {self._max_bytes} bytes, what all weights of this model "
-                        "have in float32; the trainer's model is another one",
-                    )
+                    raise self._too_large()
                 crc32 = zlib.crc32(piece, crc32)
                 while piece:
                     # A disk that is nearly full takes a part of it, and the next call says why.
@@ -230,16 +279,21 @@ class Pushes:
                     size, piece = size + written, piece[written:]
             os.ftruncate(file, part.size + size)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise RefusedError(
-                NO_SPACE,
-                f"{self._folder} has no room for a push, {before + size} bytes came: make "
-                "room, or start the server with --weights-dir (containers: a larger --shm-size)",
-            ) from error
+            raise no_room(error, part.path) from error
         finally:
             os.close(file)
         return size, crc32
+
+
+def no_room(error: OSError, path: Path) -> Exception:
+    """Return the refusal of a push for which a disk is too full, or the error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return RefusedError(
+        NO_SPACE,
+        f"{path.parent} has no room for a push ({error.strerror}): make room, or start the server with "
+        "--weights-dir (containers: a larger --shm-size)",
+    )
 
 
 def superseded(push_id: str) -> RefusedError:

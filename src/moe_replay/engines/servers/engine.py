@@ -25,10 +25,11 @@ from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.lifecycle import VersionedEngine, other_model
 from moe_replay.engines.registry import Ranks
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
+from moe_replay.engines.servers.broadcast import Broadcast
 from moe_replay.engines.servers.contract import Ask, RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
 from moe_replay.engines.servers.own import ServerCalls
-from moe_replay.engines.servers.push import push, push_bytes
+from moe_replay.engines.servers.push import Pushed, push, push_bytes
 from moe_replay.engines.servers.push_files import WeightsFolder
 from moe_replay.engines.servers.round import Redraws, Round
 from moe_replay.engines.types import (
@@ -38,7 +39,7 @@ from moe_replay.engines.types import (
     RolloutProgress,
     SamplingParams,
 )
-from moe_replay.engines.weight_stream import checked_weights, lowered_weights
+from moe_replay.engines.weight_stream import checked_weights, drain, lowered_weights
 from moe_replay.errors import EngineError, MoeReplayError, RecipeError
 
 _ANSWER_BYTES = 4 << 30
@@ -69,7 +70,8 @@ class ServerEngine(VersionedEngine):
     failures by kind. An answer may take any time: ``timeout_s`` limits the silence of its server.
     ``connect`` makes the calls to one server, `ServerCalls` for those of `moe-replay serve`;
     servers that read pushed weights from files find them below ``weights_dir``. Weights travel in
-    the number format ``dtype``.
+    the number format ``dtype``, in parts of about ``bucket_bytes``, of which two are in memory: to
+    each server by itself, or with ``weight_transfer`` "gloo" or "nccl" to all at once.
 
     ``waits_for_loading`` lets a start wait for servers that still load their model.
     Of several ``ranks`` the first one pushes, and the others hear which servers took it.
@@ -105,13 +107,17 @@ class ServerEngine(VersionedEngine):
         timeout_s: float = 600.0,
         max_attempts: int = 12,
         waits_for_loading: bool = False,
+        bucket_bytes: int = 512 << 20,
+        weight_transfer: Literal["auto", "gloo", "nccl"] = "auto",
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
         self._servers: list[RolloutServer] = []
         self._facts, self._dtype = facts, _FORMATS[dtype]
         self._ranks, self._pushes = ranks, ranks is None or ranks.rank == 0
-        self._folder = WeightsFolder(weights_dir)
+        self._folder, self._bucket_bytes = WeightsFolder(weights_dir), bucket_bytes
+        self._pushed_bytes = 0
+        self._broadcast: Broadcast | None = None
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
         self._run = run
         self._holders: frozenset[str] | None = None
@@ -128,6 +134,8 @@ class ServerEngine(VersionedEngine):
             if waits_for_loading:
                 for server in self._servers:
                     _wait_until_loaded(server)
+            if weight_transfer != "auto" and self._pushes:
+                self._broadcast = Broadcast(weight_transfer, self._servers, self._faults)
             super().__init__(self._agreed_description(dtype, record_routes))
         except BaseException:
             self._disconnect()
@@ -140,6 +148,11 @@ class ServerEngine(VersionedEngine):
         ``redrawn`` counts completions that were drawn again by other noise, see `Redraws`.
         """
         return {kind.value: self._faults[kind] for kind in Fault} | {"redrawn": self._redraws.count}
+
+    @property
+    def pushed_bytes(self) -> int:
+        """Bytes of the last push, as they went to each server; the same on every rank."""
+        return self._pushed_bytes
 
     @property
     def progress(self) -> RolloutProgress:
@@ -268,6 +281,8 @@ class ServerEngine(VersionedEngine):
             self._disconnect()
 
     def _disconnect(self) -> None:
+        if self._broadcast is not None:
+            self._broadcast.close()
         for server in self._servers:
             server.close()
         self._folder.close()
@@ -367,18 +382,20 @@ class ServerEngine(VersionedEngine):
 
         At the start all must do so, and show that they sample by them.
         """
-        holders: list[str] = []
+        pushed = Pushed(urls=(), num_bytes=0)
         mine: MoeReplayError | None = None
         try:
             if self._pushes:
-                holders = push(
+                pushed = push(
                     weights,
                     policy,
                     self._servers,
                     folder=self._folder,
                     num_bytes=push_bytes(self._facts, self._dtype),
+                    bucket_bytes=self._bucket_bytes,
                     must_reach_all=at_start,
                     faults=self._faults,
+                    broadcast=self._broadcast,
                 )
                 if at_start:
                     self._check_servers()
@@ -386,14 +403,16 @@ class ServerEngine(VersionedEngine):
                 for _ in weights:
                     continue
         except MoeReplayError as error:
+            # Other ranks help to make each tensor, and hear of it when they are through.
+            drain(weights, error)
             mine = error
         failure = None if mine is None else str(mine)
         if self._ranks is not None:
-            holders, failure = self._ranks.gather((holders, failure))[0]
+            pushed, failure = self._ranks.gather((pushed, failure))[0]
         if mine is not None:
             raise mine
         if failure is not None:
             raise EngineError(
                 f"the rank that pushes policy version {policy.policy_version} failed: {failure}"
             )
-        self._holders = frozenset(holders)
+        self._holders, self._pushed_bytes = frozenset(pushed.urls), pushed.num_bytes

@@ -94,4 +94,6 @@ def _connect(
         calls_per_server=max(1, section.max_batch_size // (section.num_generations * num_ranks)),
         timeout_s=section.timeout_s,
         waits_for_loading=waits_for_loading,
+        bucket_bytes=section.push_bucket_mib << 20,
+        weight_transfer=section.weight_transfer,
     )

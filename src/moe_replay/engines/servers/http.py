@@ -17,7 +17,7 @@ import httpcore2
 
 from moe_replay.engines.servers.certificates import trust_in, why_distrusted
 from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
-from moe_replay.engines.servers.http_lanes import Lanes
+from moe_replay.engines.servers.http_lanes import Body, Lanes
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.recipe.bearer import without_secrets
 
@@ -100,7 +100,7 @@ class HttpCalls:
         self,
         method: str,
         path: str,
-        body: bytes = b"",
+        body: Body = b"",
         *,
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None = None,
@@ -173,7 +173,7 @@ class HttpCalls:
         self,
         method: str,
         path: str,
-        body: bytes = b"",
+        body: Body = b"",
         *,
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None = None,
@@ -231,7 +231,7 @@ class HttpCalls:
         self,
         method: str,
         path: str,
-        body: bytes = b"",
+        body: Body = b"",
         *,
         on_piece: Callable[[bytes], None] | None = None,
         silence_s: float | None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import unquote_to_bytes
 
@@ -21,6 +21,9 @@ _SCHEMES = ("http", "https")
 _SERVER_ERROR = 500
 # Shorter than servers keep idle connections, or a call would use one that is being closed.
 _KEEP_ALIVE_S = 5.0
+_SLICE_BYTES = 1 << 20
+Body = bytes | Sequence[memoryview]
+"""A body, or its parts end to end, of which a slice at a time is copied while they are sent."""
 
 
 class Lanes:
@@ -58,7 +61,7 @@ class Lanes:
 
     @asynccontextmanager
     async def stream(
-        self, method: str, path: str, body: bytes, *, silence_s: float | None, connect_s: float
+        self, method: str, path: str, body: Body, *, silence_s: float | None, connect_s: float
     ) -> AsyncIterator[httpcore2.Response]:
         """Send a request on its own connection and yield the response, to be read in the scope.
 
@@ -80,8 +83,8 @@ class Lanes:
                     port=self._port,
                     target=self._below + path.encode(),
                 ),
-                headers=self._headers,
-                content=body,
+                headers=self._headers + ([] if isinstance(body, bytes) else [_length_of(body)]),
+                content=body if isinstance(body, bytes) else _slices(body),
                 extensions={
                     "timeout": {"connect": connect_s, "read": silence_s, "write": silence_s}
                 },
@@ -112,3 +115,13 @@ class Lanes:
         return httpcore2.AsyncHTTPConnection(
             self._origin, ssl_context=self._tls, keepalive_expiry=_KEEP_ALIVE_S
         )
+
+
+def _length_of(body: Sequence[memoryview]) -> tuple[bytes, bytes]:
+    return b"content-length", str(sum(part.nbytes for part in body)).encode()
+
+
+async def _slices(body: Sequence[memoryview]) -> AsyncIterator[bytes]:
+    for part in body:
+        for start in range(0, part.nbytes, _SLICE_BYTES):
+            yield bytes(part[start : start + _SLICE_BYTES])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from pydantic import ValidationError
@@ -22,12 +21,14 @@ from moe_replay.engines.serve.messages import (
     LOADING,
     MAX_CHUNK_BYTES,
     PROTOCOL,
+    PartTransfer,
     PolicyName,
     Progress,
     PushCommit,
     PushPart,
     PushStart,
     Status,
+    TransferStart,
     call_bytes,
     read_groups,
     read_message,
@@ -36,7 +37,7 @@ from moe_replay.engines.serve.messages import (
 from moe_replay.engines.servers.contract import Ask, check_policy
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.http import HttpCalls
-from moe_replay.engines.servers.push_files import WeightPart
+from moe_replay.engines.servers.push_files import Chunk, WeightPart
 from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, EngineError, RecipeError, TraceError
 
@@ -126,16 +127,52 @@ class ServerCalls(HttpCalls):
             CallError: when it does not accept it.
         """
         if part.number == 0:
-            self._push = uuid.uuid4().hex
-            self._parts: list[PushPart] = []
-            self.call("POST", "/pushes", PushStart(push=self._push).model_dump_json().encode())
-        content, sums = memoryview(part.content), []
-        for offset in range(0, len(content), MAX_CHUNK_BYTES):
-            chunk = bytes(content[offset : offset + MAX_CHUNK_BYTES])
-            sums.append(zlib.crc32(chunk))
-            query = f"offset={offset}&crc32={sums[-1]}"
+            self._begin_push()
+        sums = []
+        for chunk in part.chunks(MAX_CHUNK_BYTES):
+            sums.append(chunk.crc32)
+            query = f"offset={chunk.offset}&crc32={chunk.crc32}"
             self._send(f"/pushes/{self._push}/{part.number}?{query}", chunk)
-        self._parts.append(PushPart(num_bytes=len(content), sum=sum_of_sums(sums)))
+        self._keep(part, sums)
+
+    def join_transfer(self, start: TransferStart) -> None:
+        """Ask the server to join a process group; it does so after it has answered.
+
+        Raises:
+            EngineError: when it has no such transport.
+            CallError: when it does not answer.
+        """
+        self.call("POST", "/transfers", start.model_dump_json().encode())
+
+    def announce(self, part: WeightPart, transfer: str) -> None:
+        """Return once the server waits for a part in the group; part 0 begins the push.
+
+        Raises:
+            CallError: when it does not accept it.
+        """
+        if part.number == 0:
+            self._begin_push()
+        message = PartTransfer(transfer=transfer, num_bytes=part.num_bytes, sums=_sums(part))
+        path = f"/pushes/{self._push}/{part.number}/receive"
+        self.call("POST", path, message.model_dump_json().encode())
+
+    def await_part(self, part: WeightPart) -> None:
+        """Return once the announced part has arrived as it was sent.
+
+        Raises:
+            CallError: when it did not.
+        """
+        self.call("POST", f"/pushes/{self._push}/{part.number}/received")
+        self._keep(part, _sums(part))
+
+    def _begin_push(self) -> None:
+        self._push = uuid.uuid4().hex
+        self._parts: list[PushPart] = []
+        self.call("POST", "/pushes", PushStart(push=self._push).model_dump_json().encode())
+
+    def _keep(self, part: WeightPart, sums: Sequence[int]) -> None:
+        assert len(self._parts) == part.number
+        self._parts.append(PushPart(num_bytes=part.num_bytes, sum=sum_of_sums(sums)))
 
     def commit_weights(self, policy: PolicyName) -> None:
         """Make the server load the parts that it was given, as ``policy``.
@@ -147,11 +184,11 @@ class ServerCalls(HttpCalls):
         commit = PushCommit(policy=policy, parts=self._parts).model_dump_json().encode()
         self._result(f"/pushes/{self._push}/commit", commit)
 
-    def _send(self, path: str, chunk: bytes) -> None:
+    def _send(self, path: str, chunk: Chunk) -> None:
         """Send a chunk, again if the connection broke: the server accepts the same chunk twice."""
         for attempt in range(_MAX_SENDS):
             try:
-                self.call("PUT", path, chunk)
+                self.call("PUT", path, chunk.pieces)
                 return
             except CallError as error:
                 is_last = attempt + 1 == _MAX_SENDS
@@ -180,3 +217,7 @@ class ServerCalls(HttpCalls):
         except CodecError as error:
             raise CallError(Fault.CORRUPT, f"{self.url}{path}: {error}") from error
         raise self.refusal(status, text, path)
+
+
+def _sums(part: WeightPart) -> list[int]:
+    return [chunk.crc32 for chunk in part.chunks(MAX_CHUNK_BYTES)]

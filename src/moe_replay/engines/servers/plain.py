@@ -146,7 +146,7 @@ class PlainCalls(HttpCalls, ABC):
     def put_weights(self, part: WeightPart) -> None:
         """Remember where the push was written; the server reads it when the push is committed."""
         self._pushed = part.path.parent
-        self._pushed_bytes = len(part.content) + (self._pushed_bytes if part.number else 0)
+        self._pushed_bytes = part.num_bytes + (self._pushed_bytes if part.number else 0)
 
     @property
     def _load_s(self) -> float:

@@ -17,23 +17,39 @@ In: ``rollout.weights_dir``, named tensors. Out: parts of a push, as bytes and a
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as save_tensors
 
 from moe_replay.errors import EngineError, RecipeError
 
-PART_BYTES = 256 << 20
-"""A part of a push is closed by the tensor that brings it to this size."""
+# How safetensors calls a number format.
+_FORMATS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _LOCK = "lock"
 _PREFIX = "moe-replay-push-"
 _REMEDY = (
@@ -121,7 +137,7 @@ class WeightsFolder:
 
     Example:
         >>> folder = WeightsFolder(Path("/dev/shm"))
-        >>> folder.save("push-3", "model-00000.safetensors", content)
+        >>> folder.save("push-3", "model-00000.safetensors", [memoryview(content)])
         PosixPath('/dev/shm/moe-replay-push-x1b2/push-3/model-00000.safetensors')
     """
 
@@ -129,8 +145,8 @@ class WeightsFolder:
         self._parent = parent
         self._own: OwnFolder | None = None
 
-    def save(self, push: str, name: str, content: bytes) -> Path:
-        """Write a file of a push and return its path.
+    def save(self, push: str, name: str, pieces: Sequence[memoryview]) -> Path:
+        """Write a file of a push, which is ``pieces`` end to end, and return its path.
 
         Raises:
             RecipeError: no folder was named.
@@ -149,10 +165,12 @@ class WeightsFolder:
             path = folder / name
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self._mode() & 0o666)
             with open(descriptor, "wb") as file:
-                file.write(content)
+                for piece in pieces:
+                    file.write(piece)
         except (OSError, RecipeError) as error:
+            num_bytes = sum(piece.nbytes for piece in pieces)
             raise EngineError(
-                f"{len(content)} bytes of weights cannot be written below {self._parent}: {error}; "
+                f"{num_bytes} bytes of weights cannot be written below {self._parent}: {error}; "
                 f"{_REMEDY}"
             ) from error
         return path
@@ -191,17 +209,47 @@ class WeightsFolder:
         return 0o750 if is_for_group else 0o700
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a part, as long as one call may send."""
+
+    offset: int
+    """Where it begins in the part's file."""
+    pieces: Sequence[memoryview]
+    """Its bytes, where they are: nothing is copied for each server."""
+    crc32: int
+    """Of its bytes."""
+
+
 class WeightPart:
     """A part of a push: a safetensors file in memory, written once if any server reads files."""
 
-    def __init__(self, number: int, content: bytes, folder: WeightsFolder, push: str) -> None:
+    def __init__(
+        self, number: int, pieces: Sequence[memoryview], folder: WeightsFolder, push: str
+    ) -> None:
+        """Make the part whose file is ``pieces`` end to end."""
         self.number = number
         """Index in the push, from 0."""
-        self.content = content
-        """The file."""
+        self.num_bytes = sum(piece.nbytes for piece in pieces)
+        """Length of the file."""
+        self._pieces = pieces
         self._folder, self._push = folder, push
         self._path: Path | None = None
+        self._chunks: list[Chunk] = []
         self._turn = threading.Lock()
+
+    def chunks(self, max_bytes: int) -> Iterator[Chunk]:
+        """Yield the file in chunks of at most ``max_bytes``, each summed once for all servers."""
+        for number, offset in enumerate(range(0, self.num_bytes, max_bytes)):
+            with self._turn:
+                if number == len(self._chunks):
+                    pieces = _cut(self._pieces, offset, offset + max_bytes)
+                    crc32 = 0
+                    for piece in pieces:
+                        crc32 = zlib.crc32(piece, crc32)
+                    self._chunks.append(Chunk(offset=offset, pieces=pieces, crc32=crc32))
+            assert self._chunks[number].offset == offset, "one length of chunks for all servers"
+            yield self._chunks[number]
 
     @property
     def path(self) -> Path:
@@ -214,44 +262,88 @@ class WeightPart:
         with self._turn:
             if self._path is None:
                 name = f"model-{self.number:05d}.safetensors"
-                self._path = self._folder.save(self._push, name, self.content)
+                self._path = self._folder.save(self._push, name, self._pieces)
             return self._path
+
+
+def _cut(pieces: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """Return the bytes ``start:stop`` of pieces end to end, without a copy.
+
+    Pieces of 3 and 4 bytes, cut at 2:5, give the last byte of the first and two of the second.
+    """
+    found, before = [], 0
+    for piece in pieces:
+        cut = piece[max(start - before, 0) : max(stop - before, 0)]
+        if cut.nbytes:
+            found.append(cut)
+        before += piece.nbytes
+    return found
 
 
 @contextmanager
 def weight_parts(
-    weights: Iterable[tuple[str, torch.Tensor]], *, folder: WeightsFolder, push: str
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    folder: WeightsFolder,
+    push: str,
+    bucket_bytes: int,
 ) -> Iterator[Iterator[WeightPart]]:
-    """Yield the parts of a push, about 256 MiB each; their files are removed with the scope.
+    """Yield the parts of a push; their files are removed with the scope.
 
-    A part holds complete tensors, and one part is in memory at a time. Their files, if a server
-    reads any, lie in the folder ``push`` of ``folder``.
+    A part holds complete tensors, as many as fit into ``bucket_bytes``, or a larger one alone. One
+    is made at a time. Their files, if a server reads any, lie in the folder ``push`` of ``folder``.
     """
     try:
-        yield (
-            WeightPart(number, content, folder, push)
-            for number, content in enumerate(_contents(weights))
+        # Unlike a loop, `map` does not hold the part before while the next one is made.
+        yield map(
+            lambda number, pieces: WeightPart(number, pieces, folder, push),
+            count(),
+            _buckets(weights, bucket_bytes),
         )
     finally:
         folder.remove(push)
 
 
-def _contents(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
-    part: dict[str, torch.Tensor] = {}
+def _buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
+) -> Iterator[list[memoryview]]:
+    bucket: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:
-        part[name] = tensor.detach().cpu().contiguous()
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield _file(bucket)
+            size = 0
+        bucket[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
         # No reference may keep it in memory while its part is sent.
         del tensor
-        if size >= PART_BYTES:
-            yield _taken(part)
-            size = 0
-    if part:
-        yield _taken(part)
+    if bucket:
+        yield _file(bucket)
 
 
-def _taken(part: dict[str, torch.Tensor]) -> bytes:
-    content = save_tensors(part)
-    part.clear()
-    return content
+def _file(bucket: dict[str, torch.Tensor]) -> list[memoryview]:
+    """Return a safetensors file of the tensors, which stay where they are, and empty ``bucket``.
+
+    The format: 8 bytes with the length of the header, the header as JSON padded with spaces to a
+    multiple of 8, and the values. Widest formats come first, so that each tensor begins at a
+    multiple of its own width.
+    """
+    ordered = sorted(bucket.items(), key=lambda entry: -entry[1].element_size())
+    bucket.clear()
+    header, values, end = {}, list[memoryview](), 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _FORMATS:
+            raise EngineError(
+                f"weight {name} was pushed as {tensor.dtype}, expected one of {list(_FORMATS)}: push "
+                "the weights in the rollout's number format"
+            )
+        header[name] = {
+            "dtype": _FORMATS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+        values.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *values]

@@ -221,9 +221,12 @@ def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Cas
 
 
 def _owners(origins: Origins) -> dict[int, Owner]:
+    # Samples of one engine are dealt to many ranks, and stand out together all the same.
+    several = len({origin.rank for origin in origins.values()}) > 1
+    own_engine = "engine of rank {}" if several else ""
     return {
         index: Owner(
-            server=origin.server or None,
+            server=origin.server or own_engine.format(origin.rank) or None,
             policy_version=origin.policy_version,
             prompt=origin.item,
         )

@@ -144,6 +144,13 @@ class ServersEngineSection(SamplingEngineSection):
     weights_dir: Annotated[TomlPath, Key(may_change=True)] = Path("/dev/shm")
     """Folder that trainer and servers share, in memory if possible: servers that are not ours read
     pushed weights there."""
+    push_bucket_mib: Annotated[int, Key(may_change=True)] = Field(default=512, gt=0)
+    """Size of the parts of a push in MiB, unless one tensor is larger. Two of them are in memory:
+    one is made while the other is sent."""
+    weight_transfer: Annotated[Literal["auto", "gloo", "nccl"], Key(may_change=True)] = "auto"
+    """How weights travel. ``auto``: over HTTP to each server of ``moe-replay serve``, as files in
+    ``weights_dir`` to others. ``gloo``, ``nccl``: to all servers of ``moe-replay serve`` at once,
+    in a process group with them; NCCL needs a GPU on both sides."""
     timeout_s: Annotated[float, Key(may_change=True)] = Field(default=600.0, gt=0)
     """Longest silence of a server, in seconds, after which its requests are tried elsewhere.
     Answers may take any time."""

@@ -1,0 +1,203 @@
+"""Parts of a push sent once to all servers, through a process group, and over HTTP where it breaks.
+
+In: parts, servers of `moe-replay serve`. Out: the same parts on each of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from moe_replay.engines.serve.messages import MAX_CHUNK_BYTES, TransferStart
+from moe_replay.engines.servers.contract import RolloutServer
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.servers.own import ServerCalls
+from moe_replay.engines.servers.push_files import WeightPart
+from moe_replay.engines.transfer_group import (
+    Backend,
+    TransferGroup,
+    check_backend,
+    open_store,
+    own_address,
+)
+from moe_replay.errors import EngineError, RecipeError
+
+
+class Broadcast:
+    """A process group of this trainer and its servers, made anew when it has broken.
+
+    Each server's thread calls `give` with each part in turn. When all have announced it, the last
+    of them sends it to all; then each asks its server whether it arrived. Once a server fails, the
+    group is closed, which whoever waits in it notices at once, and this and the later parts of the
+    push go to the others over HTTP. The next push forms a new group.
+
+    Worked example: servers A and B, and B dies while part 3 is sent. The broadcast fails; A says
+    that it did not get part 3 and takes it over HTTP, then parts 4 and 5, and is committed. B fails
+    over HTTP too, and is dropped as it would be without a group.
+
+    Raises:
+        RecipeError: when this process has no such transport, or a server is not ours.
+    """
+
+    def __init__(
+        self, backend: Backend, servers: Sequence[RolloutServer], faults: Counter[Fault]
+    ) -> None:
+        check_backend(backend)
+        for server in servers:
+            if not isinstance(server, ServerCalls):
+                raise RecipeError(
+                    f"rollout.weight_transfer is {backend!r}, and {server.url} is not a server of "
+                    "`moe-replay serve`: others read weights from files; set it to 'auto'"
+                )
+        self._backend: Backend = backend
+        self._faults = faults
+        self._turn = threading.Condition()
+        self._group: TransferGroup | None = None
+        self._members: dict[str, ServerCalls] = {}
+        self._transfer = ""
+        self._is_sending = False
+        self._arrived: set[str] = set()
+        self._outcomes: dict[int, bool] = {}
+        self.num_sent = 0
+        """Parts that all servers of the group got through it."""
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether parts go through the group."""
+        return self._group is not None
+
+    def form(self, servers: Sequence[RolloutServer], *, must_form: bool) -> None:
+        """Make the group of these servers, unless it stands; without those that do not answer.
+
+        If they do not find each other, parts go over HTTP, unless the group ``must_form``.
+
+        Raises:
+            EngineError: when a server has no such transport, or they do not find each other.
+        """
+        self._arrived, self._outcomes = set(), {}
+        if self._group is not None and self._members.keys() == {s.url for s in servers}:
+            return
+        self.close()
+        ours = [server for server in servers if isinstance(server, ServerCalls)]
+        address, store = own_address(_host(ours[0].url)), open_store()
+        self._transfer = uuid.uuid4().hex
+
+        def ask(rank: int, server: ServerCalls) -> None:
+            server.join_transfer(
+                TransferStart(
+                    transfer=self._transfer,
+                    backend=self._backend,
+                    address=address,
+                    port=store.port,
+                    rank=rank,
+                    size=len(ours) + 1,
+                )
+            )
+
+        with ThreadPoolExecutor(len(ours)) as threads:
+            asked = [threads.submit(ask, n, server) for n, server in enumerate(ours, start=1)]
+        try:
+            for each in asked:
+                each.result()
+        except CallError as error:
+            self._faults[error.fault] += 1
+            living = [s for s, each in zip(ours, asked, strict=True) if each.exception() is None]
+            # The others wait for a rank that does not come, and join the smaller group instead.
+            if living:
+                self.form(living, must_form=must_form)
+            return
+        try:
+            self._group = TransferGroup(
+                self._backend, store, rank=0, size=len(ours) + 1, address=address
+            )
+        except EngineError:
+            if must_form:
+                raise
+            self._faults[Fault.UNREACHABLE] += 1
+            return
+        self._members = {server.url: server for server in ours}
+
+    def give(self, server: RolloutServer, part: WeightPart) -> None:
+        """Give one server a part, through the group while it stands.
+
+        Raises:
+            CallError: when the server does not take it over HTTP either.
+        """
+        member = self._members.get(server.url)
+        if member is None or not self.is_formed:
+            server.put_weights(part)
+            return
+        try:
+            member.announce(part, self._transfer)
+            self._meet(member, part)
+            member.await_part(part)
+        except CallError as error:
+            self._faults[error.fault] += 1
+            self.leave()
+            server.put_weights(part)
+
+    def leave(self) -> None:
+        """Close the group: some server takes no parts any more."""
+        with self._turn:
+            self._break()
+
+    def close(self) -> None:
+        """Close the group. Calling it twice is allowed."""
+        self.leave()
+
+    def _meet(self, server: ServerCalls, part: WeightPart) -> None:
+        """Wait until all servers expect the part, and until one thread has sent it to them."""
+        with self._turn:
+            self._arrived.add(server.url)
+            is_last = self._arrived == self._members.keys()
+            if is_last:
+                self._arrived = set()
+                self._is_sending = self._group is not None
+            else:
+                self._turn.wait_for(lambda: part.number in self._outcomes or not self.is_formed)
+                return
+        was_sent = False
+        try:
+            if self._group is not None:
+                _send(self._group, part)
+                was_sent = True
+        except EngineError:
+            pass  # Each server says whether it got the part.
+        finally:
+            with self._turn:
+                self._is_sending = False
+                self._outcomes[part.number] = was_sent
+                self.num_sent += was_sent
+                if not was_sent:
+                    self._break()
+                self._turn.notify_all()
+
+    def _break(self) -> None:
+        group, self._group = self._group, None
+        # A thread that sends holds it, and its peers end its call if one of them is gone.
+        if group is not None and not self._is_sending:
+            group.close()
+        self._turn.notify_all()
+
+
+def _send(group: TransferGroup, part: WeightPart) -> None:
+    """Broadcast a part in chunks, through one buffer."""
+    buffer = np.empty(min(part.num_bytes, MAX_CHUNK_BYTES), dtype=np.uint8)
+    for chunk in part.chunks(MAX_CHUNK_BYTES):
+        size = 0
+        for piece in chunk.pieces:
+            buffer[size : size + piece.nbytes] = np.frombuffer(piece, dtype=np.uint8)
+            size += piece.nbytes
+        group.broadcast(buffer[:size])
+
+
+def _host(url: str) -> str:
+    host = urlsplit(url).hostname
+    assert host is not None, "the server has answered"
+    return host
