@@ -21,6 +21,7 @@ from moe_replay.errors import CheckpointError, EngineError, UnsupportedError
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.step_work import even_length
 from moe_replay.megatron.weights import (
     WeightExport,
     export_hf_weights,
@@ -144,8 +145,9 @@ def export_peaks(checkpoint: Path) -> dict[str, float]:
     }
 
 
-def even_length(checkpoint: Path, layout: ParallelLayout) -> float:
-    return WeightExport(built(checkpoint, layout)).even_length
+def found_even_length(checkpoint: Path, layout: ParallelLayout) -> float:
+    chunks = built(checkpoint, layout)
+    return even_length(WeightExport(chunks), chunks[0])
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(expert_model_parallel_size=2)])
@@ -165,7 +167,7 @@ def test_the_even_length_is_the_weights_of_a_token_by_the_width_of_attention(tmp
     layer = 2 * 64 * 128 + 2 * 64 * 64 + 64 * 16 + 4 * 3 * 64 * 32
     norms = 2 * 64 + 2 * 32
     weights = 2 * (layer + norms) + 64 + vocabulary * 64
-    for found in run_ranks(even_length, layout.expert_model_parallel_size, path, layout):
+    for found in run_ranks(found_even_length, layout.expert_model_parallel_size, path, layout):
         assert found == pytest.approx(weights / (2 * 4 * 32))
 
 

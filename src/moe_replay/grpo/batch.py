@@ -120,7 +120,7 @@ def _minibatch_of(run: Run, place: int) -> int:
 
 
 def _work(run: Run, lengths: Sequence[int]) -> list[float]:
-    return [work_of(length, run.actor.weights.even_length) for length in lengths]
+    return [work_of(length, run.even_length) for length in lengths]
 
 
 def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[tuple[Microbatch, ...], ...]:

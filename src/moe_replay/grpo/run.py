@@ -23,6 +23,7 @@ from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, as_text, raise_first
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
+from moe_replay.megatron.step_work import even_length
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.routing import ReplayMode
@@ -211,6 +212,11 @@ class Run:
     def stop_strings(self) -> StopStrings:
         """Texts that end a completion."""
         return StopStrings(strings=self.recipe.rollout.stop, tokenizer=self.inputs.tokenizer)
+
+    @cached_property
+    def even_length(self) -> float:
+        """Tokens of a sequence at which attention costs as much as all weights together."""
+        return even_length(self.actor.weights, self.actor.chunks[0])
 
     @cached_property
     def num_known_ids(self) -> int:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -117,27 +117,19 @@ class WeightExport:
         """Keys in export order, the ranks that hold them, shape and dtype of the merged tensors of
         their experts."""
 
-    @cached_property
-    def even_length(self) -> float:
-        """Tokens of a sequence at which attention costs as much as all weights together.
+    @property
+    def num_active(self) -> float:
+        """Weights that a token is multiplied by.
 
-        A token costs 2 operations for each weight that it goes through, and attention over n
-        tokens 2 n^2 for each unit of head width, of all heads and layers (half of the n^2 pairs,
-        two products). Qwen3-30B-A3B: 3.04e9 weights by 48 layers x 32 heads x 128 is 15,500.
+        That is without other experts, and without a separate embedding, of which it looks up a row.
         """
-        shape, config = self._shape, unwrap(self._chunks[0]).config
-        weights = 0.0
+        shape, total = self._shape, 0.0
         for key, _, size, _ in self._plan:
-            rule = self._rules[key.rule]
-            if rule.megatron.startswith("embedding.") and not shape.tie_word_embeddings:
-                continue  # A row of it is looked up.
-            share = shape.topk / shape.num_experts if "{expert}" in rule.megatron else 1.0
-            weights += share * math.prod(size)
-        width = float(shape.head_dim)
-        if config.multi_latent_attention:
-            # Of queries and keys, and of values.
-            width = (config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim) / 2
-        return weights / (shape.num_layers * shape.num_attention_heads * width)
+            name = self._rules[key.rule].megatron
+            if shape.tie_word_embeddings or not name.startswith("embedding."):
+                share = shape.topk / shape.num_experts if "{expert}" in name else 1.0
+                total += share * math.prod(size)
+        return total
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight of the model, on every rank; collective, so iterate to the end.

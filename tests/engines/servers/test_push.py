@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -204,7 +203,7 @@ class Slow:
 
     def __init__(self, url: str, *, fails_at: int = -1, error: EngineError | None = None) -> None:
         self.url, self.taken, self.committed = url, [], []
-        self._may = threading.Semaphore(0)
+        self._may, self.took = threading.Semaphore(0), threading.Semaphore(0)
         self._fails_at = fails_at
         self._error = error or CallError(Fault.UNREACHABLE, f"{url} is gone")
 
@@ -219,6 +218,7 @@ class Slow:
         content = b"".join(bytes(p) for chunk in part.chunks(64) for p in chunk.pieces)
         assert len(content) == part.num_bytes
         self.taken.append(content)
+        self.took.release()
 
     def commit_weights(self, policy: PolicyName) -> None:
         self.committed.append(policy.policy_version)
@@ -287,11 +287,11 @@ def test_a_slow_server_holds_up_the_making_and_no_fast_one_by_more_than_a_part()
     made: list[int] = []
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(pushed, fast, slow, made=made.append)
-        deadline = time.monotonic() + 20
-        while len(fast.taken) < 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
+        for _ in range(2):
+            assert fast.took.acquire(timeout=60)
         # Part 0 is with the slow server, so part 2 is not begun: tensor 4 is where part 1 was full.
         assert (len(fast.taken), slow.taken, max(made)) == (2, [], 4)
+        assert not fast.took.acquire(timeout=0.2)
         slow.let(100)
         call.result()
     assert slow.taken == fast.taken

@@ -150,7 +150,7 @@ def _in_own_thread(work: Callable[[], _Result], name: str) -> asyncio.Future[_Re
     def run() -> None:
         try:
             outcome = partial(future.set_result, work())
-        except Exception as error:  # noqa: BLE001 - raised by whoever awaits it
+        except Exception as error:  # noqa: BLE001 - seam: raised by whoever awaits it
             outcome = partial(future.set_exception, error)
         # A server that has ended no longer waits for it.
         with suppress(RuntimeError):

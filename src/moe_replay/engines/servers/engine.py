@@ -22,18 +22,18 @@ import torch
 
 from moe_replay.checkpoint.facts import ModelFacts, checkpoint_tensors
 from moe_replay.engines.checks import check_requests, check_sampling
-from moe_replay.engines.lifecycle import VersionedEngine, other_model
+from moe_replay.engines.lifecycle import VersionedEngine
 from moe_replay.engines.registry import Ranks
 from moe_replay.engines.serve.messages import CHECKPOINT, PolicyName
 from moe_replay.engines.servers.broadcast import Broadcast
 from moe_replay.engines.servers.contract import Ask, RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault, GivenUpError
+from moe_replay.engines.servers.opening import agreed_description, wait_until_loaded
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push import Pushed, push, push_bytes
 from moe_replay.engines.servers.push_files import WeightsFolder
 from moe_replay.engines.servers.round import Redraws, Round
 from moe_replay.engines.types import (
-    EngineDescription,
     Request,
     RolloutGroup,
     RolloutProgress,
@@ -45,21 +45,7 @@ from moe_replay.errors import EngineError, MoeReplayError, RecipeError
 _ANSWER_BYTES = 4 << 30
 # Time between two attempts to end calls that were given up, and the maximum wait for them.
 _GIVE_UP_S, _LEAVE_S = 0.05, 30.0
-# Time between two questions to a server that loads its model.
-_LOADING_S = 1.0
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _wait_until_loaded(server: RolloutServer) -> None:
-    """Return once a server no longer says that it loads its model, however long that takes."""
-    while True:
-        try:
-            server.status()
-            return
-        except CallError as error:
-            if error.fault is not Fault.LOADING:
-                raise
-        time.sleep(_LOADING_S)
 
 
 class ServerEngine(VersionedEngine):
@@ -133,10 +119,19 @@ class ServerEngine(VersionedEngine):
                 )
             if waits_for_loading:
                 for server in self._servers:
-                    _wait_until_loaded(server)
+                    wait_until_loaded(server)
             if weight_transfer != "auto" and self._pushes:
                 self._broadcast = Broadcast(weight_transfer, self._servers, self._faults)
-            super().__init__(self._agreed_description(dtype, record_routes))
+            super().__init__(
+                agreed_description(
+                    self._servers,
+                    facts,
+                    dtype=dtype,
+                    record_routes=record_routes,
+                    # One rank is enough for a trial.
+                    tries=self._pushes,
+                )
+            )
         except BaseException:
             self._disconnect()
             raise
@@ -291,35 +286,6 @@ class ServerEngine(VersionedEngine):
     def _policy(self) -> PolicyName:
         """The weights that were pushed last."""
         return PolicyName(run=self._run, policy_version=self._policy_version)
-
-    def _agreed_description(self, dtype: str, record_routes: bool) -> EngineDescription:
-        """Return what the servers are, once each serves the recipe's model as it is needed."""
-        told = {}
-        for server in self._servers:
-            url, description = server.url, server.status().description
-            if record_routes and not description.records_routes:
-                raise RecipeError(
-                    f"{url} records no routes, which router_replay_mode = 'R3' replays: "
-                    f"{server.how_to_record}"
-                )
-            if description.dtype != dtype:
-                raise RecipeError(
-                    f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, "
-                    f"or start the server with --dtype {dtype}"
-                )
-            if difference := other_model(description, self._facts):
-                raise RecipeError(f"{url} serves {difference}; serve model.path")
-            if self._pushes:
-                # One rank is enough for a trial.
-                server.check()
-            told[url] = description
-        different = set(told.values())
-        if len(different) > 1:
-            raise RecipeError(
-                f"the servers differ: {told}; start all of them with the same model, number format and "
-                "release"
-            )
-        return different.pop()
 
     def _wait(self, workers: Iterable[Future[None]], work: Round) -> None:
         """Wait until all workers are done; once the round is stopped, running calls are given up.

@@ -1,0 +1,78 @@
+"""What servers must be before the first call: up, of the recipe's model, and alike.
+
+In: servers, facts of the model. Out: their description.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from moe_replay.checkpoint.facts import ModelFacts
+from moe_replay.engines.lifecycle import other_model
+from moe_replay.engines.servers.contract import RolloutServer
+from moe_replay.engines.servers.faults import CallError, Fault
+from moe_replay.engines.types import EngineDescription
+from moe_replay.errors import RecipeError
+
+# Time between two questions to a server that loads its model.
+_LOADING_S = 1.0
+
+
+def wait_until_loaded(server: RolloutServer) -> None:
+    """Return once a server no longer says that it loads its model, however long that takes.
+
+    Raises:
+        RecipeError, CallError: as `RolloutServer.status`.
+    """
+    while True:
+        try:
+            server.status()
+            return
+        except CallError as error:
+            if error.fault is not Fault.LOADING:
+                raise
+        time.sleep(_LOADING_S)
+
+
+def agreed_description(
+    servers: Sequence[RolloutServer],
+    facts: ModelFacts,
+    *,
+    dtype: str,
+    record_routes: bool,
+    tries: bool,
+) -> EngineDescription:
+    """Return what the servers are, once each serves the recipe's model as it is needed.
+
+    With ``tries`` each is tested once, as `RolloutServer.check` does.
+
+    Raises:
+        RecipeError: when one does not, or they differ.
+        CallError: when one does not answer.
+    """
+    told = {}
+    for server in servers:
+        url, description = server.url, server.status().description
+        if record_routes and not description.records_routes:
+            raise RecipeError(
+                f"{url} records no routes, which router_replay_mode = 'R3' replays: "
+                f"{server.how_to_record}"
+            )
+        if description.dtype != dtype:
+            raise RecipeError(
+                f"{url} samples in {description.dtype}, rollout.dtype is {dtype!r}; change that, "
+                f"or start the server with --dtype {dtype}"
+            )
+        if difference := other_model(description, facts):
+            raise RecipeError(f"{url} serves {difference}; serve model.path")
+        if tries:
+            server.check()
+        told[url] = description
+    different = set(told.values())
+    if len(different) > 1:
+        raise RecipeError(
+            f"the servers differ: {told}; start all of them with the same model, number format and "
+            "release"
+        )
+    return different.pop()
