@@ -157,19 +157,18 @@ with served(Holding()) as url:
 
 
 @pytest.mark.parametrize("dies_at", [0, 3])
-def test_a_server_killed_in_the_middle_is_dropped_and_the_others_load(dies_at):
-    doomed = subprocess.Popen(
+def test_a_server_killed_in_the_middle_is_dropped_and_the_others_load(dies_at, monkeypatch):
+    # The process of the server has chunks of 64 MiB, so parts have one chunk here too.
+    for module in (transfer, broadcast, own):
+        monkeypatch.setattr(module, "MAX_CHUNK_BYTES", 64 << 20)
+    with subprocess.Popen(
         [sys.executable, "-c", _SERVER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert doomed.stdout is not None
-    try:
-        # The process of the server has chunks of 64 MiB, so parts have one chunk here too.
-        for module in (transfer, broadcast, own):
-            module.MAX_CHUNK_BYTES = 64 << 20
+    ) as doomed:
+        assert doomed.stdout is not None
         other = doomed.stdout.readline().strip()
         living = Holding()
         with served(living) as url, pushing(url, other) as engine:
@@ -190,9 +189,6 @@ def test_a_server_killed_in_the_middle_is_dropped_and_the_others_load(dies_at):
             # Without it the next group has one server.
             engine.load_weights(weights(3), policy_version=3)
             assert is_version(living.held[-1], 3)
-    finally:
-        doomed.kill()
-        doomed.wait()
 
 
 def test_a_stream_that_breaks_leaves_every_server_with_the_weights_before():
