@@ -50,11 +50,10 @@ def step_record(
         | dict(old.metrics)
     )
     metrics["policy_version"] = float(run.policy_version)
-    metrics["sync/bytes"] = float(run.journal.pushed_bytes)
     if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
-    metrics |= run.device.metrics()
+    metrics |= run.device.metrics() | {"sync/bytes": float(run.journal.pushed_bytes)}
     everyone = kept_completions(
         run,
         rollout.prompts,

@@ -20,7 +20,7 @@ from pathlib import Path
 from moe_replay.engines.servers.push_files import WeightsFolder
 
 folder = WeightsFolder(Path(sys.argv[1]))
-print(folder.save("push-1", "model-00000.safetensors", b"half a push"), flush=True)
+print(folder.save("push-1", "model-00000.safetensors", [memoryview(b"half a push")]), flush=True)
 time.sleep(3600)
 """
 
@@ -48,14 +48,14 @@ def test_e10_what_a_killed_trainer_left_is_swept_when_the_next_one_starts(tmp_pa
         end(killed)
         assert left.read_bytes() == kept.read_bytes() == b"half a push"
         folder = WeightsFolder(tmp_path)
-        own = folder.save("push-1", "model-00000.safetensors", b"ours")
+        own = folder.save("push-1", "model-00000.safetensors", [memoryview(b"ours")])
         assert not left.parent.parent.exists()
         assert kept.read_bytes() == b"half a push" and own.read_bytes() == b"ours"
         folder.close()
     finally:
         end(killed), end(living)
     folder = WeightsFolder(tmp_path)
-    folder.save("push-1", "model-00000.safetensors", b"next")
+    folder.save("push-1", "model-00000.safetensors", [memoryview(b"next")])
     assert not kept.exists()
     folder.close()
     assert list(tmp_path.iterdir()) == []
@@ -66,14 +66,14 @@ def test_e10_a_folder_of_another_machine_stays(tmp_path):
     end(process)
     (left.parent.parent / "lock").write_text("another-machine")
     folder = WeightsFolder(tmp_path)
-    folder.save("push-1", "model-00000.safetensors", b"ours")
+    folder.save("push-1", "model-00000.safetensors", [memoryview(b"ours")])
     assert left.exists()
     folder.close()
 
 
 def test_a_push_is_gone_when_it_is_over_and_the_folder_when_the_run_is(tmp_path):
     folder = WeightsFolder(tmp_path)
-    first = folder.save("push-1", "model-00000.safetensors", b"a")
+    first = folder.save("push-1", "model-00000.safetensors", [memoryview(b"a")])
     folder.remove("push-1")
     assert not first.exists() and first.parent.parent.exists()
     folder.close()
@@ -93,7 +93,7 @@ def test_files_can_be_read_by_the_group_of_a_folder_with_the_set_group_id_bit(
     before = os.umask(0o022)
     try:
         folder = WeightsFolder(parent)
-        file = folder.save("push-1", "model-00000.safetensors", b"a")
+        file = folder.save("push-1", "model-00000.safetensors", [memoryview(b"a")])
     finally:
         os.umask(before)
     modes = [stat.S_IMODE(path.stat().st_mode) & 0o777 for path in (file.parent, file)]

@@ -7,10 +7,12 @@ refusals.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -47,6 +49,17 @@ def text_of(error: BaseException) -> str:
     """Return the text of an error for the caller; errors of an engine get their class's name."""
     is_answer = status_of(error) != FAILED or isinstance(error, RefusedError)
     return str(error) if is_answer else f"{type(error).__name__}: {error}"
+
+
+def no_room(error: OSError, path: Path) -> Exception:
+    """Return the refusal of a push for which a disk is too full, or the error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return RefusedError(
+        NO_SPACE,
+        f"{path.parent} has no room for a push ({error.strerror}): make room, or start the server with "
+        "--weights-dir (containers: a larger --shm-size)",
+    )
 
 
 class Access:

@@ -106,7 +106,7 @@ class EngineServer:
         self._policy = PolicyName(run=CHECKPOINT, policy_version=0)
         max_bytes = _MAX_PUSH_BYTES if facts is None else largest_push(facts)
         self._pushes = Pushes(push_folder, max_bytes=max_bytes)
-        self._transfers = Transfers(self._pushes)
+        self._transfers = Transfers(self._pushes.receiver)
         self._turns = Turns(drain_s)
         self._jobs: set[asyncio.Task[Any]] = set()
         self._closed_because: str | None = LOADING

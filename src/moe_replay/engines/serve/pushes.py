@@ -7,7 +7,6 @@ sent.
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 import os
 import shutil
@@ -22,9 +21,9 @@ from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.access import (
     BAD_REQUEST,
     DAMAGED,
-    NO_SPACE,
     STALE,
     RefusedError,
+    no_room,
 )
 from moe_replay.engines.serve.messages import MAX_PARTS, PushCommit, sum_of_sums
 from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
@@ -283,17 +282,6 @@ class Pushes:
         finally:
             os.close(file)
         return size, crc32
-
-
-def no_room(error: OSError, path: Path) -> Exception:
-    """Return the refusal of a push for which a disk is too full, or the error as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return error
-    return RefusedError(
-        NO_SPACE,
-        f"{path.parent} has no room for a push ({error.strerror}): make room, or start the server with "
-        "--weights-dir (containers: a larger --shm-size)",
-    )
 
 
 def superseded(push_id: str) -> RefusedError:

@@ -12,16 +12,16 @@ import asyncio
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from moe_replay.engines.serve.access import BAD_REQUEST, DAMAGED, STALE, RefusedError
+from moe_replay.engines.serve.access import BAD_REQUEST, DAMAGED, STALE, RefusedError, no_room
 from moe_replay.engines.serve.messages import MAX_CHUNK_BYTES, PartTransfer, TransferStart
-from moe_replay.engines.serve.pushes import Pushes, no_room
 from moe_replay.engines.transfer_group import (
     TransferGroup,
     check_backend,
@@ -32,11 +32,32 @@ from moe_replay.engines.transfer_group import (
 _Result = TypeVar("_Result")
 
 
-class Transfers:
-    """The group that this server is in, if any, and the part that comes through it."""
+@runtime_checkable
+class Incoming(Protocol):
+    """A part of a push that comes as a whole."""
 
-    def __init__(self, pushes: Pushes) -> None:
-        self._pushes = pushes
+    file: int
+    """What its bytes are written to."""
+    path: Path
+    """Where that lies."""
+
+    def finish(self, num_bytes: int, sums: Sequence[int]) -> None:
+        """Keep what was written."""
+        ...
+
+    def fail(self) -> None:
+        """Keep nothing of it."""
+        ...
+
+
+class Transfers:
+    """The group that this server is in, if any, and the part that comes through it.
+
+    ``receiver`` (push, part, bytes) gives what receives a part, or refuses it.
+    """
+
+    def __init__(self, receiver: Callable[[str, int, int], Incoming]) -> None:
+        self._receiver = receiver
         self._transfer = ""
         self._joining: asyncio.Future[TransferGroup] | None = None
         self._group: TransferGroup | None = None
@@ -82,7 +103,7 @@ class Transfers:
         if self._joining is not joining or (self._coming is not None and not self._coming.done()):
             raise RefusedError(STALE, f"this server is receiving part {self._part} of a push")
         self._group, self._part = group, (push_id, number)
-        receiver = self._pushes.receiver(push_id, number, message.num_bytes)
+        receiver = self._receiver(push_id, number, message.num_bytes)
         sums = message.sums
 
         def receive() -> None:

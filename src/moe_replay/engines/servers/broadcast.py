@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from moe_replay.engines.serve.messages import MAX_CHUNK_BYTES, TransferStart
-from moe_replay.engines.servers.contract import RolloutServer
+from moe_replay.engines.servers.contract import GroupServer, RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault
-from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.transfer_group import (
     Backend,
@@ -50,7 +49,7 @@ class Broadcast:
     ) -> None:
         check_backend(backend)
         for server in servers:
-            if not isinstance(server, ServerCalls):
+            if not isinstance(server, GroupServer):
                 raise RecipeError(
                     f"rollout.weight_transfer is {backend!r}, and {server.url} is not a server of "
                     "`moe-replay serve`: others read weights from files; set it to 'auto'"
@@ -59,7 +58,7 @@ class Broadcast:
         self._faults = faults
         self._turn = threading.Condition()
         self._group: TransferGroup | None = None
-        self._members: dict[str, ServerCalls] = {}
+        self._members: dict[str, GroupServer] = {}
         self._transfer = ""
         self._is_sending = False
         self._arrived: set[str] = set()
@@ -84,11 +83,11 @@ class Broadcast:
         if self._group is not None and self._members.keys() == {s.url for s in servers}:
             return
         self.close()
-        ours = [server for server in servers if isinstance(server, ServerCalls)]
+        ours = [server for server in servers if isinstance(server, GroupServer)]
         address, store = own_address(_host(ours[0].url)), open_store()
         self._transfer = uuid.uuid4().hex
 
-        def ask(rank: int, server: ServerCalls) -> None:
+        def ask(rank: int, server: GroupServer) -> None:
             server.join_transfer(
                 TransferStart(
                     transfer=self._transfer,
@@ -151,7 +150,7 @@ class Broadcast:
         """Close the group. Calling it twice is allowed."""
         self.leave()
 
-    def _meet(self, server: ServerCalls, part: WeightPart) -> None:
+    def _meet(self, server: GroupServer, part: WeightPart) -> None:
         """Wait until all servers expect the part, and until one thread has sent it to them."""
         with self._turn:
             self._arrived.add(server.url)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from moe_replay.engines.serve.messages import PolicyName, Progress, Status
+from moe_replay.engines.serve.messages import PolicyName, Progress, Status, TransferStart
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.types import (
@@ -116,6 +116,36 @@ class RolloutServer(Protocol):
 
     def close(self) -> None:
         """Close the connections."""
+        ...
+
+
+@runtime_checkable
+class GroupServer(RolloutServer, Protocol):
+    """A server that can join a process group with its trainer, and take parts of a push there."""
+
+    def join_transfer(self, start: TransferStart) -> None:
+        """Ask the server to join a process group; it does so after it has answered.
+
+        Raises:
+            EngineError: when it has no such transport.
+            CallError: when it does not answer.
+        """
+        ...
+
+    def announce(self, part: WeightPart, transfer: str) -> None:
+        """Return once the server waits for a part in the group; part 0 begins the push.
+
+        Raises:
+            CallError: when it does not accept it.
+        """
+        ...
+
+    def await_part(self, part: WeightPart) -> None:
+        """Return once the announced part has arrived as it was sent.
+
+        Raises:
+            CallError: when it did not.
+        """
         ...
 
 

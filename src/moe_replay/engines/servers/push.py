@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.serve.messages import PolicyName
-from moe_replay.engines.servers.broadcast import Broadcast
 from moe_replay.engines.servers.contract import RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder, weight_parts
@@ -34,6 +34,23 @@ class Pushed:
     """Of its files, as they went to each server."""
 
 
+@runtime_checkable
+class SharedWay(Protocol):
+    """A way on which a part goes to all servers at once."""
+
+    def form(self, servers: Sequence[RolloutServer], *, must_form: bool) -> None:
+        """Make ready for a push to these servers."""
+        ...
+
+    def give(self, server: RolloutServer, part: WeightPart) -> None:
+        """Give one of them a part."""
+        ...
+
+    def leave(self) -> None:
+        """Wait no more for a server that has failed."""
+        ...
+
+
 def push(
     weights: Iterable[tuple[str, torch.Tensor]],
     policy: PolicyName,
@@ -44,7 +61,7 @@ def push(
     bucket_bytes: int,
     must_reach_all: bool,
     faults: Counter[Fault],
-    broadcast: Broadcast | None = None,
+    broadcast: SharedWay | None = None,
 ) -> Pushed:
     """Push to every server; all or at least one have loaded it then.
 
@@ -116,7 +133,7 @@ class Delivery:
         self,
         servers: Sequence[RolloutServer],
         faults: Counter[Fault],
-        broadcast: Broadcast | None = None,
+        broadcast: SharedWay | None = None,
     ) -> None:
         self.left = list(servers)
         """Those that have not failed."""
