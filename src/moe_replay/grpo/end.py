@@ -52,6 +52,7 @@ def _write_export(run: Run, export: Path) -> None:
     new = export.with_name(NEW_EXPORT)
     _remove(run, new)
     try:
+        run.actor.gather_parameters()
         save_hf_checkpoint(run.actor.modules, run.recipe.model.path, new)
     except CheckpointError as error:
         _remove(run, new)

@@ -18,6 +18,7 @@ def push_weights(run: Run) -> None:
     Raises:
         DivergedError: when one of them is not a finite number; the engine keeps the old ones.
     """
+    run.actor.gather_parameters()
     check_weights(run.actor.modules, run.ranks)
     run.policy_version += 1
     give_weights(run)

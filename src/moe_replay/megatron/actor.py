@@ -31,9 +31,13 @@ from moe_replay.megatron.offload import (
     optimizer_state_of,
     weights_of,
 )
-from moe_replay.megatron.optimization import build_optimizer, wrap_for_training
+from moe_replay.megatron.optimization import (
+    build_optimizer,
+    gather_parameters,
+    wrap_for_training,
+)
 from moe_replay.megatron.options.typed import MegatronOptions
-from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample
+from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample, Scores
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import WeightExport, load_hf_weights
 from moe_replay.recipe.sections.training import GivenBack, OptimizerSection, ParallelLayout
@@ -80,6 +84,9 @@ class MegatronActor(MegatronLearner):
         super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
         check_movable(gives_back, config, self.chunks[0].ddp_config)
         self._weights = WeightExport(self._modules)
+        # With overlap_param_gather, parts of other ranks are those from before the last step until
+        # the next forward pass or `gather_parameters`.
+        self._is_stale = False
         self._optimizer = build_optimizer(wrapped, settings, config, options)
         self.memory = self._device_memory(gives_back)
         self.scheduler = OptimizerParamScheduler(
@@ -110,7 +117,11 @@ class MegatronActor(MegatronLearner):
 
     @property
     def weights(self) -> WeightExport:
-        """What engines are given; the weights come back to the device."""
+        """What engines are given, of the last step; collective, as `gather_parameters` is.
+
+        The weights come back to the device.
+        """
+        self.gather_parameters()
         self.memory.take_back("weights")
         return self._weights
 
@@ -223,7 +234,31 @@ class MegatronActor(MegatronLearner):
     def step(self) -> None:
         """Take the optimizer's step along `backward`'s gradient."""
         self.optimizer.step()
+        self._is_stale = True
         self.skip()
+
+    def gather_parameters(self) -> None:
+        """Make all parameters those of the last step, on every rank; collective.
+
+        Needed before anything but a training pass reads them, and costs nothing unless
+        ``overlap_param_gather`` has put it off.
+        """
+        if self._is_stale:
+            self.memory.take_back("weights")
+            gather_parameters(self.chunks)
+            self._is_stale = False
+
+    def score(
+        self,
+        microbatches: Sequence[Microbatch],
+        *,
+        temperature: float,
+        routing: Routing,
+        watch: RouteWatch | None = None,
+    ) -> Scores:
+        """Score with the parameters of the last step, as `MegatronScorer.score` does."""
+        self.gather_parameters()
+        return super().score(microbatches, temperature=temperature, routing=routing, watch=watch)
 
     def skip(self) -> None:
         """Advance the learning-rate schedule without a step: it depends on the step count alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,7 @@ class MegatronLearner(MegatronScorer):
     # The actor sets both.
     _optimizer: MegatronOptimizer
     config: TransformerConfig
+    _holds_back = False
 
     @property
     def optimizer(self) -> MegatronOptimizer:
@@ -57,7 +59,7 @@ class MegatronLearner(MegatronScorer):
         outputs: dict[int, torch.Tensor] | None = None,
         inspect: Callable[[Microbatch, torch.Tensor], None] | None = None,
     ) -> None:
-        """Add the gradient of the loss to the model's zeroed buffers; all ranks call this together.
+        """Put the gradient of the loss into the model's buffers; all ranks call this together.
 
         ``outputs`` receives log-probabilities and entropies of each microbatch under its key.
         ``inspect`` sees each microbatch with its log-probabilities before the loss does.
@@ -101,7 +103,9 @@ class MegatronLearner(MegatronScorer):
 
             return output, scaled_loss
 
-        with opened(scope):
+        with opened(scope), ExitStack() as held_back:
+            for chunk in self.chunks if self._holds_back else ():
+                held_back.enter_context(chunk.no_sync())
             self._schedule(step, work.microbatches, forward_only=False)
 
     def find_broken(self, work: BackwardWork) -> list[str]:
@@ -113,22 +117,32 @@ class MegatronLearner(MegatronScorer):
         """
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         size = stages if len(self.chunks) > 1 else 1
-        finalize = self.config.finalize_model_grads_func
         found: list[str] = []
-        # What is not reduced over replicas still shows whose microbatch it came from.
-        self.config.finalize_model_grads_func = lambda *_, **__: None
-        try:
-            for start in range(0, len(work.microbatches), size):
-                part = work.microbatches[start : start + size]
-                suspects = _Suspects()
-                scope = self._scope(part, work.routing, None)
-                alone = replace(work, microbatches=part)
+        for start in range(0, len(work.microbatches), size):
+            part = work.microbatches[start : start + size]
+            suspects = _Suspects()
+            scope = self._scope(part, work.routing, None)
+            alone = replace(work, microbatches=part)
+            # What is not reduced over replicas still shows whose microbatch it came from.
+            with self._unreduced():
                 self.accumulate(alone, scope, inspect=suspects.inspect)
-                found += suspects.sentences(part, _broken_parameter(self.chunks))
-        finally:
-            self.config.finalize_model_grads_func = finalize
+            found += suspects.sentences(part, _broken_parameter(self.chunks))
         everyone = all_ranks().gather(found)
         return [f"rank {rank}: {text}" for rank, texts in enumerate(everyone) for text in texts]
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        """Leave the gradients of backward passes in the buffers of their ranks."""
+        before = self.config.finalize_model_grads_func, self.config.no_sync_func
+        self.config.finalize_model_grads_func = lambda *_, **__: None
+        # The schedule then does not switch it off for the last microbatch.
+        self.config.no_sync_func = None
+        self._holds_back = True
+        try:
+            yield
+        finally:
+            self.config.finalize_model_grads_func, self.config.no_sync_func = before
+            self._holds_back = False
 
 
 def sum_over_context(values: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,7 @@ class CheckpointFolder:
             CheckpointError: when the disk is full or cannot be written; the previous checkpoint
                 stays whole.
         """
+        actor.gather_parameters()
         unfinished = self.path / f"{_UNFINISHED}step-{position.step:06d}"
         finished = self.folder(position.step)
         write = SharedWrite(finished)

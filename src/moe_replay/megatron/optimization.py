@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,54 @@ def optimizer_config(
 def wrap_for_training(
     modules: Sequence[torch.nn.Module], config: TransformerConfig, options: MegatronOptions
 ) -> list[DistributedDataParallel]:
-    """Wrap the model chunks of this rank, whose gradients then have buffers."""
+    """Wrap the model chunks of this rank, whose gradients then have buffers.
+
+    ``config`` learns how schedules hold back reductions until the last microbatch, and start
+    gathering parameters.
+    """
     # One each: the wrapper writes the bucket size that it chose into it.
-    return [DistributedDataParallel(config, wrapping_config(options), module) for module in modules]
+    chunks = [
+        DistributedDataParallel(config, wrapping_config(options), module) for module in modules
+    ]
+    wrapping = chunks[0].ddp_config
+    if wrapping.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
+    if wrapping.overlap_param_gather:
+        for chunk in chunks:
+            _gather_experts_together(chunk)
+        if wrapping.align_param_gather:
+            config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
+    return chunks
+
+
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Gather parameters that are gathered in the next forward pass otherwise; collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _gather_experts_together(chunk: DistributedDataParallel) -> None:
+    """Wait for all parameters of experts where their layer begins.
+
+    Megatron waits in each module that is called, and grouped experts call none: they read the
+    weights of all local experts at once, and would read those from before the update.
+    """
+
+    def wait(experts: torch.nn.Module, *_: Any) -> None:
+        for parameter in experts.parameters():
+            chunk.param_to_bucket_group[parameter].finish_param_sync(
+                skip_next_bucket_dispatch=chunk.ddp_config.align_param_gather
+            )
+
+    for name, module in chunk.named_modules():
+        if name.endswith(".mlp.experts"):
+            module.register_forward_pre_hook(wait)
+
+
+def _one_or_all(functions: list[Callable[..., Any]]) -> Any:
+    """Return what a schedule takes: a list for interleaved chunks, else the function itself."""
+    return functions if len(functions) > 1 else functions[0]
 
 
 def build_optimizer(

@@ -49,6 +49,8 @@ def start_policy(
     ddp: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     gives_back: GivenBack = "none",
+    grouped_experts: bool = False,
+    settings: OptimizerSection = SETTINGS,
     **overrides: Any,
 ) -> MegatronActor:
     """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
@@ -64,8 +66,9 @@ def start_policy(
         checkpoint,
         layout,
         dtype=dtype,
-        settings=SETTINGS,
+        settings=settings,
         num_updates=10,
+        grouped_experts=grouped_experts,
         options=MegatronOptions(transformer=overrides, ddp=ddp or {}, optimizer=optimizer or {}),
         chunk_rows=chunk_rows,
         gives_back=gives_back,

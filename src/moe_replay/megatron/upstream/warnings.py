@@ -25,6 +25,8 @@ _KNOWN = (
     "The .grad attribute of a Tensor that is not a leaf Tensor",
     # It calls collectives by their former names.
     r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed",
+    # Its own attention registers the output projection first and runs it last.
+    "The next bucket's parameter all-gather operation has already been dispatched",
     # The planner of distributed checkpoints uses torch's former sharded tensors.
     "Please use DTensor instead",
     "`load_state_dict` is deprecated",
