@@ -55,7 +55,9 @@ def run_rollout(options: argparse.Namespace) -> int:
 
     quiet_transformers()
     with ExitStack() as closing:
-        ranks, device = closing.enter_context(joined_ranks(process))
+        ranks, device = closing.enter_context(
+            joined_ranks(process, wait_limit=recipe.run.wait_limit)
+        )
         engine = recipe_engine(recipe, device)
         closing.callback(engine.close)
         _push(recipe, engine, options.policy_version)

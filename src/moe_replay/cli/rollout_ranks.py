@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from moe_replay.megatron.ranks.messages import WAIT_LIMIT, HostGroup, all_ranks, forget_groups
+from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, forget_groups, wait_at_most
 from moe_replay.recipe.recipe import ProcessSpec
 
 
 @contextmanager
-def joined_ranks(process: ProcessSpec) -> Iterator[tuple[HostGroup, torch.device]]:
+def joined_ranks(
+    process: ProcessSpec, *, wait_limit: timedelta
+) -> Iterator[tuple[HostGroup, torch.device]]:
     """Join the other processes that torchrun started; without torchrun, run alone and open no port.
 
-    An existing default process group is used as it is.
+    An existing default process group is used as it is. Ranks wait for each other for
+    ``wait_limit``.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
@@ -27,9 +31,10 @@ def joined_ranks(process: ProcessSpec) -> Iterator[tuple[HostGroup, torch.device
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             init_method="env://",
-            timeout=None if cuda else WAIT_LIMIT,
+            timeout=None if cuda else wait_limit,
         )
     try:
+        wait_at_most(wait_limit)
         yield all_ranks(), device
     finally:
         if owned:

@@ -26,11 +26,12 @@ def ask_engine(
             share an engine that fails while it samples, only on that one: the others wait inside.
     """
     # The ranks of one vLLM take their steps together, so none of them may leave alone.
+    alone = run.recipe.rollout.ranks_per_engine == 1
     with run.device.sampling():
-        groups = run.droppable(
-            lambda: run.engine.generate(requests, sampling),
-            alone=run.recipe.rollout.ranks_per_engine == 1,
-        )
+        if not alone:
+            # vLLM's own collectives would give up on a rank that still reads its prompts.
+            run.ranks.barrier()
+        groups = run.droppable(lambda: run.engine.generate(requests, sampling), alone=alone)
 
     def checked() -> tuple[list[RolloutGroup], int]:
         check_answer(run, groups, requests, sampling, trained_at=run.policy_version)

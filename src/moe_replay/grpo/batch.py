@@ -41,7 +41,11 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
     learned = [sample for sample in samples if sample.trains]
     Coverage.total(_rows(run, learned, traces)).require(run.min_coverage)
-    return batch.with_routes(share_routes(run.replica, batch.microbatches, traces))
+    batch = batch.with_routes(share_routes(run.replica, batch.microbatches, traces))
+    # The next station begins with collectives of the device, which give up after ten minutes on a
+    # rank that has more to share.
+    run.ranks.barrier()
+    return batch
 
 
 def _make_samples(

@@ -10,6 +10,7 @@ from moe_replay.engines.types import CountsPushedBytes
 from moe_replay.engines.weight_stream import drain
 from moe_replay.grpo.run import Run
 from moe_replay.megatron.finite import check_weights
+from moe_replay.megatron.ranks.pace import in_step
 
 
 def push_weights(run: Run) -> None:
@@ -31,7 +32,8 @@ def give_weights(run: Run) -> None:
         MoeReplayError: on every rank, when the engine of one of them does not take them.
     """
     run.device.make_room(for_push=True)
-    weights, failure = _Counted(run.actor.weights.tensors()), None
+    weights = _Counted(in_step(run.actor.weights.tensors(), run.ranks))
+    failure = None
     try:
         run.engine.load_weights(weights, policy_version=run.policy_version)
     except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's

@@ -165,9 +165,7 @@ class CheckpointFolder:
             CheckpointError: when the checkpoint is not whole or belongs to another model.
         """
         folder, position = self.folder(step), self.position(step)
-        strategy = FullyParallelLoadStrategyWrapper(
-            TorchDistLoadShardedStrategy(), _replica_group()
-        )
+        strategy = FullyParallelLoadStrategyWrapper(_LoadInStep(), _replica_group())
         try:
             state = dist_checkpointing.load(
                 _sharded_state(actor, is_loading=True), str(folder), sharded_strategy=strategy
@@ -322,6 +320,18 @@ def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
     for group in groups if steps else ():
         group["step"] = max(steps)
     return state
+
+
+class _LoadInStep(TorchDistLoadShardedStrategy):
+    """Megatron's reader, which lets no rank go on to the exchange while another still reads.
+
+    The exchange is a collective of the device, which would give up on a rank with a slow disk.
+    """
+
+    def load(self, *arguments: Any, **named: Any) -> Any:
+        loaded = super().load(*arguments, **named)
+        all_ranks().barrier()
+        return loaded
 
 
 class _SaveInThisProcess(TorchDistSaveShardedStrategy):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.megatron.ranks.messages import WAIT_LIMIT, all_ranks, forget_groups
+from moe_replay.megatron.ranks.messages import WAIT_LIMIT, forget_groups, wait_at_most
 from moe_replay.megatron.upstream.warnings import ignore_upstream_warnings
 from moe_replay.recipe.sections.training import ParallelLayout
 
@@ -19,13 +21,14 @@ def initialize(
     from_environment: bool = False,
     local_rank: int = 0,
     seed: int = 0,
+    wait_limit: timedelta = WAIT_LIMIT,
 ) -> None:
     """Set up torch.distributed, Megatron's process groups and its RNG streams.
 
     An existing default process group is used as it is. Otherwise `from_environment` decides: True
     reads the rendezvous that torchrun puts there, False makes a world of this process alone,
     without opening a port. The backend is nccl with CUDA, where `local_rank` picks the device, and
-    gloo without.
+    gloo without. Ranks wait for each other for ``wait_limit`` in messages between hosts.
 
     Raises:
         UnsupportedError: the world does not hold a whole number of copies of the model.
@@ -36,14 +39,14 @@ def initialize(
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         # A gloo world carries the messages between ranks too; a device's world keeps its own limit.
-        backend, timeout = ("nccl", None) if cuda else ("gloo", WAIT_LIMIT)
+        backend, timeout = ("nccl", None) if cuda else ("gloo", wait_limit)
         if from_environment:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
-    all_ranks()
+    wait_at_most(wait_limit)
     world = dist.get_world_size()
     for size, what in (
         (layout.model_parallel_size, "tensor x pipeline x context"),

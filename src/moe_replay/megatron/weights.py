@@ -32,6 +32,7 @@ from moe_replay.megatron.families.family import Kind, ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.ranks.pace import in_step
 
 # Dim of a merged tensor that tensor parallelism cuts.
 _CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
@@ -196,7 +197,7 @@ def save_hf_checkpoint(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
     all_ranks().raise_together(refusal)
-    tensors = export_hf_weights(chunks)
+    tensors = in_step(export_hf_weights(chunks), all_ranks())
     if is_first:
         if shape.num_mtp_layers:
             tensors = chain(tensors, _untrained(source_dir, shape))

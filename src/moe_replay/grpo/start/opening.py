@@ -65,6 +65,7 @@ def open_run(
             from_environment=process.launched_by_torchrun,
             local_rank=process.local_rank,
             seed=recipe.run.seed,
+            wait_limit=recipe.run.wait_limit,
         )
         closing.callback(shutdown)
         step = _agreed_step(admission)

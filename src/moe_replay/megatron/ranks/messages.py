@@ -18,12 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import UInt8
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moe_replay import errors
 
 T = TypeVar("T")
 WAIT_LIMIT = timedelta(hours=24)
-"""How long a rank waits in a message: another may sample for hours when this one has finished.
+"""How long a rank waits in a message unless a recipe says otherwise (``run.rank_timeout``): another
+may sample for hours when this one has finished.
 
 A rank that ended is noticed at once, by its closed connection; the limit only ends waiting for one
 that hangs.
@@ -52,10 +54,9 @@ class HostGroup:
             return replace(all_ranks(), name=f"{name} 0")
         own = next(number for number, ranks in enumerate(parts) if dist.get_rank() in ranks)
         # torch numbers groups as they are made, and ranks of a group must know it by one number.
+        limit = all_ranks().wait_limit
         groups = [
-            dist.new_group(list(ranks), timeout=WAIT_LIMIT, backend="gloo")
-            if len(ranks) > 1
-            else None
+            dist.new_group(list(ranks), timeout=limit, backend="gloo") if len(ranks) > 1 else None
             for ranks in parts
         ]
         group = groups[own]
@@ -71,6 +72,13 @@ class HostGroup:
     def rank(self) -> int:
         """Index of this rank among them."""
         return 0 if self.group is None else self.group.rank()
+
+    @property
+    def wait_limit(self) -> timedelta:
+        """How long a rank waits for the others in each of these messages."""
+        if self.group is None:
+            return WAIT_LIMIT
+        return self.group._get_backend(torch.device("cpu")).options._timeout
 
     def barrier(self) -> None:
         """Wait until every rank is here; the device's own barrier gives up after ten minutes."""
@@ -172,7 +180,7 @@ class HostGroup:
         except RuntimeError as error:
             is_silent = "timed out" in str(error).lower()
             happened = (
-                f"one of them was silent for {WAIT_LIMIT}; it hangs, or this job needs a longer wait"
+                f"one of them was silent for {self.wait_limit}; it hangs, or this job needs a longer run.rank_timeout"
                 if is_silent
                 else "one of them has ended; its own output says why"
             )
@@ -209,6 +217,13 @@ def all_ranks() -> HostGroup:
     if world is not None and dist.get_backend(world) != "gloo":
         world = _beside(world)
     return HostGroup(group=world, name="all ranks")
+
+
+def wait_at_most(limit: timedelta) -> None:
+    """Let ranks wait for each other that long in messages of all of them, and of later groups."""
+    group = all_ranks().group
+    if group is not None:
+        _set_pg_timeout(limit, group)
 
 
 def raise_first(failure: Exception | None, failures: Sequence[tuple[str, str] | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -67,6 +68,20 @@ class RunSection(Section):
     ] = None
     """Time after which the run saves and ends, to be resumed: seconds, or as ``3h50m``; no limit
     by default."""
+
+    rank_timeout: Annotated[
+        Annotated[str, AfterValidator(_as_duration)] | Annotated[float, Field(gt=0)],
+        Key(may_change=True, also_called=("distributed_timeout", "nccl_timeout")),
+    ] = "1d"
+    """How long a rank waits for the others between two passes: for the slowest rollout, reward,
+    reading or writing. A rank that ends is noticed at once; this ends the wait for one that
+    hangs."""
+
+    @property
+    def wait_limit(self) -> timedelta:
+        """``rank_timeout``."""
+        given = self.rank_timeout
+        return timedelta(seconds=seconds_of(given) if isinstance(given, str) else given)
 
     @property
     def max_seconds(self) -> float:
