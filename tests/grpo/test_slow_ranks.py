@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -38,7 +38,7 @@ class SlowOnRank1:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         self._calls += 1
         if self._calls == 2 and dist.get_rank() == 1:
-            time.sleep(SLOW_S)
+            threading.Event().wait(SLOW_S)
         return self._engine.generate(requests, sampling)
 
 

@@ -8,52 +8,27 @@ unfinished with it.
 
 from __future__ import annotations
 
-import gc
-import inspect
 import json
-import queue
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import serialization
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import common, filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
-    save_state_dict_async_finalize,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
 
 from moe_replay.errors import CheckpointError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite, flush_folder
 from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.state_write import StateWrite, read_state, replica_group
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 
 _WHOLE = re.compile(r"step-(\d{6,})")
-# 0.19 saves through a package of its own by default, which it does not require; we write in this
-# process in any case.
-_SAVE_OPTIONS: dict[str, Any] = (
-    {"async_strategy": "mcore"}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    else {}
-)
 _UNFINISHED = "unfinished-"
 _POSITION_FILE = "position.json"
 _FORMAT = CheckpointingConfig("torch_dist", 1)
@@ -165,11 +140,8 @@ class CheckpointFolder:
             CheckpointError: when the checkpoint is not whole or belongs to another model.
         """
         folder, position = self.folder(step), self.position(step)
-        strategy = FullyParallelLoadStrategyWrapper(_LoadInStep(), _replica_group())
         try:
-            state = dist_checkpointing.load(
-                _sharded_state(actor, is_loading=True), str(folder), sharded_strategy=strategy
-            )
+            state = read_state(_sharded_state(actor, is_loading=True), folder)
         except (
             OSError,
             RuntimeError,
@@ -199,41 +171,15 @@ class CheckpointFolder:
 
     def _write_state(self, actor: MegatronActor, folder: Path, write: SharedWrite) -> None:
         """Write weights and optimizer; every rank its shards, the first one also what all share."""
-        strategy: Any = _SaveInThisProcess("torch_dist", 1, thread_count=1)
-        strategy.shared_write = write
-        if _replica_group().size() > 1:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, _replica_group())
-        with ExitStack() as inside:
-            # Hide live objects from the collector: the distributed optimizer collects at every
-            # save.
-            gc.freeze()
-            inside.callback(gc.unfreeze)
-            # Before the writer starts a process to hold its results.
-            inside.enter_context(_replaced(filesystem_async, "_results_queue", queue.Queue()))
-            if _HAS_COMMON_FILE:
-                # `save` accepts no other strategy for what all ranks share.
-                name = "get_default_save_common_strategy"
-                ours = partial(_CommonInPart, write)
-                inside.enter_context(_replaced(serialization, name, ours))
-            request = dist_checkpointing.save(
-                _sharded_state(actor, is_loading=False),
-                str(folder),
-                sharded_strategy=strategy,
-                # Which rank writes what does not change during a run, and checking it takes a third
-                # of the time.
-                validate_access_integrity=not self._layout_is_checked,
-                **_SAVE_OPTIONS,
-                # Nothing runs at the side; the request is taken apart, so that ranks learn of a
-                # failure between its parts.
-                async_sharded_save=True,
-            )
-            with write.part():
-                request.async_fn()
-            write.finish()
-            # The last one writes the format's name on the first rank alone; `save` does so where it
-            # may fail.
-            for finalize in request.finalize_fns[:-1]:
-                finalize()
+        state = StateWrite(
+            _sharded_state(actor, is_loading=False),
+            folder,
+            write,
+            # Which rank writes what does not change during a run.
+            checks_layout=not self._layout_is_checked,
+        )
+        state.write()
+        state.finish()
         self._layout_is_checked = True
 
     def _publish(self, unfinished: Path, finished: Path) -> None:
@@ -279,16 +225,12 @@ def _is_first_rank() -> bool:
     return dist.get_rank() == 0
 
 
-def _replica_group() -> dist.ProcessGroup:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": _replica_group(),
+        "dp_cp_group": replica_group(),
     }
     state: dict[str, Any] = {
         f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
@@ -320,89 +262,3 @@ def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
     for group in groups if steps else ():
         group["step"] = max(steps)
     return state
-
-
-class _LoadInStep(TorchDistLoadShardedStrategy):
-    """Megatron's reader, which lets no rank go on to the exchange while another still reads.
-
-    The exchange is a collective of the device, which would give up on a rank with a slow disk.
-    """
-
-    def load(self, *arguments: Any, **named: Any) -> Any:
-        loaded = super().load(*arguments, **named)
-        all_ranks().barrier()
-        return loaded
-
-
-class _SaveInThisProcess(TorchDistSaveShardedStrategy):
-    """Megatron's distributed format, written by the rank itself.
-
-    The stock strategy forks writers and keeps a manager process for their results: unsafe once CUDA
-    has started, impossible in a daemon, and a killed trainer leaves the manager behind.
-    """
-
-    shared_write: SharedWrite
-
-    def _get_save_and_finalize_callbacks(
-        self, writer: Any, save_state_dict_ret: Any, *_async_strategy: Any
-    ) -> AsyncRequest:
-        def write() -> None:
-            if not writer.write_buckets:
-                return
-            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-            buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
-            written: dict[int, Any] = {}
-            for number, bucket in enumerate(buckets):
-                results: queue.Queue[Any] = queue.Queue()
-                pending: queue.Queue[Any] = queue.Queue()
-                pending.put(number)
-                writer.write_preloaded_data(
-                    transforms, number, bucket, results, pending, use_fsync=True
-                )
-                _, written[number] = results.get()
-                if isinstance(written[number], Exception):
-                    raise written[number]
-            writer.results_queue.put(written)
-
-        finish: Callable[..., None] = writer.finish
-
-        def finish_in_part(*results: Any) -> None:
-            with self.shared_write.part():
-                finish(*results)
-
-        # Called on the first rank between two collectives.
-        writer.finish = finish_in_part
-
-        def finalize() -> None:
-            save_state_dict_async_finalize(*save_state_dict_ret)
-
-        return AsyncRequest(write, (), [finalize])
-
-
-# 0.19 has no file of its own for what all ranks share: it is written with the rest, and heard of
-# with it.
-_HAS_COMMON_FILE = hasattr(common, "TorchCommonSaveStrategy")
-_CommonFile: Any = getattr(common, "TorchCommonSaveStrategy", object)
-
-
-class _CommonInPart(_CommonFile):
-    """Megatron's file of what all ranks share; a failure of the first rank is kept for all."""
-
-    def __init__(self, write: SharedWrite) -> None:
-        super().__init__("torch", 1)
-        self._write = write
-
-    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
-        with self._write.part():
-            super().save_common(common_state_dict, checkpoint_dir)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a name of one of Megatron's modules another value for the time of the block."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

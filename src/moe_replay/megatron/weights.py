@@ -203,8 +203,7 @@ def save_hf_checkpoint(
             tensors = chain(tensors, _untrained(source_dir, shape))
         with write.part():
             write_checkpoint(tensors, source_dir, output_dir, max_shard_bytes=max_shard_bytes)
-    for _ in tensors:  # After a failure too: gathering is collective.
-        pass
+    sum(0 for _ in tensors)  # After a failure too: gathering is collective.
     write.finish()
 
 

@@ -5,7 +5,7 @@ On a CPU the groups that Megatron makes stand for those of devices, with a limit
 
 from __future__ import annotations
 
-import time
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def limited_policy(checkpoint: Path, case: str) -> MegatronActor:
 
 def slow_host_work() -> None:
     if dist.get_rank() == 1:
-        time.sleep(SLOW_S)
+        threading.Event().wait(SLOW_S)
 
 
 def score_after(checkpoint: Path, meets: bool) -> int:
@@ -122,7 +122,7 @@ def lose() -> str:
     """Return what rank 0 is told about a rank 1 that does not come."""
     wait_at_most(timedelta(seconds=LIMIT_S))
     if dist.get_rank() == 1:
-        time.sleep(SLOW_S)
+        threading.Event().wait(SLOW_S)
         return ""
     with pytest.raises(RankError) as lost:
         all_ranks().gather("here")

@@ -60,13 +60,7 @@ def open_run(
             admission = admit(
                 recipe, checkpoints, closing, restart=restart, allow_changed=allow_changed
             )
-        initialize(
-            recipe.megatron,
-            from_environment=process.launched_by_torchrun,
-            local_rank=process.local_rank,
-            seed=recipe.run.seed,
-            wait_limit=recipe.run.wait_limit,
-        )
+        _join_ranks(recipe, process)
         closing.callback(shutdown)
         step = _agreed_step(admission)
         actor = _build_actor(recipe, reporter)
@@ -91,6 +85,16 @@ def open_run(
         )
         _resume(run, step, restart=restart)
         yield run
+
+
+def _join_ranks(recipe: Recipe, process: ProcessSpec) -> None:
+    initialize(
+        recipe.megatron,
+        from_environment=process.launched_by_torchrun,
+        local_rank=process.local_rank,
+        seed=recipe.run.seed,
+        wait_limit=recipe.run.wait_limit,
+    )
 
 
 def _resume(run: Run, step: int | None, *, restart: bool) -> None:
