@@ -4,8 +4,11 @@ The server runs in this process, as `moe-replay serve` runs it; its clients run 
 Rounds alternate between them and the same requests asked of the engine directly, all at once. What
 else the machine does changes a round by more than HTTP does, so neighbouring rounds are compared,
 and the median of the pairs is the figure. Weights are pushed too: whole pushes of the model, and
-the bytes of a larger one, which are received and checked, but never loaded. Random weights,
-bfloat16. The figures come last, one JSON object a line.
+the bytes of a larger one, which are received and checked, but never loaded: one part to one server
+(`serve.push_MBps`), and many parts, exported as they go, to two servers. `serve.push_overlap_ratio`
+is the time of sending each part while the next is exported, over that of doing both in turn;
+`serve.push_group_ratio` that of sending to both at once over gloo, over that of HTTP to each.
+Random weights, bfloat16. The figures come last, one JSON object a line.
 
     python benchmarks/serve.py [--quick] [--rounds 5] [--tensor-parallel-size 2]
 
@@ -25,12 +28,16 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_replay.cli.environment import set_defaults
+from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.testing.tiny_models import VOCAB_SIZE
 
@@ -143,7 +150,8 @@ async def measure(
         await ask(client, "connect", serve(read_facts(checkpoint)))
         raced = await race(engine, client, options)
         # Without facts a server takes the bytes of a model of any size.
-        return raced | await push(client, serve(None), options)
+        others = [serve(None), serve(None)]
+        return raced | await push(client, others, options)
     finally:
         client.kill()
         await client.wait()
@@ -196,13 +204,25 @@ async def race(
 
 
 async def push(
-    client: asyncio.subprocess.Process, other: str, options: argparse.Namespace
+    client: asyncio.subprocess.Process, others: list[str], options: argparse.Namespace
 ) -> dict[str, tuple[float, str]]:
-    """Push the model as a trainer does, and the bytes of a larger one."""
+    """Push the model as a trainer does, and the bytes of a larger one in three ways."""
     whole = [await ask(client, "push", version) for version in range(1, 4)]
     megabytes = 256 if options.quick else 2048
-    seconds, size = await ask(client, "upload", other, megabytes)
+    seconds, size = await ask(client, "upload", others[0], megabytes)
+    times: dict[str, list[float]] = {way: [] for way in ("in turn", "overlapped", "gloo")}
+    for number in range(3):
+        for way in list(times) if number % 2 else reversed(list(times)):
+            taken, sent = await ask(client, "deliver", others, megabytes, way)
+            times[way].append(taken)
+    middle = {way: statistics.median(of_way) for way, of_way in times.items()}
+    print(
+        f"{sent / 1e6:.0f} MB exported and sent to {len(others)} servers: "
+        + ", ".join(f"{way} {value:.2f} s" for way, value in middle.items())
+    )
     return {
+        "serve.push_overlap_ratio": (middle["overlapped"] / middle["in turn"], "ratio"),
+        "serve.push_group_ratio": (middle["gloo"] / middle["overlapped"], "ratio"),
         "serve.push_MBps": (size / seconds / 1e6, "MB/s"),
         "serve.whole_push_seconds": (statistics.median(s for s, _ in whole), "s"),
         "serve.whole_push_bytes": (float(whole[0][1]), "B"),
@@ -243,6 +263,8 @@ def be_client(checkpoint: str) -> int:
         elif what == "push":
             engine.load_weights(checkpoint_tensors(checkpoint), policy_version=arguments[0])
             done = sum(tensor.nbytes for _, tensor in checkpoint_tensors(checkpoint))
+        elif what == "deliver":
+            done = deliver(*arguments)
         else:
             done = upload(*arguments)
         print(json.dumps([time.perf_counter() - start, done]), flush=True)
@@ -261,6 +283,53 @@ def upload(url: str, megabytes: int) -> int:
         calls.put_weights(part)
         calls.close()
     return part.num_bytes
+
+
+def deliver(urls: list[str], megabytes: int, way: str) -> int:
+    """Export tensors and send them to all servers, without a commit; return the bytes of a copy.
+
+    ``in turn``: a part is made when the last one has arrived everywhere. ``overlapped``: while it
+    travels. ``gloo``: the same, sent once to all.
+    """
+    import torch
+
+    from moe_replay.engines.servers.broadcast import Broadcast
+    from moe_replay.engines.servers.own import ServerCalls
+    from moe_replay.engines.servers.push import Delivery
+    from moe_replay.engines.servers.push_files import WeightsFolder, weight_parts
+
+    servers = [
+        ServerCalls(url, token=None, timeout_s=600.0, max_answer_bytes=1 << 20) for url in urls
+    ]
+    weight = torch.randn(8 << 20)
+
+    def export() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(megabytes // 16):
+            yield f"w{number}", weight.to(torch.bfloat16)
+
+    faults: Counter[Fault] = Counter()
+    broadcast = Broadcast("gloo", servers, faults) if way == "gloo" else None
+    if broadcast is not None:
+        broadcast.form(servers, must_form=True)
+    delivery = Delivery(servers, faults, broadcast)
+    with (
+        weight_parts(
+            export(), folder=WeightsFolder(None), push="benchmark", bucket_bytes=64 << 20
+        ) as parts,
+        ThreadPoolExecutor(len(servers)) as threads,
+    ):
+        delivery.begin(threads)
+        for part in parts:
+            delivery.offer(part)
+            del part
+            delivery.wait_for_room(1 if way == "in turn" else 2)
+        delivery.end()
+    assert not faults and len(delivery.left) == len(servers)
+    if broadcast is not None:
+        broadcast.close()
+    for server in servers:
+        server.close()
+    return delivery.num_bytes
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A process group of one trainer and its rollout servers, through which it sends bytes to all once.
 
 It stands beside torch.distributed's own groups, of which the trainer has some and a server none.
-Over gloo the bytes go from host to host; over NCCL through the first GPU of each side.
+Over gloo the bytes go from host to host; over NCCL through a GPU of each side.
 
 In: an address, a rank, buffers. Out: the sender's bytes in the buffers of all.
 """
@@ -36,7 +36,9 @@ class TransferGroup:
     def __init__(
         self, backend: Backend, store: dist.TCPStore, *, rank: int, size: int, address: str
     ) -> None:
-        self._device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        self._device = torch.device("cpu")
+        if backend == "nccl":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._rank = rank
         prefixed = dist.PrefixStore("moe-replay push", store)
         try:

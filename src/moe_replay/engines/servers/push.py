@@ -164,10 +164,10 @@ class Delivery:
             self.num_bytes += part.num_bytes
             self._turn.notify_all()
 
-    def wait_for_room(self) -> None:
-        """Wait until at most one part is held, so that another may be made."""
+    def wait_for_room(self, max_parts: int = 2) -> None:
+        """Wait until another part may be made, so that ``max_parts`` exist then."""
         with self._turn:
-            self._turn.wait_for(lambda: len(self._held) < 2)
+            self._turn.wait_for(lambda: len(self._held) < max_parts)
 
     def end(self) -> None:
         """Wait until every server has taken all parts or failed."""
