@@ -1,6 +1,6 @@
 """Parts of a push sent once to all servers, through a process group, and over HTTP where it breaks.
 
-In: parts, servers of `moe-replay serve`. Out: the same parts on each of them.
+In: parts, servers. Out: the same parts on each of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moe_replay.engines.transfer_group import (
     open_store,
     own_address,
 )
+from moe_replay.engines.vllm_group import VllmGroup, free_port
 from moe_replay.errors import EngineError, RecipeError
 
 
@@ -38,7 +39,8 @@ class Broadcast:
 
     Worked example: servers A and B, and B dies while part 3 is sent. The broadcast fails; A says
     that it did not get part 3 and takes it over HTTP, then parts 4 and 5, and is committed. B fails
-    over HTTP too, and is dropped as it would be without a group.
+    over HTTP too, and is dropped as it would be without a group. Of vLLM's own servers, which have
+    replaced some of their weights by then, both are dropped, and have to be started again.
 
     Raises:
         RecipeError: when this process has no such transport, or a server is not ours.
@@ -48,16 +50,24 @@ class Broadcast:
         self, backend: Backend, servers: Sequence[RolloutServer], faults: Counter[Fault]
     ) -> None:
         check_backend(backend)
+        kinds = set()
         for server in servers:
-            if not isinstance(server, GroupServer):
+            if not isinstance(server, GroupServer) or (server.takes_tensors and backend == "gloo"):
                 raise RecipeError(
-                    f"rollout.weight_transfer is {backend!r}, and {server.url} is not a server of "
-                    "`moe-replay serve`: others read weights from files; set it to 'auto'"
+                    f"rollout.weight_transfer is {backend!r}, which {server.url} has not: servers of "
+                    "`moe-replay serve` have 'gloo' and 'nccl', plain vLLM servers 'nccl', SGLang's "
+                    "none; set it to 'auto'"
                 )
+            kinds.add(server.takes_tensors)
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"rollout.weight_transfer is {backend!r}, and some servers are of `moe-replay serve` and "
+                "some of vLLM, which take weights in different groups; use one kind, or 'auto'"
+            )
         self._backend: Backend = backend
         self._faults = faults
         self._turn = threading.Condition()
-        self._group: TransferGroup | None = None
+        self._group: TransferGroup | VllmGroup | None = None
         self._members: dict[str, GroupServer] = {}
         self._transfer = ""
         self._is_sending = False
@@ -84,23 +94,17 @@ class Broadcast:
             return
         self.close()
         ours = [server for server in servers if isinstance(server, GroupServer)]
-        address, store = own_address(_host(ours[0].url)), open_store()
+        takes_tensors = ours[0].takes_tensors
+        address = own_address(_host(ours[0].url))
+        store = None if takes_tensors else open_store()
+        port = free_port() if store is None else store.port
         self._transfer = uuid.uuid4().hex
-
-        def ask(rank: int, server: GroupServer) -> None:
-            server.join_transfer(
-                TransferStart(
-                    transfer=self._transfer,
-                    backend=self._backend,
-                    address=address,
-                    port=store.port,
-                    rank=rank,
-                    size=len(ours) + 1,
-                )
-            )
-
+        starts = self._starts(ours, address, port)
         with ThreadPoolExecutor(len(ours)) as threads:
-            asked = [threads.submit(ask, n, server) for n, server in enumerate(ours, start=1)]
+            asked = [
+                threads.submit(server.join_transfer, start)
+                for server, start in zip(ours, starts, strict=True)
+            ]
         try:
             for each in asked:
                 each.result()
@@ -112,8 +116,12 @@ class Broadcast:
                 self.form(living, must_form=must_form)
             return
         try:
-            self._group = TransferGroup(
-                self._backend, store, rank=0, size=len(ours) + 1, address=address
+            self._group = (
+                VllmGroup(address=address, port=port, size=starts[0].size)
+                if store is None
+                else TransferGroup(
+                    self._backend, store, rank=0, size=starts[0].size, address=address
+                )
             )
         except EngineError:
             if must_form:
@@ -121,6 +129,26 @@ class Broadcast:
             self._faults[Fault.UNREACHABLE] += 1
             return
         self._members = {server.url: server for server in ours}
+
+    def _starts(
+        self, servers: Sequence[GroupServer], address: str, port: int
+    ) -> list[TransferStart]:
+        """Return what each is told: of two servers of 2 workers the second begins at rank 3."""
+        with ThreadPoolExecutor(len(servers)) as threads:
+            counted = [threads.submit(server.num_ranks) for server in servers]
+        # A server that does not answer does not get to join either.
+        ranks = [1 if each.exception() else each.result() for each in counted]
+        return [
+            TransferStart(
+                transfer=self._transfer,
+                backend=self._backend,
+                address=address,
+                port=port,
+                rank=1 + sum(ranks[:number]),
+                size=1 + sum(ranks),
+            )
+            for number in range(len(servers))
+        ]
 
     def give(self, server: RolloutServer, part: WeightPart) -> None:
         """Give one server a part, through the group while it stands.
@@ -185,8 +213,11 @@ class Broadcast:
         self._turn.notify_all()
 
 
-def _send(group: TransferGroup, part: WeightPart) -> None:
-    """Broadcast a part in chunks, through one buffer."""
+def _send(group: TransferGroup | VllmGroup, part: WeightPart) -> None:
+    """Broadcast a part: its tensors, or its file in chunks, through one buffer."""
+    if isinstance(group, VllmGroup):
+        group.send(part.tensors.values())
+        return
     buffer = np.empty(min(part.num_bytes, MAX_CHUNK_BYTES), dtype=np.uint8)
     for chunk in part.chunks(MAX_CHUNK_BYTES):
         size = 0

@@ -123,6 +123,17 @@ class RolloutServer(Protocol):
 class GroupServer(RolloutServer, Protocol):
     """A server that can join a process group with its trainer, and take parts of a push there."""
 
+    takes_tensors: bool
+    """Whether vLLM's own workers take a part there tensor by tensor; else the server its file."""
+
+    def num_ranks(self) -> int:
+        """Return how many ranks of the group it needs.
+
+        Raises:
+            CallError: when it does not answer.
+        """
+        ...
+
     def join_transfer(self, start: TransferStart) -> None:
         """Ask the server to join a process group; it does so after it has answered.
 

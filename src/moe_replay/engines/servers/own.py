@@ -53,6 +53,7 @@ class ServerCalls(HttpCalls):
         "flag"
     )
     reads_files: bool = False
+    takes_tensors: bool = False
     content_type: str = CONTENT_TYPE
 
     _push: str = ""
@@ -134,6 +135,10 @@ class ServerCalls(HttpCalls):
             query = f"offset={chunk.offset}&crc32={chunk.crc32}"
             self._send(f"/pushes/{self._push}/{part.number}?{query}", chunk)
         self._keep(part, sums)
+
+    def num_ranks(self) -> int:
+        """Return 1: the server takes parts for all its workers."""
+        return 1
 
     def join_transfer(self, start: TransferStart) -> None:
         """Ask the server to join a process group; it does so after it has answered.

@@ -72,7 +72,7 @@ def push(
     Raises:
         EngineError: no server loaded the weights, one refuses them, or the folder has no room.
     """
-    if any(server.reads_files for server in servers):
+    if broadcast is None and any(server.reads_files for server in servers):
         folder.need_room(num_bytes)
     name = f"push-{policy.policy_version}"
     if broadcast is not None:

@@ -25,7 +25,7 @@ import stat
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -225,11 +225,19 @@ class WeightPart:
     """A part of a push: a safetensors file in memory, written once if any server reads files."""
 
     def __init__(
-        self, number: int, pieces: Sequence[memoryview], folder: WeightsFolder, push: str
+        self,
+        number: int,
+        pieces: Sequence[memoryview],
+        folder: WeightsFolder,
+        push: str,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Make the part whose file is ``pieces`` end to end."""
         self.number = number
         """Index in the push, from 0."""
+        self.tensors: Mapping[str, torch.Tensor] = tensors or {}
+        """What the file holds, in its order."""
         self.num_bytes = sum(piece.nbytes for piece in pieces)
         """Length of the file."""
         self._pieces = pieces
@@ -296,7 +304,7 @@ def weight_parts(
     try:
         # Unlike a loop, `map` does not hold the part before while the next one is made.
         yield map(
-            lambda number, pieces: WeightPart(number, pieces, folder, push),
+            lambda number, bucket: WeightPart(number, _file(bucket), folder, push, tensors=bucket),
             count(),
             _buckets(weights, bucket_bytes),
         )
@@ -306,32 +314,37 @@ def weight_parts(
 
 def _buckets(
     weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
-) -> Iterator[list[memoryview]]:
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield tensors by name, those of the widest formats first."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:
         if bucket and size + tensor.nbytes > bucket_bytes:
-            yield _file(bucket)
+            yield _taken(bucket)
             size = 0
         bucket[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
         # No reference may keep it in memory while its part is sent.
         del tensor
     if bucket:
-        yield _file(bucket)
+        yield _taken(bucket)
 
 
-def _file(bucket: dict[str, torch.Tensor]) -> list[memoryview]:
-    """Return a safetensors file of the tensors, which stay where they are, and empty ``bucket``.
+def _taken(bucket: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ordered = sorted(bucket.items(), key=lambda entry: -entry[1].element_size())
+    bucket.clear()
+    return dict(ordered)
+
+
+def _file(bucket: Mapping[str, torch.Tensor]) -> list[memoryview]:
+    """Return a safetensors file of the tensors, which stay where they are.
 
     The format: 8 bytes with the length of the header, the header as JSON padded with spaces to a
     multiple of 8, and the values. Widest formats come first, so that each tensor begins at a
     multiple of its own width.
     """
-    ordered = sorted(bucket.items(), key=lambda entry: -entry[1].element_size())
-    bucket.clear()
     header, values, end = {}, list[memoryview](), 0
-    for name, tensor in ordered:
+    for name, tensor in bucket.items():
         if tensor.dtype not in _FORMATS:
             raise EngineError(
                 f"weight {name} was pushed as {tensor.dtype}, expected one of {list(_FORMATS)}: push "

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.serve.messages import PROTOCOL, PolicyName, Progress, Status
+from moe_replay.engines.serve.messages import (
+    PROTOCOL,
+    PolicyName,
+    Progress,
+    Status,
+    TransferStart,
+)
 from moe_replay.engines.servers.contract import Ask, RolloutServer, check_policy
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.servers.plain import PlainCalls
+from moe_replay.engines.servers.push_files import WeightPart
 from moe_replay.engines.servers.vllm_wire import (
     generate_message,
     read_completion,
@@ -65,8 +74,13 @@ class VllmCalls(PlainCalls):
     generate_path: str = _GENERATE
     weights_path: str = "/weight_info"
 
+    takes_tensors: bool = True
+
     _description: EngineDescription | None = None
     _work: tuple[bytes, ...] = ()
+    _joining: Future[tuple[int, bytes]] | None = None
+    _taking: Future[tuple[int, bytes]] | None = None
+    _is_updating: bool = False
 
     async def _shows_life(self) -> bool:
         _, text = await self._answer("GET", "/metrics", silence_s=self._timeout_s)
@@ -141,6 +155,95 @@ class VllmCalls(PlainCalls):
         if failure is not None:
             raise failure
 
+    def num_ranks(self) -> int:
+        """Return the number of its workers.
+
+        Raises:
+            CallError: when it does not answer.
+        """
+        told = self.call_json("GET", "/get_world_size")
+        return int(told["world_size"])
+
+    def join_transfer(self, start: TransferStart) -> None:
+        """Let the server's workers join vLLM's own group with this trainer, which takes a while.
+
+        Raises:
+            RecipeError: when it was started without weight transfer over NCCL.
+            CallError: when it does not answer.
+        """
+        told = self.call_json("GET", "/server_info?config_format=json")
+        config = told["vllm_config"].get("weight_transfer_config")
+        if (config or {}).get("backend") != start.backend:
+            raise RecipeError(
+                f"{self.url} was started with weight_transfer_config {config}, which takes no weights "
+                f"over {start.backend}; start it with --weight-transfer-config "
+                "'{\"backend\": \"nccl\"}', or set rollout.weight_transfer to 'auto'"
+            )
+        self._joining = self._post(
+            "/init_weight_transfer_engine",
+            {
+                "init_info": {
+                    "master_address": start.address,
+                    "master_port": start.port,
+                    "rank_offset": start.rank,
+                    "world_size": start.size,
+                }
+            },
+        )
+
+    def announce(self, part: WeightPart, transfer: str) -> None:
+        """Let the server's workers wait for the tensors of a part, in its order.
+
+        With part 0 it stops sampling, and its weights lose their name until the push is committed.
+
+        Raises:
+            CallError: when it does not accept it.
+        """
+        if self._joining is not None:
+            joining, self._joining = self._joining, None
+            self._good(*self.result(joining), "/init_weight_transfer_engine")
+        if part.number == 0:
+            self._stop_sampling()
+            self._is_updating = True
+            self.call("POST", "/start_weight_update")
+        tensors = part.tensors
+        self._taking = self._post(
+            "/update_weights",
+            {
+                "update_info": {
+                    "names": list(tensors),
+                    "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+                    "shapes": [list(tensor.shape) for tensor in tensors.values()],
+                }
+            },
+        )
+
+    def await_part(self, part: WeightPart) -> None:
+        """Return once all workers have loaded the announced tensors.
+
+        Raises:
+            CallError: when they did not.
+        """
+        assert self._taking is not None
+        self._good(*self.result(self._taking), "/update_weights")
+
+    def put_weights(self, part: WeightPart) -> None:
+        """Remember where the push was written; the server reads it when the push is committed.
+
+        Raises:
+            CallError: when its weights are replaced in part, by tensors of this push.
+        """
+        if self._is_updating and part.number > 0:
+            raise CallError(
+                Fault.FAILED,
+                f"{self.url} has replaced some of its weights, and lost the group with its trainer: "
+                "start the server again",
+            )
+        if self._is_updating and self._policy().run == _LOADING:
+            raise self._is_torn()
+        self._is_updating = False
+        super().put_weights(part)
+
     def commit_weights(self, policy: PolicyName) -> None:
         """Make the server load the files that it was given, as ``policy``, and empty its cache.
 
@@ -152,17 +255,15 @@ class VllmCalls(PlainCalls):
         Raises:
             CallError: when it does not answer, fails to load, or has failed before.
         """
-        assert self._pushed is not None
-        if self._policy().run == _LOADING:
-            raise CallError(
-                Fault.FAILED,
-                f"{self.url} is loading another push, or has failed to, after which vLLM's workers "
-                "are out of step: start the server again, and give each run servers of its own",
-            )
-        self.call("POST", "/pause?" + urlencode({"mode": "abort"}))
-        self._name_weights(_LOADING)
+        if not self._is_updating:
+            self._stop_sampling()
         try:
-            self._load(self._pushed)
+            if self._is_updating:
+                self.call_json("POST", "/finish_weight_update", silence_s=self._load_s)
+            else:
+                assert self._pushed is not None
+                self._load(self._pushed)
+            self._empty_cache()
         except EngineError as error:
             raise self._not_loaded(
                 policy,
@@ -170,12 +271,38 @@ class VllmCalls(PlainCalls):
                 then=". Start the server again before the next push: its workers are out of step now",
             ) from error
         self._name_weights(policy.weight_version)
+        self._is_updating = False
         self.call("POST", "/resume")
         self._check_held(policy)
+
+    def _stop_sampling(self) -> None:
+        """Abort what runs, and take the name of the weights, which will be others.
+
+        Raises:
+            CallError: when a push before this one has failed.
+        """
+        if self._policy().run == _LOADING:
+            raise self._is_torn()
+        self.call("POST", "/pause?" + urlencode({"mode": "abort"}))
+        self._name_weights(_LOADING)
+
+    def _is_torn(self) -> CallError:
+        return CallError(
+            Fault.FAILED,
+            f"{self.url} is loading another push, or has failed to, after which vLLM's workers "
+            "are out of step: start the server again, and give each run servers of its own",
+        )
+
+    def _post(self, path: str, message: dict[str, Any]) -> Future[tuple[int, bytes]]:
+        """Begin a call that ends only with the help of the trainer."""
+        body = json.dumps(message, allow_nan=False).encode()
+        return self.begin(self._answer("POST", path, body, silence_s=self._load_s))
 
     def _load(self, folder: Path) -> None:
         message = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self.call_json("POST", "/collective_rpc", message, silence_s=self._load_s)
+
+    def _empty_cache(self) -> None:
         told = self.call_json("POST", "/reset_prefix_cache")
         if told != {"success": True}:
             raise EngineError(

@@ -150,7 +150,8 @@ class ServersEngineSection(SamplingEngineSection):
     weight_transfer: Annotated[Literal["auto", "gloo", "nccl"], Key(may_change=True)] = "auto"
     """How weights travel. ``auto``: over HTTP to each server of ``moe-replay serve``, as files in
     ``weights_dir`` to others. ``gloo``, ``nccl``: to all servers of ``moe-replay serve`` at once,
-    in a process group with them; NCCL needs a GPU on both sides."""
+    in a process group with them; ``nccl`` needs a GPU on both sides, and plain vLLM servers take
+    it too."""
     timeout_s: Annotated[float, Key(may_change=True)] = Field(default=600.0, gt=0)
     """Longest silence of a server, in seconds, after which its requests are tried elsewhere.
     Answers may take any time."""
