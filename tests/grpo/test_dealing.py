@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe_replay.engines.types import Completion, FinishReason
 from moe_replay.errors import MisalignmentError, TokenMismatchError
@@ -156,6 +157,10 @@ def test_a_dealt_run_that_is_resumed_is_the_one_that_was_not_stopped(
         parts = recipe(run__max_steps=steps, run__output_dir=tmp_path / "parts", **settings)
         run(parts, world_size=2)
     assert metrics_of(parts) == metrics_of(whole)
+    tensors = load_file(whole.model.path / "model.safetensors").values()
+    # Trained in float32, and exported as such to the engine in the process.
+    sizes = {record["sync/bytes"] for record in metrics_of(whole)}
+    assert sizes == {4.0 * sum(tensor.numel() for tensor in tensors)}
 
 
 def test_e1_a_wrong_route_of_a_dealt_sample_is_found_and_named_by_its_prompt(

@@ -9,6 +9,7 @@ from moe_replay.report.summary import (
     eval_change,
     live_comparison,
     metric_figures,
+    push_speed,
     seconds_per_step,
 )
 
@@ -73,3 +74,14 @@ def test_seconds_of_a_station_are_averaged_over_all_steps() -> None:
     seconds = seconds_per_step(steps)
     assert seconds == pytest.approx({"rollout": 2.0, "checkpoint": 2.0})
     assert list(seconds) == ["rollout", "checkpoint"]
+
+
+def test_the_speed_of_pushes_is_their_bytes_over_their_seconds() -> None:
+    steps = [
+        StepRecord(step=n, metrics={"sync/bytes": 40e6}, seconds={"sync": s, "update": 9.0})
+        for n, s in ((1, 0.3), (2, 0.5))
+    ]
+    assert push_speed(steps) == pytest.approx(100.0)
+    # A run without a push, and records of a release that did not count bytes.
+    assert push_speed([]) is None
+    assert push_speed([StepRecord(step=1, metrics={}, seconds={"sync": 1.0})]) is None
