@@ -34,9 +34,12 @@ def save_checkpoint(run: Run) -> None:
 
 
 def _rollout_writers(run: Run) -> list[Callable[[Path], None]]:
-    """Return what writes the rollout that the next step will take, if one is held."""
+    """Return what writes the rollout that the next step will take, if one is held.
+
+    With pushes in flight no run is like another, and a resumed one samples its first step again.
+    """
     held = run.ahead.held
-    if held is None:
+    if held is None or run.pushes_in_flight:
         return []
     position = run.next_prompt
 

@@ -104,12 +104,15 @@ def _take_step(run: Run) -> None:
         reference = score_reference(run, old.batch)
     with run.station("update"):
         update = update_policy(run, old, reference)
-    await_next(run)
+    if not run.pushes_in_flight:
+        await_next(run, pushes_first=True)
     with run.station("sync"):
         push_weights(run)
     record, completions = step_record(run, rollout, scored, update)
     run.reporter.step(record, completions)
     if run.evaluation_is_due:
+        # Held-out prompts are sampled by one policy version, alone.
+        await_next(run, pushes_first=False)
         evaluate(run)
     if run.checkpoint_is_due:
         with run.station("checkpoint"):

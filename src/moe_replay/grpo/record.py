@@ -85,6 +85,8 @@ def _staleness(rollout: Rollout) -> Tally:
         tally.add_max("rollout/staleness_max", age)
     for age in set(ages):
         tally.add_sum(f"rollout/num_staleness_{age}", ages.count(age))
+    crossed = [c.began_under is not None for c in rollout.completions]
+    tally.add_sum("rollout/num_crossed", sum(crossed))
     return tally
 
 

@@ -38,6 +38,10 @@ def roll_out(run: Run) -> Rollout:
     own = own_prompts(recipe, run.replica)
     prompts, requests = _next_prompts(run, own)
     run.next_prompt += recipe.prompts_per_step
+    if run.ahead.is_under_way:
+        run.ahead.held = run.droppable(
+            lambda: _checked(run, run.ahead.wait(), requests, trained_at=run.policy_version)
+        )
     held = run.ahead.take()
     if held is None:
         groups, num_cut = ask_engine(run, requests, recipe_sampling(recipe))
@@ -70,18 +74,23 @@ def begin_next(run: Run) -> None:
     run.ahead.start(run.engine, requests, recipe_sampling(run.recipe))
 
 
-def await_next(run: Run) -> None:
-    """Wait until the rollout of the next step is complete, before its weights are replaced.
+def await_next(run: Run, *, pushes_first: bool) -> None:
+    """Wait until the rollout of the next step is complete.
+
+    ``pushes_first`` says that a push follows before that step.
 
     Raises:
         EngineError: on every rank, when the engine of one failed or breaks the contract.
     """
     if not run.ahead.is_under_way:
         return
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
     with run.station("rollout"):
         failure: Exception | None = None
         try:
-            run.ahead.held = _checked(run, run.ahead.wait(), trained_at=run.policy_version + 1)
+            run.ahead.held = _checked(
+                run, run.ahead.wait(), requests, trained_at=run.policy_version + pushes_first
+            )
         except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
             failure = error
         run.ranks.raise_together(failure)
@@ -101,7 +110,7 @@ def hold_saved(run: Run) -> None:
     try:
         groups = load_groups(folder, requests, recipe_sampling(run.recipe))
         if groups is not None:
-            groups = _checked(run, groups, trained_at=run.policy_version)
+            groups = _checked(run, groups, requests, trained_at=run.policy_version)
     except Exception as error:  # noqa: BLE001 - the seam: raised on all ranks
         failure = error
     run.ranks.raise_together(failure)
@@ -121,8 +130,9 @@ def _next_prompts(run: Run, own: Sequence[int]) -> tuple[Sequence[Prompt], list[
     return prompts, [training_request(run.recipe, position + i, prompts[i]) for i in own]
 
 
-def _checked(run: Run, groups: list[RolloutGroup], *, trained_at: int) -> list[RolloutGroup]:
-    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+def _checked(
+    run: Run, groups: list[RolloutGroup], requests: Sequence[Request], *, trained_at: int
+) -> list[RolloutGroup]:
     check_answer(
         run,
         groups,

@@ -25,7 +25,7 @@ from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.step_work import even_length
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.recipe.sections.rollout import FilesEngineSection
+from moe_replay.recipe.sections.rollout import FilesEngineSection, ServersEngineSection
 from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import Guard
 from moe_replay.tasks.completion_text import completion_text
@@ -94,6 +94,12 @@ class Run:
     def overlaps(self) -> bool:
         """Whether the engine samples while the trainer computes: nothing of either may make way."""
         return self.recipe.rollout.max_staleness > 0
+
+    @property
+    def pushes_in_flight(self) -> bool:
+        """Whether weights are pushed while the rollout of the next step goes on."""
+        rollout = self.recipe.rollout
+        return isinstance(rollout, ServersEngineSection) and rollout.push_in_flight
 
     @property
     def may_be_stale(self) -> bool:

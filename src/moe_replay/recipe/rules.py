@@ -201,6 +201,23 @@ def _servers_are_named(rollout: ServersEngineSection) -> Iterator[Problem]:
 
 
 @Rule
+def _pushes_meet_a_rollout(rollout: ServersEngineSection) -> Iterator[Problem]:
+    if rollout.push_in_flight and not rollout.max_staleness:
+        yield Problem(
+            "rollout.push_in_flight",
+            "true with rollout.max_staleness = 0, where nothing is sampled while weights are "
+            "pushed: set max_staleness = 1, or push_in_flight = false",
+        )
+    if rollout.push_in_flight and rollout.engine != "vllm-server":
+        yield Problem(
+            "rollout.push_in_flight",
+            f"true with rollout.engine = {rollout.engine!r}: only servers of `moe-replay serve` say "
+            "which token was sampled by which weights; set it to false",
+            is_unsupported=True,
+        )
+
+
+@Rule
 def _secrets_are_filled_in(rollout: ServersEngineSection) -> Iterator[Problem]:
     for url in rollout.urls:
         if f"{MASK}@" in url or f"={MASK}" in url:

@@ -166,7 +166,10 @@ class EngineServer:
 
     async def _status(self, request: HttpRequest) -> Response:
         status = Status(
-            protocol=PROTOCOL, description=self._engine.description, policy=self._policy
+            protocol=PROTOCOL,
+            description=self._engine.description,
+            policy=self._policy,
+            crosses_pushes=self._engine.crosses_pushes,
         )
         return Response(status.model_dump_json(), media_type="application/json")
 
@@ -175,8 +178,14 @@ class EngineServer:
         call = read_message(GenerateCall, body)
         requests = call.engine_requests()
         self._check_call(call, requests)
+        if call.crosses and not self._engine.crosses_pushes:
+            raise RefusedError(
+                BAD_REQUEST,
+                "the call may cross a push, and this server's engine ends what it samples first; "
+                "set rollout.push_in_flight = false, or serve with vLLM",
+            )
         if not self._turns.is_closed:
-            self._policy_for(call.policy)
+            self._policy_for(call)
         tally = Tally()
         return self._streamed(partial(self._sample, call, requests, tally), tally)
 
@@ -271,10 +280,10 @@ class EngineServer:
         except EngineError as error:
             raise RefusedError(BAD_REQUEST, str(error)) from error
 
-    def _policy_for(self, wanted: PolicyName) -> PolicyName:
-        """Return the name of the current weights, if they may answer a call for ``wanted``."""
-        held = self._policy
-        if not held.may_answer(wanted):
+    def _policy_for(self, call: GenerateCall) -> PolicyName:
+        """Return the name of the current weights, if they may answer a call."""
+        held, wanted = self._policy, call.policy
+        if not held.may_answer(wanted, newer=call.crosses):
             raise RefusedError(
                 STALE,
                 f"this server holds the weights of policy version {held.policy_version} of {held.run}, "
@@ -287,17 +296,26 @@ class EngineServer:
     ) -> bytes:
         """Sample all completions of a call at once, one task each, and return the result."""
         tally.doing = "waiting"
-        async with self._turns.sampling():
+        turn = self._turns.crossing if call.crosses else self._turns.sampling
+
+        async def across() -> int:
+            await self._turns.opened()
+            return self._policy_for(call).policy_version
+
+        crossing = {"across": across} if call.crosses else {}
+        async with turn():
             tally.doing = "sampling"
-            policy = self._policy_for(call.policy)
+            policy = self._policy_for(call)
 
             async def complete(request: RolloutRequest, number: int) -> Completion:
                 completion = await self._engine.complete(
                     request,
                     number,
                     call.sampling,
-                    policy_version=policy.policy_version,
+                    # A push may have come since the call did.
+                    policy_version=await across() if call.crosses else policy.policy_version,
                     progress=partial(tally.grow, (request.request_id, number)),
+                    **crossing,
                 )
                 tally.num_finished += 1
                 return completion
@@ -312,6 +330,8 @@ class EngineServer:
             except BaseExceptionGroup as group:
                 # The others were cancelled because of it.
                 raise group.exceptions[0] from None
+            if call.crosses:
+                policy = self._policy_for(call)
         groups = grouped(requests, (task.result() for task in running))
         return await in_thread(lambda: groups_bytes(groups, policy))
 
@@ -326,6 +346,8 @@ class EngineServer:
                 push.check_current()
                 tally.doing = "loading"
                 self._pushes.release(push)
+                if self._turns.num_crossing:
+                    await self._engine.interrupt()
                 await to_its_end(self._apply(push, policy))
         except asyncio.CancelledError:
             if push.is_superseded:

@@ -102,7 +102,7 @@ class Turns:
 
     def __init__(self, drain_s: float) -> None:
         self._drain_s = drain_s
-        self._num_running = 0
+        self._num_running = self._num_crossing = 0
         self._is_idle, self._is_open = asyncio.Event(), asyncio.Event()
         self._is_idle.set(), self._is_open.set()
         self._pushing = asyncio.Lock()
@@ -112,11 +112,30 @@ class Turns:
         """Whether a push waits or loads."""
         return not self._is_open.is_set()
 
+    @property
+    def num_crossing(self) -> int:
+        """Calls that sample and may cross a push."""
+        return self._num_crossing
+
+    async def opened(self) -> None:
+        """Wait while a push waits or loads."""
+        while self.is_closed:
+            await self._is_open.wait()
+
+    @asynccontextmanager
+    async def crossing(self) -> AsyncIterator[None]:
+        """Wait while a push waits or loads; the next one may interrupt what is inside the scope."""
+        await self.opened()
+        self._num_crossing += 1
+        try:
+            yield
+        finally:
+            self._num_crossing -= 1
+
     @asynccontextmanager
     async def sampling(self) -> AsyncIterator[None]:
         """Wait while a push waits or loads, and hold off the next one while the scope is open."""
-        while self.is_closed:
-            await self._is_open.wait()
+        await self.opened()
         self._num_running += 1
         self._is_idle.clear()
         try:

@@ -92,15 +92,31 @@ class ServedEngine(Protocol):
         *,
         policy_version: int,
         progress: Callable[[int], None],
+        across: Callable[[], Awaitable[int]] | None = None,
     ) -> Completion:
         """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
 
         ``progress`` is called with the tokens so far whenever they grow. When the task that awaits
-        this is cancelled, the request is aborted wherever it runs.
+        this is cancelled, the request is aborted wherever it runs. ``across`` is given if the
+        completion may cross a push, to an engine that `crosses_pushes`: after `interrupt` it waits
+        until the push is loaded, and returns the policy version under which the rest is sampled.
 
         Raises:
             EngineError: when the engine fails.
             DivergedError: when the model's logits are not numbers.
+        """
+        ...
+
+    @property
+    def crosses_pushes(self) -> bool:
+        """Whether completions can go on after a push that interrupts them."""
+        ...
+
+    async def interrupt(self) -> None:
+        """End all that is sampled, and return when nothing is; see `complete`.
+
+        Raises:
+            EngineError: when the engine fails.
         """
         ...
 
@@ -186,6 +202,14 @@ class ThreadedEngine:
         """
         self._made = await in_thread(self._make)
 
+    @property
+    def crosses_pushes(self) -> bool:
+        """Whether completions go on after a push; they do not."""
+        return False
+
+    async def interrupt(self) -> None:
+        """Do nothing: nothing that runs may cross a push."""
+
     def capacity(self) -> str:
         """Return how much runs at once."""
         return "one request is sampled at a time"
@@ -198,6 +222,7 @@ class ThreadedEngine:
         *,
         policy_version: int,
         progress: Callable[[int], None],
+        across: Callable[[], Awaitable[int]] | None = None,
     ) -> Completion:
         """Return completion ``number`` of ``request``; all its completions are sampled in one call.
 

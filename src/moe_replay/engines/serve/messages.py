@@ -28,7 +28,7 @@ from moe_replay.engines.types import (
 from moe_replay.errors import CodecError
 from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of these messages; a client refuses a server of another one."""
 CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
@@ -73,12 +73,15 @@ class PolicyName(_Message):
         """The name as one string, for servers of other projects, such as ``7f3a:2``."""
         return f"{self.run}:{self.policy_version}"
 
-    def may_answer(self, wanted: PolicyName) -> bool:
-        """Return whether these weights answer a call for ``wanted``.
+    def may_answer(self, wanted: PolicyName, *, newer: bool = False) -> bool:
+        """Return whether these weights answer a call for ``wanted``, or, ``newer``, for older ones.
 
         A run that has pushed nothing yet asks for the checkpoint, under its own name.
         """
-        return self == wanted or (self.run == CHECKPOINT and wanted.policy_version == 0)
+        if self.run == CHECKPOINT:
+            return self == wanted or wanted.policy_version == 0
+        is_newer = newer and self.policy_version > wanted.policy_version
+        return self == wanted or (self.run == wanted.run and is_newer)
 
     @classmethod
     def read(cls, version: object) -> PolicyName:
@@ -119,6 +122,8 @@ class Status(_Message):
     """What its engine is and can return."""
     policy: PolicyName
     """The weights that it holds."""
+    crosses_pushes: bool = False
+    """Whether what it samples can go on after a push."""
 
 
 class Progress(_Message):
@@ -209,6 +214,8 @@ class GenerateCall(_Message):
     """Prompts."""
     sampling: SamplingParams
     """How to sample."""
+    crosses: bool = False
+    """Whether a push may interrupt the completions, which then go on under newer weights."""
 
     def engine_requests(self) -> list[Request]:
         """Return the prompts as an engine takes them."""
@@ -222,7 +229,13 @@ class GenerateCall(_Message):
         ]
 
 
-def call_bytes(requests: Sequence[Request], sampling: SamplingParams, policy: PolicyName) -> bytes:
+def call_bytes(
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    policy: PolicyName,
+    *,
+    crosses: bool = False,
+) -> bytes:
     """Return the body of a generate call."""
     call = GenerateCall(
         policy=policy,
@@ -235,6 +248,7 @@ def call_bytes(requests: Sequence[Request], sampling: SamplingParams, policy: Po
             for request in requests
         ],
         sampling=sampling,
+        crosses=crosses,
     )
     return call.model_dump_json().encode()
 
@@ -252,6 +266,7 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
                 "request_id": group.request.request_id,
                 "finish_reasons": [c.finish_reason.value for c in group.completions],
                 "lengths": [len(c.token_ids) for c in group.completions],
+                "versions": [[c.oldest_version, c.policy_version] for c in group.completions],
             }
             for group in groups
         ],
@@ -272,7 +287,7 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
 def read_groups(
     body: bytes, requests: Sequence[Request], *, max_bytes: int
 ) -> tuple[list[RolloutGroup], PolicyName]:
-    """Return the groups of a result for ``requests``, and the weights that they were sampled with.
+    """Return the groups of a result for ``requests``, and the weights that the server held then.
 
     Raises:
         CodecError: when the body is damaged, or answers something else.
@@ -283,7 +298,7 @@ def read_groups(
         message = json.loads(arrays[_MESSAGE].tobytes())
         policy = PolicyName.model_validate(message["policy"])
         traces = decode_traces(arrays[_TRACES].tobytes(), max_bytes=max_bytes)
-        groups = _groups_of(message["groups"], arrays, traces, requests, policy)
+        groups = _groups_of(message["groups"], arrays, traces, requests)
     except CodecError:
         raise
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
@@ -296,7 +311,6 @@ def _groups_of(
     arrays: Mapping[str, np.ndarray],
     traces: Mapping[str, RoutingTrace],
     requests: Sequence[Request],
-    policy: PolicyName,
 ) -> list[RolloutGroup]:
     asked = [(r.request_id, r.num_generations) for r in requests]
     answered = [(group["request_id"], len(group["lengths"])) for group in told]
@@ -306,6 +320,7 @@ def _groups_of(
             "another call"
         )
     lengths = [length for group in told for length in group["lengths"]]
+    versions = [(int(a), int(b)) for group in told for a, b in group["versions"]]
     reasons = [FinishReason(reason) for group in told for reason in group["finish_reasons"]]
     tokens, rollout_logprobs = arrays["token_ids"], arrays["rollout_logprobs"]
     if min(lengths, default=0) < 0 or not sum(lengths) == len(tokens) == len(rollout_logprobs):
@@ -325,8 +340,11 @@ def _groups_of(
             rollout_logprobs=rollout_logprobs[stop - length : stop],
             trace=traces.get(str(number)),
             finish_reason=reason,
-            policy_version=policy.policy_version,
+            policy_version=last,
+            began_under=None if first == last else first,
         )
-        for number, (length, stop, reason) in enumerate(zip(lengths, stops, reasons, strict=True))
+        for number, (length, stop, reason, (first, last)) in enumerate(
+            zip(lengths, stops, reasons, versions, strict=True)
+        )
     )
     return grouped(requests, every)

@@ -34,6 +34,8 @@ class Ask:
     """The weights to sample by."""
     description: EngineDescription
     """What the answer is checked against."""
+    crosses: bool = False
+    """Whether a push may interrupt it, so that newer weights go on with it."""
 
 
 @runtime_checkable
@@ -196,9 +198,11 @@ def finish_reason_of(
     return reason
 
 
-def check_policy(answered: PolicyName, wanted: PolicyName, url: str) -> None:
-    """Raise `CallError` unless a server answered by the weights that were asked for."""
-    if not answered.may_answer(wanted):
+def check_policy(
+    answered: PolicyName, wanted: PolicyName, url: str, *, newer: bool = False
+) -> None:
+    """Raise `CallError` unless a server answered by the weights asked for, or, ``newer``, later."""
+    if not answered.may_answer(wanted, newer=newer):
         raise CallError(
             Fault.STALE,
             f"{url} answered by policy version {answered.policy_version} of {answered.run}, expected "

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,7 @@ class ServerEngine(VersionedEngine):
         waits_for_loading: bool = False,
         bucket_bytes: int = 512 << 20,
         weight_transfer: Literal["auto", "gloo", "nccl"] = "auto",
+        crosses_pushes: bool = False,
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
@@ -105,6 +107,7 @@ class ServerEngine(VersionedEngine):
         self._pushed_bytes = 0
         self._broadcast: Broadcast | None = None
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
+        self._crosses = crosses_pushes
         self._run = run
         self._holders: frozenset[str] | None = None
         self._faults: Counter[Fault] = Counter()
@@ -130,6 +133,7 @@ class ServerEngine(VersionedEngine):
                     record_routes=record_routes,
                     # One rank is enough for a trial.
                     tries=self._pushes,
+                    crosses_pushes=self._crosses,
                 )
             )
         except BaseException:
@@ -184,6 +188,7 @@ class ServerEngine(VersionedEngine):
                 sampling=sampling,
                 policy=self._policy,
                 description=self._description,
+                crosses=self._crosses,
             )
             for request in requests
         ]
@@ -304,6 +309,9 @@ class ServerEngine(VersionedEngine):
     def _serve(self, server: RolloutServer, work: Round) -> None:
         """Let one server work on a round until nothing is left, or it fails too often in a row."""
         while (ask := work.take(server.url)) is not None:
+            if ask.crosses:
+                # A push may have come since the round began.
+                ask = replace(ask, policy=self._policy)
             try:
                 server.complete(
                     ask,

@@ -96,4 +96,5 @@ def _connect(
         waits_for_loading=waits_for_loading,
         bucket_bytes=section.push_bucket_mib << 20,
         weight_transfer=section.weight_transfer,
+        crosses_pushes=section.push_in_flight,
     )

@@ -42,10 +42,12 @@ def agreed_description(
     dtype: str,
     record_routes: bool,
     tries: bool,
+    crosses_pushes: bool = False,
 ) -> EngineDescription:
     """Return what the servers are, once each serves the recipe's model as it is needed.
 
-    With ``tries`` each is tested once, as `RolloutServer.check` does.
+    With ``tries`` each is tested once, as `RolloutServer.check` does. ``crosses_pushes``: what they
+    sample must go on after a push.
 
     Raises:
         RecipeError: when one does not, or they differ.
@@ -53,7 +55,13 @@ def agreed_description(
     """
     told = {}
     for server in servers:
-        url, description = server.url, server.status().description
+        url, status = server.url, server.status()
+        description = status.description
+        if crosses_pushes and not status.crosses_pushes:
+            raise RecipeError(
+                f"{url} ends what it samples before it takes a push; rollout.push_in_flight needs "
+                "servers of `moe-replay serve` with vLLM: start one, or set it to false"
+            )
         if record_routes and not description.records_routes:
             raise RecipeError(
                 f"{url} records no routes, which router_replay_mode = 'R3' replays: "

@@ -97,14 +97,16 @@ class ServerCalls(HttpCalls):
             CallError: for every other failure.
         """
         asked = [ask.request]
-        body = call_bytes(asked, ask.sampling, ask.policy)
+        body = call_bytes(asked, ask.sampling, ask.policy, crosses=ask.crosses)
         result = self._result("/generate", body, on_progress)
         try:
             (group,), answered = read_groups(result, asked, max_bytes=self._max_answer_bytes)
             check_group(group, ask.description)
         except (TraceError, EngineError) as error:
             raise CallError(Fault.CORRUPT, f"{self.url}: {error}") from error
-        check_policy(answered, ask.policy, self.url)
+        check_policy(answered, ask.policy, self.url, newer=ask.crosses)
+        for completion in group.completions:
+            _check_versions(completion, ask, answered, self.url)
         for number, completion in enumerate(group.completions):
             keep(number, completion)
 
@@ -226,3 +228,18 @@ class ServerCalls(HttpCalls):
 
 def _sums(part: WeightPart) -> list[int]:
     return [chunk.crc32 for chunk in part.chunks(MAX_CHUNK_BYTES)]
+
+
+def _check_versions(completion: Completion, ask: Ask, answered: PolicyName, url: str) -> None:
+    """Raise `CallError` unless a completion's versions lie between what was asked for and held."""
+    first, last = completion.oldest_version, completion.policy_version
+    least = ask.policy.policy_version
+    most = answered.policy_version if ask.crosses else least
+    spans = () if completion.trace is None else completion.trace.origin.spans
+    routed = {first, last} if not spans else {spans[0].policy_version, spans[-1].policy_version}
+    if not least <= first <= last <= most or routed != {first, last}:
+        raise CallError(
+            Fault.CORRUPT,
+            f"{url}: a completion was sampled by policy versions {first} to {last}, its routes by "
+            f"{sorted(routed)}, expected {least} to {most} of both",
+        )

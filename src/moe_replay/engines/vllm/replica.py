@@ -34,10 +34,14 @@ class VllmReplica:
         self.number = number
         """Its index among the replicas of its server."""
         self._next_id = 0
+        self._running: set[str] = set()
         self._cores = list(llm.engine_core.resources.engine_manager.processes)
         self._workers: list[psutil.Process] = []
-        self.num_running = 0
+
+    @property
+    def num_running(self) -> int:
         """Completions that are being sampled."""
+        return len(self._running)
 
     @classmethod
     def launch(cls, config: Any, *, number: int) -> VllmReplica:
@@ -90,21 +94,30 @@ class VllmReplica:
         # Pieces (DELTA) that pile up before a slow reader would be joined without their routes.
         params.output_kind = RequestOutputKind.CUMULATIVE
         self._next_id += 1
-        output = None
-        self.num_running += 1
+        name, output = str(self._next_id), None
+        self._running.add(name)
         try:
             with self._failures_named("sampling"):
-                calls = self._llm.generate(prompt, params, str(self._next_id))
+                calls = self._llm.generate(prompt, params, name)
                 async with aclosing(calls) as outputs:
                     async for output in outputs:
                         progress(len(output.outputs[0].token_ids))
         finally:
-            self.num_running -= 1
+            self._running.discard(name)
         if output is None or not output.finished:
             raise EngineError(
                 f"replica {self.number} of vLLM ended a completion without a last output"
             )
         return output
+
+    async def abort(self) -> None:
+        """End what is being sampled; each returns the tokens and routes that it has so far.
+
+        Raises:
+            EngineError: when vLLM fails.
+        """
+        with self._failures_named("aborting"):
+            await self._llm.abort(list(self._running))
 
     async def workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `PushWorker` in every worker, and return what each returned.

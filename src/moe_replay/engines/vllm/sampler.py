@@ -83,6 +83,9 @@ class Draw:
     """Only this many of the most likely tokens are kept; 0 keeps all."""
     num_known_ids: int | None
     """Ids from here on are never drawn, as the tokenizer lacks them; None draws from all."""
+    num_before: int = 0
+    """Tokens that an earlier call of the same completion drew, and that end the prompt of this one:
+    the noise goes on behind theirs."""
 
 
 def draw_params(
@@ -92,8 +95,9 @@ def draw_params(
     completion: int,
     stop_token_ids: tuple[int, ...],
     num_known_ids: int | None = None,
+    num_before: int = 0,
 ) -> VllmSamplingParams:
-    """Return vLLM's parameters for one completion.
+    """Return vLLM's parameters for one completion, or the rest of one after ``num_before`` tokens.
 
     ``stop_token_ids`` end it as those of ``sampling`` do, such as the model's own.
     """
@@ -105,11 +109,12 @@ def draw_params(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         num_known_ids=num_known_ids,
+        num_before=num_before,
     )
     return VllmSamplingParams(
         # The best token of a row is the drawn one, so vLLM must not draw again.
         temperature=0.0,
-        max_tokens=sampling.max_completion_length,
+        max_tokens=sampling.max_completion_length - num_before,
         stop_token_ids=sorted({*stop_token_ids, *sampling.stop_token_ids}),
         ignore_eos=True,
         logprobs=0,
@@ -119,15 +124,24 @@ def draw_params(
 
 
 def asked_of(
-    request: Request, number: int, sampling: SamplingParams, facts: ModelFacts
+    request: Request,
+    number: int,
+    sampling: SamplingParams,
+    facts: ModelFacts,
+    *,
+    num_before: int = 0,
 ) -> tuple[TokensPrompt, VllmSamplingParams]:
-    """Return prompt and parameters of completion ``number`` of a request, as vLLM takes them."""
+    """Return prompt and parameters of completion ``number`` of a request, as vLLM takes them.
+
+    ``num_before`` tokens at the end of the prompt were sampled in an earlier call.
+    """
     params = draw_params(
         sampling,
         request_id=request.request_id,
         completion=number,
         stop_token_ids=facts.eos_ids,
         num_known_ids=facts.num_known_ids,
+        num_before=num_before,
     )
     return TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()), params
 
@@ -214,9 +228,9 @@ def _new_row(
         seed=draw.seed,
         request_id=draw.request_id,
         completion=draw.completion,
-        length=params.max_tokens,
+        length=draw.num_before + params.max_tokens,
     )
-    return _Row(draw=draw, noise=noise, output_ids=output_ids)
+    return _Row(draw=draw, noise=noise[draw.num_before :], output_ids=output_ids)
 
 
 def _draw_of(params: VllmSamplingParams) -> Draw | None:

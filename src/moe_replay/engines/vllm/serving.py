@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from moe_replay.checkpoint.config import load_config
 from moe_replay.checkpoint.facts import ModelFacts, read_facts
+from moe_replay.engines.crossing import continued, joined
 from moe_replay.engines.lifecycle import Lifecycle, State
 from moe_replay.engines.serve.engine import HeldPush
-from moe_replay.engines.types import Completion, Request, SamplingParams
+from moe_replay.engines.types import Completion, FinishReason, Request, SamplingParams
 from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
 from moe_replay.engines.vllm.replica import VllmReplica, launch_all
 from moe_replay.engines.vllm.startup import check_loadable, describe_vllm, engine_options
@@ -31,6 +32,8 @@ from moe_replay.routing import LayerOrder
 # Steps between two outputs of a running completion: what each costs is paid in the server's one
 # event loop.
 _STREAM_INTERVAL = 16
+# Time between two attempts to abort what runs, in seconds.
+_ABORT_S = 0.01
 # Time between two looks at whether all processes live, in seconds.
 _LOOK_S = 1.0
 
@@ -93,6 +96,12 @@ class VllmServing(Lifecycle):
         self._replicas: list[VllmReplica] = []
         self._held = HeldPush(self._load)
         self._staged: Path | None = None
+        self._num_interrupts = 0
+
+    @property
+    def crosses_pushes(self) -> bool:
+        """Whether completions go on after a push; they do."""
+        return True
 
     async def start(self) -> None:
         """Start all processes, and return when they have loaded the model.
@@ -124,11 +133,13 @@ class VllmServing(Lifecycle):
         *,
         policy_version: int,
         progress: Callable[[int], None],
+        across: Callable[[], Awaitable[int]] | None = None,
     ) -> Completion:
         """Sample completion ``number`` of ``request``, under the name of ``policy_version``.
 
         ``progress`` is called with the tokens so far, every 16 of them. When the task that awaits
-        this is cancelled, the request is aborted in every worker.
+        this is cancelled, the request is aborted in every worker. One that `interrupt` ended goes
+        on after ``across``: prompt and tokens so far are fed again, and its noise goes on.
 
         Raises:
             EngineError: when vLLM fails, or the engine is not ready.
@@ -136,19 +147,44 @@ class VllmServing(Lifecycle):
         """
         from moe_replay.engines.vllm.sampler import asked_of
 
-        self._check_state("ready")
-        prompt, params = asked_of(request, number, sampling, self._facts)
-        replica = min(self._replicas, key=lambda replica: replica.num_running)
-        output = await replica.sample(prompt, params, progress)
-        return completion_of(
-            output,
-            request=request,
-            number=number,
-            facts=self._facts,
-            description=self._description,
-            policy_version=policy_version,
-            layer_order=self._layer_order,
-        )
+        parts: list[Completion] = []
+        while True:
+            self._check_state("ready")
+            before, asked = self._num_interrupts, continued(request, parts)
+            done = len(asked.prompt_ids) - len(request.prompt_ids)
+            prompt, params = asked_of(asked, number, sampling, self._facts, num_before=done)
+            replica = min(self._replicas, key=lambda replica: replica.num_running)
+            output = await replica.sample(prompt, params, lambda grown: progress(done + grown))  # noqa: B023 - called before it changes
+            part = completion_of(
+                output,
+                request=asked,
+                number=number,
+                facts=self._facts,
+                description=self._description,
+                policy_version=policy_version,
+                layer_order=self._layer_order,
+            )
+            parts.append(part)
+            was_interrupted = (
+                part.finish_reason is FinishReason.ABORTED and before < self._num_interrupts
+            )
+            if across is None or not was_interrupted:
+                where = f"vllm: request {request.request_id}, completion {number}"
+                return joined(request, parts, where=where)
+            policy_version = await across()
+
+    async def interrupt(self) -> None:
+        """End all that is sampled, and return when none is; what may cross a push goes on after it.
+
+        Raises:
+            EngineError: when vLLM fails.
+        """
+        self._num_interrupts += 1
+        # Again and again: a completion may be on its way to vLLM, where it cannot be aborted yet.
+        while any(replica.num_running for replica in self._replicas):
+            self._check_state("ready")
+            await _all(replica.abort() for replica in self._replicas)
+            await asyncio.sleep(_ABORT_S)
 
     async def stage(self, folder: Path) -> None:
         """Check a push: names and shapes here, and the values of each tensor in one worker.

@@ -133,6 +133,10 @@ class ServersEngineSection(SamplingEngineSection):
     samples_beside: ClassVar[bool] = True
 
     engine: Literal["vllm-server", "sglang-server"]
+    push_in_flight: bool = False
+    """Push weights while the rollout beside the trainer goes on: completions under way continue
+    under the new weights, and runs are no longer reproducible. Needs ``max_staleness`` and servers
+    of ``moe-replay serve`` with vLLM."""
     urls: Annotated[Several[str], Key(may_change=True, holds_secrets=True)] = ()
     """Addresses of the servers of ``vllm-server`` or ``sglang-server``, such as
     ``http://127.0.0.1:8000``."""

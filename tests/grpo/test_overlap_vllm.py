@@ -1,0 +1,91 @@
+"""Runs over two real `moe-replay serve` processes whose rollouts overlap with training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_replay.checkpoint.tokenizer import load_tokenizer
+from moe_replay.errors import MisalignmentError
+from moe_replay.grpo.engines import recipe_engine
+from moe_replay.recipe.recipe import Recipe
+from moe_replay.testing.misrouting import MisroutingEngine, one_row_late
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+from ..support.served import ServerProcess
+from .test_loop import run
+
+pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]
+Recipes = Callable[..., Recipe]
+OPTIONS = ["--dtype", "float32", "--kv-cache-gib", "0.1", "--max-batch-size", "16"]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """Return a model whose completions are long, and two servers of it."""
+    model = write_tiny_checkpoint(
+        tmp_path_factory.mktemp("overlap") / "model",
+        num_hidden_layers=3,
+        num_experts=32,
+        initializer_range=0.1,
+        max_position_embeddings=512,
+    )
+    load_tokenizer(model)
+    with ServerProcess(model, *OPTIONS) as first, ServerProcess(model, *OPTIONS) as second:
+        first.wait()
+        second.wait()
+        yield model, [first.url, second.url]
+
+
+def crossing(recipe: Recipes, servers: tuple[Path, list[str]], **keys: Any) -> Recipe:
+    model, urls = servers
+    settings = {
+        "model__path": model,
+        "rollout__engine": "vllm-server",
+        "rollout__urls": json.dumps(urls),
+        "rollout__dtype": "float32",
+        "rollout__max_staleness": 1,
+        "rollout__push_in_flight": "true",
+        "rollout__max_batch_size": 64,
+        "rollout__max_completion_length": 240,
+        "batch__global_batch_size": 32,
+        "batch__max_tokens_per_microbatch": 4096,
+        "run__max_steps": STEPS,
+        "checkpoint__save_steps": 100,
+        "checkpoint__export": "false",
+    }
+    return recipe(**settings | keys)
+
+
+def test_completions_cross_pushes_and_their_routes_stay_theirs(
+    recipe: Recipes, servers: tuple[Path, list[str]]
+) -> None:
+    records = run(crossing(recipe, servers))
+    assert len(records) == STEPS
+    assert sum(r["rollout/num_crossed"] for r in records) > 0
+    for record in records:
+        assert record["rollout/staleness_max"] <= 1.0
+        assert record["replay/coverage"] == 1.0
+        assert record["replay/dropped_samples"] == record["replay/lost_samples"] == 0.0
+        assert record["replay/agreement"] > 0.9
+    assert {v for k, v in records[-1].items() if k.startswith("rollout/faults_")} == {0.0}
+
+
+def test_control_shifted_routes_are_found_in_such_a_run(
+    recipe: Recipes, servers: tuple[Path, list[str]]
+) -> None:
+    def make(r: Recipe, device: torch.device) -> Any:
+        return MisroutingEngine(
+            recipe_engine(r, device),
+            one_row_late,
+            lambda group, number: (group.request.request_id, number) == (19, 2),
+        )
+
+    with pytest.raises(MisalignmentError, match="step 3, old_logprobs"):
+        run(crossing(recipe, servers), make_engine=make)
