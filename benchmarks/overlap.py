@@ -1,10 +1,10 @@
 """What rollout.max_staleness = 1 gains: steps of a run over two servers, beside those without it.
 
-Two `moe-replay serve` processes sample, and the demo's recipe trains over them twice: one rollout
-after the other step, and rollouts beside steps. The two runs take turns of some steps each, stopped
+Two `moe-replay serve` processes sample, and the demo's recipe trains over them twice: rollouts
+before steps, and rollouts beside them. The two runs take turns of some steps each, stopped
 and resumed, so that what else the machine does meets both. The figures come last, one JSON object a
 line: the median time of an overlapped step over that of a synchronous one, and how much more reward
-the last tenth of the overlapped run's steps earns.
+the overlapped run earns on held-out prompts in the end.
 
     python benchmarks/overlap.py [--quick] [--delay 3] [--steps 60] [--turn 20]
 
@@ -146,12 +146,13 @@ def figures_of(folder: Path, delay_s: float) -> dict[str, tuple[float, str]]:
         last = max(1, len(records) // 10)
         # The first steps load and warm up, on either side, and beside the last nothing is sampled.
         step_s[name] = statistics.median(times[2:-1])
-        rewards[name] = statistics.fmean(record["reward"] for record in records[-last:])
+        reward = statistics.fmean(record["reward"] for record in records[-last:])
         said = f"{name}: {len(records)} steps, median {step_s[name]:.2f} s, of which rollout "
         said += f"{statistics.median(waited[2:-1]):.2f} s; reward {records[0]['reward']:.3f} at "
-        said += f"first, {rewards[name]:.3f} over the last {last}"
+        said += f"first, {reward:.3f} over the last {last}"
         evaluations = (folder / name / "eval.jsonl").read_text().splitlines()
         held_out = [json.loads(line)["eval/reward"] for line in evaluations]
+        rewards[name] = held_out[-1]
         print(f"{said}; held out {held_out[0]:.3f} before, {held_out[-1]:.3f} after")
     print(f"answers of the servers were held back for {delay_s:g} s")
     return {

@@ -304,5 +304,5 @@ def test_weights_are_pushed_in_flight_only_where_something_is():
     server = {"engine": "vllm-server", "urls": ["http://a"], "push_in_flight": True}
     assert "nothing is sampled while weights are pushed" in problems_of(rollout=server)
     other = server | {"engine": "sglang-server", "max_staleness": 1}
-    assert "which token was sampled by which weights" in problems_of(rollout=other)
+    assert "which weights sampled which token" in problems_of(rollout=other)
     assert recipe(rollout=server | {"max_staleness": 1}).rollout.push_in_flight

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moe_replay.checkpoint.config import load_config, load_generation_config
 from moe_replay.checkpoint.stop_tokens import describe_stop_tokens, stop_tokens
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.rollout import ServersEngineSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,10 @@ def describe_overlap(recipe: Recipe) -> str:
     """Return when rollouts run beside the steps that learn from them."""
     if not recipe.rollout.max_staleness:
         return "before each step, by its weights"
-    return "beside the step before, so completions are one weight push old (max_staleness 1)"
+    rollout = recipe.rollout
+    crosses = isinstance(rollout, ServersEngineSection) and rollout.push_in_flight
+    beside = "beside the step before, so completions are one weight push old (max_staleness 1)"
+    return f"{beside}, or a push meets them (push_in_flight)" if crosses else beside
 
 
 def describe_ends(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -202,19 +202,13 @@ def _servers_are_named(rollout: ServersEngineSection) -> Iterator[Problem]:
 
 @Rule
 def _pushes_meet_a_rollout(rollout: ServersEngineSection) -> Iterator[Problem]:
+    key = "rollout.push_in_flight"
     if rollout.push_in_flight and not rollout.max_staleness:
-        yield Problem(
-            "rollout.push_in_flight",
-            "true with rollout.max_staleness = 0, where nothing is sampled while weights are "
-            "pushed: set max_staleness = 1, or push_in_flight = false",
-        )
+        why = "nothing is sampled while weights are pushed: set max_staleness = 1, or this to false"
+        yield Problem(key, f"true with rollout.max_staleness = 0, where {why}")
     if rollout.push_in_flight and rollout.engine != "vllm-server":
-        yield Problem(
-            "rollout.push_in_flight",
-            f"true with rollout.engine = {rollout.engine!r}: only servers of `moe-replay serve` say "
-            "which token was sampled by which weights; set it to false",
-            is_unsupported=True,
-        )
+        why = "only `moe-replay serve` says which weights sampled which token: set it to false"
+        yield Problem(key, f"true with rollout.engine = {rollout.engine!r}: {why}", True)
 
 
 @Rule
