@@ -107,8 +107,7 @@ class ServerEngine(VersionedEngine):
         self._pushed_bytes = 0
         self._broadcast: Broadcast | None = None
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
-        self._crosses = crosses_pushes
-        self._run = run
+        self._crosses, self._run = crosses_pushes, run
         self._holders: frozenset[str] | None = None
         self._faults: Counter[Fault] = Counter()
         self._redraws = Redraws()
