@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.ranks
 Recipes = Callable[..., Recipe]
 
 
-def stopped_in(recipe: Recipe, station: tuple[int, str], world_size: int) -> int:
+def stopped_in(
+    recipe: Recipe, station: tuple[int, str], world_size: int, make_engine: Any = beside
+) -> int:
     """Train until a station of a step asks the run to stop; return its last finished step."""
 
     def call() -> int:
@@ -44,7 +47,7 @@ def stopped_in(recipe: Recipe, station: tuple[int, str], world_size: int) -> int
             reporter.station = heard
             process = ProcessSpec(rank=rank, world_size=world_size)
             return train(
-                recipe, process=process, reporter=reporter, make_engine=beside, stop=stop
+                recipe, process=process, reporter=reporter, make_engine=make_engine, stop=stop
             ).step
 
     steps = set(run_ranks(call, world_size, timeout_s=300))

@@ -19,6 +19,7 @@ from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from ..support.served import ServerProcess
 from .test_loop import run
+from .test_overlap_ends import stopped_in
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]
 Recipes = Callable[..., Recipe]
@@ -89,3 +90,15 @@ def test_control_shifted_routes_are_found_in_such_a_run(
 
     with pytest.raises(MisalignmentError, match="step 3, old_logprobs"):
         run(crossing(recipe, servers), make_engine=make)
+
+
+def test_a_stop_while_a_rollout_is_awaited_drops_it_and_the_run_goes_on(
+    recipe: Recipes, servers: tuple[Path, list[str]]
+) -> None:
+    made = crossing(recipe, servers)
+    assert stopped_in(made, (3, "rollout"), 1, recipe_engine) == 2
+    assert not list(made.run.output_dir.glob("checkpoints/*/rollout"))
+    records = run(made)
+    assert len(records) == STEPS
+    # Sampled again, by the weights of the checkpoint.
+    assert records[2]["rollout/staleness_max"] == 0.0
