@@ -214,7 +214,7 @@ class GenerateCall(_Message):
     """Prompts."""
     sampling: SamplingParams
     """How to sample."""
-    crosses: bool = False
+    crosses: bool
     """Whether a push may interrupt the completions, which then go on under newer weights."""
 
     def engine_requests(self) -> list[Request]:
