@@ -108,3 +108,11 @@ def test_clean_steps_of_the_guard_are_counted() -> None:
     found = {row["metric"]: row["value"] for row in map(json.loads, lines)}
     assert found["guard_power.clean_steps_8-2-4"] == 30
     assert found["guard_power.false_alarms_8-2-4"] == 0
+
+
+def test_overlap_prints_its_two_figures() -> None:
+    lines = printed("overlap.py", "--quick", "--delay", "0.2")
+    figures = [json.loads(line) for line in lines[-2:]]
+    assert [figure["metric"] for figure in figures] == ["overlap.step_ratio", "overlap.reward_gap"]
+    assert figures[0]["value"] > 0
+    assert "held back for 0.2 s" in lines[-3]
