@@ -13,6 +13,9 @@ vocabulary; those of whole logits, in tensors of tokens x vocabulary, are printe
 `logits.time_ratio` is chunks over whole logits, of a scoring pass and an update together.
 `push.peak_ratio` is what the weights and a push of them hold at the peak, over the weights: one
 parameter of a layer and two parts of the push more, where a plan that held its tensors came to 2.
+`plan.byte_error_frac` is how far the formulas of `moe-replay doctor --plan` are off at worst, over
+small models and layouts: of weights, gradients and optimizer state, and of the peaks of an update
+and of scoring beyond these. The constants are the CPU's.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,11 +40,13 @@ from moe_replay.megatron.layout import ParallelLayout, initialize, shutdown
 from moe_replay.megatron.logprobs import token_statistics
 from moe_replay.megatron.weights import WeightExport
 from moe_replay.testing.memory import peak_bytes
+from moe_replay.testing.planned import CASES, compare
 from moe_replay.testing.policies import start_policy
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 TEMPERATURE = 0.7
 _FLOAT_BYTES = 4
+QUICK_CASES = ("plain", "full recompute", "many words", "latent attention", "tp2 ep2")
 
 
 class OutputLayer:
@@ -135,13 +140,33 @@ def push_ratio() -> float:
     return (weights + peak_bytes(export)) / weights
 
 
+def plan_error(names: Iterable[str]) -> float:
+    """Return the largest relative error of the plan over cases, and print each."""
+    worst = 0.0
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(Path(folder), CASES[name])
+        worst = max(worst, *(abs(row.error_frac) for row in rows))
+        peaks = (
+            f"{row.what} {row.measured / 2**20:.1f} MiB {row.error_frac:+.1%}"
+            for row in rows
+            if row.what in ("update", "scoring")
+        )
+        print(f"plan, {name}: {', '.join(peaks)}")
+    return worst
+
+
 def main() -> None:
     """Print what was measured, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="half of the tokens, fewer pairs")
+    parser.add_argument(
+        "--quick", action="store_true", help="half of the tokens, fewer pairs and cases"
+    )
     parser.add_argument("--pairs", type=int, help="default 9, quick 3")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    # First: its processes are forks, and must not inherit process groups.
+    error = plan_error(QUICK_CASES if options.quick else CASES)
     initialize(ParallelLayout())
     tokens, pairs = (1024, options.pairs or 3) if options.quick else (2048, options.pairs or 9)
     layer = OutputLayer(tokens=tokens, vocab=32768, hidden=256, chunk=tokens // 4)
@@ -170,6 +195,7 @@ def main() -> None:
         ("logits.update_peak_chunks", peaks["update"][0] / unit / layer.chunk, "chunks"),
         ("logits.time_ratio", contest.ratio, "ratio"),
         ("push.peak_ratio", push_ratio(), "ratio"),
+        ("plan.byte_error_frac", error, "frac"),
     ):
         print(json.dumps({"metric": metric, "value": round(value, 4), "unit": what}))
 

@@ -192,7 +192,11 @@ def _scoring(
 
 
 def _exchanges(settings: Settings, kernels: Kernels) -> float:
-    return kernels.exchange_copies * (settings.layout.expert_model_parallel_size > 1)
+    """Return the copies of dispatched rows that are on their way between ranks."""
+    layout = settings.layout
+    cut = layout.expert_tensor_size
+    received = layout.expert_model_parallel_size > 1
+    return kernels.exchange_copies * (received + (1 / cut if cut > 1 else 0))
 
 
 def _logits(
@@ -207,7 +211,9 @@ def _logits(
     # Lower precision first gives logits in its own format.
     rounded = number if number < 4 else 0
     if not learns:
-        return hidden, chunk * (2 * 4 + rounded)
+        # Residual rows and their norm on this rank, gathered, and those that are picked.
+        seen = 2 * hidden / layout.tensor_model_parallel_size + 2 * hidden
+        return seen, chunk * (2 * 4 + rounded)
     buffers = 2 if settings.update_has_entropies else 1
     last = hidden / layout.tensor_model_parallel_size * kernels.norm_copies
     # A gradient of the rows; of the weight one that nobody reads, in lower precision one product.

@@ -1,0 +1,48 @@
+"""The formulas against what torch hands out on the CPU, and formulas with a term left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moe_replay.plan.trainer.kernels import CPU
+from moe_replay.testing.planned import CASES, Compared, compare
+
+EXACT = ("weights", "gradients", "optimizer")
+MAX_ERROR_FRAC = 0.1
+
+
+def update_of(rows: list[Compared]) -> Compared:
+    (found,) = [row for row in rows if row.what == "update"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_held_is_exact_and_peaks_are_near(tmp_path, name):
+    for row in compare(tmp_path, CASES[name]):
+        limit = 0.0 if row.what in EXACT else MAX_ERROR_FRAC
+        assert abs(row.error_frac) <= limit, row
+
+
+@pytest.mark.parametrize(
+    ("name", "term"),
+    [
+        ("plain", {"gated_copies": 1}),
+        ("plain", {"core_inputs": 0, "core_outputs": 1}),
+        ("full recompute", {"dispatch_copies": 0}),
+        ("latent attention", {"keeps_attention_weights": False}),
+    ],
+)
+def test_formulas_without_a_term_are_far_off(tmp_path, name, term: dict[str, Any]):
+    rows = compare(tmp_path, CASES[name], replace(CPU, **term))
+    assert update_of(rows).error_frac < -MAX_ERROR_FRAC
+
+
+def test_formulas_without_recomputation_are_far_off(tmp_path):
+    """The policy recomputes, the plan is told that it does not."""
+    planned = update_of(compare(tmp_path, CASES["plain"])).planned
+    measured = update_of(compare(tmp_path, CASES["full recompute"])).measured
+    assert planned > 2 * measured
