@@ -50,6 +50,6 @@ def recipe() -> Callable[..., Recipe]:
         }
         for name, keys in sections.items():
             table[name] = {**table.get(name, {}), **keys}
-        return recipe_from_table(table)
+        return recipe_from_table(table).on_device("cuda")
 
     return make

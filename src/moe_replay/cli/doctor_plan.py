@@ -26,8 +26,6 @@ def run_plan(options: argparse.Namespace) -> int:
     """
     machine = read_machine(options.plan)
     recipe = load_recipe(options.recipe, options.overrides)
-    if hasattr(recipe, "on_device"):
-        recipe = recipe.on_device("cuda")
     plan = make_plan(recipe, machine)
     if options.json:
         print(json.dumps(plan.as_json(), indent=2))

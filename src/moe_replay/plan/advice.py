@@ -101,7 +101,7 @@ def _with(
         else:
             target[name] = value
     try:
-        return plan_memory(recipe_from_table(table), shape, machine)
+        return plan_memory(recipe_from_table(table).on_device("cuda"), shape, machine)
     except MoeReplayError:
         return None
 
@@ -139,6 +139,8 @@ def _changes(recipe: Recipe, shape: ModelShape, machine: Machine) -> Iterator[Ch
 
 def _rollout_changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
     section = recipe.rollout
+    if section.shares_device and recipe.megatron.offload_during_rollout != "weights":
+        yield Change(group="offload", keys={"megatron.offload_during_rollout": "weights"})
     if not isinstance(section, VllmEngineSection):
         return
     if section.kv_cache_gib is None:

@@ -230,8 +230,7 @@ def _phases(
 
 def gives_back(recipe: Recipe) -> int:
     """Return how much the trainer frees while an engine samples: an index of ``_GIVES_BACK``."""
-    level = getattr(recipe.megatron, "offload_during_rollout", "none")
-    return _GIVES_BACK.index(level)
+    return _GIVES_BACK.index(recipe.megatron.offload_during_rollout)
 
 
 def parts_of(held: Resident, given: int = 0) -> dict[str, float]:

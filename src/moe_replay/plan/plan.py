@@ -96,13 +96,13 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
-    """Compute the plan of a recipe; of its checkpoint only config.json has to exist.
+    """Compute the plan of a recipe on GPUs; of its checkpoint only config.json has to exist.
 
     Raises:
         RecipeError: config.json is missing or damaged, or the batch does not divide.
         UnsupportedError: the model is not supported, or cannot be cut like that.
     """
-    shape = read_model_shape(recipe.model.path)
+    recipe, shape = recipe.on_device("cuda"), read_model_shape(recipe.model.path)
     memory = plan_memory(recipe, shape, machine)
     return Plan(
         machine=machine,
