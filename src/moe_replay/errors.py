@@ -5,6 +5,7 @@
     MoeReplayError
     ├── RecipeError (ValueError)         the recipe, a dataset or a path in it is wrong
     │   └── UnsupportedError             a model, layout or option that replay cannot honour exactly
+    │       └── MachineError             a package or device that this machine lacks
     ├── TraceError (ValueError)          routes that cannot be what they claim to be
     │   ├── TokenMismatchError           routes that belong to other tokens than these
     │   └── CodecError                   bytes that are not an intact trace
@@ -39,6 +40,10 @@ class RecipeError(MoeReplayError, ValueError):
 
 class UnsupportedError(RecipeError):
     """The model, layout or option is one that cannot be honoured exactly, so it is refused."""
+
+
+class MachineError(UnsupportedError):
+    """The recipe needs a package or a device that this machine lacks; another may have it."""
 
 
 class TraceError(MoeReplayError, ValueError):

@@ -65,6 +65,7 @@ def _error_block(error: MoeReplayError) -> str:
 
 _KINDS = {
     "RecipeError": "the recipe, or something it points to, is wrong",
+    "MachineError": "this machine lacks what the recipe needs",
     "UnsupportedError": "the recipe asks for something that is not supported",
     "RewardError": "a reward function failed",
     "EngineError": "the inference engine failed",

@@ -44,6 +44,8 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
             options.parser.error(
                 f"--{key} has no value: write --{key} VALUE (true or false for a switch)"
             )
+    if options.command == "train" and options.elsewhere and not options.dry_run:
+        options.parser.error("--elsewhere is for a dry run: add --dry-run")
     options.overrides = overrides
     return options
 
@@ -135,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, show the resolved recipe and stop"
+    )
+    command.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="with --dry-run: for a run on another machine with GPUs; packages, servers and the output directory are "
+        "left to that one and listed",
     )
     command.add_argument(
         "--restart",

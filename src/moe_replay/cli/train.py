@@ -37,10 +37,16 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         with stop.listening(forwards=launched, say=say), ExitStack() as stack:
             with stop.breaking_off():
-                checked = _prepare(options.recipe, options.overrides, tries_push=options.dry_run)
+                checked = _prepare(
+                    options.recipe,
+                    options.overrides,
+                    tries_push=options.dry_run,
+                    elsewhere=options.elsewhere,
+                )
             stack.callback(checked.close)
             if options.dry_run:
-                _check_directory(checked, **kept)
+                if not options.elsewhere:
+                    _check_directory(checked, **kept)
                 _show(checked)
                 return 0
             _, end = _train(checked, **kept, stop=stop)
@@ -74,6 +80,8 @@ def _show(checked: Preflight) -> None:
         print(checked.recipe.resolved_toml(), flush=True)
         (prompt,) = checked.inputs.train.at(0, 1)
         say(f"first training prompt, {len(prompt.prompt_ids)} tokens:\n{prompt.text}")
+        for text in checked.unanswered:
+            say(f"left to the machine that trains: {text}")
         say("dry run: the recipe and everything it points to are in order")
 
 
@@ -116,6 +124,7 @@ def _prepare(
     overrides: Sequence[tuple[str, str]] | Mapping[str, Any],
     *,
     tries_push: bool = False,
+    elsewhere: bool = False,
 ) -> Preflight:
     """Load a recipe, check that it can start, and print progress and notes.
 
@@ -125,7 +134,15 @@ def _prepare(
     process = read_process(os.environ)
     set_defaults(os.environ)
     recipe = load_recipe(source, overrides)
-    checked = preflight(recipe, process, tries_push=tries_push, announce=say, progress=Progress())
+    checked = preflight(
+        recipe,
+        process,
+        any_ranks=elsewhere and not process.launched_by_torchrun,
+        tries_push=tries_push,
+        elsewhere=elsewhere,
+        announce=say,
+        progress=Progress(),
+    )
     checked.refuse()
     for note in _notes(checked):
         say(note)

@@ -115,7 +115,7 @@ def plan_memory(
     engine = engine_bytes(
         shape,
         recipe.rollout,
-        gpu_bytes=machine.gpu_gb * 1e9,
+        gpu_bytes=(machine.servers or machine).gpu_gb * 1e9,
         max_sequence_length=recipe.max_sequence_length,
         server_ranks=_server_ranks(recipe, machine),
     )

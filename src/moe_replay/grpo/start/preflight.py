@@ -11,17 +11,17 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from moe_replay.engines.registry import engine_entry
-from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError
+from moe_replay.errors import MachineError, MoeReplayError, RecipeError, UnsupportedError
 from moe_replay.grpo.start.device import check_attention, on_this_device
 from moe_replay.grpo.start.packages import installed
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
-from moe_replay.recipe.sections.rollout import RolloutSection
+from moe_replay.recipe.sections.rollout import RolloutSection, ServersEngineSection
 from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.tasks.datasets.cache import Progress
 
@@ -41,8 +41,11 @@ Answer = TypeVar("Answer")
 class Preflight:
     """What is known of a run before it starts; None for what a problem kept us from finding."""
 
-    def __init__(self, recipe: Recipe, process: ProcessSpec) -> None:
-        """Start with nothing known."""
+    def __init__(self, recipe: Recipe, process: ProcessSpec, *, elsewhere: bool = False) -> None:
+        """Start with nothing known; ``elsewhere`` is for a run on another machine, on GPUs."""
+        self.elsewhere = elsewhere
+        self.unanswered: list[str] = []
+        """What only the machine that trains can answer; empty unless the run is elsewhere."""
         self.recipe = recipe
         """With what it leaves to the device decided, once the checkpoint's config was read."""
         self.process = process
@@ -70,6 +73,9 @@ class Preflight:
         try:
             return check()
         except MoeReplayError as refusal:
+            if self.elsewhere and isinstance(refusal, MachineError):
+                self.unanswered.append(str(refusal))
+                return None
             if str(refusal) not in map(str, self.problems):
                 self.problems.append(refusal)
             return None
@@ -121,6 +127,7 @@ def preflight(
     own_engine: bool = False,
     any_ranks: bool = False,
     tries_push: bool = False,
+    elsewhere: bool = False,
     announce: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Preflight:
@@ -129,10 +136,11 @@ def preflight(
     ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for
     one who will start the lowest number of ranks that the layout allows, ``tries_push`` for one who
     will not start at all: servers are then given the checkpoint, as a start gives it to them.
+    ``elsewhere`` is for a run on another machine, with GPUs: what only that one can answer is listed.
     ``announce`` is told what begins where that takes seconds, ``progress`` how far the work on
     large datasets has come. Close the answer, or give it to `train`, which does.
     """
-    found = Preflight(recipe, process)
+    found = Preflight(recipe, process, elsewhere=elsewhere)
     found.versions = versions_for(recipe)
     for version in found.versions:
         found.ask(lambda version=version: _check_version(version))
@@ -145,7 +153,10 @@ def preflight(
     _ask_checkpoint(found)
     if found.shape is not None:
         _ask_layout(found, found.shape)
-        if found.facts is not None and not own_engine:
+        is_here = not elsewhere or not isinstance(recipe.rollout, ServersEngineSection)
+        if not is_here:
+            found.unanswered.append("the servers of rollout.urls were not asked what they serve")
+        if found.facts is not None and not own_engine and is_here:
             found.ask(lambda: _check_engine(found, tries_push=tries_push))
         announce("loading tokenizer, data and rewards ...")
         from moe_replay.grpo.inputs import open_inputs
@@ -199,7 +210,7 @@ def ranks_needed(layout: ParallelLayout) -> int:
 
 def _check_version(row: PackageVersion) -> None:
     if not row.is_ok:
-        raise UnsupportedError(
+        raise MachineError(
             f"{row.name} {row.found or 'is missing'}, expected {row.supported}; {row.remedy}"
         )
 
@@ -244,7 +255,8 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     from moe_replay.megatron.stages import stage_layers
     from moe_replay.megatron.upstream.compat import transformer_engine_usable
 
-    recipe = found.recipe = on_this_device(found.recipe)
+    here = found.recipe.on_device("cuda") if found.elsewhere else on_this_device(found.recipe)
+    recipe = found.recipe = here
     layout, dtype = recipe.megatron, getattr(torch, recipe.model.dtype)
     found.ask(lambda: _check_ranks(layout, found.process.world_size))
     asked = asked_config(shape, layout, dtype=dtype, overrides=layout.config_fields())
@@ -252,9 +264,15 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     if recipe.replays:
         found.problems += _refusals(found.verdicts, shape, recipe)
     wrong = list(option_errors(layout))
-    found.problems += wrong
-    if wrong:
+    lacking = [error for error in wrong if found.elsewhere and isinstance(error, MachineError)]
+    found.unanswered += map(str, lacking)
+    found.problems += [error for error in wrong if error not in lacking]
+    if len(lacking) < len(wrong):
         return
+    if lacking:
+        # Megatron-Core would refuse them here too, whatever it says where they can be.
+        plain: dict[str, dict[str, Any]] = {"transformer": {}, "ddp": {}, "optimizer": {}}
+        layout = layout.model_copy(update=plain)
     options = read_options(layout)
     found.config = found.ask(
         lambda: transformer_config(shape, layout, dtype=dtype, overrides=options.transformer)

@@ -18,7 +18,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from moe_replay.errors import MoeReplayError, RecipeError, UnsupportedError, nearest_of
+from moe_replay.errors import (
+    MachineError,
+    MoeReplayError,
+    RecipeError,
+    UnsupportedError,
+    nearest_of,
+)
 from moe_replay.megatron.options.needs import missing_packages
 from moe_replay.megatron.upstream.compat import VERSION
 from moe_replay.recipe.sections.training import MegatronSection
@@ -89,7 +95,7 @@ def option_errors(section: MegatronSection) -> Iterator[MoeReplayError]:
             "install that release"
         )
     for key, missing in missing_packages(section):
-        yield UnsupportedError(f"{key}: {missing}")
+        yield MachineError(f"{key}: {missing}")
 
 
 def read_options(section: MegatronSection) -> MegatronOptions:
@@ -97,7 +103,7 @@ def read_options(section: MegatronSection) -> MegatronOptions:
 
     Raises:
         RecipeError: a name or a type is wrong.
-        UnsupportedError: an option needs a package or a device that is missing.
+        MachineError: an option needs a package or a device that is missing.
     """
     for error in option_errors(section):
         raise error
