@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from moe_replay.checkpoint.config import load_config
 from moe_replay.checkpoint.files import INDEX_FILE, usual_parts
 from moe_replay.testing.tiny_models import character_tokenizer
 
-_TENSORS_PER_SHARD = 4096
+# As released checkpoints; a reader maps a shard at a time, which must stay below the memory here.
+_SHARD_BYTES = 4 * 10**9
 _BYTES = {"BF16": 2, "F32": 4}
 _EXPERT_BIAS = "e_score_correction_bias"
 
@@ -48,15 +48,20 @@ def write_hollow_checkpoint(path: str | Path, config: str | Path) -> Path:
     }
     if loaded.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    names = iter(shapes)
-    number = -(-len(shapes) // _TENSORS_PER_SHARD)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    end = total = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * _BYTES[_dtype(name)]
+        if end + size > _SHARD_BYTES and shards[-1]:
+            shards.append({})
+            end = 0
+        shards[-1][name] = shape
+        end, total = end + size, total + size
     index: dict[str, str] = {}
-    for shard in range(1, number + 1):
-        file = f"model-{shard:05}-of-{number:05}.safetensors"
-        part = {name: shapes[name] for name in islice(names, _TENSORS_PER_SHARD)}
+    for number, part in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(path / file, part)
         index |= dict.fromkeys(part, file)
-    total = sum(prod(shapes[name]) * _BYTES[_dtype(name)] for name in shapes)
     (path / INDEX_FILE).write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )

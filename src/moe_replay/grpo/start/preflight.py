@@ -136,8 +136,8 @@ def preflight(
     ``own_engine`` is for a caller who brings an engine in place of the recipe's, ``any_ranks`` for
     one who will start the lowest number of ranks that the layout allows, ``tries_push`` for one who
     will not start at all: servers are then given the checkpoint, as a start gives it to them.
-    ``elsewhere`` is for a run on another machine, with GPUs: what only that one can answer is listed.
-    ``announce`` is told what begins where that takes seconds, ``progress`` how far the work on
+    ``elsewhere`` is for a run on another machine with GPUs: what only that one can answer is
+    listed. ``announce`` is told what begins where that takes seconds, ``progress`` how far the work on
     large datasets has come. Close the answer, or give it to `train`, which does.
     """
     found = Preflight(recipe, process, elsewhere=elsewhere)
