@@ -101,7 +101,7 @@ def _with(
         else:
             target[name] = value
     try:
-        return plan_memory(recipe_from_table(table).on_device("cuda"), shape, machine)
+        return plan_memory(recipe_from_table(table), shape, machine)
     except MoeReplayError:
         return None
 

@@ -109,6 +109,7 @@ def plan_memory(
         UnsupportedError: the model cannot be cut like that.
         RecipeError: the batch, or the ranks, do not divide.
     """
+    recipe = recipe.on_device("cuda")
     stages = check_layout(recipe, shape, machine)
     settings = settings_of(recipe, machine.num_gpus)
     trainer = trainer_bytes(shape, settings, stages, kernels)

@@ -90,6 +90,7 @@ class Plan:
             "unmodelled": f"{UNMODELLED_FRAC:.0%} is added to all but parameters and the cache",
             "kernels": f"{GPU.name}; {GPU.other_bytes / 1e9:g} GB for CUDA and NCCL",
             "experts": "tokens are dealt evenly over the ranks of the experts",
+            "host": "state alone; a published run took 1.8 times as much",
             "lengths": "bytes: every completion has its maximum length; seconds: "
             f"{rates['length_frac']:.0%} of it, the longest one all of it",
         } | {name: f"{value:g}" for name, value in rates.items()}

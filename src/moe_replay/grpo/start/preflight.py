@@ -137,8 +137,8 @@ def preflight(
     one who will start the lowest number of ranks that the layout allows, ``tries_push`` for one who
     will not start at all: servers are then given the checkpoint, as a start gives it to them.
     ``elsewhere`` is for a run on another machine with GPUs: what only that one can answer is
-    listed. ``announce`` is told what begins where that takes seconds, ``progress`` how far the work on
-    large datasets has come. Close the answer, or give it to `train`, which does.
+    listed. ``announce`` is told what begins where that takes seconds, ``progress`` how far the work
+    on large datasets has come. Close the answer, or give it to `train`, which does.
     """
     found = Preflight(recipe, process, elsewhere=elsewhere)
     found.versions = versions_for(recipe)
