@@ -236,7 +236,10 @@ def published() -> Iterator[str]:
         tokens = keys["max_tokens"]
         # Their logits exist for all tokens at once.
         settings = Settings(
-            max_sequence_length=tokens, chunk_rows=tokens, replays=False, **{"dtype_bytes": 2} | keys
+            max_sequence_length=tokens,
+            chunk_rows=tokens,
+            replays=False,
+            **{"dtype_bytes": 2} | keys,
         )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))

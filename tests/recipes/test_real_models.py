@@ -1,7 +1,6 @@
 """Recipes for real models fit their machines, and pass the dry run on hollow checkpoints."""
 
 import os
-import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,13 +92,11 @@ def test_a_dry_run_elsewhere_still_finds_what_is_wrong(hollow, tmp_path, capsys)
     recipe = "qwen3-30b-a3b/colocated"
     assert dry_run(recipe, model, "--megatron.tensor_model_parallel_size", "8") == 2
     assert "num_query_groups = 4 cannot be split" in capsys.readouterr().err
-    damaged = shutil.copytree(model, tmp_path / "model", symlinks=True, ignore=_no_second_shard)
-    assert dry_run(recipe, damaged) == 2
+    for file in model.iterdir():
+        if not file.name.startswith("model-00002"):
+            (tmp_path / file.name).symlink_to(file)
+    assert dry_run(recipe, tmp_path) == 2
     assert "model-00002-of-" in capsys.readouterr().err
-
-
-def _no_second_shard(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith("model-00002")]
 
 
 def test_elsewhere_is_for_dry_runs(capsys):
