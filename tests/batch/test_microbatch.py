@@ -176,3 +176,21 @@ def test_sharing_refuses_traces_of_two_models():
     )
     with pytest.raises(TraceError, match="hold traces of 2 forms"):
         routed([*samples_of([(2, 2)]), other])
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "multiple", "rows"), [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 2), (2, 2, 6, 6)]
+)
+def test_a_microbatch_without_samples_is_the_fewest_rows_of_padding(tp, cp, multiple, rows):
+    spare = np.array([7, 8, 9], dtype=np.int32)
+    for rank in range(cp):
+        place = RankPlace(tp_size=tp, tp_rank=tp - 1, cp_size=cp, cp_rank=rank)
+        made = build_microbatch(3, [], place=place, row_multiple=multiple, spare_ids=spare)
+        assert (made.num_rows, made.num_padding_rows, made.lengths) == (rows, rows // tp, [])
+        # Of all context-parallel ranks together, as attention is told.
+        assert made.index.padded_lengths == (rows * cp,)
+        assert made.token_ids.tolist() == [spare[n % 3] for n in range(rows)]
+        assert not made.predicts_sampled.any() and (made.sample_ids == -1).all()
+        assert made.place([], fill=0.5).tolist() == [0.5] * rows
+        assert made.collect(np.empty(0, dtype=np.float32)) == []
+        assert len(made.router_index.rows) == rows // tp

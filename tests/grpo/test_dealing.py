@@ -19,6 +19,7 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.ranks import dealing
 from moe_replay.megatron.ranks.dealing import hand_over
 from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
+from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.testing.misrouting import one_row_late
@@ -55,7 +56,8 @@ def stepped(recipe: Recipe, world_size: int) -> list[Any]:
         make, step = loop.make_batch, MegatronActor.step
 
         def making(run_: Any, rollout: Any, scored: Any) -> Any:
-            sampled = {at * 4 + n for at in rollout.own for n in range(4)}
+            per = run_.recipe.rollout.num_generations
+            sampled = {at * per + n for at in rollout.own for n in range(per)}
             batch = make(run_, rollout, scored)
             work = [
                 {
@@ -281,6 +283,44 @@ def test_control_a_byte_that_changed_on_the_way_is_seen() -> None:
 
 
 # ---- more microbatches than samples ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_ranks_with_one_long_sample_run_along_with_those_of_several_short_ones(
+    dispatcher: str, workspace: Path, tmp_path: Path
+) -> None:
+    text = (workspace / "recipe.toml").read_text()
+    micro = workspace / "micro.toml"
+    micro.write_text(text.replace("max_tokens_per_microbatch = 160", "micro_batch_size = 1"))
+    words = [30, 3, 3, 3]
+    lines = [{"prompt": " ".join(str(n * k % 10) for k in range(n // 2))} for n in words]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "data__train": path,
+        "data__shuffle": "false",
+        "rollout__dtype": "float32",
+        "rollout__num_generations": 2,
+        "batch__global_batch_size": 8,
+        "run__max_steps": 1,
+        "megatron__expert_model_parallel_size": 2,
+        "megatron__moe_token_dispatcher_type": dispatcher,
+    }
+    found, counted = {}, {}
+    for balance in ("false", "true"):
+        keys = {**settings, "batch__balance": balance, "run__output_dir": tmp_path / balance}
+        made = load_recipe(micro, [(k.replace("__", "."), str(v)) for k, v in keys.items()])
+        results = stepped(made, 4)
+        found[balance] = results[0][-1][0]
+        counted[balance] = [(len(work[0]), counts[0]) for _, _, work, counts, *_ in results]
+        (record,) = metrics_of(made)
+        assert record["replay/agreement"] == record["replay/coverage"] == 1.0
+    # Samples and microbatches of each rank: two long ones, and six that are shared by the others.
+    assert counted == {"false": [(2, 2)] * 4, "true": [(1, 3), (1, 3), (3, 3), (3, 3)]}
+    scale = max(float(value.abs().max()) for value in found["false"].values())
+    assert scale > 0
+    for name, value in found["false"].items():
+        torch.testing.assert_close(found["true"][name], value, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.fixture(scope="module")
