@@ -85,13 +85,14 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few pairs of steps")
-    parser.add_argument("--steps", type=int, help="pairs of steps that are measured")
-    parser.add_argument("--samples", type=int, default=128, help="completions a step")
+    parser.add_argument("--quick", action="store_true", help="few pairs of small steps")
+    parser.add_argument("--steps", type=int, help="pairs of steps that are measured, from 2")
+    parser.add_argument("--samples", type=int, help="completions a step, a multiple of 8")
     parser.add_argument("--mixes", nargs="+", choices=("equal", "tail"), default=["equal", "tail"])
-    parser.add_argument("--trl-slices", type=int, default=1)
+    parser.add_argument("--trl-slices", type=int, default=4)
     options = parser.parse_args()
-    options.steps = options.steps or (4 if options.quick else 12)
+    options.steps = options.steps or (2 if options.quick else 10)
+    options.samples = options.samples or (32 if options.quick else 128)
     return options
 
 
@@ -294,7 +295,9 @@ def _forced_batch(plain: type, job: Job) -> type:
             type(self).calls += 1
             # One batch a step holds all of its completions.
             order = sorted(jobs, key=lambda each: (each.request.request_id, each.number))
-            of_job = {(j.request.request_id, j.number): n for j, n in zip(order, lengths, strict=True)}
+            of_job = {
+                (j.request.request_id, j.number): n for j, n in zip(order, lengths, strict=True)
+            }
             self._lasts = np.array([of_job[j.request.request_id, j.number] - 1 for j in jobs])
             super().__init__(jobs, *args)
 

@@ -100,7 +100,7 @@ def assert_close_to_expected(ranks: list[list[torch.Tensor]], lengths: list[int]
         assert (got - want).abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("lengths", [UNEVEN, EVEN, [7], [1, 1, 1]])
+@pytest.mark.parametrize("lengths", [UNEVEN, EVEN, [7], [1, 1, 1], [5, 5, 5]])
 def test_packed_sequences_attend_as_if_alone(lengths):
     assert_close_to_expected(run_ranks(run_packed, 1, lengths, 1), lengths)
 

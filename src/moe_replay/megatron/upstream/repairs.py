@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from moe_replay.megatron.upstream import host_paths, no_cuda
 from moe_replay.megatron.upstream import missing_packages as packages
-from moe_replay.megatron.upstream import no_cuda
 
 REPAIRS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "Triton": (lambda: find_spec("triton") is not None, packages.replace_paged_stash),
@@ -19,6 +19,7 @@ REPAIRS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
         packages.has_fused_adam,
         packages.keep_torch_adam_state,
     ),
+    "kernels for CUDA": (lambda: torch.cuda.is_available(), host_paths.install),
 }
 """What Megatron-Core counts on -> whether this machine has it, and what to do where it is missing.
 
