@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_replay.cli.doctor_tables import show
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.grpo.sampling_words import describe_drawing, describe_overlap
+from moe_replay.grpo.saves import PATIENCE
 from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
@@ -97,9 +98,15 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         else "none",
         "guard": guard,
         "minimum coverage": str(replay.min_coverage) if recipe.replays else "none",
-        "checkpoints": f"every {checkpoint.save_steps} steps, {checkpoint.save_total_limit} kept"
+        "checkpoints": f"{_how_often(checkpoint.save_steps)}, {checkpoint.save_total_limit} kept"
         f"{', exported at the end' if checkpoint.export else ''}",
     }
+
+
+def _how_often(save_steps: int | None) -> str:
+    if save_steps is None:
+        return f"after every step, or at most {100 / PATIENCE:.3g} % of the time"
+    return f"every {save_steps} steps"
 
 
 def passes_of(recipe: Recipe) -> list[dict[str, str]]:

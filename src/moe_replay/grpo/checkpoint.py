@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from moe_replay.megatron.finite import check_optimizer
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write everything that a resumed run needs.
+    """Write everything that a resumed run needs, or begin to, with ``checkpoint.asynchronous``.
 
     Raises:
         DivergedError: when a value of the optimizer is not finite; nothing is written.
-        CheckpointError: when it cannot be written; earlier checkpoints stay.
+        CheckpointError: when it, or the one before that is still being written, cannot be written;
+            earlier checkpoints stay.
     """
+    began_at = time.monotonic()
+    finish_saving(run)
     check_optimizer(run.actor.optimizer, run.ranks)
     position = RunPosition(
         step=run.step,
@@ -29,8 +33,30 @@ def save_checkpoint(run: Run) -> None:
         evaluation_is_owed=run.evaluation_is_owed,
         guard=run.guard.to_plain() if run.guard is not None else {},
     )
-    run.checkpoints.save(run.actor, position, beside=_rollout_writers(run))
+    if run.recipe.checkpoint.asynchronous:
+        run.saving = run.checkpoints.begin(run.actor, position, beside=_rollout_writers(run))
+        run.saving.start()
+    else:
+        run.checkpoints.save(run.actor, position, beside=_rollout_writers(run))
     run.saved_step = run.step
+    now = time.monotonic()
+    run.saves.took(now - began_at, ended_at=now)
+
+
+def finish_saving(run: Run, *, only_if_written: bool = False) -> None:
+    """Make the checkpoint visible that is written beside the run, if there is one; collective.
+
+    ``only_if_written`` leaves it alone while some rank still writes.
+
+    Raises:
+        CheckpointError: when it could not be written; earlier checkpoints stay.
+    """
+    if run.saving is None:
+        return
+    if only_if_written and not all(run.ranks.gather(run.saving.is_written)):
+        return
+    pending, run.saving = run.saving, None
+    run.checkpoints.finish(pending)
 
 
 def _rollout_writers(run: Run) -> list[Callable[[Path], None]]:

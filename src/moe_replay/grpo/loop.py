@@ -9,7 +9,7 @@ import torch
 
 from moe_replay.engines.types import Engine
 from moe_replay.grpo.batch import make_batch
-from moe_replay.grpo.checkpoint import save_checkpoint
+from moe_replay.grpo.checkpoint import finish_saving, save_checkpoint
 from moe_replay.grpo.end import finish, write_end
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.evaluate import evaluate
@@ -71,6 +71,7 @@ def train(
                     checked=checked,
                 )
             )
+        closing.callback(run.leave_saving)
         reporter.start(run_summary(run))
         try:
             hold_saved(run)
@@ -81,10 +82,12 @@ def train(
         except StepDropped:
             run.drop_step()
         if not run.agrees_to_stop():
+            finish_saving(run)
             return finish(run)
         if run.saved_step != run.step:
             with run.station("checkpoint"):
                 save_checkpoint(run)
+        finish_saving(run)
         return write_end(run, stopped_by=run.stop.reason)
 
 
@@ -117,3 +120,5 @@ def _take_step(run: Run) -> None:
     if run.checkpoint_is_due:
         with run.station("checkpoint"):
             save_checkpoint(run)
+    else:
+        finish_saving(run, only_if_written=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from moe_replay.grpo.inputs import Inputs
 from moe_replay.grpo.journal import Journal
 from moe_replay.grpo.memory import SharedDevice
 from moe_replay.grpo.records import BaseReporter
+from moe_replay.grpo.saves import SavePace
 from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
-from moe_replay.megatron.checkpoint import CheckpointFolder
+from moe_replay.megatron.checkpoint import CheckpointFolder, PendingCheckpoint
 from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, as_text, raise_first
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
@@ -66,7 +68,9 @@ class Run:
     evaluation_is_owed: bool = True
     """The present weights were to be evaluated and have not been."""
     saved_step: int = 0
-    """Step of the newest checkpoint; 0 without one."""
+    """Step of the newest checkpoint, finished or being written; 0 without one."""
+    saving: PendingCheckpoint | None = None
+    """The checkpoint that is being written beside the run."""
     _step_began_at: int | None = None
 
     @cached_property
@@ -128,11 +132,16 @@ class Run:
         every = self.recipe.eval.every_steps
         return self.step == self.recipe.run.max_steps or (every > 0 and self.step % every == 0)
 
+    @cached_property
+    def saves(self) -> SavePace:
+        """When checkpoints are due before the last step."""
+        return SavePace(self.recipe.checkpoint.save_steps)
+
     @property
     def checkpoint_is_due(self) -> bool:
-        """Whether to save after this step: at the end, and every ``checkpoint.save_steps``."""
-        every = self.recipe.checkpoint.save_steps
-        return self.step == self.recipe.run.max_steps or self.step % every == 0
+        """Whether to save after this step, by the clock of rank 0; collective."""
+        is_due = self.saves.is_due(self.step, now=time.monotonic())
+        return self.step == self.recipe.run.max_steps or self.ranks.gather(is_due)[0]
 
     @property
     def live_gap_is_due(self) -> bool:
@@ -189,6 +198,11 @@ class Run:
             self.stop.ask(asked)
             raise StepDropped
         raise_first(failure, [failed for _, failed in gathered])
+
+    def leave_saving(self) -> None:
+        """Wait until nothing writes files of a checkpoint that stays unfinished."""
+        if self.saving is not None:
+            self.saving.wait()
 
     def begin_step(self) -> None:
         """Move on to the next step."""

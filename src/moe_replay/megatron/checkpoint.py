@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite, flush_folder
 from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.room import check_room, disk_bytes
 from moe_replay.megatron.state_write import StateWrite, read_state, replica_group
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 
@@ -54,6 +57,41 @@ class RunPosition:
     """What the guard remembers of the last steps; empty without one."""
 
 
+class PendingCheckpoint:
+    """A checkpoint that is being written, and is invisible until it is finished."""
+
+    def __init__(
+        self,
+        *,
+        position: RunPosition,
+        unfinished: Path,
+        state: StateWrite,
+        shared_write: SharedWrite,
+    ) -> None:
+        """Nothing of ``state`` is written yet."""
+        self.position, self.unfinished = position, unfinished
+        self.state, self.shared_write = state, shared_write
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Write weights and optimizer in a thread, as they are now, whatever happens to them."""
+        self.state.copy()
+        self._thread = threading.Thread(
+            target=self.state.write, name="checkpoint-files", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until this rank has nothing left to write."""
+        if self._thread is not None:
+            self._thread.join()
+
+
 class CheckpointFolder:
     """The checkpoints of one run."""
 
@@ -70,7 +108,6 @@ class CheckpointFolder:
         matches = (_WHOLE.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    @quiet_megatron()
     def save(
         self,
         actor: MegatronActor,
@@ -86,36 +123,93 @@ class CheckpointFolder:
             CheckpointError: when the disk is full or cannot be written; the previous checkpoint
                 stays whole.
         """
-        actor.gather_parameters()
+        pending = self.begin(actor, position, beside=beside)
+        pending.state.write()
+        self.finish(pending)
+
+    @quiet_megatron()
+    def begin(
+        self,
+        actor: MegatronActor,
+        position: RunPosition,
+        *,
+        beside: Sequence[Callable[[Path], None]] = (),
+    ) -> PendingCheckpoint:
+        """Begin as `save` does, and write everything but weights and optimizer; collective.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
         unfinished = self.path / f"{_UNFINISHED}step-{position.step:06d}"
-        finished = self.folder(position.step)
-        write = SharedWrite(finished)
-        try:
+        write = SharedWrite(self.folder(position.step))
+        with self._cleaning_up(unfinished):
+            all_ranks().raise_together(self._shortage() if _is_first_rank() else None)
             with write.part():
                 if _is_first_rank():
                     shutil.rmtree(unfinished, ignore_errors=True)
                     unfinished.mkdir(parents=True)
             write.finish()
-            self._write_state(actor, unfinished, write)
+            state = StateWrite(
+                _sharded_state(actor, is_loading=False),
+                unfinished,
+                write,
+                # Which rank writes what does not change during a run.
+                checks_layout=not self._layout_is_checked,
+            )
+            self._layout_is_checked = True
             for part in beside:
                 with write.part():
                     part(unfinished)
                 write.finish()
+        return PendingCheckpoint(
+            position=position, unfinished=unfinished, state=state, shared_write=write
+        )
+
+    @quiet_megatron()
+    def finish(self, pending: PendingCheckpoint) -> None:
+        """Wait until all ranks have written their files, and make the checkpoint visible.
+
+        Collective.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        pending.wait()
+        write = pending.shared_write
+        with self._cleaning_up(pending.unfinished):
+            pending.state.finish()
             with write.part():
                 if _is_first_rank():
-                    save_config(_FORMAT, str(unfinished))
-                    (unfinished / _POSITION_FILE).write_text(json.dumps(asdict(position), indent=1))
-                    flush_folder(unfinished)
-                    self._publish(unfinished, finished)
+                    save_config(_FORMAT, str(pending.unfinished))
+                    position = json.dumps(asdict(pending.position), indent=1)
+                    (pending.unfinished / _POSITION_FILE).write_text(position)
+                    flush_folder(pending.unfinished)
+                    self._publish(pending.unfinished, self.folder(pending.position.step))
             write.finish()
+        if _is_first_rank():
+            self._forget_old()
+        all_ranks().barrier()
+
+    @contextmanager
+    def _cleaning_up(self, unfinished: Path) -> Iterator[None]:
+        """Remove what a write that failed has left, and say what to do."""
+        try:
+            yield
         except CheckpointError as error:
             if _is_first_rank():
                 # What a full disk holds of a checkpoint that nobody can load would keep it full.
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(f"{error}; {self._advice()}") from error
-        if _is_first_rank():
-            self._forget_old()
-        all_ranks().barrier()
+
+    def _shortage(self) -> CheckpointError | None:
+        """Return why the disk has no room for a checkpoint like the newest one."""
+        try:
+            for step in self.steps()[-1:]:
+                size = disk_bytes(self.folder(step))
+                check_room(self.path, size, what=f"what that of step {step} takes")
+        except CheckpointError as error:
+            return error
+        return None
 
     def folder(self, step: int) -> Path:
         """Return where the checkpoint of ``step`` lies."""
@@ -168,19 +262,6 @@ class CheckpointFolder:
     def _forget_old(self) -> None:
         for step in self.steps()[: -self.save_total_limit]:
             shutil.rmtree(self.folder(step))
-
-    def _write_state(self, actor: MegatronActor, folder: Path, write: SharedWrite) -> None:
-        """Write weights and optimizer; every rank its shards, the first one also what all share."""
-        state = StateWrite(
-            _sharded_state(actor, is_loading=False),
-            folder,
-            write,
-            # Which rank writes what does not change during a run.
-            checks_layout=not self._layout_is_checked,
-        )
-        state.write()
-        state.finish()
-        self._layout_is_checked = True
 
     def _publish(self, unfinished: Path, finished: Path) -> None:
         """Give a complete checkpoint its name; the old one of the same step goes after that."""

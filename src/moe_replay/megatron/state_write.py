@@ -139,14 +139,13 @@ class _OwnFiles:
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
-        self._buckets: Any = None
 
     def __call__(self) -> None:
         self.write()
 
     def copy(self) -> None:
         if self._writer.write_buckets:
-            self._buckets = [
+            self._writer.write_buckets = [
                 (file, key, (texts, [(item, _own_copy(tensor)) for item, tensor in tensors]))
                 for file, key, (texts, tensors) in self._writer.write_buckets
             ]
@@ -156,9 +155,7 @@ class _OwnFiles:
         if not writer.write_buckets:
             return
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-        buckets = self._buckets
-        if buckets is None:
-            buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
+        buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
         written: dict[int, Any] = {}
         for number, bucket in enumerate(buckets):
             results: queue.Queue[Any] = queue.Queue()
@@ -171,7 +168,6 @@ class _OwnFiles:
             if isinstance(written[number], Exception):
                 raise written[number]
         writer.results_queue.put(written)
-        self._buckets = None
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from moe_replay.megatron.layout import initialize, shutdown
 from moe_replay.megatron.options.typed import read_options
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.replica import Replica
+from moe_replay.megatron.room import check_room, expected_bytes
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.routing.guard import Guard
@@ -84,6 +85,7 @@ def open_run(
             ahead=ahead,
         )
         _resume(run, step, restart=restart)
+        _check_disk(run)
         yield run
 
 
@@ -109,6 +111,19 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
         return
     load_checkpoint(run, step)
     give_weights(run)
+
+
+def _check_disk(run: Run) -> None:
+    """Raise on every rank when there is no room for the first checkpoint; later ones know it."""
+    needed = expected_bytes(run.actor)
+    shortage = None
+    if run.process.rank == 0 and not run.checkpoints.steps():
+        try:
+            what = "by the number of parameters; free some space, or choose another run.output_dir"
+            check_room(run.checkpoints.path, needed, what=what)
+        except CheckpointError as error:
+            shortage = error
+    run.ranks.raise_together(shortage)
 
 
 def _checkpoints(recipe: Recipe) -> CheckpointFolder:

@@ -200,12 +200,18 @@ class CheckpointSection(Section):
 
     may_change: ClassVar[bool] = True
 
-    save_steps: int = Field(default=1, gt=0)
-    """Save every so many steps, and after the last."""
+    save_steps: Annotated[int | None, Key(default="as often as saving costs little")] = Field(
+        default=None, gt=0
+    )
+    """Save every so many steps, and after the last. By default after every step if that takes at
+    most 10 s; otherwise once 20 times as long has passed as the last one took."""
     save_total_limit: int = Field(default=2, gt=0)
     """Checkpoints kept."""
     export: bool = True
     """Write a Hugging Face checkpoint at the end."""
+    asynchronous: bool = False
+    """Write checkpoints while the next steps run, from a copy in host memory that each rank makes
+    of its part; a failure stops the run after the step in which it is noticed."""
 
 
 class LoggingSection(Section):
