@@ -81,14 +81,12 @@ def train(
                 _take_step(run)
         except StepDropped:
             run.drop_step()
-        if not run.agrees_to_stop():
-            finish_saving(run)
-            return finish(run)
-        if run.saved_step != run.step:
+        is_stopped = run.agrees_to_stop()
+        if is_stopped and run.saved_step != run.step:
             with run.station("checkpoint"):
                 save_checkpoint(run)
         finish_saving(run)
-        return write_end(run, stopped_by=run.stop.reason)
+        return write_end(run, stopped_by=run.stop.reason) if is_stopped else finish(run)
 
 
 def _take_step(run: Run) -> None:
