@@ -45,7 +45,7 @@ _QWEN = _SIZES | {"num_experts": 16, "moe_intermediate_size": 48}
 _DENSE_FIRST = _SIZES | {"moe_intermediate_size": 48, "intermediate_size": 160}
 _LATENT = _DENSE_FIRST | {"num_key_value_heads": 8, "q_lora_rank": 40, "kv_lora_rank": 24}
 _FLOAT_BYTES = 4
-_RUNS_OF_SEVERAL = 6
+_STABLE_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,6 @@ CASES: Mapping[str, PlannedCase] = {
     ),
     "tp2": PlannedCase(layout=layout(tp=2), ranks=2),
     "ep2": PlannedCase(layout=layout(ep=2), ranks=2),
-    "ep2, full recompute": PlannedCase(layout=layout(ep=2), ranks=2, overrides=FULL),
     "tp2 ep2": PlannedCase(layout=layout(tp=2, ep=2, etp=1), ranks=2),
     "pp2": PlannedCase(layout=layout(pp=2), ranks=2),
 }
@@ -187,9 +186,19 @@ def _compare(checkpoint: Path, case: PlannedCase, kernels: Kernels) -> list[Comp
 
 
 def _lowest_peak(run: Any) -> int:
-    """Return the lowest of several peaks: gloo's threads give buffers back when they come to it."""
-    runs = 1 if dist.get_world_size() == 1 else _RUNS_OF_SEVERAL
-    return min(peak_bytes(run) for _ in range(runs))
+    """Return the lowest of several peaks, until none of the ranks finds a lower one for a while.
+
+    gloo's threads give buffers back when they come to it, which on a busy machine is late.
+    """
+    lowest = peak_bytes(run)
+    runs_since = 0
+    while dist.get_world_size() > 1 and runs_since < _STABLE_RUNS:
+        found = peak_bytes(run)
+        is_lower = torch.tensor([float(found < lowest)])
+        dist.all_reduce(is_lower, op=dist.ReduceOp.MAX)
+        runs_since = 0 if is_lower.item() else runs_since + 1
+        lowest = min(lowest, found)
+    return lowest
 
 
 def _buffers(actor: MegatronActor) -> list[Any]:
