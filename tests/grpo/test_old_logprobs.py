@@ -142,13 +142,66 @@ def test_wrong_routes_stop_a_run_before_the_optimizer_moves(
         run(recipe(**LONG), restart=True)
 
 
-def count_passes(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
-    """Write a line to ``log`` for each forward pass alone, whatever process runs it."""
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+    ],
+    ids=["alone", "tp2", "pp2 vpp2", "cp2"],
+)
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_scoring_in_larger_microbatches_changes_nothing_but_rounding(
+    mode: str,
+    sizes: dict[str, int],
+    recipe: Recipes,
+    deep: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = tmp_path / "sizes"
+    count_passes(monkeypatch, log, lambda given: str(len(given)))
+    keys = {
+        "model__path": deep,
+        "replay__router_replay_mode": mode,
+        "rollout__dtype": "float32",
+        "grpo__beta": 0.1,
+        "run__max_steps": 1,
+        # The old pass and the reference's, both in other microbatches than the updates.
+        "batch__steps_per_generation": 2,
+        **{f"megatron__{name}": size for name, size in sizes.items()},
+    }
+    world_size = 2 if sizes else 1
+    (usual,) = run(recipe(**keys), world_size=world_size, restart=True)
+    (larger,) = run(
+        recipe(batch__max_tokens_per_scoring_microbatch=1000, **keys),
+        world_size=world_size,
+        restart=True,
+    )
+    assert usual.keys() == larger.keys()
+    assert larger["replay/agreement"] == 1.0
+    for key in ("loss", "grad_norm", "kl", "entropy/mean", "rollout_correction/training_log_ppl"):
+        assert larger[key] == pytest.approx(usual[key], rel=1e-4, abs=1e-6), key
+    # Control: the passes did run in fewer microbatches.
+    counts = [int(line) for line in log.read_text().split()]
+    before, after = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    assert max(after) < min(before)
+
+
+def count_passes(
+    monkeypatch: pytest.MonkeyPatch, log: Path, says: Callable[[Any], str] | None = None
+) -> None:
+    """Write a line to ``log`` for each forward pass alone, whatever process runs it.
+
+    It is what the pass does, or what ``says`` says of its microbatches.
+    """
     score = MegatronScorer.score
 
     def counted(scorer: MegatronScorer, *args: Any, **options: Any) -> Scores:
         with log.open("a") as file:
-            file.write(f"{options['routing'].value}\n")
+            file.write(f"{says(args[0]) if says else options['routing'].value}\n")
         return score(scorer, *args, **options)
 
     monkeypatch.setattr(MegatronScorer, "score", counted)

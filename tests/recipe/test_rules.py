@@ -82,6 +82,11 @@ from ..grpo.smallest_recipe import problems_of, recipe, table
             "no address in rollout.urls begins with https://",
         ),
         (
+            {"batch": {"max_tokens_per_scoring_microbatch": 2000}},
+            "batch.max_tokens_per_scoring_microbatch",
+            "the update's own pass gives the old log-probabilities",
+        ),
+        (
             {
                 "rollout": {"engine": "files", "path": "/r"},
                 "megatron": {"offload_during_rollout": "gradients"},
@@ -187,6 +192,11 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
         (
             {"batch": {"max_tokens_per_microbatch": 575}},
             "batch.max_tokens_per_microbatch",
+            "= 576 tokens",
+        ),
+        (
+            {"batch": {"max_tokens_per_scoring_microbatch": 575}, "grpo": {"beta": 0.1}},
+            "batch.max_tokens_per_scoring_microbatch",
             "= 576 tokens",
         ),
         (

@@ -14,6 +14,7 @@ from moe_replay.engines.types import Completion, FinishReason
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rollout, SampleOrigin, Scored, StepBatch
 from moe_replay.megatron.ranks.dealing import Key, hand_over
+from moe_replay.megatron.ranks.repacking import repack_routes
 from moe_replay.megatron.ranks.sharing import share_completions, share_routes
 from moe_replay.routing import Coverage, LiveReason, Routing, RoutingTrace
 
@@ -30,18 +31,28 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
     parts, traces, origins = _make_samples(run, rollout, scored)
     rollout.traces.clear()
     samples = list(chain.from_iterable(parts))
-    minibatches = _pack(run, parts)
+    batch = run.recipe.batch
+    limits = (batch.max_tokens_per_microbatch, batch.micro_batch_size)
+    minibatches = _pack(run, parts, *limits)
+    scoring: tuple[Microbatch, ...] = ()
+    budget = batch.max_tokens_per_scoring_microbatch
+    if budget is not None and (run.recipe.why_old_pass or run.reference is not None):
+        (scoring,) = _pack(run, [samples], budget, None)
     coverage = Coverage()
     if run.mode.replays:
         padding = _padding(run, chain.from_iterable(minibatches))
         coverage = Coverage.total([padding, *_rows(run, samples, traces)])
-    batch = StepBatch(minibatches=minibatches, origins=origins, coverage=coverage)
+    batch = StepBatch(minibatches=minibatches, scoring=scoring, origins=origins, coverage=coverage)
     if run.mode.passes.engine is not Routing.RECORD:
         return batch
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
     learned = [sample for sample in samples if sample.trains]
     Coverage.total(_rows(run, learned, traces)).require(run.min_coverage)
     batch = batch.with_routes(share_routes(run.replica, batch.microbatches, traces))
+    if scoring:
+        shared = {m.key: m.routes for m in batch.microbatches if m.routes is not None}
+        routes = repack_routes(run.replica, shared, batch.microbatches, scoring)
+        batch = batch.with_scoring_routes(routes)
     # The next station begins with collectives of the device, which give up after ten minutes on a
     # rank that has more to share.
     run.ranks.barrier()
@@ -127,18 +138,19 @@ def _work(run: Run, lengths: Sequence[int]) -> list[float]:
     return [work_of(length, run.even_length) for length in lengths]
 
 
-def _pack(run: Run, parts: Sequence[Sequence[Sample]]) -> tuple[tuple[Microbatch, ...], ...]:
+def _pack(
+    run: Run,
+    parts: Sequence[Sequence[Sample]],
+    max_tokens: int | None,
+    max_samples: int | None,
+) -> tuple[tuple[Microbatch, ...], ...]:
     """Pack mini-batches into microbatches, equally many on every rank: experts may span replicas.
 
     Example: a mini-batch fills 3 microbatches on one replica and 5 on another. Both run 5; with an
     interleaved pipeline of 2 stages both run 6. One with fewer samples runs some of padding alone.
     """
-    batch = run.recipe.batch
     lengths = [[len(sample.token_ids) for sample in part] for part in parts]
-    limits = {
-        "max_tokens": batch.max_tokens_per_microbatch,
-        "max_samples": batch.micro_batch_size,
-    }
+    limits = {"max_tokens": max_tokens, "max_samples": max_samples}
     plans = [plan_microbatches(each, **limits) for each in lengths]
     gathered = run.ranks.gather([len(plan) for plan in plans])
     for update, plan in enumerate(plans):

@@ -9,8 +9,9 @@ from moe_replay.grpo.guard.old_scores import old_pass, require_finite
 from moe_replay.grpo.metrics import Tally, engine_gap
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, OldScores, StepBatch
+from moe_replay.megatron.ranks.repacking import repack_routes
 from moe_replay.megatron.scorer import ScoredSample
-from moe_replay.routing import Routing
+from moe_replay.routing import RouteSlice, Routing
 
 
 def score_old(run: Run, batch: StepBatch) -> OldScores:
@@ -33,8 +34,16 @@ def score_old(run: Run, batch: StepBatch) -> OldScores:
         live = None if routing is Routing.REPLAY else scores.samples
         old = replace(old, metrics={**old.metrics, **_live_gap(run, batch, live)})
     if routing is Routing.RECORD:
-        old = replace(old, batch=old.batch.with_routes(scores.routes))
+        old = replace(old, batch=_with_recorded(run, old.batch, scores.routes))
     return old
+
+
+def _with_recorded(run: Run, batch: StepBatch, recorded: Mapping[int, RouteSlice]) -> StepBatch:
+    """Return the batch with the routes that a pass over `StepBatch.for_scoring` recorded."""
+    if not batch.scoring:
+        return batch.with_routes(recorded)
+    routes = repack_routes(run.replica, recorded, batch.scoring, batch.microbatches)
+    return batch.with_scoring_routes(recorded).with_routes(routes)
 
 
 def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | None:
@@ -43,7 +52,7 @@ def score_reference(run: Run, batch: StepBatch) -> Mapping[int, ScoredSample] | 
         return None
     replays = run.recipe.replay.reference_routes == "replay"
     scored = run.reference.score(
-        batch.microbatches,
+        batch.for_scoring,
         temperature=run.temperature,
         routing=run.mode.passes.reference if replays else Routing.LIVE,
     ).samples
@@ -57,7 +66,7 @@ def _live_gap(
     """Return the engine gap with ``live`` routing, by one more pass where that is None."""
     if live is None:
         live = run.actor.score(
-            batch.microbatches, temperature=run.temperature, routing=Routing.LIVE
+            batch.for_scoring, temperature=run.temperature, routing=Routing.LIVE
         ).samples
     own = [sample for sample in batch.samples if sample.reported_here]
     gap = engine_gap(

@@ -120,6 +120,9 @@ class StepBatch:
     """What each optimizer step learns from, packed; every rank of the run has equally many."""
     origins: tuple[SampleOrigin, ...]
     """By ``sample_id``."""
+    scoring: tuple[Microbatch, ...] = ()
+    """All samples packed once more, for passes without gradient; empty where these run the
+    microbatches of the update."""
     coverage: Coverage
     """Rows of samples reported here and of this rank's padding: replayed, or live by reason."""
 
@@ -134,9 +137,18 @@ class StepBatch:
         """All microbatches, with keys from 0."""
         return [microbatch for part in self.minibatches for microbatch in part]
 
+    @property
+    def for_scoring(self) -> list[Microbatch]:
+        """The microbatches of a pass without gradient, with keys from 0."""
+        return list(self.scoring) or self.microbatches
+
     def with_routes(self, routes: Mapping[int, RouteSlice]) -> StepBatch:
-        """Return the batch with routes (microbatch key -> routes)."""
+        """Return the batch with routes (microbatch key -> routes) for the update."""
         return self._each(lambda m: replace(m, routes=routes[m.key]))
+
+    def with_scoring_routes(self, routes: Mapping[int, RouteSlice]) -> StepBatch:
+        """Return the batch with routes (key in ``scoring`` -> routes) for scoring."""
+        return replace(self, scoring=tuple(replace(m, routes=routes[m.key]) for m in self.scoring))
 
     def without(self, dropped: Collection[int]) -> StepBatch:
         """Return the batch in which the samples ``dropped`` (sample ids) do not train.

@@ -95,19 +95,8 @@ class Recipe(Section):
 
     @property
     def why_old_pass(self) -> str | None:
-        """Why old log-probabilities take a pass of their own before the update.
-
-        None when the forward pass of the update gives the same values: the weights, the samples and
-        the routes are those of a pass before it.
-        """
-        passes = self.replay.router_replay_mode.passes
-        if passes.old is not passes.update:
-            return f"router_replay_mode = '{self.replay.router_replay_mode}' records routes in it"
-        if self.batch.steps_per_generation > 1:
-            return f"batch.steps_per_generation = {self.batch.steps_per_generation}"
-        if self.batch.old_logprobs == "pass":
-            return "batch.old_logprobs = 'pass'"
-        return None
+        """Why old log-probabilities take a pass, see `BatchSection.why_old_pass`."""
+        return self.batch.why_old_pass(self.replay.router_replay_mode)
 
     def on_device(self, device: Literal["cpu", "cuda"]) -> Recipe:
         """Return the recipe with every ``auto`` decided for the kind of device that trains.

@@ -104,24 +104,22 @@ def _one_way_to_split_a_batch(batch: BatchSection) -> Iterator[Problem]:
 def _budget_holds_a_sample(
     batch: BatchSection, data: DataSection, rollout: RolloutSection
 ) -> Iterator[Problem]:
-    budget = batch.max_tokens_per_microbatch
     longest = data.max_prompt_length + rollout.max_completion_length
-    if budget is not None and budget < longest:
-        yield Problem(
-            "batch.max_tokens_per_microbatch",
-            f"{budget} tokens cannot hold one sample of data.max_prompt_length + "
-            f"rollout.max_completion_length = {longest} tokens: raise it to at least {longest}, or "
-            "lower one of the two lengths",
-        )
+    for key in ("max_tokens_per_microbatch", "max_tokens_per_scoring_microbatch"):
+        budget = getattr(batch, key)
+        if budget is not None and budget < longest:
+            text = (
+                f"{budget} tokens cannot hold one sample of data.max_prompt_length + rollout."
+                f"max_completion_length = {longest} tokens: raise it, or lower one of the lengths"
+            )
+            yield Problem(f"batch.{key}", text)
 
 
 @Rule
 def _schedule_falls(optimizer: OptimizerSection) -> Iterator[Problem]:
     if optimizer.min_lr > optimizer.lr:
-        yield Problem(
-            "optimizer.min_lr",
-            f"{optimizer.min_lr} is above lr = {optimizer.lr}: the schedule can only fall",
-        )
+        text = f"{optimizer.min_lr} is above lr = {optimizer.lr}: the schedule can only fall"
+        yield Problem("optimizer.min_lr", text)
 
 
 @Rule
@@ -330,9 +328,14 @@ def _replay_without_effect(replay: ReplaySection) -> Iterator[tuple[str, str]]:
 
 
 @EffectRule
-def _reference_without_effect(grpo: GrpoSection) -> Iterator[tuple[str, str]]:
+def _scoring_without_effect(
+    batch: BatchSection, replay: ReplaySection, grpo: GrpoSection
+) -> Iterator[tuple[str, str]]:
     if grpo.beta == 0:
         yield "replay.reference_routes", "grpo.beta is 0, so there is no reference model"
+        if batch.why_old_pass(replay.router_replay_mode) is None:
+            why = "grpo.beta is 0, and the update's own pass gives the old log-probabilities"
+            yield "batch.max_tokens_per_scoring_microbatch", why
 
 
 @EffectRule
@@ -389,10 +392,8 @@ def _recompute_without_effect(megatron: MegatronSection) -> Iterator[tuple[str, 
         for key in ("recompute_method", "recompute_num_layers"):
             yield f"megatron.{key}", f"megatron.recompute_granularity {given}, not 'full'"
     if granularity != "selective":
-        yield (
-            "megatron.recompute_modules",
-            f"megatron.recompute_granularity {given}, not 'selective'",
-        )
+        why = f"megatron.recompute_granularity {given}, not 'selective'"
+        yield "megatron.recompute_modules", why
 
 
 _RULES = tuple(value for value in list(globals().values()) if isinstance(value, Rule))

@@ -33,7 +33,7 @@ def old_pass(run: Run, batch: StepBatch) -> tuple[OldScores, Scores]:
     """
     watch = watch_old(run, batch)
     scores = run.actor.score(
-        batch.microbatches,
+        batch.for_scoring,
         temperature=run.temperature,
         routing=run.mode.passes.old,
         watch=watch.route_watch if watch is not None else None,

@@ -60,6 +60,13 @@ class BatchSection(Section):
         int | None, Key(may_change=True, also_called=("per_device_train_batch_size",))
     ] = Field(default=None, gt=0)
     """Samples of a packed microbatch; give this or ``max_tokens_per_microbatch``."""
+    max_tokens_per_scoring_microbatch: Annotated[int | None, Key(may_change=True)] = Field(
+        default=None, gt=0
+    )
+    """Token budget of a packed microbatch in passes without gradient (old and reference
+    log-probabilities), which hold no activations; by default they run the microbatches of the
+    update, and with one update a step the old log-probabilities are then its own to the last
+    bit."""
     old_logprobs: Annotated[Literal["auto", "pass"], Key(may_change=True)] = "auto"
     """Where old log-probabilities come from: ``auto`` takes those of the update's own forward pass
     where they are the same (one update a step, and no routes to record as R2 does), ``pass`` always
@@ -71,6 +78,18 @@ class BatchSection(Section):
     """Sampled tokens whose logits exist at a time, in float32, two such tensors in a pass that also
     gives entropies and one in any other; smaller takes less memory, below about 1,000 a GPU gets
     slower."""
+
+    def why_old_pass(self, mode: ReplayMode) -> str | None:
+        """Return why old log-probabilities take a pass of their own before the update.
+
+        None when the forward pass of the update gives the same values: the weights, the samples and
+        the routes are those of a pass before it.
+        """
+        if mode.passes.old is not mode.passes.update:
+            return f"router_replay_mode = '{mode}' records routes in it"
+        if self.steps_per_generation > 1:
+            return f"batch.steps_per_generation = {self.steps_per_generation}"
+        return "batch.old_logprobs = 'pass'" if self.old_logprobs == "pass" else None
 
 
 class GrpoSection(Section):
