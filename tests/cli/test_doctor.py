@@ -180,7 +180,7 @@ def test_a_dense_checkpoint_is_refused_with_replay_alone(examined):
     ("layout", "said"),
     [
         ({"pipeline_model_parallel_size": 3}, "2 layers cannot be dealt evenly over 3"),
-        ({"tensor_model_parallel_size": 4}, "num_query_groups = 2 cannot be split over tensor"),
+        ({"tensor_model_parallel_size": 8}, "num_attention_heads = 4 cannot be split over tensor"),
         ({"expert_model_parallel_size": 3}, "num_experts = 8 cannot be split over expert"),
         (
             {"pipeline_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"},

@@ -145,7 +145,10 @@ def test_t19_r11_every_caller_refuses_a_checkpoint_for_the_same_reason(
     ("sections", "message"),
     [
         ({"megatron": {"pipeline_model_parallel_size": 3}}, "2 layers cannot be dealt evenly"),
-        ({"megatron": {"tensor_model_parallel_size": 3}}, "vocab_size = 100 cannot be split"),
+        (
+            {"megatron": {"tensor_model_parallel_size": 3}},
+            "num_attention_heads = 4 cannot be split",
+        ),
         ({"megatron": {"expert_model_parallel_size": 3}}, "num_experts = 8 cannot be split"),
         ({"megatron": {"context_parallel_size": 2, "moe_aux_loss_coeff": 0.0}}, None),
     ],

@@ -266,7 +266,7 @@ def test_transformer_config_refuses_megatrons_own_replay(checkpoint):
 @pytest.mark.parametrize(
     ("layout", "what"),
     [
-        (ParallelLayout(tensor_model_parallel_size=4), "num_query_groups = 2"),
+        (ParallelLayout(tensor_model_parallel_size=8), "num_attention_heads = 4"),
         (ParallelLayout(expert_model_parallel_size=3), "num_experts = 16"),
     ],
 )

@@ -78,6 +78,7 @@ def token_statistics(
             with_entropies,
             entropies_learn,
             is_embedding,
+            _num_words(model, layer),
         )
         # GPTModel swaps the first two axes.
         return values[:, None], None
@@ -132,13 +133,17 @@ class _Statistics(torch.autograd.Function):
         with_entropies: bool,
         entropies_learn: bool,
         is_embedding: bool,
+        num_words: int,
     ) -> Float32[torch.Tensor, "tokens statistics"]:
         pieces = _pieces(len(hidden), chunk_rows)
         local_vocab = len(weight)
+        # Megatron's marks are attributes of the parameter itself.
+        ctx.parameter = weight
+        weight = weight[:num_words]
         is_here = ids // local_vocab == group.rank()
         index = torch.where(is_here, ids % local_vocab, 0)
         top, total, moment, target = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
-        buffer = _buffer(pieces, hidden, local_vocab)
+        buffer = _buffer(pieces, hidden, num_words)
         second = torch.empty_like(buffer) if with_entropies else None
         for piece in pieces:
             shifted = _scaled_logits(hidden[piece], weight, temperature, buffer)
@@ -166,8 +171,6 @@ class _Statistics(torch.autograd.Function):
         entropies = log_total - sums[1] / sums[0] if with_entropies else None
         learned = entropies if entropies_learn else None
         ctx.save_for_backward(hidden, weight, index, is_here, highest + log_total, learned)
-        # Megatron's marks are attributes of the parameter itself.
-        ctx.parameter = weight
         ctx.options = temperature, pieces, is_embedding
         logprobs = sums[2] - log_total
         return torch.stack([logprobs] if entropies is None else [logprobs, entropies], dim=-1)
@@ -183,6 +186,7 @@ class _Statistics(torch.autograd.Function):
         sums, returned = (
             _weight_gradient(ctx.parameter, is_embedding) if needs_weight else (None, None)
         )
+        sums_of_words = None if sums is None else sums[: len(weight)]
         hidden_gradient = torch.empty_like(hidden)
         buffer = _buffer(pieces, hidden, len(weight))
         second = torch.empty_like(buffer) if entropies is not None else None
@@ -201,15 +205,27 @@ class _Statistics(torch.autograd.Function):
                 of_logits.div_(temperature)
             of_logits = of_logits.to(weight.dtype)
             torch.mm(of_logits, weight, out=hidden_gradient[piece])
-            if sums is None:
+            if sums_of_words is None:
                 continue
-            if sums.dtype == of_logits.dtype:
-                sums.addmm_(of_logits.t(), hidden[piece])
+            if sums_of_words.dtype == of_logits.dtype:
+                sums_of_words.addmm_(of_logits.t(), hidden[piece])
             else:
-                sums.add_(of_logits.t() @ hidden[piece])
+                sums_of_words.add_(of_logits.t() @ hidden[piece])
         if sums is not None and returned is None:
             returned = sums.to(weight.dtype)
-        return hidden_gradient, returned, *[None] * 7
+        return hidden_gradient, returned, *[None] * 8
+
+
+def _num_words(model: Any, layer: Any) -> int:
+    """Return the rows of this rank's part of the vocabulary that are words, not padding.
+
+    A model that was not built from a checkpoint's shape has no padding that anybody knows of.
+    """
+    size = layer.output_size_per_partition
+    shape = getattr(model, "model_shape", None)
+    if shape is None:
+        return size
+    return min(max(shape.vocab_size - layer.tp_group.rank() * size, 0), size)
 
 
 def _pieces(num_rows: int, chunk_rows: int) -> list[slice]:

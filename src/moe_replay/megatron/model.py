@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,8 @@ def transformer_config(
         raise UnsupportedError(
             f"Megatron-Core {'.'.join(map(str, compat.VERSION))} refuses this model in this layout: {error}"
         ) from error
+    for name, value in shape.yarn.items():
+        setattr(config, f"yarn_{name}", value)
     num_chunks = layout.virtual_pipeline_model_parallel_size
     if config.virtual_pipeline_model_parallel_size != num_chunks:
         raise UnsupportedError(
@@ -216,7 +219,8 @@ def build_model(
             chunk = GPTModel(
                 config=config,
                 transformer_layer_spec=spec,
-                vocab_size=shape.vocab_size,
+                # Padded to equal parts; the rows of no word are never part of a softmax.
+                vocab_size=shape.vocab_size + -shape.vocab_size % config.tensor_model_parallel_size,
                 max_sequence_length=shape.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(
                     ignore_virtual=False, vp_stage=vp_stage
@@ -224,7 +228,7 @@ def build_model(
                 post_process=parallel_state.is_pipeline_last_stage(
                     ignore_virtual=False, vp_stage=vp_stage
                 ),
-                position_embedding_type="rope",
+                position_embedding_type="yarn" if shape.yarn else "rope",
                 rotary_base=shape.rotary_base,
                 rotary_percent=shape.rotary_frac,
                 share_embeddings_and_output_weights=shape.tie_word_embeddings,
@@ -257,9 +261,7 @@ def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
             "tensor_model_parallel_size = 1"
         )
     for name, size, axis, degree in (
-        ("vocab_size", shape.vocab_size, "tensor", tensor),
         ("num_attention_heads", shape.num_attention_heads, "tensor", tensor),
-        ("num_query_groups", shape.num_query_groups, "tensor", tensor),
         ("ffn_size", shape.ffn_size, "tensor", tensor),
         ("num_experts", shape.num_experts, "expert", layout.expert_model_parallel_size),
         ("expert_ffn_size", shape.expert_ffn_size, "expert tensor", layout.expert_tensor_size),
@@ -269,6 +271,16 @@ def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
                 f"{shape.family}: {name} = {size} cannot be split over {axis} parallelism {degree}; choose a "
                 f"degree that divides {size}"
             )
+    if shape.num_query_groups % tensor and tensor % shape.num_query_groups:
+        raise UnsupportedError(
+            f"{shape.family}: num_query_groups = {shape.num_query_groups} key and value heads cannot be shared by tensor "
+            f"parallelism {tensor}; choose a degree that divides {shape.num_query_groups}, or a multiple of it"
+        )
+    if shape.vocab_size < tensor**2:
+        raise UnsupportedError(
+            f"{shape.family}: vocab_size = {shape.vocab_size} leaves a rank of tensor parallelism {tensor} without a word; "
+            f"choose a degree of at most {math.isqrt(shape.vocab_size)}"
+        )
     chunks = layout.pipeline_model_parallel_size * (
         layout.virtual_pipeline_model_parallel_size or 1
     )

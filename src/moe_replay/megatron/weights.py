@@ -35,7 +35,7 @@ from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.pace import in_step
 
 # Dim of a merged tensor that tensor parallelism cuts.
-_CUT_DIM = {Kind.COLUMN: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
+_CUT_DIM = {Kind.COLUMN: 0, Kind.VOCABULARY: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -163,7 +163,7 @@ class WeightExport:
                     yield name, part if alone else part.clone(memory_format=torch.contiguous_format)
 
     def _view(self, key: _Key, parameter: Tensor) -> Tensor:
-        return _local_view(self._rules[key.rule], self._read(parameter), self._shape)
+        return _local_view(self._rules[key.rule], self._read(parameter))
 
 
 def export_hf_weights(
@@ -313,11 +313,8 @@ def _cut_group(rule: Rule) -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _local_view(rule: Rule, parameter: Tensor, shape: ModelShape) -> Tensor:
+def _local_view(rule: Rule, parameter: Tensor) -> Tensor:
     """View a parameter, or this rank's part of it, in the shape of a merged tensor."""
-    if rule.kind is Kind.QKV:
-        group_rows = (shape.num_attention_heads // shape.num_query_groups + 2) * shape.head_dim
-        return parameter.reshape(-1, group_rows, *parameter.shape[1:])
     if rule.kind is Kind.GATED:
         return parameter.reshape(2, -1, *parameter.shape[1:])
     return parameter
@@ -329,8 +326,11 @@ def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
     Worked example of ``QKV``: 4 query heads in 2 groups, head size 8, hidden size 32.
 
         q [32, 32] -> [2, 16, 32]    k [16, 32] -> [2, 8, 32]    v as k
-        joined along dim 1: [2, 32, 32], a group's queries, key and value together
-        tensor-parallel rank r of 2 holds [r]: q heads 2r and 2r + 1, k and v head r
+        joined along dim 1: [2, 32, 32], a group's queries, key and value together, as rows [64, 32]
+        tensor-parallel rank r of 2 holds 32 rows: q heads 2r and 2r + 1, k and v head r
+        rank r of 4, more ranks than groups, holds 16: both queries of a group, or its key and value
+
+    Worked example of ``VOCABULARY``: 101 words on 2 ranks are 51 rows each, the last one zero.
 
     Worked example of ``GATED``: gate and up ``[96, 32]`` become ``[2, 96, 32]``, cut along dim 1,
     so that each rank holds the same rows of both.
@@ -338,10 +338,13 @@ def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
     if rule.kind is Kind.QKV:
         return torch.cat(
             [t.reshape(shape.num_query_groups, -1, *t.shape[1:]) for t in tensors], dim=1
-        )
+        ).flatten(0, 1)
     if rule.kind is Kind.GATED:
         return torch.stack(tensors)
     (tensor,) = tensors
+    if rule.kind is Kind.VOCABULARY:
+        missing = -len(tensor) % _cut_group(rule).size()
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
     return tensor
 
 
@@ -349,10 +352,13 @@ def _unmerge(rule: Rule, merged: Tensor, shape: ModelShape) -> list[Tensor]:
     """Undo `_merge`."""
     if rule.kind is Kind.QKV:
         query_rows = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
-        parts = merged.split([query_rows, shape.head_dim, shape.head_dim], dim=1)
+        groups = merged.reshape(shape.num_query_groups, -1, *merged.shape[1:])
+        parts = groups.split([query_rows, shape.head_dim, shape.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
     if rule.kind is Kind.GATED:
         return list(merged.unbind(0))
+    if rule.kind is Kind.VOCABULARY:
+        return [merged[: shape.vocab_size]]
     return [merged]
 
 
@@ -372,7 +378,7 @@ def _read_shard(
     shape: ModelShape,
 ) -> Tensor:
     """Read the tensors behind a parameter and return this rank's part, in the parameter's shape."""
-    whole = torch.empty(_whole_shape(rule, _local_view(rule, parameter, shape)), device="meta")
+    whole = torch.empty(_whole_shape(rule, _local_view(rule, parameter)), device="meta")
     tensors = []
     for name, expected in zip(names, _unmerge(rule, whole, shape), strict=True):
         tensor = source[name]

@@ -18,8 +18,9 @@ class Kind(enum.Enum):
 
     WHOLE = "one tensor, the same on every tensor-parallel rank"
     COLUMN = "one tensor, cut along dim 0"
+    VOCABULARY = "one tensor, a row a word, cut along dim 0 and padded to equal parts"
     ROW = "one tensor, cut along dim 1"
-    QKV = "query, key, value interleaved by query group, cut between groups"
+    QKV = "query, key, value interleaved by query group, their rows cut into equal parts"
     GATED = "gate above up projection, each cut along its dim 0"
 
 
@@ -80,6 +81,9 @@ class ModelShape:
     """Groups that Megatron would score differently from the model; None where there are none."""
     megatron_fields: Mapping[str, Any] = field(default_factory=dict)
     """TransformerConfig fields that only this family sets."""
+    yarn: Mapping[str, Any] = field(default_factory=dict)
+    """YaRN scaling of grouped-query attention: what Megatron's embedding reads from attributes
+    ``yarn_<name>`` of its configuration; empty without scaling."""
 
     @property
     def num_moe_layers(self) -> int:

@@ -48,11 +48,11 @@ def _experts(hf: str, names: str = "gate_proj up_proj down_proj") -> tuple[Rule,
 _EMBEDDING = Rule(
     megatron="embedding.word_embeddings.weight",
     hf=("model.embed_tokens.weight",),
-    kind=Kind.COLUMN,
+    kind=Kind.VOCABULARY,
 )
 _TAIL = (
     Rule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",)),
-    Rule(megatron="output_layer.weight", hf=("lm_head.weight",), kind=Kind.COLUMN),
+    Rule(megatron="output_layer.weight", hf=("lm_head.weight",), kind=Kind.VOCABULARY),
 )
 # Transformer Engine fuses a norm into the linear layer that follows it.
 _NORMS = (

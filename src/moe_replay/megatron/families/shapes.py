@@ -59,6 +59,13 @@ def _common(
             f"{' or '.join(map(repr, rope_types))}"
         )
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    rotary_frac = rope.get("partial_rotary_factor", 1.0)
+    latent = fields.get("megatron_fields", {}).get("multi_latent_attention", False)
+    is_scaled = rope.get("rope_type", "default") == "yarn" and not latent
+    if is_scaled and rotary_frac != 1.0:
+        raise UnsupportedError(
+            f"{hf.model_type} config has YaRN with partial_rotary_factor = {rotary_frac}; supported: YaRN over complete heads"
+        )
     shape: dict[str, Any] = {
         "family": hf.model_type,
         "num_layers": hf.num_hidden_layers,
@@ -69,7 +76,8 @@ def _common(
         "vocab_size": hf.vocab_size,
         "max_position_embeddings": hf.max_position_embeddings,
         "rotary_base": rope["rope_theta"],
-        "rotary_frac": rope.get("partial_rotary_factor", 1.0),
+        "rotary_frac": rotary_frac,
+        "yarn": _yarn(hf) if is_scaled else {},
         "tie_word_embeddings": bool(hf.tie_word_embeddings),
         "ffn_size": hf.intermediate_size,
         "moe_layers": tuple(range(hf.num_hidden_layers)),
@@ -79,6 +87,23 @@ def _common(
         **fields.get("megatron_fields", {}),
     }
     return ModelShape(**(shape | fields))
+
+
+def _yarn(hf: PretrainedConfig) -> dict[str, Any]:
+    """Return the YaRN scaling of grouped-query attention, with transformers' defaults."""
+    rope = hf.rope_parameters
+    original = rope.get("original_max_position_embeddings") or hf.max_position_embeddings
+    both = bool(rope.get("mscale") and rope.get("mscale_all_dim"))
+    return {
+        "rotary_scaling_factor": float(rope.get("factor") or hf.max_position_embeddings / original),
+        "original_max_position_embeddings": original,
+        "beta_fast": float(rope.get("beta_fast") or 32),
+        "beta_slow": float(rope.get("beta_slow") or 1),
+        # Without both of them attention is scaled by 0.1 ln(factor) + 1.
+        "mscale": rope["mscale"] if both else None,
+        "mscale_all_dim": rope["mscale_all_dim"] if both else None,
+        "correction_range_round_to_int": True,
+    }
 
 
 def _qwen(hf: PretrainedConfig, **megatron_fields: Any) -> ModelShape:
@@ -91,6 +116,7 @@ def _qwen(hf: PretrainedConfig, **megatron_fields: Any) -> ModelShape:
     megatron_fields["moe_router_pre_softmax"] = not hf.norm_topk_prob
     return _common(
         hf,
+        rope_types=("default", "yarn"),
         num_experts=hf.num_experts,
         topk=hf.num_experts_per_tok,
         expert_ffn_size=hf.moe_intermediate_size,

@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 
@@ -54,10 +55,11 @@ def replace_transformer_engine() -> None:
     is installed. Latent attention takes the stand-ins of missing classes for the real ones, tests
     for them, and accepts one replicated layer by the name `Linear`. Recomputation of layernorm and
     moe_act takes its own default, ``fp8=False``, for "fp8 is on", and then asks a class that is not
-    there.
+    there. And every "at least version X of it" compares a version with None.
     """
     from moe_replay.megatron.upstream.layers import ReplicatedLinear
 
+    _module("utils").get_te_version = lambda: Version("0")
     moe_utils = _module("transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -85,12 +87,17 @@ def keep_torch_adam_state() -> None:
     @wraps(state_dict)
     def state_dict_with_state(self: Any) -> Any:
         if not self.optimizer.state:
-            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+            # With optimizer_cpu_offload several optimizers share the parameters.
+            is_divided = hasattr(self.optimizer, "sub_optimizers")
+            for inner in self.optimizer.sub_optimizers if is_divided else [self.optimizer]:
+                for parameter in (p for group in inner.param_groups for p in group["params"]):
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            if is_divided:
+                self.optimizer._sync_sub_optimizers_state_to_hdo()
         return state_dict(self) if self.optimizer.state else _state_without_parameters(self)
 
     @wraps(load_state_dict)
@@ -106,7 +113,9 @@ def keep_torch_adam_state() -> None:
     ) -> None:
         group, order = self.model_param_group_index_map[model_param]
         parameter = self.optimizer.param_groups[group]["params"][order]
-        for name, target in {"param": parameter, **self.optimizer.state[parameter]}.items():
+        state = self.optimizer.state[parameter]
+        main = state.get("master_param", parameter)
+        for name, target in {"param": main, **state}.items():
             if name in tensors:
                 target.copy_(tensors[name])
 

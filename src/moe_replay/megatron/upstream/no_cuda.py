@@ -28,6 +28,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "dist_checkpointing.exchange_utils",
     "models.common.embeddings.rope_utils",
     "optimizer.clip_grads",
+    "optimizer.cpu_offloading.hybrid_optimizer",
     "optimizer.grad_scaler",
     "optimizer.optimizer",
     "pipeline_parallel.schedules",
@@ -66,6 +67,7 @@ def install() -> None:
     _return_numpy_split_sizes()
     _pad_uneven_collectives()
     _order_two_stage_p2p()
+    _offload_from_the_cpu()
     setattr(torch.cuda, _MARK, True)
 
 
@@ -278,3 +280,42 @@ def _order_two_stage_p2p() -> None:
 
     distributed = _Overlay(torch.distributed, batch_isend_irecv=batch_isend_irecv)
     communication.torch = _Overlay(torch, distributed=distributed)
+
+
+def _offload_from_the_cpu() -> None:
+    """Let `HybridDeviceOptimizer` divide parameters that are not on a GPU.
+
+    It takes those of the CPU for copies that it made itself, and looks in vain for their originals.
+    """
+    module = importlib.import_module("megatron.core.optimizer.cpu_offloading.hybrid_optimizer")
+    module.HybridDeviceOptimizer._get_sub_optimizer_param_groups = _divided
+    module.HybridDeviceOptimizer._move_new_state_to_right_device = lambda self: None
+
+
+def _divided(optimizer: Any, offload_fraction: float) -> tuple[Any, ...]:
+    """Return what `_get_sub_optimizer_param_groups` does, with a copy for each offloaded parameter.
+
+    Groups of the copies, groups of the rest, parameter -> copy, copy -> parameter, and parameter ->
+    its float32 stand-in where it has another format.
+    """
+    groups: tuple[list[Any], list[Any]] = [], []
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    wide: dict[torch.Tensor, torch.Tensor] = {}
+    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    offloaded = 0
+    for group in optimizer.param_groups:
+        parts: tuple[list[Any], list[Any]] = [], []
+        for parameter in group["params"]:
+            is_offloaded, inner = offloaded < offload_fraction * total, parameter
+            if is_offloaded:
+                inner = parameter.detach().clone()
+                offloaded += inner.numel()
+            if optimizer.param_update_in_fp32 and inner.dtype != torch.float32:
+                inner = wide[parameter] = inner.detach().clone().float()
+            if is_offloaded:
+                copies[parameter] = inner
+            parts[not is_offloaded].append(inner)
+        for kept, part in zip(groups, parts, strict=True):
+            if part:
+                kept.append({**group, "params": part})
+    return *groups, copies, {copy: original for original, copy in copies.items()}, wide

@@ -44,7 +44,7 @@ def stage_weights(
     """Return the parameters of a rank of a pipeline stage that holds ``layers``."""
     tensor = layout.tensor_model_parallel_size
     last = layout.pipeline_model_parallel_size - 1
-    words = shape.vocab_size // tensor * shape.hidden_size
+    words = -(-shape.vocab_size // tensor) * shape.hidden_size
     weights = [Weight(name="embedding", size=words)] if stage == 0 else []
     for layer in layers:
         weights += layer_weights(shape, layout, is_moe=layer in shape.moe_layers)

@@ -18,10 +18,11 @@ Tables = Mapping[str, Mapping[str, Any]]
 
 
 def option_problems(
-    tables: Tables, dispatcher: str, own_keys: frozenset[str]
+    tables: Tables, effective: Tables, dispatcher: str, own_keys: frozenset[str]
 ) -> Iterator[tuple[str, str, bool]]:
     """Yield (dotted key, what is wrong, whether it only cannot be honoured) for all three tables.
 
+    ``effective`` are the tables with what follows from them, such as that one option sets another.
     ``dispatcher`` is ``megatron.moe_token_dispatcher_type``; ``own_keys`` are the keys of
     ``[megatron]`` itself that Megatron's TransformerConfig knows too.
     """
@@ -50,7 +51,7 @@ def option_problems(
                 )
     for row in SWITCHES:
         for name in _set(tables, row.table, row.fields):
-            if not _is_on(tables, dispatcher, row):
+            if not _is_on(effective, dispatcher, row):
                 value = "set" if row.value is None else repr(row.value).lower()
                 wanted = f"megatron.{row.needs} is not {value}"
                 yield (
@@ -59,6 +60,46 @@ def option_problems(
                     "it, or set that",
                     False,
                 )
+
+
+def offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, str, bool]]:
+    """Yield what does not go with an optimizer on the host, for a model of ``dtype``."""
+    if not optimizer.get("optimizer_cpu_offload"):
+        return
+    prefix = "megatron.optimizer"
+    if dtype != "bfloat16":
+        yield (
+            f"{prefix}.optimizer_cpu_offload",
+            f"true with model.dtype = {dtype!r}: Megatron's HybridDeviceOptimizer cannot load the "
+            "checkpoints of such a model again; set model.dtype = 'bfloat16', or remove it",
+            True,
+        )
+    if optimizer.get("use_precision_aware_optimizer") is False:
+        yield (
+            f"{prefix}.use_precision_aware_optimizer",
+            "false beside optimizer_cpu_offload = true, which needs it: main weights would stay on "
+            "the device, and checkpoints could not be loaded again. Remove it",
+            True,
+        )
+    if optimizer.get("decoupled_weight_decay") is False:
+        yield (
+            f"{prefix}.decoupled_weight_decay",
+            "false beside optimizer_cpu_offload = true, whose optimizer is AdamW. Remove it",
+            True,
+        )
+    for name in (
+        "main_params_dtype",
+        "exp_avg_dtype",
+        "exp_avg_sq_dtype",
+        "store_param_remainders",
+    ):
+        if name in optimizer:
+            yield (
+                f"{prefix}.{name}",
+                f"set to {optimizer[name]!r}, but it has no effect: with optimizer_cpu_offload = "
+                "true main weights and moments are float32 on the host. Remove it",
+                False,
+            )
 
 
 def _set(tables: Tables, table: str, fields: tuple[str, ...]) -> Iterator[str]:

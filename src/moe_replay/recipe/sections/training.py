@@ -204,7 +204,8 @@ class ParallelLayout(Section):
         )
 
 
-_TABLES = {"transformer", "ddp", "optimizer"}
+# Keys that are no fields of Megatron's TransformerConfig.
+_BESIDE = {"transformer", "ddp", "optimizer", "offload_during_rollout"}
 
 
 class MegatronSection(ParallelLayout):
@@ -247,8 +248,9 @@ class MegatronSection(ParallelLayout):
 
     def config_fields(self) -> dict[str, Any]:
         """Return the TransformerConfig fields beside the layout's, as a recipe writes them."""
-        beside = {*ParallelLayout.model_fields, *_TABLES, "offload_during_rollout"}
-        own = self.model_dump(mode="json", exclude_none=True, exclude=beside)
+        own = self.model_dump(
+            mode="json", exclude_none=True, exclude={*ParallelLayout.model_fields, *_BESIDE}
+        )
         return own | self.transformer
 
     def ddp_fields(self) -> dict[str, Any]:
@@ -264,11 +266,11 @@ class MegatronSection(ParallelLayout):
         """Return the OptimizerConfig fields that are set, as a recipe writes them.
 
         With ``optimizer_cpu_offload`` everything is offloaded, where Megatron's own default for
-        the fraction is nothing.
+        the fraction is nothing, and float32 main weights exist on the host alone.
         """
         fields: dict[str, Any] = {"use_distributed_optimizer": True}
         if self.optimizer.get("optimizer_cpu_offload"):
-            fields["optimizer_offload_fraction"] = 1.0
+            fields |= {"optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
         return fields | self.optimizer
 
     def round_up_microbatches(self, count: int) -> int:
@@ -284,6 +286,6 @@ class MegatronSection(ParallelLayout):
 
 
 OWN_TRANSFORMER_KEYS = (
-    frozenset(MegatronSection.model_fields) - frozenset(ParallelLayout.model_fields) - _TABLES
+    frozenset(MegatronSection.model_fields) - frozenset(ParallelLayout.model_fields) - _BESIDE
 )
 """Keys of ``[megatron]`` that are fields of Megatron's TransformerConfig beside the layout."""
