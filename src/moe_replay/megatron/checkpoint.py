@@ -340,6 +340,10 @@ def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
     parts = [state] if "optimizer" in state else list(state.values())
     groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
     steps = [group["step"] for group in groups if group.get("step") is not None]
-    for group in groups if steps else ():
-        group["step"] = max(steps)
+    for group in groups:
+        if steps:
+            group["step"] = max(steps)
+        # An optimizer on the host keeps its classes there, which no safe loader accepts.
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]
     return state

@@ -10,6 +10,7 @@ from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 
 from ...grpo.smallest_recipe import problems_of, recipe
 
+BFLOAT16 = {"dtype": "bfloat16"}
 # (table, field, a value that is refused, one that is not or None, words of the reason)
 NOT_HONOURED = [
     ("transformer", "hidden_dropout", 0.1, 0.0, "every importance ratio would be noise"),
@@ -137,15 +138,47 @@ def test_every_line_of_the_table_has_a_case_above():
 def test_a_fraction_of_0_would_offload_nothing():
     asked = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.0}
     with pytest.raises(UnsupportedError, match=r"that offloads nothing; Megatron's own default"):
-        recipe(megatron={"optimizer": asked})
-    half = recipe(megatron={"optimizer": asked | {"optimizer_offload_fraction": 0.5}})
+        recipe(megatron={"optimizer": asked}, model=BFLOAT16)
+    asked["optimizer_offload_fraction"] = 0.5
+    half = recipe(megatron={"optimizer": asked}, model=BFLOAT16)
     assert half.megatron.optimizer_fields()["optimizer_offload_fraction"] == 0.5
 
 
 def test_offloading_offloads_everything_where_megatron_would_offload_nothing():
-    asked = recipe(megatron={"optimizer": {"optimizer_cpu_offload": True}}).megatron
-    assert asked.optimizer_fields()["optimizer_offload_fraction"] == 1.0
-    assert "optimizer_offload_fraction" not in recipe().megatron.optimizer_fields()
+    offload = {"optimizer_cpu_offload": True}
+    asked = recipe(megatron={"optimizer": offload}, model=BFLOAT16).megatron
+    assert asked.optimizer_fields() == {
+        "use_distributed_optimizer": True,
+        "optimizer_offload_fraction": 1.0,
+        "use_precision_aware_optimizer": True,
+        "optimizer_cpu_offload": True,
+    }
+    assert recipe().megatron.optimizer_fields() == {"use_distributed_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("use_precision_aware_optimizer", False, "which needs it"),
+        ("decoupled_weight_decay", False, "whose optimizer is AdamW"),
+        ("exp_avg_dtype", "bfloat16", "float32 on the host"),
+        ("store_param_remainders", False, "float32 on the host"),
+    ],
+)
+def test_what_an_optimizer_on_the_host_cannot_do_is_refused(name, value, said):
+    asked = {"optimizer_cpu_offload": True, name: value}
+    message = problems_of(megatron={"optimizer": asked}, model=BFLOAT16)
+    assert f"megatron.optimizer.{name}: " in message
+    assert said in message
+    assert "has 1 problem:" in message
+
+
+def test_an_optimizer_on_the_host_takes_bfloat16_gradients_and_models_alone():
+    asked = {"optimizer_cpu_offload": True, "main_grads_dtype": "bfloat16"}
+    loaded = recipe(megatron={"optimizer": asked}, model=BFLOAT16)
+    assert loaded.megatron.ddp_fields()["grad_reduce_in_fp32"] is False
+    with pytest.raises(UnsupportedError, match="cannot load the checkpoints of such a model"):
+        recipe(megatron={"optimizer": asked})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +230,7 @@ def test_what_something_else_decides_is_refused_with_where_it_is_said(table, nam
 def test_an_option_without_its_switch_has_no_effect(table, name, value, switch, on):
     message = problems_of(megatron={table: {name: value}})
     assert f"megatron.{table}.{name}: set to {value!r}, but it has no effect" in message
-    loaded = recipe(megatron={table: {name: value, switch: on}})
+    loaded = recipe(megatron={table: {name: value, switch: on}}, model=BFLOAT16)
     assert getattr(loaded.megatron, table)[name] == value
 
 
@@ -233,7 +266,7 @@ def test_a_run_resumes_with_other_kernels_and_not_with_other_arithmetic():
         "ddp": {"overlap_grad_reduce": True, "bucket_size": 5},
         "optimizer": {"optimizer_cpu_offload": True, "pin_cpu_grads": False},
     }
-    items = recipe(megatron=options).fingerprint_items()
+    items = recipe(megatron=options, model=BFLOAT16).fingerprint_items()
     assert {
         key: value
         for key, value in items.items()
