@@ -115,3 +115,30 @@ def test_what_megatron_refuses_is_said_by_megatron(examined):
     assert said == ""
     said, _ = examined({"moe_shared_expert_overlap": True, "fp8": "e4m3"}, replay=DISABLED)
     assert "needs Transformer Engine" in said
+
+
+def test_what_is_set_is_shown_with_what_follows_from_it(write_recipe, capsys):
+    lean = {"optimizer_cpu_offload": True, "main_grads_dtype": "bfloat16"}
+    megatron = {"transformer": {"moe_z_loss_coeff": 0.1}, "optimizer": lean}
+    recipe = write_recipe(megatron=megatron, model={"dtype": "bfloat16"})
+    main(["doctor", str(recipe), "--json"])
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["megatron.transformer"] == "moe_z_loss_coeff = 0.1"
+    assert settings["megatron.optimizer"] == (
+        "use_distributed_optimizer = true, optimizer_offload_fraction = 1.0, "
+        "use_precision_aware_optimizer = true, optimizer_cpu_offload = true, "
+        'main_grads_dtype = "bfloat16"'
+    )
+    assert "megatron.ddp" not in settings
+
+
+def test_narrow_gradients_without_the_optimizer_for_them_are_noted(write_recipe, capsys):
+    notes = []
+    for wide in (False, True):
+        recipe = write_recipe(
+            megatron={"ddp": {"grad_reduce_in_fp32": wide}}, model={"dtype": "bfloat16"}
+        )
+        main(["doctor", str(recipe), "--json"])
+        notes.append(" ".join(json.loads(capsys.readouterr().out)["notes"]))
+    assert "float32 copy of all gradients" in notes[0]
+    assert "float32 copy of all gradients" not in notes[1]

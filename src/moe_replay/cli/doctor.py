@@ -19,6 +19,7 @@ from moe_replay.grpo.saves import PATIENCE
 from moe_replay.grpo.start.preflight import Preflight, preflight, ranks_needed
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
+from moe_replay.recipe.sections.training import MegatronSection
 from moe_replay.routing import LiveReason, ReplayMode, Routing, expert_dtype
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
         "auxiliary loss": f"{megatron.moe_aux_loss_coeff}, of live experts, without padding"
         if megatron.moe_aux_loss_coeff
         else "none",
+        **_options_of(megatron),
         "guard": guard,
         "minimum coverage": str(replay.min_coverage) if recipe.replays else "none",
         "checkpoints": f"{_how_often(checkpoint.save_steps)}, {checkpoint.save_total_limit} kept"
@@ -107,6 +109,20 @@ def _how_often(save_steps: int | None) -> str:
     if save_steps is None:
         return f"after every step, or at most {100 / PATIENCE:.3g} % of the time"
     return f"every {save_steps} steps"
+
+
+def _options_of(megatron: MegatronSection) -> dict[str, str]:
+    """Return what each of Megatron's tables says, of those that say something."""
+    tables = {
+        "transformer": megatron.transformer,
+        "ddp": megatron.ddp_fields() if megatron.ddp else {},
+        "optimizer": megatron.optimizer_fields() if megatron.optimizer else {},
+    }
+    return {
+        f"megatron.{name}": ", ".join(f"{key} = {json.dumps(v)}" for key, v in options.items())
+        for name, options in tables.items()
+        if options
+    }
 
 
 def passes_of(recipe: Recipe) -> list[dict[str, str]]:

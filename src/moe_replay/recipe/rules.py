@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_replay.recipe.bearer import MASK
-from moe_replay.recipe.options.problems import offload_problems, option_problems
+from moe_replay.recipe.options.problems import layout_problems, offload_problems, option_problems
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
 from moe_replay.recipe.sections.base import sections_for
 from moe_replay.recipe.sections.locations import GENERATED, HUB, has_splits
@@ -304,8 +304,10 @@ def _megatron_options_are_honoured(megatron: MegatronSection) -> Iterator[Proble
 
 
 @Rule
-def _optimizer_on_the_host(model: ModelSection, megatron: MegatronSection) -> Iterator[Problem]:
+def _options_fit_together(model: ModelSection, megatron: MegatronSection) -> Iterator[Problem]:
     for found in offload_problems(megatron.optimizer, model.dtype):
+        yield Problem(*found)
+    for found in layout_problems(megatron.transformer, megatron.model_dump()):
         yield Problem(*found)
 
 

@@ -276,3 +276,24 @@ def test_a_run_resumes_with_other_kernels_and_not_with_other_arithmetic():
         "megatron.optimizer.optimizer_cpu_offload": True,
     }
     assert "moe_z_loss_coeff" not in MAY_CHANGE_ON_RESUME
+
+
+@pytest.mark.parametrize(
+    ("option", "degree", "harmless"),
+    [
+        (
+            {"moe_z_loss_coeff": 0.1},
+            "tensor_model_parallel_size",
+            "expert_model_parallel_size",
+        ),
+        ({"moe_z_loss_coeff": 0.1}, "context_parallel_size", "pipeline_model_parallel_size"),
+        ({"cpu_offloading": True}, "pipeline_model_parallel_size", "tensor_model_parallel_size"),
+    ],
+)
+def test_an_option_that_some_parallelism_breaks_is_refused_with_it(option, degree, harmless):
+    (name,) = option
+    with pytest.raises(
+        UnsupportedError, match=rf"transformer.{name}: .* with megatron.{degree} = 2"
+    ):
+        recipe(megatron={"transformer": option, degree: 2})
+    assert recipe(megatron={"transformer": option, harmless: 2}).megatron.transformer == option

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_replay.checkpoint.facts import ModelFacts
     from moe_replay.grpo.inputs import Inputs
     from moe_replay.megatron.model import ModelShape, TransformerConfig
+    from moe_replay.megatron.options.typed import MegatronOptions
     from moe_replay.megatron.replay.refusals import Refusal, Verdict
 
 _PYTHON = ">=3.11"
@@ -278,6 +279,7 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
         lambda: transformer_config(shape, layout, dtype=dtype, overrides=options.transformer)
     )
     found.ask(lambda: wrapping_config(options))
+    found.notes += _memory_notes(recipe, options)
     if found.config is None:
         return
     found.ask(lambda: optimizer_config(recipe.optimizer, found.config, options))
@@ -285,6 +287,17 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     found.ask(
         lambda: check_attention(recipe.model.dtype, transformer_engine=transformer_engine_usable())
     )
+
+
+def _memory_notes(recipe: Recipe, options: MegatronOptions) -> Iterator[str]:
+    """Say that narrow gradients save nothing where Megatron widens them again."""
+    is_narrow = recipe.model.dtype == "bfloat16" and not options.ddp["grad_reduce_in_fp32"]
+    if is_narrow and not options.optimizer.get("use_precision_aware_optimizer"):
+        yield (
+            "megatron.ddp.grad_reduce_in_fp32 = false saves memory with "
+            "megatron.optimizer.use_precision_aware_optimizer only: without it Megatron makes a "
+            "float32 copy of all gradients that a rank owns"
+        )
 
 
 def _check_ranks(layout: ParallelLayout, world_size: int) -> None:

@@ -16,6 +16,20 @@ from moe_replay.recipe.options.switches import SWITCHES
 Tables = Mapping[str, Mapping[str, Any]]
 """``transformer``, ``ddp`` and ``optimizer`` -> field -> value, as a recipe says them."""
 
+_NOT_PARALLEL = (
+    (
+        "moe_z_loss_coeff",
+        "Megatron-Core divides the loss by the ranks that share a sequence, and each then counts "
+        "its own rows alone, so that it would weigh less the more of them there are",
+        ("tensor_model_parallel_size", "context_parallel_size"),
+    ),
+    (
+        "cpu_offloading",
+        "Megatron-Core offloads activations on one stage only",
+        ("pipeline_model_parallel_size",),
+    ),
+)
+
 
 def option_problems(
     tables: Tables, effective: Tables, dispatcher: str, own_keys: frozenset[str]
@@ -100,6 +114,21 @@ def offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple
                 "true main weights and moments are float32 on the host. Remove it",
                 False,
             )
+
+
+def layout_problems(
+    transformer: Mapping[str, Any], layout: Mapping[str, int]
+) -> Iterator[tuple[str, str, bool]]:
+    """Yield options that do not go with a degree of parallelism, by its key in ``[megatron]``."""
+    for name, why, degrees in _NOT_PARALLEL:
+        for degree in degrees:
+            if transformer.get(name) and layout[degree] > 1:
+                yield (
+                    f"megatron.transformer.{name}",
+                    f"{transformer[name]!r} with megatron.{degree} = {layout[degree]}: {why}. "
+                    "Remove it, or set that to 1",
+                    True,
+                )
 
 
 def _set(tables: Tables, table: str, fields: tuple[str, ...]) -> Iterator[str]:
