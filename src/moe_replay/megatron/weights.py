@@ -28,14 +28,19 @@ from moe_replay.checkpoint.fit import check_names, is_prediction
 from moe_replay.errors import CheckpointError, UnsupportedError
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite
-from moe_replay.megatron.families.family import Kind, ModelShape, Rule
+from moe_replay.megatron.families.cuts import (
+    CUT_DIM,
+    cut_group,
+    local_view,
+    merge,
+    unmerge,
+    whole_shape,
+)
+from moe_replay.megatron.families.family import ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.pace import in_step
-
-# Dim of a merged tensor that tensor parallelism cuts.
-_CUT_DIM = {Kind.COLUMN: 0, Kind.VOCABULARY: 0, Kind.ROW: 1, Kind.QKV: 0, Kind.GATED: 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -107,7 +112,7 @@ class WeightExport:
             for key, parameters in _held_parameters(chunks, self._shape).items():
                 # A view: a plan must not hold a second copy of the model.
                 view = self._view(key, parameters[0])
-                size = (len(key.experts), *_whole_shape(self._rules[key.rule], view))
+                size = (len(key.experts), *whole_shape(self._rules[key.rule], view))
                 mine[key] = size, view.dtype
         everywhere = all_ranks().gather(mine)
         known = {key: described for held in everywhere for key, described in held.items()}
@@ -157,13 +162,13 @@ class WeightExport:
             assert merged is not None and (merged.shape, merged.dtype) == (size, dtype)
             for expert, tensor in zip(key.experts, merged, strict=True):
                 names = _hf_names(rule, key.layer, expert)
-                for name, part in zip(names, _unmerge(rule, tensor, self._shape), strict=True):
+                for name, part in zip(names, unmerge(rule, tensor, self._shape), strict=True):
                     # A part would keep the others alive.
                     alone = part.numel() == merged.numel() and part.is_contiguous()
                     yield name, part if alone else part.clone(memory_format=torch.contiguous_format)
 
     def _view(self, key: _Key, parameter: Tensor) -> Tensor:
-        return _local_view(self._rules[key.rule], self._read(parameter))
+        return local_view(self._rules[key.rule], self._read(parameter))
 
 
 def export_hf_weights(
@@ -306,70 +311,6 @@ def _untrained(source_dir: str | Path, shape: ModelShape) -> Iterator[tuple[str,
                 yield name, checkpoint[name]
 
 
-def _cut_group(rule: Rule) -> dist.ProcessGroup:
-    """Return the tensor-parallel group that a parameter is cut over."""
-    if "{expert}" in rule.megatron:
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def _local_view(rule: Rule, parameter: Tensor) -> Tensor:
-    """View a parameter, or this rank's part of it, in the shape of a merged tensor."""
-    if rule.kind is Kind.GATED:
-        return parameter.reshape(2, -1, *parameter.shape[1:])
-    return parameter
-
-
-def _merge(rule: Rule, tensors: list[Tensor], shape: ModelShape) -> Tensor:
-    """Join Hugging Face tensors so that a tensor-parallel cut is one chunk along one dim.
-
-    Worked example of ``QKV``: 4 query heads in 2 groups, head size 8, hidden size 32.
-
-        q [32, 32] -> [2, 16, 32]    k [16, 32] -> [2, 8, 32]    v as k
-        joined along dim 1: [2, 32, 32], a group's queries, key and value together, as rows [64, 32]
-        tensor-parallel rank r of 2 holds 32 rows: q heads 2r and 2r + 1, k and v head r
-        rank r of 4, more ranks than groups, holds 16: both queries of a group, or its key and value
-
-    Worked example of ``VOCABULARY``: 101 words on 2 ranks are 51 rows each, the last one zero.
-
-    Worked example of ``GATED``: gate and up ``[96, 32]`` become ``[2, 96, 32]``, cut along dim 1,
-    so that each rank holds the same rows of both.
-    """
-    if rule.kind is Kind.QKV:
-        return torch.cat(
-            [t.reshape(shape.num_query_groups, -1, *t.shape[1:]) for t in tensors], dim=1
-        ).flatten(0, 1)
-    if rule.kind is Kind.GATED:
-        return torch.stack(tensors)
-    (tensor,) = tensors
-    if rule.kind is Kind.VOCABULARY:
-        missing = -len(tensor) % _cut_group(rule).size()
-        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-    return tensor
-
-
-def _unmerge(rule: Rule, merged: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Undo `_merge`."""
-    if rule.kind is Kind.QKV:
-        query_rows = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
-        groups = merged.reshape(shape.num_query_groups, -1, *merged.shape[1:])
-        parts = groups.split([query_rows, shape.head_dim, shape.head_dim], dim=1)
-        return [part.flatten(0, 1) for part in parts]
-    if rule.kind is Kind.GATED:
-        return list(merged.unbind(0))
-    if rule.kind is Kind.VOCABULARY:
-        return [merged[: shape.vocab_size]]
-    return [merged]
-
-
-def _whole_shape(rule: Rule, local: Tensor) -> tuple[int, ...]:
-    """Return the shape of the merged tensor that `local` is this rank's part of."""
-    size = list(local.shape)
-    if rule.kind in _CUT_DIM:
-        size[_CUT_DIM[rule.kind]] *= _cut_group(rule).size()
-    return tuple(size)
-
-
 def _read_shard(
     rule: Rule,
     names: tuple[str, ...],
@@ -378,9 +319,9 @@ def _read_shard(
     shape: ModelShape,
 ) -> Tensor:
     """Read the tensors behind a parameter and return this rank's part, in the parameter's shape."""
-    whole = torch.empty(_whole_shape(rule, _local_view(rule, parameter)), device="meta")
+    whole = torch.empty(whole_shape(rule, local_view(rule, parameter)), device="meta")
     tensors = []
-    for name, expected in zip(names, _unmerge(rule, whole, shape), strict=True):
+    for name, expected in zip(names, unmerge(rule, whole, shape), strict=True):
         tensor = source[name]
         if tensor.shape != expected.shape:
             raise CheckpointError(
@@ -389,18 +330,18 @@ def _read_shard(
             )
         refuse_non_finite(name, tensor)
         tensors.append(tensor)
-    merged = _merge(rule, tensors, shape)
-    if rule.kind in _CUT_DIM:
-        group = _cut_group(rule)
-        merged = merged.chunk(group.size(), dim=_CUT_DIM[rule.kind])[group.rank()]
+    merged = merge(rule, tensors, shape)
+    if rule.kind in CUT_DIM:
+        group = cut_group(rule)
+        merged = merged.chunk(group.size(), dim=CUT_DIM[rule.kind])[group.rank()]
     return merged.reshape(parameter.shape)
 
 
 def _gather_cut(rule: Rule, local: Tensor) -> Tensor:
     """Join the tensor-parallel parts of stacked merged tensors; collective over their group."""
-    group = _cut_group(rule)
-    if rule.kind not in _CUT_DIM or group.size() == 1:
+    group = cut_group(rule)
+    if rule.kind not in CUT_DIM or group.size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(parts, local, group=group)
-    return torch.cat(parts, dim=1 + _CUT_DIM[rule.kind])
+    return torch.cat(parts, dim=1 + CUT_DIM[rule.kind])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_replay.recipe.bearer import MASK
-from moe_replay.recipe.options.problems import layout_problems, offload_problems, option_problems
+from moe_replay.recipe.options.problems import megatron_problems
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
 from moe_replay.recipe.sections.base import sections_for
 from moe_replay.recipe.sections.locations import GENERATED, HUB, has_splits
@@ -292,22 +292,9 @@ def _live_gap_needs_replay(replay: ReplaySection) -> Iterator[Problem]:
 
 
 @Rule
-def _megatron_options_are_honoured(megatron: MegatronSection) -> Iterator[Problem]:
-    tables = {name: getattr(megatron, name) for name in ("transformer", "ddp", "optimizer")}
-    for found in option_problems(
-        tables,
-        tables | {"optimizer": megatron.optimizer_fields()},
-        dispatcher=megatron.moe_token_dispatcher_type,
-        own_keys=OWN_TRANSFORMER_KEYS,
-    ):
-        yield Problem(*found)
-
-
-@Rule
-def _options_fit_together(model: ModelSection, megatron: MegatronSection) -> Iterator[Problem]:
-    for found in offload_problems(megatron.optimizer, model.dtype):
-        yield Problem(*found)
-    for found in layout_problems(megatron.transformer, megatron.model_dump()):
+def _megatron_options_fit(model: ModelSection, megatron: MegatronSection) -> Iterator[Problem]:
+    asked, follows = megatron.model_dump(), megatron.optimizer_fields()
+    for found in megatron_problems(asked, follows, OWN_TRANSFORMER_KEYS, model.dtype):
         yield Problem(*found)
 
 

@@ -31,7 +31,30 @@ _NOT_PARALLEL = (
 )
 
 
-def option_problems(
+def megatron_problems(
+    section: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    own_keys: frozenset[str],
+    dtype: str,
+) -> Iterator[tuple[str, str, bool]]:
+    """Yield (dotted key, what is wrong, whether it only cannot be honoured) for all three tables.
+
+    ``section`` is ``[megatron]`` as nested tables, ``optimizer`` its table of that name with what
+    follows from it, ``own_keys`` the keys of ``[megatron]`` itself that TransformerConfig knows
+    too, ``dtype`` that of the model.
+    """
+    tables = {name: section[name] for name in ("transformer", "ddp", "optimizer")}
+    yield from _single_problems(
+        tables,
+        tables | {"optimizer": optimizer},
+        section["moe_token_dispatcher_type"],
+        own_keys,
+    )
+    yield from _offload_problems(section["optimizer"], dtype)
+    yield from _layout_problems(section["transformer"], section)
+
+
+def _single_problems(
     tables: Tables, effective: Tables, dispatcher: str, own_keys: frozenset[str]
 ) -> Iterator[tuple[str, str, bool]]:
     """Yield (dotted key, what is wrong, whether it only cannot be honoured) for all three tables.
@@ -76,7 +99,7 @@ def option_problems(
                 )
 
 
-def offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, str, bool]]:
+def _offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, str, bool]]:
     """Yield what does not go with an optimizer on the host, for a model of ``dtype``."""
     if not optimizer.get("optimizer_cpu_offload"):
         return
@@ -116,8 +139,8 @@ def offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple
             )
 
 
-def layout_problems(
-    transformer: Mapping[str, Any], layout: Mapping[str, int]
+def _layout_problems(
+    transformer: Mapping[str, Any], layout: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, bool]]:
     """Yield options that do not go with a degree of parallelism, by its key in ``[megatron]``."""
     for name, why, degrees in _NOT_PARALLEL:
