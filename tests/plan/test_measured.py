@@ -30,8 +30,8 @@ def test_what_is_held_is_exact_and_peaks_are_near(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "term"),
     [
-        ("plain", {"gated_copies": 0}),
-        ("plain", {"core_inputs": 0, "core_outputs": 1}),
+        ("plain", {"gated_copies": 0, "weighted_copies": 0}),
+        ("plain", {"normed_projection": 0, "core_queries_keys": 0}),
         ("full recompute", {"dispatch_copies": 0}),
         ("latent attention", {"keeps_attention_weights": False}),
     ],
