@@ -177,7 +177,9 @@ def _scoring(
     routes = _routes(shape, settings, layers)
     copies = kernels.scored_dispatch_copies + _exchanges(settings, kernels)
     # Without a graph the rows that were sent are still held while those that came are sorted.
-    copies += kernels.exchange_copies * (settings.layout.expert_model_parallel_size > 1)
+    layout = settings.layout
+    exchanges = layout.expert_model_parallel_size > 1 or layout.expert_tensor_size > 1
+    copies += kernels.exchange_copies * exchanges
     # Residual, its norm, and what enters and leaves the experts; attention has one fewer.
     inside = [layer.dispatched * copies + 4 * layer.hidden for layer in layers]
     inside += [
