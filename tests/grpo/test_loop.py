@@ -238,6 +238,32 @@ def test_run_stops_below_min_coverage_and_says_why(recipe: Recipes) -> None:
         run(recipe(), make_engine=_faulty(_half_missing))
 
 
+def _first_rank_faulty(recipe: Recipe, device: torch.device) -> Engine:
+    make = recipe_engine if torch.distributed.get_rank() else _faulty(_half_missing)
+    return make(recipe, device)
+
+
+def test_coverage_is_that_of_the_step_and_not_of_a_rank(recipe: Recipes) -> None:
+    # Nothing is dealt, so the first rank holds what it sampled: about half of it without routes.
+    settings = {"run__max_steps": 1, "batch__balance": "false"}
+    (record,) = run(
+        recipe(replay__min_coverage=0.65, **settings),
+        world_size=2,
+        make_engine=_first_rank_faulty,
+    )
+    assert 0.65 < record["replay/coverage"] < 0.85
+
+
+def test_every_rank_says_that_the_step_has_too_little_coverage(recipe: Recipes) -> None:
+    settings = {"run__max_steps": 1, "batch__balance": "false"}
+    with pytest.raises(CoverageError, match=r"coverage is 0\.[78]"):
+        run(
+            recipe(replay__min_coverage=0.9, **settings),
+            world_size=2,
+            make_engine=_first_rank_faulty,
+        )
+
+
 def test_missing_routes_are_counted_when_they_are_allowed(recipe: Recipes) -> None:
     record = run(
         recipe(replay__min_coverage=0.3, run__max_steps=1), make_engine=_faulty(_half_missing)

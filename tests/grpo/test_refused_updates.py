@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_replay.engines.types import Engine
 from moe_replay.errors import DivergedError, UpdateError
@@ -79,13 +80,15 @@ def run(
     *,
     before: Callable[[], None] = lambda: None,
     make_engine: Callable[[Recipe, torch.device], Engine] = recipe_engine,
+    world_size: int = 1,
 ) -> list[StepRecord]:
-    """Train in a process of its own, files included, and return the records of its steps."""
+    """Train in processes of its own, files included, and return the records of its steps."""
 
     def call() -> list[StepRecord]:
         before()
+        process = ProcessSpec(rank=dist.get_rank(), world_size=world_size)
         directory, kept = RunDirectory(recipe.run.output_dir), Keeping()
-        with build_reporter(recipe, rank=0, run_directory=directory) as files:
+        with build_reporter(recipe, rank=process.rank, run_directory=directory) as files:
             inner = files.step
 
             def both(record: StepRecord, completions: list[CompletionRecord]) -> None:
@@ -93,10 +96,10 @@ def run(
                 inner(record, completions)
 
             files.step = both
-            train(recipe, process=ProcessSpec(), reporter=files, make_engine=make_engine)
+            train(recipe, process=process, reporter=files, make_engine=make_engine)
         return kept.records
 
-    return run_ranks(call, 1, timeout_s=300)[0]
+    return run_ranks(call, world_size, timeout_s=300)[0]
 
 
 def test_t11_a_broken_second_mini_batch_stops_the_run_and_costs_no_checkpoint(
@@ -162,11 +165,14 @@ def test_r2_a_gradient_of_exactly_zero_with_rewards_that_differ_is_an_error(
     assert run(planned(plan="equal", run__max_steps=1), before=_detach_logprobs)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_r2_equal_completions_whose_rewards_differ_cancel_and_do_not_stop_a_run(
-    planned: Recipes,
+    world_size: int, planned: Recipes
 ) -> None:
+    # On two ranks the completions of a prompt are dealt over both replicas.
     (record,) = run(
-        planned(plan="turns", run__max_steps=1, rollout__top_k=1, rollout__num_generations=4)
+        planned(plan="turns", run__max_steps=1, rollout__top_k=1, rollout__num_generations=4),
+        world_size=world_size,
     )
     assert record.metrics["reward_std"] > 0.5
     assert record.metrics["grad_norm"] < 1e-3

@@ -125,7 +125,7 @@ def test_the_first_checkpoint_takes_what_is_expected(
         actor = start_policy(checkpoint, CASES["dp2"].layout, dtype=dtype)
         update(actor)
         CheckpointFolder(tmp_path, save_total_limit=1).save(actor, at(actor, 1))
-        return expected_bytes(actor), disk_bytes(tmp_path / "step-000001")
+        return expected_bytes(actor.modules, actor.optimizer), disk_bytes(tmp_path / "step-000001")
 
     expected, found = run_ranks(saved, 2)[0]
     # Beside the tensors: names and layouts of a thousand tiny ones, and whole blocks of the disk.

@@ -47,7 +47,9 @@ def make_batch(run: Run, rollout: Rollout, scored: Scored) -> StepBatch:
         return batch
     # An engine that gave up on a request may have no routes of it, and nothing is learned from it.
     learned = [sample for sample in samples if sample.trains]
-    Coverage.total(_rows(run, learned, traces)).require(run.min_coverage)
+    here = Coverage.total(_rows(run, learned, traces))
+    # Of the step, on every rank: one rank may hold a single sample.
+    Coverage.total(run.ranks.gather(here)).require(run.min_coverage)
     batch = batch.with_routes(share_routes(run.replica, batch.microbatches, traces))
     if scoring:
         shared = {m.key: m.routes for m in batch.microbatches if m.routes is not None}

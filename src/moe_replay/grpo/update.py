@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -267,9 +268,10 @@ class MinibatchLoss:
             return
         speaks = run.replica.computes_loss
         pulled = sum(part.num_pulled for part in self.statistics) if speaks else 0
-        gathered = run.ranks.gather([pulled, self._pulls_one_way()])
-        tokens = int(sum(part[0] for part in gathered))
-        if tokens and any(part[1] for part in gathered):
+        # Equal completions of a prompt may train on different replicas.
+        gathered = run.ranks.gather((pulled, self._pulls() if run.replica.is_leader else {}))
+        tokens = int(sum(count for count, _ in gathered))
+        if tokens and _pull_one_way([pulls for _, pulls in gathered]):
             raise UpdateError(
                 f"{where}: the norm of the gradient is exactly 0, though {tokens} sampled tokens have "
                 "an advantage, are not clipped and were not certain. The loss has lost its connection "
@@ -277,12 +279,23 @@ class MinibatchLoss:
                 "detaches what it returns. No weight was changed by this update and nothing was pushed"
             )
 
-    def _pulls_one_way(self) -> bool:
-        """Whether some token sequence of this replica has advantages that do not cancel."""
+    def _pulls(self) -> dict[bytes, tuple[float, float]]:
+        """Return the sum of advantages, and of their sizes, of each token sequence held here."""
         sums: dict[bytes, tuple[float, float]] = {}
         for sample in self.samples:
             # Equal sequences have equal lengths, and so equal weights in every loss.
+            key = hashlib.blake2b(sample.token_ids.tobytes(), digest_size=16).digest()
             pull = sample.advantage * sample.trains
-            total, size = sums.get(sample.token_ids.tobytes(), (0.0, 0.0))
-            sums[sample.token_ids.tobytes()] = (total + pull, size + abs(pull))
-        return any(abs(total) > 1e-6 * size for total, size in sums.values())
+            total, size = sums.get(key, (0.0, 0.0))
+            sums[key] = (total + pull, size + abs(pull))
+        return sums
+
+
+def _pull_one_way(replicas: Iterable[Mapping[bytes, tuple[float, float]]]) -> bool:
+    """Whether some token sequence has advantages that do not cancel over all replicas."""
+    sums: dict[bytes, tuple[float, float]] = {}
+    for replica in replicas:
+        for key, (pull, amount) in replica.items():
+            total, size = sums.get(key, (0.0, 0.0))
+            sums[key] = (total + pull, size + amount)
+    return any(abs(total) > 1e-6 * size for total, size in sums.values())

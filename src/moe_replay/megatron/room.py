@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
 from moe_replay.errors import CheckpointError
-from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.ranks.messages import all_ranks
 
 # Below this part of what is expected the disk is called full; file systems that compress need less.
@@ -20,7 +23,7 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def expected_bytes(actor: MegatronActor) -> int:
+def expected_bytes(modules: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> int:
     """Return about what a checkpoint of this run will take; collective.
 
     Each parameter once, as the optimizer shares them out over all ranks: its weight, and main
@@ -28,11 +31,10 @@ def expected_bytes(actor: MegatronActor) -> int:
     as it is held, which is little. Example: 30.5 B parameters in bfloat16 take 14 bytes each,
     427 GB.
     """
-    optimizer = actor.optimizer
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
     own = sum(p.numel() for each in inner for group in each.param_groups for p in group["params"])
-    weight = next(parameter.element_size() for parameter in actor.modules[0].parameters())
+    weight = next(parameter.element_size() for parameter in modules[0].parameters())
     return sum(all_ranks().gather(own)) * (weight + _ADAM_BYTES)
 
 

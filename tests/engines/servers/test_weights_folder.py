@@ -31,7 +31,9 @@ def begun(parent: Path) -> tuple[subprocess.Popen[str], Path]:
         [sys.executable, "-c", PUSHING, str(parent)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+    written = process.stdout.readline().strip()
+    assert written, "the process ended before it wrote a file"
+    return process, Path(written)
 
 
 def end(process: subprocess.Popen[str]) -> None:
