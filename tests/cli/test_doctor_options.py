@@ -132,6 +132,21 @@ def test_what_is_set_is_shown_with_what_follows_from_it(write_recipe, capsys):
     assert "megatron.ddp" not in settings
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is bfloat16 on a GPU")
+def test_an_optimizer_on_the_host_is_refused_for_what_auto_becomes_here(write_recipe, capsys):
+    megatron = {"optimizer": {"optimizer_cpu_offload": True}}
+    refusals = {}
+    for dtype in ("auto", "bfloat16"):
+        recipe = write_recipe(megatron=megatron, model={"dtype": dtype})
+        code = main(["doctor", str(recipe), "--json"])
+        problems = json.loads(capsys.readouterr().out)["problems"]
+        refusals[dtype] = [text for text in problems if "optimizer_cpu_offload" in text]
+        assert not problems or code == 2
+    (said,) = refusals["auto"]
+    assert "true with model.dtype = 'float32'" in said
+    assert refusals["bfloat16"] == []
+
+
 def test_narrow_gradients_without_the_optimizer_for_them_are_noted(write_recipe, capsys):
     notes = []
     for wide in (False, True):

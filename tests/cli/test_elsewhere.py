@@ -32,6 +32,12 @@ def test_the_number_format_is_that_of_a_gpu(write_recipe, capsys):
     assert 'dtype = "bfloat16"' in capsys.readouterr().out.partition("[data]")[0]
 
 
+def test_an_optimizer_on_the_host_goes_with_the_number_format_of_a_gpu(write_recipe, capsys):
+    recipe = str(write_recipe(megatron={"optimizer": {"optimizer_cpu_offload": True}}))
+    assert main(["train", recipe, "--dry-run", "--elsewhere"]) == 0
+    assert "optimizer_cpu_offload = true" in capsys.readouterr().out
+
+
 def test_what_is_wrong_anywhere_is_still_refused(write_recipe, capsys):
     recipe = str(write_recipe(megatron={"optimizer": LEAN | {"no_such_field": 1}}))
     assert main(["train", recipe, "--dry-run", "--elsewhere"]) == 2

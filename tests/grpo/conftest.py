@@ -43,6 +43,9 @@ global_batch_size = 16
 max_tokens_per_microbatch = 160
 [optimizer]
 lr = 1e-3
+# Counted, so that no test depends on how long a checkpoint takes here.
+[checkpoint]
+save_steps = 1
 """
 
 

@@ -35,8 +35,33 @@ def test_a_recipe_that_counts_steps_is_followed() -> None:
 def test_a_cheap_checkpoint_is_due_after_every_step() -> None:
     pace = SavePace(None)
     assert pace.is_due(1, now=0.0)
-    pace.took(10.0, ended_at=5.0)
+    pace.took(1.0, ended_at=5.0)
     assert pace.is_due(2, now=5.0)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "save_s", "saved"),
+    [
+        (3, 9, [1, 61, 121]),
+        (199, 10, [*range(1, 150, 2)]),
+        (200, 10, [*range(1, 151)]),
+        (3, 1, [*range(1, 151)]),
+        # Due 22 s after the last one: after 8 steps of 3 s.
+        (3, 1.1, [*range(1, 151, 8)]),
+    ],
+)
+def test_saves_are_spread_by_what_they_take_beside_a_step(
+    step_s: float, save_s: float, saved: list[int]
+) -> None:
+    """150 steps, all of one length, by hand: 9 s are due after 180 s, which is 60 steps of 3 s."""
+    pace, now, found = SavePace(None), 0.0, []
+    for step in range(1, 151):
+        now += step_s
+        if pace.is_due(step, now=now):
+            found.append(step)
+            now += save_s
+            pace.took(save_s, ended_at=now)
+    assert found == saved
 
 
 def test_an_expensive_one_is_due_when_it_is_5_percent_of_the_time() -> None:

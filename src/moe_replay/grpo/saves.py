@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-CHEAP_S = 10.0
-"""A checkpoint that takes at most this long is saved after every step, unless a recipe says."""
+CHEAP_S = 1.0
+"""A checkpoint that takes at most this long is due after every step, however short steps are."""
 PATIENCE = 20.0
 """A longer one is due once so many times what it took has passed: at most 5 % of the time."""
 
@@ -24,7 +24,8 @@ class SavePace:
     def is_due(self, step: int, *, now: float) -> bool:
         """Whether to save after ``step``.
 
-        Example: the last one took 90 s, so the next is due 1800 s after it; one of 9 s is due.
+        Example: the last one took 9 s, so the next is due 180 s after it: after every step of 200
+        s, after every 60th of 3 s. After one of 1 s the next is due after any step.
         """
         if self._every_steps is not None:
             return step % self._every_steps == 0

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moe_replay.errors import RecipeError, UnsupportedError, nearest_of
-from moe_replay.recipe.bearer import without_secrets
+from moe_replay.errors import RecipeError, nearest_of
 from moe_replay.recipe.keys import FIELDS, choices, nearest, section_classes, text_of
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.rules import Problem, effect_free_keys, rule_problems
+from moe_replay.recipe.rule import Problem, problems_error
+from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of
 from moe_replay.recipe.sections.locations import anchored
 from moe_replay.recipe.sections.rollout import RolloutSection, engine_class, owners
@@ -79,7 +79,7 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Rec
                 )
             )
     if problems:
-        raise _error(problems, where)
+        raise problems_error(problems, where)
     return Recipe(**sections)
 
 
@@ -284,12 +284,3 @@ def _set_keys(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(section, dict):
             for key, value in section.items():
                 yield f"{name}.{key}", value
-
-
-def _error(problems: Sequence[Problem], where: str) -> RecipeError:
-    lines = [f"  {problem.path}: {problem.text}" for problem in problems]
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    message = without_secrets("\n".join([f"{where} has {count}:", *lines]))
-    if all(problem.is_unsupported for problem in problems):
-        return UnsupportedError(message)
-    return RecipeError(message)

@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.bearer import without_secrets
-from moe_replay.recipe.rules import effect_free_keys
+from moe_replay.recipe.rule import problems_error
+from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
 from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.run import (
@@ -103,6 +104,9 @@ class Recipe(Section):
 
         Example: ``model.dtype`` becomes bfloat16 on CUDA and float32 on a CPU. What a recipe sets
         stays.
+
+        Raises:
+            RecipeError: what a value became does not go with another key.
         """
         on_cuda = device == "cuda"
         decided: dict[str, Section] = {}
@@ -113,7 +117,10 @@ class Recipe(Section):
             level = "optimizer" if on_cuda and self.rollout.shares_device else "none"
             update = {"offload_during_rollout": level}
             decided["megatron"] = self.megatron.model_copy(update=update)
-        return self.model_copy(update=decided)
+        recipe = self.model_copy(update=decided)
+        if decided and (problems := rule_problems(dict(recipe))):
+            raise problems_error(problems, f"recipe, on {'CUDA' if on_cuda else 'a CPU'},")
+        return recipe
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks among ``world_size`` processes.

@@ -178,7 +178,19 @@ def test_an_optimizer_on_the_host_takes_bfloat16_gradients_and_models_alone():
     loaded = recipe(megatron={"optimizer": asked}, model=BFLOAT16)
     assert loaded.megatron.ddp_fields()["grad_reduce_in_fp32"] is False
     with pytest.raises(UnsupportedError, match="cannot load the checkpoints of such a model"):
-        recipe(megatron={"optimizer": asked})
+        recipe(megatron={"optimizer": asked}, model={"dtype": "float32"})
+
+
+def test_an_optimizer_on_the_host_is_judged_by_what_the_device_makes_of_auto():
+    asked = {"optimizer_cpu_offload": True}
+    loaded = recipe(megatron={"optimizer": asked})
+    assert loaded.on_device("cuda").model.dtype == "bfloat16"
+    with pytest.raises(UnsupportedError, match="cannot load the checkpoints of such") as refused:
+        loaded.on_device("cpu")
+    assert str(refused.value).startswith("recipe, on a CPU, has 1 problem:\n")
+    assert "true with model.dtype = 'float32'" in str(refused.value)
+    recipe(megatron={"optimizer": asked}, model=BFLOAT16).on_device("cpu")
+    recipe().on_device("cpu")
 
 
 @pytest.mark.parametrize(

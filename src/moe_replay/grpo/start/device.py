@@ -7,7 +7,11 @@ from moe_replay.recipe.recipe import Recipe
 
 
 def on_this_device(recipe: Recipe) -> Recipe:
-    """Return the recipe with every ``auto`` decided for the device that torch finds here."""
+    """Return the recipe with every ``auto`` decided for the device that torch finds here.
+
+    Raises:
+        RecipeError: as `Recipe.on_device`.
+    """
     import torch
 
     return recipe.on_device("cuda" if torch.cuda.is_available() else "cpu")

@@ -256,8 +256,12 @@ def _ask_layout(found: Preflight, shape: ModelShape) -> None:
     from moe_replay.megatron.stages import stage_layers
     from moe_replay.megatron.upstream.compat import transformer_engine_usable
 
-    here = found.recipe.on_device("cuda") if found.elsewhere else on_this_device(found.recipe)
-    recipe = found.recipe = here
+    recipe = found.ask(
+        lambda: found.recipe.on_device("cuda") if found.elsewhere else on_this_device(found.recipe)
+    )
+    if recipe is None:
+        return
+    found.recipe = recipe
     layout, dtype = recipe.megatron, getattr(torch, recipe.model.dtype)
     found.ask(lambda: _check_ranks(layout, found.process.world_size))
     asked = asked_config(shape, layout, dtype=dtype, overrides=layout.config_fields())

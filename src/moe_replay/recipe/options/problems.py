@@ -41,7 +41,7 @@ def megatron_problems(
 
     ``section`` is ``[megatron]`` as nested tables, ``optimizer`` its table of that name with what
     follows from it, ``own_keys`` the keys of ``[megatron]`` itself that TransformerConfig knows
-    too, ``dtype`` that of the model.
+    too, ``dtype`` that of the model, which may still be ``auto``.
     """
     tables = {name: section[name] for name in ("transformer", "ddp", "optimizer")}
     yield from _single_problems(
@@ -100,11 +100,14 @@ def _single_problems(
 
 
 def _offload_problems(optimizer: Mapping[str, Any], dtype: str) -> Iterator[tuple[str, str, bool]]:
-    """Yield what does not go with an optimizer on the host, for a model of ``dtype``."""
+    """Yield what does not go with an optimizer on the host, for a model of ``dtype``.
+
+    ``auto`` passes: what it becomes is judged where the device is known.
+    """
     if not optimizer.get("optimizer_cpu_offload"):
         return
     prefix = "megatron.optimizer"
-    if dtype != "bfloat16":
+    if dtype not in ("bfloat16", "auto"):
         yield (
             f"{prefix}.optimizer_cpu_offload",
             f"true with model.dtype = {dtype!r}: Megatron's HybridDeviceOptimizer cannot load the "

@@ -203,8 +203,9 @@ class CheckpointSection(Section):
     save_steps: Annotated[int | None, Key(default="as often as saving costs little")] = Field(
         default=None, gt=0
     )
-    """Save every so many steps, and after the last. By default after every step if that takes at
-    most 10 s; otherwise once 20 times as long has passed as the last one took."""
+    """Save every so many steps, and after the last. By default once 20 times as long has passed as
+    the last one took, which is after every step where steps are that long, and after every step
+    too while one takes at most 1 s."""
     save_total_limit: int = Field(default=2, gt=0)
     """Checkpoints kept."""
     export: bool = True
