@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from moe_replay.engines.fake import FakeEngine
 from moe_replay.errors import CheckpointError
+from moe_replay.grpo.ahead import begin_saving, save_groups
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
 from moe_replay.megatron.room import check_room, disk_bytes, expected_bytes
 from moe_replay.megatron.state_write import _OwnFiles
 from moe_replay.testing.layouts import CASES
+from moe_replay.testing.memory import peak_bytes
 from moe_replay.testing.policies import start_policy
 from moe_replay.testing.ranks import run_ranks
 
+from ..engines.files.test_format import SAMPLING, requests
 from .test_offload import update
 
 pytestmark = pytest.mark.ranks
@@ -115,6 +121,90 @@ def test_a_thread_that_fails_on_one_rank_fails_on_all(checkpoint: Path, tmp_path
         assert steps == [1]
     # The first rank removes it.
     assert told[0][2] == []
+
+
+def measured_save(checkpoint: Path, path: Path) -> tuple[float, list[str]]:
+    """Return the bytes a parameter that a save takes for tensors, and Megatron's warnings."""
+    actor = start_policy(checkpoint, CASES["dp2"].layout)
+    update(actor)
+    folder = CheckpointFolder(path, save_total_limit=1)
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron").addHandler(handler)
+    # The first one checks the layout too.
+    folder.save(actor, at(actor, 1))
+    peak = peak_bytes(lambda: folder.save(actor, at(actor, 2)))
+    return peak / sum(value.numel() for value in weights(actor).values()), told
+
+
+def test_the_optimizer_is_gathered_by_the_first_replica_alone(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Main weight and two moments take 12 bytes a parameter where they are gathered."""
+    (first, told), (second, also_told) = run_ranks(measured_save, 2, checkpoint, tmp_path)
+    print(f"bytes a parameter: {first:.1f} on the first rank, {second:.1f} on the other")
+    assert first > 12
+    # Its own half at most, and a few headers.
+    assert second < 7
+    assert not [text for text in told + also_told if "differs" in text]
+
+
+def flushed_names(checkpoint: Path, path: Path) -> list[str]:
+    """Return what this rank flushed of a folder beside the weights, and the renames between."""
+    actor = start_policy(checkpoint, CASES["dp2"].layout)
+    rank = torch.distributed.get_rank()
+    seen: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(file: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if "rollout" in name.parts:
+            seen.append("/".join(name.parts[name.parts.index("rollout") :]))
+        fsync(file)
+
+    def renamed(self: Path, target: Path) -> Path:
+        seen.append("renamed")
+        return rename(self, target)
+
+    engine = FakeEngine()
+    groups = engine.generate(requests(2, first=2 * rank), SAMPLING)
+
+    def begin(folder: Path) -> None:
+        if rank == 0:
+            begin_saving(
+                folder / "rollout",
+                engine.description,
+                SAMPLING,
+                policy_version=0,
+                requests=range(4),
+            )
+
+    def write(folder: Path) -> None:
+        save_groups(folder / "rollout", groups, rank=rank, num_ranks=2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        patch.setattr(Path, "rename", renamed)
+        CheckpointFolder(path, save_total_limit=1).save(
+            actor, at(actor, 1), beside=[begin, write]
+        )
+    return seen
+
+
+def test_each_rank_flushes_the_files_of_its_own_rollout(checkpoint: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(flushed_names, 2, checkpoint, tmp_path)
+    shards = [
+        {path.name for path in (tmp_path / "step-000001" / "rollout").glob(f"*.shard-{rank}.*")}
+        for rank in range(2)
+    ]
+    assert [len(each) for each in shards] == [2, 2]
+    assert set(second) == {f"rollout/{name}" for name in shards[1]}
+    # The names of all files, once, after the last of its own files and before the rename.
+    assert first[-2:] == ["rollout", "renamed"]
+    assert first.count("rollout") == 1
+    written = {Path(name).name for name in first[:-2] if ".shard-" in name}
+    assert written == shards[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

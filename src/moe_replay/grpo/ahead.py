@@ -32,7 +32,6 @@ from moe_replay.engines.types import (
     SamplingParams,
 )
 from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.megatron.disk import flush_folder
 from moe_replay.recipe.sections.rollout import RolloutSection
 
 ROLLOUT_FOLDER = "rollout"
@@ -172,13 +171,15 @@ def begin_saving(
 
 
 def save_groups(folder: Path, groups: Sequence[RolloutGroup], *, rank: int, num_ranks: int) -> None:
-    """Write this rank's groups of the held rollout beside its manifest."""
+    """Write this rank's groups of the held rollout beside its manifest.
+
+    The writer flushes its own files. Their names are flushed once, with the checkpoint.
+    """
     (manifest,) = find_manifests(folder)
     with _as_failed_write(), RolloutWriter(manifest, rank=rank, num_ranks=num_ranks) as writer:
         for group in groups:
             writer.write(group)
         writer.finish()
-        flush_folder(folder)
 
 
 def load_groups(

@@ -309,6 +309,9 @@ def _is_first_rank() -> bool:
 def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered by gloo in the first replica's host memory; otherwise by the device, on every
+        # rank.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": replica_group(),
@@ -317,14 +320,25 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
         for number, module in enumerate(actor.modules)
     }
-    state["optimizer"] = _with_one_step(
-        actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    )
+    optimizer = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    parts = _optimizer_parts(optimizer)
+    _give_one_step(parts)
+    for part in parts:
+        # Where another replica writes it. Megatron would warn that ranks differ in what is no
+        # tensor.
+        if part.get("param_state", {}) is None:
+            del part["param_state"]
+    state["optimizer"] = optimizer
     return state
 
 
-def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the sharded state of an optimizer with the same step in every group of every part.
+def _optimizer_parts(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    # A chain of one part, which is what a dense model has, is that part's own state.
+    return [state] if "optimizer" in state else list(state.values())
+
+
+def _give_one_step(parts: Sequence[dict[Any, Any]]) -> None:
+    """Give every group of every part of an optimizer's sharded state the same step.
 
     Dense layers and experts have an optimizer part each, and all parts step together. On a pipeline
     stage without experts their part holds nothing and counts no steps, with torch's Adam as with
@@ -336,8 +350,6 @@ def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
         Steps ``3`` of the dense part and ``0`` of an empty one, which has never stepped, become
         ``3`` and ``3``.
     """
-    # A chain of one part, which is what a dense model has, is that part's own state.
-    parts = [state] if "optimizer" in state else list(state.values())
     groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
     steps = [group["step"] for group in groups if group.get("step") is not None]
     for group in groups:
@@ -346,4 +358,3 @@ def _with_one_step(state: dict[Any, Any]) -> dict[Any, Any]:
         # An optimizer on the host keeps its classes there, which no safe loader accepts.
         for name in [name for name, value in group.items() if isinstance(value, type)]:
             del group[name]
-    return state

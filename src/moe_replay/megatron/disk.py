@@ -52,7 +52,10 @@ class SharedWrite:
 
 
 def flush_folder(folder: Path) -> None:
-    """Force the folder's files and names to the disk, so that the rename cannot overtake them."""
+    """Force the folder's files and names to the disk, so that the rename cannot overtake them.
+
+    Of a folder in it, the names: who wrote its files has flushed them.
+    """
     for path in [*folder.iterdir(), folder] if folder.is_dir() else []:
         descriptor = os.open(path, os.O_RDONLY)
         try:
