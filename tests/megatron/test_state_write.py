@@ -186,9 +186,7 @@ def flushed_names(checkpoint: Path, path: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", noted)
         patch.setattr(Path, "rename", renamed)
-        CheckpointFolder(path, save_total_limit=1).save(
-            actor, at(actor, 1), beside=[begin, write]
-        )
+        CheckpointFolder(path, save_total_limit=1).save(actor, at(actor, 1), beside=[begin, write])
     return seen
 
 
