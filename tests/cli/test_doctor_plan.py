@@ -83,3 +83,25 @@ def test_a_layout_that_cannot_be_is_refused(recipe, capsys):
     pipeline = ["--megatron.pipeline_model_parallel_size", "5"]
     assert main(["doctor", recipe, *pipeline, "--plan", "gpus=40x80GB"]) == 2
     assert "48 layers cannot be dealt evenly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("moe_router_fusion", "true", "replay cannot be exact with moe_router_fusion"),
+        ("frobnicate", "1", "frobnicate: set to 1, but TransformerConfig"),
+        ("moe_permute_fusion", '"yes"', "expected true or false"),
+    ],
+)
+def test_options_that_no_machine_takes_are_refused(recipe, capsys, option, value, message):
+    with open(recipe, "a") as file:
+        file.write(f"[megatron.transformer]\n{option} = {value}\n")
+    assert main(["doctor", recipe, "--plan", "gpus=64x80GB"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_that_only_gpus_have_are_planned(recipe, capsys):
+    with open(recipe, "a") as file:
+        file.write("[megatron.transformer]\nmoe_permute_fusion = true\n")
+    assert main(["doctor", recipe, "--plan", "gpus=64x80GB"]) == 0
+    assert "this recipe fits" in capsys.readouterr().out

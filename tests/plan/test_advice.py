@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from moe_replay.plan.advice import recipe_lines, remedies
 from moe_replay.plan.machine import read_machine
 from moe_replay.plan.plan import make_plan
+from moe_replay.recipe.load import load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 EIGHT = read_machine(["gpus=8x80GB"])
 
 
@@ -74,3 +77,34 @@ def test_seconds_need_the_engines_gpus(recipe, words):
     # Recomputation makes 8 of the 6 operations, attention adds the rest.
     assert 17 * 8 / 6 < time.parts["update"] < 60
     assert time.total == pytest.approx(sum(time.parts.values()))
+
+
+def optimizer_keys(found) -> list[dict[str, object]]:
+    """Return the optimizer keys of each remedy that changes nothing else."""
+    prefix = "megatron.optimizer."
+    return [
+        {key.removeprefix(prefix): value for key, value in each.keys.items()}
+        for each in found
+        if all(key.startswith(prefix) for key in each.keys)
+    ]
+
+
+def test_offload_is_offered_beside_lean_moments(shape):
+    """On the host moments are float32, so their formats have to go."""
+    recipe = load_recipe(RECIPES / "qwen3-30b-a3b" / "colocated.toml", {}).on_device("cuda")
+    found = remedies(recipe, shape("qwen3-30b-a3b"), read_machine(["gpus=8x40GB"]))
+    gone = {"exp_avg_dtype": None, "exp_avg_sq_dtype": None}
+    assert {"optimizer_cpu_offload": True} | gone in optimizer_keys(found)
+    assert all(each.memory.fits for each in found)
+
+
+def test_a_small_host_is_told_to_keep_the_optimizer_on_the_gpus(recipe, shape):
+    """By hand: offloaded state takes 8 x 16 x 3.82 = 489 GB of the host."""
+    options = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
+    offloaded = recipe(megatron={"expert_model_parallel_size": 8, "optimizer": options})
+    found = remedies(
+        offloaded, shape("qwen3-30b-a3b"), read_machine(["gpus=8x80GB", "host_gb=400"])
+    )
+    lean = dict.fromkeys(("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), "bfloat16")
+    assert lean | {"optimizer_cpu_offload": None} in optimizer_keys(found)
+    assert all(each.memory.fits for each in found)

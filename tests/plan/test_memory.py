@@ -185,3 +185,38 @@ def test_servers_need_equally_many_gpus(recipe, shape):
     machine: Machine = replace(EIGHT, servers=EIGHT)
     with pytest.raises(MoeReplayError, match="8 GPUs of servers for the 3 addresses"):
         plan_memory(recipe(rollout=servers), shape("qwen3-30b-a3b"), machine)
+
+
+def test_a_checkpoint_written_beside_the_run_is_copied_to_the_host(recipe, shape):
+    """By hand: 14 bytes (weight, float32 main weight and moments) of 3.82 B a rank, 8 ranks."""
+    model = shape("qwen3-30b-a3b")
+    waits = plan_memory(recipe(), model, EIGHT)
+    beside = plan_memory(recipe(checkpoint={"asynchronous": True}), model, EIGHT)
+    assert beside.host - waits.host == pytest.approx(8 * 14 * 3.82e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("gigabytes", "fits", "is_tight"), [(74, True, True), (60, True, False)])
+def test_little_room_is_tight(recipe, shape, gigabytes, fits, is_tight):
+    """The card is made so that as many GB of 76 are taken."""
+    sizes = {"expert_model_parallel_size": 8, "optimizer": LEAN}
+    model = shape("qwen3-30b-a3b")
+    plan = plan_memory(recipe(megatron=sizes), model, EIGHT)
+    taken = plan.peak.total
+    card = replace(EIGHT, gpu_gb=taken / 1e9 * 80 / gigabytes)
+    plan = plan_memory(recipe(megatron=sizes), model, card)
+    assert (plan.fits, plan.tight is not None) == (fits, is_tight)
+    assert plan.headroom / taken == pytest.approx((76 - gigabytes) / gigabytes)
+
+
+def test_a_cache_that_fills_the_card_is_not_tight(recipe, shape):
+    """vLLM takes 0.85 of the card as it is told to, and the trainer has left it."""
+    engine = {"engine": "vllm", "tensor_parallel_size": 8, "gpu_memory_utilization": 0.85}
+    sizes = {
+        "expert_model_parallel_size": 8,
+        "offload_during_rollout": "weights",
+        "optimizer": LEAN,
+    }
+    plan = plan_memory(recipe(rollout=engine, megatron=sizes), shape("qwen3-30b-a3b"), EIGHT)
+    assert plan.fits
+    assert plan.headroom < 0.1 * plan.usable
+    assert plan.tight is None

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moe_replay.plan.advice import recipe_lines
 from moe_replay.plan.machine import read_machine
-from moe_replay.plan.memory import gb
+from moe_replay.plan.memory import TIGHT_FRAC, gb
 from moe_replay.plan.plan import Plan, make_plan
 from moe_replay.recipe.load import load_recipe
 
@@ -61,7 +61,17 @@ def show_plan(plan: Plan) -> None:
     console.print(f"about {time.total:.0f} s a step, {beside}{known}")
     console.print(_pairs("assumption", plan.assumptions().items()))
     if memory.fits:
-        console.print("[green]this recipe fits[/]")
+        peak = memory.peak
+        console.print(
+            f"[green]this recipe fits[/], with {gb(memory.headroom)} GB to spare in {peak.name}"
+        )
+        if memory.tight is not None:
+            spare = gb(memory.usable - memory.tight.total)
+            console.print(
+                f"[yellow]little room[/]: {spare} GB in {memory.tight.name} are less than "
+                f"{TIGHT_FRAC:.0%} of {gb(memory.usable)}; published peaks lie 6 to 16 % above what "
+                "these formulas say, so it may not fit after all"
+            )
         return
     console.print("[bold red]this recipe does not fit[/]")
     for text in memory.short:

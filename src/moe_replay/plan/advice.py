@@ -14,6 +14,7 @@ from moe_replay.errors import MoeReplayError
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.plan.machine import Machine
 from moe_replay.plan.memory import MemoryPlan, plan_memory
+from moe_replay.plan.options import check_options
 from moe_replay.recipe.load import recipe_from_table
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import VllmEngineSection
@@ -22,6 +23,28 @@ MAX_CHANGES = 4
 """Changes of one set; more is another recipe."""
 MAX_SETS = 4
 """Sets that are shown."""
+
+_LEAN = {
+    "use_precision_aware_optimizer": True,
+    "main_grads_dtype": "bfloat16",
+    "exp_avg_dtype": "bfloat16",
+    "exp_avg_sq_dtype": "bfloat16",
+}
+_OF_OFFLOAD = frozenset(
+    (
+        "optimizer_cpu_offload",
+        "optimizer_offload_fraction",
+        "overlap_cpu_optimizer_d2h_h2d",
+        "pin_cpu_grads",
+        "pin_cpu_params",
+        "use_torch_optimizer_for_cpu_offload",
+    )
+)
+"""Keys of an optimizer on the host alone."""
+_OF_THE_DEVICE = frozenset(
+    ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders")
+)
+"""Keys that an optimizer on the host refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +74,7 @@ def remedies(recipe: Recipe, shape: ModelShape, machine: Machine) -> list[Remedy
     """
     changes = list(_changes(recipe, shape, machine))
     for count in range(1, MAX_CHANGES + 1):
-        found = []
+        found: list[Remedy] = []
         for some in combinations(changes, count):
             if len({change.group for change in some}) < count:
                 continue
@@ -101,7 +124,11 @@ def _with(
         else:
             target[name] = value
     try:
-        return plan_memory(recipe_from_table(table), shape, machine)
+        changed = recipe_from_table(table)
+        memory = plan_memory(changed, shape, machine)
+        if memory.fits:
+            check_options(changed, shape, machine)
+        return memory
     except MoeReplayError:
         return None
 
@@ -156,23 +183,20 @@ def _rollout_changes(recipe: Recipe, machine: Machine) -> Iterator[Change]:
 def _optimizer_changes(recipe: Recipe) -> Iterator[Change]:
     if recipe.model.dtype == "float32":
         yield Change(group="dtype", keys={"model.dtype": "bfloat16"})
-    table = "megatron.optimizer"
-    if not recipe.megatron.optimizer.get("use_precision_aware_optimizer"):
-        lean = {
-            f"{table}.use_precision_aware_optimizer": True,
-            f"{table}.main_grads_dtype": "bfloat16",
-            f"{table}.exp_avg_dtype": "bfloat16",
-            f"{table}.exp_avg_sq_dtype": "bfloat16",
-        }
-        yield Change(group="optimizer", keys=lean)
-    if not recipe.megatron.optimizer.get("optimizer_cpu_offload"):
-        keys = {
-            f"{table}.optimizer_cpu_offload": True,
-            f"{table}.use_precision_aware_optimizer": True,
-        }
-        yield Change(group="optimizer", keys=keys)
-        both = keys | {f"{table}.main_grads_dtype": "bfloat16"}
-        yield Change(group="optimizer", keys=both)
+    said = recipe.megatron.optimizer
+    offload = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
+    both = offload | {"main_grads_dtype": "bfloat16"}
+    for wanted, refused in (
+        (_LEAN, _OF_OFFLOAD),
+        (offload, _OF_THE_DEVICE),
+        (both, _OF_THE_DEVICE),
+    ):
+        lacks = {name: value for name, value in wanted.items() if said.get(name) != value}
+        # What the other kind of optimizer refuses goes.
+        lacks |= dict.fromkeys(name for name in said if name in refused)
+        if lacks:
+            keys = {f"megatron.optimizer.{name}": value for name, value in lacks.items()}
+            yield Change(group="optimizer", keys=keys)
 
 
 def _layout_changes(recipe: Recipe, shape: ModelShape, machine: Machine) -> Iterator[Change]:

@@ -13,7 +13,7 @@ from moe_replay.plan.machine import Machine
 from moe_replay.plan.memory import MemoryPlan, gives_back
 from moe_replay.plan.rollout import EngineBytes, engine_weights
 from moe_replay.plan.trainer.settings import NUMBER_BYTES, Settings
-from moe_replay.plan.trainer.weights import Weight, stage_weights
+from moe_replay.plan.trainer.weights import LatentSizes, Weight, stage_weights
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import SamplingEngineSection
 from moe_replay.recipe.sections.training import ParallelLayout
@@ -55,12 +55,15 @@ class Work:
         """Count them."""
         weights = stage_weights(shape, ParallelLayout(), range(shape.num_layers), 0)
         dense = [w for w in weights if not w.is_expert and w.name != "embedding"]
-        width = shape.num_attention_heads * shape.head_dim
+        query = value = shape.head_dim
+        if shape.megatron_fields.get("multi_latent_attention"):
+            sizes = LatentSizes.of(shape)
+            query, value = sizes.query, sizes.value
         return cls(
             dense=_total(dense),
             experts=_total([w for w in weights if w.is_expert]),
             active_frac=shape.topk / shape.num_experts if shape.num_experts else 0.0,
-            attention=4.0 * shape.num_layers * width,
+            attention=2.0 * shape.num_layers * shape.num_attention_heads * (query + value),
         )
 
     @property

@@ -23,6 +23,8 @@ from moe_replay.recipe.sections.rollout import ServersEngineSection, VllmEngineS
 
 UNMODELLED_FRAC = 0.1
 """Added to all but parameters: three published peaks lie 5 to 16 % above the formulas."""
+TIGHT_FRAC = 0.1
+"""Less of the usable bytes left over is too little to rely on."""
 EXACT = frozenset({"weights", "reference", "gradients", "optimizer", "engine weights", "cache"})
 """Parts that are sums of parameters, or are given."""
 _GIVES_BACK = ("none", "gradients", "optimizer", "weights")
@@ -70,6 +72,23 @@ class MemoryPlan:
     def peak(self) -> Phase:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def headroom(self) -> float:
+        """Usable bytes that the fullest phase leaves; negative where it does not fit."""
+        return self.usable - self.peak.total
+
+    @property
+    def tight(self) -> Phase | None:
+        """The fullest phase of the trainer, if it leaves less than `TIGHT_FRAC`.
+
+        While an engine samples its cache takes what it is given, so little room says nothing.
+        """
+        fullest = max(
+            (phase for phase in self.phases if "cache" not in phase.parts),
+            key=lambda phase: phase.total,
+        )
+        return fullest if self.usable - fullest.total < TIGHT_FRAC * self.usable else None
 
     @property
     def short(self) -> list[str]:
@@ -254,12 +273,18 @@ def _host_bytes(
     engine: EngineBytes | None,
     machine: Machine,
 ) -> float:
-    """Return the bytes on a node's host: offloaded state, what was given back, asleep engines."""
+    """Return the bytes on a node's host: everything at once.
+
+    That is offloaded state, what was given back, asleep engines, and the copy that a checkpoint is
+    written from beside the run.
+    """
     given = gives_back(recipe)
     each = 0.0
     for found in trainer:
         held = found.resident
         moved = held.host + (held.optimizer if given >= 2 else 0.0)
+        if recipe.checkpoint.asynchronous:
+            moved += held.saved
         if given >= 3:
             moved += held.weights + held.reference
         each = max(each, moved)

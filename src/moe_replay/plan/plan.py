@@ -14,7 +14,8 @@ from moe_replay.megatron.model import read_model_shape
 from moe_replay.plan.advice import Remedy, recipe_lines, remedies
 from moe_replay.plan.duration import StepTime, plan_time
 from moe_replay.plan.machine import USABLE_FRAC, Machine
-from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, plan_memory
+from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, check_layout, plan_memory
+from moe_replay.plan.options import check_options
 from moe_replay.plan.trainer.kernels import GPU
 from moe_replay.recipe.recipe import Recipe
 
@@ -47,6 +48,8 @@ class Plan:
             "stages": [list(layers) for layers in memory.stages],
             "fits": memory.fits,
             "short": memory.short,
+            "headroom_bytes": int(memory.headroom),
+            "tight_phase": memory.tight and memory.tight.name,
             "usable_bytes": int(memory.usable),
             "phases": [
                 {
@@ -100,10 +103,14 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """Compute the plan of a recipe on GPUs; of its checkpoint only config.json has to exist.
 
     Raises:
-        RecipeError: config.json is missing or damaged, or the batch does not divide.
-        UnsupportedError: the model is not supported, or cannot be cut like that.
+        RecipeError: config.json is missing or damaged, or the batch does not divide, or Megatron-Core
+            has no such option.
+        UnsupportedError: the model is not supported, or cannot be cut like that, or replay cannot
+            be exact with an option.
     """
     recipe, shape = recipe.on_device("cuda"), read_model_shape(recipe.model.path)
+    check_layout(recipe, shape, machine)
+    check_options(recipe, shape, machine)
     memory = plan_memory(recipe, shape, machine)
     return Plan(
         machine=machine,

@@ -153,7 +153,7 @@ def preflight(
         found.ask(lambda: _check_overlap(recipe.rollout))
     _ask_checkpoint(found)
     if found.shape is not None:
-        _ask_layout(found, found.shape)
+        ask_layout(found, found.shape)
         is_here = not elsewhere or not isinstance(recipe.rollout, ServersEngineSection)
         if not is_here:
             found.unanswered.append("the servers of rollout.urls were not asked what they serve")
@@ -245,8 +245,11 @@ def _ask_checkpoint(found: Preflight) -> None:
         found.facts = found.ask(lambda: read_facts(recipe.model.path))
 
 
-def _ask_layout(found: Preflight, shape: ModelShape) -> None:
-    """Translate model and layout into Megatron's configuration, and judge that."""
+def ask_layout(found: Preflight, shape: ModelShape) -> None:
+    """Translate model and layout into Megatron's configuration, and judge that.
+
+    No process group is made, and no device is used.
+    """
     import torch
 
     from moe_replay.megatron.model import asked_config, transformer_config

@@ -30,6 +30,8 @@ class Resident:
     """Main weights and moments that this rank owns, on the device."""
     host: float
     """Of the same, in host memory."""
+    saved: float
+    """Of its part of a checkpoint."""
 
     @property
     def total(self) -> float:
@@ -99,6 +101,8 @@ def resident_bytes(weights: Sequence[Weight], settings: Settings) -> Resident:
         gradients=buffers * adam.gradient_bytes,
         optimizer=owned * adam.device_bytes,
         host=owned * adam.host_bytes,
+        # A checkpoint has the weight, and in float32 the main weight and both moments.
+        saved=owned * (settings.dtype_bytes + 3 * 4),
     )
 
 
