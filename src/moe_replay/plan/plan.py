@@ -103,8 +103,8 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """Compute the plan of a recipe on GPUs; of its checkpoint only config.json has to exist.
 
     Raises:
-        RecipeError: config.json is missing or damaged, or the batch does not divide, or Megatron-Core
-            has no such option.
+        RecipeError: config.json is missing or damaged, or the batch does not divide, or
+            Megatron-Core has no such option.
         UnsupportedError: the model is not supported, or cannot be cut like that, or replay cannot
             be exact with an option.
     """
