@@ -94,9 +94,23 @@ def check_backend(backend: Backend) -> None:
         )
 
 
-def open_store() -> dist.TCPStore:
-    """Return what the group meets through, on a free port of this machine."""
-    return dist.TCPStore("0.0.0.0", 0, None, True, wait_for_workers=False, timeout=STEP_LIMIT)
+def open_store(address: str) -> dist.TCPStore:
+    """Return what the group meets through, on a free port of one address of this machine.
+
+    Whoever reaches that address may join, so it is never all addresses, as torch's own choice is.
+    """
+    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+    listening = socket.create_server((address, 0), family=family)
+    return dist.TCPStore(
+        address,
+        listening.getsockname()[1],
+        None,
+        True,
+        wait_for_workers=False,
+        timeout=STEP_LIMIT,
+        # The store closes it.
+        master_listen_fd=listening.detach(),
+    )
 
 
 def join_store(address: str, port: int) -> dist.TCPStore:

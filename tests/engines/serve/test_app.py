@@ -17,6 +17,7 @@ from moe_replay.engines.serve.messages import (
     call_bytes,
     read_message,
 )
+from moe_replay.engines.servers import opening
 from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
@@ -257,6 +258,28 @@ def test_a_start_waits_for_a_server_that_loads(tmp_path):
         client(url, waits_for_loading=True).close()
     # The one that was refused, one more that was, the one that was not, and what a start asks.
     assert asked == ["/status"] * 4
+
+
+@pytest.mark.parametrize(
+    ("rank", "every_s", "lines"), [("0", 60.0, 1), ("0", 0.0, 2), ("1", 0.0, 0)]
+)
+def test_one_rank_says_that_it_waits(rank, every_s, lines, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(opening, "_SAY_S", every_s)
+    monkeypatch.setattr(opening, "_LOADING_S", 0.0)
+    server = EngineServer(HeldEngine(), facts=FACTS, push_folder=tmp_path)
+    application, asked = server.application(), []
+
+    async def ready_when_asked_thrice(scope, receive, send):
+        asked.extend([scope["path"]] * (scope["type"] == "http"))
+        if len(asked) == 3:
+            server.ready()
+        await application(scope, receive, send)
+
+    with listening(ready_when_asked_thrice) as url:
+        client(url, waits_for_loading=True).close()
+    said = [r.getMessage() for r in caplog.records if r.name == "moe_replay.servers"]
+    assert said == [f"{url} is loading its model, waiting: 0 s"] * lines
 
 
 def test_a_start_does_not_wait_for_a_server_that_lost_its_engine(tmp_path):

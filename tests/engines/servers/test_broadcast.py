@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +18,10 @@ import torch
 from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.serve import transfer
 from moe_replay.engines.servers import broadcast, own
-from moe_replay.engines.transfer_group import TransferGroup, check_backend
+from moe_replay.engines.servers.broadcast import Broadcast
+from moe_replay.engines.servers.own import ServerCalls
+from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder
+from moe_replay.engines.transfer_group import TransferGroup, check_backend, open_store
 from moe_replay.errors import DivergedError, EngineError, RecipeError
 
 from ...support.served import served
@@ -225,3 +230,107 @@ def test_a_server_refuses_a_transport_that_it_does_not_have(monkeypatch):
     ):
         engine.load_weights(weights(1), policy_version=1)
     assert all(not each.held for each in engines)
+
+
+def server_of(url: str) -> ServerCalls:
+    """Return the calls to a server, none of which is made."""
+    return ServerCalls(url, token=None, timeout_s=1.0, max_answer_bytes=1 << 20)
+
+
+def connects(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_group_with_servers_on_loopback_is_met_there_alone(monkeypatch):
+    stores: list[Any] = []
+
+    def opened(*given: Any) -> Any:
+        stores.append(open_store(*given))
+        return stores[-1]
+
+    monkeypatch.setattr(broadcast, "open_store", opened)
+    with two_servers() as (_, urls), pushing(*urls) as engine:
+        engine.load_weights(weights(1), policy_version=1)
+        assert engine._broadcast.num_sent == 3
+        (store,) = stores
+        assert connects("127.0.0.1", store.port)
+        # Another address of this machine: a store on all addresses answers there too.
+        assert not connects("127.0.0.2", store.port)
+        with socket.create_server(("0.0.0.0", 0)) as everywhere:
+            assert connects("127.0.0.2", everywhere.getsockname()[1])
+
+
+def test_the_group_is_met_where_the_servers_of_other_machines_reach_it(monkeypatch):
+    own_addresses = {"127.0.0.1": "127.0.0.1", "::1": "::1", "node7": "10.0.0.5"}
+    monkeypatch.setattr(broadcast, "own_address", own_addresses.__getitem__)
+
+    def met(*urls: str) -> str:
+        return broadcast._address_for([server_of(url) for url in urls])
+
+    assert met("http://127.0.0.1:1", "http://[::1]:2") == "127.0.0.1"
+    assert met("http://[::1]:2") == "::1"
+    assert met("http://127.0.0.1:1", "http://node7:1") == "10.0.0.5"
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_a_group_is_refused_beside_tls(backend):
+    servers = [server_of("http://a:1"), server_of("HTTPS://b:2")]
+    with pytest.raises(RecipeError, match=r"(?i)'(gloo|nccl)', and https://b:2 has TLS, .* 'auto'"):
+        Broadcast(backend, servers, Counter())
+    # Without TLS it is not.
+    Broadcast("gloo", servers[:1], Counter())
+
+
+class LeftOutsideTheLock(Broadcast):
+    """Another thread leaves whenever the group is looked at without the lock."""
+
+    held: Any = None
+
+    @property
+    def _group(self) -> Any:
+        seen = self.held
+        if seen is not None and not self._turn._is_owned():  # type: ignore[attr-defined]
+            self.leave()
+        return seen
+
+    @_group.setter
+    def _group(self, group: Any) -> None:
+        self.held = group
+
+
+def alone(kind: type[Broadcast]) -> tuple[Any, Any, TransferGroup]:
+    """Return a broadcast with its one server, and its group, which has no other rank."""
+    server = server_of("http://a")
+    group = TransferGroup("gloo", open_store("127.0.0.1"), rank=0, size=1, address="127.0.0.1")
+    made: Any = kind("gloo", [], Counter())
+    made._members, made._group = {server.url: server}, group
+    return made, server, group
+
+
+def part() -> WeightPart:
+    return WeightPart(0, [memoryview(b"part")], WeightsFolder(None), "push")
+
+
+def test_who_sends_does_not_look_for_the_group_that_another_thread_left():
+    made, server, _ = alone(LeftOutsideTheLock)
+    made._meet(server, part())
+    assert made._outcomes == {0: True}
+    assert made.num_sent == 1
+
+
+def test_a_group_that_was_left_while_a_part_was_sent_is_closed(monkeypatch):
+    made, server, group = alone(Broadcast)
+    real = TransferGroup.broadcast
+
+    def left(group: TransferGroup, buffer: Any) -> None:
+        made.leave()
+        real(group, buffer)
+
+    monkeypatch.setattr(TransferGroup, "broadcast", left)
+    made._meet(server, part())
+    assert made.num_sent == 1
+    assert group._group is None

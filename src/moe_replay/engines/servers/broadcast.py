@@ -5,6 +5,7 @@ In: parts, servers. Out: the same parts on each of them.
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 import uuid
 from collections import Counter
@@ -43,12 +44,19 @@ class Broadcast:
     replaced some of their weights by then, both are dropped, and have to be started again.
 
     Raises:
-        RecipeError: when this process has no such transport, or a server is not ours.
+        RecipeError: when this process has no such transport, or a server is not ours or has TLS.
     """
 
     def __init__(
         self, backend: Backend, servers: Sequence[RolloutServer], faults: Counter[Fault]
     ) -> None:
+        for server in servers:
+            if urlsplit(server.url).scheme == "https":
+                raise RecipeError(
+                    f"rollout.weight_transfer is {backend!r}, and {server.url} has TLS, which does not "
+                    "cover the group that weights would go through: they would travel in the clear; "
+                    "set it to 'auto', or use http:// on a network that only trainers and servers reach"
+                )
         check_backend(backend)
         kinds = set()
         for server in servers:
@@ -95,8 +103,8 @@ class Broadcast:
         self.close()
         ours = [server for server in servers if isinstance(server, GroupServer)]
         takes_tensors = ours[0].takes_tensors
-        address = own_address(_host(ours[0].url))
-        store = None if takes_tensors else open_store()
+        address = _address_for(ours)
+        store = None if takes_tensors else open_store(address)
         port = free_port() if store is None else store.port
         self._transfer = uuid.uuid4().hex
         starts = self._starts(ours, address, port)
@@ -185,14 +193,16 @@ class Broadcast:
             is_last = self._arrived == self._members.keys()
             if is_last:
                 self._arrived = set()
-                self._is_sending = self._group is not None
+                # Another thread may leave at any time from here on.
+                group = self._group
+                self._is_sending = group is not None
             else:
                 self._turn.wait_for(lambda: part.number in self._outcomes or not self.is_formed)
                 return
         was_sent = False
         try:
-            if self._group is not None:
-                _send(self._group, part)
+            if group is not None:
+                _send(group, part)
                 was_sent = True
         except EngineError:
             pass  # Each server says whether it got the part.
@@ -203,6 +213,8 @@ class Broadcast:
                 self.num_sent += was_sent
                 if not was_sent:
                     self._break()
+                if group is not None and self._group is not group:
+                    group.close()
                 self._turn.notify_all()
 
     def _break(self) -> None:
@@ -225,6 +237,13 @@ def _send(group: TransferGroup | VllmGroup, part: WeightPart) -> None:
             buffer[size : size + piece.nbytes] = np.frombuffer(piece, dtype=np.uint8)
             size += piece.nbytes
         group.broadcast(buffer[:size])
+
+
+def _address_for(servers: Sequence[RolloutServer]) -> str:
+    """Return the address of this machine that all servers reach: loopback if all are here."""
+    addresses = [own_address(_host(server.url)) for server in servers]
+    reached = [a for a in addresses if not ipaddress.ip_address(a.split("%")[0]).is_loopback]
+    return (reached or addresses)[0]
 
 
 def _host(url: str) -> str:

@@ -5,6 +5,8 @@ In: servers, facts of the model. Out: their description.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -17,14 +19,22 @@ from moe_replay.errors import RecipeError
 
 # Time between two questions to a server that loads its model.
 _LOADING_S = 1.0
+# Time between two lines about it.
+_SAY_S = 60.0
+_LOG = logging.getLogger("moe_replay.servers")
 
 
 def wait_until_loaded(server: RolloutServer) -> None:
     """Return once a server no longer says that it loads its model, however long that takes.
 
+    The first rank logs a warning at the first wait, and then every minute.
+
     Raises:
         RecipeError, CallError: as `RolloutServer.status`.
     """
+    began = time.monotonic()
+    # Every rank waits, also before the ranks have found each other.
+    next_line = began if os.environ.get("RANK", "0") == "0" else float("inf")
     while True:
         try:
             server.status()
@@ -32,6 +42,10 @@ def wait_until_loaded(server: RolloutServer) -> None:
         except CallError as error:
             if error.fault is not Fault.LOADING:
                 raise
+        now = time.monotonic()
+        if now >= next_line:
+            _LOG.warning("%s is loading its model, waiting: %.0f s", server.url, now - began)
+            next_line = now + _SAY_S
         time.sleep(_LOADING_S)
 
 
