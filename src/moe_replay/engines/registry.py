@@ -81,6 +81,7 @@ class EngineEntry(Protocol):
         use: EngineUse,
         facts: ModelFacts,
         *,
+        rank: int,
         num_ranks: int,
         num_attention_heads: int,
         tries_push: bool,

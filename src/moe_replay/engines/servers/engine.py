@@ -60,7 +60,8 @@ class ServerEngine(VersionedEngine):
     the number format ``dtype``, in parts of about ``bucket_bytes``, of which two are in memory: to
     each server by itself, or with ``weight_transfer`` "gloo" or "nccl" to all at once.
 
-    ``waits_for_loading`` lets a start wait for servers that still load their model.
+    ``waits_for_loading`` lets a start wait for servers that still load their model, and
+    ``says_waiting`` logs it every minute, which one rank does for all.
     Of several ``ranks`` the first one pushes, and the others hear which servers took it.
 
     Example:
@@ -94,6 +95,7 @@ class ServerEngine(VersionedEngine):
         timeout_s: float = 600.0,
         max_attempts: int = 12,
         waits_for_loading: bool = False,
+        says_waiting: bool = True,
         bucket_bytes: int = 512 << 20,
         weight_transfer: Literal["auto", "gloo", "nccl"] = "auto",
         crosses_pushes: bool = False,
@@ -121,7 +123,7 @@ class ServerEngine(VersionedEngine):
                 )
             if waits_for_loading:
                 for server in self._servers:
-                    wait_until_loaded(server)
+                    wait_until_loaded(server, says_so=says_waiting)
             if weight_transfer != "auto" and self._pushes:
                 self._broadcast = Broadcast(weight_transfer, self._servers, self._faults)
             super().__init__(

@@ -32,6 +32,7 @@ def open_engine(
         run=ranks.gather(secrets.token_hex(8))[0],
         ranks=ranks,
         waits_for_loading=True,
+        says_waiting=ranks.rank == 0,
     )
     try:
         engine.restore(use.model_dir)
@@ -46,6 +47,7 @@ def check_engine(
     use: EngineUse,
     facts: ModelFacts,
     *,
+    rank: int,
     tries_push: bool,
     **_: object,
 ) -> list[str]:
@@ -53,7 +55,14 @@ def check_engine(
 
     Without, as at a start, servers that still load their model are waited for.
     """
-    engine = _connect(section, use, facts, run=_TRIAL, waits_for_loading=not tries_push)
+    engine = _connect(
+        section,
+        use,
+        facts,
+        run=_TRIAL,
+        waits_for_loading=not tries_push,
+        says_waiting=rank == 0,
+    )
     try:
         busy = engine.busy
         if tries_push and not busy:
@@ -75,7 +84,8 @@ def _connect(
     *,
     run: str,
     ranks: Ranks | None = None,
-    waits_for_loading: bool = False,
+    waits_for_loading: bool,
+    says_waiting: bool,
 ) -> ServerEngine:
     num_ranks = 1 if ranks is None else ranks.size
     protocol = SglangCalls if section.engine == "sglang-server" else connect_vllm
@@ -94,6 +104,7 @@ def _connect(
         calls_per_server=max(1, section.max_batch_size // (section.num_generations * num_ranks)),
         timeout_s=section.timeout_s,
         waits_for_loading=waits_for_loading,
+        says_waiting=says_waiting,
         bucket_bytes=section.push_bucket_mib << 20,
         weight_transfer=section.weight_transfer,
         crosses_pushes=section.push_in_flight,

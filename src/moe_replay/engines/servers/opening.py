@@ -6,7 +6,6 @@ In: servers, facts of the model. Out: their description.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 
@@ -24,17 +23,16 @@ _SAY_S = 60.0
 _LOG = logging.getLogger("moe_replay.servers")
 
 
-def wait_until_loaded(server: RolloutServer) -> None:
+def wait_until_loaded(server: RolloutServer, *, says_so: bool) -> None:
     """Return once a server no longer says that it loads its model, however long that takes.
 
-    The first rank logs a warning at the first wait, and then every minute.
+    With ``says_so`` a warning is logged at the first wait, and then every minute.
 
     Raises:
         RecipeError, CallError: as `RolloutServer.status`.
     """
     began = time.monotonic()
-    # Every rank waits, also before the ranks have found each other.
-    next_line = began if os.environ.get("RANK", "0") == "0" else float("inf")
+    next_line = began if says_so else float("inf")
     while True:
         try:
             server.status()
