@@ -122,8 +122,7 @@ class ServerEngine(VersionedEngine):
                     connect(url, token=token, timeout_s=timeout_s, max_answer_bytes=_ANSWER_BYTES)
                 )
             if waits_for_loading:
-                for server in self._servers:
-                    wait_until_loaded(server, says_so=says_waiting)
+                wait_until_loaded(self._servers, says_so=says_waiting)
             if weight_transfer != "auto" and self._pushes:
                 self._broadcast = Broadcast(weight_transfer, self._servers, self._faults)
             super().__init__(

@@ -23,14 +23,19 @@ _SAY_S = 60.0
 _LOG = logging.getLogger("moe_replay.servers")
 
 
-def wait_until_loaded(server: RolloutServer, *, says_so: bool) -> None:
-    """Return once a server no longer says that it loads its model, however long that takes.
+def wait_until_loaded(servers: Sequence[RolloutServer], *, says_so: bool) -> None:
+    """Return once no server says any more that it loads its model, however long that takes.
 
     With ``says_so`` a warning is logged at the first wait, and then every minute.
 
     Raises:
         RecipeError, CallError: as `RolloutServer.status`.
     """
+    for server in servers:
+        _wait_for(server, says_so=says_so)
+
+
+def _wait_for(server: RolloutServer, *, says_so: bool) -> None:
     began = time.monotonic()
     next_line = began if says_so else float("inf")
     while True:
