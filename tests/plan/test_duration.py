@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moe_replay.plan.duration import Work
+from moe_replay.plan.machine import read_machine
+from moe_replay.plan.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,12 @@ from moe_replay.plan.duration import Work
 )
 def test_operations_of_attention(shape, name, expected):
     assert Work.of(shape(name)).attention == expected
+
+
+@pytest.mark.parametrize(("transfer", "expected"), [("auto", 4), ("nccl", 1)])
+def test_a_push_goes_to_every_server(recipe, transfer, expected):
+    """By hand: 61.1 GB over 35 GB/s, four times unless all servers are in a group."""
+    urls = [f"http://127.0.0.1:{port}" for port in range(1, 5)]
+    servers = {"engine": "vllm-server", "urls": urls, "weight_transfer": transfer}
+    parts = make_plan(recipe(rollout=servers), read_machine(["gpus=8x80GB"])).time.parts
+    assert parts["push"] == pytest.approx(expected * 61.1 / 35, rel=0.01)

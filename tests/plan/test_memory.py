@@ -220,3 +220,15 @@ def test_a_cache_that_fills_the_card_is_not_tight(recipe, shape):
     assert plan.fits
     assert plan.headroom < 0.1 * plan.usable
     assert plan.tight is None
+
+
+def test_scoring_has_a_budget_of_its_own(recipe, shape):
+    """Twice the tokens take twice the routes; the reference's pass is a phase too."""
+    model, sections = shape("qwen3-30b-a3b"), {"grpo": {"beta": 0.1}}
+    same = plan_memory(recipe(**sections), model, EIGHT)
+    twice = plan_memory(
+        recipe(batch={"max_tokens_per_scoring_microbatch": 32768}, **sections), model, EIGHT
+    )
+    name = "reference log-probabilities"
+    assert phase(twice, name).parts["routes"] == 2 * phase(same, name).parts["routes"]
+    assert phase(twice, "update") == phase(same, "update")

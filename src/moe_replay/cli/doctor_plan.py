@@ -90,10 +90,14 @@ def show_plan(plan: Plan) -> None:
 def _phases(plan: Plan) -> Table:
     phases = plan.memory.phases
     names = dict.fromkeys(name for phase in phases for name in phase.parts)
-    table = Table("GB on the fullest rank", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    table.add_column("GB on the fullest rank", overflow="fold")
     for phase in phases:
         table.add_column(phase.name, justify="right")
     for name in names:
+        # What rounds to nothing everywhere is in the sums alone.
+        if max(phase.parts.get(name, 0.0) for phase in phases) < 0.05e9:
+            continue
         table.add_row(name, *(gb(phase.parts.get(name, 0.0)) for phase in phases))
     limit = plan.memory.usable
     totals = [f"{gb(phase.total)}{' !' if phase.total > limit else ''}" for phase in phases]

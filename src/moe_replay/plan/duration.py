@@ -15,7 +15,7 @@ from moe_replay.plan.rollout import EngineBytes, engine_weights
 from moe_replay.plan.trainer.settings import NUMBER_BYTES, Settings
 from moe_replay.plan.trainer.weights import LatentSizes, Weight, stage_weights
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.sections.rollout import SamplingEngineSection
+from moe_replay.recipe.sections.rollout import SamplingEngineSection, ServersEngineSection
 from moe_replay.recipe.sections.training import ParallelLayout
 
 
@@ -186,4 +186,7 @@ def _push(recipe: Recipe, shape: ModelShape, machine: Machine, memory: MemoryPla
         return 0.0
     whole = engine_weights(shape, 1, NUMBER_BYTES[section.dtype])
     here = memory.engine is not None and memory.engine.shares_gpu and machine.num_nodes == 1
+    if isinstance(section, ServersEngineSection) and section.weight_transfer == "auto":
+        # Each server is sent its own copy.
+        whole *= len(section.urls)
     return whole / ((machine.rates.link_gb_s if here else machine.rates.network_gb_s) * 1e9)

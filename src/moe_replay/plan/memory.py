@@ -239,6 +239,8 @@ def _phases(
         )
     if recipe.why_old_pass is not None:
         add("old log-probabilities", scoring, asleep, _passing(found.scoring))
+    if settings.has_reference:
+        add("reference log-probabilities", scoring, asleep, _passing(found.scoring))
     add("update", learning, asleep, _passing(found.update))
     add("optimizer step", all_of_it, asleep)
     pushed = parts_of(held, min(given, 2)) | {"push": 2 * found.largest_push}

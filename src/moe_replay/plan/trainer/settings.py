@@ -69,6 +69,8 @@ class Settings:
     """The optimizer's state."""
     max_tokens: int
     """Of a microbatch of the update."""
+    scoring_tokens: int | None = None
+    """Of a microbatch without gradient; None: as in the update."""
     max_sequence_length: int
     """Tokens of a prompt and its completion together."""
     num_microbatches: int = 1
@@ -110,6 +112,7 @@ def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
     tokens = batch.max_tokens_per_microbatch or (batch.micro_batch_size or 1) * longest
     replicas = num_ranks // recipe.megatron.model_parallel_size
     samples = -(-batch.global_batch_size // replicas)
+    scored, most = batch.max_tokens_per_scoring_microbatch, -(-recipe.samples_per_step // replicas)
     count = -(-samples // max(1, tokens // longest))
     return Settings(
         num_ranks=num_ranks,
@@ -117,6 +120,7 @@ def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
         dtype_bytes=NUMBER_BYTES[recipe.model.dtype],
         adam=adam_of(recipe),
         max_tokens=min(tokens, samples * longest),
+        scoring_tokens=None if scored is None else min(scored, most * longest),
         max_sequence_length=longest,
         num_microbatches=recipe.megatron.round_up_microbatches(count),
         chunk_rows=batch.logprob_chunk_size,

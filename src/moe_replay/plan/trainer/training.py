@@ -6,7 +6,7 @@ In: ModelShape, Settings, the layers of each pipeline stage, Kernels. Out: Train
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.plan.trainer.activations import LayerBytes, kept_by, layer_bytes
@@ -115,10 +115,14 @@ def _stage_bytes(
 ) -> TrainerBytes:
     layout = settings.layout
     held = stage_weights(shape, layout, stages[stage], stage)
-    kinds = {
-        is_moe: layer_bytes(shape, settings, kernels, is_moe=is_moe) for is_moe in (False, True)
-    }
-    layers = [kinds[layer in shape.moe_layers] for layer in stages[stage]]
+    scoring = replace(settings, max_tokens=settings.scoring_tokens or settings.max_tokens)
+    layers, scored = (
+        [
+            layer_bytes(shape, each, kernels, is_moe=layer in shape.moe_layers)
+            for layer in stages[stage]
+        ]
+        for each in (settings, scoring)
+    )
     is_last = stage == len(stages) - 1
     merged = max((w.size for w in held if not w.is_expert), default=0) * (
         layout.tensor_model_parallel_size
@@ -129,7 +133,7 @@ def _stage_bytes(
     return TrainerBytes(
         stage=stage,
         resident=resident_bytes(held, settings),
-        scoring=_scoring(shape, settings, layers, kernels, is_last=is_last),
+        scoring=_scoring(shape, scoring, scored, kernels, is_last=is_last),
         update=_update(shape, settings, layers, kernels, stage=stage, is_last=is_last),
         logits=_logits(shape, settings, kernels, learns=True)[1] if is_last else 0.0,
         largest_push=merged * settings.dtype_bytes,
