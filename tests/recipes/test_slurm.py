@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,19 @@ exit "$status"
 SCONTROL = """#!/usr/bin/env bash
 [ "$1" != requeue ] && { tr , '\\n' <<<"$3"; exit; }
 echo "$2" >>"$REQUEUED"
+"""
+
+STOPPING = """
+import os, signal
+
+calls = 0
+
+def low(completions, completion_ids, **columns):
+    global calls
+    calls += 1
+    if calls == 2:
+        os.kill(os.getppid(), signal.SIGTERM)
+    return [-float(ids[0]) for ids in completion_ids]
 """
 
 RECIPE = """
@@ -131,11 +145,16 @@ def test_two_nodes_train_and_a_finished_run_is_not_queued_again(
 def test_a_job_at_its_time_limit_is_saved_and_queued_again(
     job: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    end = str(int(time.time()) + 45)
-    done = job("--run.max_steps", "100000", nodes="127.0.0.1", SLURM_JOB_END_TIME=end, SPARE_S="15")
+    # The limit is an hour away, so that it does not depend on the machine; the trainer is stopped
+    # as it would be there, while the second step is scored.
+    (tmp_path / "reward.py").write_text(STOPPING)
+    before = time.time()
+    done = job(nodes="127.0.0.1", SLURM_JOB_END_TIME=str(int(before) + 3600), SPARE_S="600")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert str(ended(tmp_path)["stopped_by"]).startswith("run.max_time"), done.stdout
+    assert ended(tmp_path) == {"step": 1, "max_steps": 2, "stopped_by": "SIGTERM"}
     assert (tmp_path / "requeued").read_text() == "17\n"
+    limit = float(tomllib.loads((tmp_path / "out/recipe.toml").read_text())["run"]["max_time"])
+    assert 2990 - (time.time() - before) <= limit <= 3000
 
 
 def test_a_mistake_is_not_queued_again(
