@@ -14,6 +14,7 @@ import pytest
 
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.start.admission import check_admission
+from moe_replay.grpo.start.device import on_this_device
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.grpo.start.identity import LARGE, differences, is_allowed, run_identity
 from moe_replay.megatron.checkpoint import CheckpointFolder
@@ -204,7 +205,8 @@ def refusal_of_dry_run(recipe: Recipe, allow_changed: list[str]) -> str | None:
     folder = CheckpointFolder(recipe.run.output_dir / "checkpoints", save_total_limit=2)
     before = sorted(recipe.run.output_dir.rglob("*"))
     try:
-        check_admission(recipe, folder, restart=False, allow_changed=allow_changed)
+        here = on_this_device(recipe)
+        check_admission(here, folder, restart=False, allow_changed=allow_changed)
         return None
     except CheckpointError as error:
         return str(error)
