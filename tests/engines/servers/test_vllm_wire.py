@@ -172,6 +172,7 @@ def test_a_drawing_server_gets_the_noise_of_every_engine():
         "top_p": 1.0,
         "top_k": 0,
         "num_known_ids": 90,
+        "num_before": 0,
     }
 
 

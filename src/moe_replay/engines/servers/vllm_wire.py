@@ -141,6 +141,7 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "num_known_ids": facts.num_known_ids,
+            "num_before": 0,
         }
         params["extra_args"] = {_DRAW: draw}
     # Not streamed: before a slow reader vLLM 0.30 merges pieces and loses the routes, which come
