@@ -43,7 +43,7 @@ def test_servers_and_rates_are_read():
         (["gpus=2x8x80GB"], "expected a form like gpus=8x80GB"),
         (["nodes=8x80GB"], "expected a form like nodes=2x8x80GB"),
         (["gpus=0x80GB"], "expected numbers above 0"),
-        (["gpus=12x80GB"], "no whole nodes of 8 GPUs"),
+        (["gpus=12x80GB"], "not a number of full nodes of 8 GPUs"),
         (["gpus=8x80GB", "nodes=1x8x80GB"], "expected exactly one of"),
         (["gpus=8x80GB", "gpus=8x80GB"], "each name once"),
         (["tflops=400"], "expected exactly one of"),

@@ -30,7 +30,7 @@ class Meter:
 class DevicePeaks:
     """Peaks of the phases of a step; a step spends its time in one phase or the other.
 
-    Nothing is measured where there is no meter: on a CPU torch counts no peak.
+    Nothing is measured on a CPU, where torch counts no peak.
     """
 
     def __init__(self, meter: Meter | None) -> None:

@@ -123,7 +123,7 @@ def _read_gpus(name: str, text: str) -> Machine:
     if match[1] is None and nodes > 1:
         if count % GPUS_PER_NODE:
             raise RecipeError(
-                f"--plan got {name}={text}, which are no whole nodes of {GPUS_PER_NODE} GPUs; say "
+                f"--plan got {name}={text}, which is not a number of full nodes of {GPUS_PER_NODE} GPUs; say "
                 "how they lie with nodes=NODESxGPUSxMEMORY"
             )
         count = GPUS_PER_NODE

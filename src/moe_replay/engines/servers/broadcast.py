@@ -31,7 +31,7 @@ from moe_replay.errors import EngineError, RecipeError
 
 
 class Broadcast:
-    """A process group of this trainer and its servers, made anew when it has broken.
+    """A process group of this trainer and its servers, made again after it has broken.
 
     Each server's thread calls `give` with each part in turn. When all have announced it, the last
     of them sends it to all; then each asks its server whether it arrived. Once a server fails, the

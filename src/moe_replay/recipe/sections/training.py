@@ -204,7 +204,7 @@ class ParallelLayout(Section):
         )
 
 
-# Keys that are no fields of Megatron's TransformerConfig.
+# Keys that are not fields of Megatron's TransformerConfig.
 _BESIDE = {"transformer", "ddp", "optimizer", "offload_during_rollout"}
 
 
