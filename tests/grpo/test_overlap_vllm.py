@@ -23,7 +23,8 @@ from .test_overlap_ends import stopped_in
 
 pytestmark = [pytest.mark.ranks, pytest.mark.vllm, pytest.mark.slow]
 Recipes = Callable[..., Recipe]
-OPTIONS = ["--dtype", "float32", "--kv-cache-gib", "0.1", "--max-batch-size", "16"]
+# So few at once that the two servers sample for several times as long as the trainer updates.
+OPTIONS = ["--dtype", "float32", "--kv-cache-gib", "0.1", "--max-batch-size", "4"]
 STEPS = 4
 
 

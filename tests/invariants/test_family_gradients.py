@@ -21,6 +21,7 @@ from moe_replay.megatron.actor import MegatronActor, build_policy
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.families.rules import FAMILIES as SUPPORTED
 from moe_replay.megatron.layout import initialize
+from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.layouts import ALLGATHER, CASES, Case, layout
 from moe_replay.testing.policies import SETTINGS, gradients, mean_loss, pack
@@ -92,7 +93,7 @@ def update(checkpoint: Path, case: Case) -> Found:
         dtype=torch.float32,
         settings=SETTINGS,
         num_updates=10,
-        overrides=case.overrides,
+        options=MegatronOptions(transformer=case.overrides),
     )
     grad_norms: list[float] = []
 

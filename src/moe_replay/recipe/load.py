@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 
 from moe_replay.errors import RecipeError, nearest_of
 from moe_replay.recipe.keys import FIELDS, choices, nearest, section_classes, text_of
-from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.rule import Problem, problems_error
+from moe_replay.recipe.recipe import Recipe, problems_error
+from moe_replay.recipe.rule import Problem
 from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of
 from moe_replay.recipe.sections.locations import anchored

@@ -5,7 +5,7 @@ Load one with `load.load_recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,9 +14,9 @@ import tomlkit
 from pydantic import Field, SerializeAsAny
 from pydantic.fields import FieldInfo
 
-from moe_replay.errors import RecipeError
+from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.recipe.bearer import without_secrets
-from moe_replay.recipe.rule import problems_error
+from moe_replay.recipe.rule import Problem
 from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
 from moe_replay.recipe.sections.rollout import RolloutSection
@@ -225,3 +225,16 @@ class Recipe(Section):
 
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def problems_error(problems: Sequence[Problem], where: str) -> RecipeError:
+    """Return one error that names all problems of a recipe, of which there is at least one.
+
+    It is an `UnsupportedError` if each of them only cannot be honoured.
+    """
+    lines = [f"  {problem.path}: {problem.text}" for problem in problems]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    message = without_secrets("\n".join([f"{where} has {count}:", *lines]))
+    if all(problem.is_unsupported for problem in problems):
+        return UnsupportedError(message)
+    return RecipeError(message)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-from moe_replay.errors import RecipeError, UnsupportedError
-from moe_replay.recipe.bearer import without_secrets
 
 
 class Problem(NamedTuple):
@@ -30,16 +27,3 @@ class EffectRule(NamedTuple):
     """Makes a function a rule that yields dotted keys without effect, each with the reason."""
 
     check: Callable[..., Iterator[tuple[str, str]]]
-
-
-def problems_error(problems: Sequence[Problem], where: str) -> RecipeError:
-    """Return one error that names all problems of a recipe, of which there is at least one.
-
-    It is an `UnsupportedError` if each of them only cannot be honoured.
-    """
-    lines = [f"  {problem.path}: {problem.text}" for problem in problems]
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    message = without_secrets("\n".join([f"{where} has {count}:", *lines]))
-    if all(problem.is_unsupported for problem in problems):
-        return UnsupportedError(message)
-    return RecipeError(message)

@@ -127,7 +127,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3-30B-A3B", {"attention_bias": True}, "attention_bias = True"),
     ("Qwen3-30B-A3B", {"use_sliding_window": True}, "use_sliding_window = True"),
-    ("Qwen3-30B-A3B", {"rope_scaling": _YARN}, "rope_parameters"),
+    ("Qwen3-30B-A3B", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters"),
     ("Qwen3-30B-A3B", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("Qwen3-30B-A3B", {"attention_dropout": 0.1}, r"attention_dropout = 0\.1"),
     ("Qwen1.5-MoE-A2.7B", {"use_sliding_window": True}, "use_sliding_window = True"),
