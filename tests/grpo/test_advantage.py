@@ -69,6 +69,7 @@ def test_reward_metrics_hold_every_function() -> None:
         "reward": 1.5,
         "reward_std": pytest.approx(math.sqrt(2) / 2),
         "frac_reward_zero_std": 0.5,
+        "completions/num_alone": 0.0,
         "rewards/accuracy/none_ratio": 0.0,
         "rewards/accuracy/mean": 0.75,
         # squares 3 / 16 + 9 / 16 = 0.75, variance 0.75 / 3
@@ -106,11 +107,13 @@ def test_t15_groups_without_two_completions_that_count_teach_nothing() -> None:
     assert result.advantages.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert result.equal_rewards.tolist() == [True, True]
     assert result.reward_mean == 1.0
+    assert reward_metrics(result, {})["completions/num_alone"] == 1.0
     nothing = group_advantages(
         np.array([[1.0, 0.0]]), scale_rewards="batch", counts=np.zeros((1, 2), dtype=bool)
     )
     assert reward_metrics(nothing, {"f": np.ones((1, 2))}) == {
         "frac_reward_zero_std": 1.0,
+        "completions/num_alone": 0.0,
         "rewards/f/none_ratio": 0.0,
     }
 

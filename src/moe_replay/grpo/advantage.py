@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,8 +45,9 @@ def group_advantages(
     """Compare each reward with the others of its group.
 
     ``estimator`` names a function of `estimators`. ``group`` divides by the group's standard
-    deviation, ``batch`` by that of all rewards, ``none`` by nothing; standard deviations have n - 1
-    in the denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with ``group`` and
+    deviation, ``batch`` by that of all rewards (with ``reinforce_plus_plus``: of all rewards minus
+    the means of their groups), ``none`` by nothing; standard deviations have n - 1 in the
+    denominator. Rewards ``[[1, 0]]`` give ``+-0.5 / (0.70711 + 1e-4)`` with ``group`` and
     ``[[0.5, -0.5]]`` with ``none``. Completions without ``counts`` (default: all have it) are part
     of no mean and no standard deviation, and their advantage is 0.
 
@@ -60,24 +61,21 @@ def group_advantages(
     assert rewards.shape[1] > 1 and np.isfinite(rewards).all()
     compare: Callable[..., np.ndarray] = getattr(estimators, estimator)
     counts = np.ones(rewards.shape, dtype=bool) if counts is None else counts
-    num_counted = counts.sum(axis=1, keepdims=True)
     counted = rewards[counts]
-    highest = np.where(counts, rewards, -np.inf).max(axis=1)
-    equal = highest <= np.where(counts, rewards, np.inf).min(axis=1)
+    equal = equal_rewards(rewards, counts)
     # Overflow is found below, where it can be explained.
     with np.errstate(over="ignore", invalid="ignore"):
-        means = (rewards * counts).sum(axis=1, keepdims=True) / np.maximum(num_counted, 1)
-        centred = np.where(counts, rewards - means, 0.0)
-        # A mean of equal numbers may differ in the last bit, which the division would amplify.
-        centred[equal] = 0.0
-        group_std = np.sqrt((centred**2).sum(axis=1) / np.maximum(num_counted[:, 0] - 1, 1))
-        batch_std = _std(counted) if len(counted) else 0.0
+        centred = _centred(rewards, counts, equal)
+        group_std = _group_std(centred, counts)
+        compared = compare(centred, counts.sum(axis=1, keepdims=True))
+        is_own = estimator in estimators.SCALED_BY_ITS_OWN_SPREAD
+        batch_std = _std(counted)
         divisor = {
             "group": group_std[:, None] + STD_EPSILON,
-            "batch": batch_std + STD_EPSILON,
+            "batch": (_std(compared[counts]) if is_own else batch_std) + STD_EPSILON,
             "none": 1.0,
         }
-        advantages = compare(centred, num_counted) / divisor[scale_rewards]
+        advantages = compared / divisor[scale_rewards]
         reward_mean = float(counted.mean()) if len(counted) else None
     _check_size(rewards, advantages, group_std, batch_std, reward_mean or 0.0)
     reward_std = batch_std if scale_rewards == "batch" else float(group_std.mean())
@@ -90,16 +88,75 @@ def group_advantages(
     )
 
 
+def gdpo_advantages(
+    scores: Mapping[str, Float64[np.ndarray, "groups generations"]],
+    weights: Mapping[str, float],
+    *,
+    counts: Bool[np.ndarray, "groups generations"],
+) -> GroupAdvantages:
+    """Normalize each reward function in its group, and the weighted sum of that over the batch.
+
+    ``scores`` holds scores before weights, NaN where a function has no opinion: it then adds
+    nothing to that completion, and is normalized over the others. In a group whose functions each
+    give all completions the same score, advantages are exactly 0. Example: the scores (1, 0) and
+    (0, 2) of one group, with weights 1 and 0.5, have equal weighted sums, from which GRPO learns
+    nothing; normalized they are +-0.707 and -+0.707, and sum up to +-0.354.
+
+    Source: GDPO, arXiv 2601.05242; Megatron-SWIFT, ``scale_rewards: gdpo``, and TRL,
+    ``multi_objective_aggregation: normalize_then_sum``, whose constant beside the standard
+    deviations is ours (the former has 1e-8).
+
+    Raises:
+        RewardError: when a score is so large that an advantage is not finite.
+    """
+    summed, totals = np.zeros(counts.shape), np.zeros(counts.shape)
+    equal = np.ones(len(counts), dtype=bool)
+    for name, given in scores.items():
+        has_opinion = counts & ~np.isnan(given)
+        values = np.where(has_opinion, given, 0.0)
+        same = equal_rewards(values, has_opinion)
+        with np.errstate(over="ignore", invalid="ignore"):
+            centred = _centred(values, has_opinion, same)
+            std = _group_std(centred, has_opinion)
+            normalized = centred / (std[:, None] + STD_EPSILON)
+        _check_size(values, normalized, std)
+        summed += weights[name] * normalized
+        totals += weights[name] * values
+        equal &= same | (weights[name] == 0)
+    # The sums of every group are 0 together, so there is no mean to subtract: it would only turn
+    # exact zeros into rounding errors.
+    advantages = summed / (_std(summed[counts]) + STD_EPSILON)
+    plain = group_advantages(totals, scale_rewards="none", counts=counts)
+    return replace(plain, advantages=advantages, equal_rewards=equal)
+
+
+def equal_rewards(
+    rewards: Float64[np.ndarray, "groups generations"],
+    counts: Bool[np.ndarray, "groups generations"],
+) -> Bool[np.ndarray, " groups"]:
+    """Return for each group whether the rewards that count are all the same, compared exactly.
+
+    This is the one test of a group that teaches nothing: a standard deviation of equal numbers may
+    differ from 0 in its last bit. True for a group in which fewer than two completions count.
+    """
+    highest = np.where(counts, rewards, -np.inf).max(axis=1)
+    return highest <= np.where(counts, rewards, np.inf).min(axis=1)
+
+
 def reward_metrics(
     result: GroupAdvantages, rewards: Mapping[str, Float64[np.ndarray, "groups generations"]]
 ) -> dict[str, float]:
     """Return ``reward*``, ``frac_reward_zero_std``, ``rewards/<function>/{mean,std,none_ratio}``.
 
-    ``rewards`` holds each reward function's scores before weights, NaN where it has no opinion;
-    ``none_ratio`` is the fraction of those. Mean and standard deviation are over the others that
-    count, and omitted where none does.
+    ``completions/num_alone`` counts those whose prompt has no other completion that counts: there
+    is nothing to compare them with, so their advantage is 0. ``rewards`` holds each reward
+    function's scores before weights, NaN where it has no opinion; ``none_ratio`` is the fraction of
+    those. Mean and standard deviation are over the others that count, and omitted where none does.
     """
-    metrics = {"frac_reward_zero_std": float(result.equal_rewards.mean())}
+    metrics = {
+        "frac_reward_zero_std": float(result.equal_rewards.mean()),
+        "completions/num_alone": float((result.counts.sum(axis=1) == 1).sum()),
+    }
     if result.reward_mean is not None and result.reward_std is not None:
         metrics |= {"reward": result.reward_mean, "reward_std": result.reward_std}
     for name, scores in rewards.items():
@@ -124,8 +181,24 @@ def constant_rewards(
     }
 
 
+def _centred(rewards: np.ndarray, counts: np.ndarray, equal: np.ndarray) -> np.ndarray:
+    """Return rewards minus the mean of their group; 0 where one does not count."""
+    num_counted = counts.sum(axis=1, keepdims=True)
+    means = (rewards * counts).sum(axis=1, keepdims=True) / np.maximum(num_counted, 1)
+    centred = np.where(counts, rewards - means, 0.0)
+    # A mean of equal numbers may differ in the last bit, which the division would amplify.
+    centred[equal] = 0.0
+    return centred
+
+
+def _group_std(centred: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.sqrt((centred**2).sum(axis=1) / np.maximum(counts.sum(axis=1) - 1, 1))
+
+
 def _std(scores: np.ndarray) -> float:
-    return 0.0 if scores.max() == scores.min() else float(scores.std(ddof=1))
+    if not len(scores) or scores.max() == scores.min():
+        return 0.0
+    return float(scores.std(ddof=1))
 
 
 def _check_size(

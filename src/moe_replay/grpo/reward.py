@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from moe_replay.engines.types import FinishReason
-from moe_replay.grpo.advantage import constant_rewards, group_advantages, reward_metrics
+from moe_replay.grpo.advantage import (
+    GroupAdvantages,
+    constant_rewards,
+    gdpo_advantages,
+    group_advantages,
+    reward_metrics,
+)
 from moe_replay.grpo.answers import ask_rewards
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rollout, Scored
+from moe_replay.recipe.recipe import Recipe
 
 
 def score_rewards(run: Run, rollout: Rollout) -> Scored:
@@ -35,16 +42,11 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     every_total = _by_prompt(shape, ((own, totals) for own, totals, _, _ in gathered))
     has_reward = ~np.isnan(every_total)
     finished = _by_prompt(shape, ((own, aborted) for own, _, aborted, _ in gathered)) == 0
-    compared = group_advantages(
-        np.where(has_reward, every_total, 0.0),
-        scale_rewards=run.recipe.grpo.scale_rewards,
-        estimator=run.recipe.grpo.advantage_estimator,
-        counts=has_reward & finished,
-    )
     scores = {
         name: _by_prompt(shape, ((own, rewards[name]) for own, _, _, rewards in gathered))
         for name in rewards
     }
+    compared = _compare(run.recipe, every_total, scores, counts=has_reward & finished)
     for name, score in constant_rewards(scores).items():
         run.journal.warn_once(
             f"constant reward {name}",
@@ -64,6 +66,29 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
         advantages=compared.advantages,
         counts=compared.counts,
         metrics=metrics,
+    )
+
+
+def _compare(
+    recipe: Recipe,
+    totals: Float64[np.ndarray, "prompts generations"],
+    scores: Mapping[str, Float64[np.ndarray, "prompts generations"]],
+    *,
+    counts: Bool[np.ndarray, "prompts generations"],
+) -> GroupAdvantages:
+    """Return the advantages of a step by ``grpo.advantage_estimator`` and ``grpo.scale_rewards``.
+
+    A group is the row of a prompt in the step, so that equal prompts stay apart.
+    """
+    scale = recipe.grpo.scale_rewards
+    if scale == "gdpo":
+        weights = {reward.name: reward.weight for reward in recipe.rewards}
+        return gdpo_advantages(scores, weights, counts=counts)
+    return group_advantages(
+        np.where(np.isnan(totals), 0.0, totals),
+        scale_rewards=scale,
+        estimator=recipe.grpo.advantage_estimator,
+        counts=counts,
     )
 
 

@@ -92,6 +92,11 @@ class BatchSection(Section):
         return "batch.old_logprobs = 'pass'" if self.old_logprobs == "pass" else None
 
 
+DEFAULT_SCALE = {"rloo": "none", "reinforce_plus_plus": "batch"}
+"""``grpo.advantage_estimator`` -> ``grpo.scale_rewards`` where a recipe does not say it, other than
+``group``; as in ms-swift."""
+
+
 class GrpoSection(Section):
     """``[grpo]``: advantage and loss."""
 
@@ -105,11 +110,19 @@ class GrpoSection(Section):
     """The importance ratio is clipped above at 1 + epsilon_high; ``epsilon`` by default."""
     beta: Annotated[float, Key(also_called=("kl_coef",))] = Field(default=0.0, ge=0)
     """Weight of the KL term towards the reference model; 0 loads no reference model."""
-    advantage_estimator: Literal["grpo", "rloo"] = "grpo"
-    """What a reward is compared with: the mean of its prompt's completions (``grpo``), or of the
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    """What a reward is compared with: the mean of its prompt's completions (``grpo``, and
+    ``reinforce_plus_plus``, whose ``batch`` divides by the spread of the differences), or of the
     others (``rloo``)."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Whose standard deviation the advantages are divided by."""
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none", "gdpo"],
+        Key(
+            default="group; none for rloo, batch for reinforce_plus_plus",
+            also_called=("norm_adv_by_std_in_grpo", "multi_objective_aggregation"),
+        ),
+    ] = Field(default_factory=lambda grpo: DEFAULT_SCALE.get(grpo["advantage_estimator"], "group"))
+    """Whose standard deviation the advantages are divided by: ``group``, ``batch`` or ``none``.
+    ``gdpo`` normalizes each reward function in its group, and their weighted sum over the batch."""
     overlong_filter: bool = False
     """Keep completions that were cut off by ``rollout.max_completion_length`` out of the loss."""
 
