@@ -1,5 +1,7 @@
 """Every per-token value of a microbatch lands on the row of its token, on whatever rank that is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -144,6 +146,27 @@ def test_collect_undoes_place_over_all_ranks(shapes, cp):
         rank.index.scatter(local, whole)
     collected = made[0].collect(whole)
     assert [part.tolist() for part in collected] == [part.tolist() for part in values]
+
+
+def test_values_of_turns_skip_the_rows_before_tokens_of_an_environment():
+    masks = [[True, False, False, True], [True, True]]
+    samples = [
+        replace(
+            sample,
+            turn_mask=np.array(mask),
+            rollout_logprobs=np.zeros(sum(mask), dtype=np.float32),
+        )
+        for sample, mask in zip(samples_of([(2, 4), (1, 2)]), masks, strict=True)
+    ]
+    made = build_microbatch(0, samples)
+    predicts = [False, True, False, False, True, False, True, True, False]
+    assert made.predicts_sampled.tolist() == predicts
+    placed = made.place([np.array([1.0, 2.0]), np.array([3.0, 4.0])], fill=-1.0)
+    assert placed.tolist() == [-1, 1, -1, -1, 2, -1, 3, 4, -1]
+    assert [part.tolist() for part in made.collect(placed)] == [[1, 2], [3, 4]]
+    # The control: one value for every token after the prompt is refused.
+    with pytest.raises(AssertionError, match="one value for each sampled token"):
+        made.place([np.zeros(4), np.zeros(2)], fill=0.0)
 
 
 def test_place_refuses_values_of_another_length():

@@ -65,28 +65,28 @@ class Microbatch:
         return len(self.token_ids)
 
     def place(self, values: Sequence[np.ndarray], *, fill: float) -> Float32[np.ndarray, " rows"]:
-        """Put an array of ``[T]`` per sample (a value for each sampled token) into the local rows.
+        """Put an array of ``[S]`` per sample (a value for each sampled token) into the local rows.
 
         Samples with prompts of 2 and 1 tokens and 2 sampled ones each: the value of the first
         sampled token stands in the row of the last prompt token, so ``[a b]`` and ``[c d]`` become
-        the batch rows ``[- a b - c d -]``, of which a rank takes its own.
+        the batch rows ``[- a b - c d -]``, of which a rank takes its own. Rows that predict a token
+        of an environment stay empty too.
         """
         rows = np.full(self.index.num_rows, fill, dtype=np.float32)
-        for span, array in zip(self._spans(), values, strict=True):
-            assert len(array) == span.stop - span.start, "one value for each sampled token"
-            rows[span] = array
+        for predicting, array in zip(self._predicting_rows(), values, strict=True):
+            assert len(array) == len(predicting), "one value for each sampled token"
+            rows[predicting] = array
         return self.index.gather(rows, fill=fill)
 
     def collect(self, rows: Float32[np.ndarray, " batch_rows"]) -> list[np.ndarray]:
-        """Return each sample's ``[T]`` values from all batch rows; the inverse of `place`."""
-        return [rows[span] for span in self._spans()]
+        """Return each sample's ``[S]`` values from all batch rows; the inverse of `place`."""
+        return [rows[predicting] for predicting in self._predicting_rows()]
 
-    def _spans(self) -> Iterator[slice]:
+    def _predicting_rows(self) -> Iterator[Int64[np.ndarray, " sampled"]]:
         """Yield for each sample the batch rows that predict its sampled tokens."""
         start = 0
         for sample in self.samples:
-            first = start + sample.prompt_length - 1
-            yield slice(first, first + sample.completion_length)
+            yield start + np.flatnonzero(sample.predicts_sampled)
             start += len(sample.token_ids)
 
 

@@ -175,6 +175,11 @@ def check_group(group: RolloutGroup, description: EngineDescription) -> None:
         tokens, logprobs = completion.token_ids, completion.rollout_logprobs
         _check_format(tokens, np.int32, f"{where}: token_ids")
         _check_format(logprobs, np.float32, f"{where}: rollout_logprobs")
+        if completion.turn_mask is not None:
+            raise EngineError(
+                f"{where} has a turn_mask, which marks tokens of an environment: an engine returns the "
+                "tokens of one turn, all sampled"
+            )
         is_aborted = completion.finish_reason is FinishReason.ABORTED
         if len(tokens) != len(logprobs) or (len(tokens) == 0 and not is_aborted):
             raise EngineError(

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Bool, Float32, Int32, Integer
 
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.routing.arrays import kept
@@ -80,13 +80,14 @@ class SamplingParams:
 class Completion:
     """One sampled continuation, T tokens long, of a prompt of P tokens.
 
-    T is 0 only when it was aborted before its first token.
+    T is 0 only when it was aborted before its first token. One of several turns holds the tokens of
+    an environment too; no engine returns such a one.
     """
 
     token_ids: Int32[np.ndarray, " completion"]
-    """``[T]`` sampled ids, the stop token included."""
-    rollout_logprobs: Float32[np.ndarray, " completion"]
-    """``[T]``, log-probability in nats of each token under the engine's sampling distribution."""
+    """``[T]`` ids, the stop token included."""
+    rollout_logprobs: Float32[np.ndarray, " sampled"]
+    """Log-probability in nats of each sampled token under the engine's sampling distribution."""
     trace: RoutingTrace | None
     """P + T rows bound to prompt + completion, the last ``valid=False``; None without routes."""
     finish_reason: FinishReason
@@ -98,13 +99,20 @@ class Completion:
     began_under: int | None = None
     """Policy version that sampled its first token, if a push came in between; its trace then says
     which rows are of which version. None: ``policy_version`` sampled all of it."""
+    turn_mask: Bool[np.ndarray, " completion"] | None = None
+    """``[T]``, False at tokens of an environment; None when all were sampled."""
 
     def __post_init__(self) -> None:
-        for name in ("token_ids", "rollout_logprobs"):
+        for name in ("token_ids", "rollout_logprobs", "turn_mask"):
             array = getattr(self, name)
             # A copy, as an engine may reuse its buffer. `check_group` refuses what is not an array.
             if isinstance(array, np.ndarray):
                 object.__setattr__(self, name, kept(array))
+
+    @property
+    def sampled_ids(self) -> Int32[np.ndarray, " sampled"]:
+        """The tokens that the policy sampled."""
+        return self.token_ids if self.turn_mask is None else self.token_ids[self.turn_mask]
 
     @property
     def oldest_version(self) -> int:

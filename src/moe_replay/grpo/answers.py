@@ -96,7 +96,7 @@ def ask_rewards(
             [prompts[index] for index in written],
             # An answer that the prompt begins is one text to a reward.
             [prompts[index].prefill + texts[index] for index in written],
-            [completions[index].token_ids for index in written],
+            [completions[index].sampled_ids for index in written],
         )
     )
 

@@ -92,6 +92,7 @@ def _make_samples(
             trains=completion.finish_reason not in untrained and bool(scored.counts[key]),
             server=completion.server,
             reported_here=key in own,
+            turn_mask=completion.turn_mask,
         )
         parts[_minibatch_of(run, place)].append(sample)
         origins.append(
@@ -206,7 +207,11 @@ def _rows(
         # A recording pass covers every row of a token.
         return [Coverage(num_replayed=len(sample.token_ids)) for sample in own]
     return [
-        Coverage.of_rows(traces[sample.sample_id].valid, prompt_length=sample.prompt_length)
+        Coverage.of_rows(
+            traces[sample.sample_id].valid,
+            prompt_length=sample.prompt_length,
+            is_sampled=sample.is_sampled,
+        )
         for sample in own
         if sample.sample_id in traces
     ]

@@ -53,7 +53,7 @@ def kept_completions(
                     rewards={name: _score(scores[row]) for name, scores in rewards.items()},
                     reward=_score(totals[row]),
                     advantage=advantage,
-                    num_tokens=len(completion.token_ids),
+                    num_tokens=len(completion.sampled_ids),
                     finish_reason=str(completion.finish_reason),
                     policy_version=completion.policy_version,
                     server=completion.server,

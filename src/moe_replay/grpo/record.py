@@ -24,7 +24,7 @@ def step_record(
     dropped = old.judged.dropped_here(old.batch)
     own = [s for s in old.batch.samples if s.reported_here and s.sample_id not in dropped]
     endings = completion_tally(
-        [len(completion.token_ids) for completion in rollout.completions],
+        [len(completion.sampled_ids) for completion in rollout.completions],
         [completion.finish_reason for completion in rollout.completions],
         overlong_filter=run.recipe.grpo.overlong_filter,
     )
@@ -34,7 +34,7 @@ def step_record(
     )
     tally = Tally.merge([gap, endings])
     # Our engines never draw them; those of others may.
-    unknown = sum(int((c.token_ids >= run.num_known_ids).sum()) for c in rollout.completions)
+    unknown = sum(int((c.sampled_ids >= run.num_known_ids).sum()) for c in rollout.completions)
     tally.add_sum("completions/unknown_tokens", unknown)
     if run.recipe.rollout.stop:
         tally.add_sum("completions/tokens_cut_off", rollout.num_cut)

@@ -79,7 +79,7 @@ def require_finite(
             broken.append(
                 f"sample {sample.sample_id} of replica {run.replica.number}: {int((~finite).sum())} "
                 f"of {len(finite)} sampled tokens, the first at {first} (token id "
-                f"{sample.token_ids[sample.prompt_length + first]})"
+                f"{sample.token_ids[sample.is_sampled][first]})"
             )
     gathered = [text for part in run.ranks.gather(broken[:3]) for text in part]
     if gathered:

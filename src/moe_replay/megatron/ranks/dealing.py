@@ -36,6 +36,10 @@ class _Header:
     """Without arrays."""
     num_tokens: int
     """Of the completion."""
+    num_sampled: int
+    """Those among them that the policy sampled."""
+    has_mask: bool
+    """Whether the others are marked."""
     num_rows: int
     """Of the trace; 0 without one."""
     form: RouteForm | None
@@ -50,7 +54,9 @@ class _Header:
     def arrays(self) -> Iterator[tuple[int, np.dtype]]:
         """Yield bytes and dtype of each array, in the order in which they travel."""
         yield 4 * self.num_tokens, np.dtype(np.int32)
-        yield 4 * self.num_tokens, np.dtype(np.float32)
+        yield 4 * self.num_sampled, np.dtype(np.float32)
+        if self.has_mask:
+            yield self.num_tokens, np.dtype(bool)
         if self.form is not None:
             slots = len(self.form.layers) * self.form.topk
             dtype = expert_dtype(self.form.num_experts)
@@ -139,8 +145,10 @@ def _header(key: Key, completion: Completion, trace: RoutingTrace | None) -> _He
     assert completion.trace is None
     return _Header(
         key=key,
-        bare=replace(completion, token_ids=_NO_IDS, rollout_logprobs=_NO_LOGPROBS),
+        bare=replace(completion, token_ids=_NO_IDS, rollout_logprobs=_NO_LOGPROBS, turn_mask=None),
         num_tokens=len(completion.token_ids),
+        num_sampled=len(completion.rollout_logprobs),
+        has_mask=completion.turn_mask is not None,
         num_rows=0 if trace is None else len(trace),
         form=None if trace is None else trace.form,
         origin=None if trace is None else trace.origin,
@@ -149,6 +157,8 @@ def _header(key: Key, completion: Completion, trace: RoutingTrace | None) -> _He
 
 def _to_bytes(completion: Completion, trace: RoutingTrace | None) -> list[UInt8[np.ndarray, " _"]]:
     arrays: list[np.ndarray] = [completion.token_ids, completion.rollout_logprobs]
+    if completion.turn_mask is not None:
+        arrays.append(completion.turn_mask)
     if trace is not None:
         arrays += [trace.expert_ids, trace.valid, trace.token_digest]
     return [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
@@ -164,15 +174,17 @@ def _from_bytes(
         array.view(np.uint8)[:] = payload[start : start + size]
         arrays.append(owned(array))
         start += size
-    completion = replace(header.bare, token_ids=arrays[0], rollout_logprobs=arrays[1])
+    ids, logprobs, *rest = arrays
+    mask = rest.pop(0) if header.has_mask else None
+    completion = replace(header.bare, token_ids=ids, rollout_logprobs=logprobs, turn_mask=mask)
     if header.form is None or header.origin is None:
         return completion, None
     form = header.form
     return completion, RoutingTrace(
-        expert_ids=arrays[2].reshape(header.num_rows, len(form.layers), form.topk),
-        valid=arrays[3],
+        expert_ids=rest[0].reshape(header.num_rows, len(form.layers), form.topk),
+        valid=rest[1],
         layers=form.layers,
         num_experts=form.num_experts,
-        token_digest=arrays[4],
+        token_digest=rest[2],
         origin=header.origin,
     )
