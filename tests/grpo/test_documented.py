@@ -1,48 +1,31 @@
-"""Every metric of a run stands in the documentation."""
+"""Every metric of a run stands in the table of metrics, and docs/metrics.md is that table."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.report.metric_table import metric_groups, metric_of, page
 
 from .test_loop import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-it-works.md"
-# Names on the page that stand for the rest of a name, after the group that the row begins with.
-GROUPS = re.compile(r"`([a-z_]+/)")
+ROOT = Path(__file__).parents[2]
 
 
-def documented(page: str) -> set[str]:
-    """Return the metrics that the tables of a page name, ``<...>`` as they stand there."""
-    names: set[str] = set()
-    for line in page.splitlines():
-        if not line.startswith("| `"):
-            continue
-        found = re.findall(r"`([^`]+)`", line)
-        group = found[0].rpartition("/")[0]
-        names.update(found)
-        # `a/b_1`, `_2` and `a/b`, `c` share what comes before.
-        names.update(f"{group}/{name}" for name in found)
-        stem = found[0].rpartition("_")[0]
-        names.update(f"{stem}{name}" for name in found if name.startswith("_"))
-        names.update(f"{group}/{name[4:]}" for name in found if name.startswith(".../"))
-    return names
+def undocumented(metrics: Iterable[str]) -> set[str]:
+    """Return the metrics that the table lacks."""
+    return {name for name in metrics if metric_of(name) is None}
 
 
-def undocumented(metrics: set[str], page: str) -> set[str]:
-    """Return the metrics that no row of a page names."""
-    names = documented(page) | set(re.findall(r"`(eval/[^`]+)`", page))
-    patterns = [re.escape(name).replace("<function>", "[^/]+") for name in names]
-    patterns = [re.sub(r"<[a-z]+>", "[a-z_0-9]+", name) for name in patterns]
-    known = re.compile("|".join(f"(?:{name})" for name in patterns))
-    same = {name.replace("live_gap/", "rollout_correction/") for name in metrics}
-    return {name for name in same if not known.fullmatch(name)}
+def unwritten(names: Iterable[str], sources: str) -> set[str]:
+    """Return the names of the table whose last part is in no source file."""
+    parts = {name: re.split("<|_<", name.rpartition("/")[2])[0] for name in names}
+    return {name for name, part in parts.items() if part and part not in sources}
 
 
 @pytest.mark.ranks
@@ -63,10 +46,37 @@ def test_d21_every_metric_of_a_run_is_documented(
         for line in (loaded.run.output_dir / f"{name}.jsonl").read_text().splitlines():
             metrics |= json.loads(line).keys()
     assert len(metrics) > 50
-    assert undocumented(metrics, PAGE.read_text()) == set()
+    assert undocumented(metrics) == set()
 
 
-def test_undocumented_finds_one():
-    page = "| `a/b`, `c`, `_d` | text |\n| `a/x_1`, `_2` | |\n| `r/<function>/m`, `.../s` | |\n"
-    given = {"a/b", "a/c", "a/x_2", "r/mine/m", "r/<function>/s"}
-    assert undocumented({*given, "a/missing"}, page) == {"a/missing"}
+def test_control_a_metric_without_a_row_is_found() -> None:
+    given = {"reward", "rewards/mine/std", "live_gap/k3_kl", "replay/rows_live_padding"}
+    wrong = {
+        "reward_stdd",
+        "rewards/mine/median",
+        "live_gap/k4",
+        "replay/rows",
+        "grad_norm/update_",
+    }
+    assert undocumented(given | wrong) == wrong
+
+
+def test_no_row_is_about_a_metric_that_nothing_writes() -> None:
+    sources = "".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
+    names = [row.name for group in metric_groups() for row in group.rows]
+    assert len(names) == len(set(names))
+    assert unwritten(names, sources) == set()
+    assert unwritten(["replay/flip_frac", "replay/flop_frac_<n>"], sources) == {
+        "replay/flop_frac_<n>"
+    }
+
+
+def test_the_page_of_metrics_is_current() -> None:
+    written = (ROOT / "docs" / "metrics.md").read_text()
+    assert written == page(), "run scripts/metrics, which writes the page again"
+
+
+def test_every_row_has_a_unit_and_a_definition() -> None:
+    rows = [row for group in metric_groups() for row in group.rows]
+    assert [row.name for row in rows if not row.text or "|" in "".join(row)] == []
+    assert [row.name for row in rows if not row.unit] == ["details"]
