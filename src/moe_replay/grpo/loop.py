@@ -16,8 +16,9 @@ from moe_replay.grpo.evaluate import evaluate
 from moe_replay.grpo.push import push_weights
 from moe_replay.grpo.record import step_record
 from moe_replay.grpo.records import BaseReporter, RunEnd
-from moe_replay.grpo.reward import score_rewards
+from moe_replay.grpo.reward import rate_completions, score_groups
 from moe_replay.grpo.rollout import await_next, begin_next, hold_saved, roll_out
+from moe_replay.grpo.rounds import Rounds
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.score import score_old, score_reference
 from moe_replay.grpo.start.opening import open_run
@@ -91,11 +92,14 @@ def train(
 
 def _take_step(run: Run) -> None:
     run.begin_step()
-    with run.station("rollout"):
-        rollout = roll_out(run)
-    begin_next(run)
-    with run.station("reward"):
-        scored = score_rewards(run, rollout)
+    rounds = Rounds(run.recipe)
+    while rounds.num_wanted:
+        with run.station("rollout"):
+            rollout = roll_out(run, rounds.num_wanted)
+        begin_next(run)
+        with run.station("reward"):
+            rounds.add(rate_completions(run, rollout))
+    rollout, scored = score_groups(run, rounds)
     run.keep_step()
     with run.station("batch"):
         batch = make_batch(run, rollout, scored)

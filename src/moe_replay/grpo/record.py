@@ -132,6 +132,14 @@ def _notices(recipe: Recipe, metrics: Mapping[str, float]) -> dict[str, str]:
             f"every completion was cut at rollout.max_completion_length = {limit}, and {end}; raise "
             "it, or look at completions.jsonl: does the model know its end-of-sequence token?"
         )
+    missing = metrics.get("dynamic_sampling/missing_groups", 0)
+    if missing > 0:
+        notices["few teach"] = (
+            f"{recipe.grpo.max_resample_times} further rounds of prompts left {missing:g} of "
+            f"{recipe.prompts_per_step} whose completions all have the same reward "
+            "(dynamic_sampling/missing_groups): prompts are too easy or too hard, or "
+            "grpo.max_resample_times is too low"
+        )
     if metrics["update/num_skipped"] == recipe.batch.steps_per_generation:
         notices["idle"] = f"nothing was learned in this step: {_why_idle(metrics)}"
     return notices

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 
 from moe_replay.engines.types import FinishReason
-from moe_replay.grpo.advantage import (
-    GroupAdvantages,
-    constant_rewards,
-    gdpo_advantages,
-    group_advantages,
-    reward_metrics,
-)
+from moe_replay.grpo.advantage import constant_rewards, reward_metrics
 from moe_replay.grpo.answers import ask_rewards
+from moe_replay.grpo.rounds import Rounds, compared
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.types import Rollout, Scored
-from moe_replay.recipe.recipe import Recipe
+from moe_replay.grpo.types import Rated, Rollout, Scored
 
 
-def score_rewards(run: Run, rollout: Rollout) -> Scored:
-    """Run the reward functions, and compare the completions of each prompt with one another.
+def rate_completions(run: Run, rollout: Rollout) -> Rated:
+    """Run the reward functions on this rank's completions, and gather what they say on all ranks.
 
     A completion that the engine aborted is scored, recorded, and compared with nothing: it ended
     where the engine gave up, so its reward says nothing about the policy. One on which no reward
@@ -40,56 +34,51 @@ def score_rewards(run: Run, rollout: Rollout) -> Scored:
     )
     shape = (len(rollout.prompts), generations)
     every_total = _by_prompt(shape, ((own, totals) for own, totals, _, _ in gathered))
-    has_reward = ~np.isnan(every_total)
     finished = _by_prompt(shape, ((own, aborted) for own, _, aborted, _ in gathered)) == 0
-    scores = {
-        name: _by_prompt(shape, ((own, rewards[name]) for own, _, _, rewards in gathered))
-        for name in rewards
-    }
-    compared = _compare(run.recipe, every_total, scores, counts=has_reward & finished)
-    for name, score in constant_rewards(scores).items():
+    return Rated(
+        rollout=rollout,
+        texts=tuple(texts),
+        rewards=rewards,
+        totals=totals,
+        every_reward={
+            name: _by_prompt(shape, ((own, rewards[name]) for own, _, _, rewards in gathered))
+            for name in rewards
+        },
+        every_total=every_total,
+        counts=~np.isnan(every_total) & finished,
+    )
+
+
+def score_groups(run: Run, rounds: Rounds) -> tuple[Rollout, Scored]:
+    """Compare the completions of each prompt that the step learns from with one another.
+
+    Metrics of rewards are of all that was sampled, so that choosing does not flatter the policy.
+    """
+    sampled = rounds.sampled
+    for name, score in constant_rewards(sampled.every_reward).items():
         run.journal.warn_once(
             f"constant reward {name}",
             f"reward {name} gave {score:g} to every completion of step {run.step}, and so teaches "
             "nothing in it. If that goes on (rewards/<name>/std), look at completions.jsonl: are its "
             "answers, its tags and its regex those that the model writes?",
         )
-    metrics = reward_metrics(compared, scores)
-    metrics["completions/unscored_ratio"] = 1.0 - float(has_reward.mean())
+    metrics = reward_metrics(compared(run.recipe, sampled), sampled.every_reward)
+    metrics["completions/unscored_ratio"] = float(np.isnan(sampled.every_total).mean())
     if run.recipe.data.truncation == "left":
         # The share of prompts that lost tokens at their start.
-        metrics["prompts/cut_ratio"] = float(np.mean([p.num_cut > 0 for p in rollout.prompts]))
-    return Scored(
-        texts=tuple(texts),
-        rewards=rewards,
-        totals=totals,
-        advantages=compared.advantages,
-        counts=compared.counts,
-        metrics=metrics,
+        cut = [prompt.num_cut > 0 for prompt in sampled.rollout.prompts]
+        metrics["prompts/cut_ratio"] = float(np.mean(cut))
+    learned = rounds.learned
+    of_groups = compared(run.recipe, learned)
+    scored = Scored(
+        texts=learned.texts,
+        rewards=learned.rewards,
+        totals=learned.totals,
+        advantages=of_groups.advantages,
+        counts=of_groups.counts,
+        metrics=metrics | rounds.metrics(),
     )
-
-
-def _compare(
-    recipe: Recipe,
-    totals: Float64[np.ndarray, "prompts generations"],
-    scores: Mapping[str, Float64[np.ndarray, "prompts generations"]],
-    *,
-    counts: Bool[np.ndarray, "prompts generations"],
-) -> GroupAdvantages:
-    """Return the advantages of a step by ``grpo.advantage_estimator`` and ``grpo.scale_rewards``.
-
-    A group is the row of a prompt in the step, so that equal prompts stay apart.
-    """
-    scale = recipe.grpo.scale_rewards
-    if scale == "gdpo":
-        weights = {reward.name: reward.weight for reward in recipe.rewards}
-        return gdpo_advantages(scores, weights, counts=counts)
-    return group_advantages(
-        np.where(np.isnan(totals), 0.0, totals),
-        scale_rewards=scale,
-        estimator=recipe.grpo.advantage_estimator,
-        counts=counts,
-    )
+    return learned.rollout, scored
 
 
 def _by_prompt(

@@ -28,16 +28,24 @@ from moe_replay.routing import Routing, RoutingTrace
 from moe_replay.tasks.encoding import Prompt
 
 
-def roll_out(run: Run) -> Rollout:
-    """Sample completions for this rank's part of the step's prompts, unless they are there already.
+def roll_out(run: Run, num_prompts: int) -> Rollout:
+    """Sample completions for this rank's part of the next prompts, unless they are there already.
+
+    ``num_prompts`` are those of the step, or with dynamic sampling those that it still lacks; they
+    become a few more where ranks would get unequal parts.
 
     Raises:
         StepDropped: on every rank, when one of them was asked to stop while it samples.
     """
     recipe = run.recipe
-    own = own_prompts(recipe, run.replica)
-    prompts, requests = _next_prompts(run, own)
-    run.next_prompt += recipe.prompts_per_step
+    if num_prompts == recipe.prompts_per_step:
+        own = own_prompts(recipe, run.replica)
+    else:
+        num_ranks = run.replica.num_replicas * run.replica.size
+        num_prompts = -(-num_prompts // num_ranks) * num_ranks
+        own = _part(num_prompts, 1, run.replica)
+    prompts, requests = _next_prompts(run, own, num_prompts)
+    run.next_prompt += num_prompts
     if run.ahead.is_under_way:
         run.ahead.held = run.droppable(
             lambda: _checked(run, run.ahead.wait(), requests, trained_at=run.policy_version)
@@ -123,10 +131,12 @@ def hold_saved(run: Run) -> None:
         )
 
 
-def _next_prompts(run: Run, own: Sequence[int]) -> tuple[Sequence[Prompt], list[Request]]:
-    """Return all prompts of the next step, and the requests for those of this rank."""
+def _next_prompts(
+    run: Run, own: Sequence[int], num_prompts: int | None = None
+) -> tuple[Sequence[Prompt], list[Request]]:
+    """Return the next prompts, by default as many as a step has, and this rank's requests."""
     position = run.next_prompt
-    prompts = run.inputs.train.at(position, run.recipe.prompts_per_step)
+    prompts = run.inputs.train.at(position, num_prompts or run.recipe.prompts_per_step)
     return prompts, [training_request(run.recipe, position + i, prompts[i]) for i in own]
 
 
@@ -151,8 +161,11 @@ def own_prompts(recipe: Recipe, replica: Replica) -> tuple[int, ...]:
     for any number of ranks. Example: 2 mini-batches of 4 prompts, 2 replicas of 2 ranks. Replica 1
     has prompts 2, 3, 6, 7 of the 8; its first rank samples 2 and 6, its second 3 and 7.
     """
-    num_updates = recipe.batch.steps_per_generation
-    per_update = recipe.prompts_per_step // num_updates
+    return _part(recipe.prompts_per_step, recipe.batch.steps_per_generation, replica)
+
+
+def _part(num_prompts: int, num_updates: int, replica: Replica) -> tuple[int, ...]:
+    per_update = num_prompts // num_updates
     per_replica = per_update // replica.num_replicas
     first = replica.number * per_replica
     shared = [

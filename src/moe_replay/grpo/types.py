@@ -7,7 +7,9 @@ gives what stands beside it, and imports no other station::
                        |
     rollout.py      sample completions of them         Rollout: completions, routes
                        |
-    reward.py       score and compare them             Scored: rewards, advantages
+    reward.py       score them, round after round      Rated, of all rounds: rounds.py
+                       |
+    reward.py       compare those of each prompt       Scored: rewards, advantages
                        |
     batch.py        pack them, bring every rank        StepBatch: microbatches of
                     the routes that it replays         each optimizer step
@@ -74,6 +76,26 @@ class Rollout:
     def completions(self) -> list[Completion]:
         """All completions of this rank, prompt after prompt."""
         return [completion for group in self.groups for completion in group.completions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rated:
+    """A rollout, and what the reward functions say of it."""
+
+    rollout: Rollout
+    """Of the step, or with dynamic sampling of one of its rounds."""
+    texts: tuple[str, ...]
+    """What this rank's completions say, prompt after prompt."""
+    rewards: Mapping[str, Float64[np.ndarray, "own generations"]]
+    """Reward function -> scores before weights; NaN where it has no opinion."""
+    totals: Float64[np.ndarray, "own generations"]
+    """Weighted sums; NaN where no function has an opinion."""
+    every_reward: Mapping[str, Float64[np.ndarray, "prompts generations"]]
+    """``rewards`` of all ranks."""
+    every_total: Float64[np.ndarray, "prompts generations"]
+    """``totals`` of all ranks."""
+    counts: Bool[np.ndarray, "prompts generations"]
+    """False for a completion without a reward, or whose reward means nothing (it was aborted)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

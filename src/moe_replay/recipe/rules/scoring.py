@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
 from moe_replay.recipe.sections.locations import GENERATED, HUB, has_splits
-from moe_replay.recipe.sections.rollout import FilesEngineSection
+from moe_replay.recipe.sections.rollout import FilesEngineSection, RolloutSection
 from moe_replay.recipe.sections.run import DataSection, EvalSection, RewardSection
-from moe_replay.recipe.sections.training import GrpoSection
+from moe_replay.recipe.sections.training import BatchSection, GrpoSection
 
 _KEYS_OF_FILES = (
     "prompt_column",
@@ -86,6 +86,39 @@ def _files_answer_no_evaluation(
             "prompts only: remove it, or choose an engine that samples",
             is_unsupported=True,
         )
+
+
+@Rule
+def _further_prompts_can_be_sampled(
+    grpo: GrpoSection, batch: BatchSection, rollout: RolloutSection
+) -> Iterator[Problem]:
+    if not grpo.dynamic_sample:
+        return
+    for is_set, key, why in (
+        (
+            isinstance(rollout, FilesEngineSection),
+            f"rollout.engine = {rollout.engine!r}",
+            "it answers the prompts that were sampled before, and no others",
+        ),
+        (
+            rollout.max_staleness > 0,
+            f"rollout.max_staleness = {rollout.max_staleness}",
+            "the next step is sampled before this one knows which prompts it needs",
+        ),
+        (
+            not batch.balance,
+            "batch.balance = false",
+            "the replica that sampled more prompts that teach would train on all of them",
+        ),
+    ):
+        if is_set:
+            yield Problem("grpo.dynamic_sample", f"true with {key}: {why}", is_unsupported=True)
+
+
+@EffectRule
+def _sampling_without_effect(grpo: GrpoSection) -> Iterator[tuple[str, str]]:
+    if not grpo.dynamic_sample:
+        yield "grpo.max_resample_times", "grpo.dynamic_sample is false"
 
 
 @Rule

@@ -123,6 +123,16 @@ class GrpoSection(Section):
     ] = Field(default_factory=lambda grpo: DEFAULT_SCALE.get(grpo["advantage_estimator"], "group"))
     """Whose standard deviation the advantages are divided by: ``group``, ``batch`` or ``none``.
     ``gdpo`` normalizes each reward function in its group, and their weighted sum over the batch."""
+    dynamic_sample: Annotated[bool, Key(also_called=("filter_groups", "use_dynamic_sampling"))] = (
+        False
+    )
+    """Sample further prompts instead of those whose completions all have the same reward, which
+    teach nothing."""
+    max_resample_times: Annotated[int, Key(also_called=("max_num_gen_batches",))] = Field(
+        default=3, gt=0
+    )
+    """With ``dynamic_sample``: further rounds of a step, after which it takes prompts of equal
+    rewards too."""
     overlong_filter: bool = False
     """Keep completions that were cut off by ``rollout.max_completion_length`` out of the loss."""
 
