@@ -153,7 +153,9 @@ def test_a_bound_of_nothing_is_refused(recipe: Recipes) -> None:
 
 
 @pytest.mark.ranks
-def test_a_bound_that_is_reached_is_said(recipe: Recipes, tmp_path: Path) -> None:
+def test_a_bound_that_is_reached_is_said(
+    recipe: Recipes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "odd.py").write_text(ODD_IS_EQUAL)
     mine = recipe(
         grpo__dynamic_sample="true",
@@ -166,8 +168,10 @@ def test_a_bound_that_is_reached_is_said(recipe: Recipes, tmp_path: Path) -> Non
     lines = (mine.run.output_dir / "completions.jsonl").read_text().splitlines()
     # Of 0 to 5, 0, 2 and 4 teach.
     assert {json.loads(line)["item"] for line in lines} == {0, 1, 2, 4}
-    said = json.loads((mine.run.output_dir / "metrics.jsonl").read_text())["warnings"]
-    assert any("1 further rounds of prompts left 1 of 4" in text for text in said), said
+    (metrics,) = metrics_of(mine)
+    assert metrics["dynamic_sampling/missing_groups"] == 1
+    said = " ".join(capfd.readouterr().out.split())
+    assert "1 further rounds of prompts left 1 of 4" in said
 
 
 @pytest.mark.ranks
