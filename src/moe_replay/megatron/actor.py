@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from moe_replay.megatron.backward import BackwardWork, MegatronLearner, TokenLos
 from moe_replay.megatron.balance import BalancingLoss
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS
+from moe_replay.megatron.lora.adapters import Adapters
+from moe_replay.megatron.lora.attach import attach, check_lora
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.offload import (
     DeviceMemory,
@@ -40,10 +42,12 @@ from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample, Scores
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.megatron.weights import WeightExport, load_hf_weights
+from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.training import GivenBack, OptimizerSection, ParallelLayout
 from moe_replay.routing import Routing
 
 _NO_OPTIONS = MegatronOptions()
+_NO_LORA = LoraSection()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,19 +75,21 @@ class MegatronActor(MegatronLearner):
         chunk_rows: int = CHUNK_ROWS,
         options: MegatronOptions = _NO_OPTIONS,
         gives_back: GivenBack = "none",
+        adapters: Adapters | None = None,
     ) -> None:
         """Wrap built and loaded model chunks (`build_model`) of TransformerConfig ``config``.
 
         ``options`` are further fields of Megatron's configs of gradient buffers and optimizer. The
         schedule of the learning rate ends after ``num_updates`` optimizer steps. ``gives_back``
-        says what leaves the device when ``memory`` is asked to give back.
+        says what leaves the device when ``memory`` is asked to give back. ``adapters`` are all that
+        learns, where the chunks have some.
         """
         self._modules = list(modules)
-        self.config = config
+        self.config, self.adapters = config, adapters
         wrapped = wrap_for_training(self._modules, config, options)
         super().__init__(wrapped, num_experts=num_experts, chunk_rows=chunk_rows)
         check_movable(gives_back, config, self.chunks[0].ddp_config)
-        self._weights = WeightExport(self._modules)
+        self._weights = WeightExport(self._modules, read=self.read_weight)
         # With overlap_param_gather, parts of other ranks are those from before the last step until
         # the next forward pass or `gather_parameters`.
         self._is_stale = False
@@ -124,6 +130,11 @@ class MegatronActor(MegatronLearner):
         self.gather_parameters()
         self.memory.take_back("weights")
         return self._weights
+
+    @property
+    def read_weight(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What is exported of a parameter: its values, with its adapter merged where it has one."""
+        return torch.Tensor.detach if self.adapters is None else self.adapters.merged
 
     def _device_memory(self, gives_back: GivenBack) -> DeviceMemory:
         def drop_what_a_step_leaves() -> None:
@@ -299,15 +310,19 @@ def build_policy(
     options: MegatronOptions = _NO_OPTIONS,
     chunk_rows: int = CHUNK_ROWS,
     gives_back: GivenBack = "none",
+    lora: LoraSection = _NO_LORA,
+    seed: int = 0,
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
     ``dtype`` is that of the parameters; with bfloat16 the optimizer keeps float32 main weights.
     ``options`` holds further fields of Megatron's configs, such as ``recompute_*``. Logits exist
     for ``chunk_rows`` token rows at a time. ``gives_back`` is ``megatron.offload_during_rollout``.
+    With ``lora.rank`` above 0 the weights are frozen, and adapters that ``seed`` draws are trained
+    beside them.
     """
-    modules, config = _load_modules(
-        checkpoint_dir, layout, dtype, grouped_experts, options.transformer
+    modules, config, adapters = _load_modules(
+        checkpoint_dir, layout, dtype, grouped_experts, options.transformer, lora, seed
     )
     return MegatronActor(
         modules,
@@ -318,6 +333,7 @@ def build_policy(
         chunk_rows=chunk_rows,
         options=options,
         gives_back=gives_back,
+        adapters=adapters,
     )
 
 
@@ -335,7 +351,7 @@ def build_scorer(
 
     ``overrides`` are further TransformerConfig fields.
     """
-    modules, config = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
+    modules, config, _ = _load_modules(checkpoint_dir, layout, dtype, grouped_experts, overrides)
     for module in modules:
         module.requires_grad_(False)
     return MegatronScorer(
@@ -352,12 +368,19 @@ def _load_modules(
     dtype: torch.dtype,
     grouped_experts: bool,
     overrides: Mapping[str, Any] | None,
-) -> tuple[list[torch.nn.Module], TransformerConfig]:
+    lora: LoraSection = _NO_LORA,
+    seed: int = 0,
+) -> tuple[list[torch.nn.Module], TransformerConfig, Adapters | None]:
     shape = read_model_shape(checkpoint_dir)
-    config = transformer_config(shape, layout, dtype=dtype, overrides=overrides)
-    chunks = build_model(shape, config, grouped_experts=grouped_experts)
+    config = transformer_config(
+        shape, layout, dtype=dtype, overrides=overrides, local_layers=lora.is_on
+    )
+    if lora.is_on:
+        check_lora(shape, layout, lora, config)
+    chunks = build_model(shape, config, grouped_experts=grouped_experts, local_layers=lora.is_on)
     load_hf_weights(chunks, checkpoint_dir)
-    return wrap_precision(chunks, config), config
+    adapters = attach(chunks, config, lora, seed=seed) if lora.is_on else None
+    return wrap_precision(chunks, config), config, adapters
 
 
 def wrap_precision(

@@ -202,7 +202,7 @@ def _broken_parameter(chunks: Sequence[Any]) -> str | None:
         if all(_is_finite(buffer.grad_data) for buffer in buffers):
             continue
         for name, parameter in chunk.named_parameters():
-            if not _is_finite(parameter.main_grad):
+            if parameter.requires_grad and not _is_finite(parameter.main_grad):
                 return name.removeprefix("module.")
     return None
 

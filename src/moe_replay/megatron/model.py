@@ -51,17 +51,18 @@ def transformer_config(
     *,
     dtype: torch.dtype = torch.float32,
     overrides: Mapping[str, Any] | None = None,
+    local_layers: bool = False,
 ) -> TransformerConfig:
     """Translate a model shape and a layout into Megatron's configuration.
 
-    `overrides` are further TransformerConfig fields, such as recompute settings;
+    `local_layers` does without those of Transformer Engine where it is installed. `overrides` are further TransformerConfig fields, such as recompute settings;
     `moe_aux_loss_coeff` above 0 brings the load-balancing loss with it. Megatron's own
     `moe_enable_routing_replay` stays off: our replay scope attaches itself to the routers.
 
     Raises:
         UnsupportedError: the layout cannot split the model exactly, or an option does not fit it.
     """
-    overrides = dict(overrides or {})
+    overrides = ({"moe_grouped_gemm": False} if local_layers else {}) | dict(overrides or {})
     _check_overrides(shape, layout, overrides)
     _check_divisible(shape, layout)
     fields = config_fields(shape, layout, dtype=dtype, overrides=overrides)
@@ -197,13 +198,17 @@ def _fields(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) -> di
 
 
 def build_model(
-    shape: ModelShape, config: TransformerConfig, *, grouped_experts: bool = False
+    shape: ModelShape,
+    config: TransformerConfig,
+    *,
+    grouped_experts: bool = False,
+    local_layers: bool = False,
 ) -> list[GPTModel]:
     """Build this rank's model chunks: one, or one for each virtual pipeline stage.
 
     Parameters and expert biases are NaN until `load_hf_weights` or a checkpoint fills them.
     `grouped_experts` runs the local experts in two grouped products without Transformer Engine;
-    with it experts are always grouped.
+    with it experts are always grouped. `local_layers` is that of `transformer_config`.
     """
     num_virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -214,6 +219,7 @@ def build_model(
             vp_stage=vp_stage,
             all_heads_qk_norm=family_of(shape.family).all_heads_qk_norm,
             grouped_experts=grouped_experts,
+            local_layers=local_layers,
         )
         with quiet_megatron():
             chunk = GPTModel(

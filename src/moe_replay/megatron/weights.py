@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from moe_replay.checkpoint.files import (
@@ -26,7 +27,7 @@ from moe_replay.checkpoint.files import (
 )
 from moe_replay.checkpoint.fit import check_names, is_prediction
 from moe_replay.errors import CheckpointError, UnsupportedError
-from moe_replay.megatron.chunks import unwrap
+from moe_replay.megatron.chunks import ADAPTER_MARK, unwrap
 from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.families.cuts import (
     CUT_DIM,
@@ -184,12 +185,13 @@ def save_hf_checkpoint(
     output_dir: str | Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    read: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write the model as a Hugging Face checkpoint; every rank calls it, the first one writes.
 
     Everything but trained weights (config, tokenizer, generation config, and the tensors of
     multi-token-prediction layers) is copied from `source_dir`. The directory appears under its name
-    only when it is complete.
+    only when it is complete. `read` is that of `WeightExport`.
 
     Raises:
         CheckpointError: `output_dir` exists already, or cannot be written; raised on every rank.
@@ -202,7 +204,7 @@ def save_hf_checkpoint(
             f"{output_dir} exists already; refusing to mix two checkpoints in one directory"
         )
     all_ranks().raise_together(refusal)
-    tensors = in_step(export_hf_weights(chunks), all_ranks())
+    tensors = in_step(export_hf_weights(chunks, read=read), all_ranks())
     if is_first:
         if shape.num_mtp_layers:
             tensors = chain(tensors, _untrained(source_dir, shape))
@@ -232,38 +234,71 @@ def _held_parameters(
     chunks: Sequence[torch.nn.Module], shape: ModelShape
 ) -> dict[_Key, list[Tensor]]:
     """Return this rank's weights by key; one for each of the key's experts."""
-    rules, patterns = family_of(shape.family).rules, _patterns(shape.family)
+    rules = family_of(shape.family).rules
     first_in_layer = next(i for i, rule in enumerate(rules) if "{layer}" in rule.megatron)
     embedding = next(i for i, rule in enumerate(rules) if rule.megatron.startswith("embedding."))
-    num_local = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    first_expert = parallel_state.get_expert_model_parallel_rank() * num_local
     found: dict[tuple[int, int, int], dict[int, Tensor]] = {}
     for chunk in map(unwrap, chunks):
-        layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        # Of the buffers some rules name, such as a router's expert bias, belong to the weights.
-        for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers()):
-            matched = _match(name, patterns)
-            if matched is None:
-                if isinstance(parameter, torch.nn.Parameter):
-                    raise UnsupportedError(
-                        f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be "
-                        "neither loaded nor exported. Add a rule to moe_replay/megatron/families/rules.py."
-                    )
-                continue
-            rule, groups = matched
-            if shape.tie_word_embeddings and name == "output_layer.weight":
+        for placed in placed_weights(chunk):
+            rule = placed.rule
+            if shape.tie_word_embeddings and placed.name == "output_layer.weight":
                 # The last stage keeps a copy of the embedding, which the checkpoint holds once.
                 rule = embedding
-            layer = layer_of[groups["layer"]] if "layer" in groups else -1
-            section = 1 if layer >= 0 else 0 if rule < first_in_layer else 2
-            expert = first_expert + int(groups["expert"]) if "expert" in groups else -1
-            found.setdefault((section, layer, rule), {})[expert] = parameter
+            section = 1 if placed.layer >= 0 else 0 if rule < first_in_layer else 2
+            found.setdefault((section, placed.layer, rule), {})[placed.expert] = placed.weight
     return {
         _Key(section=section, layer=layer, rule=rule, experts=tuple(sorted(parameters))): [
             parameters[expert] for expert in sorted(parameters)
         ]
         for (section, layer, rule), parameters in found.items()
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedWeight:
+    """A parameter, or a buffer that belongs to the weights, and what it is in the checkpoint."""
+
+    name: str
+    """In the model chunk."""
+    weight: Tensor
+    """Itself."""
+    rule: int
+    """Index in the family's table."""
+    layer: int
+    """Global decoder layer, -1 outside."""
+    expert: int
+    """Global number of its expert, -1 without one."""
+
+
+def placed_weights(chunk: GPTModel) -> Iterator[PlacedWeight]:
+    """Yield the weights that a model chunk holds for a checkpoint; adapters are not among them.
+
+    Raises:
+        UnsupportedError: no rule of the model's family covers a parameter.
+    """
+    shape = chunk.model_shape
+    patterns = _patterns(shape.family)
+    num_local = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = parallel_state.get_expert_model_parallel_rank() * num_local
+    layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    # Of the buffers some rules name, such as a router's expert bias, belong to the weights.
+    for name, weight in chain(chunk.named_parameters(), chunk.named_buffers()):
+        matched = _match(name, patterns)
+        if matched is None:
+            if isinstance(weight, torch.nn.Parameter) and ADAPTER_MARK not in name:
+                raise UnsupportedError(
+                    f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be "
+                    "neither loaded nor exported. Add a rule to moe_replay/megatron/families/rules.py."
+                )
+            continue
+        rule, groups = matched
+        yield PlacedWeight(
+            name=name,
+            weight=weight,
+            rule=rule,
+            layer=layer_of[groups["layer"]] if "layer" in groups else -1,
+            expert=first_expert + int(groups["expert"]) if "expert" in groups else -1,
+        )
 
 
 def _match(name: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, Mapping[str, str]] | None:

@@ -19,6 +19,7 @@ from moe_replay.recipe.bearer import without_secrets
 from moe_replay.recipe.rule import Problem
 from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
+from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.run import (
     CheckpointSection,
@@ -64,6 +65,7 @@ class Recipe(Section):
     batch: BatchSection
     grpo: GrpoSection = Field(default_factory=GrpoSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     megatron: MegatronSection = Field(default_factory=MegatronSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

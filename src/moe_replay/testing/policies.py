@@ -32,12 +32,15 @@ from moe_replay.megatron.ranks.sharing import share_routes
 from moe_replay.megatron.recorded import gather_traces
 from moe_replay.megatron.scorer import MegatronScorer
 from moe_replay.megatron.weights import export_hf_weights
+from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.training import GivenBack, OptimizerSection
 from moe_replay.routing import RouteForm, Routing
 from moe_replay.testing.samples import RoutedSample, with_trace
 
 SETTINGS = OptimizerSection(lr=1e-3)
 """Constant learning rate 1e-3, no weight decay."""
+NO_LORA = LoraSection()
+"""Trains the weights themselves."""
 
 
 def start_policy(
@@ -51,6 +54,7 @@ def start_policy(
     gives_back: GivenBack = "none",
     grouped_experts: bool = False,
     settings: OptimizerSection = SETTINGS,
+    lora: LoraSection = NO_LORA,
     **overrides: Any,
 ) -> MegatronActor:
     """Build the policy of ``checkpoint`` in ``layout``, data-parallel over the ranks that are left.
@@ -72,6 +76,7 @@ def start_policy(
         options=MegatronOptions(transformer=overrides, ddp=ddp or {}, optimizer=optimizer or {}),
         chunk_rows=chunk_rows,
         gives_back=gives_back,
+        lora=lora,
     )
 
 

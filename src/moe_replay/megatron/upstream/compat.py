@@ -79,13 +79,14 @@ def decoder_block_spec(
     vp_stage: int | None,
     all_heads_qk_norm: bool,
     grouped_experts: bool,
+    local_layers: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of one model chunk of this rank.
 
-    Without Transformer Engine: Megatron's local layers with our norm, core attention and, if asked
-    for, grouped experts.
+    Without Transformer Engine, or with ``local_layers``: Megatron's local layers with our norm, core
+    attention and, if asked for, grouped experts.
     """
-    transformer_engine = transformer_engine_usable()
+    transformer_engine = transformer_engine_usable() and not local_layers
     with quiet_megatron():
         block = get_gpt_decoder_block_spec(
             config,

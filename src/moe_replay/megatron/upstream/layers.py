@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,11 @@ class GroupedExperts(SequentialMLP):
     experts and many rows.
     """
 
+    change: Callable[[Sequence[Any], Tensor, Tensor], Tensor | None] = staticmethod(
+        lambda _layers, _rows, _ends: None
+    )
+    """(a linear layer of each expert, rows, ends of each expert's) -> what adapters add."""
+
     def forward(
         self,
         permuted_local_hidden_states: Tensor,
@@ -113,8 +119,14 @@ class GroupedExperts(SequentialMLP):
         """Return each row's expert output times its gate weight; rows arrive sorted by expert."""
         rows = permuted_local_hidden_states
         ends = torch.as_tensor(tokens_per_expert, device=rows.device).cumsum(0).to(torch.int32)
-        fc1 = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
-        fc2 = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
-        gate, up = F.grouped_mm(rows, fc1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        both = self._product("linear_fc1", rows, ends)
+        gate, up = both.chunk(2, dim=-1)
         inner = F.silu(gate) * up * permuted_probs.unsqueeze(-1)
-        return F.grouped_mm(inner.to(rows.dtype), fc2.transpose(1, 2), offs=ends), None
+        return self._product("linear_fc2", inner.to(rows.dtype), ends), None
+
+    def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+        layers = [getattr(expert, name) for expert in self.local_experts]
+        weights = torch.stack([layer.weight for layer in layers])
+        product = F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+        change = self.change(layers, rows, ends)
+        return product if change is None else product + change

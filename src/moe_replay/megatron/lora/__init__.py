@@ -1,0 +1,1 @@
+"""LoRA: low-rank adapters beside the frozen weights of a Megatron model."""
