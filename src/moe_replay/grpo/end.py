@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_replay.errors import CheckpointError
 from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, NEW_EXPORT, RunEnd
 from moe_replay.grpo.run import Run
+from moe_replay.megatron.lora.peft_files import save_adapter
 from moe_replay.megatron.weights import save_hf_checkpoint
 
 
@@ -23,10 +24,13 @@ def finish(run: Run) -> RunEnd:
     if run.recipe.checkpoint.export:
         export = run.directory / EXPORT_FOLDER
         _write_export(run, export)
-        lines += [
-            f"use it: moe-replay serve {export}",
-            f"results in {run.directory}, trained model in {export}",
-        ]
+        if run.exports_adapter:
+            lines.append(f"results in {run.directory}, adapter for PEFT and vLLM in {export}")
+        else:
+            lines += [
+                f"use it: moe-replay serve {export}",
+                f"results in {run.directory}, trained model in {export}",
+            ]
     else:
         lines.append(f"results in {run.directory}")
     run.reporter.finish("\n".join(lines))
@@ -44,7 +48,9 @@ def write_end(run: Run, *, stopped_by: str | None) -> RunEnd:
 
 
 def _write_export(run: Run, export: Path) -> None:
-    """Write the policy as a Hugging Face checkpoint; an earlier export goes once it is complete.
+    """Write the policy as a Hugging Face checkpoint, or its adapter as PEFT keeps one.
+
+    An earlier export goes once the new one is complete.
 
     Raises:
         CheckpointError: when it cannot be written; the earlier export stays.
@@ -53,7 +59,12 @@ def _write_export(run: Run, export: Path) -> None:
     _remove(run, new)
     try:
         run.actor.gather_parameters()
-        save_hf_checkpoint(run.actor.modules, run.recipe.model.path, new)
+        if run.exports_adapter and run.actor.adapters is not None:
+            save_adapter(run.actor.adapters, run.recipe.lora, run.recipe.model.path, new)
+        else:
+            save_hf_checkpoint(
+                run.actor.modules, run.recipe.model.path, new, read=run.actor.read_weight
+            )
     except CheckpointError as error:
         _remove(run, new)
         raise CheckpointError(

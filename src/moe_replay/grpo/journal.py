@@ -13,6 +13,8 @@ class Journal:
     def __init__(self) -> None:
         self.pushed_bytes = 0
         """Bytes of the last push, as they went to each server."""
+        self.push_metrics: dict[str, float] = {}
+        """What else is measured of it."""
         self._seconds: dict[str, float] = {}
         self._warnings: list[str] = []
         self._kinds_said: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -34,12 +35,18 @@ def give_weights(run: Run) -> None:
     run.device.make_room(for_push=True)
     weights = _Counted(in_step(run.actor.weights.tensors(), run.ranks))
     failure = None
-    try:
-        run.engine.load_weights(weights, policy_version=run.policy_version)
-    except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
-        drain(weights, error)
-        failure = error
+    adapters = run.actor.adapters
+    dtype = getattr(torch, getattr(run.recipe.rollout, "dtype", run.recipe.model.dtype))
+    with adapters.counting(dtype) if adapters is not None else nullcontext() as changes:
+        try:
+            run.engine.load_weights(weights, policy_version=run.policy_version)
+        except Exception as error:  # noqa: BLE001 - the seam: the engine may be the user's
+            drain(weights, error)
+            failure = error
     run.ranks.raise_together(failure)
+    run.journal.push_metrics = (
+        {"sync/lora_changed_frac": changes.frac(run.ranks)} if changes is not None else {}
+    )
     engine = run.engine
     counts = isinstance(engine, CountsPushedBytes)
     run.journal.pushed_bytes = engine.pushed_bytes if counts else weights.num_bytes

@@ -54,6 +54,7 @@ def step_record(
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
     metrics |= run.device.metrics() | {"sync/bytes": float(run.journal.pushed_bytes)}
+    metrics |= run.journal.push_metrics
     everyone = kept_completions(
         run,
         rollout.prompts,

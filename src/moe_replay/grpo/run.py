@@ -22,6 +22,7 @@ from moe_replay.grpo.saves import SavePace
 from moe_replay.grpo.stopping import StepDropped, StopRequest, StopRequested
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, PendingCheckpoint
+from moe_replay.megatron.lora.reference import WithoutAdapters
 from moe_replay.megatron.ranks.messages import HostGroup, all_ranks, as_text, raise_first
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.megatron.scorer import MegatronScorer
@@ -46,7 +47,7 @@ class Run:
     engine: Engine
     actor: MegatronActor
     replica: Replica
-    reference: MegatronScorer | None
+    reference: MegatronScorer | WithoutAdapters | None
     guard: Guard | None
     checkpoints: CheckpointFolder
     identity: Mapping[str, Any]
@@ -76,9 +77,11 @@ class Run:
     @cached_property
     def device(self) -> SharedDevice:
         """What the trainer holds where the engine may sample."""
-        models = (self.actor, self.reference)
+        models: list[MegatronScorer] = [self.actor]
+        if isinstance(self.reference, MegatronScorer):
+            models.append(self.reference)
         return SharedDevice(
-            [model for model in models if model is not None],
+            models,
             ranks=self.ranks,
             makes_room=self.recipe.megatron.offload_during_rollout not in ("auto", "none"),
             overlaps=self.overlaps,
@@ -110,6 +113,12 @@ class Run:
         """Whether a step may learn from completions of older weights than the trainer's."""
         rollout = self.recipe.rollout
         return self.overlaps or (isinstance(rollout, FilesEngineSection) and rollout.allow_stale)
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the end of the run writes an adapter in place of a model."""
+        lora = self.recipe.lora
+        return lora.is_on and lora.export == "adapter"
 
     @property
     def min_coverage(self) -> float:

@@ -245,8 +245,11 @@ class CheckpointFolder:
             raise CheckpointError(
                 f"{folder} cannot be loaded: {error}; it was altered, or written for another model or layout"
             ) from error
-        for number, module in enumerate(actor.modules):
-            unwrap(module).load_state_dict(state[f"model{number}"], strict=True)
+        if actor.adapters is not None:
+            actor.adapters.take(state["adapters"])
+        else:
+            for number, module in enumerate(actor.modules):
+                unwrap(module).load_state_dict(state[f"model{number}"], strict=True)
         _load_optimizer(actor, state["optimizer"], position.scheduler)
         return position
 
@@ -316,10 +319,15 @@ def _sharded_state(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": replica_group(),
     }
-    state: dict[str, Any] = {
-        f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
-        for number, module in enumerate(actor.modules)
-    }
+    state: dict[str, Any]
+    if actor.adapters is not None:
+        # What is frozen is read from the model's own checkpoint again.
+        state = {"adapters": actor.adapters.sharded_state()}
+    else:
+        state = {
+            f"model{number}": unwrap(module).sharded_state_dict(metadata=metadata)
+            for number, module in enumerate(actor.modules)
+        }
     optimizer = actor.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     parts = _optimizer_parts(optimizer)
     _give_one_step(parts)

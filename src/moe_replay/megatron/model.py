@@ -55,7 +55,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Translate a model shape and a layout into Megatron's configuration.
 
-    `local_layers` does without those of Transformer Engine where it is installed. `overrides` are further TransformerConfig fields, such as recompute settings;
+    `local_layers` does without those of Transformer Engine where it is installed. `overrides` are
+    further TransformerConfig fields, such as recompute settings;
     `moe_aux_loss_coeff` above 0 brings the load-balancing loss with it. Megatron's own
     `moe_enable_routing_replay` stays off: our replay scope attaches itself to the routers.
 

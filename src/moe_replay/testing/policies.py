@@ -168,11 +168,10 @@ def mean_loss(microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tenso
     return -new_logprobs.sum() / 64
 
 
-def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    """Return the reduced gradient of the model by checkpoint name, on every rank; collective.
+def gather_gradients(actor: MegatronActor) -> None:
+    """Give every rank the whole reduced gradient of its parameters, in their buffers; collective.
 
-    The distributed optimizer leaves each data-parallel rank with the sum of its own shard; the
-    shards are gathered.
+    The distributed optimizer leaves each data-parallel rank with the sum of its own shard.
     """
     for chunk in actor.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
@@ -183,6 +182,11 @@ def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
                 shards = list(bucket.grad_data.chunk(group.size()))
                 mine = shards[group.rank()].clone()
                 dist.all_gather(shards, mine, group=group)
+
+
+def gradients(actor: MegatronActor) -> dict[str, torch.Tensor]:
+    """Return the reduced gradient of the model by checkpoint name, on every rank; collective."""
+    gather_gradients(actor)
 
     def main_grad(parameter: Any) -> torch.Tensor:
         # An expert bias is a buffer and has no gradient.

@@ -72,6 +72,10 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
         del items["model.path"]
         for name, digest in model_digests(recipe.model.path, cache).items():
             items[f"model.path/{name}"] = digest
+        if recipe.lora.is_on and recipe.lora.adapter is not None:
+            del items["lora.adapter"]
+            for name, digest in model_digests(recipe.lora.adapter, cache).items():
+                items[f"lora.adapter/{name}"] = digest
         for index, reward in enumerate(recipe.rewards):
             items |= _reward_items(f"rewards.{index}.function", reward.function, cache)
     except OSError as error:

@@ -21,6 +21,8 @@ from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import initialize, shutdown
+from moe_replay.megatron.lora.peft_files import load_adapter
+from moe_replay.megatron.lora.reference import WithoutAdapters
 from moe_replay.megatron.options.typed import read_options
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.replica import Replica
@@ -76,7 +78,7 @@ def open_run(
             engine=engine,
             actor=actor,
             replica=Replica.find(tuple(actor.routers), place=actor.place),
-            reference=_build_reference(recipe),
+            reference=_build_reference(recipe, actor),
             guard=Guard() if recipe.replays and recipe.replay.guard else None,
             checkpoints=checkpoints,
             identity=admission.identity,
@@ -108,6 +110,9 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
         run.checkpoints.remove_all()
     if step is None:
         run.ranks.barrier()
+        if run.recipe.lora.adapter is not None:
+            # The engine has the model without it.
+            give_weights(run)
         return
     load_checkpoint(run, step)
     give_weights(run)
@@ -155,7 +160,11 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         options=read_options(recipe.megatron),
         chunk_rows=recipe.batch.logprob_chunk_size,
         gives_back=recipe.megatron.offload_during_rollout,
+        lora=recipe.lora,
+        seed=recipe.run.seed,
     )
+    if actor.adapters is not None and recipe.lora.adapter is not None:
+        load_adapter(actor.adapters, recipe.lora)
     # An engine that shares the device measures at its start what is free.
     actor.memory.give_back()
     return actor
@@ -183,9 +192,13 @@ def _follow(engine: Engine, reporter: BaseReporter, process: ProcessSpec) -> Non
         reporter.follow(lambda: engine.progress, whose=whose)
 
 
-def _build_reference(recipe: Recipe) -> MegatronScorer | None:
+def _build_reference(
+    recipe: Recipe, actor: MegatronActor
+) -> MegatronScorer | WithoutAdapters | None:
     if recipe.grpo.beta == 0:
         return None
+    if actor.adapters is not None:
+        return WithoutAdapters(actor, actor.adapters)
     return build_scorer(
         recipe.model.path,
         recipe.megatron,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _PYTHON = ">=3.11"
 _OPTIONAL = "optional"
 _REMEDY = "install one in range"
+_LOW_LORA_RATE = 1e-5
 
 Answer = TypeVar("Answer")
 
@@ -283,7 +284,13 @@ def ask_layout(found: Preflight, shape: ModelShape) -> None:
         layout = layout.model_copy(update=plain)
     options = read_options(layout)
     found.config = found.ask(
-        lambda: transformer_config(shape, layout, dtype=dtype, overrides=options.transformer)
+        lambda: transformer_config(
+            shape,
+            layout,
+            dtype=dtype,
+            overrides=options.transformer,
+            local_layers=recipe.lora.is_on,
+        )
     )
     found.ask(lambda: wrapping_config(options))
     found.notes += _memory_notes(recipe, options)
@@ -291,9 +298,25 @@ def ask_layout(found: Preflight, shape: ModelShape) -> None:
         return
     found.ask(lambda: optimizer_config(recipe.optimizer, found.config, options))
     found.stages = stage_layers(found.config)
-    found.ask(
-        lambda: check_attention(recipe.model.dtype, transformer_engine=transformer_engine_usable())
-    )
+    builds_engine = transformer_engine_usable() and not recipe.lora.is_on
+    found.ask(lambda: check_attention(recipe.model.dtype, transformer_engine=builds_engine))
+    if recipe.lora.is_on:
+        ask_lora(found, shape, found.config)
+
+
+def ask_lora(found: Preflight, shape: ModelShape, config: TransformerConfig) -> None:
+    """Ask what adapters refuse, and whether the one to start from fits the recipe."""
+    from moe_replay.megatron.lora.attach import check_lora
+    from moe_replay.megatron.lora.peft_files import check_adapter
+
+    lora = found.recipe.lora
+    found.ask(lambda: check_lora(shape, found.recipe.megatron, lora, config))
+    if lora.adapter is not None:
+        found.ask(lambda: check_adapter(lora))
+    if found.recipe.optimizer.lr < _LOW_LORA_RATE:
+        found.notes.append(
+            f"optimizer.lr = {found.recipe.optimizer.lr:g} is for whole weights: adapters usually learn with 1e-4 or so"
+        )
 
 
 def _memory_notes(recipe: Recipe, options: MegatronOptions) -> Iterator[str]:

@@ -42,9 +42,7 @@ class Matrix:
             replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
         else:
             replica = (0, first, parallel_state.get_data_parallel_rank(with_context_parallel=True))
-        return ShardedTensor.from_rank_offsets(
-            self.name, self.part, *offsets, replica_id=replica
-        )
+        return ShardedTensor.from_rank_offsets(self.name, self.part, *offsets, replica_id=replica)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -73,13 +71,17 @@ class Matrix:
 
 
 class Changes:
-    """How many numbers merging changes, in the format of the weights."""
+    """How many numbers merging changes, in the format in which an engine has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Compare numbers in ``dtype``, unless their own is lower."""
+        self._dtype = dtype
         self._changed = self._seen = 0.0
 
     def add(self, base: Tensor, merged: Tensor, *, replicas: int) -> None:
         """Count a part of a weight that ``replicas`` ranks hold and count alike."""
+        if base.element_size() > self._dtype.itemsize:
+            base, merged = base.to(self._dtype), merged.to(self._dtype)
         self._changed += float((merged != base).sum()) / replicas
         self._seen += base.numel() / replicas
 
@@ -131,9 +133,9 @@ class Adapters:
             self._switch.is_on = before
 
     @contextmanager
-    def counting(self) -> Iterator[Changes]:
-        """Count what `merged` changes inside a block."""
-        self._changes = Changes()
+    def counting(self, dtype: torch.dtype) -> Iterator[Changes]:
+        """Count what `merged` changes inside a block, for an engine that holds ``dtype``."""
+        self._changes = Changes(dtype)
         try:
             yield self._changes
         finally:

@@ -83,9 +83,9 @@ def check_lora(
             "of experts out of lora.target_modules"
         )
     tensor = layout.tensor_model_parallel_size
-    if any(rule.kind is Kind.QKV and targets.intersection(projections(rule)) for rule in rules) and (
-        shape.num_query_groups % tensor
-    ):
+    if any(
+        rule.kind is Kind.QKV and targets.intersection(projections(rule)) for rule in rules
+    ) and (shape.num_query_groups % tensor):
         raise UnsupportedError(
             f"adapters of q_proj, k_proj or v_proj with tensor parallelism {tensor} over {shape.num_query_groups} key and value "
             "heads: a rank holds part of a head. Set a megatron.tensor_model_parallel_size that divides "
@@ -214,7 +214,9 @@ class _Build:
         pair = LoraPair(first.to(weight).contiguous(), weight.new_zeros(num_rows, rank))
         # Where one matrix meets only some of the rows, its gradients are summed over the ranks with
         # the others: Megatron does so for what is marked.
-        meets_some = {"rows": ("lora_A",), "columns": ("lora_B",), "none": ("lora_A", "lora_B")}[cut]
+        meets_some = {"rows": ("lora_A",), "columns": ("lora_B",), "none": ("lora_A", "lora_B")}[
+            cut
+        ]
         cut_dims = {"rows": ("lora_B", 0), "columns": ("lora_A", 1)}
         for matrix in ("lora_A", "lora_B"):
             parameter: Any = getattr(pair, matrix)
@@ -264,4 +266,3 @@ def _begin_graph(chunk: Any) -> None:
             output.requires_grad_(True)
 
     chunk.embedding.register_forward_hook(begin)
-

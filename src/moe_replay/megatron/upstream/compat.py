@@ -83,8 +83,8 @@ def decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """Return the layer specs of one model chunk of this rank.
 
-    Without Transformer Engine, or with ``local_layers``: Megatron's local layers with our norm, core
-    attention and, if asked for, grouped experts.
+    Without Transformer Engine, or with ``local_layers``: Megatron's local layers with our norm,
+    core attention and, if asked for, grouped experts.
     """
     transformer_engine = transformer_engine_usable() and not local_layers
     with quiet_megatron():

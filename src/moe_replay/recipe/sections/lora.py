@@ -47,4 +47,3 @@ class LoraSection(Section):
         Example: rank 4 and alpha 32 give 8, with ``rslora`` 16.
         """
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-

@@ -1,0 +1,167 @@
+"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_replay.errors import CheckpointError
+from moe_replay.megatron.disk import SharedWrite
+from moe_replay.megatron.lora.adapters import Adapters
+from moe_replay.megatron.ranks.messages import all_ranks
+from moe_replay.megatron.ranks.pace import in_step
+from moe_replay.recipe.sections.lora import LoraSection
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PEFT_VERSION = "0.21.2"
+"""The release of PEFT whose files these are; it reads theirs by this."""
+
+
+def save_adapter(adapters: Adapters, lora: LoraSection, base: Path, output: Path) -> None:
+    """Write a folder that PEFT and vLLM load; every rank calls it, the first one writes.
+
+    Each expert has matrices of its own, under the names that it had in transformers 4 and has in
+    vLLM. The folder appears under its name only when it is complete.
+
+    Raises:
+        CheckpointError: it exists already, or cannot be written; raised on every rank.
+    """
+    write = SharedWrite(output)
+    is_first = all_ranks().rank == 0
+    refusal = None
+    if is_first and output.exists():
+        refusal = CheckpointError(f"{output} exists already; refusing to mix two adapters")
+    all_ranks().raise_together(refusal)
+    held: dict[str, Tensor] = {}
+    for name, tensor in in_step(adapters.tensors(), all_ranks()):
+        if is_first:
+            held[PREFIX + name] = tensor.cpu().contiguous()
+    with write.part():
+        if is_first:
+            partial = output.with_name(f"{output.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(held, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            config = adapter_config(adapters, lora, base)
+            (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+            partial.rename(output)
+    write.finish()
+
+
+def adapter_config(adapters: Adapters, lora: LoraSection, base: Path) -> dict[str, Any]:
+    """Return what PEFT's `LoraConfig` reads."""
+    targets = sorted({name.split(".")[-3] for name in adapters.shapes})
+    return {
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def load_adapter(adapters: Adapters, lora: LoraSection) -> None:
+    """Take the adapter of ``lora.adapter``; every rank calls this, and reads the files itself.
+
+    Raises:
+        CheckpointError: it is not an adapter that this recipe can go on with: another rank, alpha
+            or set of matrices, or a form that only PEFT computes.
+    """
+    assert lora.adapter is not None
+    refusal = None
+    try:
+        tensors = _read(lora.adapter, lora, adapters.shapes)
+        adapters.take_whole(tensors)
+    except CheckpointError as error:
+        refusal = error
+    all_ranks().raise_together(refusal)
+
+
+def check_adapter(lora: LoraSection) -> None:
+    """Compare the configuration of ``lora.adapter`` with the recipe, without reading a matrix.
+
+    Raises:
+        CheckpointError: as `load_adapter`.
+    """
+    assert lora.adapter is not None
+    _check_config(lora.adapter, lora)
+
+
+def _read(
+    folder: Path, lora: LoraSection, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    _check_config(folder, lora)
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; lora.adapter names its folder"
+        ) from error
+    missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
+    if missing or unexpected:
+        what = [
+            f"{len(names)} {word}, such as {names[0]}"
+            for word, names in (("are missing", missing), ("are not expected", unexpected))
+            if names
+        ]
+        raise CheckpointError(
+            f"{path}: of its matrices {' and '.join(what)}. Set lora.target_modules to what the adapter was trained on; one "
+            "with fused experts (lora_A of all experts in one matrix) is not read: convert it to one matrix an expert"
+        )
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name] or not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])} of finite numbers; it "
+                "belongs to another model, or is damaged"
+            )
+    return tensors
+
+
+def _check_config(folder: Path, lora: LoraSection) -> None:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; lora.adapter names a folder that PEFT has written"
+        ) from error
+    expected = {
+        "peft_type": ("LORA", None),
+        "r": (lora.rank, "lora.rank"),
+        "lora_alpha": (lora.alpha, "lora.alpha"),
+        "use_rslora": (lora.rslora, "lora.rslora"),
+        "use_dora": (False, None),
+        "bias": ("none", None),
+        "modules_to_save": (None, None),
+        "target_parameters": (None, None),
+        "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None),
+        "fan_in_fan_out": (False, None),
+    }
+    for key, (value, ours) in expected.items():
+        found = config.get(key, value)
+        if (found or None) != (value or None):
+            remedy = f"set {ours} = {found}" if ours else "such an adapter is not read"
+            raise CheckpointError(f"{path}: {key} is {found!r}, expected {value!r}; {remedy}")
