@@ -22,9 +22,10 @@ from measure import Contest, alternate
 from transformers import AutoConfig
 
 from moe_replay.batch import Microbatch, Sample
-from moe_replay.megatron.actor import MegatronActor, wrap_precision
+from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
+from moe_replay.megatron.optimization import wrap_precision
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing import Routing
 from moe_replay.testing.policies import SETTINGS, mean_loss, pack, with_own_routes

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.batch import Microbatch
@@ -37,6 +36,7 @@ from moe_replay.megatron.optimization import (
     build_optimizer,
     gather_parameters,
     wrap_for_training,
+    wrap_precision,
 )
 from moe_replay.megatron.options.typed import MegatronOptions
 from moe_replay.megatron.scorer import MegatronScorer, RouteWatch, ScoredSample, Scores
@@ -381,28 +381,3 @@ def _load_modules(
     load_hf_weights(chunks, checkpoint_dir)
     adapters = attach(chunks, config, lora, seed=seed) if lora.is_on else None
     return wrap_precision(chunks, config), config, adapters
-
-
-def wrap_precision(
-    chunks: Sequence[torch.nn.Module], config: TransformerConfig
-) -> list[torch.nn.Module]:
-    """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are.
-
-    The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it
-    next runs, after its value was rounded: 11.9 becomes 11.875, a step many times the differences
-    by which a balanced router orders its experts. Counts of tokens stop at 256, and cached rotary
-    angles lose all digits of a late position. Float32 buffers are therefore put back as they were.
-    """
-    if not config.bf16:
-        return list(chunks)
-    exact = [
-        (module, name, buffer)
-        for chunk in chunks
-        for module in chunk.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.float32
-    ]
-    wrapped = [Float16Module(config, chunk) for chunk in chunks]
-    for module, name, buffer in exact:
-        setattr(module, name, buffer)
-    return wrapped

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_replay.errors import UnsupportedError
@@ -70,6 +71,31 @@ def wrap_for_training(
         if wrapping.align_param_gather:
             config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
     return chunks
+
+
+def wrap_precision(
+    chunks: Sequence[torch.nn.Module], config: TransformerConfig
+) -> list[torch.nn.Module]:
+    """Return the chunks as Megatron trains them: in bfloat16 under its wrapper, else as they are.
+
+    The wrapper casts buffers too, and Megatron makes a router's expert bias float32 again when it
+    next runs, after its value was rounded: 11.9 becomes 11.875, a step many times the differences
+    by which a balanced router orders its experts. Counts of tokens stop at 256, and cached rotary
+    angles lose all digits of a late position. Float32 buffers are therefore put back as they were.
+    """
+    if not config.bf16:
+        return list(chunks)
+    exact = [
+        (module, name, buffer)
+        for chunk in chunks
+        for module in chunk.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32
+    ]
+    wrapped = [Float16Module(config, chunk) for chunk in chunks]
+    for module, name, buffer in exact:
+        setattr(module, name, buffer)
+    return wrapped
 
 
 def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
