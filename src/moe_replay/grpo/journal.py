@@ -11,10 +11,8 @@ class Journal:
     """What this process has to say of the step in flight."""
 
     def __init__(self) -> None:
-        self.pushed_bytes = 0
-        """Bytes of the last push, as they went to each server."""
-        self.push_metrics: dict[str, float] = {}
-        """What else is measured of it."""
+        self.push_metrics: dict[str, float] = {"sync/bytes": 0.0}
+        """What is measured of the last push."""
         self._seconds: dict[str, float] = {}
         self._warnings: list[str] = []
         self._kinds_said: set[str] = set()

@@ -44,12 +44,12 @@ def give_weights(run: Run) -> None:
             drain(weights, error)
             failure = error
     run.ranks.raise_together(failure)
-    run.journal.push_metrics = (
-        {"sync/lora_changed_frac": changes.frac(run.ranks)} if changes is not None else {}
-    )
     engine = run.engine
     counts = isinstance(engine, CountsPushedBytes)
-    run.journal.pushed_bytes = engine.pushed_bytes if counts else weights.num_bytes
+    num_bytes = engine.pushed_bytes if counts else weights.num_bytes
+    run.journal.push_metrics = {"sync/bytes": float(num_bytes)}
+    if changes is not None:
+        run.journal.push_metrics["sync/lora_changed_frac"] = changes.frac(run.ranks)
 
 
 class _Counted:

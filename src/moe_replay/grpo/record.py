@@ -53,8 +53,7 @@ def step_record(
     if run.mode.replays:
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
-    metrics |= run.device.metrics() | {"sync/bytes": float(run.journal.pushed_bytes)}
-    metrics |= run.journal.push_metrics
+    metrics |= run.device.metrics() | run.journal.push_metrics
     everyone = kept_completions(
         run,
         rollout.prompts,

@@ -10,9 +10,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
-ADAPTER_MARK = ".adapters."
-"""In the name of every parameter of an adapter, and of no other."""
-
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """Return the GPTModel inside DistributedDataParallel and Float16Module wrappers."""

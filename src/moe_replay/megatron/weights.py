@@ -7,17 +7,13 @@ the names that transformers, vLLM and SGLang read from disk; a checkpoint direct
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from moe_replay.checkpoint.files import (
@@ -26,8 +22,8 @@ from moe_replay.checkpoint.files import (
     refuse_non_finite,
 )
 from moe_replay.checkpoint.fit import check_names, is_prediction
-from moe_replay.errors import CheckpointError, UnsupportedError
-from moe_replay.megatron.chunks import ADAPTER_MARK, unwrap
+from moe_replay.errors import CheckpointError
+from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.disk import SharedWrite
 from moe_replay.megatron.families.cuts import (
     CUT_DIM,
@@ -39,6 +35,7 @@ from moe_replay.megatron.families.cuts import (
 )
 from moe_replay.megatron.families.family import ModelShape, Rule
 from moe_replay.megatron.families.hf_files import write_checkpoint
+from moe_replay.megatron.families.placed import placed_weights
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.ranks.pace import in_step
@@ -218,18 +215,6 @@ def _shape_of(chunks: Sequence[torch.nn.Module]) -> ModelShape:
     return unwrap(chunks[0]).model_shape
 
 
-@cache
-def _patterns(family: str) -> tuple[re.Pattern[str], ...]:
-    return tuple(
-        re.compile(
-            re.escape(rule.megatron)
-            .replace(r"\{layer\}", r"(?P<layer>\d+)")
-            .replace(r"\{expert\}", r"(?P<expert>\d+)")
-        )
-        for rule in family_of(family).rules
-    )
-
-
 def _held_parameters(
     chunks: Sequence[torch.nn.Module], shape: ModelShape
 ) -> dict[_Key, list[Tensor]]:
@@ -252,60 +237,6 @@ def _held_parameters(
         ]
         for (section, layer, rule), parameters in found.items()
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedWeight:
-    """A parameter, or a buffer that belongs to the weights, and what it is in the checkpoint."""
-
-    name: str
-    """In the model chunk."""
-    weight: Tensor
-    """Itself."""
-    rule: int
-    """Index in the family's table."""
-    layer: int
-    """Global decoder layer, -1 outside."""
-    expert: int
-    """Global number of its expert, -1 without one."""
-
-
-def placed_weights(chunk: GPTModel) -> Iterator[PlacedWeight]:
-    """Yield the weights that a model chunk holds for a checkpoint; adapters are not among them.
-
-    Raises:
-        UnsupportedError: no rule of the model's family covers a parameter.
-    """
-    shape = chunk.model_shape
-    patterns = _patterns(shape.family)
-    num_local = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    first_expert = parallel_state.get_expert_model_parallel_rank() * num_local
-    layer_of = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-    # Of the buffers some rules name, such as a router's expert bias, belong to the weights.
-    for name, weight in chain(chunk.named_parameters(), chunk.named_buffers()):
-        matched = _match(name, patterns)
-        if matched is None:
-            if isinstance(weight, torch.nn.Parameter) and ADAPTER_MARK not in name:
-                raise UnsupportedError(
-                    f"Megatron parameter {name!r} is in no rule of the {shape.family} table, so it could be "
-                    "neither loaded nor exported. Add a rule to moe_replay/megatron/families/rules.py."
-                )
-            continue
-        rule, groups = matched
-        yield PlacedWeight(
-            name=name,
-            weight=weight,
-            rule=rule,
-            layer=layer_of[groups["layer"]] if "layer" in groups else -1,
-            expert=first_expert + int(groups["expert"]) if "expert" in groups else -1,
-        )
-
-
-def _match(name: str, patterns: Sequence[re.Pattern[str]]) -> tuple[int, Mapping[str, str]] | None:
-    for rule, pattern in enumerate(patterns):
-        if match := pattern.fullmatch(name):
-            return rule, match.groupdict()
-    return None
 
 
 def _hf_names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.families.family import Kind, ModelShape, Rule
+from moe_replay.megatron.families.placed import PlacedWeight, placed_weights
 from moe_replay.megatron.families.rules import family_of
 from moe_replay.megatron.lora.adapters import Adapters, Matrix
 from moe_replay.megatron.lora.layers import (
@@ -25,7 +26,6 @@ from moe_replay.megatron.lora.layers import (
 )
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.megatron.upstream.layers import GroupedExperts
-from moe_replay.megatron.weights import PlacedWeight, placed_weights
 from moe_replay.recipe.sections.lora import ALL_LINEAR, LoraSection
 from moe_replay.recipe.sections.training import ParallelLayout
 
