@@ -38,7 +38,7 @@ def test_d19_help_of_train_shows_the_choices_of_every_key_that_has_some(capsys):
     _, text = ended(capsys, "train", "--help")
     lines = text.splitlines()
     choices = {
-        "grpo.loss_type": "one of: grpo, bnpo, dr_grpo, dapo",
+        "grpo.loss_type": "one of: grpo, bnpo, dr_grpo, dapo, cispo, sapo, dppo",
         "grpo.scale_rewards": "one of: group, batch, none",
         "optimizer.lr_scheduler": "one of: constant, linear, cosine",
         "replay.router_replay_mode": "one of: disabled, R2, R3",

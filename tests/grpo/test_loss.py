@@ -7,46 +7,51 @@ import math
 import pytest
 import torch
 
-from moe_replay.grpo import losses
-from moe_replay.grpo.loss import (
-    LossInputs,
-    LossStatistics,
-    bounded_exp,
-    policy_loss,
-)
-from moe_replay.grpo.losses import BatchSize, TokenRows
+from moe_replay.grpo.loss import losses
+from moe_replay.grpo.loss.policy import LossStatistics, policy_loss
+from moe_replay.grpo.loss.rows import BatchSize, TokenRows, bounded_exp
 from moe_replay.grpo.metrics import MAX_LOG_RATIO
 from moe_replay.recipe.sections.training import GrpoSection
 
-SETTINGS = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
+# Each token weighs 1.
+SETTINGS = GrpoSection(loss_type="dapo", epsilon=0.2, epsilon_high=0.3, beta=0.0)
+ONE = BatchSize(num_samples=1, num_tokens=1, max_completion_length=1)
 
 
-def _inputs(new: list[float], **changes: list[float] | None) -> LossInputs:
+def _inputs(new: list[float], **changes: list[float] | None) -> TokenRows:
     values: dict[str, list[float] | None] = {
         "old_logprobs": [0.0] * len(new),
         "ref_logprobs": None,
         "advantages": [1.0] * len(new),
-        "weights": [1.0] * len(new),
+        "trains": [1.0] * len(new),
     }
     values |= changes
     tensors = {k: None if v is None else torch.tensor(v) for k, v in values.items()}
-    new_logprobs = torch.tensor(new, requires_grad=True)
-    old_logprobs = tensors.pop("old_logprobs")
-    return LossInputs(new_logprobs=new_logprobs, log_ratio=new_logprobs - old_logprobs, **tensors)
+    tensors["trains"] = tensors["trains"].bool()
+    return TokenRows(
+        new_logprobs=torch.tensor(new, requires_grad=True),
+        sample=torch.arange(len(new)),
+        lengths=torch.ones(len(new)),
+        sum_over_ranks=lambda values: values,
+        **tensors,
+    )
 
 
 def test_loss_of_unchanged_weights_is_minus_the_weighted_advantage() -> None:
     loss, _ = policy_loss(
-        _inputs([0.0, 0.0], advantages=[2.0, -1.0], weights=[0.5, 0.25]), SETTINGS
+        _inputs([0.0, 0.0], advantages=[2.0, -1.0]),
+        BatchSize(num_samples=2, num_tokens=4, max_completion_length=2),
+        SETTINGS,
     )
-    assert loss.item() == pytest.approx(-2.0 * 0.5 + 1.0 * 0.25)
+    assert loss.item() == pytest.approx((-2.0 + 1.0) / 4)
 
 
 def test_gradient_of_unchanged_weights_is_minus_weight_times_advantage() -> None:
-    inputs = _inputs([0.0, 0.0], advantages=[2.0, -1.0], weights=[0.5, 0.25])
-    policy_loss(inputs, SETTINGS)[0].backward()
+    inputs = _inputs([0.0, 0.0], advantages=[2.0, -1.0])
+    size = BatchSize(num_samples=2, num_tokens=4, max_completion_length=2)
+    policy_loss(inputs, size, SETTINGS)[0].backward()
     assert inputs.new_logprobs.grad is not None
-    assert inputs.new_logprobs.grad.tolist() == pytest.approx([-1.0, 0.25])
+    assert inputs.new_logprobs.grad.tolist() == pytest.approx([-0.5, 0.25])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def test_loss_clips_only_where_the_ratio_already_moved_the_right_way(
     ratio: float, advantage: float, expected: float, gradient: float
 ) -> None:
     inputs = _inputs([math.log(ratio)], advantages=[advantage])
-    loss, _ = policy_loss(inputs, SETTINGS)
+    loss, _ = policy_loss(inputs, ONE, SETTINGS)
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     assert inputs.new_logprobs.grad is not None
@@ -73,9 +78,9 @@ def test_statistics_count_clipped_tokens_by_side_and_leave_untrained_ones_out() 
     inputs = _inputs(
         [math.log(r) for r in (1.5, 0.5, 1.5, 1.0)],
         advantages=[1.0, -1.0, 1.0, 1.0],
-        weights=[1.0, 1.0, 0.0, 1.0],
+        trains=[1.0, 1.0, 0.0, 1.0],
     )
-    _, statistics = policy_loss(inputs, SETTINGS)
+    _, statistics = policy_loss(inputs, ONE, SETTINGS)
     assert (statistics.num_tokens, statistics.num_clipped_low, statistics.num_clipped_high) == (
         3,
         1,
@@ -85,10 +90,10 @@ def test_statistics_count_clipped_tokens_by_side_and_leave_untrained_ones_out() 
 
 
 def test_kl_term_is_k3_of_new_against_reference() -> None:
-    settings = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
+    settings = GrpoSection(loss_type="dapo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
     difference = math.log(2.0)
     loss, statistics = policy_loss(
-        _inputs([0.0], ref_logprobs=[difference], advantages=[0.0]), settings
+        _inputs([0.0], ref_logprobs=[difference], advantages=[0.0]), ONE, settings
     )
     k3 = 2.0 - difference - 1.0
     assert loss.item() == pytest.approx(0.5 * k3)
@@ -96,13 +101,14 @@ def test_kl_term_is_k3_of_new_against_reference() -> None:
 
 
 def test_kl_term_vanishes_for_equal_models() -> None:
-    settings = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
+    settings = GrpoSection(loss_type="dapo", epsilon=0.2, epsilon_high=0.2, beta=0.5)
     loss, _ = policy_loss(
-        _inputs([-1.0], old_logprobs=[-1.0], ref_logprobs=[-1.0], advantages=[0.0]), settings
+        _inputs([-1.0], old_logprobs=[-1.0], ref_logprobs=[-1.0], advantages=[0.0]), ONE, settings
     )
     assert loss.item() == 0.0
 
 
+CISPO = GrpoSection(epsilon_high=2.0)
 SIZE = BatchSize(num_samples=2, num_tokens=6, max_completion_length=10)
 
 
@@ -112,11 +118,13 @@ def _weights(loss_type: str, lengths: list[int]) -> list[float]:
     rows = TokenRows(
         new_logprobs=torch.zeros(sum(lengths)),
         old_logprobs=torch.zeros(sum(lengths)),
+        advantages=torch.ones(sum(lengths)),
+        trains=torch.ones(sum(lengths), dtype=torch.bool),
         sample=torch.tensor(owners),
         lengths=torch.tensor(lengths, dtype=torch.float32),
         sum_over_ranks=lambda values: values,
     )
-    _, weights = getattr(losses, loss_type)(rows, SIZE)
+    weights = getattr(losses, loss_type)(rows.log_ratio.exp(), rows, SIZE, CISPO).weights
     every = (torch.ones(sum(lengths)) * weights).tolist()
     assert every == [every[owners.index(owner)] for owner in owners]
     return [every[owners.index(number)] for number in range(len(lengths))]
@@ -129,6 +137,9 @@ def _weights(loss_type: str, lengths: list[int]) -> list[float]:
         ("bnpo", [1 / 6, 1 / 6]),
         ("dapo", [1 / 6, 1 / 6]),
         ("dr_grpo", [1 / (2 * 10), 1 / (2 * 10)]),
+        ("sapo", [1 / (2 * 4), 1 / (2 * 2)]),
+        ("cispo", [1 / 6, 1 / 6]),
+        ("dppo", [1 / 6, 1 / 6]),
     ],
 )
 def test_weights_of_each_loss_type_match_their_definition(
@@ -137,18 +148,18 @@ def test_weights_of_each_loss_type_match_their_definition(
     assert _weights(loss_type, [4, 2]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "cispo", "sapo", "dppo"])
 def test_token_weights_of_an_averaging_loss_sum_to_one(loss_type: str) -> None:
     first, second = _weights(loss_type, [4, 2])
     assert 4 * first + 2 * second == pytest.approx(1.0)
 
 
-WITH_KL = GrpoSection(loss_type="grpo", epsilon=0.2, epsilon_high=0.3, beta=0.1)
+WITH_KL = GrpoSection(loss_type="dapo", epsilon=0.2, epsilon_high=0.3, beta=0.1)
 FAR = [100.0, 1e4, math.inf, math.nan]
 
 
-def _run(inputs: LossInputs, settings: GrpoSection) -> tuple[float, list[float], LossStatistics]:
-    loss, statistics = policy_loss(inputs, settings)
+def _run(inputs: TokenRows, settings: GrpoSection) -> tuple[float, list[float], LossStatistics]:
+    loss, statistics = policy_loss(inputs, ONE, settings)
     loss.backward()
     assert inputs.new_logprobs.grad is not None
     return loss.item(), inputs.new_logprobs.grad.tolist(), statistics
@@ -156,7 +167,7 @@ def _run(inputs: LossInputs, settings: GrpoSection) -> tuple[float, list[float],
 
 @pytest.mark.parametrize("far", FAR)
 def test_t12_a_token_without_weight_has_gradient_zero_whatever_its_ratio(far: float) -> None:
-    inputs = _inputs([far, 0.0], weights=[0.0, 1.0], ref_logprobs=[-far, 0.0])
+    inputs = _inputs([far, 0.0], trains=[0.0, 1.0], ref_logprobs=[-far, 0.0])
     loss, gradient, statistics = _run(inputs, WITH_KL)
     assert (loss, gradient) == (-1.0, [0.0, -1.0])
     assert (statistics.ratio_sum, statistics.kl_sum, statistics.num_bounded) == (1.0, 0.0, 0)
@@ -192,14 +203,17 @@ def test_t12_ratios_within_the_bound_are_those_of_the_plain_formula_to_the_last_
     new, plain = (spread.clone().requires_grad_(True) for _ in range(2))
     advantages = torch.randn(2000, generator=generator)
     old = torch.zeros(2000)
-    inputs = LossInputs(
+    inputs = TokenRows(
         new_logprobs=new,
-        log_ratio=new - old,
+        old_logprobs=old,
         ref_logprobs=old,
         advantages=advantages,
-        weights=torch.ones(2000),
+        trains=torch.ones(2000, dtype=torch.bool),
+        sample=torch.arange(2000),
+        lengths=torch.ones(2000),
+        sum_over_ranks=lambda values: values,
     )
-    policy_loss(inputs, WITH_KL)[0].backward()
+    policy_loss(inputs, ONE, WITH_KL)[0].backward()
     ratio = torch.exp(plain - old)
     surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
     k3 = torch.exp(old - plain) - (old - plain) - 1
@@ -214,6 +228,6 @@ def test_tokens_that_pull_are_neither_clipped_nor_certain_nor_without_advantage(
         [-1.0, -1.0, -1.0, 0.0, -1.0],
         old_logprobs=[-1.0, -2.0, -1.0, 0.0, -1.0],
         advantages=[1.0, 1.0, 0.0, 1.0, 1.0],
-        weights=[1.0, 1.0, 1.0, 1.0, 0.0],
+        trains=[1.0, 1.0, 1.0, 1.0, 0.0],
     )
-    assert policy_loss(inputs, SETTINGS)[1].num_pulled == 1
+    assert policy_loss(inputs, ONE, SETTINGS)[1].num_pulled == 1

@@ -10,12 +10,13 @@ import pytest
 
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
-from moe_replay.grpo.loss import LossStatistics, step_tally, update_tally
+from moe_replay.grpo.loss.policy import LossStatistics, step_tally, update_tally
 from moe_replay.grpo.metrics import (
     Tally,
     completion_tally,
     engine_gap,
 )
+from moe_replay.recipe.sections.training import GrpoSection
 
 ROLLOUT = [np.log([0.5, 0.2]), np.log([0.5])]
 OLD = [np.log([0.4, 0.6]), np.log([0.8])]
@@ -25,7 +26,8 @@ BY_HAND = {
     "k3_kl": (0.8 + 3 + 1.6 - 3 - math.log(3.84)) / 3,
     "ratio_mean": 5.4 / 3,
     "chi2_token": (0.64 + 9 + 2.56) / 3 - 1,
-    "chi2_seq": (2.4**2 + 1.6**2) / 2 - 1,
+    "chi2_seq": (2.4 + 1.6**2) / 2 - 1,
+    "chi2_seq_product": (2.4**2 + 1.6**2) / 2 - 1,
     "extreme_frac_tau_1.1": 3 / 3,
     "extreme_frac_tau_1.5": 2 / 3,
     "extreme_frac_tau_2": 1 / 3,
@@ -171,6 +173,9 @@ def test_d15_the_overlong_filter_counts_what_it_leaves_out() -> None:
     assert filtered["completions/filtered_ratio"] == 0.5
 
 
+PLAIN, WITH_KL = GrpoSection(), GrpoSection(beta=0.1)
+
+
 def _statistics(
     *, loss: float, tokens: int, low: int, high: int, kl: float = 0.0
 ) -> LossStatistics:
@@ -183,14 +188,16 @@ def _statistics(
         num_pulled=tokens,
         ratio_sum=float(tokens),
         kl_sum=kl,
+        num_off_policy=0,
+        num_uncertain=0,
     )
 
 
 def test_a_step_averages_loss_over_updates_and_clipping_over_tokens() -> None:
-    first_rank = update_tally([_statistics(loss=1.0, tokens=10, low=0, high=0)], with_kl=False)
-    other_rank = update_tally([_statistics(loss=2.0, tokens=30, low=2, high=4)], with_kl=False)
+    first_rank = update_tally([_statistics(loss=1.0, tokens=10, low=0, high=0)], PLAIN)
+    other_rank = update_tally([_statistics(loss=2.0, tokens=30, low=2, high=4)], PLAIN)
     update = Tally.merge([first_rank, other_rank])
-    quiet = update_tally([_statistics(loss=0.0, tokens=10, low=0, high=3)], with_kl=False)
+    quiet = update_tally([_statistics(loss=0.0, tokens=10, low=0, high=3)], PLAIN)
     assert step_tally([update, quiet]).finish() == {
         "loss": 1.5,
         "policy_ratio/mean": 1.0,
@@ -205,10 +212,10 @@ def test_a_step_averages_loss_over_updates_and_clipping_over_tokens() -> None:
 
 def test_kl_is_reported_only_with_a_reference_model() -> None:
     statistics = [_statistics(loss=0.0, tokens=4, low=0, high=0, kl=2.0)]
-    assert update_tally(statistics, with_kl=True).finish()["kl"] == 0.5
-    assert "kl" not in update_tally(statistics, with_kl=False).finish()
+    assert update_tally(statistics, WITH_KL).finish()["kl"] == 0.5
+    assert "kl" not in update_tally(statistics, PLAIN).finish()
 
 
 def test_an_update_without_trained_tokens_has_no_clip_ratio() -> None:
-    update = update_tally([_statistics(loss=0.0, tokens=0, low=0, high=0)], with_kl=True)
+    update = update_tally([_statistics(loss=0.0, tokens=0, low=0, high=0)], WITH_KL)
     assert step_tally([update]).finish() == {"loss": 0.0}

@@ -97,10 +97,15 @@ def test_a_run_without_the_pass_is_the_run_with_it(
             "megatron__recompute_num_layers": 1,
         },
         {"model__dtype": "bfloat16"},
+        {
+            "grpo__rollout_importance_sampling_mode": "sequence_truncate",
+            "grpo__off_policy_sequence_mask_delta": 0.001,
+            "grpo__entropy_coef": 0.1,
+        },
         # Nothing trains, and what the pass measures is measured all the same.
         {"grpo__overlong_filter": "true", "rollout__max_completion_length": 1},
     ],
-    ids=["kl", "aux", "live gap", "no guard", "recompute", "bfloat16", "idle"],
+    ids=["kl", "aux", "live gap", "no guard", "recompute", "bfloat16", "corrected", "idle"],
 )
 def test_a_run_without_the_pass_is_the_run_with_it_under_every_option(
     keys: dict[str, Any], recipe: Recipes

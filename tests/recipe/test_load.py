@@ -103,7 +103,7 @@ def test_unknown_reward_key_names_the_entry():
 
 def test_wrong_choice_names_the_nearest_one():
     message = problems_of(grpo={"loss_type": "dapoo"})
-    assert "'grpo', 'bnpo', 'dr_grpo' or 'dapo' (nearest: 'dapo')" in message
+    assert "'dapo', 'cispo', 'sapo' or 'dppo' (nearest: 'dapo')" in message
 
 
 def test_scalar_in_place_of_a_section_is_refused():

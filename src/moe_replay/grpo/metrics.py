@@ -112,14 +112,16 @@ def engine_gap(
       ``chi2_token`` mean(r^2) - 1, ``extreme_frac_tau_<tau>`` fraction with max(r, 1/r) > tau;
     - over samples: ``{training,rollout}_log_ppl`` mean(-m), ``{training,rollout}_ppl``
       mean(exp(-m)), ``log_ppl_{diff,abs_diff,diff_max,diff_min}`` of m_rollout - m_training,
-      ``ppl_ratio`` its mean exp, ``chi2_seq`` mean((product of r)^2) - 1.
+      ``ppl_ratio`` its mean exp, ``chi2_seq`` mean((geometric mean of r)^2) - 1 and
+      ``chi2_seq_product`` mean((product of r)^2) - 1.
 
     Exponentials use log ratios of at most `MAX_LOG_RATIO`; ``ratio_bounded_frac`` (tokens) and
     ``seq_ratio_bounded_frac`` (samples) say how often. A sample without a token, aborted before its
     first, has no gap.
 
-    Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; the other
-    names and their averaging, verl, ``compute_offpolicy_metrics``.
+    Source: k3, J. Schulman, "Approximating KL divergence"; F(tau), arXiv 2510.11370; ``chi2_seq``,
+    Megatron-SWIFT; the other names and their averaging, verl, ``compute_offpolicy_metrics``, whose
+    ``chi2_seq`` is the product's.
     """
     tally = Tally()
     for number, (old, rollout) in enumerate(zip(old_logprobs, rollout_logprobs, strict=True)):
@@ -159,7 +161,8 @@ def _tally_sample(tally: Tally, prefix: str, old: np.ndarray, rollout: np.ndarra
         "log_ppl_diff": difference,
         "log_ppl_abs_diff": abs(difference),
         "ppl_ratio": math.exp(min(difference, MAX_LOG_RATIO)),
-        "chi2_seq": math.expm1(2 * min(log_ratio, MAX_LOG_RATIO)),
+        "chi2_seq": math.expm1(2 * min(-difference, MAX_LOG_RATIO)),
+        "chi2_seq_product": math.expm1(2 * min(log_ratio, MAX_LOG_RATIO)),
         "seq_ratio_bounded_frac": float(log_ratio > MAX_LOG_RATIO),
     }
     for name, value in per_sample.items():

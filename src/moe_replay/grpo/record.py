@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
+from moe_replay.grpo.loss.corrections import correction_tally, effective_size
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import OldScores, Rollout, Scored, Update
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.training import GrpoSection
 from moe_replay.routing import Coverage
 
 
@@ -32,7 +34,12 @@ def step_record(
         [old.scored[sample.sample_id].token_logprobs for sample in own],
         [sample.rollout_logprobs for sample in own],
     )
-    tally = Tally.merge([gap, endings])
+    corrected = correction_tally(
+        [old.scored[sample.sample_id].token_logprobs for sample in own],
+        [sample.rollout_logprobs for sample in own],
+        run.recipe.grpo,
+    )
+    tally = Tally.merge([gap, endings, corrected])
     # Our engines never draw them; those of others may.
     unknown = sum(int((c.sampled_ids >= run.num_known_ids).sum()) for c in rollout.completions)
     tally.add_sum("completions/unknown_tokens", unknown)
@@ -45,7 +52,7 @@ def step_record(
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
     metrics = (
         dict(scored.metrics)
-        | Tally.merge(run.ranks.gather(tally)).finish()
+        | effective_size(Tally.merge(run.ranks.gather(tally)).finish())
         | dict(update.metrics)
         | dict(old.metrics)
     )
@@ -142,6 +149,25 @@ def _notices(recipe: Recipe, metrics: Mapping[str, float]) -> dict[str, str]:
         )
     if metrics["update/num_skipped"] == recipe.batch.steps_per_generation:
         notices["idle"] = f"nothing was learned in this step: {_why_idle(metrics)}"
+    return notices | _loss_notices(recipe.grpo, metrics)
+
+
+def _loss_notices(keys: GrpoSection, metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return what makes a key of the loss do something else than it was meant for."""
+    notices = {}
+    if metrics.get("rollout_correction/rejected_frac") == 1:
+        notices["rejected"] = (
+            f"grpo.rollout_importance_sampling_mode = {keys.rollout_importance_sampling_mode!r} "
+            "rejected every token, so the policy term is 0; widen its limits, or look at "
+            "rollout_correction/*: is the engine's model another one?"
+        )
+    is_wide = keys.clips_ratios and keys.epsilon_high > 0.05
+    if keys.importance_sampling_level != "token" and is_wide:
+        notices["range"] = (
+            f"grpo.epsilon_high = {keys.epsilon_high} with importance_sampling_level = "
+            f"{keys.importance_sampling_level!r} clips hardly anything: a sequence's ratio is a mean "
+            "over its tokens. GSPO's paper sets epsilon = 3e-4 and epsilon_high = 4e-4"
+        )
     return notices
 
 

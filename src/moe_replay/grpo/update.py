@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.errors import UpdateError
-from moe_replay.grpo import losses
 from moe_replay.grpo.guard.judging import judge_own_packing
 from moe_replay.grpo.guard.old_scores import checked_scores, old_pass, watch_old
 from moe_replay.grpo.guard.watch import PassWatch
-from moe_replay.grpo.loss import (
-    LossInputs,
-    LossStatistics,
-    policy_loss,
-    step_tally,
-    update_tally,
-)
-from moe_replay.grpo.losses import BatchSize, Terms, TokenRows
+from moe_replay.grpo.loss.policy import LossStatistics, policy_loss, step_tally, update_tally
+from moe_replay.grpo.loss.rows import BatchSize, TokenRows
 from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, OldScores, Update
@@ -86,6 +80,7 @@ def _score_and_update(
         loss=loss,
         temperature=run.temperature,
         routing=run.mode.passes.update,
+        entropies_learn=loss.takes_entropies,
     )
     if loss.is_idle:
         scored, _ = old_pass(run, batch)
@@ -138,14 +133,18 @@ def _update_once(
     )
     watch = PassWatch(old.batch.origins) if watches else None
     name = _name(run, number)
-    gradient = run.actor.backward(
-        minibatch,
-        loss,
+    work = BackwardWork(
+        microbatches=minibatch,
+        loss=loss,
         temperature=run.temperature,
         routing=passes.update,
-        watch=watch.route_watch if watch is not None else None,
-        where=f"step {run.step}, {name}",
+        entropies_learn=loss.takes_entropies,
     )
+    where = f"step {run.step}, {name}"
+    run.actor.forward_backward(
+        work, watch=watch.route_watch if watch is not None else None, where=where
+    )
+    gradient = run.actor.measure_gradient(work, where=where)
     judged = Judged()
     if watch is not None:
         judged = judge_own_packing(run, old.batch, watch, name, before=old.judged)
@@ -156,7 +155,9 @@ def _step_along(run: Run, gradient: Gradient, loss: MinibatchLoss, name: str) ->
     """Take the optimizer's step along a gradient, and report it; collective."""
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
-    part = update_tally(statistics, with_kl=loss.reference is not None)
+    part = update_tally(statistics, loss.keys)
+    if loss.entropy_threshold is not None:
+        part.add_mean("entropy/threshold", total=float(loss.entropy_threshold))
     if gradient.balancing_loss is not None:
         part.add_sum("load_balancing_loss", gradient.balancing_loss)
     tally = Tally.merge(run.ranks.gather(part))
@@ -203,27 +204,52 @@ class MinibatchLoss:
 
         ``old`` is None where this pass is the one that finds the old log-probabilities.
         """
-        grpo = run.recipe.grpo
-        self.section = grpo
-        self.terms: Callable[[TokenRows, BatchSize], Terms] = getattr(losses, grpo.loss_type)
+        self.keys = run.recipe.grpo
+        self.takes_entropies = self.keys.entropy_coef > 0
         self.old, self.reference = old, reference
         self.statistics: list[LossStatistics] = []
         self.samples = samples
-        counted = [sample.completion_length for sample in samples if sample.trains]
         # Every rank of a replica has the same samples; one of them counts.
-        speaks = int(run.replica.is_leader)
-        pulls = [s.trains and (np.float32(s.advantage) != 0 or grpo.beta > 0) for s in samples]
-        gathered = run.ranks.gather([speaks * len(counted), speaks * sum(counted), any(pulls)])
+        speaks = run.replica.is_leader
+        counted = [s.completion_length for s in samples if s.trains and speaks]
+        always = self.keys.has_kl_term or self.takes_entropies
+        pulls = [s.trains and (np.float32(s.advantage) != 0 or always) for s in samples]
+        gathered = run.ranks.gather([len(counted), sum(counted), any(pulls)])
         self.is_idle = not (
             any(part[2] for part in gathered) or run.recipe.megatron.moe_aux_loss_coeff > 0
         )
+        self.entropy_threshold, num_uncertain = self._entropy_threshold(run)
         self.batch = BatchSize(
             num_samples=max(1, sum(part[0] for part in gathered)),
             num_tokens=max(1, sum(part[1] for part in gathered)),
             max_completion_length=run.recipe.rollout.max_completion_length,
+            num_uncertain=max(1, num_uncertain),
         )
 
-    def __call__(self, microbatch: Microbatch, new_logprobs: torch.Tensor) -> torch.Tensor:
+    def _entropy_threshold(self, run: Run) -> tuple[np.float64 | None, int]:
+        """Return the entropy from which on tokens count, and how many do; collective.
+
+        One of all tokens of the mini-batch that train, whatever rank holds them. None: all count.
+        """
+        if self.keys.top_entropy_quantile == 1:
+            return None, 0
+        assert self.old is not None
+        own = [self.old[s.sample_id].entropies for s in self.samples if s.trains]
+        parts = run.ranks.gather_items(own if run.replica.is_leader else [], lambda e: e.nbytes)
+        # One more, which is empty, because numpy joins nothing to nothing.
+        held = [*chain.from_iterable(parts), np.zeros(0, np.float32)]
+        every = np.concatenate(held).astype(np.float64)
+        if not len(every):
+            return np.float64(np.inf), 0
+        threshold = np.quantile(every, 1 - self.keys.top_entropy_quantile)
+        return np.float64(threshold), int((every >= threshold).sum())
+
+    def __call__(
+        self,
+        microbatch: Microbatch,
+        new_logprobs: torch.Tensor,
+        entropies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the microbatch's part of the loss."""
 
         def rows(values: Sequence[np.ndarray]) -> torch.Tensor:
@@ -235,26 +261,31 @@ class MinibatchLoss:
 
         samples, old, reference = microbatch.samples, self.old, self.reference
         numbers = [np.full(s.completion_length, i) for i, s in enumerate(samples)]
+        sample = rows(numbers).long()
+        uncertain = None
+        if old is not None and self.entropy_threshold is not None:
+            found = [old[s.sample_id].entropies >= self.entropy_threshold for s in samples]
+            uncertain = rows(found).bool()
         tokens = TokenRows(
             new_logprobs=new_logprobs,
             old_logprobs=rows([old[s.sample_id].token_logprobs for s in samples])
             if old is not None
             else new_logprobs.detach(),
-            sample=rows(numbers).long(),
-            lengths=of_samples([s.completion_length for s in samples]),
-            sum_over_ranks=sum_over_context,
-        )
-        log_ratio, weights = self.terms(tokens, self.batch)
-        inputs = LossInputs(
-            new_logprobs=new_logprobs,
-            log_ratio=log_ratio,
+            rollout_logprobs=rows([s.rollout_logprobs for s in samples])
+            if self.keys.compares_engine
+            else None,
             ref_logprobs=rows([reference[s.sample_id].token_logprobs for s in samples])
             if reference is not None
             else None,
-            advantages=of_samples([s.advantage for s in samples])[tokens.sample],
-            weights=weights * of_samples([s.trains for s in samples])[tokens.sample],
+            entropies=entropies,
+            is_uncertain=uncertain,
+            advantages=of_samples([s.advantage for s in samples])[sample],
+            trains=of_samples([s.trains for s in samples])[sample].bool(),
+            sample=sample,
+            lengths=of_samples([s.completion_length for s in samples]),
+            sum_over_ranks=sum_over_context,
         )
-        loss, statistics = policy_loss(inputs, self.section)
+        loss, statistics = policy_loss(tokens, self.batch, self.keys)
         self.statistics.append(statistics)
         return loss
 

@@ -19,8 +19,9 @@ from moe_replay.megatron.replay import RouterScope
 from moe_replay.megatron.scorer import MegatronScorer, opened
 from moe_replay.routing import Routing
 
-TokenLoss = Callable[[Microbatch, torch.Tensor], torch.Tensor]
-"""``(microbatch, new_logprobs of its predicting rows) -> its part of the loss``, a scalar."""
+TokenLoss = Callable[..., torch.Tensor]
+"""``(microbatch, new_logprobs of its predicting rows) -> its part of the loss``, a scalar; where
+entropies learn, they are the third argument."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class BackwardWork:
     """At which log-probabilities are computed."""
     routing: Routing
     """Whose choice of experts."""
+    entropies_learn: bool = False
+    """Give the loss entropies too, differentiable; the backward pass is slower then."""
 
 
 class MegatronLearner(MegatronScorer):
@@ -83,7 +86,8 @@ class MegatronLearner(MegatronScorer):
                 microbatch,
                 scope,
                 temperature=work.temperature,
-                with_entropies=outputs is not None,
+                with_entropies=outputs is not None or work.entropies_learn,
+                entropies_learn=work.entropies_learn,
             )
 
             def scaled_loss(
@@ -97,7 +101,8 @@ class MegatronLearner(MegatronScorer):
                 # Megatron divides the summed gradient by the summed count, which is meant for
                 # losses that are sums over tokens: its auxiliary loss is one, `loss` is an average
                 # already.
-                part = work.loss(microbatch, logprobs) * total_tokens
+                learned = (statistics[0, :, 1],) if work.entropies_learn else ()
+                part = work.loss(microbatch, logprobs, *learned) * total_tokens
                 count = torch.tensor(_num_tokens(microbatch), dtype=torch.int, device=self.device)
                 return part, count, {}
 

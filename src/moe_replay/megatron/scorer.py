@@ -198,6 +198,7 @@ class MegatronScorer:
         *,
         temperature: float,
         with_entropies: bool = False,
+        entropies_learn: bool = False,
     ) -> torch.Tensor:
         """Run a forward pass; the last stage returns `token_statistics` of the sampled tokens."""
         rows = np.flatnonzero(microbatch.predicts_sampled)
@@ -207,8 +208,7 @@ class MegatronScorer:
             self._tensor(microbatch.next_ids[rows]),
             temperature=temperature,
             with_entropies=with_entropies,
-            # No loss has an entropy term: it is measured alone.
-            entropies_learn=False,
+            entropies_learn=entropies_learn,
             chunk_rows=self.chunk_rows,
         ):
             return self._forward(chunk, microbatch, scope)

@@ -98,8 +98,8 @@ class Recipe(Section):
 
     @property
     def why_old_pass(self) -> str | None:
-        """Why old log-probabilities take a pass, see `BatchSection.why_old_pass`."""
-        return self.batch.why_old_pass(self.replay.router_replay_mode)
+        """Why old log-probabilities take a pass of their own; None where the update gives them."""
+        return self.batch.why_old_pass(self.replay.router_replay_mode) or self.grpo.why_old_pass
 
     def on_device(self, device: Literal["cpu", "cuda"]) -> Recipe:
         """Return the recipe with every ``auto`` decided for the kind of device that trains.

@@ -126,7 +126,7 @@ def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
         chunk_rows=batch.logprob_chunk_size,
         has_reference=recipe.grpo.beta > 0,
         replays=recipe.replays,
-        update_has_entropies=recipe.why_old_pass is None,
+        update_has_entropies=recipe.why_old_pass is None or recipe.grpo.entropy_coef > 0,
     )
 
 

@@ -258,7 +258,7 @@ def _scoring_without_effect(
 ) -> Iterator[tuple[str, str]]:
     if grpo.beta == 0:
         yield "replay.reference_routes", "grpo.beta is 0, so there is no reference model"
-        if batch.why_old_pass(replay.router_replay_mode) is None:
+        if batch.why_old_pass(replay.router_replay_mode) is None and grpo.why_old_pass is None:
             why = "grpo.beta is 0, and the update's own pass gives the old log-probabilities"
             yield "batch.max_tokens_per_scoring_microbatch", why
 

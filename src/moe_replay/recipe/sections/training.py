@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from moe_replay.recipe.sections.base import Key, Section, Several
+from moe_replay.recipe.sections.policy_loss import PolicyLossKeys
 from moe_replay.recipe.sections.resumable import MAY_CHANGE_ON_RESUME
 from moe_replay.routing import ReplayMode
 
@@ -97,19 +98,9 @@ DEFAULT_SCALE = {"rloo": "none", "reinforce_plus_plus": "batch"}
 ``group``; as in ms-swift."""
 
 
-class GrpoSection(Section):
+class GrpoSection(PolicyLossKeys):
     """``[grpo]``: advantage and loss."""
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are averaged."""
-    epsilon: Annotated[float, Key(also_called=("clip_ratio",))] = Field(default=0.2, gt=0, lt=1)
-    """The importance ratio is clipped below at 1 - epsilon."""
-    epsilon_high: Annotated[float, Key(default="epsilon")] = Field(
-        default_factory=lambda grpo: grpo["epsilon"], gt=0
-    )
-    """The importance ratio is clipped above at 1 + epsilon_high; ``epsilon`` by default."""
-    beta: Annotated[float, Key(also_called=("kl_coef",))] = Field(default=0.0, ge=0)
-    """Weight of the KL term towards the reference model; 0 loads no reference model."""
     advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"
     """What a reward is compared with: the mean of its prompt's completions (``grpo``, and
     ``reinforce_plus_plus``, whose ``batch`` divides by the spread of the differences), or of the
