@@ -39,7 +39,7 @@ def test_d19_help_of_train_shows_the_choices_of_every_key_that_has_some(capsys):
     lines = text.splitlines()
     choices = {
         "grpo.loss_type": "one of: grpo, bnpo, dr_grpo, dapo, cispo, sapo, dppo",
-        "grpo.scale_rewards": "one of: group, batch, none",
+        "grpo.scale_rewards": "one of: group, batch, none, gdpo",
         "optimizer.lr_scheduler": "one of: constant, linear, cosine",
         "replay.router_replay_mode": "one of: disabled, R2, R3",
         "megatron.recompute_granularity": "one of: full, selective",
