@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from moe_replay.batch import Sample
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.loss.corrections import correction_tally, effective_size
@@ -30,16 +31,7 @@ def step_record(
         [completion.finish_reason for completion in rollout.completions],
         overlong_filter=run.recipe.grpo.overlong_filter,
     )
-    gap = engine_gap(
-        [old.scored[sample.sample_id].token_logprobs for sample in own],
-        [sample.rollout_logprobs for sample in own],
-    )
-    corrected = correction_tally(
-        [old.scored[sample.sample_id].token_logprobs for sample in own],
-        [sample.rollout_logprobs for sample in own],
-        run.recipe.grpo,
-    )
-    tally = Tally.merge([gap, endings, corrected])
+    tally = Tally.merge([_gap_tally(run, old, own), endings])
     # Our engines never draw them; those of others may.
     unknown = sum(int((c.sampled_ids >= run.num_known_ids).sum()) for c in rollout.completions)
     tally.add_sum("completions/unknown_tokens", unknown)
@@ -81,6 +73,15 @@ def step_record(
         warnings=run.journal.take_warnings(),
     )
     return record, everyone
+
+
+def _gap_tally(run: Run, old: OldScores, own: Sequence[Sample]) -> Tally:
+    """Tally the engine gap of samples, and what its correction makes of it."""
+    compared = (
+        [old.scored[sample.sample_id].token_logprobs for sample in own],
+        [sample.rollout_logprobs for sample in own],
+    )
+    return Tally.merge([engine_gap(*compared), correction_tally(*compared, run.recipe.grpo)])
 
 
 def _staleness(rollout: Rollout) -> Tally:
