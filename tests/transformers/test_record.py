@@ -10,14 +10,15 @@ from moe_replay.transformers import find_routers, record_routes
 
 
 class Router(nn.Module):
-    """A router that returns whatever it is told to."""
+    """A router that chooses by these scores, whatever it is given."""
 
-    def __init__(self, output, num_experts=4, top_k=2):
+    def __init__(self, scores=None, num_experts=4, top_k=2):
         super().__init__()
-        self.output, self.num_experts, self.top_k = output, num_experts, top_k
+        self.scores, self.num_experts, self.top_k = scores, num_experts, top_k
 
     def forward(self, x):
-        return self.output
+        weights, ids = torch.topk(self.scores, self.top_k, dim=-1)
+        return self.scores, weights, ids
 
 
 class Block(nn.Module):
@@ -38,8 +39,8 @@ def stack(*gates):
     return model
 
 
-def ids(rows):
-    return torch.tensor([[0, 1]] * rows)
+def scores(rows, num_experts=4):
+    return torch.rand(rows, num_experts, generator=torch.Generator().manual_seed(0))
 
 
 def test_layers_are_numbered_by_their_place_among_all_layers(tmp_path):
@@ -108,10 +109,13 @@ def test_nothing_is_recorded_after_the_scope(qwen, token_ids):
         recorder.take()
 
 
-def test_hooks_go_after_an_exception(qwen):
+def test_a_model_is_as_before_after_an_exception(qwen, token_ids):
+    before = {name: dict(vars(module)) for name, module in qwen.named_modules()}
     with pytest.raises(KeyError), record_routes(qwen):
+        qwen(token_ids)
         raise KeyError
-    assert not any(module._forward_hooks for module in qwen.modules())
+    assert {name: vars(module) for name, module in qwen.named_modules()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in qwen.modules())
 
 
 def test_another_model_of_the_process_is_not_recorded(qwen, token_ids):
@@ -149,29 +153,30 @@ def test_an_expert_block_without_router_is_named():
         find_routers(stack(nn.Linear(2, 4)))
 
 
-def test_a_router_that_returns_no_ids_is_named():
-    model = stack(Router((torch.zeros(3, 4),)))
-    with (
-        pytest.raises(UnsupportedError, match=r"layers\.0\.gate \(Router\) returns"),
-        record_routes(model),
-    ):
-        model.forward(torch.zeros(3, 2))
+def test_routers_of_a_refused_family_are_named():
+    class DogeCDMoE(nn.Module):
+        pass
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([DogeCDMoE()])
+    with pytest.raises(UnsupportedError, match=r"layers\.0 is a DogeCDMoE.*product keys"):
+        find_routers(model)
 
 
 def test_routers_of_different_size_are_refused():
     with pytest.raises(UnsupportedError, match=r"\(4, 2\), \(8, 2\)"):
-        find_routers(stack(Router(None), Router(None, num_experts=8)))
+        find_routers(stack(Router(), Router(num_experts=8)))
 
 
 def test_routers_in_two_stacks_are_refused():
     model = nn.Module()
-    model.text, model.vision = stack(Router(None)), stack(Router(None))
+    model.text, model.vision = stack(Router()), stack(Router())
     with pytest.raises(UnsupportedError, match=r"text\.layers.*vision\.layers"):
         find_routers(model)
 
 
 def test_routers_that_saw_different_rows_are_refused():
-    model = stack(Router((ids(3),)), Router((ids(2),)))
+    model = stack(Router(scores(3)), Router(scores(2)))
     with record_routes(model) as recorder:
         model.forward(torch.zeros(3, 2))
     with pytest.raises(ReplayScopeError, match=r"\{0: 3, 1: 2\}"):
@@ -180,10 +185,10 @@ def test_routers_that_saw_different_rows_are_refused():
 
 @pytest.mark.parametrize(("num_experts", "dtype"), [(256, torch.uint8), (512, torch.int32)])
 def test_ids_are_as_wide_as_the_model_needs(num_experts, dtype):
-    highest = torch.tensor([[0, num_experts - 1]])
-    model = stack(Router((highest,), num_experts=num_experts))
+    rising = torch.arange(1.0, num_experts + 1)[None]
+    model = stack(Router(rising, num_experts=num_experts))
     with record_routes(model) as recorder:
         model.forward(torch.zeros(1, 2))
     routes = recorder.take()
     assert routes.dtype is dtype
-    assert routes.tolist() == [[[0, num_experts - 1]]]
+    assert routes.tolist() == [[[num_experts - 1, num_experts - 2]]]

@@ -1,8 +1,10 @@
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 
-from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
+from moe_replay.errors import ReplayScopeError, TraceError
 from moe_replay.transformers import find_routers, record_routes, replay_routes
 from moe_replay.transformers.replay import _check_routes
 
@@ -228,37 +230,48 @@ def test_arrays_of_another_kind_raise(qwen, ids, valid, message):
         _check_routes(ids, valid, LAYERS, find_routers(qwen))
 
 
-def test_a_family_of_unknown_score_function_is_refused():
-    from transformers import Dots1Config, Dots1ForCausalLM
-
-    config = Dots1Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-    )
-    model = Dots1ForCausalLM(config)
+def test_a_second_replay_scope_is_refused(qwen, token_ids):
     with (
-        pytest.raises(UnsupportedError, match="Dots1TopkRouter"),
-        replay_routes(model, np.zeros((3, 1, 2), int), np.zeros(3, bool), layers=(1,)),
+        pytest.raises(ReplayScopeError, match="already in an open replay scope"),
+        replay_routes(qwen, constant(), everywhere(), layers=LAYERS),
     ):
-        pass
-    with torch.no_grad(), record_routes(model) as recorder:
-        model(torch.randint(0, 64, (1, 5)))
-    assert recorder.layers == (1,)
-    assert recorder.take().shape == (5, 1, 2)
+        replayed(qwen, token_ids, constant(), everywhere())
+    _, live = own_routes(qwen, token_ids)
+    assert torch.equal(qwen(token_ids).logits, live)
 
 
-def test_a_router_that_weighs_otherwise_is_refused(qwen, token_ids):
+def test_two_models_are_replayed_at_once(qwen, token_ids):
+    other = deepcopy(qwen)
+    _, live = own_routes(qwen, token_ids)
+    expected = replayed(qwen, token_ids, constant(), everywhere())
+    ids, _ = own_routes(qwen, token_ids)
+    with (
+        torch.no_grad(),
+        replay_routes(qwen, constant(), everywhere(), layers=LAYERS),
+        replay_routes(other, ids, everywhere(), layers=LAYERS),
+    ):
+        first, second = qwen(token_ids).logits, other(token_ids).logits
+    assert torch.equal(first, expected)
+    assert torch.equal(second, live)
+
+
+def test_several_forwards_of_one_batch_may_share_a_scope(qwen, token_ids):
+    expected = replayed(qwen, token_ids, constant(), everywhere())
+    with torch.no_grad(), replay_routes(qwen, constant(), everywhere(), layers=LAYERS):
+        assert torch.equal(qwen(token_ids).logits, expected)
+        assert torch.equal(qwen(token_ids).logits, expected)
+
+
+def test_a_copy_made_inside_a_scope_is_refused(qwen):
+    with (
+        pytest.raises(ReplayScopeError, match="copied or pickled inside a scope"),
+        record_routes(qwen),
+    ):
+        deepcopy(qwen)
+    deepcopy(qwen)
+
+
+def test_a_forward_that_was_replaced_before_the_scope_comes_back(qwen, token_ids):
     router = find_routers(qwen)[0].module
     plain = router.forward
 
@@ -267,5 +280,11 @@ def test_a_router_that_weighs_otherwise_is_refused(qwen, token_ids):
         return logits, 2 * weights, ids
 
     router.forward = doubled
-    with pytest.raises(UnsupportedError, match="no longer weighs"):
-        replayed(qwen, token_ids, constant(), everywhere())
+    ids, live = own_routes(qwen, token_ids)
+    assert torch.equal(replayed(qwen, token_ids, ids, everywhere()), live)
+    assert router.forward is doubled
+    with (
+        pytest.raises(ReplayScopeError, match="was replaced inside a scope"),
+        record_routes(qwen),
+    ):
+        router.forward = plain

@@ -13,7 +13,7 @@ import torch
 
 from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.routing import RoutedModel
-from moe_replay.transformers.record import find_routers
+from moe_replay.transformers.routers.sites import find_routers
 
 
 def routed_model(config: Any) -> RoutedModel | None:

@@ -1,32 +1,28 @@
 """Replay routes in a Hugging Face model, whose routers keep their scores and their gradient.
 
 The forward methods of these models accept any keyword, so routes passed as one are dropped without
-a word. Here the routers' outputs are replaced, and a scope that ends without having replayed is an
-error.
+a word. Here the choice inside the routers is replaced, and a scope that ends without having
+replayed is an error.
 
 In: a transformers model, routes. Out: replay_routes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Integer
 from torch import nn
 
 from moe_replay.errors import ReplayScopeError, TraceError, UnsupportedError
 from moe_replay.routing.arrays import as_array, check_holds_ids
-from moe_replay.transformers.record import RouterSite, chosen_ids, find_routers, in_backward
-
-Weigh = Callable[
-    [Any, Float[torch.Tensor, "rows experts"], Int64[torch.Tensor, "rows topk"]],
-    Float[torch.Tensor, "rows topk"],
-]
+from moe_replay.transformers.record import in_backward
+from moe_replay.transformers.routers.sites import RouterSite, find_routers
+from moe_replay.transformers.routers.station import tapped
 
 
 @contextmanager
@@ -44,25 +40,28 @@ def replay_routes(
     of traces. ``layers`` names the global decoder-layer index of each entry of the layer dim, as
     `RoutingTrace.layers` does; the model's routers must be among them. Rows with ``valid=False``
     are routed live, and their ids are never read. The weights of the experts come from the model's
-    current logits by its own score function, so the router keeps its gradient. With gradient
-    checkpointing the backward pass must run inside the scope too, since it recomputes the forward.
+    current logits by the router's own code, so it keeps its gradient. Every kind of router proves
+    itself at its first call in a scope. With gradient checkpointing the backward pass must run
+    inside the scope too, since it recomputes the forward.
 
     Example:
         >>> with replay_routes(model, trace.expert_ids, trace.valid, layers=trace.layers):
         ...     logits = model(torch.from_numpy(token_ids)[None]).logits
 
     Raises:
-        UnsupportedError: when the model is dense, or of a family whose score function is not known
-            here.
+        UnsupportedError: when the model is dense, or a router fails its proof, so that the weights
+            of replayed experts would be wrong.
         TraceError: when the routes cannot be routes of this model.
-        ReplayScopeError: when a forward has another number of rows, a router never ran, or
-            recomputation happened outside the scope.
+        ReplayScopeError: when a forward has another number of rows, a router never ran,
+            recomputation happened outside the scope, or another replay scope is open.
     """
     scope = _Scope(model, as_array(expert_ids), as_array(valid), tuple(layers))
-    with ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(scope.note_forward))
-        for site in scope.sites:
-            hooks.enter_context(site.module.register_forward_hook(partial(scope.force, site)))
+    with ExitStack() as stack:
+        # The modules around the layers, since the scope may be on a wrapper that does not run.
+        for path, module in model.named_modules():
+            if not any(part.isdigit() for part in path.split(".")):
+                stack.enter_context(module.register_forward_pre_hook(scope.note_forward))
+        stack.enter_context(tapped(model, scope.sites, scope))
         yield
         scope.check_consumed()
 
@@ -70,57 +69,54 @@ def replay_routes(
 class _Scope:
     """The routes of one scope, and how often each router took them."""
 
+    replaces = True
+
     def __init__(
         self, model: nn.Module, expert_ids: np.ndarray, valid: np.ndarray, layers: tuple[int, ...]
     ) -> None:
         self.sites = find_routers(model)
         if not self.sites:
             raise UnsupportedError(f"{type(model).__name__} is dense: it has no routes to replay")
-        for site in self.sites:
-            if type(site.module).__name__ not in _WEIGHTS:
-                raise UnsupportedError(
-                    f"router {site.path} is a {type(site.module).__name__}, replay knows {sorted(_WEIGHTS)}; without "
-                    "its score function the weights of replayed experts would be guessed"
-                )
         _check_routes(expert_ids, valid, layers, self.sites)
         # Copies: torch shares memory with an array, and those of a trace are read-only.
         self._ids = torch.from_numpy(np.array(expert_ids))
         self._valid = torch.from_numpy(np.array(valid))
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._column = {layer: column for column, layer in enumerate(layers)}
         self._num_forwards = {site.layer: 0 for site in self.sites}
         self._num_recomputed = 0
         self._checkpointed = False
 
-    def note_forward(self, model: nn.Module, args: Any) -> None:
-        """See whether this forward will be recomputed; a forward pre-hook of the model."""
+    def note_forward(self, module: nn.Module, args: Any) -> None:
+        """See whether this forward will be recomputed; a pre-hook of modules around the layers."""
         # Asked here, because reentrant checkpointing runs the layers themselves without gradients.
-        checkpointing = any(
-            getattr(module, "gradient_checkpointing", False) for module in model.modules()
-        )
-        self._checkpointed |= checkpointing and model.training and torch.is_grad_enabled()
+        if torch.is_grad_enabled() and not self._checkpointed:
+            self._checkpointed = any(
+                getattr(part, "gradient_checkpointing", False) and part.training
+                for part in module.modules()
+            )
 
-    def force(self, site: RouterSite, module: nn.Module, args: Any, output: Any) -> Any:
-        """Return a router's output with the replayed experts and their weights; a forward hook."""
-        live = chosen_ids(site, output)
-        logits, live_weights, _ = output
-        if len(live) != len(self._ids):
+    def choose(
+        self, site: RouterSite, ids: Integer[torch.Tensor, "rows topk"]
+    ) -> Integer[torch.Tensor, "rows topk"]:
+        """Return the replayed ids of one router's call; rows without a route keep their own."""
+        if len(ids) != len(self._ids):
             raise ReplayScopeError(
-                f"router {site.path} got {len(live)} rows, the scope holds routes for {len(self._ids)}; one scope "
+                f"router {site.path} got {len(ids)} rows, the scope holds routes for {len(self._ids)}; one scope "
                 "replays one batch: open a new one for another, and count padding rows in (valid=False)"
             )
-        weigh = _WEIGHTS[type(module).__name__]
-        if not torch.equal(weigh(module, logits.detach(), live), live_weights.detach()):
-            raise UnsupportedError(
-                f"router {site.path} ({type(module).__name__}) no longer weighs its experts as this version of "
-                "moe-replay knows it; replayed weights would be wrong"
-            )
-        recorded = self._ids[:, self._column[site.layer]].to(live.device, torch.int64)
-        ids = torch.where(self._valid.to(live.device)[:, None], recorded, live)
         if in_backward():
             self._num_recomputed += 1
         else:
             self._num_forwards[site.layer] += 1
-        return logits, weigh(module, logits, ids), ids
+        recorded, valid = self._routes_on(ids.device)
+        column = recorded[:, self._column[site.layer]].to(ids.dtype)
+        return torch.where(valid[:, None], column, ids)
+
+    def _routes_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._on_device:
+            self._on_device[device] = (self._ids.to(device), self._valid.to(device))
+        return self._on_device[device]
 
     def check_consumed(self) -> None:
         """Raise `ReplayScopeError` unless every router replayed, forward and recomputed."""
@@ -176,56 +172,3 @@ def _check_routes(
             "a valid row names one expert twice, which no router does: the buffer is zero-filled or padded; mark "
             "those rows valid=False"
         )
-
-
-def _weigh_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Softmax in float32, renormalised if the config says so, in the model's dtype.
-
-    Source: transformers 5, `Qwen3MoeTopKRouter.forward`; the Qwen2-MoE and OLMoE routers are the
-    same.
-    """
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, ids)
-    if router.norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights.to(logits.dtype)
-
-
-def _weigh_mixtral(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Softmax in float32, always renormalised, left in float32.
-
-    Source: transformers 5, `MixtralTopKRouter.forward`.
-    """
-    weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
-    return weights / weights.sum(dim=-1, keepdim=True)
-
-
-def _weigh_scaled_softmax(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Softmax in float32, scaled, never renormalised.
-
-    Source: transformers 5, `DeepseekV2TopkRouter.forward`; groups limit the choice, not the
-    weights.
-    """
-    weights = logits.softmax(dim=-1, dtype=torch.float32).gather(1, ids)
-    return weights * router.routed_scaling_factor
-
-
-def _weigh_sigmoid(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sigmoid without the expert bias, which only takes part in the choice; renormalised if set so.
-
-    Source: transformers 5, `DeepseekV3TopkRouter.forward`; the GLM-4-MoE router is the same.
-    """
-    weights = logits.sigmoid().gather(1, ids)
-    if router.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * router.routed_scaling_factor
-
-
-_WEIGHTS: dict[str, Weigh] = {
-    "Qwen3MoeTopKRouter": _weigh_softmax,
-    "Qwen2MoeTopKRouter": _weigh_softmax,
-    "OlmoeTopKRouter": _weigh_softmax,
-    "MixtralTopKRouter": _weigh_mixtral,
-    "DeepseekV2TopkRouter": _weigh_scaled_softmax,
-    "DeepseekV3TopkRouter": _weigh_sigmoid,
-    "Glm4MoeTopkRouter": _weigh_sigmoid,
-}
