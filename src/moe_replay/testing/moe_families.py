@@ -82,125 +82,126 @@ class Family:
     """Whether transformers keeps its router in float32 whatever the model's dtype is."""
 
 
-def _families() -> dict[str, Family]:
-    grouped = {**_MHA, "topk_method": "group_limited_greedy"}
-    plain = {
-        "afmoe": "AfmoeForCausalLM",
-        "aria": "AriaTextForCausalLM",
-        "beam": "BeamForCausalLM",
-        "cohere2_moe": "Cohere2MoeForCausalLM",
-        "dots1": "Dots1ForCausalLM",
-        "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
-        "exaone_moe": "ExaoneMoeForCausalLM",
-        "flex_olmo": "FlexOlmoForCausalLM",
-        "flint": "FlintForCausalLM",
-        "glm4_moe": "Glm4MoeForCausalLM",
-        "gpt_oss": "GptOssForCausalLM",
-        "granitemoe": "GraniteMoeForCausalLM",
-        "granitemoe_swa": "GraniteMoeSWAForCausalLM",
-        "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-        "granitemoeshared": "GraniteMoeSharedForCausalLM",
-        "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
-        "hy_v3": "HYV3ForCausalLM",
-        "hy_v4": "HYV4ForCausalLM",
-        "inkling": "InklingForCausalLM",
-        "jamba": "JambaForCausalLM",
-        "kimi_linear": "KimiLinearForCausalLM",
-        "kolibri1": "Kolibri1ForCausalLM",
-        "laguna": "LagunaForCausalLM",
-        "llama4": "Llama4ForCausalLM",
-        "mellum": "MellumForCausalLM",
-        "mimo_v2_flash": "MiMoV2FlashForCausalLM",
-        "minimax": "MiniMaxForCausalLM",
-        "minimax_m2": "MiniMaxM2ForCausalLM",
-        "mixtral": "MixtralForCausalLM",
-        "muse_spark": "MuseSparkTextModel",
-        "olmoe": "OlmoeForCausalLM",
-        "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
-        "phimoe": "PhimoeForCausalLM",
-        "qwen2_moe": "Qwen2MoeForCausalLM",
-        "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
-        "qwen3_moe": "Qwen3MoeForCausalLM",
-        "qwen3_next": "Qwen3NextForCausalLM",
-        "qwen3_omni_moe": "Qwen3OmniMoeThinkerTextModel",
-        "qwen3_vl_moe": "Qwen3VLMoeTextModel",
-        "solar_open": "SolarOpenForCausalLM",
-        "step3p7": "Step3p7TextModel",
-    }
-    with_heads = {
-        "axk1": "AXK1ForCausalLM",
-        "axk2": "AXK2ForCausalLM",
-        "bailing_hybrid": "BailingHybridForCausalLM",
-        "deepseek_v3": "DeepseekV3ForCausalLM",
-        "deepseek_v32": "DeepseekV32ForCausalLM",
-        "dots3_note": "Dots3NoteForCausalLM",
-        "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
-        "glm_moe_dsa": "GlmMoeDsaForCausalLM",
-        "longcat_flash": "LongcatFlashForCausalLM",
-        "mistral4": "Mistral4ForCausalLM",
-        "mistral_large4": "MistralLarge4TextModel",
-        "unlimited_ocr": "UnlimitedOcrTextModel",
-    }
-    return {
-        **{name: Family(model=model) for name, model in plain.items()},
-        **{name: Family(model=model, fields=_MHA) for name, model in with_heads.items()},
-        "dbrx": Family(
-            model="DbrxForCausalLM",
-            fields={
-                "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-                "ffn_config": {
-                    "hidden_size": 32,
-                    "ffn_hidden_size": 32,
-                    "moe_num_experts": 8,
-                    "moe_top_k": 2,
-                },
+_GROUPED = {**_MHA, "topk_method": "group_limited_greedy"}
+_PLAIN = {
+    "afmoe": "AfmoeForCausalLM",
+    "aria": "AriaTextForCausalLM",
+    "beam": "BeamForCausalLM",
+    "cohere2_moe": "Cohere2MoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "exaone_moe": "ExaoneMoeForCausalLM",
+    "flex_olmo": "FlexOlmoForCausalLM",
+    "flint": "FlintForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoe_swa": "GraniteMoeSWAForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    "hy_v3": "HYV3ForCausalLM",
+    "hy_v4": "HYV4ForCausalLM",
+    "inkling": "InklingForCausalLM",
+    "jamba": "JambaForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "kolibri1": "Kolibri1ForCausalLM",
+    "laguna": "LagunaForCausalLM",
+    "llama4": "Llama4ForCausalLM",
+    "mellum": "MellumForCausalLM",
+    "mimo_v2_flash": "MiMoV2FlashForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "muse_spark": "MuseSparkTextModel",
+    "olmoe": "OlmoeForCausalLM",
+    "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
+    "phimoe": "PhimoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerTextModel",
+    "qwen3_vl_moe": "Qwen3VLMoeTextModel",
+    "solar_open": "SolarOpenForCausalLM",
+    "step3p7": "Step3p7TextModel",
+}
+_WITH_HEADS = {
+    "axk1": "AXK1ForCausalLM",
+    "axk2": "AXK2ForCausalLM",
+    "bailing_hybrid": "BailingHybridForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "dots3_note": "Dots3NoteForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "longcat_flash": "LongcatFlashForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
+    "mistral_large4": "MistralLarge4TextModel",
+    "unlimited_ocr": "UnlimitedOcrTextModel",
+}
+_SPECIAL: dict[str, Family] = {
+    "dbrx": Family(
+        model="DbrxForCausalLM",
+        fields={
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {
+                "hidden_size": 32,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 8,
+                "moe_top_k": 2,
             },
-            without={"autocast": "its attention cannot run under autocast"},
-        ),
-        "deepseek_ocr2": Family(model="DeepseekOcr2TextModel", fields=grouped),
-        "deepseek_v2": Family(model="DeepseekV2ForCausalLM", fields=grouped),
-        # Its first layer takes experts by token: nothing is chosen there, and nothing replayed.
-        "deepseek_v4": Family(
-            model="DeepseekV4ForCausalLM",
-            fields={"mlp_layer_types": ["hash_moe", "moe"]},
-        ),
-        "diffusion_gemma": Family(
-            model="DiffusionGemmaEncoderTextModel",
-            without={"checkpointing": "transformers has no checkpointing for it"},
-        ),
-        "ernie4_5_vl_moe": Family(
-            model="Ernie4_5_VLMoeTextModel",
-            fields={"moe_intermediate_size": [16, 16], "rope_parameters": _ROPE},
-        ),
-        "gemma4": Family(model="Gemma4ForCausalLM", fields={"enable_moe_block": True}),
-        "glm4v_moe": Family(model="Glm4vMoeTextModel", fields={"rope_parameters": _ROPE}),
-        "glm5_next": Family(
-            model="Glm5NextTextModel", fields={**_MHA, "qk_rope_head_dim": 0, "index_kpool": 4}
-        ),
-        "inkling2": Family(model="Inkling2ForCausalLM", float32_router=True),
-        "lfm2_moe": Family(
-            model="Lfm2MoeForCausalLM", fields={"layer_types": ["conv", "full_attention"]}
-        ),
-        "minimax_m3_vl": Family(model="MiniMaxM3VLTextModel", fields={"rotary_dim": 8}),
-        "nemotron_h": Family(
-            model="NemotronHForCausalLM",
-            fields={"layer_types": ["moe", "full_attention", "moe"], "num_hidden_layers": 3},
-        ),
-        "qwen4_exp": Family(
-            model="Qwen4ExpForCausalLM",
-            fields={
-                "indexer_n_heads": 2,
-                "indexer_kv_heads": 1,
-                "indexer_head_dim": 8,
-                "indexer_budget": 8,
-                "indexer_compress_ratio": 2,
-            },
-        ),
-        "zaya": Family(model="ZayaForCausalLM", fields={"num_experts_per_tok": 1}),
-    }
+        },
+        without={"autocast": "its attention cannot run under autocast"},
+    ),
+    "deepseek_ocr2": Family(model="DeepseekOcr2TextModel", fields=_GROUPED),
+    "deepseek_v2": Family(model="DeepseekV2ForCausalLM", fields=_GROUPED),
+    # Its first layer takes experts by token: nothing is chosen there, and nothing replayed.
+    "deepseek_v4": Family(
+        model="DeepseekV4ForCausalLM",
+        fields={"mlp_layer_types": ["hash_moe", "moe"]},
+    ),
+    "diffusion_gemma": Family(
+        model="DiffusionGemmaEncoderTextModel",
+        without={"checkpointing": "transformers has no checkpointing for it"},
+    ),
+    "ernie4_5_vl_moe": Family(
+        model="Ernie4_5_VLMoeTextModel",
+        fields={"moe_intermediate_size": [16, 16], "rope_parameters": _ROPE},
+    ),
+    "gemma4": Family(model="Gemma4ForCausalLM", fields={"enable_moe_block": True}),
+    "glm4v_moe": Family(model="Glm4vMoeTextModel", fields={"rope_parameters": _ROPE}),
+    "glm5_next": Family(
+        model="Glm5NextTextModel", fields={**_MHA, "qk_rope_head_dim": 0, "index_kpool": 4}
+    ),
+    "inkling2": Family(model="Inkling2ForCausalLM", float32_router=True),
+    "lfm2_moe": Family(
+        model="Lfm2MoeForCausalLM", fields={"layer_types": ["conv", "full_attention"]}
+    ),
+    "minimax_m3_vl": Family(model="MiniMaxM3VLTextModel", fields={"rotary_dim": 8}),
+    "nemotron_h": Family(
+        model="NemotronHForCausalLM",
+        fields={"layer_types": ["moe", "full_attention", "moe"], "num_hidden_layers": 3},
+    ),
+    "qwen4_exp": Family(
+        model="Qwen4ExpForCausalLM",
+        fields={
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        },
+    ),
+    "zaya": Family(model="ZayaForCausalLM", fields={"num_experts_per_tok": 1}),
+}
 
-
-MOE_FAMILIES: dict[str, Family] = dict(sorted(_families().items()))
+_ALL = {
+    **{name: Family(model=model) for name, model in _PLAIN.items()},
+    **{name: Family(model=model, fields=_MHA) for name, model in _WITH_HEADS.items()},
+    **_SPECIAL,
+}
+MOE_FAMILIES: dict[str, Family] = dict(sorted(_ALL.items()))
 """Folder of transformers.models -> how to build a tiny model of its family."""
 
 
