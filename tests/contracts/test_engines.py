@@ -98,6 +98,25 @@ def test_a_completion_of_one_token_has_prompt_routes_only(case, engine):
         assert completion.trace.valid.tolist() == [True] * len(request.prompt_ids) + [False]
 
 
+def test_a_limit_of_a_request_ends_its_own_completions_alone(case, engine):
+    requests = mixed_requests(case)
+    limits = [3, None, 1, 5, None, 99]
+    limited = [
+        replace(request, max_completion_length=limit)
+        for request, limit in zip(requests, limits, strict=True)
+    ]
+    free = engine.generate(requests, SAMPLING)
+    for group, request, limit in zip(engine.generate(limited, SAMPLING), free, limits, strict=True):
+        check_group(group, engine.description)
+        for ours, theirs in zip(group.completions, request.completions, strict=True):
+            most = min(limit or 20, 20)
+            assert ends_as_it_says(ours, {1}, most)
+            if case.exact:
+                assert ours.token_ids.tolist() == theirs.token_ids[:most].tolist()
+    # The control: without limits some completions are longer.
+    assert max(len(c.token_ids) for c in free[0].completions) > 3
+
+
 def test_only_the_last_row_has_no_route(groups):
     for request, completion in completions_of(groups):
         rows = len(request.prompt_ids) + len(completion.token_ids)

@@ -65,10 +65,13 @@ def check_requests(
                 f"{where} has token ids {prompt.min()} to {prompt.max()}, expected 0 to "
                 f"{vocab_size - 1}; the tokenizer belongs to another model"
             )
-        if len(prompt) + sampling.max_completion_length > room:
+        limit = request.sampling(sampling).max_completion_length
+        if limit < 1:
+            raise EngineError(f"{where} has max_completion_length {limit}, expected at least 1")
+        if len(prompt) + limit > room:
             raise EngineError(
                 f"{where}: a prompt of {len(prompt)} tokens and max_completion_length "
-                f"{sampling.max_completion_length} exceed the context of {room} tokens; shorten one "
+                f"{limit} exceed the context of {room} tokens; shorten one "
                 "of them"
             )
 
@@ -99,7 +102,7 @@ def check_groups(
         for number, completion in enumerate(group.completions):
             _check_asked(
                 completion,
-                sampling,
+                request.sampling(sampling),
                 where=f"{where}, completion {number}",
                 vocab_size=vocab_size,
                 policy_versions=policy_versions,

@@ -134,6 +134,7 @@ class FakeEngine(VersionedEngine):
         self._position_scores = rng.random((_NUM_POSITIONS, *shape))
 
     def _complete(self, request: Request, number: int, sampling: SamplingParams) -> Completion:
+        sampling = request.sampling(sampling)
         noise = completion_noise(
             seed=sampling.seed,
             request_id=request.request_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -47,6 +47,16 @@ class Request:
     """``[prompt]`` token ids as the engine must see them; nothing is added to them."""
     num_generations: int
     """Completions wanted."""
+    max_completion_length: int | None = None
+    """Limit of these completions where it is below that of the call: a later turn has only what is
+    left of its conversation's."""
+
+    def sampling(self, of_call: SamplingParams) -> SamplingParams:
+        """Return how these completions are sampled in a call."""
+        if self.max_completion_length is None:
+            return of_call
+        limit = min(self.max_completion_length, of_call.max_completion_length)
+        return replace(of_call, max_completion_length=limit)
 
     def sequence(self, token_ids: Int32[np.ndarray, " completion"]) -> Int32[np.ndarray, " tokens"]:
         """Return prompt and completion as one array: the tokens that a trace covers."""

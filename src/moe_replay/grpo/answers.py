@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.run import Run
+from moe_replay.grpo.types import Conversation
 from moe_replay.recipe.sections.rollout import FilesEngineSection
 from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
@@ -83,19 +84,27 @@ def ask_rewards(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     texts: Sequence[str],
+    conversations: Sequence[Conversation] = (),
 ) -> ScoredBatch:
     """Return the scores of this rank's completions; one without a token has none, and is not shown.
+
+    Of a conversation reward functions see the last turn as text, and the sampled tokens of all
+    turns; its environment's own score stands beside theirs.
 
     Raises:
         RewardError: on every rank, when a reward function fails on any of them.
         StepDropped: on every rank, when one of them was asked to stop.
     """
     written = [index for index, c in enumerate(completions) if len(c.token_ids)]
+    # An answer that the prompt begins is one text to a reward.
+    shown = [prompt.prefill + text for prompt, text in zip(prompts, texts, strict=True)]
+    for index, talk in enumerate(conversations):
+        if len(talk.turns) > 1:
+            shown[index] = talk.turns[-1].text
     batch = run.droppable(
         lambda: run.inputs.rewards.score(
             [prompts[index] for index in written],
-            # An answer that the prompt begins is one text to a reward.
-            [prompts[index].prefill + texts[index] for index in written],
+            [shown[index] for index in written],
             [completions[index].sampled_ids for index in written],
         )
     )
@@ -105,7 +114,25 @@ def ask_rewards(
         every[written] = scores
         return every
 
-    return ScoredBatch(
+    scored = ScoredBatch(
         scores={name: of_all(scores) for name, scores in batch.scores.items()},
         total=of_all(batch.total),
     )
+    return _with_environment(run, scored, conversations)
+
+
+def _with_environment(
+    run: Run, scored: ScoredBatch, conversations: Sequence[Conversation]
+) -> ScoredBatch:
+    """Return scores with those of the environment; a total of none but NaN stays NaN."""
+    environment = run.inputs.environment
+    if environment is None or not environment.process.description.has_reward:
+        return scored
+    earned = np.array([talk.reward for talk in conversations], dtype=np.float64)
+    weighted = earned * environment.section.weight
+    total = np.where(
+        np.isnan(scored.total),
+        weighted,
+        np.where(np.isnan(weighted), scored.total, scored.total + weighted),
+    )
+    return ScoredBatch(scores={**scored.scores, environment.section.name: earned}, total=total)

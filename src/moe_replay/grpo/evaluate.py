@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,9 @@ from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.records import EvalRecord
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.stopping import StepDropped
+from moe_replay.grpo.turns import converse
+from moe_replay.grpo.types import Conversation
+from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 EVAL_REQUESTS = 1 << 40
@@ -45,11 +49,18 @@ def evaluate(run: Run) -> None:
             recipe_sampling(run.recipe), temperature=settings.temperature, top_p=1.0, top_k=0
         )
         try:
-            groups, _ = ask_engine(run, requests, sampling)
+            conversations: tuple[Conversation, ...] = ()
+            if run.inputs.environment is None:
+                groups, _ = ask_engine(run, requests, sampling)
+            else:
+                mine = [prompts[index] for index in own]
+                talks = converse(run, mine, requests, sampling, ask=ask_engine)
+                groups, conversations = talks.groups, talks.conversations
+                prompts = _replaced(prompts, own, talks.prompts)
             completions = [completion for group in groups for completion in group.completions]
             asked = [prompts[index] for index in own for _ in range(settings.num_generations)]
             texts = [run.decode(completion) for completion in completions]
-            batch = ask_rewards(run, asked, completions, texts)
+            batch = ask_rewards(run, asked, completions, texts, conversations)
         except StepDropped:
             return
         tally = _tally(batch)
@@ -63,10 +74,18 @@ def evaluate(run: Run) -> None:
             texts=texts,
             rewards=batch.scores,
             totals=batch.total,
+            conversations=conversations,
         )
     record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
     run.reporter.evaluation(record, kept)
     run.evaluation_is_owed = False
+
+
+def _replaced(
+    prompts: Sequence[Prompt], own: Sequence[int], changed: Sequence[Prompt]
+) -> list[Prompt]:
+    by_index = dict(zip(own, changed, strict=True))
+    return [by_index.get(index, prompt) for index, prompt in enumerate(prompts)]
 
 
 def _tally(batch: ScoredBatch) -> Tally:

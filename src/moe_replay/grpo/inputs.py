@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int32
 
 from moe_replay.checkpoint.config import count_experts, read_config_json, refuse_nested
+from moe_replay.checkpoint.facts import read_facts
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.environment import EnvironmentSection
 from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
+from moe_replay.tasks.completion_text import exact_text
 from moe_replay.tasks.datasets.arrow_rows import read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache, Progress
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.datasets.files import dataset_files
-from moe_replay.tasks.encoding import PromptEncoder
+from moe_replay.tasks.encoding import Prompt, PromptEncoder
+from moe_replay.tasks.environments.client import EnvironmentProcess
+from moe_replay.tasks.environments.loading import check_columns
+from moe_replay.tasks.environments.template import TurnTemplate
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import (
     GeneratedPrompts,
@@ -34,6 +43,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenEnvironment:
+    """The environment of a run: its process, and how its messages become tokens."""
+
+    section: EnvironmentSection
+    """``[environment]``."""
+    process: EnvironmentProcess
+    """Where it runs."""
+    encoder: PromptEncoder
+    """How a prompt to which it added becomes tokens."""
+    template: TurnTemplate
+    """How its messages become tokens."""
+
+    def encoded(self, prompt: Prompt, added: str | list[dict[str, str]] | None) -> Prompt:
+        """Return a prompt with what the environment adds: a text at its end, or a chat instead.
+
+        Raises:
+            RecipeError: the prompt is too long with it.
+        """
+        if added is None:
+            return prompt
+        given = prompt.given
+        assert given is not None
+        added_to = _with_text(given.prompt, added) if isinstance(added, str) else added
+        given = replace(given, prompt=added_to, where=f"{given.where}, after reset")
+        longer = self.encoder.encode(given)
+        if longer is None:
+            raise RecipeError(
+                f"{given.where}: the prompt is longer than data.max_prompt_length with what reset "
+                "adds, and can no longer be omitted: raise the limit"
+            )
+        return replace(longer, given=prompt.given)
+
+
+def _with_text(prompt: Any, text: str) -> Any:
+    """Append a text to the last message of a prompt, as TRL does."""
+    if isinstance(prompt, str):
+        return prompt + text
+    last = prompt[-1]
+    content = last["content"]
+    if isinstance(content, list):
+        return [*prompt[:-1], {**last, "content": [*content, {"type": "text", "text": text}]}]
+    return [*prompt[:-1], {**last, "content": content + text}]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """Everything outside the model that a run reads."""
 
@@ -45,12 +99,20 @@ class Inputs:
     """Prompts to evaluate on; None without ``data.eval``."""
     rewards: RewardSet
     """Reward functions, whose columns both sources have."""
+    environment: OpenEnvironment | None
+    """What the model acts in over several turns; None where each completion is one turn."""
     notes: tuple[str, ...]
     """What is worth knowing about the datasets, one sentence each."""
 
     def close(self) -> None:
-        """End the process of the reward functions."""
+        """End the processes of the reward functions and of environments."""
         self.rewards.close()
+        if self.environment is not None:
+            self.environment.process.close()
+
+    def text(self, token_ids: Int32[np.ndarray, " tokens"]) -> str:
+        """Return what tokens say, special tokens included."""
+        return exact_text(self.tokenizer, token_ids.tolist())
 
 
 def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
@@ -63,20 +125,44 @@ def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
     """
     check_checkpoint_config(recipe)
     with ExitStack() as closing:
-        rewards = closing.enter_context(RewardSet.load(recipe.rewards, folders=[str(Path.cwd())]))
-        inputs = _open_prompts(recipe, rewards, progress)
+        folders = [str(Path.cwd())]
+        rewards = closing.enter_context(RewardSet.load(recipe.rewards, folders=folders))
+        process = None
+        if recipe.environment is not None:
+            process = closing.enter_context(EnvironmentProcess(recipe.environment, folders))
+            _check_scored(recipe, process)
+        inputs = _open_prompts(recipe, rewards, process, progress)
         closing.pop_all()
     return inputs
 
 
-def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None) -> Inputs:
+def _check_scored(recipe: Recipe, process: EnvironmentProcess) -> None:
+    if not recipe.rewards and not process.description.has_reward:
+        raise RecipeError(
+            f"nothing scores completions: {process.description.name} has no get_reward, and there is no "
+            "[[rewards]] table: add one of the two"
+        )
+
+
+def _open_prompts(
+    recipe: Recipe,
+    rewards: RewardSet,
+    process: EnvironmentProcess | None,
+    progress: Progress | None,
+) -> Inputs:
     """Open tokenizer and datasets, and check that these have what the reward functions need."""
     tokenizer = load_tokenizer(recipe.model.path)
     check_tokenizer(tokenizer, recipe.model.path)
     data = recipe.data
     check_arguments(data.chat_template_kwargs, "data.chat_template_kwargs")
-    encoder = PromptEncoder(tokenizer=tokenizer, data=data)
+    encoder = PromptEncoder(
+        tokenizer=tokenizer,
+        data=data,
+        tools=() if process is None else process.description.tools,
+        keeps_given=process is not None,
+    )
     encoder.check()
+    environment = None if process is None else _open_environment(recipe, process, encoder)
     cache = DatasetCache(data.cache_dir or _default_cache(), progress=progress)
     held_out = _open_held_out(recipe, encoder, cache)
     train = _open_train(recipe, encoder, held_out, cache)
@@ -85,10 +171,37 @@ def _open_prompts(recipe: Recipe, rewards: RewardSet, progress: Progress | None)
     for key, source in (("data.train", train), ("data.eval", held_out)):
         if source is not None:
             rewards.check(source)
+            if process is not None:
+                check_columns(process.description, source.columns, key)
             notes += _gaps(key, source, rewards)
     return Inputs(
-        tokenizer=tokenizer, train=train, held_out=held_out, rewards=rewards, notes=tuple(notes)
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        rewards=rewards,
+        environment=environment,
+        notes=tuple(notes),
     )
+
+
+def _open_environment(
+    recipe: Recipe, process: EnvironmentProcess, encoder: PromptEncoder
+) -> OpenEnvironment:
+    section = recipe.environment
+    assert section is not None
+    if not encoder.has_template:
+        raise RecipeError(
+            f"[environment] needs a chat template, which says how turns follow each other, and the "
+            f"tokenizer of {recipe.model.path} has none: add chat_template.jinja to the model directory"
+        )
+    ends = {*read_facts(recipe.model.path).eos_ids, *recipe.rollout.stop_token_ids}
+    template = TurnTemplate(
+        encoder.tokenizer,
+        end_ids=ends,
+        tools=process.description.tools,
+        arguments=recipe.data.chat_template_kwargs,
+    )
+    return OpenEnvironment(section=section, process=process, encoder=encoder, template=template)
 
 
 def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
@@ -122,6 +235,12 @@ def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
             size = "generated without end" if endless else f"{source.num_prompts} prompts"
             lines.append(f"{name}: {location}, {size}")
     rewards = [f"{reward.name} x {reward.weight:g}" for reward in recipe.rewards]
+    if inputs.environment is not None:
+        section, offers = inputs.environment.section, inputs.environment.process.description
+        tools = [tool["function"]["name"] for tool in offers.tools]
+        what = f"tools {', '.join(tools)}" if tools else section.form
+        lines.append(f"environment: {section.name} ({what}), at most {section.max_turns} turns")
+        rewards += [f"{section.name} x {section.weight:g}"] * offers.has_reward
     return [*lines, f"rewards: {', '.join(rewards)}"]
 
 

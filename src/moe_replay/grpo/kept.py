@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Float64
 from moe_replay.engines.types import RolloutGroup
 from moe_replay.grpo.records import CompletionRecord
 from moe_replay.grpo.run import Run
+from moe_replay.grpo.types import Conversation
 from moe_replay.tasks.encoding import Prompt
 
 _RECORD_BYTES = 1024  # of a record beside its texts and columns, generously
@@ -28,6 +30,7 @@ def kept_completions(
     totals: Float64[np.ndarray, " completions"],
     advantages: Float64[np.ndarray, "prompts generations"] | None = None,
     dropped: Mapping[int, str] | None = None,
+    conversations: Sequence[Conversation] = (),
 ) -> list[CompletionRecord]:
     """Return the first ``logging.completions`` of all ranks in prompt order, on rank 0; collective.
 
@@ -58,6 +61,9 @@ def kept_completions(
                     policy_version=completion.policy_version,
                     server=completion.server,
                     dropped=dropped.get(index),
+                    turns=[asdict(part) for part in conversations[row].parts]
+                    if conversations
+                    else None,
                 )
                 records.append((index, record))
             row += 1
@@ -69,7 +75,7 @@ def kept_completions(
 def _num_bytes(entry: tuple[int, CompletionRecord]) -> int:
     """Return about how long a message with a record is; columns count as long as their text."""
     record = entry[1]
-    texts = (record.prompt, record.completion, str(record.columns))
+    texts = (record.prompt, record.completion, str(record.columns), str(record.turns or ""))
     return sum(4 * len(text) for text in texts) + _RECORD_BYTES
 
 

@@ -11,7 +11,7 @@ from moe_replay.grpo.loss.corrections import correction_tally, effective_size
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.types import OldScores, Rollout, Scored, Update
+from moe_replay.grpo.types import Conversation, OldScores, Rollout, Scored, Update
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import GrpoSection
 from moe_replay.routing import Coverage
@@ -26,19 +26,7 @@ def step_record(
     # engine.
     dropped = old.judged.dropped_here(old.batch)
     own = [s for s in old.batch.samples if s.reported_here and s.sample_id not in dropped]
-    endings = completion_tally(
-        [len(completion.sampled_ids) for completion in rollout.completions],
-        [completion.finish_reason for completion in rollout.completions],
-        overlong_filter=run.recipe.grpo.overlong_filter,
-    )
-    tally = Tally.merge([_gap_tally(run, old, own), endings])
-    # Our engines never draw them; those of others may.
-    unknown = sum(int((c.sampled_ids >= run.num_known_ids).sum()) for c in rollout.completions)
-    tally.add_sum("completions/unknown_tokens", unknown)
-    if run.recipe.rollout.stop:
-        tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
-    if run.may_be_stale:
-        tally = Tally.merge([tally, _staleness(rollout)])
+    tally = Tally.merge([_gap_tally(run, old, own), _rollout_tally(run, rollout)])
     for sample in own:
         entropies = old.scored[sample.sample_id].entropies
         tally.add_mean("entropy/mean", total=float(entropies.sum()), count=len(entropies))
@@ -63,6 +51,7 @@ def step_record(
         totals=scored.totals.reshape(-1),
         advantages=scored.advantages,
         dropped=old.judged.dropped,
+        conversations=rollout.conversations,
     )
     run.journal.warn_of_changes(_notices(run.recipe, metrics))
     record = StepRecord(
@@ -82,6 +71,43 @@ def _gap_tally(run: Run, old: OldScores, own: Sequence[Sample]) -> Tally:
         [sample.rollout_logprobs for sample in own],
     )
     return Tally.merge([engine_gap(*compared), correction_tally(*compared, run.recipe.grpo)])
+
+
+def _rollout_tally(run: Run, rollout: Rollout) -> Tally:
+    """Tally what this rank sampled: lengths, ends, turns and age."""
+    tally = completion_tally(
+        [len(completion.sampled_ids) for completion in rollout.completions],
+        [completion.finish_reason for completion in rollout.completions],
+        overlong_filter=run.recipe.grpo.overlong_filter,
+    )
+    # Our engines never draw them; those of others may.
+    unknown = sum(int((c.sampled_ids >= run.num_known_ids).sum()) for c in rollout.completions)
+    tally.add_sum("completions/unknown_tokens", unknown)
+    if run.recipe.rollout.stop:
+        tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
+    if run.may_be_stale:
+        tally = Tally.merge([tally, _staleness(rollout)])
+    return Tally.merge([tally, _turns(rollout.conversations)])
+
+
+def _turns(conversations: Sequence[Conversation]) -> Tally:
+    """Tally the turns of conversations, and the calls of tools in them.
+
+    Source of ``tools/call_frequency`` (calls a completion) and ``tools/failure_frequency``
+    (failures a call): TRL, ``GRPOTrainer``.
+    """
+    tally = Tally()
+    for talk in conversations:
+        count = len(talk.turns)
+        tally.add_mean("num_turns/mean", total=count)
+        tally.add_min("num_turns/min", count)
+        tally.add_max("num_turns/max", count)
+        tally.add_mean("num_turns/limit_ratio", total=talk.met_limit)
+        given = sum(part.num_tokens for part in talk.parts if part.by == "environment")
+        tally.add_mean("completions/environment_tokens", total=given)
+        tally.add_mean("tools/call_frequency", total=talk.num_calls)
+        tally.add_mean("tools/failure_frequency", total=talk.num_failed, count=talk.num_calls)
+    return tally
 
 
 def _staleness(rollout: Rollout) -> Tally:

@@ -72,6 +72,9 @@ class CompletionRecord:
     dropped: str | None = None
     """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or
     ``lost`` (drift has left too little of them); usually None."""
+    turns: Sequence[Mapping[str, Any]] | None = None
+    """What policy and environment said in turn: ``by``, ``text``, ``num_tokens``; None without an
+    environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ def rate_completions(run: Run, rollout: Rollout) -> Rated:
     generations = run.recipe.rollout.num_generations
     prompts = [rollout.prompts[index] for index in rollout.own for _ in range(generations)]
     texts = [run.decode(completion) for completion in rollout.completions]
-    batch = ask_rewards(run, prompts, rollout.completions, texts)
+    batch = ask_rewards(run, prompts, rollout.completions, texts, rollout.conversations)
     rewards = {name: scores.reshape(-1, generations) for name, scores in batch.scores.items()}
     totals = batch.total.reshape(-1, generations)
     aborted = np.array([c.finish_reason is FinishReason.ABORTED for c in rollout.completions])

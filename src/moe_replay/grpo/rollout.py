@@ -21,7 +21,8 @@ from moe_replay.grpo.ahead import ROLLOUT_FOLDER, load_groups
 from moe_replay.grpo.answers import ask_engine, check_answer, end_at_stops
 from moe_replay.grpo.engines import recipe_sampling, training_request
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.types import Rollout
+from moe_replay.grpo.turns import converse
+from moe_replay.grpo.types import Conversation, Rollout
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Routing, RoutingTrace
@@ -51,7 +52,16 @@ def roll_out(run: Run, num_prompts: int) -> Rollout:
             lambda: _checked(run, run.ahead.wait(), requests, trained_at=run.policy_version)
         )
     held = run.ahead.take()
-    if held is None:
+    conversations: tuple[Conversation, ...] = ()
+    if run.inputs.environment is not None:
+        mine = [prompts[index] for index in own]
+        talks = converse(run, mine, requests, recipe_sampling(recipe), ask=ask_engine)
+        groups, num_cut, conversations = talks.groups, talks.num_cut, talks.conversations
+        # An environment may have added to prompts, which every rank of a replica trains on.
+        begun = run.ranks.gather(dict(zip(own, talks.prompts, strict=True)))
+        added = {index: prompt for part in begun for index, prompt in part.items()}
+        prompts = [added[index] for index in range(len(prompts))]
+    elif held is None:
         groups, num_cut = ask_engine(run, requests, recipe_sampling(recipe))
     else:
         groups, num_cut = end_at_stops(run, held)
@@ -71,6 +81,7 @@ def roll_out(run: Run, num_prompts: int) -> Rollout:
         traces=traces,
         num_cut=num_cut,
         policy_version=run.policy_version,
+        conversations=conversations,
     )
 
 

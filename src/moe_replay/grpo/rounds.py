@@ -6,14 +6,17 @@ In: what was sampled in each round, with its rewards. Out: the prompts that the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from moe_replay.grpo.advantage import GroupAdvantages, gdpo_advantages, group_advantages
 from moe_replay.grpo.types import Rated, Rollout
 from moe_replay.recipe.recipe import Recipe
+
+T = TypeVar("T")
 
 
 class Rounds:
@@ -89,6 +92,8 @@ def compared(recipe: Recipe, rated: Rated) -> GroupAdvantages:
     scale = recipe.grpo.scale_rewards
     if scale == "gdpo":
         weights = {reward.name: reward.weight for reward in recipe.rewards}
+        if recipe.environment is not None and recipe.environment.name in rated.every_reward:
+            weights[recipe.environment.name] = recipe.environment.weight
         return gdpo_advantages(rated.every_reward, weights, counts=rated.counts)
     totals = rated.every_total
     return group_advantages(
@@ -115,6 +120,7 @@ def _joined(rounds: Sequence[Rated]) -> Rated:
         },
         num_cut=sum(r.num_cut for r in rollouts),
         policy_version=rollouts[0].policy_version,
+        conversations=tuple(talk for r in rollouts for talk in r.conversations),
     )
     names = rounds[0].rewards
     return Rated(
@@ -137,6 +143,11 @@ def _only(rated: Rated, kept: Sequence[int]) -> Rated:
     rows = [row for row, index in enumerate(rollout.own) if index in new]
     generations = rated.totals.shape[1]
     groups = tuple(rollout.groups[row] for row in rows)
+
+    def chosen(values: Sequence[T]) -> Iterator[T]:
+        for row in rows:
+            yield from values[row * generations : (row + 1) * generations]
+
     return Rated(
         rollout=replace(
             rollout,
@@ -148,12 +159,9 @@ def _only(rated: Rated, kept: Sequence[int]) -> Rated:
                 for (index, number), trace in rollout.traces.items()
                 if index in new
             },
+            conversations=tuple(chosen(rollout.conversations)),
         ),
-        texts=tuple(
-            text
-            for row in rows
-            for text in rated.texts[row * generations : (row + 1) * generations]
-        ),
+        texts=tuple(chosen(rated.texts)),
         rewards={name: scores[rows] for name, scores in rated.rewards.items()},
         totals=rated.totals[rows],
         every_reward={name: scores[kept] for name, scores in rated.every_reward.items()},

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -53,6 +53,39 @@ from moe_replay.tasks.encoding import Prompt
 
 MISALIGNED, LOST = "misaligned", "lost"
 """Why the guard keeps a sample out of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one side said in a conversation."""
+
+    by: Literal["policy", "environment"]
+    """Who."""
+    text: str
+    """Of the environment: with what the chat template puts around it."""
+    num_tokens: int
+    """Its tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What is known of a conversation in an environment beside its tokens."""
+
+    parts: tuple[Part, ...]
+    """After the prompt, in order."""
+    num_calls: int
+    """Calls of tools; of an environment that is stepped, its steps."""
+    num_failed: int
+    """Those that failed, or could not be read."""
+    met_limit: bool
+    """Whether ``environment.max_turns`` ended it."""
+    reward: float
+    """Of its environment, before the weight; NaN where that has no opinion or gives none."""
+
+    @property
+    def turns(self) -> list[Part]:
+        """What the policy said."""
+        return [part for part in self.parts if part.by == "policy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +104,8 @@ class Rollout:
     """Tokens of this rank that the engine sampled after a stop string, and that were cut off."""
     policy_version: int
     """Weight pushes when the step began: what learns from it. Completions may be older."""
+    conversations: tuple[Conversation, ...] = ()
+    """One for each of `completions`, where there is an environment."""
 
     @property
     def completions(self) -> list[Completion]:

@@ -210,7 +210,10 @@ def _validate_sections(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     sections: dict[str, Any] = {}
     for name in FIELDS:
         if name == "rewards":
-            entries, found = _validate_rewards(table.get("rewards", []))
+            needed = "environment" not in table
+            entries, found = _validate_rewards(table.get("rewards", []), needed=needed)
+        elif name not in table and Recipe.model_fields[name].get_default() is None:
+            entries, found = None, []
         else:
             entries, found = _validate(name, table.get(name, {}), name)
         problems += found
@@ -219,7 +222,12 @@ def _validate_sections(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     return sections, problems
 
 
-def _validate_rewards(entries: Any) -> tuple[tuple[Section | None, ...], list[Problem]]:
+def _validate_rewards(
+    entries: Any, *, needed: bool
+) -> tuple[tuple[Section | None, ...], list[Problem]]:
+    if entries == [] and not needed:
+        # An environment may score what was done in it.
+        return (), []
     if not isinstance(entries, list) or not entries:
         return (), [
             Problem(

@@ -19,6 +19,7 @@ from moe_replay.recipe.bearer import without_secrets
 from moe_replay.recipe.rule import Problem
 from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
+from moe_replay.recipe.sections.environment import EnvironmentSection
 from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.run import (
@@ -59,7 +60,8 @@ class Recipe(Section):
     run: RunSection
     model: ModelSection
     data: DataSection
-    rewards: Annotated[tuple[RewardSection, ...], Field(strict=False, min_length=1)]
+    rewards: Annotated[tuple[RewardSection, ...], Field(strict=False)] = ()
+    environment: EnvironmentSection | None = None
     rollout: SerializeAsAny[RolloutSection]
     replay: ReplaySection = Field(default_factory=ReplaySection)
     batch: BatchSection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ class Prompt:
     empty."""
     num_cut: int = 0
     """Tokens removed from the start of the prompt."""
+    given: PromptInput | None = None
+    """What it was made of, where an environment may add to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,10 @@ class PromptEncoder:
     data: DataSection
     """Limit and rule for long prompts, system prompt, template arguments, chats that the assistant
     ends."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """JSON schemas of an environment's tools, which every prompt offers."""
+    keeps_given: bool = False
+    """Whether prompts keep what they were made of."""
 
     @property
     def has_template(self) -> bool:
@@ -114,6 +120,7 @@ class PromptEncoder:
             "system": self.data.system_prompt,
             "arguments": dict(self.data.chat_template_kwargs),
             "final": self.data.final_assistant_message,
+            "tools": list(self.tools),
             "versions": [metadata.version("transformers"), metadata.version("tokenizers")],
         }
         text = json.dumps(settings, sort_keys=True, default=str) + backend.to_str()
@@ -150,6 +157,7 @@ class PromptEncoder:
             columns=given.columns,
             prefill=rendered.prefill,
             num_cut=num_cut,
+            given=given if self.keeps_given else None,
         )
 
     def measure(self, given: Sequence[PromptInput]) -> tuple[list[int], int]:
@@ -194,6 +202,13 @@ class PromptEncoder:
 
     def _render(self, given: PromptInput) -> _Rendered:
         prompt, where = given.prompt, given.where
+        if self.tools:
+            if given.tools:
+                raise RecipeError(
+                    f"{where}: the row has tools, and so has [environment]: drop the column in "
+                    "data.drop_columns, or remove the section"
+                )
+            given = replace(given, tools=[dict(tool) for tool in self.tools])
         if isinstance(prompt, str):
             if not prompt.strip():
                 problem = "is only whitespace" if prompt else "has no tokens"
@@ -224,7 +239,7 @@ class PromptEncoder:
         if self.data.system_prompt is not None:
             yield "data.system_prompt is set"
         if given.tools:
-            yield "the row has tools"
+            yield "it offers tools"
         if given.arguments or self.data.chat_template_kwargs:
             yield "template arguments are set"
 
@@ -300,8 +315,9 @@ class PromptEncoder:
     ) -> None:
         if given.tools and "tools" not in template_variables(template):
             raise RecipeError(
-                f"{given.where}: the row has tools, but the tokenizer's chat template does not render "
-                "tools: choose a model whose template does, or drop the column in data.drop_columns"
+                f"{given.where}: the prompt offers tools, but the tokenizer's chat template does not render "
+                "tools: choose a model whose template does, or drop the column in data.drop_columns (or "
+                "[environment], if they are its tools)"
             )
         if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
             raise RecipeError(

@@ -54,6 +54,9 @@ class Batch:
         self._device, self._policy_version = device, policy_version
         self._num_known_ids = facts.num_known_ids
         stops = sorted({*facts.eos_ids, *sampling.stop_token_ids})
+        self._limits = np.array(
+            [job.request.sampling(sampling).max_completion_length for job in jobs]
+        )
         self._stops = torch.tensor(stops, dtype=torch.int64, device=device)
         self.token_ids = torch.zeros(num_jobs, limit, dtype=torch.int64, device=device)
         self.rollout_logprobs = torch.zeros(num_jobs, limit, dtype=torch.float32, device=device)
@@ -104,7 +107,7 @@ class Batch:
         ends = ends & self._running
         self.lengths[self._job_of_row[self._running]] = position + 1
         self.stopped[self._job_of_row[ends]] = True
-        self._running = self._running & ~ends
+        self._running = self._running & ~ends & (self._limits[self._job_of_row] > position + 1)
 
     def compact(self) -> None:
         """Drop ended rows from the cache when there are enough of them."""

@@ -185,7 +185,7 @@ class ServerEngine(VersionedEngine):
             Ask(
                 request=request,
                 numbers=range(request.num_generations),
-                sampling=sampling,
+                sampling=request.sampling(sampling),
                 policy=self._policy,
                 description=self._description,
                 crosses=self._crosses,

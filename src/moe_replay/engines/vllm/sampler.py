@@ -136,7 +136,7 @@ def asked_of(
     ``num_before`` tokens at the end of the prompt were sampled in an earlier call.
     """
     params = draw_params(
-        sampling,
+        request.sampling(sampling),
         request_id=request.request_id,
         completion=number,
         stop_token_ids=facts.eos_ids,

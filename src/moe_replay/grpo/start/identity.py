@@ -78,6 +78,8 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
                 items[f"lora.adapter/{name}"] = digest
         for index, reward in enumerate(recipe.rewards):
             items |= _reward_items(f"rewards.{index}.function", reward.function, cache)
+        if recipe.environment is not None:
+            items |= _reward_items("environment.factory", recipe.environment.factory, cache)
     except OSError as error:
         raise RecipeError(
             f"{error.filename} cannot be read, to see whether it has changed: {error.strerror}"

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
-from moe_replay.recipe.rules import adapters, loss, running, scoring
+from moe_replay.recipe.rules import adapters, loss, running, scoring, turns
 from moe_replay.recipe.sections.base import sections_for
 
-_EVERY = [value for part in (running, scoring, adapters, loss) for value in vars(part).values()]
+_EVERY = [
+    value for part in (running, scoring, adapters, loss, turns) for value in vars(part).values()
+]
 _RULES = tuple(value for value in _EVERY if isinstance(value, Rule))
 _EFFECT_RULES = tuple(value for value in _EVERY if isinstance(value, EffectRule))
 

@@ -21,8 +21,8 @@ from moe_replay.tasks.rewards.functions import user_line
 from moe_replay.tasks.rewards.wire import take_frame
 
 _BOOT = (
-    "import sys; sys.path[:] = sys.argv[5:]; from moe_replay.tasks.rewards.worker import main; "
-    "main(*map(int, sys.argv[1:5]))"
+    "import sys; sys.path[:] = sys.argv[6:]; from importlib import import_module; "
+    "import_module(sys.argv[5]).main(*map(int, sys.argv[1:5]))"
 )
 GRACE_S = 5.0
 """Extra seconds for an exit, and for an async function, which its own process stops at the
@@ -41,9 +41,10 @@ class ChildSilent(Exception):
 
 
 class Child:
-    """A running reward process and its pipes."""
+    """A running process for user code, of reward functions unless told otherwise, and its pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "moe_replay.tasks.rewards.worker") -> None:
+        """Start ``main`` of a module, which serves as `tasks.rewards.worker` does."""
         self._owner = os.getpid()
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
@@ -52,7 +53,7 @@ class Child:
         passed = (requests, answers, life, self._stacks.fileno())
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, *map(str, passed), *sys.path],
+                [sys.executable, "-P", "-c", _BOOT, *map(str, passed), module, *sys.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

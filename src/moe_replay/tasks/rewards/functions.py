@@ -93,7 +93,7 @@ def _find(spelled: str) -> Callable[..., Any]:
             f"rewards.function {spelled!r} is not one of {', '.join(BUILTIN_REWARDS)}{nearest_of(spelled, BUILTIN_REWARDS)}, and not of the form "
             "module:function or file.py:function"
         )
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    module = import_source(source)
     function = getattr(module, name, None)
     if not callable(function) or isinstance(function, type):
         known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
@@ -109,21 +109,32 @@ def _find(spelled: str) -> Callable[..., Any]:
     return function
 
 
-def _import_module(name: str) -> ModuleType:
+def import_source(source: str, key: str = "rewards.function") -> ModuleType:
+    """Import a module by its name, or by its file where ``source`` ends with ``.py``.
+
+    Raises:
+        RecipeError: that fails; ``key`` is what names it.
+    """
+    if source.endswith(".py"):
+        return _import_file(Path(source), key)
+    return _import_module(source, key)
+
+
+def _import_module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     # Whatever user code raises on import, even SystemExit, is reported as its failure.
     except BaseException as error:
         raise RecipeError(
-            f"rewards.function: module {name!r} cannot be imported: {describe_error(error)}. Install it, put it beside "
-            "the recipe, or name a file as path/to/file.py:function"
+            f"{key}: module {name!r} cannot be imported: {describe_error(error)}. Install it, put it beside "
+            "the recipe, or name a file as path/to/file.py:name"
         ) from error
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path, key: str) -> ModuleType:
     if not path.is_file():
         raise RecipeError(
-            f"rewards.function: file {path} does not exist (relative paths start at the recipe's folder)"
+            f"{key}: file {path} does not exist (relative paths start at the recipe's folder)"
         )
     path = path.absolute()
     root, dotted = _package_of(path)
@@ -137,9 +148,7 @@ def _import_file(path: Path) -> ModuleType:
             return importlib.import_module(dotted)
         return _import_under_another_name(path)
     except BaseException as error:
-        raise RecipeError(
-            f"rewards.function: {path} cannot be imported: {describe_error(error)}"
-        ) from error
+        raise RecipeError(f"{key}: {path} cannot be imported: {describe_error(error)}") from error
 
 
 def _package_of(path: Path) -> tuple[str, str]:

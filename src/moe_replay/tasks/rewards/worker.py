@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.chat_messages import excerpt
@@ -44,8 +44,25 @@ _MAX_TRACE = 20_000
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
+class Answers(Protocol):
+    """What handles the requests of a process for user code."""
+
+    def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
+        """Handle a request."""
+        ...
+
+
 def main(requests: int, answers: int, life: int, stacks: int) -> None:
+    """Serve reward functions, see `serve`."""
+    serve(requests, answers, life, stacks, make=_Worker)
+
+
+def serve(
+    requests: int, answers: int, life: int, stacks: int, *, make: Callable[[int], Answers]
+) -> None:
     """Serve requests until their pipe is closed; the arguments are file descriptors.
+
+    ``make`` takes the one for answers, which `send_event` writes to.
 
     ``life`` is a pipe that the trainer never writes to: when its other end closes, the trainer has
     ended. ``stacks`` is a file for the stack after a crash, or, on SIGUSR1, of a function that does
@@ -59,8 +76,8 @@ def main(requests: int, answers: int, life: int, stacks: int) -> None:
     faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks)
     sys.argv[:] = ["moe-replay"]
-    _repair_streams(at_start=True)
-    worker = _Worker(answers)
+    repair_streams(at_start=True)
+    worker = make(answers)
     with os.fdopen(requests, "rb") as stream:
         while (frame := read_frame(stream)) is not None:
             worker.answer(*frame)
@@ -109,7 +126,7 @@ def _stop_as_usual() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def _repair_streams(*, at_start: bool = False) -> None:
+def repair_streams(*, at_start: bool = False) -> None:
     """Reopen stdout and stderr if a function has closed them."""
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -146,13 +163,13 @@ class _Worker:
         self._functions = []
         for number, spec in enumerate(self._specs):
             self._say(event="started", function=number)
-            _repair_streams()
+            repair_streams()
             spec["args"] = decode_value(spec["args"])
             try:
                 loaded = load_function(spec["function"], spec["args"])
             except RecipeError as error:
                 self._functions.append(None)
-                trace = _trace(error.__cause__)
+                trace = trace_of(error.__cause__)
                 self._say(event="refused", function=number, text=str(error), trace=trace)
             else:
                 self._functions.append(loaded)
@@ -167,7 +184,7 @@ class _Worker:
         waiting: list[Future[None]] = []
         for number in sorted(request["functions"], key=lambda n: not self._is_async(n)):
             self._say(event="started", function=number)
-            _repair_streams()
+            repair_streams()
             loaded, spec = self._functions[number], self._specs[number]
             assert loaded is not None, "a run does not start with a refused function"
             function, signature = loaded
@@ -212,7 +229,9 @@ class _Worker:
             self._say_scores(number, result, size)
 
     def _say_raised(self, number: int, error: BaseException) -> None:
-        self._say(event="raised", function=number, text=describe_error(error), trace=_trace(error))
+        self._say(
+            event="raised", function=number, text=describe_error(error), trace=trace_of(error)
+        )
 
     def _say_scores(self, number: int, result: Any, size: int) -> None:
         try:
@@ -228,15 +247,20 @@ class _Worker:
     def _say(self, **event: Any) -> None:
         self._leave_if_forked()
         with self._lock:
-            for part in pack_frame(event):
-                view = memoryview(part)
-                while view:
-                    view = view[os.write(self._answers, view) :]
+            send_event(self._answers, event)
 
     def _leave_if_forked(self) -> None:
         """End a fork of this process that user code left running: it would send second answers."""
         if os.getpid() != self._pid:
             os._exit(1)
+
+
+def send_event(answers: int, event: Mapping[str, Any]) -> None:
+    """Write an event to the trainer."""
+    for part in pack_frame(event):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(answers, view) :]
 
 
 class _Batch:
@@ -338,7 +362,8 @@ def _where_it_waits(awaitable: Any) -> str:
     return user_line(frames)
 
 
-def _trace(error: BaseException | None) -> str:
+def trace_of(error: BaseException | None) -> str:
+    """Return the traceback of an error, its end where it is long; ``""`` without one."""
     return "".join(traceback.format_exception(error))[-_MAX_TRACE:] if error is not None else ""
 
 

@@ -1,0 +1,120 @@
+"""Conversations of several turns, sampled by a real engine and trained under R3."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_replay.engines.types import RolloutGroup
+from moe_replay.errors import MisalignmentError
+from moe_replay.grpo.engines import recipe_engine
+from moe_replay.grpo.turns import turn_id
+from moe_replay.recipe.recipe import Recipe
+from moe_replay.testing.misrouting import MisroutingEngine, of_another, one_row_late
+
+from .test_loop import run
+
+pytestmark = pytest.mark.ranks
+Recipes = Callable[..., Recipe]
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+ENVIRONMENT = """
+class Echo:
+    def reset(self, *, seed, **row):
+        self.number, self.letters, self.left = seed % 1000, 0, 3
+        return f" [{self.number}]"
+
+    def step(self, text):
+        self.letters += len(text)
+        self.left -= 1
+        return f"more {self.number}?" if self.left else None
+
+    def get_reward(self):
+        return float(self.letters % 7)
+"""
+
+
+@pytest.fixture
+def turns(recipe: Recipes, workspace: Path, tmp_path: Path) -> Recipes:
+    """Return a function that loads a recipe of conversations with three turns."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (workspace / "model").iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "echo.py").write_text(ENVIRONMENT)
+
+    def load(**overrides: Any) -> Recipe:
+        return recipe(
+            **{
+                "model__path": str(model),
+                "environment__factory": f"{tmp_path}/echo.py:Echo",
+                "environment__form": "step",
+                "rollout__dtype": "float32",
+                "rollout__max_completion_length": 100,
+                # An untrained model seldom ends a turn; so often do some of its tokens.
+                "rollout__stop_token_ids": str(list(range(4, 16))),
+                "batch__global_batch_size": 32,
+                "batch__max_tokens_per_microbatch": 400,
+                "checkpoint__export": "false",
+                "run__max_steps": 2,
+                **overrides,
+            }
+        )
+
+    return load
+
+
+def test_turns_replay_the_routes_of_the_calls_that_fed_them_first(turns: Recipes) -> None:
+    loaded = turns()
+    for record in run(loaded):
+        assert record["replay/agreement"] == 1.0
+        assert record["replay/coverage"] == 1.0
+        assert record["rollout_correction/k3_kl"] < 1e-9
+        assert record["num_turns/max"] == 3
+        assert record["num_turns/mean"] > 2
+        assert record["replay/rows_live_environment_omitted"] == 0
+    lines = (loaded.run.output_dir / "completions.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert [turn["by"] for turn in first["turns"]] == ["policy", "environment"] * 2 + ["policy"]
+
+
+def planting(plant: Any, chosen: Callable[[int], bool]) -> Callable[[Recipe, Any], Any]:
+    """Return an engine that misroutes the turns whose request ids are ``chosen``."""
+
+    def make(recipe: Recipe, device: Any) -> Any:
+        def picks(group: RolloutGroup, number: int) -> bool:
+            return chosen(group.request.request_id)
+
+        return MisroutingEngine(recipe_engine(recipe, device), plant, picks)
+
+    return make
+
+
+@pytest.mark.parametrize("plant", [one_row_late, of_another])
+def test_wrong_routes_of_one_turn_in_one_of_32_conversations_are_found(
+    turns: Recipes, plant: Any
+) -> None:
+    # Later turns of other conversations have other ids, so `of_another` finds theirs.
+    wrong = {turn_id(3, 2, turn) for turn in (1, 2)}
+    with pytest.raises(MisalignmentError, match="1 of 32 samples"):
+        run(turns(run__max_steps=1), make_engine=planting(plant, wrong.__contains__))
+
+
+def test_ids_of_turns_meet_no_other_id() -> None:
+    ids = {
+        turn_id(request, number, turn)
+        for request in (0, 1, 7, (1 << 40) + 3)
+        for number in (0, 1, 4095)
+        for turn in (1, 2, 255)
+    }
+    assert len(ids) == 4 * 3 * 3
+    assert min(ids) >= 1 << 62 and max(ids) < 1 << 64
