@@ -51,14 +51,13 @@ def padded(batch: list[Completion], name: str) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def trl_loss(
-    theirs: dict[str, Callable[..., Any]], batch: list[Completion], keys: dict[str, Any]
-) -> tuple[float, list[np.ndarray]]:
-    """Return TRL's loss of a batch, and its gradient by the log-probabilities of each sample."""
-    lengths = [len(sample.new) for sample in batch]
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
-    new = padded(batch, "new").requires_grad_(True)
-    entropies = padded(batch, "entropy")
+def trainer_of(
+    theirs: dict[str, Callable[..., Any]],
+    keys: dict[str, Any],
+    new: torch.Tensor,
+    entropies: torch.Tensor,
+) -> SimpleNamespace:
+    """Return what TRL's loss reads of its trainer."""
     accelerator = SimpleNamespace(
         num_processes=1,
         gather=lambda values: values,
@@ -97,6 +96,17 @@ def trl_loss(
         get_off_policy_mask=theirs["get_off_policy_mask"],
     )
     trainer.get_high_entropy_mask = lambda *given: theirs["get_high_entropy_mask"](trainer, *given)
+    return trainer
+
+
+def trl_loss(
+    theirs: dict[str, Callable[..., Any]], batch: list[Completion], keys: dict[str, Any]
+) -> tuple[float, list[np.ndarray]]:
+    """Return TRL's loss of a batch, and its gradient by the log-probabilities of each sample."""
+    lengths = [len(sample.new) for sample in batch]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+    new = padded(batch, "new").requires_grad_(True)
+    trainer = trainer_of(theirs, keys, new, padded(batch, "entropy"))
     gaps = [torch.from_numpy(oracle.correction(sample, keys)) for sample in batch]
     ids = torch.zeros(mask.shape, dtype=torch.long)
     inputs = {
