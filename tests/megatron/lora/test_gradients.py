@@ -16,7 +16,6 @@ from moe_replay.routing import Routing
 from moe_replay.testing.layouts import FULL, layout
 from moe_replay.testing.policies import gradients, mean_loss, start_policy
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from . import adapter_cases
 from .adapter_cases import SCALE, Step, adapted_step, drawn
@@ -24,16 +23,6 @@ from .adapter_cases import SCALE, Step, adapted_step, drawn
 pytestmark = pytest.mark.ranks
 BOUND = 1e-5
 """Relative; float32 sums in another order."""
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return two layers, the first dense: grouped queries, latent attention, a shared expert."""
-    folder, dense = tmp_path_factory.mktemp("adapted"), {"mlp_only_layers": [0]}
-    return {
-        family: write_tiny_checkpoint(folder / family, family, num_hidden_layers=2, **own)
-        for family, own in (("qwen3_moe", dense), ("qwen2_moe", dense), ("deepseek_v3", {}))
-    }
 
 
 @cache

@@ -307,12 +307,17 @@ def ask_layout(found: Preflight, shape: ModelShape) -> None:
 def ask_lora(found: Preflight, shape: ModelShape, config: TransformerConfig) -> None:
     """Ask what adapters refuse, and whether the one to start from fits the recipe."""
     from moe_replay.megatron.lora.attach import check_lora
-    from moe_replay.megatron.lora.peft_files import check_adapter
+    from moe_replay.megatron.lora.peft_files import NOT_CONVERTED, PEFT_VERSION, check_adapter
 
     lora = found.recipe.lora
     found.ask(lambda: check_lora(shape, found.recipe.megatron, lora, config))
     if lora.adapter is not None:
         found.ask(lambda: check_adapter(lora))
+    if lora.export == "adapter" and shape.family in NOT_CONVERTED:
+        found.notes.append(
+            f"PEFT {PEFT_VERSION} with transformers 5 leaves adapters of {shape.family} experts out: export with lora.export = "
+            "'merged' for transformers; vLLM takes either"
+        )
     if found.recipe.optimizer.lr < _LOW_LORA_RATE:
         found.notes.append(
             f"optimizer.lr = {found.recipe.optimizer.lr:g} is for whole weights: adapters usually learn with 1e-4 or so"

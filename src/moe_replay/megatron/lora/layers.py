@@ -152,10 +152,10 @@ def grouped_change(layers: Sequence[Any], rows: Tensor, ends: Tensor) -> Tensor 
     ``layers`` are the same linear layer of each local expert, ``rows`` their inputs sorted by
     expert, ``ends`` where the rows of each end.
     """
-    adapters = [getattr(layer, "adapters", None) for layer in layers]
-    first = adapters[0]
-    if first is None or not first.switch.is_on:
+    adapters = [layer.adapters for layer in layers if hasattr(layer, "adapters")]
+    if not adapters or not adapters[0].switch.is_on:
         return None
+    first = adapters[0]
 
     def stacked(name: str, matrix: str) -> Tensor:
         return torch.stack([getattr(each.pairs[name], matrix) for each in adapters])

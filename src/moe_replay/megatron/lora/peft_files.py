@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ from moe_replay.recipe.sections.lora import LoraSection
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_EXPERTS = ".mlp.experts."
 PEFT_VERSION = "0.21.2"
 """The release of PEFT whose files these are; it reads theirs by this."""
+
+
+NOT_CONVERTED = frozenset({"mixtral", "qwen2_moe"})
+"""Families whose experts transformers 5 fuses, and for which that PEFT does not fuse adapters."""
 
 
 def save_adapter(adapters: Adapters, lora: LoraSection, base: Path, output: Path) -> None:
@@ -58,8 +64,12 @@ def save_adapter(adapters: Adapters, lora: LoraSection, base: Path, output: Path
 
 
 def adapter_config(adapters: Adapters, lora: LoraSection, base: Path) -> dict[str, Any]:
-    """Return what PEFT's `LoraConfig` reads."""
-    targets = sorted({name.split(".")[-3] for name in adapters.shapes})
+    """Return what PEFT's `LoraConfig` reads.
+
+    rsLoRA is written as the alpha with the same effect: where PEFT joins gate and up projections of
+    experts it doubles rank and alpha, which leaves alpha / rank alone and not alpha / sqrt(rank).
+    """
+    alpha = lora.scale * lora.rank
     return {
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
@@ -67,10 +77,11 @@ def adapter_config(adapters: Adapters, lora: LoraSection, base: Path) -> dict[st
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "use_rslora": lora.rslora,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": False,
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        "target_modules": sorted({_projection(name) for name in adapters.shapes}),
+        "target_parameters": _beside_experts(adapters.shapes) or None,
         "bias": "none",
         "use_dora": False,
         "fan_in_fan_out": False,
@@ -78,6 +89,29 @@ def adapter_config(adapters: Adapters, lora: LoraSection, base: Path) -> dict[st
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def _projection(name: str) -> str:
+    return name.split(".")[-3]
+
+
+def _beside_experts(names: Iterable[str]) -> list[str]:
+    """Return the weights of dense layers and shared experts, if routed experts have adapters too.
+
+    PEFT takes ``gate_proj`` for the fused parameter of all routed experts, wherever it stands, and
+    would leave those of other layers out without a word, unless they are named as parameters.
+
+    Example: ``["mlp.shared_expert.gate_proj.weight"]``.
+    """
+    names = list(names)
+    routed = {_projection(name) for name in names if _EXPERTS in name}
+    return sorted(
+        {
+            ".".join([*name.split(".")[3:-2], "weight"])
+            for name in names
+            if _EXPERTS not in name and _projection(name) in routed
+        }
+    )
 
 
 def load_adapter(adapters: Adapters, lora: LoraSection) -> None:
@@ -150,12 +184,9 @@ def _check_config(folder: Path, lora: LoraSection) -> None:
     expected = {
         "peft_type": ("LORA", None),
         "r": (lora.rank, "lora.rank"),
-        "lora_alpha": (lora.alpha, "lora.alpha"),
-        "use_rslora": (lora.rslora, "lora.rslora"),
         "use_dora": (False, None),
         "bias": ("none", None),
         "modules_to_save": (None, None),
-        "target_parameters": (None, None),
         "rank_pattern": ({}, None),
         "alpha_pattern": ({}, None),
         "fan_in_fan_out": (False, None),
@@ -165,3 +196,11 @@ def _check_config(folder: Path, lora: LoraSection) -> None:
         if (found or None) != (value or None):
             remedy = f"set {ours} = {found}" if ours else "such an adapter is not read"
             raise CheckpointError(f"{path}: {key} is {found!r}, expected {value!r}; {remedy}")
+    alpha, by_root = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+    scale = alpha / (lora.rank**0.5 if by_root else lora.rank)
+    if not math.isclose(scale, lora.scale, rel_tol=1e-6):
+        raise CheckpointError(
+            f"{path}: its adapters are multiplied by {scale:g} (lora_alpha = {alpha}, use_rslora = {by_root}), expected "
+            f"{lora.scale:g} of lora.alpha = {lora.alpha:g}, lora.rslora = {str(lora.rslora).lower()}; set lora.alpha = {alpha}, "
+            f"lora.rslora = {str(by_root).lower()}"
+        )
