@@ -249,7 +249,7 @@ def generated(write_recipe, **data) -> Recipe:
 
 def test_training_prompts_exclude_held_out_ones(write_recipe):
     inputs = open_inputs(generated(write_recipe))
-    held_out = {prompt.text for prompt in inputs.held_out.at(0, 30)}
+    held_out = {prompt.text for prompt in inputs.held_out[""].at(0, 30)}
     trained = {prompt.text for prompt in inputs.train.at(0, 200)}
     assert len(held_out) == 30
     assert not held_out & trained

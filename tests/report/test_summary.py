@@ -6,7 +6,7 @@ import pytest
 
 from moe_replay.grpo.records import EvalRecord, StepRecord
 from moe_replay.report.summary import (
-    eval_change,
+    eval_changes,
     live_comparison,
     metric_figures,
     push_speed,
@@ -62,8 +62,15 @@ def test_evaluation_is_compared_before_and_after() -> None:
         EvalRecord(step=step, metrics={"eval/reward": value, "eval/num_items": 64.0}, seconds=1.0)
         for step, value in ((0, 0.25), (5, 0.9), (10, 0.75))
     ]
-    assert eval_change(records) == (records[0], records[2])
-    assert eval_change([]) is None
+    assert eval_changes(records) == {"": (records[0], records[2])}
+    assert eval_changes([]) == {}
+    two = EvalRecord(
+        step=0,
+        metrics={"eval/maths/reward": 0.5, "eval/rewards/reward": 0.1, "eval/maths/rewards/f": 0.2},
+        seconds=1.0,
+    )
+    assert eval_changes([*records, two])["maths"] == (two, two)
+    assert set(eval_changes([*records, two])) == {"", "maths"}
 
 
 def test_seconds_of_a_station_are_averaged_over_all_steps() -> None:

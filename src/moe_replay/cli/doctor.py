@@ -149,7 +149,7 @@ def passes_of(recipe: Recipe) -> list[dict[str, str]]:
         rows.append(("reference", "replay of the policy's" if follows else "live"))
     if recipe.replay.live_gap_every:
         rows.append(("live gap", f"live, every {recipe.replay.live_gap_every} steps"))
-    if recipe.data.eval is not None:
+    if recipe.held_out_sets:
         rows.append(("evaluation", "live, in the engine"))
     return [{"pass": name, "routes": routes} for name, routes in rows]
 

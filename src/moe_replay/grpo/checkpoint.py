@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, save_groups
 from moe_replay.grpo.engines import recipe_sampling
-from moe_replay.grpo.run import Run
+from moe_replay.grpo.export import write_export
+from moe_replay.grpo.records import EXPORT_FOLDER
+from moe_replay.grpo.run import BestStep, Run
 from moe_replay.megatron.checkpoint import RunPosition
 from moe_replay.megatron.finite import check_optimizer
 
@@ -32,6 +36,7 @@ def save_checkpoint(run: Run) -> None:
         scheduler=run.actor.scheduler.state_dict(),
         evaluation_is_owed=run.evaluation_is_owed,
         guard=run.guard.to_plain() if run.guard is not None else {},
+        best=asdict(run.best) if run.best is not None else {},
     )
     if run.recipe.checkpoint.asynchronous:
         run.saving = run.checkpoints.begin(run.actor, position, beside=_rollout_writers(run))
@@ -39,8 +44,23 @@ def save_checkpoint(run: Run) -> None:
     else:
         run.checkpoints.save(run.actor, position, beside=_rollout_writers(run))
     run.saved_step = run.step
+    if run.recipe.checkpoint.export_every_save:
+        folder = run.directory / f"{EXPORT_FOLDER}-step-{run.step:06d}"
+        write_export(run.actor, run.recipe, folder)
+        _forget_exports(run)
     now = time.monotonic()
     run.saves.took(now - began_at, ended_at=now)
+
+
+def _forget_exports(run: Run) -> None:
+    """Remove exports of saves whose checkpoint is not kept any more."""
+    if run.process.rank == 0:
+        kept = {run.step, *run.checkpoints.steps()}
+        for folder in run.directory.glob(f"{EXPORT_FOLDER}-step-*"):
+            number = folder.name.rpartition("-")[2]
+            if number.isdigit() and int(number) not in kept:
+                shutil.rmtree(folder)
+    run.ranks.barrier()
 
 
 def finish_saving(run: Run, *, only_if_written: bool = False) -> None:
@@ -92,5 +112,7 @@ def load_checkpoint(run: Run, step: int) -> None:
     run.step, run.next_prompt = position.step, position.next_prompt
     run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
     run.policy_version = position.policy_version
+    if position.best:
+        run.best = BestStep(**position.best)
     if run.guard is not None and position.guard:
         run.guard.restore(position.guard)

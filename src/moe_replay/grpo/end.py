@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 
-from moe_replay.errors import CheckpointError
-from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, NEW_EXPORT, RunEnd
+from moe_replay.grpo.export import write_export
+from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, RunEnd
 from moe_replay.grpo.run import Run
-from moe_replay.megatron.lora.peft_files import save_adapter
-from moe_replay.megatron.weights import save_hf_checkpoint
 
 
 def finish(run: Run) -> RunEnd:
@@ -23,8 +19,12 @@ def finish(run: Run) -> RunEnd:
     lines = [samples, more] if run.recipe.optimizer.lr_scheduler == "constant" else [samples]
     if run.recipe.checkpoint.export:
         export = run.directory / EXPORT_FOLDER
-        _write_export(run, export)
-        if run.exports_adapter:
+        advice = (
+            f"The checkpoint of step {run.step} is complete: free some space and start the same "
+            "command again, which then only writes the export"
+        )
+        write_export(run.actor, run.recipe, export, advice=advice)
+        if run.recipe.lora.exports_adapter:
             lines.append(f"results in {run.directory}, adapter for PEFT and vLLM in {export}")
         else:
             lines += [
@@ -33,6 +33,10 @@ def finish(run: Run) -> RunEnd:
             ]
     else:
         lines.append(f"results in {run.directory}")
+    if run.best is not None:
+        name = run.recipe.checkpoint.metric_for_best_model
+        folder = run.checkpoints.folder(run.best.step)
+        lines.append(f"best {name}: {run.best.value:.6g} after step {run.best.step}, in {folder}")
     run.reporter.finish("\n".join(lines))
     return write_end(run, stopped_by=None)
 
@@ -45,40 +49,3 @@ def write_end(run: Run, *, stopped_by: str | None) -> RunEnd:
         with contextlib.suppress(OSError):
             (run.directory / END_FILE).write_text(json.dumps(asdict(end)) + "\n")
     return end
-
-
-def _write_export(run: Run, export: Path) -> None:
-    """Write the policy as a Hugging Face checkpoint, or its adapter as PEFT keeps one.
-
-    An earlier export goes once the new one is complete.
-
-    Raises:
-        CheckpointError: when it cannot be written; the earlier export stays.
-    """
-    new = export.with_name(NEW_EXPORT)
-    _remove(run, new)
-    try:
-        run.actor.gather_parameters()
-        if run.exports_adapter and run.actor.adapters is not None:
-            save_adapter(run.actor.adapters, run.recipe.lora, run.recipe.model.path, new)
-        else:
-            save_hf_checkpoint(
-                run.actor.modules, run.recipe.model.path, new, read=run.actor.read_weight
-            )
-    except CheckpointError as error:
-        _remove(run, new)
-        raise CheckpointError(
-            f"{error}. The checkpoint of step {run.step} is complete: free some space and start the "
-            "same command again, which then only writes the export"
-        ) from error
-    if run.process.rank == 0:
-        shutil.rmtree(export, ignore_errors=True)
-        new.rename(export)
-    run.ranks.barrier()
-
-
-def _remove(run: Run, folder: Path) -> None:
-    if run.process.rank == 0:
-        for path in (folder, folder.with_name(f"{folder.name}.partial")):
-            shutil.rmtree(path, ignore_errors=True)
-    run.ranks.barrier()

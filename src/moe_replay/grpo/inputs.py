@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from moe_replay.checkpoint.config import count_experts, read_config_json, refuse
 from moe_replay.checkpoint.facts import read_facts
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
-from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.recipe import HeldOutSet, Recipe
 from moe_replay.recipe.sections.environment import EnvironmentSection
 from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
@@ -95,8 +95,8 @@ class Inputs:
     """The transformers tokenizer of the checkpoint."""
     train: PromptSource
     """Prompts to train on."""
-    held_out: PromptSource | None
-    """Prompts to evaluate on; None without ``data.eval``."""
+    held_out: Mapping[str, PromptSource]
+    """Name of a set -> prompts to evaluate on; that of ``data.eval`` is empty."""
     rewards: RewardSet
     """Reward functions, whose columns both sources have."""
     environment: OpenEnvironment | None
@@ -164,16 +164,18 @@ def _open_prompts(
     encoder.check()
     environment = None if process is None else _open_environment(recipe, process, encoder)
     cache = DatasetCache(data.cache_dir or _default_cache(), progress=progress)
-    held_out = _open_held_out(recipe, encoder, cache)
-    train = _open_train(recipe, encoder, held_out, cache)
+    held_out = {asked.name: _open_held_out(asked, encoder, cache) for asked in recipe.held_out_sets}
+    train = _open_train(recipe, encoder, held_out.values(), cache)
     train.at(0, 1)
-    notes = list(dict.fromkeys([*cache.notes, *encoder.notes(), *_notes(train, held_out)]))
-    for key, source in (("data.train", train), ("data.eval", held_out)):
-        if source is not None:
-            rewards.check(source)
-            if process is not None:
-                check_columns(process.description, source.columns, key)
-            notes += _gaps(key, source, rewards)
+    sources = {"data.train": train} | {
+        asked.key: held_out[asked.name] for asked in recipe.held_out_sets
+    }
+    notes = list(dict.fromkeys([*cache.notes, *encoder.notes(), *_notes(sources)]))
+    for key, source in sources.items():
+        rewards.check(source)
+        if process is not None:
+            check_columns(process.description, source.columns, key)
+        notes += _gaps(key, source, rewards)
     return Inputs(
         tokenizer=tokenizer,
         train=train,
@@ -225,15 +227,15 @@ def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
 
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Return what is trained and evaluated on, and what it is rewarded by, in words."""
-    data, lines = recipe.data, []
-    for name, location, source in (
-        ("train", data.train, inputs.train),
-        ("eval", data.eval, inputs.held_out),
-    ):
-        if source is not None:
-            endless = source.num_prompts is None
-            size = "generated without end" if endless else f"{source.num_prompts} prompts"
-            lines.append(f"{name}: {location}, {size}")
+    lines = []
+    every = [("train", recipe.data.train, inputs.train)] + [
+        (f"eval {asked.name}".rstrip(), asked.dataset, inputs.held_out[asked.name])
+        for asked in recipe.held_out_sets
+    ]
+    for name, location, source in every:
+        endless = source.num_prompts is None
+        size = "generated without end" if endless else f"{source.num_prompts} prompts"
+        lines.append(f"{name}: {location}, {size}")
     rewards = [f"{reward.name} x {reward.weight:g}" for reward in recipe.rewards]
     if inputs.environment is not None:
         section, offers = inputs.environment.section, inputs.environment.process.description
@@ -291,35 +293,35 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None
 
 
 def recipe_dataset_files(recipe: Recipe, key: str) -> tuple[Path, ...]:
-    """Return the files of ``data.train`` or ``data.eval``; a generated dataset has none.
+    """Return the files of ``data.train`` or of a held-out set; a generated dataset has none.
 
     Raises:
         RecipeError: when they cannot be found.
     """
     data = recipe.data
-    location, split = {
-        "data.train": (data.train, data.train_split),
-        "data.eval": (data.eval, data.eval_split),
-    }[key]
-    if location is None or location.startswith(GENERATED):
+    sets = {asked.key: (asked.dataset, asked.split) for asked in recipe.held_out_sets}
+    location, split = ({"data.train": (data.train, data.train_split)} | sets)[key]
+    if location.startswith(GENERATED):
         return ()
     if location.startswith(HUB):
         return read_hub_table(location.removeprefix(HUB), config=data.hub_config, split=split)[1]
     return dataset_files(location, split=split)
 
 
-def _notes(train: PromptSource, held_out: PromptSource | None) -> Iterator[str]:
-    for key, source in (("data.train", train), ("data.eval", held_out)):
+def _notes(sources: Mapping[str, PromptSource]) -> Iterator[str]:
+    train = sources["data.train"]
+    for key, source in sources.items():
         if isinstance(source, FilePrompts):
             yield from (f"{key}: {note}" for note in source.notes())
-        elif source is not None and source.num_deleted:
+        elif source.num_deleted:
             yield f"{key}: {source.num_deleted} prompts are longer than data.max_prompt_length and were left out"
-    if (
-        isinstance(train, FilePrompts)
-        and isinstance(held_out, FilePrompts)
-        and set(train.files) & set(held_out.files)
-    ):
-        yield "data.eval reads files of data.train: the evaluation will show prompts that were trained on"
+        if (
+            source is not train
+            and isinstance(train, FilePrompts)
+            and isinstance(source, FilePrompts)
+            and set(train.files) & set(source.files)
+        ):
+            yield f"{key} reads files of data.train: the evaluation will show prompts that were trained on"
 
 
 def _default_cache() -> Path | None:
@@ -329,47 +331,42 @@ def _default_cache() -> Path | None:
         return None
 
 
-def _open_held_out(
-    recipe: Recipe, encoder: PromptEncoder, cache: DatasetCache
-) -> PromptSource | None:
-    location = recipe.data.eval
-    if location is None:
-        return None
-    if location.startswith(GENERATED):
-        task = GeneratedTask(location.removeprefix(GENERATED), recipe.data.task)
-        return draw_held_out(
-            task, encoder, seed=recipe.data.eval_seed, num_prompts=recipe.data.eval_size
-        )
-    return _open_files(recipe, location, encoder, cache, held_out=True)
+def _open_held_out(asked: HeldOutSet, encoder: PromptEncoder, cache: DatasetCache) -> PromptSource:
+    if asked.dataset.startswith(GENERATED):
+        task = GeneratedTask(asked.dataset.removeprefix(GENERATED), asked.task)
+        return draw_held_out(task, encoder, seed=asked.seed, num_prompts=asked.size)
+    return open_file_prompts(
+        asked.dataset,
+        encoder,
+        split=asked.split,
+        shuffle_seed=None,
+        max_prompts=asked.size,
+        held_out=True,
+        cache=cache,
+    )
 
 
 def _open_train(
-    recipe: Recipe, encoder: PromptEncoder, held_out: PromptSource | None, cache: DatasetCache
+    recipe: Recipe,
+    encoder: PromptEncoder,
+    held_out: Iterable[PromptSource],
+    cache: DatasetCache,
 ) -> PromptSource:
-    location = recipe.data.train
-    if location.startswith(GENERATED):
-        return GeneratedPrompts(
-            task=GeneratedTask(location.removeprefix(GENERATED), recipe.data.task),
-            seed=recipe.data.train_seed,
-            encoder=encoder,
-            excluded_questions=held_out.questions
-            if isinstance(held_out, HeldOutPrompts)
-            else frozenset(),
-        )
-    return _open_files(recipe, location, encoder, cache, held_out=False)
-
-
-def _open_files(
-    recipe: Recipe, location: str, encoder: PromptEncoder, cache: DatasetCache, *, held_out: bool
-) -> FilePrompts:
     data = recipe.data
-    shuffles = data.shuffle and not held_out
+    if data.train.startswith(GENERATED):
+        drawn = (source for source in held_out if isinstance(source, HeldOutPrompts))
+        return GeneratedPrompts(
+            task=GeneratedTask(data.train.removeprefix(GENERATED), data.task),
+            seed=data.train_seed,
+            encoder=encoder,
+            excluded_questions=frozenset().union(*(source.questions for source in drawn)),
+        )
     return open_file_prompts(
-        location,
+        data.train,
         encoder,
-        split=data.eval_split if held_out else data.train_split,
-        shuffle_seed=recipe.run.seed if shuffles else None,
-        max_prompts=data.eval_size if held_out else None,
-        held_out=held_out,
+        split=data.train_split,
+        shuffle_seed=recipe.run.seed if data.shuffle else None,
+        max_prompts=None,
+        held_out=False,
         cache=cache,
     )

@@ -21,7 +21,7 @@ _RECORD_BYTES = 1024  # of a record beside its texts and columns, generously
 
 def kept_completions(
     run: Run,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Mapping[int, Prompt],
     own: Sequence[int],
     groups: Sequence[RolloutGroup],
     *,
@@ -31,12 +31,13 @@ def kept_completions(
     advantages: Float64[np.ndarray, "prompts generations"] | None = None,
     dropped: Mapping[int, str] | None = None,
     conversations: Sequence[Conversation] = (),
+    held_out: str = "",
 ) -> list[CompletionRecord]:
     """Return the first ``logging.completions`` of all ranks in prompt order, on rank 0; collective.
 
     ``groups[i]`` answers ``prompts[own[i]]``; ``texts``, ``rewards`` and ``totals`` follow their
     completions. ``dropped`` (index of the completion in the step -> why) are those that the guard
-    kept out of training.
+    kept out of training. ``held_out`` names the set of an evaluation.
     """
     dropped = {} if dropped is None else dropped
     records: list[tuple[int, CompletionRecord]] = []
@@ -60,6 +61,7 @@ def kept_completions(
                     finish_reason=str(completion.finish_reason),
                     policy_version=completion.policy_version,
                     server=completion.server,
+                    held_out=held_out,
                     dropped=dropped.get(index),
                     turns=[asdict(part) for part in conversations[row].parts]
                     if conversations

@@ -69,6 +69,8 @@ class CompletionRecord:
     """Weight pushes that the engine had received."""
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
+    held_out: str = ""
+    """Name of its held-out set; empty for ``data.eval``, and in training."""
     dropped: str | None = None
     """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or
     ``lost`` (drift has left too little of them); usually None."""
@@ -101,7 +103,7 @@ class EvalRecord:
     step: int
     """0 before training."""
     metrics: Mapping[str, float]
-    """``eval/reward``, ``eval/rewards/<function>``, ``eval/num_items``..."""
+    """``eval/reward``, ``eval/rewards/<function>``, ``eval/<set>/pass@1``..."""
     seconds: float
     """Wall seconds of the evaluation."""
 

@@ -36,6 +36,16 @@ from moe_replay.tasks.completion_text import completion_text
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestStep:
+    """The evaluation with the best value of a metric."""
+
+    step: int
+    """Steps before it."""
+    value: float
+    """Of the metric."""
+
+
 @dataclass(kw_only=True)
 class Run:
     """The parts of a run and its position."""
@@ -68,6 +78,8 @@ class Run:
     """Position of the next step's first prompt."""
     evaluation_is_owed: bool = True
     """The present weights were to be evaluated and have not been."""
+    best: BestStep | None = None
+    """The best evaluation so far, by ``checkpoint.metric_for_best_model``."""
     saved_step: int = 0
     """Step of the newest checkpoint, finished or being written; 0 without one."""
     saving: PendingCheckpoint | None = None
@@ -115,12 +127,6 @@ class Run:
         return self.overlaps or (isinstance(rollout, FilesEngineSection) and rollout.allow_stale)
 
     @property
-    def exports_adapter(self) -> bool:
-        """Whether the end of the run writes an adapter in place of a model."""
-        lora = self.recipe.lora
-        return lora.is_on and lora.export == "adapter"
-
-    @property
     def min_coverage(self) -> float:
         """Coverage below which the run stops; 0 when nothing is replayed."""
         return self.recipe.replay.min_coverage if self.mode.replays else 0.0
@@ -150,7 +156,9 @@ class Run:
     def checkpoint_is_due(self) -> bool:
         """Whether to save after this step, by the clock of rank 0; collective."""
         is_due = self.saves.is_due(self.step, now=time.monotonic())
-        return self.step == self.recipe.run.max_steps or self.ranks.gather(is_due)[0]
+        is_best = self.best is not None and self.best.step == self.step
+        is_last = self.step == self.recipe.run.max_steps
+        return is_last or is_best or self.ranks.gather(is_due)[0]
 
     @property
     def live_gap_is_due(self) -> bool:

@@ -55,6 +55,8 @@ class RunPosition:
     """The run was stopped before it had evaluated this step."""
     guard: Mapping[str, Any] = field(default_factory=dict)
     """What the guard remembers of the last steps; empty without one."""
+    best: Mapping[str, Any] = field(default_factory=dict)
+    """``step`` and ``value`` of the best evaluation so far; empty without one."""
 
 
 class PendingCheckpoint:
@@ -187,7 +189,7 @@ class CheckpointFolder:
                     self._publish(pending.unfinished, self.folder(pending.position.step))
             write.finish()
         if _is_first_rank():
-            self._forget_old()
+            self._forget_old(best=pending.position.best.get("step"))
         all_ranks().barrier()
 
     @contextmanager
@@ -262,9 +264,10 @@ class CheckpointFolder:
         """Delete every checkpoint, whole or unfinished."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, *, best: int | None) -> None:
         for step in self.steps()[: -self.save_total_limit]:
-            shutil.rmtree(self.folder(step))
+            if step != best:
+                shutil.rmtree(self.folder(step))
 
     def _publish(self, unfinished: Path, finished: Path) -> None:
         """Give a complete checkpoint its name; the old one of the same step goes after that."""

@@ -53,12 +53,14 @@ def _fields_by_section() -> dict[str, dict[str, FieldInfo]]:
 
 FIELDS: Mapping[str, Mapping[str, FieldInfo]] = _fields_by_section()
 """Section -> key -> its definition; those of ``[rollout]`` of every engine."""
+LISTS = frozenset(name for name, field in Recipe.model_fields.items() if is_list(field.annotation))
+"""Sections that are lists of tables."""
 
 
 def recipe_keys() -> Iterator[RecipeKey]:
     """Yield every key that a recipe may set, in the order of the sections."""
     for name, fields in FIELDS.items():
-        prefix = f"{name}.N" if name == "rewards" else name
+        prefix = f"{name}.N" if name in LISTS else name
         for key, field in fields.items():
             yield RecipeKey(
                 path=f"{prefix}.{key}",
@@ -116,7 +118,7 @@ def nearest_keys(name: str) -> Sequence[str]:
     """
     leaf = name.replace("-", "_").lower()
     known = {
-        f"{section}.0.{key}" if section == "rewards" else f"{section}.{key}": (key, field)
+        f"{section}.0.{key}" if section in LISTS else f"{section}.{key}": (key, field)
         for section, fields in FIELDS.items()
         for key, field in fields.items()
     }

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from moe_replay.errors import RecipeError, nearest_of
-from moe_replay.recipe.keys import FIELDS, choices, nearest, section_classes, text_of
+from moe_replay.recipe.keys import FIELDS, LISTS, choices, nearest, section_classes, text_of
 from moe_replay.recipe.recipe import Recipe, problems_error
 from moe_replay.recipe.rule import Problem
 from moe_replay.recipe.rules import effect_free_keys, rule_problems
@@ -209,9 +209,9 @@ def _validate_sections(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     ]
     sections: dict[str, Any] = {}
     for name in FIELDS:
-        if name == "rewards":
-            needed = "environment" not in table
-            entries, found = _validate_rewards(table.get("rewards", []), needed=needed)
+        if name in LISTS:
+            needed = name == "rewards" and "environment" not in table
+            entries, found = _validate_list(name, table.get(name, []), needed=needed)
         elif name not in table and Recipe.model_fields[name].get_default() is None:
             entries, found = None, []
         else:
@@ -222,21 +222,22 @@ def _validate_sections(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[P
     return sections, problems
 
 
-def _validate_rewards(
-    entries: Any, *, needed: bool
+def _validate_list(
+    name: str, entries: Any, *, needed: bool
 ) -> tuple[tuple[Section | None, ...], list[Problem]]:
-    if entries == [] and not needed:
-        # An environment may score what was done in it.
-        return (), []
-    if not isinstance(entries, list) or not entries:
-        return (), [
-            Problem(
-                "rewards",
-                f"got {entries!r}, expected at least one [[rewards]] table, such as [[rewards]] "
-                'with function = "exact_match"',
-            )
-        ]
-    validated = [_validate("rewards", entry, f"rewards.{n}") for n, entry in enumerate(entries)]
+    """Return the tables of a list; ``needed`` says that there must be one.
+
+    Rewards are not where an environment is, which may score what was done in it.
+    """
+    if needed and (not isinstance(entries, list) or not entries):
+        text = (
+            f"got {entries!r}, expected at least one [[rewards]] table, such as [[rewards]] "
+            'with function = "exact_match"'
+        )
+        return (), [Problem(name, text)]
+    if not isinstance(entries, list):
+        return (), [Problem(name, f"got {entries!r}, expected tables: write [[{name}]]")]
+    validated = [_validate(name, entry, f"{name}.{n}") for n, entry in enumerate(entries)]
     return tuple(v for v, _ in validated), [problem for _, found in validated for problem in found]
 
 
@@ -292,3 +293,7 @@ def _set_keys(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(section, dict):
             for key, value in section.items():
                 yield f"{name}.{key}", value
+        elif isinstance(section, list):
+            for number, entry in enumerate(section):
+                if isinstance(entry, dict):
+                    yield from ((f"{name}.{number}.{key}", v) for key, v in entry.items())

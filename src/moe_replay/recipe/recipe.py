@@ -5,7 +5,7 @@ Load one with `load.load_recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from moe_replay.recipe.sections.run import (
     CheckpointSection,
     DataSection,
     EvalSection,
+    HeldOutSection,
     LoggingSection,
     ModelSection,
     RewardSection,
@@ -54,6 +55,37 @@ class ProcessSpec:
     """Whether torchrun started it, so that a rendezvous address is known."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutSet:
+    """A set of held-out prompts, wherever in the recipe it stands."""
+
+    key: str
+    """Dotted key of its dataset."""
+    number: int
+    """0 for ``data.eval``, from 1 on for those of ``[[held_out]]``."""
+    name: str
+    """Name in metrics; empty for ``data.eval``."""
+    dataset: str
+    split: str
+    size: int
+    seed: int
+    task: Mapping[str, Any]
+
+    @staticmethod
+    def of_data(data: DataSection, dataset: str) -> HeldOutSet:
+        """Return the set of ``data.eval``."""
+        return HeldOutSet(
+            key="data.eval",
+            number=0,
+            name="",
+            dataset=dataset,
+            split=data.eval_split,
+            size=data.eval_size,
+            seed=data.eval_seed,
+            task=data.task,
+        )
+
+
 class Recipe(Section):
     """A whole training run. Load one with `moe_replay.recipe.load.load_recipe`."""
 
@@ -70,6 +102,7 @@ class Recipe(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     megatron: MegatronSection = Field(default_factory=MegatronSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    held_out: Annotated[tuple[HeldOutSection, ...], Field(strict=False)] = ()
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
 
@@ -92,6 +125,25 @@ class Recipe(Section):
     def max_sequence_length(self) -> int:
         """Maximum number of tokens of prompt and completion together."""
         return self.data.max_prompt_length + self.rollout.max_completion_length
+
+    @property
+    def held_out_sets(self) -> tuple[HeldOutSet, ...]:
+        """The sets of held-out prompts: ``data.eval``, without a name, and ``[[held_out]]``."""
+        data = self.data
+        first = () if data.eval is None else (HeldOutSet.of_data(data, data.eval),)
+        return first + tuple(
+            HeldOutSet(
+                key=f"held_out.{number}.dataset",
+                number=number + 1,
+                name=entry.name,
+                dataset=entry.dataset,
+                split=entry.split,
+                size=entry.size,
+                seed=entry.seed,
+                task=entry.task,
+            )
+            for number, entry in enumerate(self.held_out)
+        )
 
     @property
     def replays(self) -> bool:
@@ -166,8 +218,8 @@ class Recipe(Section):
         """Every key that has an effect in this recipe, defaults filled in, as nested tables."""
         table = self.model_dump(mode="json", exclude_none=True)
         for path in effect_free_keys(dict(self)):
-            section, key = path.split(".")
-            table[section].pop(key, None)
+            *owner, key = path.split(".")
+            _at(table, owner).pop(key, None)
         for path, _, _, entry in self._keys(table):
             if entry[_leaf(path)] == {}:
                 del entry[_leaf(path)]
@@ -225,6 +277,13 @@ class Recipe(Section):
         needed = sections_for(allowed, dict(self))
         assert needed is not None
         return allowed(**needed)
+
+
+def _at(table: Any, path: Sequence[str]) -> Any:
+    """Return what lies at a path of keys and, in lists, of indices."""
+    for part in path:
+        table = table[int(part)] if isinstance(table, list) else table[part]
+    return table
 
 
 def _leaf(path: str) -> str:

@@ -38,7 +38,6 @@ class MetricGroup(NamedTuple):
 
 FORMS = {
     "<function>": ".+",
-    "<set>": "[^/]+",
     "<address>": ".+",
     "<reason>": "[a-z_]+",
     "<kind>": "[a-z_]+",
@@ -59,6 +58,8 @@ microbatches change a mean. The last column says whose name and definition it is
 the name for something else. `scripts/metrics` writes this page from
 `src/moe_replay/report/metrics.toml`.
 """
+
+_OF_A_SET = re.compile("eval/(?!rewards/)[^/]+/(.+)")
 
 
 @cache
@@ -81,6 +82,8 @@ def metric_of(name: str) -> Metric | None:
     for prefix, other in SAME_ELSEWHERE.items():
         if name.startswith(prefix):
             name = other + name.removeprefix(prefix)
+    if (named := _OF_A_SET.fullmatch(name)) and metric_of(f"eval/{named[1]}"):
+        name = f"eval/{named[1]}"
     rows = (row for group in metric_groups() for row in group.rows)
     return next((row for row in rows if _pattern(row.name).fullmatch(name)), None)
 

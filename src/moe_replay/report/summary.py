@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from rich import box
@@ -20,6 +21,7 @@ _HEADINGS = (
     ("last 10 %",),
 )
 """Columns of the metric table, from wide to narrow."""
+_REWARD_OF_A_SET = re.compile("eval/(?:(?!rewards/)([^/]+)/)?reward")
 
 
 def metric_figures(steps: Sequence[StepRecord], name: str) -> dict[str, float] | None:
@@ -57,10 +59,14 @@ def live_comparison(steps: Sequence[StepRecord]) -> tuple[int, float, float] | N
     return len(both), _mean(replays), _mean(lives)
 
 
-def eval_change(evaluations: Sequence[EvalRecord]) -> tuple[EvalRecord, EvalRecord] | None:
-    """Return the first and the last evaluation with a reward; None when there was none."""
-    known = [record for record in evaluations if "eval/reward" in record.metrics]
-    return (known[0], known[-1]) if known else None
+def eval_changes(evaluations: Sequence[EvalRecord]) -> dict[str, tuple[EvalRecord, EvalRecord]]:
+    """Return held-out set -> the first and the last evaluation with a reward of it."""
+    known: dict[str, list[EvalRecord]] = {}
+    for record in evaluations:
+        for name in record.metrics:
+            if found := _REWARD_OF_A_SET.fullmatch(name):
+                known.setdefault(found[1] or "", []).append(record)
+    return {name: (records[0], records[-1]) for name, records in known.items()}
 
 
 def seconds_per_step(steps: Sequence[StepRecord]) -> dict[str, float]:
@@ -94,11 +100,12 @@ def print_summary(
     """Print how a run went: metrics, evaluation, replay against live routing, time."""
     if steps:
         console.print(_metric_table(steps, console))
-    if change := eval_change(evaluations):
-        num_items = change[1].metrics.get("eval/num_items")
+    for name, change in eval_changes(evaluations).items():
+        prefix, whose = (f"eval/{name}", f" of {name}") if name else ("eval", "")
+        num_items = change[1].metrics.get(f"{prefix}/num_items")
         items = "" if num_items is None else f" ({int(num_items)} prompts)"
-        rewards = [f"{number(e.metrics['eval/reward'])} after step {e.step}" for e in change]
-        print_line(console, f"held-out reward{items}: {', '.join(rewards)}")
+        rewards = [f"{number(e.metrics[f'{prefix}/reward'])} after step {e.step}" for e in change]
+        print_line(console, f"held-out reward{whose}{items}: {', '.join(rewards)}")
     if comparison := live_comparison(steps):
         num_steps, replay, live = comparison
         factor = f", {live / replay:.1f} times less" if replay > 0 else ""

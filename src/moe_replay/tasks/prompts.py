@@ -135,8 +135,8 @@ def draw_held_out(
     while len(prompts) < num_prompts:
         if number - last_new > _MAX_REPLACEMENTS:
             raise RecipeError(
-                f"{task.name}: {len(prompts)} distinct prompts found in {number} draws, data.eval_size asks for "
-                f"{num_prompts} ({len(deleted)} were too long): lower data.eval_size or widen data.task"
+                f"{task.name}: {len(prompts)} distinct prompts found in {number} draws, the held-out set asks for "
+                f"{num_prompts} ({len(deleted)} were too long): lower its size (data.eval_size), or widen its task"
             )
         item = task.item(seed, number)
         question = item["question"]

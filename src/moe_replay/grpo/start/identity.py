@@ -60,9 +60,10 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
     """
     items = dict(recipe.fingerprint_items())
     try:
-        for key, location in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        sets = {asked.key: asked.dataset for asked in recipe.held_out_sets}
+        for key, location in ({"data.train": recipe.data.train} | sets).items():
             # Held-out prompts of files decide nothing that is trained.
-            if location is None or key not in items:
+            if key not in items:
                 continue
             if location.startswith(GENERATED):
                 items[key] = location

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import (
     Annotated,
     Any,
@@ -123,9 +124,15 @@ def sections_for(
     """
     hints = get_type_hints(function)
     hints.pop("return")
-    if all(isinstance(sections.get(n), get_origin(kind) or kind) for n, kind in hints.items()):
-        return {name: sections[name] for name in hints}
+    if all(isinstance(sections.get(name), _checkable(kind)) for name, kind in hints.items()):
+        return {name: sections.get(name) for name in hints}
     return None
+
+
+def _checkable(kind: Any) -> Any:
+    """Return what `isinstance` takes of a type: ``tuple`` of ``tuple[A, ...]``."""
+    origin = get_origin(kind)
+    return kind if origin in (None, UnionType) else origin
 
 
 def _is_single(value: object) -> bool:

@@ -41,6 +41,11 @@ class LoraSection(Section):
         return self.rank > 0
 
     @property
+    def exports_adapter(self) -> bool:
+        """Whether an export is an adapter in place of a model."""
+        return self.is_on and self.export == "adapter"
+
+    @property
     def scale(self) -> float:
         """Factor of what an adapter adds.
 

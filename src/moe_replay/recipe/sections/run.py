@@ -182,8 +182,29 @@ class RewardSection(Section):
     import may take."""
 
 
+class HeldOutSection(Section):
+    """``[[held_out]]``: one more set of held-out prompts, evaluated beside ``data.eval``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name in metrics, which are ``eval/<name>/reward`` and so on."""
+    dataset: Annotated[str, Key(anchor=anchored_dataset, may_change=_no_item_is_held_out)]
+    """Its prompts, in the forms of ``data.train``; columns are named as ``[data]`` says."""
+    split: Annotated[str, Key(may_change=_no_item_is_held_out)] = "test"
+    """Split of ``dataset`` where that is a folder or a dataset of the hub."""
+    size: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=128, gt=0)
+    """Prompts: distinct generated items, or at most the first ones of a file."""
+    seed: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=2, ge=0)
+    """Seed of generated items."""
+    task: Annotated[dict[str, Any], Key(may_change=_no_item_is_held_out)] = Field(
+        default_factory=dict
+    )
+    """Configuration of the reasoning-gym family of generated items."""
+
+    may_change: ClassVar[bool] = True
+
+
 class EvalSection(Section):
-    """``[eval]``: evaluation on ``data.eval``."""
+    """``[eval]``: evaluation on ``data.eval`` and ``[[held_out]]``."""
 
     may_change: ClassVar[bool] = True
 
@@ -191,8 +212,25 @@ class EvalSection(Section):
     """Evaluate every so many steps; 0 only before and after."""
     temperature: float = Field(default=0.0, ge=0)
     """Softmax temperature; 0 takes the most likely token."""
-    num_generations: int = Field(default=1, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the most likely tokens; 0 keeps all."""
+    max_completion_length: Annotated[int | None, Key(default="rollout.max_completion_length")] = (
+        Field(default=None, gt=0)
+    )
+    """Maximum number of sampled tokens; at most that of the rollout."""
+    num_generations: Annotated[int, Key(also_called=("num_generations_eval", "val_n"))] = Field(
+        default=1, gt=0
+    )
     """Completions per held-out prompt."""
+    pass_k: Several[Annotated[int, Field(gt=0)]] = ()
+    """Report ``pass@k`` for these k: the chance that one of k completions passes, estimated
+    without bias from all ``num_generations`` of a prompt."""
+    pass_reward: str | None = None
+    """Name of the reward function whose score decides what passes; by default the reward."""
+    pass_threshold: float = 1.0
+    """Score from which on a completion passes."""
 
 
 class CheckpointSection(Section):
@@ -210,6 +248,14 @@ class CheckpointSection(Section):
     """Checkpoints kept."""
     export: bool = True
     """Write a Hugging Face checkpoint at the end."""
+    export_every_save: Annotated[bool, Key(also_called=("save_safetensors",))] = False
+    """Write one beside every checkpoint too, in ``export-step-<n>/``, for as long as that is
+    kept."""
+    metric_for_best_model: str | None = None
+    """Metric of an evaluation, such as ``eval/reward``: the checkpoint of the evaluation where it
+    was best stays beside the newest ones, and its model in ``export-best/``."""
+    greater_is_better: bool = True
+    """Whether a higher value of that metric is better."""
     asynchronous: bool = False
     """Write checkpoints while the next steps run, from a copy in host memory that each rank makes
     of its part; a failure stops the run after the step in which it is noticed."""

@@ -1,0 +1,185 @@
+"""Evaluation: its own sampling, several held-out sets, pass@k, the best checkpoint by a metric."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_replay.grpo.evaluate import _tally, eval_sampling, pass_at
+from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.run import EvalSection
+from moe_replay.tasks.rewards.rewards import ScoredBatch
+
+from .smallest_recipe import problems_of
+from .smallest_recipe import recipe as smallest
+from .test_loop import run
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass() -> None:
+    for n in range(1, 7):
+        for passed in range(n + 1):
+            outcomes = [number < passed for number in range(n)]
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(outcomes, k))
+                assert pass_at(k, n, passed) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    # The chance from the rate is another number.
+    assert pass_at(2, 4, 1) == 0.5 != 1 - 0.75**2
+
+
+def test_passes_are_those_of_the_named_function_and_of_prompts_with_enough_scores() -> None:
+    nan = float("nan")
+    # Three prompts of four completions; the last prompt has one score.
+    scores = np.array([1, 0, 0, 0.5, 1, 1, nan, 0, nan, nan, nan, 1])
+    batch = ScoredBatch(scores={"f": scores, "g": np.zeros(12)}, total=scores / 10)
+    settings = EvalSection(num_generations=4, temperature=1.0, pass_k=(1, 2), pass_reward="f")
+    found = _tally(batch, "eval/maths", settings).finish()
+    assert found["eval/maths/pass@1"] == pytest.approx((1 / 4 + 2 / 3 + 1) / 3)
+    # Pairs: 3 of 6 hold the pass of the first prompt, 3 of 3 one of the second.
+    assert found["eval/maths/pass@2"] == pytest.approx((0.5 + 1.0) / 2)
+    assert found["eval/maths/num_items"] == 3
+    assert found["eval/maths/rewards/g"] == 0
+    lower = settings.model_copy(update={"pass_threshold": 0.5})
+    assert _tally(batch, "eval", lower).finish()["eval/pass@1"] == pytest.approx(
+        (2 / 4 + 2 / 3 + 1) / 3
+    )
+    of_total = settings.model_copy(update={"pass_reward": None})
+    assert _tally(batch, "eval", of_total).finish()["eval/pass@1"] == 0
+    assert "eval/pass@1" not in _tally(batch, "eval", EvalSection()).finish()
+
+
+def test_held_out_prompts_are_sampled_as_eval_says() -> None:
+    plain = smallest(data={"eval": "/e.jsonl"}, rollout={"temperature": 0.7})
+    greedy = eval_sampling(plain)
+    assert (greedy.temperature, greedy.top_p, greedy.top_k) == (0.0, 1.0, 0)
+    assert greedy.max_completion_length == 64
+    own = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 32}
+    drawn = eval_sampling(smallest(data={"eval": "/e.jsonl"}, eval=own))
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.6, 0.95, 20)
+    assert drawn.max_completion_length == 32
+
+
+A, B = {"name": "a", "dataset": "/a.jsonl"}, {"name": "b", "dataset": "reasoning_gym:chain_sum"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "path", "reason"),
+    [
+        ({"eval": {"pass_k": [2]}}, "eval.pass_k", "up to that"),
+        ({"eval": {"pass_k": [1, 1]}}, "eval.pass_k", "each once"),
+        (
+            {"eval": {"pass_k": [1], "pass_reward": "exact"}},
+            "eval.pass_reward",
+            "nearest: 'exact_match'",
+        ),
+        ({"eval": {"pass_threshold": 0.5}}, "eval.pass_threshold", "eval.pass_k is not set"),
+        ({"eval": {"top_p": 0.5}}, "eval.top_p", "takes the most likely token"),
+        ({"eval": {"max_completion_length": 65}}, "eval.max_completion_length", "is above rollout"),
+        ({"held_out": [A, A]}, "held_out.1.name", "is taken"),
+        ({"held_out": [A | {"name": "rewards"}]}, "held_out.0.name", "those of functions"),
+        ({"held_out": [A | {"name": "a/b"}]}, "held_out.0.name", "pattern"),
+        ({"held_out": [A | {"seed": 3}]}, "held_out.0.seed", "its dataset is a file"),
+        ({"held_out": [B | {"split": "x"}]}, "held_out.0.split", "neither a folder"),
+        ({"held_out": A}, "held_out", "write [[held_out]]"),
+        ({"held_out": [{"name": "a"}]}, "held_out.0.dataset", "missing"),
+        (
+            {"checkpoint": {"metric_for_best_model": "eval/rewards/exact"}},
+            "checkpoint.metric_for_best_model",
+            "nearest: 'eval/rewards/exact_match'",
+        ),
+        (
+            {"checkpoint": {"greater_is_better": False}},
+            "checkpoint.greater_is_better",
+            "metric_for_best_model is not set",
+        ),
+    ],
+)
+def test_what_says_nothing_about_an_evaluation_is_refused(
+    sections: dict[str, Any], path: str, reason: str
+) -> None:
+    message = problems_of(data={"eval": "/e.jsonl"}, **sections)
+    assert f"\n  {path}: " in message
+    assert reason in message
+
+
+def test_a_recipe_of_several_sets_loads_again_as_it_was() -> None:
+    # What is resolved omits what has no effect, in lists too.
+    loaded = smallest(
+        held_out=[A, B],
+        eval={"temperature": 1.0, "num_generations": 4, "pass_k": [1, 4]},
+        checkpoint={"metric_for_best_model": "eval/b/pass@4"},
+    )
+    again = smallest(**loaded.resolved_table())
+    assert again.held_out == loaded.held_out
+    assert [(each.key, each.name) for each in again.held_out_sets] == [
+        ("held_out.0.dataset", "a"),
+        ("held_out.1.dataset", "b"),
+    ]
+    assert "seed" not in loaded.resolved_table()["held_out"][0]
+    files = problems_of(held_out=[A], rollout={"engine": "files", "path": "/r"})
+    assert "held_out: given with rollout.engine = 'files'" in files
+
+
+def lines(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    text = (recipe.run.output_dir / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.ranks
+def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
+    recipe: Callable[..., Recipe], workspace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.jsonl").write_text("".join(f'{{"prompt": "few {n}"}}\n' for n in range(3)))
+    few = f'{{name = "few", dataset = "{tmp_path / "few.jsonl"}"}}'
+    more = f'{{name = "more", dataset = "{workspace / "train.jsonl"}", size = 5}}'
+    asked = {
+        "held_out": f"[{few}, {more}]",
+        "eval__every_steps": 1,
+        "eval__temperature": 1.0,
+        "eval__top_p": 0.9,
+        "eval__num_generations": 4,
+        "eval__pass_k": "[1, 3]",
+        "eval__pass_threshold": 0.1,
+        "eval__max_completion_length": 6,
+        "checkpoint__metric_for_best_model": "eval/more/reward",
+        # Training raises it in every step, so the first one stays the lowest.
+        "checkpoint__greater_is_better": "false",
+        "checkpoint__save_total_limit": 1,
+        "checkpoint__export_every_save": "true",
+        "logging__completions": 8,
+    }
+    run(recipe(run__max_steps=2, **asked), world_size=2)
+    loaded = recipe(run__max_steps=4, **asked)
+    run(loaded, world_size=2)
+    records = {line["step"]: line for line in lines(loaded, "eval")}
+    assert sorted(records) == [0, 1, 2, 3, 4]
+    kept = lines(loaded, "eval_completions")
+    for step, record in records.items():
+        assert record["eval/few/num_items"] == 3 and record["eval/more/num_items"] == 5
+        few_kept = [line for line in kept if (line["step"], line["held_out"]) == (step, "few")]
+        # Eight of twelve completions: those of the first two prompts, in order.
+        assert [line["item"] for line in few_kept] == [0] * 4 + [1] * 4
+        assert {line["finish_reason"] for line in few_kept} <= {"stop", "length"}
+        assert max(line["num_tokens"] for line in few_kept) <= 6
+        assert 0 <= record["eval/few/pass@1"] <= record["eval/few/pass@3"] <= 1
+    values = {step: record["eval/more/reward"] for step, record in records.items() if step}
+    best = min(values, key=values.__getitem__)
+    assert best < 4, f"the last step is the best, which shows nothing: {values}"
+    folder = loaded.run.output_dir
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [f"step-{best:06d}", "step-000004"]
+    position = json.loads((folder / "checkpoints" / "step-000004" / "position.json").read_text())
+    assert position["best"] == {"step": best, "value": values[best]}
+    exports = sorted(path.name for path in folder.glob("export*"))
+    assert exports == ["export", "export-best", f"export-step-{best:06d}", "export-step-000004"]
+
+    def weights(name: str) -> bytes:
+        return b"".join(path.read_bytes() for path in sorted((folder / name).glob("*.safetensors")))
+
+    assert weights("export-best") == weights(f"export-step-{best:06d}") != weights("export")
+    assert weights("export-step-000004") == weights("export")
