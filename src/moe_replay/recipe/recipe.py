@@ -66,10 +66,15 @@ class HeldOutSet:
     name: str
     """Name in metrics; empty for ``data.eval``."""
     dataset: str
+    """A file, a folder, or one that is generated or of the hub."""
     split: str
+    """Split of a folder or of a dataset of the hub."""
     size: int
+    """Prompts, at most."""
     seed: int
+    """Seed of generated items."""
     task: Mapping[str, Any]
+    """Configuration of the family of generated items."""
 
     @staticmethod
     def of_data(data: DataSection, dataset: str) -> HeldOutSet:
