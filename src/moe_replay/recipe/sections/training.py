@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -93,7 +94,8 @@ class BatchSection(Section):
         return "batch.old_logprobs = 'pass'" if self.old_logprobs == "pass" else None
 
 
-DEFAULT_SCALE = {"rloo": "none", "reinforce_plus_plus": "batch"}
+ScaleRewards = Literal["group", "batch", "none", "gdpo"]
+DEFAULT_SCALE: Mapping[str, ScaleRewards] = {"rloo": "none", "reinforce_plus_plus": "batch"}
 """``grpo.advantage_estimator`` -> ``grpo.scale_rewards`` where a recipe does not say it, other than
 ``group``; as in ms-swift."""
 
@@ -106,7 +108,7 @@ class GrpoSection(PolicyLossKeys):
     ``reinforce_plus_plus``, whose ``batch`` divides by the spread of the differences), or of the
     others (``rloo``)."""
     scale_rewards: Annotated[
-        Literal["group", "batch", "none", "gdpo"],
+        ScaleRewards,
         Key(
             default="group; none for rloo, batch for reinforce_plus_plus",
             also_called=("norm_adv_by_std_in_grpo", "multi_objective_aggregation"),
