@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_replay.engines.types import RolloutGroup
-from moe_replay.errors import MisalignmentError
+from moe_replay.errors import MisalignmentError, RewardError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.turns import turn_id
 from moe_replay.recipe.recipe import Recipe
@@ -118,3 +118,28 @@ def test_ids_of_turns_meet_no_other_id() -> None:
     }
     assert len(ids) == 4 * 3 * 3
     assert min(ids) >= 1 << 62 and max(ids) < 1 << 64
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm_imported")
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")  # vLLM's own call
+def test_ranks_that_share_a_vllm_take_their_turns_together(turns: Recipes) -> None:
+    made = turns(
+        rollout__engine="vllm", rollout__kv_cache_gib=0.05, rollout__tensor_parallel_size=2
+    )
+    for record in run(made, world_size=2):
+        assert record["replay/agreement"] == 1.0
+        assert record["replay/coverage"] == 1.0
+        assert record["rollout_correction/k3_kl"] < 1e-9
+        assert record["num_turns/max"] == 3
+
+
+def test_reset_that_depends_on_more_than_the_seed_is_refused(
+    turns: Recipes, tmp_path: Path
+) -> None:
+    count = "import itertools\ncounter = itertools.count()\n"
+    changed = ENVIRONMENT.replace("seed % 1000", "next(counter)")
+    (tmp_path / "echo.py").write_text(count + changed)
+    with pytest.raises(RewardError, match="reset gave the conversations of one prompt"):
+        run(turns(run__max_steps=1))

@@ -316,3 +316,29 @@ def test_weights_are_pushed_in_flight_only_where_something_is():
     other = server | {"engine": "sglang-server", "max_staleness": 1}
     assert "which weights sampled which token" in problems_of(rollout=other)
     assert recipe(rollout=server | {"max_staleness": 1}).rollout.push_in_flight
+
+
+ENVIRONMENT = {"factory": "/e/play.py:Game", "form": "step"}
+
+
+def test_turns_are_refused_where_they_cannot_be_sampled():
+    files = {"engine": "files", "path": "/r"}
+    assert "later turns depend on what the environment answers" in problems_of(
+        environment=ENVIRONMENT, rollout=files
+    )
+    beside = {"engine": "vllm-server", "urls": ["http://127.0.0.1:1"], "max_staleness": 1}
+    assert "a conversation takes several" in problems_of(environment=ENVIRONMENT, rollout=beside)
+    # The control: without an environment both are fine.
+    recipe(rollout=files)
+    recipe(rollout=beside)
+
+
+def test_an_environment_may_be_the_only_reward_and_has_a_name_of_its_own():
+    assert recipe(environment=ENVIRONMENT, rewards=[]).environment.name == "Game"
+    assert "expected at least one [[rewards]] table" in problems_of(rewards=[])
+    twice = [{"function": "exact_match", "name": "Game"}]
+    assert "also the class of environment.factory" in problems_of(
+        environment=ENVIRONMENT, rewards=twice
+    )
+    unread = {**ENVIRONMENT, "tool_parser": "hermes"}
+    assert "environment.form is 'step', without tools" in problems_of(environment=unread)

@@ -16,7 +16,7 @@ from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import Progress, quiet_transformers, say
 from moe_replay.engines.checks import check_groups
 from moe_replay.engines.types import Engine, RolloutGroup
-from moe_replay.errors import RecipeError
+from moe_replay.errors import RecipeError, UnsupportedError
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.rollout import SamplingEngineSection
@@ -71,6 +71,11 @@ def _wanted(recipe: Recipe, options: argparse.Namespace) -> range:
     if not isinstance(recipe.rollout, SamplingEngineSection):
         raise RecipeError(
             f"rollout.engine is {recipe.rollout.engine!r}, which samples nothing: choose another engine"
+        )
+    if recipe.environment is not None:
+        raise UnsupportedError(
+            "the recipe has an [environment], whose answers decide what the next turns are; files hold "
+            "completions of one turn: train with an engine that samples, or remove the section"
         )
     given = options.num_prompts
     count = recipe.prompts_per_step if given is None else given

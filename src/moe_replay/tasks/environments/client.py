@@ -22,7 +22,7 @@ from moe_replay.tasks.rewards.wire import encode_value, pack_frame
 
 _MODULE = "moe_replay.tasks.environments.worker"
 _START_S = 300.0
-"""Maximum start-up time of the interpreter."""
+"""Maximum start-up time of the interpreter, and of the import of the class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +136,7 @@ class EnvironmentProcess:
             "form": section.form,
             "args": encode_value(section.args),
             "timeout_s": section.timeout_s,
+            "load_timeout_s": _START_S,
             "folders": self._folders,
         }
         (event,) = self._exchange(request, 1)
@@ -155,7 +156,8 @@ class EnvironmentProcess:
 
     def _exchange(self, request: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         """Send a request and collect the outcome of each of its items."""
-        child, limit = self._child, self._section.timeout_s + GRACE_S
+        child = self._child
+        limit = GRACE_S + (_START_S if request["op"] == "load" else self._section.timeout_s)
         assert child is not None
         name, running, outcomes = self._section.factory, None, []
         deadline = time.monotonic() + _START_S + limit

@@ -80,7 +80,8 @@ class _Worker:
     def _load(self, request: Mapping[str, Any]) -> None:
         for folder in reversed(request["folders"]):
             sys.path.insert(0, folder)
-        self._timeout_s, self._form = request["timeout_s"], request["form"]
+        # The import of a class may be that of a large library.
+        self._timeout_s, self._form = request["load_timeout_s"], request["form"]
         self._say(event="started", slot=0)
         try:
             args = decode_value(request["args"])
@@ -91,10 +92,12 @@ class _Worker:
         except RecipeError as error:
             self._say(event="failed", slot=0, text=str(error), trace=trace_of(error.__cause__))
         except _Late:
-            text = f"environment.factory {request['factory']!r}: its import {self._late}"
+            limit = request["load_timeout_s"]
+            text = f"environment.factory {request['factory']!r}: its import took over {limit:g} s"
             self._say(event="failed", slot=0, text=text, trace="")
         else:
             self._say(event="done", slot=0, value=self._description.plain())
+        self._timeout_s = request["timeout_s"]
 
     def _reset(self, item: Mapping[str, Any]) -> Any:
         """Begin a conversation; those with one seed and one row begin alike."""
