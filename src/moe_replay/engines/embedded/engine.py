@@ -28,6 +28,7 @@ from moe_replay.engines.types import (
 )
 from moe_replay.engines.weight_stream import checked_weights
 from moe_replay.errors import CheckpointError, EngineError, RecipeError, UnsupportedError, shortened
+from moe_replay.transformers.host_paths import use_host_paths
 from moe_replay.transformers.record import record_routes
 from moe_replay.transformers.weights import checkpoint_views
 
@@ -247,4 +248,5 @@ def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
         parameter.data = parameter.data.clone()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("grouped_mm")
+    use_host_paths(model)
     return model
