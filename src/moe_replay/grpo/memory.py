@@ -109,7 +109,9 @@ class SharedDevice:
             yield
             return
         self.make_room()
-        held = sum(model.memory.held_bytes() for model in self._models)
+        # The sum walks all parameters.
+        measured = self._models if self._peaks.measures else ()
+        held = sum(model.memory.held_bytes() for model in measured)
         self._peaks.enter("rollout", held_bytes=held)
         try:
             yield

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,13 +21,10 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "moe_replay_host"
 """Of both paths in transformers' tables."""
-# One grouped product calls the BLAS once an expert, about 4 us a call beside the product. On one
-# thread of 90 GFLOP/s this is the work of padding rows that costs as much.
-_SPARE_FLOP = 600_000
 
 
 def use_host_paths(model: Any) -> None:
-    """Run ``model``'s attention to one token, and its experts of few rows, by the functions here.
+    """Run ``model``'s attention to one token, and its experts, by the functions here.
 
     Changes nothing on a device that has kernels for both, in another number format than float32,
     whose rounding would differ, and where the model's own choice is not the usual one.
@@ -92,35 +90,22 @@ def experts_forward(
     top_k_index: Int64[torch.Tensor, "tokens topk"],
     top_k_weights: Float[torch.Tensor, "tokens topk"],
 ) -> Float[torch.Tensor, "tokens hidden"]:
-    """Run all experts in two batched products, each padded to the rows of the busiest expert.
+    """Run the experts by grouped products, and move rows from and to their order in whole rows.
 
-    Example:
-        Two tokens that chose experts (0, 2) and (2, 1) of 3 fill 1, 1 and 2 rows; padded to 2, the
-        products see six rows, and read the token 0 where there is none::
-
-            expert    0     1     2
-            rows      0 1   2 3   4 5
-            tokens    0 .   1 .   0 1
+    Source: transformers 5, `grouped_mm_experts_forward`, which gathers value by value.
     """
     if experts.has_bias or experts.has_post_expert_norm or experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     up, down = experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
-    num_experts, (num_tokens, topk) = len(up), top_k_index.shape
+    if not experts.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
     chosen = top_k_index.reshape(-1)
-    counts = chosen.bincount(minlength=num_experts)
-    num_rows = int(counts.max())
-    num_padding = num_rows * num_experts - len(chosen)
-    if num_padding * 2 * (up[0].numel() + down[0].numel()) > _SPARE_FLOP * num_experts:
-        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    ordered, order = chosen.sort()
-    # Where the rows of an expert start, less how many rows experts before it have.
-    starts = torch.arange(num_experts) * num_rows - (counts.cumsum(0) - counts)
-    places = starts.index_select(0, ordered) + torch.arange(len(chosen))
-    tokens = chosen.new_zeros(num_experts * num_rows).index_copy_(0, places, order // topk)
-    row_of = torch.empty_like(order).index_copy_(0, order, places)
-    rows = hidden_states.index_select(0, tokens).view(num_experts, num_rows, -1)
-    inner = torch.bmm(rows, up if experts.is_transposed else up.transpose(1, 2))
+    ends = chosen.bincount(minlength=len(up)).cumsum(0).to(torch.int32)
+    order = chosen.argsort()
+    row_of = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    rows = hidden_states.index_select(0, order // top_k_index.shape[1])
+    inner = F.grouped_mm(rows, up, offs=ends)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = torch.bmm(inner, down if experts.is_transposed else down.transpose(1, 2))
-    found = outer.flatten(0, 1).index_select(0, row_of).view(num_tokens, topk, -1)
-    return torch.bmm(top_k_weights[:, None].to(found.dtype), found)[:, 0]
+    outer = F.grouped_mm(inner, down, offs=ends).index_select(0, row_of)
+    outer = outer.view(*top_k_index.shape, -1)
+    return torch.bmm(top_k_weights[:, None].to(outer.dtype), outer)[:, 0]
