@@ -324,8 +324,8 @@ def _train_theirs(connection: Connection, job: Job) -> None:
     torch.set_num_threads(1)
     import transformers
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -334,7 +334,34 @@ def _train_theirs(connection: Connection, job: Job) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    end_token = tokenizer.eos_token_id
+    model.generate = _forced_generate(model.generate, job, tokenizer.eos_token_id)
+
+    class Turns(TrainerCallback):
+        """Takes a step when it is told to."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tell()
+
+    lines = (Path(job.folder) / "prompts.jsonl").read_text().splitlines()
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
+        args=_trl_settings(job),
+        callbacks=[Turns()],
+    )
+    trainer.train()
+
+
+def _forced_generate(plain: Callable[..., Any], job: Job, end_token: int) -> Callable[..., Any]:
+    """Return ``generate`` whose completions have the lengths of the step."""
+    import torch
+    from transformers import LogitsProcessor
+
     steps = iter(job.lengths)
 
     class Forced(LogitsProcessor):
@@ -350,54 +377,38 @@ def _train_theirs(connection: Connection, job: Job) -> None:
             scores[ends, end_token] = 0.0
             return scores
 
-    plain = model.generate
-
     def generate(**inputs: Any) -> torch.Tensor:
         forced = Forced(next(steps), inputs["input_ids"].shape[1])
         return plain(**inputs, logits_processor=[forced])
 
-    model.generate = generate
+    return generate
 
-    class Turns(TrainerCallback):
-        """Takes a step when it is told to."""
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.wait()
+def _trl_settings(job: Job) -> Any:
+    """Return TRL's fastest settings for this job; see the module's text."""
+    from trl import GRPOConfig
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.tell()
-
-    lines = (Path(job.folder) / "prompts.jsonl").read_text().splitlines()
-    samples = len(job.lengths[0])
-    trainer = GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-        train_dataset=Dataset.from_list([json.loads(line) for line in lines]),
-        args=GRPOConfig(
-            output_dir=f"{job.folder}/trl",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=samples // job.slices,
-            gradient_accumulation_steps=job.slices,
-            num_generations=NUM_GENERATIONS,
-            max_completion_length=max(map(max, job.lengths)),
-            max_steps=len(job.lengths),
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            beta=0.0,
-            router_aux_loss_coef=0.0,
-            temperature=1.0,
-            top_k=0,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        callbacks=[Turns()],
+    return GRPOConfig(
+        output_dir=f"{job.folder}/trl",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=len(job.lengths[0]) // job.slices,
+        gradient_accumulation_steps=job.slices,
+        num_generations=NUM_GENERATIONS,
+        max_completion_length=max(map(max, job.lengths)),
+        max_steps=len(job.lengths),
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        router_aux_loss_coef=0.0,
+        temperature=1.0,
+        top_k=0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
     )
-    trainer.train()
 
 
 if __name__ == "__main__":

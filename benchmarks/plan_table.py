@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_replay.megatron.model import read_model_shape
 from moe_replay.plan.advice import remedies
@@ -21,7 +21,7 @@ from moe_replay.plan.machine import read_machine
 from moe_replay.plan.memory import MemoryPlan, plan_memory
 from moe_replay.plan.trainer.kernels import GPU
 from moe_replay.plan.trainer.settings import AdamStorage, Settings
-from moe_replay.plan.trainer.training import trainer_bytes
+from moe_replay.plan.trainer.training import TrainerBytes, trainer_bytes
 from moe_replay.recipe.load import recipe_from_table
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import MegatronSection
@@ -168,93 +168,115 @@ def _peak(plan: MemoryPlan) -> str:
     return text if plan.fits else f"{text} !"
 
 
+class Published(NamedTuple):
+    """A peak that others measured, and what they ran."""
+
+    what: str
+    """Who, and what of."""
+    peak: float
+    """GiB on the fullest GPU."""
+    with_cuda: bool
+    """Whether CUDA's and NCCL's own memory is counted in."""
+    config: dict[str, Any]
+    """config.json of the model."""
+    keys: dict[str, Any]
+    """Fields of `Settings`."""
+
+
+PUBLISHED = (
+    Published(
+        "Megatron-Bridge, Qwen3-30B-A3B, 16 H100, EP16, 4k tokens, bf16 gradients, float32 moments, no recompute "
+        "(allocated)",
+        62.2,
+        with_cuda=False,
+        config=_QWEN,
+        keys={
+            "num_ranks": 16,
+            "megatron": MegatronSection(expert_model_parallel_size=16),
+            "adam": AdamStorage(
+                dtype_bytes=2, gradient_bytes=2, main_gradient_bytes=2, main_parameter_bytes=2
+            ),
+            "max_tokens": 4096,
+        },
+    ),
+    Published(
+        "Megatron-Bridge, Moonlight-16B, 8 H100, TP2 EP8, 4k tokens, bf16 gradients and moments, no recompute "
+        "(allocated)",
+        36.6,
+        with_cuda=False,
+        config=MOONLIGHT,
+        keys={
+            "num_ranks": 8,
+            "megatron": MegatronSection(
+                tensor_model_parallel_size=2,
+                expert_model_parallel_size=8,
+                expert_tensor_parallel_size=1,
+            ),
+            "adam": AdamStorage(
+                dtype_bytes=2,
+                gradient_bytes=2,
+                main_gradient_bytes=2,
+                main_parameter_bytes=2,
+                moment_bytes=(2, 2),
+            ),
+            "max_tokens": 4096,
+        },
+    ),
+    Published(
+        "ms-swift, Qwen3-30B-A3B, 8 x 80 GB, TP4 PP2 EP4, 8k tokens, float32 gradients and Adam, full recompute "
+        "(with CUDA and NCCL)",
+        76.0,
+        with_cuda=True,
+        config=_QWEN,
+        keys={
+            "num_ranks": 8,
+            "megatron": MegatronSection(
+                tensor_model_parallel_size=4,
+                pipeline_model_parallel_size=2,
+                expert_model_parallel_size=4,
+                expert_tensor_parallel_size=1,
+                **FULL,
+            ),
+            "adam": AdamStorage(dtype_bytes=2),
+            "max_tokens": 8192,
+            "num_microbatches": 4,
+        },
+    ),
+)
+
+
 def published() -> Iterator[str]:
     """Yield the lines of the table of published peaks, in GiB."""
     yield "| case | published | formulas | with 10 % on all but parameters |"
     yield "|---|---|---|---|"
-    cases: tuple[tuple[str, float, bool, dict[str, Any], dict[str, Any]], ...] = (
-        (
-            "Megatron-Bridge, Qwen3-30B-A3B, 16 H100, EP16, 4k tokens, bf16 gradients, float32 moments, no recompute "
-            "(allocated)",
-            62.2,
-            False,
-            _QWEN,
-            {
-                "num_ranks": 16,
-                "megatron": MegatronSection(expert_model_parallel_size=16),
-                "adam": AdamStorage(
-                    dtype_bytes=2, gradient_bytes=2, main_gradient_bytes=2, main_parameter_bytes=2
-                ),
-                "max_tokens": 4096,
-            },
-        ),
-        (
-            "Megatron-Bridge, Moonlight-16B, 8 H100, TP2 EP8, 4k tokens, bf16 gradients and moments, no recompute "
-            "(allocated)",
-            36.6,
-            False,
-            MOONLIGHT,
-            {
-                "num_ranks": 8,
-                "megatron": MegatronSection(
-                    tensor_model_parallel_size=2,
-                    expert_model_parallel_size=8,
-                    expert_tensor_parallel_size=1,
-                ),
-                "adam": AdamStorage(
-                    dtype_bytes=2,
-                    gradient_bytes=2,
-                    main_gradient_bytes=2,
-                    main_parameter_bytes=2,
-                    moment_bytes=(2, 2),
-                ),
-                "max_tokens": 4096,
-            },
-        ),
-        (
-            "ms-swift, Qwen3-30B-A3B, 8 x 80 GB, TP4 PP2 EP4, 8k tokens, float32 gradients and Adam, full recompute "
-            "(with CUDA and NCCL)",
-            76.0,
-            True,
-            _QWEN,
-            {
-                "num_ranks": 8,
-                "megatron": MegatronSection(
-                    tensor_model_parallel_size=4,
-                    pipeline_model_parallel_size=2,
-                    expert_model_parallel_size=4,
-                    expert_tensor_parallel_size=1,
-                    **FULL,
-                ),
-                "adam": AdamStorage(dtype_bytes=2),
-                "max_tokens": 8192,
-                "num_microbatches": 4,
-            },
-        ),
+    for case in PUBLISHED:
+        worst = _fullest_rank(case)
+        rest = worst.update.total + GPU.other_bytes * case.with_cuda
+        plain, more = (
+            f"{found / GIB:.1f} ({found / GIB / case.peak - 1:+.0%})"
+            for found in (worst.resident.total + rest, worst.resident.total + 1.1 * rest)
+        )
+        yield f"| {case.what} | {case.peak} | {plain} | {more} |"
+
+
+def _fullest_rank(case: Published) -> TrainerBytes:
+    """Return the bytes of the rank that needs most, by our formulas."""
+    tokens = case.keys["max_tokens"]
+    # Their logits exist for all tokens at once.
+    settings = Settings(
+        max_sequence_length=tokens,
+        chunk_rows=tokens,
+        replays=False,
+        **{"dtype_bytes": 2} | case.keys,
     )
-    for what, peak, with_cuda, config, keys in cases:
-        tokens = keys["max_tokens"]
-        # Their logits exist for all tokens at once.
-        settings = Settings(
-            max_sequence_length=tokens,
-            chunk_rows=tokens,
-            replays=False,
-            **{"dtype_bytes": 2} | keys,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config))
-            shape = read_model_shape(folder)
-        stages = settings.layout.pipeline_model_parallel_size
-        size = shape.num_layers // stages
-        layers = [range(stage * size, (stage + 1) * size) for stage in range(stages)]
-        ranks = trainer_bytes(shape, settings, layers, GPU)
-        worst = max(ranks, key=lambda found: found.resident.total + found.update.total)
-        rest = worst.update.total + GPU.other_bytes * with_cuda
-        plain, more = worst.resident.total + rest, worst.resident.total + 1.1 * rest
-        yield (
-            f"| {what} | {peak} | {plain / GIB:.1f} ({plain / GIB / peak - 1:+.0%}) | {more / GIB:.1f} "
-            f"({more / GIB / peak - 1:+.0%}) |"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(case.config))
+        shape = read_model_shape(folder)
+    stages = settings.layout.pipeline_model_parallel_size
+    size = shape.num_layers // stages
+    layers = [range(stage * size, (stage + 1) * size) for stage in range(stages)]
+    ranks = trainer_bytes(shape, settings, layers, GPU)
+    return max(ranks, key=lambda found: found.resident.total + found.update.total)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ class TransferGroup:
             ) from error
 
     def close(self) -> None:
-        """Leave: whoever waits for this rank fails at once. Calling it twice is allowed."""
+        """Leave: ranks that wait for this one fail at once. Calling it twice is allowed."""
         group, self._group = self._group, None
         if group is not None and self._device.type == "cuda":
             group.abort()
@@ -97,7 +97,8 @@ def check_backend(backend: Backend) -> None:
 def open_store(address: str) -> dist.TCPStore:
     """Return what the group meets through, on a free port of one address of this machine.
 
-    Whoever reaches that address may join, so it is never all addresses, as torch's own choice is.
+    Any process that reaches the address may join, so it is one address and not all of them, which
+    is torch's own choice.
     """
     family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
     listening = socket.create_server((address, 0), family=family)

@@ -109,7 +109,7 @@ def drain(weights: Iterator[tuple[str, torch.Tensor]], error: Exception) -> None
     try:
         for _ in weights:
             pass
-    except Exception as further:  # noqa: BLE001 - the seam: whoever exports the weights
+    except Exception as further:  # noqa: BLE001 - the seam: the export of weights
         error.add_note(f"the rest of the push failed too: {type(further).__name__}: {further}")
 
 

@@ -92,7 +92,7 @@ class SharedDevice:
         """Share the device of ``models``, of which the policy is the first, on all ``ranks``.
 
         ``makes_room`` says whether they give anything back, ``overlaps`` that they compute while
-        the engine samples: there is then nothing to give, and there are no phases.
+        the engine samples: nothing is then given back, and a step has no phases.
         """
         self._models, self._ranks = models, ranks
         self._makes_room = makes_room and not overlaps

@@ -283,7 +283,7 @@ class CheckpointFolder:
         newest = (
             f"step {kept[-1]} is the newest whole checkpoint"
             if kept
-            else "there is no checkpoint yet"
+            else "no checkpoint has been written yet"
         )
         return f"{newest}. Free some space, or lower checkpoint.save_total_limit, and start the same command again to resume"
 

@@ -70,7 +70,7 @@ class Remedy:
 def remedies(recipe: Recipe, shape: ModelShape, machine: Machine) -> list[Remedy]:
     """Return the smallest sets of changes with which ``recipe`` fits, cheap ones first.
 
-    Empty if no set of `MAX_CHANGES` is enough. What a changed recipe refuses is no candidate.
+    Empty if no set of `MAX_CHANGES` is enough. Changes that a recipe refuses are left out.
     """
     changes = list(_changes(recipe, shape, machine))
     for count in range(1, MAX_CHANGES + 1):

@@ -115,7 +115,7 @@ class Transfers:
                 raise no_room(error, receiver.path) from error
             except BaseException:
                 receiver.fail()
-                # Whoever waits for this rank hears of it.
+                # The other ranks wait for this one, and fail with it.
                 group.close()
                 raise
             receiver.finish(message.num_bytes, sums)
@@ -171,7 +171,7 @@ def _in_own_thread(work: Callable[[], _Result], name: str) -> asyncio.Future[_Re
     def run() -> None:
         try:
             outcome = partial(future.set_result, work())
-        except Exception as error:  # noqa: BLE001 - seam: raised by whoever awaits it
+        except Exception as error:  # noqa: BLE001 - seam: raised where it is awaited
             outcome = partial(future.set_exception, error)
         # A server that has ended no longer waits for it.
         with suppress(RuntimeError):

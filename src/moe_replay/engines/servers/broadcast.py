@@ -35,7 +35,7 @@ class Broadcast:
 
     Each server's thread calls `give` with each part in turn. When all have announced it, the last
     of them sends it to all; then each asks its server whether it arrived. Once a server fails, the
-    group is closed, which whoever waits in it notices at once, and this and the later parts of the
+    group is closed, so that no member waits in it any longer, and this and the later parts of the
     push go to the others over HTTP. The next push forms a new group.
 
     Worked example: servers A and B, and B dies while part 3 is sent. The broadcast fails; A says

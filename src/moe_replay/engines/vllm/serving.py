@@ -234,8 +234,8 @@ class VllmServing(Lifecycle):
     async def lost(self) -> str:
         """Wait until the processes of a replica have ended, and return what happened.
 
-        One is enough: a server that went on with the others would hide from whoever restarts
-        servers that it needs that.
+        One is enough: a server that went on with the others would look healthy to what restarts
+        servers.
         """
         while (dead := self._dead()) is None:
             await asyncio.sleep(_LOOK_S)

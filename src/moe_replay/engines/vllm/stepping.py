@@ -49,7 +49,7 @@ class VllmStepper:
     that is done. A push wakes the weights alone, and they stay awake until the next call, which
     wakes the cache beside them: vLLM does not go back to sleep half awake. With ``in_step`` the
     engine is one of several ranks that must take the same steps: a call is then never cut short,
-    whoever leaves it, because the other ranks would wait in the middle of theirs.
+    even if its caller leaves, because the other ranks would wait in the middle of theirs.
     """
 
     def __init__(self, vllm: Any, *, sleeps: bool, in_step: bool) -> None:
@@ -155,7 +155,7 @@ class VllmStepper:
         try:
             self._take_turns()
         except BaseException as error:  # noqa: BLE001 - the seam: vLLM, from another thread
-            # Whoever waits must hear of it, whatever it is: nobody else will ever wake them.
+            # Callers wait for this thread alone, so they must hear of any error.
             self._lost = error
         with self._changed:
             self._is_closing = True

@@ -119,7 +119,10 @@ def _resume(run: Run, step: int | None, *, restart: bool) -> None:
 
 
 def _check_disk(run: Run) -> None:
-    """Raise on every rank when there is no room for the first checkpoint; later ones know it."""
+    """Raise on every rank unless the disk has room for the first checkpoint.
+
+    Later ones check for themselves.
+    """
     needed = expected_bytes(run.actor.modules, run.actor.optimizer)
     shortage = None
     if run.process.rank == 0 and not run.checkpoints.steps():

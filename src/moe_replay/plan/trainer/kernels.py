@@ -68,7 +68,7 @@ class Kernels:
     backward_frac: float
     """What else exists meanwhile, in parts of what the layer keeps."""
     other_bytes: int
-    """On every rank for what is no tensor: the CUDA context, libraries, buffers of NCCL."""
+    """On every rank beside tensors: the CUDA context, libraries, buffers of NCCL."""
 
 
 GPU = Kernels(

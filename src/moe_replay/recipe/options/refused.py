@@ -1,4 +1,4 @@
-"""Options of Megatron that are not honoured, whoever chooses the experts.
+"""Options of Megatron that are not honoured, with replay or without.
 
 What no replay can be exact with is in `moe_replay.megatron.replay.refusals`.
 """
@@ -148,7 +148,7 @@ REFUSED = (
     Refused(
         "ddp",
         ("num_distributed_optimizer_instances",),
-        "optimizer state is shared by all replicas; there are no groups for several copies of it",
+        "optimizer state is shared by all replicas, never kept in several copies",
         lambda value: value != 1,
         "above 1",
     ),

@@ -22,7 +22,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 class Refused(NamedTuple):
-    """An option that is not honoured, whoever chooses the experts."""
+    """An option that is not honoured, with replay or without."""
 
     table: str
     """``transformer``, ``ddp`` or ``optimizer``."""

@@ -57,8 +57,8 @@ class TraceWriter:
     """A trace file that grows by one trace at a time; another process can continue it after a kill.
 
     Until `finish` has written the index there is no trace file, only frames that follow one
-    another; whoever continues it says which of them to keep. `num_cut_bytes` counts what lay behind
-    them, such as half a frame.
+    another; the process that continues it says which of them to keep. `num_cut_bytes` counts what
+    lay behind them, such as half a frame.
 
     Example:
         >>> writer = TraceWriter(Path("step.traces"))
