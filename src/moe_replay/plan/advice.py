@@ -68,7 +68,9 @@ class Remedy:
 
 
 def remedies(recipe: Recipe, shape: ModelShape, machine: Machine) -> list[Remedy]:
-    """Return the smallest sets of changes with which ``recipe`` fits, cheap ones first.
+    """Return the smallest sets of changes with which ``recipe`` fits; what leaves most room first.
+
+    Of sets of one size the `MAX_SETS` are taken that cost least.
 
     Empty if no set of `MAX_CHANGES` is enough. Changes that a recipe refuses are left out.
     """
@@ -85,7 +87,7 @@ def remedies(recipe: Recipe, shape: ModelShape, machine: Machine) -> list[Remedy
             if len(found) == MAX_SETS:
                 break
         if found:
-            return found
+            return sorted(found, key=lambda remedy: -remedy.memory.headroom)
     return []
 
 

@@ -1,7 +1,7 @@
 """Routes of samples that are packed in two ways: recorded or shared in one, replayed in the other.
 
 Which tokens of a sample a rank holds depends on the packing under sequence and context parallelism,
-so the ranks of a stage give each other all that they hold.
+so each rank of a stage gives every other what that one holds in the new packing.
 
 In: this rank's routes in the rows of some microbatches. Out: the same in the rows of others.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from moe_replay.batch import Microbatch, RankPlace
 from moe_replay.batch.routes import row_bytes
@@ -43,24 +43,49 @@ def repack_routes(
         layers=first.layers, num_experts=first.num_experts, topk=first.expert_ids.shape[2]
     )
     landing = _Landing(wanted, form)
-    same_stage = [peer.layers == replica.layers for peer in replica.peers]
+    own = replica.peers[replica.own]
+    # Codes of the tokens that each rank of this stage is to hold; None on other stages.
+    needs = [
+        _needed(wanted, peer.place) if peer.layers == replica.layers else None
+        for peer in replica.peers
+    ]
     for piece in in_pieces(given, lambda m: sum(m.lengths) * row_bytes(form), PIECE_BYTES):
-        payload = [_NOTHING]
-        for microbatch in piece:
-            held = routes[microbatch.key]
-            payload += [held.valid.view(np.uint8), _bytes_of(held.expert_ids)]
-        own = np.concatenate(payload)
+        held = [_tokens_of(m, own.place) for m in piece]
+        outgoing = [
+            _NOTHING
+            if needed is None
+            else _payload([routes[m.key] for m in piece], [np.isin(t, needed) for t in held])
+            for needed in needs
+        ]
         tokens = [
-            [_tokens_of(m, peer.place) for m in piece] if talks else []
-            for peer, talks in zip(replica.peers, same_stage, strict=True)
+            [] if needed is None else [_only(_tokens_of(m, peer.place), landing) for m in piece]
+            for peer, needed in zip(replica.peers, needs, strict=True)
         ]
         incoming = replica.ranks.exchange(
-            [own if talks else _NOTHING for talks in same_stage],
-            [sum(map(len, part)) * row_bytes(form) for part in tokens],
+            outgoing, [sum(map(len, part)) * row_bytes(form) for part in tokens]
         )
         for part, received in zip(tokens, incoming, strict=True):
             landing.take(part, received)
     return landing.slices()
+
+
+def _needed(wanted: Sequence[Microbatch], place: RankPlace) -> Int64[np.ndarray, " tokens"]:
+    tokens = np.concatenate([_tokens_of(m, place) for m in wanted])
+    return np.unique(tokens[tokens >= 0])
+
+
+def _only(tokens: Int64[np.ndarray, " rows"], landing: _Landing) -> Int64[np.ndarray, " some"]:
+    return tokens[landing.holds(tokens)]
+
+
+def _payload(
+    routes: Sequence[RouteSlice], chosen: Sequence[Bool[np.ndarray, " rows"]]
+) -> UInt8[np.ndarray, " _"]:
+    """Return the bytes of some rows of each microbatch: which have a route, then their ids."""
+    parts = [_NOTHING]
+    for held, rows in zip(routes, chosen, strict=True):
+        parts += [held.valid[rows].view(np.uint8), _bytes_of(held.expert_ids[:, rows])]
+    return np.concatenate(parts)
 
 
 class _Landing:
@@ -79,22 +104,27 @@ class _Landing:
         self._ids = np.zeros((len(form.layers), len(codes), form.topk), dtype=dtype)
         self._valid = np.zeros(len(codes), dtype=bool)
 
+    def holds(self, tokens: Int64[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
+        """Return which tokens have a row here."""
+        return (self._codes[self._places(tokens)] == tokens) & (tokens >= 0)
+
+    def _places(self, tokens: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+        return np.minimum(np.searchsorted(self._codes, tokens), len(self._codes) - 1)
+
     def take(
         self,
         microbatches: Sequence[Int64[np.ndarray, " _"]],
         received: UInt8[np.ndarray, " _"],
     ) -> None:
-        """Take the routes of one rank's rows of some microbatches, whose tokens are given."""
+        """Take the routes of one rank's rows of some microbatches, all of which land here."""
         start = 0
         for tokens in microbatches:
             stop = start + len(tokens) * row_bytes(self._form)
             valid = received[start : start + len(tokens)].view(bool)
             ids = received[start + len(tokens) : stop].view(self._ids.dtype)
             ids = ids.reshape(len(self._form.layers), len(tokens), self._form.topk)
-            at = np.minimum(np.searchsorted(self._codes, tokens), len(self._codes) - 1)
-            is_here = (self._codes[at] == tokens) & (tokens >= 0)
-            rows = self._order[at[is_here]]
-            self._valid[rows], self._ids[:, rows] = valid[is_here], ids[:, is_here]
+            rows = self._order[self._places(tokens)]
+            self._valid[rows], self._ids[:, rows] = valid, ids
             self._landed[rows] = True
             start = stop
 
