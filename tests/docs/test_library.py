@@ -47,6 +47,19 @@ def test_example_for_hugging_face_runs(tmp_path):
     assert run(PAGE.read_text(), "a model of Hugging Face", names)["recorded"].shape == (12, 4, 4)
 
 
+def test_examples_of_the_hugging_face_page_run(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moe_replay.testing.tiny_models import write_tiny_checkpoint
+
+    text = (PAGE.parent / "transformers.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(write_tiny_checkpoint(tmp_path))
+    names = {"hf_model": model, "token_ids": torch.arange(5, 17)[None]}
+    assert run(text, "a model of Hugging Face", names)["routes"].shape == (12, 4, 4)
+    assert "ArgsortRouter" in run(text, None, {})
+
+
 def megatron_example(checkpoint: Path) -> tuple[bool, bool]:
     """Return whether replay changed the logits, and whether they are finite."""
     import torch

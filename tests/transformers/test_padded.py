@@ -82,3 +82,29 @@ def test_d16_control_a_trace_of_other_tokens_names_the_sequence():
         place_traces(traces[:2], ids, mask)
     with pytest.raises(TraceError, match="expected 1 at tokens and 0 at padding"):
         place_traces(traces, ids, mask * 2)
+
+
+def test_a_padding_free_batch_runs_each_sequence_as_alone(qwen):
+    traces = [trace_of(t, other_routes(n, len(t))) for n, t in enumerate(sequences())]
+    alone = []
+    with torch.no_grad():
+        for trace, tokens in zip(traces, sequences(), strict=True):
+            ids = torch.from_numpy(tokens)[None]
+            with replay_traces(qwen, [trace], input_ids=ids):
+                alone.append(qwen(ids).logits[0])
+        packed = torch.from_numpy(np.concatenate(sequences()))[None]
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+        with replay_traces(qwen, traces, input_ids=packed):
+            logits = qwen(packed, position_ids=positions, use_cache=False).logits[0]
+    assert torch.allclose(logits, torch.cat(alone), atol=1e-5)
+
+
+def test_control_a_padding_free_batch_of_other_tokens_is_refused():
+    traces = [trace_of(t, other_routes(n, len(t))) for n, t in enumerate(sequences())]
+    packed = np.concatenate(sequences())[None]
+    with pytest.raises(TraceError, match="3 traces of 12 rows in all for one row of 11"):
+        place_traces(traces, packed[:, :-1])
+    with pytest.raises(TokenMismatchError, match="sequence 1 of the batch"):
+        place_traces(
+            traces, np.roll(packed, 1, axis=1) * (np.arange(12) > 3) + packed * (np.arange(12) < 4)
+        )

@@ -1,4 +1,4 @@
-"""Replay in a padded batch: traces of sequences, laid into its rows by the attention mask.
+"""Replay in a batch, padded or padding-free: traces of sequences, laid into its rows.
 
 In: traces, ``input_ids``, ``attention_mask``. Out: routes of all rows of the batch, and a replay
 scope over them.
@@ -26,8 +26,9 @@ def place_traces(
     """Return the routes of every row of a batch, batch first, and which rows have one.
 
     ``input_ids`` is ``[batch, length]``, ``attention_mask`` the same with 1 at tokens and 0 at
-    padding, on either side; without it there is no padding. A trace must be bound to the very
-    tokens of its sequence.
+    padding, on either side; without it there is no padding. Several traces for a batch of one
+    sequence are laid one after another: a padding-free batch, which has no mask. A trace must be
+    bound to the very tokens of its sequence.
 
     Example:
         Tokens ``[[0, 5, 6], [7, 8, 9]]`` with mask ``[[0, 1, 1], [1, 1, 1]]`` and traces of 2 and 3
@@ -40,6 +41,8 @@ def place_traces(
         TokenMismatchError: when a trace is bound to other tokens than its sequence has.
     """
     tokens = as_array(input_ids)
+    if attention_mask is None and len(traces) > 1 and tokens.ndim == 2 and len(tokens) == 1:
+        return _place_packed(traces, tokens[0])
     mask = np.ones(tokens.shape, dtype=bool) if attention_mask is None else as_array(attention_mask)
     if tokens.ndim != 2 or mask.shape != tokens.shape or len(traces) != len(tokens) or not traces:
         raise TraceError(
@@ -62,6 +65,26 @@ def place_traces(
     return expert_ids.reshape(-1, *first.expert_ids.shape[1:]), valid.reshape(-1)
 
 
+def _place_packed(
+    traces: Sequence[RoutingTrace], tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    lengths = [len(trace.expert_ids) for trace in traces]
+    if sum(lengths) != len(tokens):
+        raise TraceError(
+            f"{len(traces)} traces of {sum(lengths)} rows in all for one row of {len(tokens)} tokens, expected as many: "
+            "a padding-free batch holds whole sequences one after another, and nothing else"
+        )
+    RouteForm.common((trace.form for trace in traces), "sequences of a batch")
+    starts = np.cumsum([0, *lengths])
+    for number, (trace, start) in enumerate(zip(traces, starts[:-1], strict=True)):
+        held = tokens[start : start + len(trace.expert_ids)]
+        trace.check_tokens(held, where=f"sequence {number} of the batch")
+    return (
+        np.concatenate([trace.expert_ids for trace in traces]),
+        np.concatenate([trace.valid for trace in traces]),
+    )
+
+
 @contextmanager
 def replay_traces(
     model: nn.Module,
@@ -82,8 +105,7 @@ def replay_traces(
         TraceError: when traces and batch differ in count or shape, or the routes cannot be this
             model's.
         TokenMismatchError: when a trace is bound to other tokens than its sequence has.
-        UnsupportedError: when the model is dense, or of a family whose score function is not known
-            here.
+        UnsupportedError: when the model is dense, or a router fails its proof.
         ReplayScopeError: when a forward has another number of rows, a router never ran, or
             recomputation happened outside the scope.
     """
