@@ -97,77 +97,76 @@ def sparsemixer(router: Any, logits: Tensor, ids: Tensor, _: Tensor) -> Tensor:
     return torch.cat(slots, 1)
 
 
-def _rules() -> list[tuple[str, Reference, str]]:
-    scaled = "routed_scaling_factor"
-    by_setting = "norm_topk_prob"
-    return [
-        (
-            "softmax, normed if `norm_topk_prob`",
-            softmax(by_setting),
-            "qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe qwen4_exp olmoe flex_olmo mellum",
-        ),
-        (
-            "softmax, normed",
-            softmax(True),
-            "qwen3_5_moe qwen3_vl_moe mixtral minimax hunyuan_v1_moe dbrx",
-        ),
-        ("softmax", softmax(), "jamba"),
-        (
-            "softmax, scaled",
-            softmax(scale=scaled),
-            "deepseek_v2 deepseek_ocr2 unlimited_ocr longcat_flash",
-        ),
-        (
-            "softmax, normed if `norm_topk_prob`, scaled",
-            softmax(by_setting, eps=1e-20, scale=scaled),
-            "mistral4",
-        ),
-        ("softmax, normed, scaled", softmax(True, eps=1e-20, scale=scaled), "mistral_large4"),
-        (
-            "softmax of the chosen logits",
-            softmax_of_chosen,
-            "aria gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared",
-        ),
-        (
-            "softmax of the chosen logits, over top-k",
-            softmax_of_chosen_over_topk,
-            "openai_privacy_filter",
-        ),
-        ("softmax or sigmoid of the chosen logits", by_selection, "cohere2_moe"),
-        ("softmax, normed by a clamped sum", softmax_clamped, "ernie4_5_moe ernie4_5_vl_moe"),
-        (
-            "softmax of the normed input, normed, a scale an expert",
-            of_probabilities,
-            "gemma4 diffusion_gemma",
-        ),
-        ("root of softplus, normed, scaled", softplus_root, "deepseek_v4"),
-        ("softmax with a null expert, which weighs 0", with_null_expert, "zaya"),
-        ("log-sigmoid, normed with the shared experts", log_sigmoid_with_shared, "inkling"),
-        ("sparsemixer: a softmax a slot", sparsemixer, "phimoe"),
-        (
-            "sigmoid, normed if `norm_topk_prob`, scaled",
-            sigmoid(by_setting, eps=1e-20, scale=scaled),
-            "deepseek_v3 deepseek_v32 glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa dots1 dots3_note "
-            "exaone_moe kimi_linear mimo_v2_flash nemotron_h solar_open hy_v4 axk1 bailing_hybrid axk2",
-        ),
-        (
-            "sigmoid, normed if `norm_topk_prob`, scaled",
-            sigmoid(by_setting, eps=1e-6, scale=scaled),
-            "lfm2_moe",
-        ),
-        ("sigmoid, normed if `norm_topk_prob`", sigmoid(by_setting, eps=1e-20), "beam"),
-        ("sigmoid, normed if `norm_topk_prob`", sigmoid(by_setting), "flint kolibri1"),
-        ("sigmoid, normed", sigmoid(), "minimax_m2 minimax_m3_vl step3p7 laguna"),
-        ("sigmoid, normed, scaled", sigmoid(eps=1e-15, scale=scaled), "muse_spark"),
-        ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale="route_scale"), "afmoe"),
-        ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale="router_scaling_factor"), "hy_v3"),
-        ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale=scaled), "inkling2"),
-        ("sigmoid, scales the experts' input", sigmoid(False), "llama4"),
-    ]
+_SCALED = "routed_scaling_factor"
+_BY_SETTING = "norm_topk_prob"
+_RULES: list[tuple[str, Reference, str]] = [
+    (
+        "softmax, normed if `norm_topk_prob`",
+        softmax(_BY_SETTING),
+        "qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe qwen4_exp olmoe flex_olmo mellum",
+    ),
+    (
+        "softmax, normed",
+        softmax(True),
+        "qwen3_5_moe qwen3_vl_moe mixtral minimax hunyuan_v1_moe dbrx",
+    ),
+    ("softmax", softmax(), "jamba"),
+    (
+        "softmax, scaled",
+        softmax(scale=_SCALED),
+        "deepseek_v2 deepseek_ocr2 unlimited_ocr longcat_flash",
+    ),
+    (
+        "softmax, normed if `norm_topk_prob`, scaled",
+        softmax(_BY_SETTING, eps=1e-20, scale=_SCALED),
+        "mistral4",
+    ),
+    ("softmax, normed, scaled", softmax(True, eps=1e-20, scale=_SCALED), "mistral_large4"),
+    (
+        "softmax of the chosen logits",
+        softmax_of_chosen,
+        "aria gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared",
+    ),
+    (
+        "softmax of the chosen logits, over top-k",
+        softmax_of_chosen_over_topk,
+        "openai_privacy_filter",
+    ),
+    ("softmax or sigmoid of the chosen logits", by_selection, "cohere2_moe"),
+    ("softmax, normed by a clamped sum", softmax_clamped, "ernie4_5_moe ernie4_5_vl_moe"),
+    (
+        "softmax of the normed input, normed, a scale an expert",
+        of_probabilities,
+        "gemma4 diffusion_gemma",
+    ),
+    ("root of softplus, normed, scaled", softplus_root, "deepseek_v4"),
+    ("softmax with a null expert, which weighs 0", with_null_expert, "zaya"),
+    ("log-sigmoid, normed with the shared experts", log_sigmoid_with_shared, "inkling"),
+    ("sparsemixer: a softmax a slot", sparsemixer, "phimoe"),
+    (
+        "sigmoid, normed if `norm_topk_prob`, scaled",
+        sigmoid(_BY_SETTING, eps=1e-20, scale=_SCALED),
+        "deepseek_v3 deepseek_v32 glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa dots1 dots3_note "
+        "exaone_moe kimi_linear mimo_v2_flash nemotron_h solar_open hy_v4 axk1 bailing_hybrid axk2",
+    ),
+    (
+        "sigmoid, normed if `norm_topk_prob`, scaled",
+        sigmoid(_BY_SETTING, eps=1e-6, scale=_SCALED),
+        "lfm2_moe",
+    ),
+    ("sigmoid, normed if `norm_topk_prob`", sigmoid(_BY_SETTING, eps=1e-20), "beam"),
+    ("sigmoid, normed if `norm_topk_prob`", sigmoid(_BY_SETTING), "flint kolibri1"),
+    ("sigmoid, normed", sigmoid(), "minimax_m2 minimax_m3_vl step3p7 laguna"),
+    ("sigmoid, normed, scaled", sigmoid(eps=1e-15, scale=_SCALED), "muse_spark"),
+    ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale="route_scale"), "afmoe"),
+    ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale="router_scaling_factor"), "hy_v3"),
+    ("sigmoid, normed, scaled", sigmoid(eps=1e-20, scale=_SCALED), "inkling2"),
+    ("sigmoid, scales the experts' input", sigmoid(False), "llama4"),
+]
 
 
-REFERENCES = {family: rule for _, rule, names in _rules() for family in names.split()}
+REFERENCES = {family: rule for _, rule, names in _RULES for family in names.split()}
 """Family -> what its router gives to given experts."""
 
-WORDS = {family: words for words, _, names in _rules() for family in names.split()}
+WORDS = {family: words for words, _, names in _RULES for family in names.split()}
 """Family -> its reference in words."""
