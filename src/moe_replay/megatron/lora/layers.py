@@ -7,7 +7,6 @@ between ranks, never the rows themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,11 @@ Cut = Literal["rows", "columns", "none"]
 """What tensor parallelism cuts of a layer's weight: its rows (outputs), its columns (inputs)."""
 
 
-@dataclass(slots=True)
 class Switch:
     """Whether the adapters of a model add anything."""
 
-    is_on: bool = True
+    def __init__(self) -> None:
+        self.is_on = True
 
 
 class LoraPair(torch.nn.Module):
