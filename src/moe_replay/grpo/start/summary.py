@@ -13,7 +13,10 @@ from moe_replay.recipe.recipe import Recipe
 def run_summary(run: Run) -> RunSummary:
     """Return what is about to run; too small a cache becomes a warning of the first step."""
     recipe, engine, replica = run.recipe, run.engine.description, run.replica
-    num_parameters = sum(p.numel() for module in run.actor.modules for p in module.parameters())
+    weights = [p for module in run.actor.modules for p in module.parameters()]
+    adapters = run.actor.adapters
+    num_learning = sum(p.numel() for p in weights if p.requires_grad)
+    num_parameters = sum(p.numel() for p in weights) - (num_learning if adapters else 0)
     return RunSummary(
         sections={
             "Model": [
@@ -21,6 +24,11 @@ def run_summary(run: Run) -> RunSummary:
                 f"{len(run.actor.routers)} MoE layers, top-{engine.topk} of {engine.num_experts} "
                 "experts",
                 f"trained in {recipe.model.dtype} on {run.actor.device}",
+                *(
+                    [f"frozen; {_adapters(recipe)}: {num_learning:,} parameters"]
+                    if adapters
+                    else []
+                ),
             ],
             "Layout": [
                 f"{replica.num_replicas} data-parallel replica(s) of {replica.size} rank(s): "
@@ -55,6 +63,11 @@ def run_summary(run: Run) -> RunSummary:
         first_step=run.step + 1,
         max_steps=recipe.run.max_steps,
     )
+
+
+def _adapters(recipe: Recipe) -> str:
+    lora = recipe.lora
+    return f"adapters of rank {lora.rank} x {lora.scale:g} on {', '.join(lora.target_modules)}"
 
 
 def _which_pass(recipe: Recipe) -> str:
