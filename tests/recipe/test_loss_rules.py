@@ -53,6 +53,15 @@ SEQUENCE = {"importance_sampling_level": "sequence"}
             "grpo.kl_estimator is 'k2'",
         ),
         ({"rollout_importance_sampling_threshold": 3.0}, "_mode is 'none'"),
+        ({"kl_in_reward": True}, "grpo.beta is 0"),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "use_bias_correction_kl": True},
+            "the loss has no KL term",
+        ),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "scale_rewards": "gdpo"},
+            "there is no reward to take it off",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused(keys: dict[str, Any], says: str) -> None:
@@ -65,6 +74,7 @@ def test_what_contradicts_itself_is_refused(keys: dict[str, Any], says: str) -> 
         {},
         {"loss_type": "cispo", "epsilon_high": 1.0},
         {"loss_type": "dppo", "epsilon_high": 0.15},
+        {"beta": 0.1, "kl_in_reward": True},
         {"delta": 1.21, "beta": 0.1, "use_bias_correction_kl": True},
         {**SEQUENCE, "rollout_importance_sampling_mode": "sequence_mask", "epsilon": 3e-4},
         {"importance_sampling_level": "sequence_token", "top_entropy_quantile": 0.2},
@@ -81,3 +91,16 @@ def test_a_quantile_of_entropies_needs_a_pass_before_the_update() -> None:
     assert recipe().why_old_pass is None
     why = recipe(grpo={"top_entropy_quantile": 0.2}).why_old_pass
     assert why == "grpo.top_entropy_quantile = 0.2 compares entropies"
+
+
+def test_a_divergence_in_the_reward_leaves_no_term_in_the_loss() -> None:
+    keys = recipe(grpo={"beta": 0.1, "kl_in_reward": True}).grpo
+    assert not keys.has_kl_term
+    assert keys.why_old_pass == "grpo.kl_in_reward compares with the reference"
+    assert recipe(grpo={"beta": 0.1}).grpo.has_kl_term
+
+
+def test_a_frozen_router_beside_adapters_is_refused_because_all_is_frozen() -> None:
+    keys = {"lora": {"rank": 8}, "megatron": {"freeze_moe_router": True}}
+    assert "lora.rank is above 0" in problems_of(**keys)
+    assert recipe(megatron={"freeze_moe_router": True}).megatron.freeze_moe_router

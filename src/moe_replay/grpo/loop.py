@@ -13,6 +13,7 @@ from moe_replay.grpo.checkpoint import finish_saving, save_checkpoint
 from moe_replay.grpo.end import finish, write_end
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.evaluate import evaluate
+from moe_replay.grpo.penalty import penalize
 from moe_replay.grpo.push import push_weights
 from moe_replay.grpo.record import step_record
 from moe_replay.grpo.records import BaseReporter, RunEnd
@@ -107,6 +108,7 @@ def _take_step(run: Run) -> None:
         old = score_old(run, batch)
     with run.station("ref_logprobs"):
         reference = score_reference(run, old.batch)
+    old, scored = penalize(run, rounds, scored, old, reference)
     with run.station("update"):
         update = update_policy(run, old, reference)
     if not run.pushes_in_flight:

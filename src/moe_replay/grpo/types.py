@@ -20,6 +20,9 @@ gives what stands beside it, and imports no other station::
                        |
     score.py        reference log-probabilities        sample id -> ScoredSample
                        |
+    penalty.py      with kl_in_reward: compare once    OldScores, Scored: other
+                    more, less the divergence          advantages
+                       |
     update.py       one optimizer step a mini-batch    Update: metrics; new weights
                        |
     push.py         give the weights to the engine     policy version + 1
@@ -219,6 +222,15 @@ class StepBatch:
             return replace(m, samples=tuple(kept))
 
         return self._each(changed) if dropped else self
+
+    def with_advantages(self, advantages: Mapping[int, float]) -> StepBatch:
+        """Return the batch in which samples (by id) have other advantages."""
+
+        def changed(m: Microbatch) -> Microbatch:
+            samples = (replace(s, advantage=advantages[s.sample_id]) for s in m.samples)
+            return replace(m, samples=tuple(samples))
+
+        return self._each(changed)
 
     def _each(self, change: Callable[[Microbatch], Microbatch]) -> StepBatch:
         parts = tuple(tuple(map(change, part)) for part in self.minibatches)

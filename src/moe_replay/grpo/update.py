@@ -215,9 +215,7 @@ class MinibatchLoss:
         always = self.keys.has_kl_term or self.takes_entropies
         pulls = [s.trains and (np.float32(s.advantage) != 0 or always) for s in samples]
         gathered = run.ranks.gather([len(counted), sum(counted), any(pulls)])
-        self.is_idle = not (
-            any(part[2] for part in gathered) or run.recipe.megatron.moe_aux_loss_coeff > 0
-        )
+        self.is_idle = not (any(part[2] for part in gathered) or run.recipe.megatron.trains_routers)
         self.entropy_threshold, num_uncertain = self._entropy_threshold(run)
         self.batch = BatchSize(
             num_samples=max(1, sum(part[0] for part in gathered)),

@@ -18,7 +18,7 @@ from moe_replay.batch import Microbatch
 from moe_replay.errors import DivergedError, UpdateError
 from moe_replay.megatron.backward import BackwardWork, MegatronLearner, TokenLoss
 from moe_replay.megatron.balance import BalancingLoss
-from moe_replay.megatron.chunks import unwrap
+from moe_replay.megatron.chunks import moe_layers, unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.lora.adapters import Adapters
 from moe_replay.megatron.lora.attach import attach, check_lora
@@ -312,6 +312,7 @@ def build_policy(
     gives_back: GivenBack = "none",
     lora: LoraSection = _NO_LORA,
     seed: int = 0,
+    freezes_routers: bool = False,
 ) -> MegatronActor:
     """Build the policy of a Hugging Face checkpoint for training; every rank calls this together.
 
@@ -319,11 +320,13 @@ def build_policy(
     ``options`` holds further fields of Megatron's configs, such as ``recompute_*``. Logits exist
     for ``chunk_rows`` token rows at a time. ``gives_back`` is ``megatron.offload_during_rollout``.
     With ``lora.rank`` above 0 the weights are frozen, and adapters that ``seed`` draws are trained
-    beside them.
+    beside them. With ``freezes_routers`` routers neither learn nor decay.
     """
     modules, config, adapters = _load_modules(
         checkpoint_dir, layout, dtype, grouped_experts, options.transformer, lora, seed
     )
+    for router in moe_layers(modules).values() if freezes_routers else ():
+        router.requires_grad_(False)
     return MegatronActor(
         modules,
         config=config,

@@ -165,6 +165,7 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         gives_back=recipe.megatron.offload_during_rollout,
         lora=recipe.lora,
         seed=recipe.run.seed,
+        freezes_routers=recipe.megatron.freeze_moe_router,
     )
     if actor.adapters is not None and recipe.lora.adapter is not None:
         load_adapter(actor.adapters, recipe.lora)

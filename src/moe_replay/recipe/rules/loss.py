@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
-from moe_replay.recipe.sections.training import GrpoSection
+from moe_replay.recipe.sections.lora import LoraSection
+from moe_replay.recipe.sections.training import GrpoSection, MegatronSection
 
 
 @Rule
@@ -63,6 +64,16 @@ def _kl_has_a_gradient(grpo: GrpoSection) -> Iterator[Problem]:
 
 
 @Rule
+def _kl_is_part_of_one_reward(grpo: GrpoSection) -> Iterator[Problem]:
+    if grpo.kl_in_reward and grpo.scale_rewards == "gdpo":
+        yield Problem(
+            "grpo.kl_in_reward",
+            "true with scale_rewards = 'gdpo', which normalizes each reward function by itself: "
+            "there is no reward to take it off. Set it to false, or choose another scale_rewards",
+        )
+
+
+@Rule
 def _engine_gap_has_a_range(grpo: GrpoSection) -> Iterator[Problem]:
     lowest = grpo.rollout_importance_sampling_min
     highest = grpo.rollout_importance_sampling_threshold
@@ -86,10 +97,24 @@ def _loss_without_effect(grpo: GrpoSection) -> Iterator[tuple[str, str]]:
     if not grpo.clips_ratios:
         yield "grpo.delta", f"{kind}, which clips no ratio"
     if not grpo.beta:
-        for key in ("kl_estimator", "use_bias_correction_kl"):
+        for key in ("kl_estimator", "use_bias_correction_kl", "kl_in_reward"):
             yield f"grpo.{key}", "grpo.beta is 0, so there is no KL term"
+    elif grpo.kl_in_reward:
+        for key in ("kl_estimator", "use_bias_correction_kl"):
+            yield (
+                f"grpo.{key}",
+                "grpo.kl_in_reward takes the sum of k1, and the loss has no KL term",
+            )
     elif grpo.kl_estimator != "k3":
         yield "grpo.use_bias_correction_kl", f"grpo.kl_estimator is {grpo.kl_estimator!r}"
     if grpo.rollout_importance_sampling_mode == "none":
         for key in ("rollout_importance_sampling_threshold", "rollout_importance_sampling_min"):
             yield f"grpo.{key}", "grpo.rollout_importance_sampling_mode is 'none'"
+
+
+@EffectRule
+def _frozen_routers_without_effect(
+    lora: LoraSection, megatron: MegatronSection
+) -> Iterator[tuple[str, str]]:
+    if lora.is_on:
+        yield "megatron.freeze_moe_router", "lora.rank is above 0, which freezes every weight"

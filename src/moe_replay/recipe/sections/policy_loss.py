@@ -74,6 +74,9 @@ class PolicyLossKeys(Section):
     use_bias_correction_kl: Annotated[bool, Key(also_called=("use_unbiased_kl",))] = False
     """With ``k3``: multiply it by the token's ratio new / old, so that its gradient is that of the
     reverse KL after several updates too."""
+    kl_in_reward: Annotated[bool, Key(also_called=("use_kl_in_reward",))] = False
+    """Take ``beta`` times the sum of old minus reference log-probabilities of a completion's tokens
+    off its reward, before completions are compared, in place of a term in the loss."""
     entropy_coef: Annotated[float, Key(also_called=("entropy_coeff",))] = Field(default=0.0, ge=0)
     """Weight of an entropy bonus, a mean over the tokens of the update; 0 adds none."""
     top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
@@ -109,7 +112,7 @@ class PolicyLossKeys(Section):
     @property
     def has_kl_term(self) -> bool:
         """Whether the loss has a term towards the reference model."""
-        return self.beta > 0
+        return self.beta > 0 and not self.kl_in_reward
 
     @property
     def compares_engine(self) -> bool:
@@ -134,4 +137,4 @@ class PolicyLossKeys(Section):
         """Why the loss needs old values before its own forward pass; None where it does not."""
         if self.top_entropy_quantile < 1:
             return f"grpo.top_entropy_quantile = {self.top_entropy_quantile} compares entropies"
-        return None
+        return "grpo.kl_in_reward compares with the reference" if self.kl_in_reward else None

@@ -221,7 +221,7 @@ class ParallelLayout(Section):
 
 
 # Keys that are not fields of Megatron's TransformerConfig.
-_BESIDE = {"transformer", "ddp", "optimizer", "offload_during_rollout"}
+_BESIDE = {"transformer", "ddp", "optimizer", "offload_during_rollout", "freeze_moe_router"}
 
 
 class MegatronSection(ParallelLayout):
@@ -232,6 +232,11 @@ class MegatronSection(ParallelLayout):
     moe_aux_loss_coeff: Annotated[float, Key(may_change=False)] = Field(default=0.0, ge=0)
     """Weight of the loss that balances the live experts of a microbatch, padding excluded; 0
     switches it off."""
+    freeze_moe_router: Annotated[
+        bool, Key(may_change=False, also_called=("freeze_router", "freeze_gate"))
+    ] = False
+    """Keep the weights of routers as they are: they neither learn nor decay. Gradients still pass
+    through the scores of experts."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers or chosen modules in the backward pass; nothing by default."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -261,6 +266,11 @@ class MegatronSection(ParallelLayout):
         dict[str, Any], Key(may_change=False, may_change_inside=MAY_CHANGE_ON_RESUME)
     ] = Field(default_factory=dict)
     """Any field of Megatron's OptimizerConfig, such as ``optimizer_cpu_offload = true``."""
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether Megatron adds losses of its own, which learn where no sample does."""
+        return self.moe_aux_loss_coeff > 0 or bool(self.transformer.get("moe_z_loss_coeff"))
 
     def config_fields(self) -> dict[str, Any]:
         """Return the TransformerConfig fields beside the layout's, as a recipe writes them."""
