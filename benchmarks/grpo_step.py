@@ -43,7 +43,7 @@ NUM_GENERATIONS = 8
 EQUAL_LENGTH = 32
 SHORTEST, LONGEST = 8, 256
 LEARNING_RATE = 1e-6
-BUDGET = 8192
+BUDGET = 4096
 """Tokens of our microbatches."""
 MEASURED = {"rollout", "forward and backward"}
 """The stations that a step is for; any other is overhead."""
