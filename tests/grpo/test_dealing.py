@@ -199,13 +199,17 @@ def sampled(rank: int, lengths: list[int]) -> Iterator[tuple[Any, Completion, Ro
             num_experts=300,
             origin=origin,
         )
+        # Of several turns, with tokens of an environment between them, where it is long.
+        mask = np.arange(length) % 3 != 1 if length > 5 else None
+        num_sampled = length if mask is None else int(mask.sum())
         completion = Completion(
             token_ids=ids,
-            rollout_logprobs=rng.random(length).astype(np.float32),
+            rollout_logprobs=rng.random(num_sampled).astype(np.float32),
             trace=None,
             finish_reason=FinishReason.STOP,
             policy_version=rank,
             server=f"http://s{rank}",
+            turn_mask=mask,
         )
         yield (rank, number), completion, trace
 
@@ -254,6 +258,8 @@ def _handed(piece: int, routed: bool, spoil: bool) -> Any:
         if not np.array_equal(completion.token_ids, expected.token_ids):
             wrong.append(key)
         np.testing.assert_array_equal(completion.rollout_logprobs, expected.rollout_logprobs)
+        assert (completion.turn_mask is None) == (expected.turn_mask is None)
+        np.testing.assert_array_equal(completion.sampled_ids, expected.sampled_ids)
         assert (completion.server, completion.policy_version) == (
             expected.server,
             expected.policy_version,

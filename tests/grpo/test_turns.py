@@ -74,7 +74,8 @@ def turns(recipe: Recipes, workspace: Path, tmp_path: Path) -> Recipes:
 
 
 def test_turns_replay_the_routes_of_the_calls_that_fed_them_first(turns: Recipes) -> None:
-    loaded = turns()
+    # The environment is the only reward.
+    loaded = turns(rewards="[]")
     for record in run(loaded):
         assert record["replay/agreement"] == 1.0
         assert record["replay/coverage"] == 1.0
@@ -82,6 +83,7 @@ def test_turns_replay_the_routes_of_the_calls_that_fed_them_first(turns: Recipes
         assert record["num_turns/max"] == 3
         assert record["num_turns/mean"] > 2
         assert record["replay/rows_live_environment_omitted"] == 0
+        assert record["reward"] == record["rewards/Echo/mean"] > 0
     lines = (loaded.run.output_dir / "completions.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
     assert [turn["by"] for turn in first["turns"]] == ["policy", "environment"] * 2 + ["policy"]

@@ -149,6 +149,9 @@ class RewardSet:
                 number or None a completion.
         """
         batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
+        if not self._specs:
+            # An environment scores alone.
+            return ScoredBatch(scores={}, total=np.full(len(prompts), np.nan))
         if not prompts:
             nothing = np.zeros(0, dtype=np.float64)
             return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
