@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from moe_replay.errors import UnsupportedError
-from moe_replay.transformers.routers.weighing import Weigh, weighing_of
+from moe_replay.transformers.routers.weighing import Weigh, class_names, weighing_of
 
 _ROUTER = re.compile(r"(Router|Gate|Gating)$")
 # A block that chooses by this method has a router that only returns logits (DBRX).
@@ -88,7 +88,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     sites: dict[str, RouterSite] = {}
     served = set()
     for path, module in modules.items():
-        is_fixed = type(module).__name__ in FIXED
+        is_fixed = bool(class_names(type(module)) & FIXED)
         block = _ancestor(path, blocks) if is_fixed or _is_router(module) else None
         if block is None:
             continue
@@ -169,7 +169,7 @@ def _site(
 
 
 def _has_experts(module: nn.Module) -> bool:
-    return "experts" in dict(module.named_children())
+    return getattr(module, "_modules", {}).get("experts") is not None
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -177,8 +177,8 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module) -> str | None:
-    names = [kind.__name__ for kind in type(module).__mro__]
-    return next((REFUSED[name] for name in names if name in REFUSED), None)
+    names = class_names(type(module)) & REFUSED.keys()
+    return next((REFUSED[name] for name in sorted(names)), None)
 
 
 def _is_vision(path: str) -> bool:

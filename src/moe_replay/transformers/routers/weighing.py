@@ -6,7 +6,7 @@ In: a router, its logits, expert ids. Out: weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from typing import Any
 
 import torch
@@ -49,8 +49,13 @@ def weighing_of(router: nn.Module) -> Weigh | None:
     if found is not weigh_experts.dispatch(object):
         return found
     # By name, because importing a family for its class would load its whole module.
-    names = {kind.__name__ for kind in type(router).__mro__}
-    return _weigh_sparsemixer if "PhimoeTopKRouter" in names else None
+    return _weigh_sparsemixer if "PhimoeTopKRouter" in class_names(type(router)) else None
+
+
+@lru_cache(maxsize=1024)
+def class_names(kind: type) -> frozenset[str]:
+    """Return the names of a class and its bases; FSDP2 puts a class of its own on top."""
+    return frozenset(base.__name__ for base in kind.__mro__)
 
 
 def _weigh_sparsemixer(router: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
