@@ -44,7 +44,7 @@ def test_routes_of_a_completion_are_those_of_a_plain_forward(tmp_path, family):
                 model(torch.from_numpy(tokens).long()[None])
             expected = np.sort(recorder.take().numpy()[:-1], axis=-1)
             assert (np.sort(completion.trace.expert_ids[:-1], axis=-1) == expected).all()
-            assert len(np.unique(expected)) > 3
+            assert len(np.unique(expected)) > 2
 
 
 def test_a_family_with_a_recurrent_state_is_refused(tmp_path):
