@@ -58,7 +58,7 @@ def main() -> int:
     """Print what was measured, then the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs")
+    parser.add_argument("--rounds", type=int, help="pairs; default 5, quick 3")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="workers")
     parser.add_argument("--length", type=int, default=192, help="of a completion, in tokens")
     parser.add_argument("--client", help=argparse.SUPPRESS)
@@ -188,7 +188,7 @@ async def race(
 
     await served(0, _WARM_UP_LENGTH), await alone(0, _WARM_UP_LENGTH)
     speeds: dict[Any, list[float]] = {alone: [], served: []}
-    for seed in range(1, 1 + options.rounds):
+    for seed in range(1, 1 + (options.rounds or (3 if options.quick else 5))):
         for kind in (alone, served) if seed % 2 else (served, alone):
             speeds[kind].append(await kind(seed))
     ratios = [s / a for s, a in zip(speeds[served], speeds[alone], strict=True)]

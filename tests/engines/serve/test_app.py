@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from moe_replay.engines.registry import EngineUse
 from moe_replay.engines.serve.access import Access, RefusedError
 from moe_replay.engines.serve.app import EngineServer
 from moe_replay.engines.serve.messages import (
@@ -19,10 +20,12 @@ from moe_replay.engines.serve.messages import (
 )
 from moe_replay.engines.servers import opening
 from moe_replay.engines.servers.contract import Ask
+from moe_replay.engines.servers.entry import check_engine
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, RecipeError
+from moe_replay.recipe.sections.rollout import ServersEngineSection
 
 from ...support.served import listening, served
 from ..server_case import (
@@ -280,6 +283,16 @@ def test_one_rank_says_that_it_waits(says, every_s, lines, tmp_path, monkeypatch
     said = [r.getMessage() for r in caplog.records if r.name == "moe_replay.servers"]
     assert len(said) == lines
     assert all(line.startswith(f"{url} is loading its model, waiting: ") for line in said)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_of_a_dry_run_waits_for_a_server_that_loads(rank, tmp_path):
+    server = EngineServer(HeldEngine(), facts=FACTS, push_folder=tmp_path)
+    use = EngineUse(model_dir=tmp_path, max_context_length=64, record_routes=True)
+    with listening(server.application()) as url:
+        section = ServersEngineSection(engine="vllm-server", urls=[url], max_completion_length=8)
+        with pytest.raises(CallError, match="being loaded"):
+            check_engine(section, use, FACTS, rank=rank, tries_push=True)
 
 
 def test_a_start_does_not_wait_for_a_server_that_lost_its_engine(tmp_path):

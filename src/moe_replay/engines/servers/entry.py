@@ -51,9 +51,10 @@ def check_engine(
     tries_push: bool,
     **_: object,
 ) -> list[str]:
-    """Ask the servers what they are; with ``tries_push`` give the idle ones the checkpoint.
+    """Ask the servers what they are; with ``tries_push`` rank 0 gives idle ones the checkpoint.
 
-    Without, as at a start, servers that still load their model are waited for.
+    Without, as at a start, servers that still load their model are waited for; with it no rank
+    waits, because rank 0 refuses them.
     """
     engine = _connect(
         section,
@@ -65,11 +66,11 @@ def check_engine(
     )
     try:
         busy = engine.busy
-        if tries_push and not busy:
+        if tries_push and rank == 0 and not busy:
             engine.restore(use.model_dir)
     finally:
         engine.close()
-    if not tries_push or not busy:
+    if not tries_push or rank or not busy:
         return []
     return [
         f"{', '.join(f'{url} holds weights of run {run}' for url, run in busy.items())}: no push "

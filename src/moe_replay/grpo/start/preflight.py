@@ -373,5 +373,5 @@ def _check_engine(found: Preflight, *, tries_push: bool) -> None:
         rank=found.process.rank,
         num_ranks=found.process.world_size,
         num_attention_heads=found.shape.num_attention_heads,
-        tries_push=tries_push and found.process.rank == 0,
+        tries_push=tries_push,
     )
