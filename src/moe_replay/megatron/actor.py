@@ -22,6 +22,7 @@ from moe_replay.megatron.chunks import moe_layers, unwrap
 from moe_replay.megatron.logprobs import CHUNK_ROWS
 from moe_replay.megatron.lora.adapters import Adapters
 from moe_replay.megatron.lora.attach import attach, check_lora
+from moe_replay.megatron.lora.peft_files import load_adapter
 from moe_replay.megatron.model import build_model, read_model_shape, transformer_config
 from moe_replay.megatron.offload import (
     DeviceMemory,
@@ -320,7 +321,8 @@ def build_policy(
     ``options`` holds further fields of Megatron's configs, such as ``recompute_*``. Logits exist
     for ``chunk_rows`` token rows at a time. ``gives_back`` is ``megatron.offload_during_rollout``.
     With ``lora.rank`` above 0 the weights are frozen, and adapters that ``seed`` draws are trained
-    beside them. With ``freezes_routers`` routers neither learn nor decay.
+    beside them, or those of ``lora.adapter``. With ``freezes_routers`` routers neither learn nor
+    decay.
     """
     modules, config, adapters = _load_modules(
         checkpoint_dir, layout, dtype, grouped_experts, options.transformer, lora, seed
@@ -383,4 +385,7 @@ def _load_modules(
     chunks = build_model(shape, config, grouped_experts=grouped_experts, local_layers=lora.is_on)
     load_hf_weights(chunks, checkpoint_dir)
     adapters = attach(chunks, config, lora, seed=seed) if lora.is_on else None
+    if adapters is not None and lora.adapter is not None:
+        # Before an optimizer takes its float32 copies.
+        load_adapter(adapters, lora)
     return wrap_precision(chunks, config), config, adapters

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_replay.errors import CheckpointError
-from moe_replay.megatron.lora.peft_files import check_adapter, load_adapter, save_adapter
+from moe_replay.megatron.lora.peft_files import check_adapter, save_adapter
 from moe_replay.recipe.sections.lora import LoraSection
+from moe_replay.routing import Routing
 from moe_replay.testing.layouts import layout
-from moe_replay.testing.policies import start_policy
+from moe_replay.testing.policies import mean_loss, start_policy
 from moe_replay.testing.ranks import run_ranks
 
-from .adapter_cases import LORA, drawn
+from .adapter_cases import LORA, drawn, share
 
 pytestmark = pytest.mark.ranks
 EXPERT = "base_model.model.model.layers.1.mlp.experts.5.down_proj"
@@ -36,10 +37,16 @@ def write(checkpoint: Path, output: Path, lora: LoraSection = LORA) -> dict[str,
 
 def read(checkpoint: Path, folder: Path, **keys: Any) -> dict[str, torch.Tensor]:
     lora = LoraSection(rank=4, alpha=8.0, adapter=folder).model_copy(update=keys)
-    actor = start_policy(checkpoint, lora=lora)
+    return dict(start_policy(checkpoint, lora=lora).weights.tensors())
+
+
+def read_and_learn(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Start from an adapter in bfloat16, take one step of at most 1e-3, return the adapter."""
+    lora = LORA.model_copy(update={"adapter": folder})
+    actor = start_policy(checkpoint, lora=lora, dtype=torch.bfloat16)
+    actor.update(share(actor), mean_loss, temperature=1.0, routing=Routing.LIVE)
     assert actor.adapters is not None
-    load_adapter(actor.adapters, lora)
-    return dict(actor.weights.tensors())
+    return dict(actor.adapters.tensors())
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,19 @@ def test_an_adapter_is_written_by_expert_and_read_again(
     assert config["peft_version"] >= "0.19"
     (again,) = run_ranks(read, 1, checkpoints["qwen3_moe"], folder)
     assert all(torch.equal(again[name], merged[name]) for name in merged)
+
+
+def test_a_run_goes_on_from_the_adapter_that_it_starts_with(
+    checkpoints: dict[str, Path], written: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    (learned,) = run_ranks(read_and_learn, 1, checkpoints["qwen3_moe"], written[0])
+    differences = {
+        name: float((value.float() - drawn(name, tuple(value.shape))).abs().max())
+        for name, value in learned.items()
+    }
+    # The step, and the rounding of numbers up to 0.4 to bfloat16.
+    assert max(differences.values()) < 4e-3
+    assert min(differences.values()) > 0
 
 
 def changed(folder: Path, to: Path, config: dict[str, Any], renamed: dict[str, str]) -> Path:

@@ -21,7 +21,6 @@ from moe_replay.grpo.stopping import StopRequest
 from moe_replay.megatron.actor import MegatronActor, build_policy, build_scorer
 from moe_replay.megatron.checkpoint import CheckpointFolder
 from moe_replay.megatron.layout import initialize, shutdown
-from moe_replay.megatron.lora.peft_files import load_adapter
 from moe_replay.megatron.lora.reference import WithoutAdapters
 from moe_replay.megatron.options.typed import read_options
 from moe_replay.megatron.ranks.messages import all_ranks
@@ -167,8 +166,6 @@ def _build_actor(recipe: Recipe, reporter: BaseReporter) -> MegatronActor:
         seed=recipe.run.seed,
         freezes_routers=recipe.megatron.freeze_moe_router,
     )
-    if actor.adapters is not None and recipe.lora.adapter is not None:
-        load_adapter(actor.adapters, recipe.lora)
     # An engine that shares the device measures at its start what is free.
     actor.memory.give_back()
     return actor
