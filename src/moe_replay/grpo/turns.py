@@ -15,8 +15,7 @@ In: prompts and requests of this rank. Out: one group a request, as of an engine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,13 +89,8 @@ def converse(
     assert environment is not None
     begun = run.droppable(lambda: _begin(environment, run.recipe.run.seed, prompts, requests))
     prompts, requests = [prompt for prompt, _ in begun], [request for _, request in begun]
-    talks = [
-        _Talk(request=request, number=number, slot=0)
-        for request in requests
-        for number in range(request.num_generations)
-    ]
-    for slot, talk in enumerate(talks):
-        talk.slot = slot
+    wanted = [(each, number) for each in requests for number in range(each.num_generations)]
+    talks = [_Talk(request, number, slot) for slot, (request, number) in enumerate(wanted)]
     num_cut = 0
     for turn in range(environment.section.max_turns):
         is_last = turn + 1 == environment.section.max_turns
@@ -205,27 +199,19 @@ def _messages(calls: Sequence[ToolCall], texts: Sequence[str]) -> list[dict[str,
     ]
 
 
-@dataclass(kw_only=True)
 class _Talk:
     """One conversation while it is held."""
 
-    request: Request
-    number: int
-    slot: int
-    calls: list[tuple[int, Completion]] = field(default_factory=list)
-    """Tokens that a call of the engine was fed, and what it returned."""
-    parts: list[Part] = field(default_factory=list)
-    is_open: bool = True
-    met_limit: bool = False
-    num_calls: int = 0
-    num_failed: int = 0
-    _ids: Any = None
-    _ending: FinishReason | None = None
-
-    @property
-    def ids(self) -> np.ndarray:
-        """All tokens so far."""
-        return self.request.prompt_ids if self._ids is None else self._ids
+    def __init__(self, request: Request, number: int, slot: int) -> None:
+        self.request, self.number, self.slot = request, number, slot
+        # All tokens so far.
+        self.ids = request.prompt_ids
+        # Number of tokens that each call of the engine was fed, and what it returned.
+        self.calls: list[tuple[int, Completion]] = []
+        self.parts: list[Part] = []
+        self.is_open, self.met_limit = True, False
+        self.num_calls = self.num_failed = 0
+        self._ending: FinishReason | None = None
 
     @property
     def ending(self) -> FinishReason:
@@ -245,7 +231,7 @@ class _Talk:
     def hear_policy(self, text: str, turn: Completion) -> None:
         """Take a turn of the policy."""
         self.calls.append((len(self.ids), turn))
-        self._ids = np.concatenate([self.ids, turn.token_ids])
+        self.ids = np.concatenate([self.ids, turn.token_ids])
         self.parts.append(Part(by="policy", text=text, num_tokens=len(turn.token_ids)))
 
     def hear_environment(self, run: Run, suffix: np.ndarray, limit: int) -> None:
@@ -254,7 +240,7 @@ class _Talk:
         if used + len(suffix) >= limit:
             self.is_open, self._ending = False, FinishReason.LENGTH
             return
-        self._ids = np.concatenate([self.ids, suffix])
+        self.ids = np.concatenate([self.ids, suffix])
         text = run.inputs.text(suffix)
         self.parts.append(Part(by="environment", text=text, num_tokens=len(suffix)))
 

@@ -239,9 +239,13 @@ class PromptEncoder:
         if self.data.system_prompt is not None:
             yield "data.system_prompt is set"
         if given.tools:
-            yield "it offers tools"
+            yield self._who_has_tools
         if given.arguments or self.data.chat_template_kwargs:
             yield "template arguments are set"
+
+    @property
+    def _who_has_tools(self) -> str:
+        return "[environment] has tools" if self.tools else "the row has tools"
 
     def _render_chat(self, messages: list[dict[str, Any]], given: PromptInput) -> _Rendered:
         from jinja2 import TemplateError
@@ -315,9 +319,8 @@ class PromptEncoder:
     ) -> None:
         if given.tools and "tools" not in template_variables(template):
             raise RecipeError(
-                f"{given.where}: the prompt offers tools, but the tokenizer's chat template does not render "
-                "tools: choose a model whose template does, or drop the column in data.drop_columns (or "
-                "[environment], if they are its tools)"
+                f"{given.where}: {self._who_has_tools}, but the tokenizer's chat template does not render "
+                "tools: choose a model whose template does, or drop the column in data.drop_columns"
             )
         if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
             raise RecipeError(
