@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -243,3 +244,24 @@ def test_the_global_random_state_is_not_touched() -> None:
     before = torch.get_rng_state()
     replayed(Model(plain), foreign())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 300), (600, 1), (1, 600)])
+def test_a_long_batch_is_proven_on_its_first_rows(batch: int, length: int) -> None:
+    def flat(route: Route) -> Route:
+        return lambda router, logits: route(router, logits.reshape(-1, EXPERTS))
+
+    x = torch.randn(batch, length, 4, generator=torch.Generator().manual_seed(1))
+    ids = torch.rand(600, 1, EXPERTS, generator=torch.Generator().manual_seed(3)).argsort(-1)[
+        ..., :TOPK
+    ]
+    for route, fits in ((plain, True), (where_mask, False)):
+        gate = PlantedRouter(flat(route))
+        model = nn.Module()
+        model.layers = nn.ModuleList([Block(gate)])
+        refused = pytest.raises(UnsupportedError, match="a weight of 0")
+        with (
+            nullcontext() if fits else refused,
+            replay_routes(model, ids, torch.ones(600, dtype=torch.bool), layers=(0,)),
+        ):
+            assert torch.equal(gate(x)[2], ids[:, 0])

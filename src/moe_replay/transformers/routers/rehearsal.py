@@ -24,6 +24,8 @@ from moe_replay.transformers.routers.sites import RouterSite
 _TOLERANCE = 1e-2
 # Makes logits small where a router is linear, so that a far expert does not underflow to 0.
 _DAMPING = 2.0**-10
+# A proof needs no more rows of the call than these.
+_MAX_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ def rehearse(
     Raises:
         UnsupportedError: naming the router and what it failed.
     """
-    call = _Call(method=method, args=args, kwargs=kwargs)
+    call = _few_rows(method, args, kwargs)
     with torch.no_grad():
         live, output = call.run(None, lambda ids: ids)
         if live.chosen is None:
@@ -100,6 +102,23 @@ def rehearse(
     parts = _parts(straight)
     ids_at = next((at for at, part in enumerate(parts) if part is given.chosen), None)
     return Proof(deciding=deciding, ids_at=ids_at)
+
+
+def _few_rows(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    """Return the call with its first rows: 4 x 2048 tokens become 1 x 256, 512 x 1 become 256 x 1."""
+    wide = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 1]
+    lead = wide[0].shape[:-1] if wide else torch.Size()
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[:-1] != lead:
+            return value
+        if len(lead) == 1:
+            return value[:_MAX_ROWS]
+        return value[: max(1, _MAX_ROWS // max(1, lead[1])), :_MAX_ROWS]
+
+    if len(lead) in (1, 2) and lead.numel() > _MAX_ROWS:
+        args, kwargs = tuple(map(cut, args)), {name: cut(v) for name, v in kwargs.items()}
+    return _Call(method=method, args=args, kwargs=kwargs)
 
 
 def rehearse_weighing(site: RouterSite, output: Any) -> None:
