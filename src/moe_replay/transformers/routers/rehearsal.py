@@ -105,7 +105,7 @@ def rehearse(
 
 
 def _few_rows(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    """Return the call with its first rows: 4 x 2048 tokens become 1 x 256, 512 x 1 become 256 x 1."""
+    """Return the call with its first rows: 4 x 2048 tokens become 1 x 256."""
     wide = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() > 1]
     lead = wide[0].shape[:-1] if wide else torch.Size()
 
