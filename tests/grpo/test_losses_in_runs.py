@@ -50,3 +50,21 @@ def test_a_run_with_many_keys_of_the_loss_is_the_same_on_two_ranks_of_a_sequence
     assert alone["clip_ratio/region_mean"] > 0
     assert alone["kl"] > 0
     assert undocumented(alone) == set()
+
+
+@pytest.mark.ranks
+def test_a_step_whose_router_loss_alone_trains_has_no_threshold_of_entropies(
+    recipe: Callable[..., Recipe],
+) -> None:
+    (metrics,) = run(
+        recipe(
+            grpo__top_entropy_quantile=0.5,
+            grpo__overlong_filter="true",
+            rollout__max_completion_length=1,
+            megatron__moe_aux_loss_coeff=0.01,
+            run__max_steps=1,
+        )
+    )
+    assert metrics["completions/filtered_ratio"] == 1
+    assert metrics["load_balancing_loss"] > 0
+    assert "entropy/threshold" not in metrics

@@ -16,6 +16,7 @@ from moe_replay.grpo.rounds import Rounds
 from moe_replay.grpo.types import Rated, Rollout
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.tasks.encoding import Prompt
+from moe_replay.testing.synthetic_routes import synthetic_trace
 
 from .test_loop import metrics_of, run
 
@@ -26,6 +27,8 @@ def f(completions, completion_ids, prompts, **columns):
     odd = [int(prompt.split()[1]) % 2 for prompt in prompts]
     return [1.0 if o else float(sum(ids)) for o, ids in zip(odd, completion_ids)]
 """
+
+TRACE = synthetic_trace(np.array([3, 4], dtype=np.int32), seed=0)
 
 
 def a_round(first: int, rewards: list[tuple[float, float]], own: tuple[int, ...]) -> Rated:
@@ -55,7 +58,7 @@ def a_round(first: int, rewards: list[tuple[float, float]], own: tuple[int, ...]
             )
             for n in own
         ),
-        traces={},
+        traces={(n, k): TRACE for n in own for k in range(2)},
         num_cut=1,
         policy_version=0,
     )
@@ -99,6 +102,10 @@ def test_what_lacks_is_sampled_and_what_teaches_is_kept_in_order(recipe: Recipes
     assert learned.every_total.tolist() == [[1, 0], [0, 2], [5, 6], [7, 8]]
     assert learned.every_reward["f"].tolist() == learned.every_total.tolist()
     assert learned.rollout.num_cut == 3
+    assert sorted(learned.rollout.traces) == [(n, k) for n in (1, 2, 3) for k in range(2)]
+    # Nothing else holds them, so that sharing them frees them.
+    assert not any(rated.rollout.traces for rated in rounds._rounds)
+    assert rounds.learned is learned
     assert len(rounds.sampled.rollout.prompts) == 8
     assert rounds.metrics() == {
         "dynamic_sampling/rounds": 3.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -60,15 +61,21 @@ class Rounds:
         """All rounds, one after the other."""
         return self._rounds[0] if len(self._rounds) == 1 else _joined(self._rounds)
 
-    @property
+    @cached_property
     def learned(self) -> Rated:
-        """The prompts that the step learns from, in the order in which they were sampled."""
+        """The prompts that the step learns from, in the order in which they were sampled.
+
+        Their traces are handed over with them, and those of other prompts are forgotten.
+        """
         size = self._recipe.prompts_per_step
         if len(self._teaches) == size:
             return self.sampled
         numbers = range(len(self._teaches))
         best_first = sorted(numbers, key=lambda number: not self._teaches[number])
-        return _only(self.sampled, sorted(best_first[:size]))
+        learned = _only(self.sampled, sorted(best_first[:size]))
+        for rated in self._rounds:
+            rated.rollout.traces.clear()
+        return learned
 
     def metrics(self) -> dict[str, float]:
         """Return ``dynamic_sampling/*``; nothing without it."""

@@ -156,7 +156,8 @@ def _step_along(run: Run, gradient: Gradient, loss: MinibatchLoss, name: str) ->
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
     part = update_tally(statistics, loss.keys)
-    if loss.entropy_threshold is not None:
+    # Infinite where no sample trains and only a loss of the router does.
+    if loss.entropy_threshold is not None and np.isfinite(loss.entropy_threshold):
         part.add_mean("entropy/threshold", total=float(loss.entropy_threshold))
     if gradient.balancing_loss is not None:
         part.add_sum("load_balancing_loss", gradient.balancing_loss)

@@ -32,7 +32,7 @@ class LossStatistics:
     """Tokens with a log ratio above `MAX_LOG_RATIO`, in the surrogate or in the KL term."""
     num_pulled: float
     """Tokens whose policy term has a gradient: an advantage and a weight, not clipped, a
-    probability below 1."""
+    probability below 1, and no correction that takes all but `FAINT` of it."""
     num_off_policy: float
     """Tokens of samples that ``grpo.off_policy_sequence_mask_delta`` leaves alone."""
     num_uncertain: float
@@ -43,6 +43,8 @@ class LossStatistics:
     """Sum of the k3 estimate of KL(new || reference), in nats."""
 
 
+FAINT = 1e-12
+"""Weight from which down a correction may leave no gradient in float32."""
 CERTAIN = -1e-3
 """Log-probability from which on a token is certain: its gradient may vanish in float32."""
 
@@ -71,7 +73,7 @@ def policy_loss(
     pulled = pulled & (rows.new_logprobs < CERTAIN)
     for factor in factors:
         per_token = per_token * factor
-        pulled = pulled & (factor != 0)
+        pulled = pulled & (factor > FAINT)
     bounded = log_ratio > MAX_LOG_RATIO
     kl = torch.zeros_like(per_token)
     if keys.has_kl_term:

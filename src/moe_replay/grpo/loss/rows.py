@@ -75,8 +75,11 @@ class TokenRows:
         Collective over the ranks that share samples. Two samples on two ranks: tokens 1, 2 of the
         first and 4 of the second here, 8 of the first there, give 11, 11, 4 here and 11 there.
         """
-        here = torch.zeros_like(self.lengths).index_add_(0, self.sample, values.detach())
-        return self.sum_over_ranks(here)[self.sample]
+        # In float64, because a GPU adds in any order, and tensor-parallel ranks must agree on which
+        # side of a bound a sample is.
+        here = torch.zeros_like(self.lengths, dtype=torch.float64)
+        here = here.index_add_(0, self.sample, values.detach().double())
+        return self.sum_over_ranks(here).to(values.dtype)[self.sample]
 
     def sample_means(
         self, values: Float[torch.Tensor, " tokens"]
