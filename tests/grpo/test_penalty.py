@@ -92,8 +92,8 @@ def test_what_is_compared_is_the_reward_less_beta_times_the_sum_over_tokens(
     )
     rounds = Rounds(loaded)
     rounds.add(a_round(0, [(1, 0), (2, 2)], own=(0, 1)))
-    # Sums over tokens of old minus reference log-probability: 3, -1, 0, 10 in the order of the step.
-    # Sample 0 of this replica is the last of them, and so on.
+    # Sums of old minus reference log-probability, in the order of the step: 3, -1, 0, 10.
+    # Sample 0 here is the last of them.
     old = [[-1.0, -1.0], [-0.5], [-2.0], [-1.0, -2.0]]
     reference = [[-6.0, -6.0], [-0.5], [-1.0], [-3.0, -3.0]]
     indices = [3, 2, 1, 0]
