@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 from moe_replay.testing.moe_families import tiny_family
 from moe_replay.transformers import find_routers, record_routes, replay_routes
 
-peft = pytest.importorskip("peft")
 ROWS = 18
 CONFIGS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
