@@ -14,6 +14,7 @@ import pytest
 from moe_replay.grpo.evaluate import _tally, eval_sampling, pass_at
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.run import EvalSection
+from moe_replay.report.metric_table import metric_of
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 from .smallest_recipe import problems_of
@@ -137,7 +138,17 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
     (tmp_path / "few.jsonl").write_text("".join(f'{{"prompt": "few {n}"}}\n' for n in range(3)))
     few = f'{{name = "few", dataset = "{tmp_path / "few.jsonl"}"}}'
     more = f'{{name = "more", dataset = "{workspace / "train.jsonl"}", size = 5}}'
+    # A function that fails on some texts, and logs what it saw.
+    (tmp_path / "some.py").write_text(
+        "def some(completions, log_metric):\n"
+        "    if any('1' in text for text in completions): raise ValueError('a one')\n"
+        "    log_metric('texts', len(completions))\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    digits = f'{{function = "{workspace / "reward.py"}:likes_digits"}}'
+    some = f'{{function = "{tmp_path / "some.py"}:some", on_failure = "drop"}}'
     asked = {
+        "rewards": f"[{digits}, {some}]",
         "held_out": f"[{few}, {more}]",
         "eval__every_steps": 1,
         "eval__temperature": 1.0,
@@ -159,7 +170,14 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
     records = {line["step"]: line for line in lines(loaded, "eval")}
     assert sorted(records) == [0, 1, 2, 3, 4]
     kept = lines(loaded, "eval_completions")
+    for line in lines(loaded, "completions"):
+        assert (line["rewards"]["some"] is None) == ("1" in line["completion"])
+    for line in lines(loaded, "metrics"):
+        assert line["rewards/some/failed_ratio"] == line["rewards/some/none_ratio"]
+        assert line["logged/texts"] >= 1
     for step, record in records.items():
+        assert 0 <= record["eval/few/rewards/some/failed_ratio"] <= 1
+        assert all(metric_of(name) for name in record)
         assert record["eval/few/num_items"] == 3 and record["eval/more/num_items"] == 5
         few_kept = [line for line in kept if (line["step"], line["held_out"]) == (step, "few")]
         # Eight of twelve completions: those of the first two prompts, in order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float64
@@ -106,6 +107,7 @@ def ask_rewards(
             [prompts[index] for index in written],
             [shown[index] for index in written],
             [completions[index].sampled_ids for index in written],
+            state=(run.finished_steps, run.recipe.run.max_steps),
         )
     )
 
@@ -114,9 +116,16 @@ def ask_rewards(
         every[written] = scores
         return every
 
-    scored = ScoredBatch(
+    if batch.failed and (told := run.ranks.first("; ".join(batch.notes) or None)):
+        run.journal.warn_once(
+            f"tolerated failure {sorted(batch.failed)}",
+            f"{told[1]}; its completions are counted in rewards/<name>/failed_ratio",
+        )
+    scored = replace(
+        batch,
         scores={name: of_all(scores) for name, scores in batch.scores.items()},
         total=of_all(batch.total),
+        failed={name: of_all(gone.astype(float)) == 1 for name, gone in batch.failed.items()},
     )
     return _with_environment(run, scored, conversations)
 
@@ -135,4 +144,5 @@ def _with_environment(
         weighted,
         np.where(np.isnan(weighted), scored.total, scored.total + weighted),
     )
-    return ScoredBatch(scores={**scored.scores, environment.section.name: earned}, total=total)
+    scores = {**scored.scores, environment.section.name: earned}
+    return replace(scored, scores=scores, total=total)

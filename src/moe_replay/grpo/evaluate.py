@@ -15,7 +15,7 @@ from moe_replay.grpo.answers import ask_engine, ask_rewards
 from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.export import write_export
 from moe_replay.grpo.kept import kept_completions
-from moe_replay.grpo.metrics import Tally
+from moe_replay.grpo.metrics import Tally, function_tally
 from moe_replay.grpo.records import EXPORT_FOLDER, CompletionRecord, EvalRecord
 from moe_replay.grpo.run import BestStep, Run
 from moe_replay.grpo.stopping import StepDropped
@@ -67,6 +67,7 @@ class _Answers:
             scored=ScoredBatch(
                 scores={function: values[at] for function, values in self.scored.scores.items()},
                 total=self.scored.total[at],
+                failed={name: gone[at] for name, gone in self.scored.failed.items()},
             ),
             conversations=[self.conversations[n] for n in at] if self.conversations else (),
         )
@@ -202,7 +203,7 @@ def _kept(run: Run, name: str, answers: _Answers) -> list[CompletionRecord]:
 
 def _tally(batch: ScoredBatch, prefix: str, settings: EvalSection) -> Tally:
     """Tally what this rank's completions of a held-out set earned."""
-    tally = Tally()
+    tally = function_tally(batch, f"{prefix}/")
     rewards = {f"{prefix}/rewards/{name}": scores for name, scores in batch.scores.items()}
     for name, scores in {f"{prefix}/reward": batch.total, **rewards}.items():
         given = scores[~np.isnan(scores)]

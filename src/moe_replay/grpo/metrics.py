@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from moe_replay.engines.types import FinishReason
 from moe_replay.errors import MoeReplayError
+from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 Kind = Literal["mean", "sum", "min", "max"]
 
@@ -169,6 +170,18 @@ def _tally_sample(tally: Tally, prefix: str, old: np.ndarray, rollout: np.ndarra
         tally.add_mean(f"{prefix}/{name}", total=value)
     tally.add_max(f"{prefix}/log_ppl_diff_max", difference)
     tally.add_min(f"{prefix}/log_ppl_diff_min", difference)
+
+
+def function_tally(batch: ScoredBatch, prefix: str = "") -> Tally:
+    """Tally ``rewards/<function>/failed_ratio`` of tolerated failures, and what functions log."""
+    tally = Tally()
+    for name, gone in batch.failed.items():
+        tally.add_mean(
+            f"{prefix}rewards/{name}/failed_ratio", total=int(gone.sum()), count=len(gone)
+        )
+    for name, (total, count) in batch.logged.items():
+        tally.add_mean(f"{prefix}logged/{name}", total=total, count=count)
+    return tally
 
 
 def _perplexity(log_perplexity: float) -> float:

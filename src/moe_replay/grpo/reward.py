@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from moe_replay.engines.types import FinishReason
 from moe_replay.grpo.advantage import constant_rewards, reward_metrics
 from moe_replay.grpo.answers import ask_rewards
+from moe_replay.grpo.metrics import Tally, function_tally
 from moe_replay.grpo.rounds import Rounds, compared
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rated, Rollout, Scored
@@ -32,6 +33,7 @@ def rate_completions(run: Run, rollout: Rollout) -> Rated:
     gathered = run.ranks.gather(
         (rollout.own, totals, aborted.reshape(-1, generations).astype(float), rewards)
     )
+    tally = Tally.merge(run.ranks.gather(function_tally(batch)))
     shape = (len(rollout.prompts), generations)
     every_total = _by_prompt(shape, ((own, totals) for own, totals, _, _ in gathered))
     finished = _by_prompt(shape, ((own, aborted) for own, _, aborted, _ in gathered)) == 0
@@ -46,6 +48,7 @@ def rate_completions(run: Run, rollout: Rollout) -> Rated:
         },
         every_total=every_total,
         counts=~np.isnan(every_total) & finished,
+        tally=tally,
     )
 
 
@@ -63,6 +66,7 @@ def score_groups(run: Run, rounds: Rounds) -> tuple[Rollout, Scored]:
             "answers, its tags and its regex those that the model writes?",
         )
     metrics = reward_metrics(compared(run.recipe, sampled), sampled.every_reward)
+    metrics |= sampled.tally.finish()
     metrics["completions/unscored_ratio"] = float(np.isnan(sampled.every_total).mean())
     if run.recipe.data.truncation == "left":
         # The share of prompts that lost tokens at their start.

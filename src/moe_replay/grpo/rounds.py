@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from moe_replay.grpo.advantage import GroupAdvantages, gdpo_advantages, group_advantages
+from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.types import Rated, Rollout
 from moe_replay.recipe.recipe import Recipe
 
@@ -140,6 +141,7 @@ def _joined(rounds: Sequence[Rated]) -> Rated:
         },
         every_total=np.concatenate([rated.every_total for rated in rounds]),
         counts=np.concatenate([rated.counts for rated in rounds]),
+        tally=Tally.merge(rated.tally for rated in rounds),
     )
 
 
@@ -174,4 +176,5 @@ def _only(rated: Rated, kept: Sequence[int]) -> Rated:
         every_reward={name: scores[kept] for name, scores in rated.every_reward.items()},
         every_total=rated.every_total[kept],
         counts=rated.counts[kept],
+        tally=rated.tally,
     )

@@ -100,6 +100,11 @@ class Run:
         )
 
     @property
+    def finished_steps(self) -> int:
+        """Steps that are finished; that in flight is not, until it has its completions."""
+        return self.step if self._step_began_at is None else self.step - 1
+
+    @property
     def mode(self) -> ReplayMode:
         """Where routes come from."""
         return self.recipe.replay.router_replay_mode

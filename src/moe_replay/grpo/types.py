@@ -50,6 +50,7 @@ from jaxtyping import Bool, Float64
 
 from moe_replay.batch import Microbatch, Sample
 from moe_replay.engines.types import Completion, RolloutGroup
+from moe_replay.grpo.metrics import Tally
 from moe_replay.megatron.scorer import ScoredSample
 from moe_replay.routing import Coverage, RouteSlice, RoutingTrace
 from moe_replay.tasks.encoding import Prompt
@@ -134,6 +135,8 @@ class Rated:
     """``totals`` of all ranks."""
     counts: Bool[np.ndarray, "prompts generations"]
     """False for a completion without a reward, or whose reward means nothing (it was aborted)."""
+    tally: Tally
+    """What reward functions of all ranks logged, and how often they failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class MetricGroup(NamedTuple):
 
 FORMS = {
     "<function>": ".+",
+    "<name>": ".+",
     "<address>": ".+",
     "<reason>": "[a-z_]+",
     "<kind>": "[a-z_]+",

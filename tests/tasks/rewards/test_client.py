@@ -83,6 +83,7 @@ BATCH = {
     "prompt_of": [0, 0],
     "completions": ["a", "b"],
     "lengths": [],
+    "state": [0, 1],
 }
 
 

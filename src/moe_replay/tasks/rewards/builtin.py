@@ -100,6 +100,31 @@ def format(completions: Sequence[str], *, prompts: Sequence[str], regex: str) ->
     ]
 
 
+def soft_overlong(
+    completions: Sequence[str],
+    *,
+    completion_ids: Sequence[Sequence[int]],
+    soft_max_length: int,
+    soft_cache_length: int,
+) -> list[float]:
+    """Punish sampled tokens beyond ``soft_max_length - soft_cache_length``, down to -1.
+
+    0 up to there, then falling in a line to -1 at ``soft_max_length``, and never lower. With 20 and
+    4: 16 tokens score 0, 18 score -0.5, 20 and 25 score -1.
+
+    Source: DAPO, arXiv 2503.14476, equation 13; names of ms-swift, which has no floor.
+    """
+    if not 0 < soft_cache_length <= soft_max_length:
+        raise ValueError(
+            f"soft_cache_length = {soft_cache_length} with soft_max_length = {soft_max_length}, "
+            "expected 0 < soft_cache_length <= soft_max_length"
+        )
+    free = soft_max_length - soft_cache_length
+    return [
+        -min(1.0, max(0, len(token_ids) - free) / soft_cache_length) for token_ids in completion_ids
+    ]
+
+
 def _with_opened_tags(
     prompts: Sequence[str], completions: Sequence[str], *, only: str | None = None
 ) -> list[str]:
@@ -137,5 +162,6 @@ BUILTIN_REWARDS: Mapping[str, Callable[..., list[float]]] = {
     "exact_match": exact_match,
     "math_verify": math_verify,
     "format": format,
+    "soft_overlong": soft_overlong,
 }
 """Name in a recipe -> function."""

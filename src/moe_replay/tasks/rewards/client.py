@@ -50,6 +50,7 @@ class RewardProcess:
         self._functions = list(functions)
         self._folders = list(folders)
         self._child: Child | None = None
+        self._logged: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
     def load(self) -> list[Signature | Failure]:
@@ -69,8 +70,18 @@ class RewardProcess:
                     return [refused[0]] * len(functions)
             request = {"op": "score", "functions": list(functions)} | dict(batch)
             events = self._ask(request, blob, functions)
-        outcomes = (events[index] for index in functions)
+        outcomes = [events[index] for index in functions]
+        for each in outcomes:
+            if not isinstance(each, Failure):
+                for name, (total, count) in each["logged"].items():
+                    before = self._logged.get(name, (0.0, 0))
+                    self._logged[name] = (before[0] + total, before[1] + int(count))
         return [each if isinstance(each, Failure) else each["scores"] for each in outcomes]
+
+    def take_logged(self) -> dict[str, tuple[float, int]]:
+        """Return name -> sum and count of what functions have logged since the last call."""
+        logged, self._logged = self._logged, {}
+        return logged
 
     def close(self) -> None:
         """End the process and all of its children; another request starts a new one."""

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import sysconfig
 import traceback
@@ -23,12 +24,46 @@ from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 
 OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
 """Arguments that every reward function may take; they would hide columns of the same name."""
+NAMED_ONLY = frozenset({"trainer_state", "log_metric"})
+"""Those that ``**kwargs`` do not get: only a function that names them, and only where no column
+has the name."""
 
 _NOT_USER_CODE = (
     *(path for name, path in sysconfig.get_paths().items() if name.endswith("lib")),
     str(Path(__file__).parents[1]),
     "<frozen",
 )
+
+
+class TrainerState(NamedTuple):
+    """Where the run is, for a reward function that takes ``trainer_state``."""
+
+    global_step: int
+    """Finished steps."""
+    max_steps: int
+    """Steps of the run."""
+
+
+class MetricLog:
+    """What one call of a function logs with ``log_metric``."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float) -> None:
+        """Log a value, to be averaged over calls and ranks.
+
+        Raises:
+            TypeError: the name is not a text.
+            ValueError: the value is not a finite number.
+        """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"log_metric got the name {name!r}, expected a text")
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"log_metric got {name} = {number}, expected a finite number")
+        total, count = self.sums.get(name, [0.0, 0.0])
+        self.sums[name] = [total + number, count + 1]
 
 
 class Signature(NamedTuple):
@@ -82,7 +117,7 @@ def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any])
             f"reward {name}: [rewards.args] sets {', '.join(unknown)}, but it takes {', '.join(accepted)}: "
             "rename or remove it"
         )
-    required = {p.name for p in by_name if p.default is p.empty} - OWN_NAMES
+    required = {p.name for p in by_name if p.default is p.empty} - OWN_NAMES - NAMED_ONLY
     return Signature(sorted(required), accepted, takes_everything)
 
 

@@ -6,7 +6,8 @@ A reward function is called by keyword with lists that hold one entry per comple
     list[float | None]: ...
 
 ``completions`` and ``prompts`` are texts, ``completion_ids`` token ids, every other name is a
-dataset column or a key of ``[rewards.args]``. Only names that the function takes are passed. It may
+dataset column or a key of ``[rewards.args]``; a function that names ``trainer_state`` or
+``log_metric`` gets these too. Only names that the function takes are passed. It may
 be ``async``; all async functions of a batch run concurrently. None means no opinion on a
 completion.
 
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from moe_replay.errors import RecipeError, RewardError, nearest_of
 from moe_replay.recipe.sections.run import RewardSection
@@ -54,6 +55,12 @@ class ScoredBatch:
     """Reward function -> ``[n]`` unweighted scores; NaN for no opinion."""
     total: Float64[np.ndarray, " n"]
     """``[n]`` weighted sums over the functions that have an opinion; NaN if none has."""
+    failed: Mapping[str, Bool[np.ndarray, " n"]] = field(default_factory=dict)
+    """Reward function whose failures are tolerated -> ``[n]`` where it failed."""
+    notes: Sequence[str] = ()
+    """How each function failed that did."""
+    logged: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Name -> sum and count of what functions have logged."""
 
 
 class RewardSet:
@@ -141,28 +148,82 @@ class RewardSet:
         prompts: Sequence[Prompt],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        state: tuple[int, int] = (0, 0),
     ) -> ScoredBatch:
         """Score completions; entry i of all three belongs together.
 
+        ``state`` is what functions see as ``trainer_state``: finished steps, and those of the run.
+
         Raises:
-            RewardError: a function raises, hangs, ends its process, or does not return one finite
-                number or None a completion.
+            RewardError: a function whose ``on_failure`` is ``stop`` raises, hangs, ends its
+                process, or does not return one finite number or None a completion.
         """
-        batch = _Batch(prompts=prompts, completions=completions, completion_ids=completion_ids)
+        batch = _Batch(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, state=state
+        )
+        tolerated = [n for n, spec in enumerate(self._specs) if spec.on_failure != "stop"]
         if not self._specs:
             # An environment scores alone.
             return ScoredBatch(scores={}, total=np.full(len(prompts), np.nan))
         if not prompts:
             nothing = np.zeros(0, dtype=np.float64)
-            return ScoredBatch(scores=dict.fromkeys(self.names, nothing), total=nothing)
+            none = {self._specs[n].name: np.zeros(0, dtype=bool) for n in tolerated}
+            return ScoredBatch(
+                scores=dict.fromkeys(self.names, nothing), total=nothing, failed=none
+            )
         outcomes = self._call(batch, range(len(self._specs)))
+        kinds = {n: o.kind for n, o in enumerate(outcomes) if isinstance(o, Failure)}
+        if any(kinds.get(n, "stopped") != "stopped" for n in tolerated):
+            for number in [n for n, kind in kinds.items() if kind == "stopped"]:
+                # It only ran beside one whose failure is tolerated.
+                (outcomes[number],) = self._call(batch, [number])
+        self._refuse_failures(
+            batch, [None if n in tolerated else o for n, o in enumerate(outcomes)]
+        )
+        failed, notes = {}, []
+        for number in tolerated:
+            spec, outcome = self._specs[number], outcomes[number]
+            gone = np.zeros(len(prompts), dtype=bool)
+            if isinstance(outcome, Failure):
+                notes.append(f"reward {spec.name} ({spec.function}) {outcome.text}")
+                outcomes[number], gone = self._score_others(number, batch, outcome)
+            failed[spec.name] = gone
+        scored = _weighted(self._specs, [o for o in outcomes if not isinstance(o, Failure)])
+        return replace(scored, failed=failed, notes=notes, logged=self._process.take_logged())
+
+    def _refuse_failures(self, batch: _Batch, outcomes: Sequence[Scores | Failure | None]) -> None:
+        """Raise the `RewardError` of the function that caused the failures of some."""
         failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
         # A function that was only stopped is not the cause.
         for number in sorted(failed, key=lambda n: getattr(outcomes[n], "kind", "") == "stopped"):
             failure = outcomes[number]
             assert isinstance(failure, Failure)
             raise self._error(number, batch, failure) from _cause(failure)
-        return _weighted(self._specs, [o for o in outcomes if not isinstance(o, Failure)])
+
+    def _score_others(
+        self, number: int, batch: _Batch, failure: Failure
+    ) -> tuple[Scores, Bool[np.ndarray, " n"]]:
+        """Return a function's scores where it does not fail, and where it does.
+
+        It is called on parts of the batch, for at most a minute; what is left then counts as
+        failed, and so does all of a batch on which it is late.
+        """
+        size = len(batch.prompts)
+        score = 0.0 if self._specs[number].on_failure == "zero" else None
+        scores: list[float | None] = [score] * size
+        failed = np.ones(size, dtype=bool)
+        parts = _halves(0, size) if failure.kind != "late" else []
+        until = time.monotonic() + _SEARCH_S
+        while parts and time.monotonic() < until:
+            start, stop = parts.pop()
+            (outcome,) = self._call(batch.part(start, stop), [number])
+            if not isinstance(outcome, Failure):
+                scores[start:stop] = outcome
+                failed[start:stop] = False
+            elif outcome.kind != "late":
+                parts += _halves(start, stop)
+        return scores, failed
 
     def _call(self, batch: _Batch, functions: Sequence[int]) -> list[Scores | Failure]:
         request, blob = batch.to_plain([self._signatures[number] for number in functions])
@@ -221,14 +282,22 @@ def _load_error(spec: RewardSection, failure: Failure) -> RecipeError:
     )
 
 
+def _halves(start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the halves of a range; none of a single one."""
+    middle = (start + stop) // 2
+    return [(start, middle), (middle, stop)] if stop - start > 1 else []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
     prompts: Sequence[Prompt]
     completions: Sequence[str]
     completion_ids: Sequence[Sequence[int] | np.ndarray]
+    state: tuple[int, int]
 
     def part(self, start: int, stop: int) -> _Batch:
-        return _Batch(
+        return replace(
+            self,
             prompts=self.prompts[start:stop],
             completions=self.completions[start:stop],
             completion_ids=self.completion_ids[start:stop],
@@ -251,6 +320,7 @@ class _Batch:
             "prompt_of": [index_of[id(prompt)] for prompt in self.prompts],
             "completions": list(self.completions),
             "lengths": [len(each) for each in ids],
+            "state": list(self.state),
         }
         return plain, b"".join(np.asarray(each, dtype="<i4").tobytes() for each in ids)
 

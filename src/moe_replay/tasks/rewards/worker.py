@@ -32,7 +32,10 @@ from typing import Any, Protocol
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.rewards.functions import (
+    NAMED_ONLY,
+    MetricLog,
     Signature,
+    TrainerState,
     describe_error,
     load_function,
     user_line,
@@ -188,15 +191,16 @@ class _Worker:
             loaded, spec = self._functions[number], self._specs[number]
             assert loaded is not None, "a run does not start with a refused function"
             function, signature = loaded
+            log = MetricLog()
             try:
-                result = function(**batch.arguments(signature, spec["args"]))
+                result = function(**batch.arguments(signature, spec["args"], log))
             except BaseException as error:  # noqa: BLE001 - the seam: the user's code
                 self._say_raised(number, error)
             else:
                 if inspect.isawaitable(result):
-                    waiting.append(self._submit(number, result, batch.size))
+                    waiting.append(self._submit(number, result, batch.size, log))
                 else:
-                    self._say_scores(number, result, batch.size)
+                    self._say_scores(number, result, batch.size, log)
             self._leave_if_forked()
         for future in waiting:
             future.result()
@@ -206,15 +210,20 @@ class _Worker:
         loaded = self._functions[number]
         return loaded is not None and inspect.iscoroutinefunction(loaded[0])
 
-    def _submit(self, number: int, awaitable: Awaitable[Any], size: int) -> Future[None]:
+    def _submit(
+        self, number: int, awaitable: Awaitable[Any], size: int, log: MetricLog
+    ) -> Future[None]:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_run_for_ever, args=(self._loop,), daemon=True).start()
         # From here on this process enforces the time limit.
         self._say(event="waiting", function=number)
-        return asyncio.run_coroutine_threadsafe(self._finish(number, awaitable, size), self._loop)
+        finishing = self._finish(number, awaitable, size, log)
+        return asyncio.run_coroutine_threadsafe(finishing, self._loop)
 
-    async def _finish(self, number: int, awaitable: Awaitable[Any], size: int) -> None:
+    async def _finish(
+        self, number: int, awaitable: Awaitable[Any], size: int, log: MetricLog
+    ) -> None:
         """Wait for an async function within its time limit, and report its outcome."""
         task = asyncio.ensure_future(_awaited(awaitable))
         await asyncio.wait({task}, timeout=self._specs[number]["timeout_s"])
@@ -226,14 +235,14 @@ class _Worker:
         if error is not None:
             self._say_raised(number, error)
         else:
-            self._say_scores(number, result, size)
+            self._say_scores(number, result, size, log)
 
     def _say_raised(self, number: int, error: BaseException) -> None:
         self._say(
             event="raised", function=number, text=describe_error(error), trace=trace_of(error)
         )
 
-    def _say_scores(self, number: int, result: Any, size: int) -> None:
+    def _say_scores(self, number: int, result: Any, size: int, log: MetricLog) -> None:
         try:
             scores = checked_scores(result, size)
         except WrongAnswer as wrong:
@@ -242,7 +251,7 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001 - the seam: the user's code
             self._say_raised(number, error)
         else:
-            self._say(event="scores", function=number, scores=scores)
+            self._say(event="scores", function=number, scores=scores, logged=log.sums)
 
     def _say(self, **event: Any) -> None:
         self._leave_if_forked()
@@ -274,7 +283,9 @@ class _Batch:
         ]
         self.size = len(request["completions"])
 
-    def arguments(self, signature: Signature, args: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, signature: Signature, args: Mapping[str, Any], log: MetricLog
+    ) -> dict[str, Any]:
         """Return the keyword arguments of a call, sharing nothing with other calls or samples."""
         request, of = self._request, self._request["prompt_of"]
         columns = self._rows[0].keys() if self._rows else ()
@@ -287,7 +298,13 @@ class _Batch:
             "completion_ids": lambda: unpack_ids(self._blob, request["lengths"]),
         }
         arguments = {name: value() for name, value in values.items() if signature.takes(name)}
-        return arguments | {name: _own(value) for name, value in args.items()}
+        beside = {"trainer_state": TrainerState(*request["state"]), "log_metric": log.add}
+        named = NAMED_ONLY & set(signature.accepted) - set(args) - set(columns)
+        return (
+            arguments
+            | {name: beside[name] for name in named}
+            | {name: _own(value) for name, value in args.items()}
+        )
 
 
 def _own(value: Any) -> Any:
