@@ -119,7 +119,7 @@ def test_functions_that_name_them_get_the_state_and_a_log(load: Callable[..., Re
     assert found.logged == {"length": (4.0, 4)}
     # Prompts and ids: what **kwargs got before.
     assert found.scores["takes_all"].tolist() == [2.0] * 4
-    assert score(rewards, "a").logged == {"length": (1.0, 1)}
+    assert score(rewards, "a", state=(1, 4)).logged == {"length": (1.0, 1)}
     with pytest.raises(RewardError, match="log_metric got broken = nan"):
         score(load(logs_nan={}), "a")
 
