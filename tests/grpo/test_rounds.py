@@ -12,6 +12,7 @@ import pytest
 
 from moe_replay.engines.types import Completion, FinishReason, Request, RolloutGroup
 from moe_replay.errors import RecipeError
+from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.rounds import Rounds
 from moe_replay.grpo.types import Rated, Rollout
 from moe_replay.recipe.recipe import Recipe
@@ -70,6 +71,7 @@ def a_round(first: int, rewards: list[tuple[float, float]], own: tuple[int, ...]
         totals=every[rows],
         every_reward={"f": every},
         every_total=every,
+        tally=Tally(),
         counts=np.ones(every.shape, dtype=bool),
     )
 
