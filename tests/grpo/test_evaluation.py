@@ -131,10 +131,8 @@ def lines(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.ranks
-def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
-    recipe: Callable[..., Recipe], workspace: Path, tmp_path: Path
-) -> None:
+def two_sets(workspace: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return keys of a run with two held-out sets and a function that fails on some texts."""
     (tmp_path / "few.jsonl").write_text("".join(f'{{"prompt": "few {n}"}}\n' for n in range(3)))
     few = f'{{name = "few", dataset = "{tmp_path / "few.jsonl"}"}}'
     more = f'{{name = "more", dataset = "{workspace / "train.jsonl"}", size = 5}}'
@@ -147,7 +145,7 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
     )
     digits = f'{{function = "{workspace / "reward.py"}:likes_digits"}}'
     some = f'{{function = "{tmp_path / "some.py"}:some", on_failure = "drop"}}'
-    asked = {
+    return {
         "rewards": f"[{digits}, {some}]",
         "held_out": f"[{few}, {more}]",
         "eval__every_steps": 1,
@@ -164,6 +162,13 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
         "checkpoint__export_every_save": "true",
         "logging__completions": 8,
     }
+
+
+@pytest.mark.ranks
+def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
+    recipe: Callable[..., Recipe], workspace: Path, tmp_path: Path
+) -> None:
+    asked = two_sets(workspace, tmp_path)
     run(recipe(run__max_steps=2, **asked), world_size=2)
     loaded = recipe(run__max_steps=4, **asked)
     run(loaded, world_size=2)
