@@ -250,6 +250,7 @@ def _group_experts(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         if isinstance(module, GroupedExperts):
             module.change = grouped_change
+            module.join()
 
 
 def _begin_graph(chunk: Any) -> None:

@@ -26,6 +26,21 @@ PREFIX = "base_model.model."
 _EXPERTS = ".mlp.experts."
 PEFT_VERSION = "0.21.2"
 """The release of PEFT whose files these are; it reads theirs by this."""
+_PLAIN = {"bias": "none"}
+"""Key of PEFT's `LoraConfig` -> its value for plain LoRA, where that is not false or empty."""
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode", "revision"),
+        *("base_model_name_or_path", "runtime_config", "megatron_core", "qalora_group_size"),
+        # What they say shows in the matrices that the files hold, or is compared elsewhere.
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+        *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
+    }
+)
+"""Keys whose value leaves what the matrices compute as it is."""
+_PLAIN_STARTS = frozenset({"gaussian", "orthogonal"})
+"""Values of ``init_lora_weights`` that leave the frozen weights alone."""
+_NOT_READ = "such an adapter is not read"
 
 
 NOT_CONVERTED = frozenset({"mixtral", "qwen2_moe"})
@@ -181,21 +196,25 @@ def _check_config(folder: Path, lora: LoraSection) -> None:
         raise CheckpointError(
             f"{path} cannot be read: {error}; lora.adapter names a folder that PEFT has written"
         ) from error
-    expected = {
-        "peft_type": ("LORA", None),
-        "r": (lora.rank, "lora.rank"),
-        "use_dora": (False, None),
-        "bias": ("none", None),
-        "modules_to_save": (None, None),
-        "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None),
-        "fan_in_fan_out": (False, None),
-    }
-    for key, (value, ours) in expected.items():
-        found = config.get(key, value)
-        if (found or None) != (value or None):
-            remedy = f"set {ours} = {found}" if ours else "such an adapter is not read"
-            raise CheckpointError(f"{path}: {key} is {found!r}, expected {value!r}; {remedy}")
+    rank, kind = config.get("r", 8), config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_NOT_READ}")
+    if rank != lora.rank:
+        raise CheckpointError(
+            f"{path}: r is {rank!r}, expected {lora.rank}; set lora.rank = {rank}"
+        )
+    for key, found in config.items():
+        if key not in _WITHOUT_EFFECT and (found or None) != _PLAIN.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is {found!r}, expected {_PLAIN.get(key)!r}; {_NOT_READ}"
+            )
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {start!r}, expected true, false or one of {', '.join(sorted(_PLAIN_STARTS))}: other "
+            "starts may change the frozen weights, which the adapter then goes with; convert it in PEFT with "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it into the model"
+        )
     alpha, by_root = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
     scale = alpha / (lora.rank**0.5 if by_root else lora.rank)
     if not math.isclose(scale, lora.scale, rel_tol=1e-6):

@@ -102,13 +102,43 @@ class GroupedExperts(SequentialMLP):
 
     Parameters, their names and their distributed-checkpoint layout are those of SequentialMLP. Each
     forward copies the local expert weights once, which is cheap next to the products for small
-    experts and many rows.
+    experts and many rows; backward keeps the copy. Frozen weights are not copied: see `join`.
     """
 
     change: Callable[[Sequence[Any], Tensor, Tensor], Tensor | None] = staticmethod(
         lambda _layers, _rows, _ends: None
     )
     """(a linear layer of each expert, rows, ends of each expert's) -> what adapters add."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # No buffers: checkpoints and exports have the experts' own weights.
+        self._joined: dict[str, Tensor] = {}
+
+    def join(self) -> None:
+        """Let frozen experts be views of one tensor a layer, which products then read as it is.
+
+        Values that are later copied into the experts' weights arrive in it. It needs room for one
+        of the two layers a second time while it runs.
+        """
+        for name in ("linear_fc1", "linear_fc2"):
+            weights = [layer.weight for layer in self._layers(name)]
+            assert not any(weight.requires_grad for weight in weights)
+            joined = torch.stack([weight.detach() for weight in weights])
+            for weight, view in zip(weights, joined, strict=True):
+                weight.data = view
+            self._joined[name] = joined
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Join again what another device or number format has moved apart."""
+        moved = super()._apply(fn, recurse)
+        if any(
+            layer.weight.data_ptr() != part.data_ptr() or layer.weight.dtype != part.dtype
+            for name, joined in self._joined.items()
+            for layer, part in zip(self._layers(name), joined, strict=True)
+        ):
+            self.join()
+        return moved
 
     def forward(
         self,
@@ -124,9 +154,14 @@ class GroupedExperts(SequentialMLP):
         inner = F.silu(gate) * up * permuted_probs.unsqueeze(-1)
         return self._product("linear_fc2", inner.to(rows.dtype), ends), None
 
+    def _layers(self, name: str) -> list[Any]:
+        return [getattr(expert, name) for expert in self.local_experts]
+
     def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
-        layers = [getattr(expert, name) for expert in self.local_experts]
-        weights = torch.stack([layer.weight for layer in layers])
+        layers = self._layers(name)
+        weights = self._joined.get(name)
+        if weights is None:
+            weights = torch.stack([layer.weight for layer in layers])
         product = F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
         change = self.change(layers, rows, ends)
         return product if change is None else product + change
