@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_replay.grpo.loop import train
+from moe_replay.grpo.start.preflight import Preflight, ask_layout
+from moe_replay.megatron.model import read_model_shape
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.testing.ranks import run_ranks
@@ -90,3 +92,21 @@ def test_recorded_routes_train_adapters_over_two_ranks_and_export_a_merged_model
     # An expert that no token went through has learned nothing.
     assert {name for name in base if "q_proj" in name} < changed
     assert all("q_proj" in name or ("experts" in name and "down_proj" in name) for name in changed)
+
+
+def test_an_export_that_peft_cannot_use_is_refused_before_a_run_begins(
+    recipe: Callable[..., Recipe],
+) -> None:
+    halves = {"lora__rank": 4, "lora__target_modules": '["gate_proj", "up_proj"]'}
+
+    def refused(**keys: Any) -> str:
+        started = recipe(**halves, **keys)
+        found = Preflight(started, ProcessSpec(), elsewhere=False)
+        ask_layout(found, read_model_shape(started.model.path))
+        return "\n".join(map(str, found.problems))
+
+    said = "lora.export = 'adapter' with lora.target_modules that have gate_proj and up_proj"
+    assert refused().startswith(said)
+    only_later = {"checkpoint__export": "false", "checkpoint__export_every_save": "true"}
+    assert refused(**only_later).startswith(said)
+    assert refused(lora__export="merged") == refused(checkpoint__export="false") == ""

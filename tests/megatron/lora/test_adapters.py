@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
 from moe_replay.megatron.checkpoint import CheckpointFolder, RunPosition
-from moe_replay.megatron.lora.attach import check_lora
+from moe_replay.megatron.lora.attach import check_export, check_lora
 from moe_replay.megatron.model import read_model_shape, transformer_config
 from moe_replay.megatron.ranks.messages import all_ranks
 from moe_replay.recipe.sections.lora import LoraSection
@@ -173,6 +173,30 @@ def test_what_adapters_cannot_do_exactly_is_refused(
     if said.startswith("expert tensor"):
         attention = LoraSection(rank=4, target_modules=("q_proj", "o_proj"))
         check_lora(shape, where, attention, config)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (("q_proj", "gate_proj"), "have gate_proj of routed experts, without up_proj and down_proj"),
+        (("up_proj", "down_proj"), "have up_proj and down_proj of routed experts, without gate_proj"),
+        (("gate_proj", "up_proj"), "have gate_proj and up_proj .*Set lora.export = 'merged', or"),
+        (("q_proj",), None),
+        (("down_proj",), None),
+        (("gate_proj", "up_proj", "down_proj"), None),
+        (("all-linear",), None),
+    ],
+)
+def test_adapters_that_peft_would_leave_out_are_not_exported(
+    checkpoints: dict[str, Path], targets: tuple[str, ...], said: str | None
+) -> None:
+    shape = read_model_shape(checkpoints["qwen3_moe"])
+    lora = LoraSection(rank=4, target_modules=targets)
+    if said is None:
+        check_export(shape, lora)
+        return
+    with pytest.raises(UnsupportedError, match=said):
+        check_export(shape, lora)
 
 
 def test_a_stage_without_an_adapter_is_refused(tmp_path: Path) -> None:

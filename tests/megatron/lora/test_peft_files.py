@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_replay.errors import CheckpointError
+from moe_replay.megatron.lora.attach import check_export
 from moe_replay.megatron.lora.peft_files import check_adapter, save_adapter
+from moe_replay.megatron.model import read_model_shape
 from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.routing import Routing
 from moe_replay.testing.layouts import layout
@@ -22,6 +24,17 @@ from moe_replay.testing.ranks import run_ranks
 from .adapter_cases import LORA, drawn, share
 
 pytestmark = pytest.mark.ranks
+PLAIN: dict[str, Any] = {
+    "init_lora_weights": "gaussian",
+    "layers_to_transform": [0, 1],
+    "loftq_config": {},
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "revision": "main",
+    "lora_bias": False,
+    "exclude_modules": None,
+}
+"""What PEFT writes beside, of adapters that compute no more than others."""
 EXPERT = "base_model.model.model.layers.1.mlp.experts.5.down_proj"
 
 
@@ -107,6 +120,15 @@ def changed(folder: Path, to: Path, config: dict[str, Any], renamed: dict[str, s
         ({"use_rslora": True}, "multiplied by 4 .*set lora.alpha = 8, lora.rslora = true"),
         ({"use_dora": True}, "use_dora is True, expected False"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"bias": "all"}, "bias is 'all', expected 'none'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, "init_lora_weights is 'eva'"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens is \[5\]"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"a_later_kind": {}, "another_later_kind": 2}, "another_later_kind is 2"),
     ],
 )
 def test_an_adapter_that_computes_something_else_is_refused_before_it_is_read(
@@ -115,8 +137,8 @@ def test_an_adapter_that_computes_something_else_is_refused_before_it_is_read(
     config: dict[str, Any],
     said: str,
 ) -> None:
-    same = LORA.model_copy(update={"adapter": changed(written[0], tmp_path / "same", {}, {})})
-    check_adapter(same)
+    same = changed(written[0], tmp_path / "same", PLAIN, {})
+    check_adapter(LORA.model_copy(update={"adapter": same}))
     other = changed(written[0], tmp_path / "other", config, {})
     with pytest.raises(CheckpointError, match=said):
         check_adapter(LORA.model_copy(update={"adapter": other}))
@@ -139,14 +161,28 @@ def test_an_adapter_of_other_matrices_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("family", "rslora"), [("qwen3_moe", True), ("deepseek_v3", False)])
+@pytest.mark.parametrize(
+    ("family", "rslora", "targets"),
+    [
+        ("qwen3_moe", True, ("all-linear",)),
+        ("qwen3_moe", False, ("q_proj", "v_proj")),
+        ("qwen3_moe", False, ("o_proj", "down_proj")),
+        ("deepseek_v3", False, ("all-linear",)),
+        ("deepseek_v3", False, ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
 def test_peft_computes_what_is_pushed(
-    checkpoints: dict[str, Path], tmp_path: Path, family: str, rslora: bool
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    family: str,
+    rslora: bool,
+    targets: tuple[str, ...],
 ) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    lora = LoraSection(rank=4, alpha=8.0, rslora=rslora)
+    lora = LoraSection(rank=4, alpha=8.0, rslora=rslora, target_modules=targets)
+    check_export(read_model_shape(checkpoints[family]), lora)
     checkpoint = checkpoints[family]
     merged = run_ranks(write, 2, checkpoint, tmp_path / "adapter", lora)[0]
     # 8 / sqrt(4) is twice 8 / 4.

@@ -306,11 +306,13 @@ def ask_layout(found: Preflight, shape: ModelShape) -> None:
 
 def ask_lora(found: Preflight, shape: ModelShape, config: TransformerConfig) -> None:
     """Ask what adapters refuse, and whether the one to start from fits the recipe."""
-    from moe_replay.megatron.lora.attach import check_lora
+    from moe_replay.megatron.lora.attach import check_export, check_lora
     from moe_replay.megatron.lora.peft_files import NOT_CONVERTED, PEFT_VERSION, check_adapter
 
-    lora = found.recipe.lora
+    lora, saves = found.recipe.lora, found.recipe.checkpoint
     found.ask(lambda: check_lora(shape, found.recipe.megatron, lora, config))
+    if lora.exports_adapter and (saves.export or saves.export_every_save):
+        found.ask(lambda: check_export(shape, lora))
     if lora.adapter is not None:
         found.ask(lambda: check_adapter(lora))
     if lora.export == "adapter" and shape.family in NOT_CONVERTED:

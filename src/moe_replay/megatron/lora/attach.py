@@ -98,6 +98,32 @@ def check_lora(
             )
 
 
+def check_export(shape: ModelShape, lora: LoraSection) -> None:
+    """Refuse adapters of routed experts that PEFT would leave out, or not load.
+
+    It joins gate and up projections, and finds joined experts by all three projections of them or
+    by the down projection alone.
+
+    Raises:
+        UnsupportedError: it names the projections, and what to set instead.
+    """
+    names = [
+        name
+        for rule in family_of(shape.family).rules
+        if "{expert}" in rule.megatron
+        for name in projections(rule)
+    ]
+    adapted = [name for name in names if name in targets_of(shape, lora)]
+    if adapted in ([], names) or adapted == names[-1:]:
+        return
+    others = [name for name in names if name not in adapted]
+    raise UnsupportedError(
+        f"lora.export = 'adapter' with lora.target_modules that have {' and '.join(adapted)} of routed experts, without "
+        f"{' and '.join(others)}: PEFT raises, or leaves the experts' adapters out without a word. Set lora.export = 'merged', "
+        f"or have all of {', '.join(names)} in lora.target_modules, or {names[-1]} alone"
+    )
+
+
 _UNTRIED = "adapters were never checked with it"
 _REFUSED = {
     "gradient_accumulation_fusion": _UNTRIED,

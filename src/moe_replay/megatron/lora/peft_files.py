@@ -40,7 +40,10 @@ _WITHOUT_EFFECT = frozenset(
 """Keys whose value leaves what the matrices compute as it is."""
 _PLAIN_STARTS = frozenset({"gaussian", "orthogonal"})
 """Values of ``init_lora_weights`` that leave the frozen weights alone."""
-_NOT_READ = "such an adapter is not read"
+_NOT_READ = (
+    "such an adapter is not read: merge it into its model in PEFT (merge_and_unload), where that can "
+    "be done, and name that model as model.path"
+)
 
 
 NOT_CONVERTED = frozenset({"mixtral", "qwen2_moe"})
@@ -196,25 +199,24 @@ def _check_config(folder: Path, lora: LoraSection) -> None:
         raise CheckpointError(
             f"{path} cannot be read: {error}; lora.adapter names a folder that PEFT has written"
         ) from error
-    rank, kind = config.get("r", 8), config.get("peft_type", "LORA")
+    rank, kind = config.get("r", 8), config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path}: peft_type is {kind!r}, expected 'LORA'; {_NOT_READ}")
     if rank != lora.rank:
         raise CheckpointError(
             f"{path}: r is {rank!r}, expected {lora.rank}; set lora.rank = {rank}"
         )
-    for key, found in config.items():
-        if key not in _WITHOUT_EFFECT and (found or None) != _PLAIN.get(key):
-            raise CheckpointError(
-                f"{path}: {key} is {found!r}, expected {_PLAIN.get(key)!r}; {_NOT_READ}"
-            )
     start = config.get("init_lora_weights", True)
-    if not isinstance(start, bool) and start not in _PLAIN_STARTS:
+    if not isinstance(start, bool | None) and start not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {start!r}, expected true, false or one of {', '.join(sorted(_PLAIN_STARTS))}: other "
-            "starts may change the frozen weights, which the adapter then goes with; convert it in PEFT with "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it into the model"
+            f"{path}: init_lora_weights is {start!r}, expected true, false, {' or '.join(sorted(_PLAIN_STARTS))}: other starts may "
+            f"change the frozen weights too, or what is computed; {_NOT_READ}"
         )
+    for key, found in config.items():
+        plain = _PLAIN.get(key)
+        if key not in _WITHOUT_EFFECT and (found or None) != plain:
+            expected = repr(plain) if plain else repr(type(found)())
+            raise CheckpointError(f"{path}: {key} is {found!r}, expected {expected}; {_NOT_READ}")
     alpha, by_root = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
     scale = alpha / (lora.rank**0.5 if by_root else lora.rank)
     if not math.isclose(scale, lora.scale, rel_tol=1e-6):
