@@ -27,7 +27,7 @@ IN_EXPERTS = 16 * 3 * 64 * 32
 
 
 def stacks_bytes(actor: MegatronActor) -> int:
-    """Return what a forward keeps for backward beside the model's own memory, in stacked experts."""
+    """Return the bytes of stacked experts that forwards keep beside the model's own memory."""
     held = {p.untyped_storage().data_ptr() for m in actor.modules for p in m.parameters()}
     kept: dict[int, int] = {}
 
