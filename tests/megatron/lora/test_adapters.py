@@ -178,8 +178,14 @@ def test_what_adapters_cannot_do_exactly_is_refused(
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (("q_proj", "gate_proj"), "have gate_proj of routed experts, without up_proj and down_proj"),
-        (("up_proj", "down_proj"), "have up_proj and down_proj of routed experts, without gate_proj"),
+        (
+            ("q_proj", "gate_proj"),
+            "have gate_proj of routed experts, without up_proj and down_proj",
+        ),
+        (
+            ("up_proj", "down_proj"),
+            "have up_proj and down_proj of routed experts, without gate_proj",
+        ),
         (("gate_proj", "up_proj"), "have gate_proj and up_proj .*Set lora.export = 'merged', or"),
         (("q_proj",), None),
         (("down_proj",), None),
