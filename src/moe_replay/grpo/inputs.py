@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.checkpoint.config import count_experts, read_config_json, refuse_nested
-from moe_replay.checkpoint.facts import read_facts
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
+from moe_replay.grpo.environments import OpenEnvironment, check_scored, open_environment
 from moe_replay.recipe.recipe import HeldOutSet, Recipe
-from moe_replay.recipe.sections.environment import EnvironmentSection
 from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
 from moe_replay.tasks.completion_text import exact_text
@@ -24,10 +23,9 @@ from moe_replay.tasks.datasets.arrow_rows import read_hub_table
 from moe_replay.tasks.datasets.cache import DatasetCache, Progress
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.datasets.files import dataset_files
-from moe_replay.tasks.encoding import Prompt, PromptEncoder
+from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.environments.client import EnvironmentProcess
 from moe_replay.tasks.environments.loading import check_columns
-from moe_replay.tasks.environments.template import TurnTemplate
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import (
     GeneratedPrompts,
@@ -40,51 +38,6 @@ from moe_replay.tasks.rewards.rewards import RewardSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenEnvironment:
-    """The environment of a run: its process, and how its messages become tokens."""
-
-    section: EnvironmentSection
-    """``[environment]``."""
-    process: EnvironmentProcess
-    """Where it runs."""
-    encoder: PromptEncoder
-    """How a prompt to which it added becomes tokens."""
-    template: TurnTemplate
-    """How its messages become tokens."""
-
-    def encoded(self, prompt: Prompt, added: str | list[dict[str, str]] | None) -> Prompt:
-        """Return a prompt with what the environment adds: a text at its end, or a chat instead.
-
-        Raises:
-            RecipeError: the prompt is too long with it.
-        """
-        if added is None:
-            return prompt
-        given = prompt.given
-        assert given is not None
-        added_to = _with_text(given.prompt, added) if isinstance(added, str) else added
-        given = replace(given, prompt=added_to, where=f"{given.where}, after reset")
-        longer = self.encoder.encode(given)
-        if longer is None:
-            raise RecipeError(
-                f"{given.where}: the prompt is longer than data.max_prompt_length with what reset "
-                "adds, and can no longer be omitted: raise the limit"
-            )
-        return replace(longer, given=prompt.given)
-
-
-def _with_text(prompt: Any, text: str) -> Any:
-    """Append a text to the last message of a prompt, as TRL does."""
-    if isinstance(prompt, str):
-        return prompt + text
-    last = prompt[-1]
-    content = last["content"]
-    if isinstance(content, list):
-        return [*prompt[:-1], {**last, "content": [*content, {"type": "text", "text": text}]}]
-    return [*prompt[:-1], {**last, "content": content + text}]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,18 +83,10 @@ def open_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
         process = None
         if recipe.environment is not None:
             process = closing.enter_context(EnvironmentProcess(recipe.environment, folders))
-            _check_scored(recipe, process)
+            check_scored(recipe, process)
         inputs = _open_prompts(recipe, rewards, process, progress)
         closing.pop_all()
     return inputs
-
-
-def _check_scored(recipe: Recipe, process: EnvironmentProcess) -> None:
-    if not recipe.rewards and not process.description.has_reward:
-        raise RecipeError(
-            f"nothing scores completions: {process.description.name} has no get_reward, and there is no "
-            "[[rewards]] table: add one of the two"
-        )
 
 
 def _open_prompts(
@@ -162,7 +107,7 @@ def _open_prompts(
         keeps_given=process is not None,
     )
     encoder.check()
-    environment = None if process is None else _open_environment(recipe, process, encoder)
+    environment = None if process is None else open_environment(recipe, process, encoder)
     cache = DatasetCache(data.cache_dir or _default_cache(), progress=progress)
     held_out = {asked.name: _open_held_out(asked, encoder, cache) for asked in recipe.held_out_sets}
     train = _open_train(recipe, encoder, held_out.values(), cache)
@@ -171,6 +116,8 @@ def _open_prompts(
         asked.key: held_out[asked.name] for asked in recipe.held_out_sets
     }
     notes = list(dict.fromkeys([*cache.notes, *encoder.notes(), *_notes(sources)]))
+    if environment is not None:
+        notes += environment.template.notes()
     for key, source in sources.items():
         rewards.check(source)
         if process is not None:
@@ -184,26 +131,6 @@ def _open_prompts(
         environment=environment,
         notes=tuple(notes),
     )
-
-
-def _open_environment(
-    recipe: Recipe, process: EnvironmentProcess, encoder: PromptEncoder
-) -> OpenEnvironment:
-    section = recipe.environment
-    assert section is not None
-    if not encoder.has_template:
-        raise RecipeError(
-            f"[environment] needs a chat template, which says how turns follow each other, and the "
-            f"tokenizer of {recipe.model.path} has none: add chat_template.jinja to the model directory"
-        )
-    ends = {*read_facts(recipe.model.path).eos_ids, *recipe.rollout.stop_token_ids}
-    template = TurnTemplate(
-        encoder.tokenizer,
-        end_ids=ends,
-        tools=process.description.tools,
-        arguments=recipe.data.chat_template_kwargs,
-    )
-    return OpenEnvironment(section=section, process=process, encoder=encoder, template=template)
 
 
 def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:

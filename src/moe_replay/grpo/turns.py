@@ -28,7 +28,7 @@ from moe_replay.engines.types import (
     grouped,
 )
 from moe_replay.errors import RewardError
-from moe_replay.grpo.inputs import OpenEnvironment
+from moe_replay.grpo.environments import OpenEnvironment
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Conversation, Part
 from moe_replay.routing.stitch import EngineCall, stitch_turns
@@ -89,8 +89,8 @@ def converse(
     assert environment is not None
     begun = run.droppable(lambda: _begin(environment, run.recipe.run.seed, prompts, requests))
     prompts, requests = [prompt for prompt, _ in begun], [request for _, request in begun]
-    wanted = [(each, number) for each in requests for number in range(each.num_generations)]
-    talks = [_Talk(request, number, slot) for slot, (request, number) in enumerate(wanted)]
+    wanted = [(*each, number) for each in begun for number in range(each[1].num_generations)]
+    talks = [_Talk(*each, slot) for slot, each in enumerate(wanted)]
     num_cut = 0
     for turn in range(environment.section.max_turns):
         is_last = turn + 1 == environment.section.max_turns
@@ -128,6 +128,8 @@ def _begin(
     starts = []
     for prompt, request in zip(prompts, requests, strict=True):
         assert prompt.given is not None
+        # Refused before anything is sampled.
+        environment.template.of_row(prompt.given.arguments)
         row = {**prompt.columns, "prompt": prompt.given.prompt}
         # Distinct for every group of a run, and the same after a resume and for any ranks.
         of_group = int(np.random.SeedSequence([seed, request.request_id]).generate_state(1)[0])
@@ -183,9 +185,10 @@ def _act(
         elif is_last:
             talk.is_open, talk.met_limit = False, True
         else:
-            suffix = environment.template.suffix(
-                _messages(calls, reaction.texts), int(talk.ids[-1])
-            )
+            given = talk.prompt.given
+            assert given is not None
+            template = environment.template.of_row(given.arguments)
+            suffix = template.suffix(_messages(calls, reaction.texts), int(talk.ids[-1]))
             talk.hear_environment(run, suffix, sampling.max_completion_length)
 
 
@@ -202,8 +205,8 @@ def _messages(calls: Sequence[ToolCall], texts: Sequence[str]) -> list[dict[str,
 class _Talk:
     """One conversation while it is held."""
 
-    def __init__(self, request: Request, number: int, slot: int) -> None:
-        self.request, self.number, self.slot = request, number, slot
+    def __init__(self, prompt: Prompt, request: Request, number: int, slot: int) -> None:
+        self.prompt, self.request, self.number, self.slot = prompt, request, number, slot
         # All tokens so far.
         self.ids = request.prompt_ids
         # Number of tokens that each call of the engine was fed, and what it returned.

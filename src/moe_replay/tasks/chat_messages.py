@@ -166,6 +166,11 @@ def renders_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     return texts[0] == texts[1] and _MARK in texts[0]
 
 
+def well_formed(text: str) -> str:
+    """Return a text with ``?`` for halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def excerpt(value: object) -> str:
     """Return the repr of a value, cut to a length that fits into a message."""
     # A value may be megabytes, so only its start is formatted where possible.

@@ -164,6 +164,7 @@ class EnvironmentProcess:
         try:
             child.send(pack_frame(request), deadline)
             while (event := child.receive(deadline))["event"] != "finished":
+                # Of one call into user code, of which an item may have many.
                 deadline = time.monotonic() + limit
                 if event["event"] == "started":
                     running = event["slot"]

@@ -28,8 +28,6 @@ class GymAdapter:
 
     async def reset(self, **row: Any) -> list[dict[str, str]]:
         """Begin; return the system message, if any, and the observation as a user message."""
-        if self._inner is not None and hasattr(self._inner, "close"):
-            await _value(self._inner.close())
         self._inner, self._reward = self._make(dict(self._args)), 0.0
         prompt = row.get("prompt")
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -53,6 +51,11 @@ class GymAdapter:
     def get_reward(self) -> float:
         """Return the rewards so far, added up."""
         return self._reward
+
+    async def close(self) -> None:
+        """Close the environment, if it has begun and can be closed."""
+        if self._inner is not None and hasattr(self._inner, "close"):
+            await _value(self._inner.close())
 
 
 async def _value(result: Any) -> Any:

@@ -11,6 +11,7 @@ In: a tokenizer. Out: token ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError
-from moe_replay.tasks.chat_messages import excerpt
+from moe_replay.tasks.chat_messages import excerpt, well_formed
 from moe_replay.tasks.completion_text import exact_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MARK = "a7f3c1"
 _OTHER = "b81d04"
+_THOUGHT = "c95e2d"
 
 
 class TurnTemplate:
@@ -50,7 +52,38 @@ class TurnTemplate:
         self._end_texts = [exact_text(tokenizer, [i]) for i in sorted(self._end_ids)]
         self._tools: list[Any] | None = list(tools) or None
         self._arguments = dict(arguments)
+        self._of_rows: dict[str, TurnTemplate] = {}
         self._check()
+
+    def of_row(self, arguments: Mapping[str, Any]) -> TurnTemplate:
+        """Return that of a row with template arguments of its own, which override the others.
+
+        Raises:
+            RecipeError: as for the whole, where they change what the template writes.
+        """
+        if not arguments:
+            return self
+        key = json.dumps(arguments, sort_keys=True, default=repr)
+        if key not in self._of_rows:
+            self._of_rows[key] = TurnTemplate(
+                self._tokenizer,
+                end_ids=self._end_ids,
+                tools=self._tools or (),
+                arguments={**self._arguments, **arguments},
+            )
+        return self._of_rows[key]
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what is worth knowing about earlier turns."""
+        thought = f"<think>\n{_THOUGHT}\n</think>\n\n{_MARK}"
+        messages = self._turn(_MARK, [self._dummy]) + self._turn(_OTHER, [self._dummy])
+        messages[1]["content"] = thought
+        if _THOUGHT in self._rendered(messages):
+            return ()
+        return (
+            "the chat template drops the reasoning (<think>) of earlier turns, and conversations of [environment] keep "
+            "it: a server that renders the whole chat anew for each turn shows the model less than it was trained after",
+        )
 
     def suffix(
         self, messages: Sequence[Mapping[str, str]], last_id: int
@@ -62,7 +95,8 @@ class TurnTemplate:
         Raises:
             RecipeError: the template rejects the messages.
         """
-        text = self._rendered(self._turn(_MARK, messages))
+        said = [{key: well_formed(text) for key, text in each.items()} for each in messages]
+        text = self._rendered(self._turn(_MARK, said))
         start, end = self._end_of(text, _MARK)
         rest = text[end if last_id in self._end_ids else start :]
         ids = self._tokenizer(rest, add_special_tokens=False, verbose=False).input_ids
@@ -120,8 +154,7 @@ class TurnTemplate:
         return min(found)
 
     def _check(self) -> None:
-        role = "tool" if self._tools else "user"
-        message = {"role": role, "content": "t"} | ({"name": self._name} if self._tools else {})
+        message = self._dummy
         before = self._rendered(self._turn(_MARK, [message]))
         after = self._rendered([*self._turn(_MARK, [message]), *self._turn(_OTHER, [message])])
         _, end = self._end_of(before, _MARK)
@@ -142,9 +175,10 @@ class TurnTemplate:
             )
 
     @property
-    def _name(self) -> str:
-        assert self._tools is not None
-        return self._tools[0]["function"]["name"]
+    def _dummy(self) -> dict[str, str]:
+        if not self._tools:
+            return {"role": "user", "content": "t"}
+        return {"role": "tool", "content": "t", "name": self._tools[0]["function"]["name"]}
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

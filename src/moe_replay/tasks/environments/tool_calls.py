@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_MAX_LEVELS = 64
+"""Of lists and objects in each other: far below what JSON, and a tool's own code, can follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class ToolCall:
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
-        return asdict(self)
+        return {"name": self.name, "arguments": self.arguments, "error": self.error}
 
 
 def hermes(text: str) -> list[ToolCall]:
@@ -55,7 +57,23 @@ def _hermes_call(block: str) -> ToolCall:
             arguments = None
     if not isinstance(arguments, dict):
         return ToolCall(name=call["name"], error="arguments must be a JSON object")
+    if _is_deep(arguments):
+        text = f"arguments may have at most {_MAX_LEVELS} lists and objects in each other"
+        return ToolCall(name=call["name"], error=text)
     return ToolCall(name=call["name"], arguments=arguments)
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether lists and objects are more than `_MAX_LEVELS` deep; without recursion."""
+    level = [value]
+    for _ in range(_MAX_LEVELS + 1):
+        held = [each for each in level if isinstance(each, dict | list)]
+        level = [
+            item for each in held for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not held:
+            return False
+    return True
 
 
 PARSERS: Mapping[str, Callable[[str], list[ToolCall]]] = {"hermes": hermes}

@@ -1,10 +1,10 @@
 """The process of environments: user code that models act in runs here, one call after the other.
 
-A call that takes longer than its limit is interrupted: sync ones by an alarm, async ones by their
-event loop. One that cannot be, in native code say, is ended with the process by the trainer.
+A call that takes longer than its limit is interrupted by an alarm. One that cannot be, in native
+code say, is ended with the process by the trainer.
 
-In: frames: a class to load, then conversations to begin, to act in and to score. Out: a frame for
-each, in order.
+In: frames: a class to load, then conversations to begin, to act in and to score. Out: a frame
+before each call into user code, and one for each conversation, in order.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Worker:
         self._make: Callable[[], Any] = lambda: None
         self._description: Description | None = None
         self._instances: dict[int, Any] = {}
+        self._slot = 0
         self._loop = asyncio.new_event_loop()
-        signal.signal(signal.SIGALRM, _interrupt)
 
     def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
         """Handle a request: an event before each call into user code, and one after it."""
@@ -62,7 +62,7 @@ class _Worker:
         else:
             call = {"reset": self._reset, "act": self._act, "reward": self._reward}[request["op"]]
             for item in request["items"]:
-                self._say(event="started", slot=item["slot"])
+                self._slot = item["slot"]
                 repair_streams()
                 try:
                     told = call(item)
@@ -82,7 +82,6 @@ class _Worker:
             sys.path.insert(0, folder)
         # The import of a class may be that of a large library.
         self._timeout_s, self._form = request["load_timeout_s"], request["form"]
-        self._say(event="started", slot=0)
         try:
             args = decode_value(request["args"])
             with self._limited():
@@ -109,12 +108,15 @@ class _Worker:
             row = {name: row[name] for name in self._description.takes if name in row}
         elif "seed" not in self._description.takes and "seed" not in item["row"]:
             del row["seed"]
-        if slot not in self._instances:
-            with self._limited():
-                self._instances[slot] = self._make()
+        old = self._instances.pop(slot, None)
+        if old is not None and self._form == "gym":
+            self._called(old.close)
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % 2**32)
+        # A new one, as after a resume: the last conversation leaves it no state.
+        with self._limited():
+            self._instances[slot] = self._make()
         told = self._called(self._instances[slot].reset, **row)
         if told is None or isinstance(told, str) or self._form == "gym":
             return told
@@ -133,12 +135,13 @@ class _Worker:
             }
         try:
             told = self._called(instance.step, item["text"])
+            finished = getattr(instance, "finished", False)
+            finished = bool(self._called(finished) if callable(finished) else finished)
+            is_over = told is None or finished
+            texts = [] if is_over else [self._as_text(told)]
         except BaseException as error:  # noqa: BLE001 - the seam: the user's code
             return {"texts": [_error_text(error, self._late)], "num_failed": 1, "is_over": False}
-        finished = getattr(instance, "finished", False)
-        finished = bool(finished() if callable(finished) else finished)
-        is_over = told is None or finished
-        return {"texts": [] if is_over else [str(told)], "num_failed": 0, "is_over": is_over}
+        return {"texts": texts, "num_failed": 0, "is_over": is_over}
 
     def _tool(self, instance: Any, call: Mapping[str, Any]) -> tuple[str, bool]:
         """Return what a tool says to the model, and whether it failed."""
@@ -149,13 +152,18 @@ class _Worker:
             text = f"there is no tool {call['name']}; the tools are {', '.join(tools)}"
             return json.dumps({"error": text}), True
         try:
-            return str(self._called(tools[call["name"]], **call["arguments"])), False
+            told = self._called(tools[call["name"]], **call["arguments"])
+            return self._as_text(told), False
         except BaseException as error:  # noqa: BLE001 - the seam: the user's code
             return _error_text(error, self._late), True
 
     def _reward(self, item: Mapping[str, Any]) -> float | None:
         (score,) = checked_scores([self._called(self._instances[item["slot"]].get_reward)], 1)
         return score
+
+    def _as_text(self, told: Any) -> str:
+        # Writing a foreign object runs its code.
+        return told if isinstance(told, str) else self._called(str, told)
 
     def _called(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what a method returns, awaited if need be, within the limit."""
@@ -172,6 +180,10 @@ class _Worker:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
+        # The trainer's own limit begins anew with it.
+        self._say(event="started", slot=self._slot)
+        # User code may have an alarm of its own.
+        signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
         try:
             yield
