@@ -14,7 +14,6 @@ from jaxtyping import Int32
 from moe_replay.checkpoint.config import count_experts, read_config_json, refuse_nested
 from moe_replay.checkpoint.tokenizer import load_tokenizer, no_checkpoint
 from moe_replay.errors import RecipeError
-from moe_replay.grpo.environments import OpenEnvironment, check_scored, open_environment
 from moe_replay.recipe.recipe import HeldOutSet, Recipe
 from moe_replay.recipe.sections.locations import GENERATED, HUB
 from moe_replay.tasks.chat_messages import check_arguments
@@ -26,6 +25,7 @@ from moe_replay.tasks.datasets.files import dataset_files
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.tasks.environments.client import EnvironmentProcess
 from moe_replay.tasks.environments.loading import check_columns
+from moe_replay.tasks.environments.opening import OpenEnvironment, check_scored, open_environment
 from moe_replay.tasks.generated import GeneratedTask
 from moe_replay.tasks.prompts import (
     GeneratedPrompts,

@@ -28,13 +28,14 @@ from moe_replay.engines.types import (
     grouped,
 )
 from moe_replay.errors import RewardError
-from moe_replay.grpo.environments import OpenEnvironment
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Conversation, Part
+from moe_replay.routing.guard.verdict import SERVERS_JOINED_BY
 from moe_replay.routing.stitch import EngineCall, stitch_turns
 from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.environments.client import Action, Start
+from moe_replay.tasks.environments.opening import OpenEnvironment
 from moe_replay.tasks.environments.tool_calls import PARSERS, ToolCall
 
 _TURN_BITS, _NUMBER_BITS = 8, 12
@@ -129,7 +130,7 @@ def _begin(
     for prompt, request in zip(prompts, requests, strict=True):
         assert prompt.given is not None
         # Refused before anything is sampled.
-        environment.template.of_row(prompt.given.arguments)
+        environment.template.of_row(prompt.given.arguments, prompt.given.where)
         row = {**prompt.columns, "prompt": prompt.given.prompt}
         # Distinct for every group of a run, and the same after a resume and for any ranks.
         of_group = int(np.random.SeedSequence([seed, request.request_id]).generate_state(1)[0])
@@ -187,7 +188,7 @@ def _act(
         else:
             given = talk.prompt.given
             assert given is not None
-            template = environment.template.of_row(given.arguments)
+            template = environment.template.of_row(given.arguments, given.where)
             suffix = template.suffix(_messages(calls, reaction.texts), int(talk.ids[-1]))
             talk.hear_environment(run, suffix, sampling.max_completion_length)
 
@@ -270,7 +271,9 @@ class _Talk:
             trace=trace,
             finish_reason=self.ending,
             policy_version=last.policy_version,
-            server=" and ".join(sorted({turn.server for _, turn in calls if turn.server})),
+            server=SERVERS_JOINED_BY.join(
+                sorted({turn.server for _, turn in calls if turn.server})
+            ),
             began_under=None
             if first.oldest_version == last.policy_version
             else first.oldest_version,

@@ -57,3 +57,10 @@ def test_sums_read_back_go_on_alike():
         == sums.after(np.arange(2), signs, owners).to_plain()
     )
     assert sums.to_plain()["server 0"]["sum"] > sums.to_plain()["server 1"]["sum"]
+
+
+def test_an_answer_of_several_servers_counts_for_each():
+    owners = {0: Owner(server="a and c"), 1: Owner(server="b"), 2: Owner()}
+    plain = ServerSums().after(np.arange(3), np.array([True, False, True]), owners).to_plain()
+    counted = {name: (entry["answers"], entry["signs"]) for name, entry in plain.items()}
+    assert counted == {"a": (1, 1), "c": (1, 1), "b": (1, 0)}

@@ -11,7 +11,7 @@ from moe_replay.tasks.environments.client import Action, EnvironmentProcess, Sta
 from moe_replay.tasks.environments.tool_calls import ToolCall
 
 CODE = '''
-import asyncio, os, random, time
+import asyncio, os, random, signal, time
 
 class Tools:
     def __init__(self, start=0):
@@ -93,6 +93,33 @@ class Untyped:
     def reset(self): ...
     def add(self, a):
         """Add."""
+
+class Deck:
+    def __init__(self):
+        self.cards, self.played = random.sample(range(1000), 5), 0
+    def reset(self, **row): ...
+    def step(self, text):
+        self.played += 1
+        return f"{self.played} {self.cards}"
+
+class Deaf:
+    def reset(self): ...
+    def no_alarm(self):
+        """Ignore alarms."""
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    def spin(self):
+        """Never return."""
+        while True:
+            pass
+
+class Closed:
+    log = []
+    def __init__(self, config): ...
+    def reset(self, config):
+        return " ".join(self.log), {}, ""
+    def step(self, messages): ...
+    def close(self):
+        self.log.append("closed")
 
 class Broken:
     def reset(self):
@@ -241,3 +268,57 @@ def test_a_failing_reset_stops_the_run_and_names_the_line(folder):
     expected = pytest.raises(RewardError, match=r"reset raised KeyError: 'gone' \(.*envs.py, line")
     with opened(folder, "Broken") as process, expected:
         process.reset([Start(slot=0, seed=1, row={})])
+
+
+def test_each_call_into_user_code_begins_a_limit_of_its_own(tools, monkeypatch):
+    heard = []
+    receive = tools._child.receive
+    monkeypatch.setattr(
+        tools._child, "receive", lambda deadline: heard.append(receive(deadline)) or heard[-1]
+    )
+    tools.reset([start()])
+    # The class, then reset.
+    assert [event["event"] for event in heard] == ["started"] * 2 + ["done", "finished"]
+    heard.clear()
+    quick = ToolCall(name="slow", arguments={"seconds": 0.0})
+    act(tools, quick, ToolCall(name="missing"), quick, quick)
+    assert [event["event"] for event in heard] == ["started"] * 3 + ["done", "finished"]
+
+
+def test_an_alarm_of_user_code_does_not_switch_the_limit_off(folder):
+    with opened(folder, "Deaf", timeout_s=0.5) as process:
+        process.reset([Start(slot=0, seed=1, row={})])
+        assert act(process, ToolCall(name="no_alarm")).num_failed == 0
+        assert "still running after 0.5 s" in act(process, ToolCall(name="spin")).texts[0]
+
+
+def test_conversations_of_one_seed_begin_with_instances_made_alike_in_every_step(folder):
+    def played(process, seed):
+        process.reset([start(slot, seed=seed) for slot in (0, 1)])
+        reactions = process.act([Action(slot=slot, text="", calls=()) for slot in (0, 1)])
+        return [reaction.texts[0] for reaction in reactions]
+
+    with opened(folder, "Deck", form="step") as process:
+        first, second = played(process, 5)
+        assert first == second and first.startswith("1 ")
+        other = played(process, 6)
+        assert other[0] != first
+    # A resumed run has another process, which has not seen the step before.
+    with opened(folder, "Deck", form="step") as process:
+        assert played(process, 6) == other
+
+
+def test_a_gym_is_closed_before_its_successor_begins(folder):
+    with opened(folder, "Closed", form="gym") as process:
+        (before,), (after,) = (process.reset([start(prompt="p")]) for _ in range(2))
+    assert (before[-1]["content"], after[-1]["content"]) == ("", "closed")
+
+
+def test_deep_arguments_reach_a_tool(tools):
+    tools.reset([start()])
+    deep = []
+    for _ in range(700):
+        deep = [deep]
+    # Beyond what a parser lets pass, so nothing on the way may recurse in Python.
+    call = ToolCall(name="fail", arguments={"a": deep})
+    assert act(tools, call).num_failed == 1

@@ -21,6 +21,12 @@ REWRITES = CHATML.replace(
     "m['content'] }}",
     "(m['content'] if loop.index > messages | length - 3 or m['role'] != 'assistant' else 'cut') }}",
 )
+# Begins every turn of the assistant with what an argument says.
+OPENS = CHATML.replace("[assistant]{%", "[assistant]{{ opening }}{%").replace(
+    "m['content'] }}", "(opening or '' if m['role'] == 'assistant' else '') + m['content'] }}"
+)
+# Drops the reasoning of every turn but the last.
+DROPS_REASONING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
 ENDLESS = CHATML.replace("eos_token + ", "")
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 EOS = 1
@@ -83,3 +89,34 @@ def test_a_template_that_ends_no_turn_is_refused():
 def test_a_template_that_rejects_the_messages_is_refused():
     with pytest.raises(RecipeError, match="rejects a chat with roles"):
         template("{{ raise_exception('one turn only') if messages | length > 1 }}" + CHATML)
+
+
+def test_halves_of_surrogate_pairs_become_question_marks():
+    made, tokenizer = template(CHATML, tools=TOOLS)
+    message = {"role": "tool", "name": "a\ud83d", "content": "b\ud83d"}
+    assert said(made.suffix([message], EOS), tokenizer) == "\n[tool]b?<eos>\n[assistant]"
+
+
+def test_arguments_of_a_row_count_between_turns_too():
+    made, tokenizer = template(OPENS)
+    message = [{"role": "user", "content": "go"}]
+    other = made.of_row({"opening": "<>"}, "row 1")
+    assert said(other.suffix(message, EOS), tokenizer) == "\n[user]go<eos>\n[assistant]<>"
+    assert made.of_row({"opening": "<>"}, "row 2") is other
+    # The control: a row without any.
+    assert made.of_row({}, "row 3") is made
+    assert said(made.suffix(message, EOS), tokenizer) == "\n[user]go<eos>\n[assistant]"
+
+
+def test_arguments_of_a_row_with_which_a_template_rewrites_turns_are_refused():
+    rewriting = CHATML.replace("{{ '['", "{{ messages | length if count else '' }}{{ '['")
+    made, _ = template(rewriting)
+    assert made.of_row({"count": False}, "row 1") is not made
+    with pytest.raises(RecipeError, match=r"row 2, column chat_template_kwargs: .*not prefix-pres"):
+        made.of_row({"count": True}, "row 2")
+
+
+def test_a_template_that_drops_the_reasoning_of_earlier_turns_is_noted():
+    (note,) = template(DROPS_REASONING)[0].notes()
+    assert "drops the reasoning" in note
+    assert template(CHATML)[0].notes() == template(CHATML, tools=TOOLS)[0].notes() == ()

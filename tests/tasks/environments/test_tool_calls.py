@@ -1,5 +1,7 @@
 """What the parsers of tool calls read, by hand."""
 
+import json
+
 import pytest
 
 from moe_replay.tasks.environments.tool_calls import ToolCall, hermes
@@ -40,3 +42,17 @@ def test_text_without_a_call_has_none():
 def test_a_call_that_cannot_be_read_is_a_call_with_an_error(block, name, error, close):
     (call,) = hermes(f"<tool_call>{block}{close}")
     assert call.name == name and call.error is not None and error in call.error
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_arguments_that_are_too_deep_are_an_error_for_the_model(in_text):
+    def called(levels):
+        arguments = '{"a": ' + "[" * levels + "]" * levels + "}"
+        given = json.dumps(arguments) if in_text else arguments
+        (call,) = hermes(f'<tool_call>{{"name": "add", "arguments": {given}}}</tool_call>')
+        return call
+
+    assert called(63).error is None and called(63).arguments["a"]
+    for levels in (64, 700, 100_000):
+        call = called(levels)
+        assert call.error is not None and call.arguments == {}

@@ -15,6 +15,7 @@ from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.replay.overlap import WatchedRoutes
 from moe_replay.megatron.scorer import RouteWatch
 from moe_replay.routing.guard import OverlapCounts, StepPart, StepTable, summarise
+from moe_replay.routing.guard.verdict import SERVERS_JOINED_BY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,11 +44,13 @@ class Seen:
             "replay/tokens_with_flip_frac": sum(p.rows_with_flip for p in table.parts) / rows,
             "replay/collapsed_layers": float(len(self.collapsed)),
         }
-        servers = np.array([origins[number].server for number in table.sample_ids.tolist()])
-        names = sorted(set(servers.tolist()))
+        of = [
+            origins[number].server.split(SERVERS_JOINED_BY) for number in table.sample_ids.tolist()
+        ]
+        names = sorted({server for each in of for server in each})
         if len(names) > 1:
             for name in names:
-                mine = servers == name
+                mine = np.array([name in each for each in of])
                 shared = float(own[mine].sum() / slots[mine].sum())
                 metrics[f"replay/agreement_server/{name.split('://')[-1]}"] = shared
         return metrics

@@ -288,12 +288,12 @@ def _server_faults(
     alpha: float,
 ) -> Iterator[Fault]:
     table = baseline.table
-    of = [owners.get(int(number), Owner()).server for number in table.sample_ids]
-    servers = sorted({server for server in of if server is not None})
+    of = [owners.get(int(number), Owner()).servers for number in table.sample_ids]
+    servers = sorted({server for each in of for server in each})
     if len(servers) < 2:
         return
     for name in servers:
-        at = np.array([other == name for other in of])
+        at = np.array([name in each for each in of])
         server = _Group(
             kind="server",
             name=name,

@@ -44,8 +44,7 @@ class ServerSums:
         found = ServerSums.from_plain(self.to_plain())
         answers: dict[str, list[bool]] = {}
         for number, sign in zip(sample_ids, telling, strict=True):
-            server = owners[int(number)].server if int(number) in owners else None
-            if server is not None:
+            for server in owners.get(int(number), Owner()).servers:
                 answers.setdefault(server, []).append(bool(sign))
         for entry in found._of.values():
             entry["answers"] *= _FORGET

@@ -26,16 +26,26 @@ class Status(StrEnum):
     it."""
 
 
+SERVERS_JOINED_BY = " and "
+"""Between the names of servers that sampled turns of one conversation."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
     """Where a sample came from."""
 
     server: str | None = None
-    """The server or engine that sampled it; None if there is only one."""
+    """The server or engine that sampled it, or all that sampled turns of it; None if there is only
+    one."""
     policy_version: int | None = None
     """Weight pushes before it was sampled."""
     prompt: int | None = None
     """Index of its prompt, for messages."""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Each server that sampled of it: one with a fault has it in all its conversations."""
+        return tuple(self.server.split(SERVERS_JOINED_BY)) if self.server else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

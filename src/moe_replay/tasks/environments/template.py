@@ -55,7 +55,7 @@ class TurnTemplate:
         self._of_rows: dict[str, TurnTemplate] = {}
         self._check()
 
-    def of_row(self, arguments: Mapping[str, Any]) -> TurnTemplate:
+    def of_row(self, arguments: Mapping[str, Any], where: str) -> TurnTemplate:
         """Return that of a row with template arguments of its own, which override the others.
 
         Raises:
@@ -65,12 +65,15 @@ class TurnTemplate:
             return self
         key = json.dumps(arguments, sort_keys=True, default=repr)
         if key not in self._of_rows:
-            self._of_rows[key] = TurnTemplate(
-                self._tokenizer,
-                end_ids=self._end_ids,
-                tools=self._tools or (),
-                arguments={**self._arguments, **arguments},
-            )
+            try:
+                self._of_rows[key] = TurnTemplate(
+                    self._tokenizer,
+                    end_ids=self._end_ids,
+                    tools=self._tools or (),
+                    arguments={**self._arguments, **arguments},
+                )
+            except RecipeError as error:
+                raise RecipeError(f"{where}, column chat_template_kwargs: {error}") from error
         return self._of_rows[key]
 
     def notes(self) -> tuple[str, ...]:

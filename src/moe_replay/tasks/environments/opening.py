@@ -38,12 +38,9 @@ class OpenEnvironment:
             return prompt
         given = prompt.given
         assert given is not None
-        if isinstance(added, str):
-            keeps_end = self.encoder.data.final_assistant_message == "continue"
-            added_to = _with_text(given, well_formed(added), keeps_end=keeps_end)
-        else:
-            added_to = [{key: well_formed(text) for key, text in each.items()} for each in added]
-        given = replace(given, prompt=added_to, where=f"{given.where}, after reset")
+        continues = self.encoder.data.final_assistant_message == "continue"
+        begun = begun_prompt(given, added, continues=continues)
+        given = replace(given, prompt=begun, where=f"{given.where}, after reset")
         longer = self.encoder.encode(given)
         if longer is None:
             raise RecipeError(
@@ -53,15 +50,23 @@ class OpenEnvironment:
         return replace(longer, given=prompt.given)
 
 
-def _with_text(given: PromptInput, text: str, *, keeps_end: bool) -> Any:
-    """Append a text to the last user message of a prompt, as TRL does.
+def begun_prompt(
+    given: PromptInput, added: str | list[dict[str, str]], *, continues: bool
+) -> str | list[dict[str, Any]]:
+    """Return a prompt with a text at the end of its last user message, or the chat in its place.
 
-    ``keeps_end``: whether the model continues an assistant's message at the end.
+    ``continues``: whether the model continues an assistant's message at the end.
+
+    Raises:
+        RecipeError: the text has no place.
     """
+    if not isinstance(added, str):
+        return [{key: well_formed(text) for key, text in each.items()} for each in added]
     prompt: Any = given.prompt
+    text = well_formed(added)
     if isinstance(prompt, str):
         return prompt + text
-    if keeps_end and prompt[-1]["role"] == "assistant":
+    if continues and prompt[-1]["role"] == "assistant":
         raise RecipeError(
             f"{given.where}: the chat ends with the assistant's message, which the model continues, so the text "
             f"of reset, {excerpt(text)}, would come before what the model has begun to say: set "
@@ -76,8 +81,8 @@ def _with_text(given: PromptInput, text: str, *, keeps_end: bool) -> Any:
         )
     user = prompt[at]
     content = user["content"]
-    added = [{"type": "text", "text": text}] if isinstance(content, list) else text
-    return [*prompt[:at], {**user, "content": content + added}, *prompt[at + 1 :]]
+    longer = content + ([{"type": "text", "text": text}] if isinstance(content, list) else text)
+    return [*prompt[:at], {**user, "content": longer}, *prompt[at + 1 :]]
 
 
 def check_scored(recipe: Recipe, process: EnvironmentProcess) -> None:
