@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_replay.grpo.checkpoint import _take_best
 from moe_replay.grpo.evaluate import _tally, eval_sampling, pass_at
+from moe_replay.grpo.journal import Journal
+from moe_replay.grpo.run import BestStep
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.sections.run import EvalSection
+from moe_replay.recipe.sections.run import CheckpointSection, EvalSection
 from moe_replay.report.metric_table import metric_of
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
@@ -197,7 +202,12 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [f"step-{best:06d}", "step-000004"]
     position = json.loads((folder / "checkpoints" / "step-000004" / "position.json").read_text())
-    assert position["best"] == {"step": best, "value": values[best]}
+    assert position["best"] == {
+        "step": best,
+        "value": values[best],
+        "metric": "eval/more/reward",
+        "is_greatest": False,
+    }
     exports = sorted(path.name for path in folder.glob("export*"))
     assert exports == ["export", "export-best", f"export-step-{best:06d}", "export-step-000004"]
 
@@ -206,3 +216,26 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
 
     assert weights("export-best") == weights(f"export-step-{best:06d}") != weights("export")
     assert weights("export-step-000004") == weights("export")
+
+
+@pytest.mark.parametrize(
+    ("keys", "goes_on"),
+    [
+        ({"metric_for_best_model": "eval/reward"}, True),
+        ({"metric_for_best_model": "eval/pass@1"}, False),
+        ({"metric_for_best_model": "eval/reward", "greater_is_better": False}, False),
+        ({}, False),
+    ],
+)
+def test_a_best_value_is_compared_with_values_of_its_own_metric_alone(
+    keys: dict[str, Any], goes_on: bool
+) -> None:
+    best = BestStep(step=2, value=2.5, metric="eval/reward", is_greatest=True)
+    journal = Journal()
+    run_: Any = SimpleNamespace(
+        recipe=SimpleNamespace(checkpoint=CheckpointSection(**keys)), journal=journal, best=None
+    )
+    inspect.unwrap(_take_best)(run_, best)
+    assert run_.best == (best if goes_on else None)
+    said = journal.take_warnings()
+    assert not said if goes_on else "after step 2, had the greatest eval/reward" in said[0]

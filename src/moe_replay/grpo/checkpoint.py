@@ -47,7 +47,8 @@ def save_checkpoint(run: Run) -> None:
     if run.recipe.checkpoint.export_every_save:
         folder = run.directory / f"{EXPORT_FOLDER}-step-{run.step:06d}"
         write_export(run.actor, run.recipe, folder)
-        _forget_exports(run)
+        if run.saving is None:
+            _forget_exports(run)
     now = time.monotonic()
     run.saves.took(now - began_at, ended_at=now)
 
@@ -77,6 +78,8 @@ def finish_saving(run: Run, *, only_if_written: bool = False) -> None:
         return
     pending, run.saving = run.saving, None
     run.checkpoints.finish(pending)
+    if run.recipe.checkpoint.export_every_save:
+        _forget_exports(run)
 
 
 def _rollout_writers(run: Run) -> list[Callable[[Path], None]]:
@@ -113,6 +116,21 @@ def load_checkpoint(run: Run, step: int) -> None:
     run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
     run.policy_version = position.policy_version
     if position.best:
-        run.best = BestStep(**position.best)
+        _take_best(run, BestStep(**position.best))
     if run.guard is not None and position.guard:
         run.guard.restore(position.guard)
+
+
+def _take_best(run: Run, best: BestStep) -> None:
+    """Go on from the best evaluation so far, unless the recipe now chooses by something else."""
+    settings = run.recipe.checkpoint
+    asked = (settings.metric_for_best_model, settings.greater_is_better)
+    if asked == (best.metric, best.is_greatest):
+        run.best = best
+        return
+    kind = "greatest" if best.is_greatest else "smallest"
+    run.journal.warn(
+        f"the best model so far, after step {best.step}, had the {kind} {best.metric}; "
+        f"checkpoint.metric_for_best_model is {asked[0]!r} now and greater_is_better {asked[1]}, so "
+        "the best is looked for anew from here on"
+    )

@@ -34,9 +34,8 @@ def finish(run: Run) -> RunEnd:
     else:
         lines.append(f"results in {run.directory}")
     if run.best is not None:
-        name = run.recipe.checkpoint.metric_for_best_model
-        folder = run.checkpoints.folder(run.best.step)
-        lines.append(f"best {name}: {run.best.value:.6g} after step {run.best.step}, in {folder}")
+        best, folder = run.best, run.checkpoints.folder(run.best.step)
+        lines.append(f"best {best.metric}: {best.value:.6g} after step {best.step}, in {folder}")
     run.reporter.finish("\n".join(lines))
     return write_end(run, stopped_by=None)
 

@@ -29,7 +29,7 @@ from moe_replay.tasks.rewards.rewards import ScoredBatch
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
 _SET_REQUESTS = 1 << 32
-"""Request ids of a held-out set: what one samples does not depend on the others."""
+"""Request ids of a held-out set, by its place among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,9 @@ def _keep_best(run: Run, metrics: Mapping[str, float]) -> None:
         value > best.value if settings.greater_is_better else value < best.value
     )
     if is_better:
-        run.best = BestStep(step=run.step, value=value)
+        run.best = BestStep(
+            step=run.step, value=value, metric=name, is_greatest=settings.greater_is_better
+        )
         if settings.export:
             folder = run.directory / f"{EXPORT_FOLDER}-best"
             write_export(run.actor, run.recipe, folder)

@@ -44,6 +44,10 @@ class BestStep:
     """Steps before it."""
     value: float
     """Of the metric."""
+    metric: str
+    """Its name."""
+    is_greatest: bool
+    """Whether a greater value would be better."""
 
 
 @dataclass(kw_only=True)

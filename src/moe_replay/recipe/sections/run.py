@@ -179,8 +179,8 @@ class RewardSection(Section):
     """Keyword arguments passed on every call."""
     on_failure: Annotated[Literal["stop", "drop", "zero"], Key(may_change=True)] = "stop"
     """What happens where it raises, is late, ends its process or returns no number: the run stops,
-    or the completions on which it fails are counted and get no opinion (``drop``) or 0
-    (``zero``)."""
+    or the completions on which it fails are counted, and have no reward, so that they do not train
+    (``drop``), or 0 from this function (``zero``)."""
     timeout_s: Annotated[float, Key(may_change=True)] = Field(default=1800.0, gt=0)
     """Longest time that one call, which scores all that a rank has sampled in a step, or its
     import may take."""

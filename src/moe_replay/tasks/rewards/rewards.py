@@ -190,7 +190,14 @@ class RewardSet:
                 outcomes[number], gone = self._score_others(number, batch, outcome)
             failed[spec.name] = gone
         scored = _weighted(self._specs, [o for o in outcomes if not isinstance(o, Failure)])
-        return replace(scored, failed=failed, notes=notes, logged=self._process.take_logged())
+        total = scored.total.copy()
+        for number in tolerated:
+            if self._specs[number].on_failure == "drop":
+                # Less what the function would have given is no reward of the completion.
+                total[failed[self._specs[number].name]] = np.nan
+        return replace(
+            scored, total=total, failed=failed, notes=notes, logged=self._process.take_logged()
+        )
 
     def _refuse_failures(self, batch: _Batch, outcomes: Sequence[Scores | Failure | None]) -> None:
         """Raise the `RewardError` of the function that caused the failures of some."""
