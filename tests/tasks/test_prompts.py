@@ -256,7 +256,9 @@ def test_replaced_items_do_not_depend_on_where_reading_starts():
 
 
 def test_family_with_too_few_items_is_refused_for_evaluation():
-    with pytest.raises(RecipeError, match=r"distinct prompts found.*the held-out set asks for 500.*data\.eval_size"):
+    with pytest.raises(
+        RecipeError, match=r"distinct prompts found.*the held-out set asks for 500.*data\.eval_size"
+    ):
         draw_held_out(sums(), encoder(), seed=2, num_prompts=500)
 
 
