@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.transformers.routers.choice import Choice, Decide
@@ -24,6 +25,12 @@ from moe_replay.transformers.routers.sites import RouterSite
 _TOLERANCE = 1e-2
 # Makes logits small where a router is linear, so that a far expert does not underflow to 0.
 _DAMPING = 2.0**-10
+# Logits of a policy that diverged are made this small at least: e^-8 is far from underflow.
+_SMALL_RANGE = 8.0
+_SQUASHES = (
+    *(torch.softmax, torch.Tensor.softmax, nn.functional.softmax),
+    *(torch.sigmoid, torch.Tensor.sigmoid, nn.functional.sigmoid),
+)
 # A proof needs no more rows of the call than these.
 _MAX_ROWS = 256
 
@@ -58,6 +65,23 @@ class _Call:
         values = [*self.args, *self.kwargs.values()]
         found = {value.device for value in values if isinstance(value, torch.Tensor)}
         return [device.index for device in found if device.type == "cuda"]
+
+
+class _WidestRange(TorchFunctionMode):
+    """While active, finds the widest range of logits in a row that become probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widest = 0.0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SQUASHES:
+            logits = (args[0] if args else kwargs["input"]).detach().float()
+            self.widest = max(self.widest, float((logits.amax(-1) - logits.amin(-1)).max()))
+        return func(*args, **kwargs)
 
 
 def rehearse(
@@ -95,8 +119,11 @@ def rehearse(
         weights = _weights(site, straight, turned, spread)
         if _zeros(weights, straight, spread):
             # A far expert may underflow to 0 by itself; with damped logits only a mask gives 0.
-            _, damped = call.run(deciding, lambda _: spread, _DAMPING)
-            _, turned = call.run(deciding, lambda _: spread.roll(1, -1), _DAMPING)
+            with _WidestRange() as range_:
+                call.run(deciding, lambda _: spread)
+            damping = min(_DAMPING, _SMALL_RANGE / max(range_.widest, 1.0))
+            _, damped = call.run(deciding, lambda _: spread, damping)
+            _, turned = call.run(deciding, lambda _: spread.roll(1, -1), damping)
             if _zeros(_weights(site, damped, turned, spread), damped, spread):
                 raise _refused(site, "gives experts that it did not choose itself a weight of 0")
     parts = _parts(straight)
