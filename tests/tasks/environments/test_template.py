@@ -25,6 +25,8 @@ REWRITES = CHATML.replace(
 OPENS = CHATML.replace("[assistant]{%", "[assistant]{{ opening }}{%").replace(
     "m['content'] }}", "(opening or '' if m['role'] == 'assistant' else '') + m['content'] }}"
 )
+# Qwen3's without thinking: an empty thought opens the turn to come, and is gone once that is over.
+OPENS_ONCE = CHATML.replace("[assistant]{%", "[assistant]<think></think>{%")
 # Drops the reasoning of every turn but the last.
 DROPS_REASONING = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
 ENDLESS = CHATML.replace("eos_token + ", "")
@@ -114,6 +116,14 @@ def test_arguments_of_a_row_with_which_a_template_rewrites_turns_are_refused():
     assert made.of_row({"count": False}, "row 1") is not made
     with pytest.raises(RecipeError, match=r"row 2, column chat_template_kwargs: .*not prefix-pres"):
         made.of_row({"count": True}, "row 2")
+
+
+def test_a_template_that_forgets_how_it_opened_a_turn_is_noted():
+    made, tokenizer = template(OPENS_ONCE)
+    (note,) = made.notes()
+    assert "opens a turn with '[assistant]<think></think>' and writes earlier turns otherwise" in note
+    ids = made.suffix([{"role": "user", "content": "go on"}], EOS)
+    assert said(ids, tokenizer) == "\n[user]go on<eos>\n[assistant]<think></think>"
 
 
 def test_a_template_that_drops_the_reasoning_of_earlier_turns_is_noted():

@@ -12,7 +12,7 @@ In: a tokenizer. Out: token ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,15 +78,28 @@ class TurnTemplate:
 
     def notes(self) -> tuple[str, ...]:
         """Return what is worth knowing about earlier turns."""
+        return tuple(self._of_openings()) + tuple(self._of_thoughts())
+
+    def _of_openings(self) -> Iterator[str]:
+        turn = self._turn(_MARK, [self._dummy])
+        before = self._rendered(turn)
+        if not self._rendered([*turn, *self._turn(_OTHER, [self._dummy])]).startswith(before):
+            opening = before[len(self._rendered(turn, opens_turn=False)) :]
+            yield (
+                f"the chat template opens a turn with {excerpt(opening)} and writes earlier turns otherwise, and "
+                "conversations of [environment] keep it: a server that renders the whole chat anew for each turn shows "
+                "the model another text than it was trained after"
+            )
+
+    def _of_thoughts(self) -> Iterator[str]:
         thought = f"<think>\n{_THOUGHT}\n</think>\n\n{_MARK}"
         messages = self._turn(_MARK, [self._dummy]) + self._turn(_OTHER, [self._dummy])
         messages[1]["content"] = thought
-        if _THOUGHT in self._rendered(messages):
-            return ()
-        return (
-            "the chat template drops the reasoning (<think>) of earlier turns, and conversations of [environment] keep "
-            "it: a server that renders the whole chat anew for each turn shows the model less than it was trained after",
-        )
+        if _THOUGHT not in self._rendered(messages):
+            yield (
+                "the chat template drops the reasoning (<think>) of earlier turns, and conversations of [environment] keep "
+                "it: a server that renders the whole chat anew for each turn shows the model less than it was trained after"
+            )
 
     def suffix(
         self, messages: Sequence[Mapping[str, str]], last_id: int
@@ -121,7 +134,7 @@ class TurnTemplate:
         first = [{"role": "user", "content": "u"}] if mark == _MARK else []
         return [*first, answer, *map(dict, messages)]
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], *, opens_turn: bool = True) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -129,7 +142,7 @@ class TurnTemplate:
                 messages,
                 tools=self._tools,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=opens_turn,
                 **self._arguments,
             )
         except (TemplateError, TypeError, ValueError) as error:
@@ -161,7 +174,10 @@ class TurnTemplate:
         before = self._rendered(self._turn(_MARK, [message]))
         after = self._rendered([*self._turn(_MARK, [message]), *self._turn(_OTHER, [message])])
         _, end = self._end_of(before, _MARK)
-        if not after.startswith(before):
+        # What opens a turn may go once that is over (`notes`): Qwen3 without thinking.
+        kept = self._rendered(self._turn(_MARK, [message]), opens_turn=False)
+        if not after.startswith(kept):
+            before = kept
             at = next(n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
             raise RecipeError(
                 "[environment]: the chat template is not prefix-preserving: once a later turn follows, it writes "
