@@ -29,18 +29,19 @@ IN_EXPERTS = 16 * 3 * 64 * 32
 def stacks_bytes(actor: MegatronActor) -> int:
     """Return the bytes of stacked experts that forwards keep beside the model's own memory."""
     held = {p.untyped_storage().data_ptr() for m in actor.modules for p in m.parameters()}
-    kept: dict[int, int] = {}
+    # The storages themselves: the address of a freed one is used again.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         is_stack = tensor.ndim == 3 and tensor.shape[0] == 16 and min(tensor.shape) > 4
         if is_stack and storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         actor.update(share(actor), mean_loss, temperature=1.0, routing=Routing.LIVE)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def experts_of(actor: MegatronActor) -> Any:
