@@ -121,7 +121,9 @@ def test_arguments_of_a_row_with_which_a_template_rewrites_turns_are_refused():
 def test_a_template_that_forgets_how_it_opened_a_turn_is_noted():
     made, tokenizer = template(OPENS_ONCE)
     (note,) = made.notes()
-    assert "opens a turn with '[assistant]<think></think>' and writes earlier turns otherwise" in note
+    assert (
+        "opens a turn with '[assistant]<think></think>' and writes earlier turns otherwise" in note
+    )
     ids = made.suffix([{"role": "user", "content": "go on"}], EOS)
     assert said(ids, tokenizer) == "\n[user]go on<eos>\n[assistant]<think></think>"
 
