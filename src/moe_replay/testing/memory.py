@@ -21,13 +21,18 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     del kept
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     found: list[tuple[int, int, int]] = []
-    waiting: list[Any] = list(profile.profiler.kineto_results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
+    events: list[Any] = list(profile.profiler.kineto_results.experimental_event_tree())
+    for event in events:
+        events += event.children
         if event.tag == _EventType.Allocation:
             fields = event.extra_fields
             found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    # Sends between stages leave a tree as deep as it has events. Freed from the root on, with every
+    # event held here, none is freed inside another: that would overflow the stack.
+    profile.profiler.kineto_results = None
+    event = None
+    for index in range(len(events)):
+        events[index] = None
     sizes: dict[int, int] = {}
     held = peak = 0
     for _, address, size in sorted(found, key=lambda event: event[0]):
