@@ -5,7 +5,7 @@ class Calculator:
     """One conversation with a calculator; the reward is whether the last turn gives the product."""
 
     def reset(self) -> None:
-        """Begin: there is no state."""
+        """Begin a conversation, which has no state."""
 
     def multiply(self, a: int, b: int) -> int:
         """Multiply two numbers.

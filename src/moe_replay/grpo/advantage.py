@@ -123,8 +123,8 @@ def gdpo_advantages(
         summed += weights[name] * normalized
         totals += weights[name] * values
         equal &= same | (weights[name] == 0)
-    # The sums of every group are 0 together, so there is no mean to subtract: it would only turn
-    # exact zeros into rounding errors.
+    # The sums of each group add up to 0. Subtracting their mean would only turn exact zeros into
+    # rounding errors.
     advantages = summed / (_std(summed[counts]) + STD_EPSILON)
     plain = group_advantages(totals, scale_rewards="none", counts=counts)
     return replace(plain, advantages=advantages, equal_rewards=equal)

@@ -132,5 +132,5 @@ def _take_best(run: Run, best: BestStep) -> None:
     run.journal.warn(
         f"the best model so far, after step {best.step}, had the {kind} {best.metric}; "
         f"checkpoint.metric_for_best_model is {asked[0]!r} now and greater_is_better {asked[1]}, so "
-        "the best is looked for anew from here on"
+        "the search for the best starts again here"
     )

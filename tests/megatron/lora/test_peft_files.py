@@ -178,7 +178,7 @@ def test_peft_computes_what_is_pushed(
     rslora: bool,
     targets: tuple[str, ...],
 ) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     lora = LoraSection(rank=4, alpha=8.0, rslora=rslora, target_modules=targets)

@@ -130,7 +130,7 @@ def _schema(name: str, method: Callable[..., Any]) -> dict[str, Any]:
         raise RecipeError(
             f"{KEY}: the public method {name} is a tool, and its schema cannot be made: "
             f"{str(error)[:500]}. Give each argument a type and a line under Args: in its docstring, "
-            f"or name the method _{name} if it is no tool"
+            f"or name the method _{name} if it is not a tool"
         ) from error
     schema["function"].pop("return", None)
     return schema

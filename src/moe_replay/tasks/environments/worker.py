@@ -180,7 +180,7 @@ class _Worker:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        # The trainer's own limit begins anew with it.
+        # It restarts the trainer's own limit.
         self._say(event="started", slot=self._slot)
         # User code may have an alarm of its own.
         signal.signal(signal.SIGALRM, _interrupt)

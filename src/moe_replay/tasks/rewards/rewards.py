@@ -193,7 +193,7 @@ class RewardSet:
         total = scored.total.copy()
         for number in tolerated:
             if self._specs[number].on_failure == "drop":
-                # Less what the function would have given is no reward of the completion.
+                # The other functions' scores alone would be too low a reward.
                 total[failed[self._specs[number].name]] = np.nan
         return replace(
             scored, total=total, failed=failed, notes=notes, logged=self._process.take_logged()
