@@ -110,3 +110,8 @@ def test_run_sees_an_example_that_fails(code):
     with pytest.raises((AssertionError, ImportError)) as failure:
         run(f"text\n\n```python\n{code}\n```\n", None, {})
     assert failure.traceback[-1].lineno == 3  # the fourth line of the page, counted from 0
+
+
+def test_examples_of_the_alignment_page_run():
+    names = run((PAGE.parent / "alignment.md").read_text(), None, {})
+    assert {"packed", "rectangle", "rank0", "contiguous", "shard", "routes", "ids"} <= names.keys()
