@@ -26,8 +26,8 @@ def train(
 
     Example:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5, "optimizer.lr": 1e-5})
-        >>> [step.metrics["reward"] for step in run.read_steps()]
-        [0.25, 0.3125, 0.25, 0.4375, 0.5]
+        >>> run.read_steps()[-1].metrics["reward"]
+        0.5625
 
     Raises:
         MoeReplayError: of the kind that names what went wrong.

@@ -1,4 +1,4 @@
-"""docs/map.md says what the docstrings say."""
+"""docs/map.md and docs/papers.md say what the docstrings say."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def script(monkeypatch) -> ModuleType:
-    """The script as a module; it has no suffix, and no bytecode is left beside it."""
+    """The script of the map."""
+    return load(monkeypatch, "map")
+
+
+def load(monkeypatch, name: str) -> ModuleType:
+    """Return a script as a module; it has no suffix, and no bytecode is left beside it."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    loader = SourceFileLoader("map_script", str(ROOT / "scripts" / "map"))
+    loader = SourceFileLoader(f"{name}_script", str(ROOT / "scripts" / name))
     module = module_from_spec(spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
@@ -62,3 +67,14 @@ def test_a_changed_docstring_changes_the_page(script, tmp_path):
     before = script.page(tmp_path)
     (package / "errors.py").write_text('"""Two."""')
     assert script.page(tmp_path) != before
+
+
+def test_the_page_of_papers_is_current(monkeypatch, tmp_path):
+    script = load(monkeypatch, "papers")
+    assert (ROOT / "docs" / "papers.md").read_text() == script.page(ROOT), "run scripts/papers"
+    # A paper without a title does not pass unseen.
+    package = tmp_path / "src" / "moe_replay"
+    package.mkdir(parents=True)
+    (package / "loss.py").write_text('def f():\n    """Do.\n\n    Source: arXiv 9999.00001."""')
+    with pytest.raises(KeyError, match="9999.00001"):
+        script.page(tmp_path)

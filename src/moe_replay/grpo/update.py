@@ -229,6 +229,8 @@ class MinibatchLoss:
         """Return the entropy from which on tokens count, and how many do; collective.
 
         One of all tokens of the mini-batch that train, whatever rank holds them. None: all count.
+
+        Source: arXiv 2506.01939.
         """
         if self.keys.top_entropy_quantile == 1:
             return None, 0

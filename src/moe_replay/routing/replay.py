@@ -46,7 +46,10 @@ class Passes:
 
 
 class ReplayMode(StrEnum):
-    """Where the routes of a training step come from; the values of ``router_replay_mode``."""
+    """Where the routes of a training step come from; the values of ``router_replay_mode``.
+
+    Source: R2, GSPO, arXiv 2507.18071; R3, arXiv 2510.11370.
+    """
 
     DISABLED = "disabled"
     """Every pass routes by its own weights."""

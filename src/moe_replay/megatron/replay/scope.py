@@ -225,6 +225,8 @@ class ReplayScope(RouterScope):
 
     The scores are always the model's own, gathered at the replayed ids, so the router keeps its
     gradient.
+
+    Source: R3, arXiv 2510.11370, the replayed gate.
     """
 
     def __init__(

@@ -84,20 +84,20 @@ def check_routes(
     Args:
         expert_ids: ``[rows, layers, topk]``, the routes that are replayed (recorded by the engine).
         live_ids: ``[rows, layers, topk]``, the trainer's own top-k for the same rows, computed in
-        the pass that replays.
+            the pass that replays.
         sample: ``[rows]``, id of the sample of each row; negative at padding.
         num_experts: experts a layer.
         position: ``[rows]``, position of each row in its sample. Default: rows of a sample are in
-        order.
+            order.
         valid: ``[rows]``, False where nothing is replayed, such as the last token. Default: all
-        rows except padding.
+            rows except padding.
         layers: index of each entry of the layer dim, for messages; 0 to 32,767, each once. Default:
-        0, 1, 2, ...
+            0, 1, 2, ...
         gaps: sample -> mean k3 between engine and trainer log-probabilities under replay: optional
-        further evidence.
+            further evidence.
         owners: sample -> `Owner`: also judges servers, and names them in messages.
         guard: remembers the usual sample between steps; keep one for a run. Default: this step
-        alone.
+            alone.
 
     Raises:
         TraceError: an argument is invalid, arrays do not fit each other, or live ids are not a

@@ -94,7 +94,7 @@ class Guard:
             baseline: of this step.
             evidence: of all ranks.
             gaps: sample -> mean k3 between engine and trainer, under replay. Omit it for routes of
-            the trainer itself.
+                the trainer itself.
             owners: sample -> where it came from.
             looks: sample -> result of the second look. None: the first decision, which asks for
                 looks at its `suspects`. An empty mapping: no look is possible, so a strong sign
