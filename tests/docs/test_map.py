@@ -76,5 +76,5 @@ def test_the_page_of_papers_is_current(monkeypatch, tmp_path):
     package = tmp_path / "src" / "moe_replay"
     package.mkdir(parents=True)
     (package / "loss.py").write_text('def f():\n    """Do.\n\n    Source: arXiv 9999.00001."""')
-    with pytest.raises(KeyError, match="9999.00001"):
+    with pytest.raises(KeyError, match=r"9999\.00001"):
         script.page(tmp_path)
