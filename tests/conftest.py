@@ -1,5 +1,6 @@
 """What every test gets: one thread, checked annotations, repeatable examples, clear skips."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -168,6 +169,12 @@ REQUIREMENTS = {
     "vllm": ("vLLM is not installed", lambda: importlib.util.find_spec("vllm") is not None),
     "sglang": ("SGLang is not installed", lambda: importlib.util.find_spec("sglang") is not None),
 }
+
+
+def pytest_collection_finish() -> None:
+    """Take what importing and collecting have made out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -152,7 +152,7 @@ def test_a_served_vllm_of_two_workers_samples_takes_weights_and_leaves_nothing(t
         assert engine.faults == dict.fromkeys(engine.faults, 0)
         engine.close()
         assert server.stop() == 0
-        _, alive = psutil.wait_procs(started, timeout=60)
+        _, alive = psutil.wait_procs(started, timeout=300)
         assert alive == []
     assert list(weights_dir.iterdir()) == []
     for ours, theirs in ((before, expected["first"]), (after, expected["second"])):

@@ -44,6 +44,8 @@ POLICY = PolicyName(run="test", policy_version=0)
 HEADERS = {"content-type": CONTENT_TYPE}
 # For what hangs, on a machine that is busy with other work.
 LIMIT_S = 300.0
+OPENED: list[ServerEngine] = []
+"""What `client` has made; `tests/engines/conftest.py` closes it when its test is over."""
 
 
 def fake() -> FakeEngine:
@@ -75,7 +77,8 @@ def client(*urls: str, **options: Any) -> ServerEngine:
         "timeout_s": LIMIT_S,
         **options,
     }
-    return ServerEngine(list(urls), **fields)
+    OPENED.append(ServerEngine(list(urls), **fields))
+    return OPENED[-1]
 
 
 def tokens(groups: Any) -> list[list[int]]:

@@ -78,7 +78,7 @@ def test_d20_d4_run_on_a_folder_of_chats_that_begin_the_answer(
             train(mine, process=ProcessSpec(rank=0, world_size=1), reporter=reporter)
         return []
 
-    run_ranks(call, 1, timeout_s=120)
+    run_ranks(call, 1)
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert len(seen) == 2 * 4 + 16
     assert all(prompt.endswith("[assistant]It is") for prompt, _, _ in seen)

@@ -80,7 +80,7 @@ def _train(
 
 def run(recipe: Recipe, change: Change, *, world_size: int = 1) -> list[dict[str, Any]]:
     """Train with `OwnEngine` in processes of their own and return the lines of metrics.jsonl."""
-    run_ranks(lambda: _train(recipe, change, world_size), world_size, timeout_s=120)
+    run_ranks(lambda: _train(recipe, change, world_size), world_size)
     return records(recipe, "metrics.jsonl")
 
 
@@ -188,7 +188,7 @@ def test_t3_what_the_engine_of_one_rank_does_is_an_error_of_all(
             return error
         raise AssertionError("nothing was raised")
 
-    other, own = run_ranks(call, 2, timeout_s=60)
+    other, own = run_ranks(call, 2)
     assert type(other) is kind
     assert str(other).startswith("on rank 1: ") and told in str(other)
     # The rank itself says it in full: the very error, and where it was raised.
@@ -221,7 +221,7 @@ def test_e24_a_push_that_the_engine_of_one_rank_refuses_ends_the_run_on_all(
             _train(failing, lambda request, number, completion: completion, 2, _RefusesOnRank1)
         return caught.value
 
-    other, own = run_ranks(call, 2, timeout_s=120)
+    other, own = run_ranks(call, 2)
     assert (str(other), str(own)) == ("on rank 1: out of memory", "out of memory")
     assert not (failing.run.output_dir / "metrics.jsonl").exists()
 

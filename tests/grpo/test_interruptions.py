@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,18 @@ from typing import Any
 
 STEPS = 5
 SEED = 7
+REWARD = """
+import threading
+from pathlib import Path
+
+LIMIT = Path(__file__).with_name("hangs_after")
+
+
+def likes_digits(completions, trainer_state, **columns):
+    while LIMIT.exists() and trainer_state.global_step >= int(LIMIT.read_text() or 0):
+        threading.Event().wait(0.05)
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+"""
 
 
 def command(workspace: Path, output: Path, **options: Any) -> list[str]:
@@ -55,11 +68,15 @@ def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
 ) -> None:
     print("seed", SEED)
     rng = random.Random(SEED)
-    assert finish(workspace, tmp_path / "whole")[0] == 0
+    home = shutil.copytree(workspace, tmp_path / "home")
+    (home / "reward.py").write_text(REWARD)
+    assert finish(home, tmp_path / "whole")[0] == 0
     output = tmp_path / "killed"
     for kill_after in (1, 3):
+        # A run that is fast gets no further than the next step but one, where it waits for its end.
+        (home / "hangs_after").write_text(str(kill_after + 1))
         with subprocess.Popen(
-            command(workspace, output), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command(home, output), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
             assert any(line.lstrip().startswith(f"{kill_after}/{STEPS}") for line in process.stdout)
             # Anywhere in what follows: writing the checkpoint, sampling, updating.
@@ -69,7 +86,8 @@ def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
             assert process.wait() == -signal.SIGKILL
         saved = [int(path.name[5:]) for path in (output / "checkpoints").glob("step-*")]
         assert len(metrics_of(output)) - max(saved, default=0) <= 1
-    code, said = finish(workspace, output)
+    (home / "hangs_after").unlink()
+    code, said = finish(home, output)
     assert code == 0, said
     assert metrics_of(output) == metrics_of(tmp_path / "whole")
     assert [record["step"] for record in metrics_of(output)] == list(range(1, STEPS + 1))

@@ -101,7 +101,7 @@ class GatedEngine(BesideEngine):
     """Lets a rollout end only once the trainer is in the update of the step before."""
 
     updating = threading.Event()
-    wait_s = 120.0
+    wait_s = 300.0
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
         """Wait, then sample."""
@@ -140,7 +140,7 @@ def gated(
 
 
 def test_the_next_rollout_runs_while_the_trainer_learns(recipe: Recipes) -> None:
-    assert len(gated(recipe(**OVERLAPPED), 120.0)) == 3
+    assert len(gated(recipe(**OVERLAPPED), 300.0)) == 3
 
 
 class ClosingEngine(GatedEngine):

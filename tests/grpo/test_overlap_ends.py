@@ -50,7 +50,7 @@ def stopped_in(
                 recipe, process=process, reporter=reporter, make_engine=make_engine, stop=stop
             ).step
 
-    steps = set(run_ranks(call, world_size, timeout_s=300))
+    steps = set(run_ranks(call, world_size))
     assert len(steps) == 1
     return steps.pop()
 

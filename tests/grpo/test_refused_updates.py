@@ -99,7 +99,7 @@ def run(
             train(recipe, process=process, reporter=files, make_engine=make_engine)
         return kept.records
 
-    return run_ranks(call, world_size, timeout_s=300)[0]
+    return run_ranks(call, world_size)[0]
 
 
 def test_t11_a_broken_second_mini_batch_stops_the_run_and_costs_no_checkpoint(
@@ -266,7 +266,7 @@ def test_t11_one_sample_that_is_scored_as_nan_on_one_rank_stops_all_before_anyth
             train(refused, process=process, reporter=Keeping(), make_engine=engine_never_pushed)
         return str(caught.value)
 
-    said = run_ranks(call, 2, timeout_s=120)
+    said = run_ranks(call, 2)
     assert said[0] == said[1]
     assert said[0].startswith(f"step 1: {what} or entropies are not finite")
     assert "sample 5 of replica 1: 1 of " in said[0]

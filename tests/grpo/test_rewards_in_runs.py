@@ -38,7 +38,7 @@ def run(recipe: Recipe, world_size: int = 1) -> list[str]:
             return str(error)
         return ""
 
-    return run_ranks(call, world_size, timeout_s=120)
+    return run_ranks(call, world_size)
 
 
 class Warnings(BaseReporter):

@@ -85,7 +85,7 @@ def stopped(recipe: Recipe, case: str, world_size: int = 1) -> RunEnd:
                 stop=stop,
             )
 
-    ends = run_ranks(call, world_size, timeout_s=300)
+    ends = run_ranks(call, world_size)
     assert len(set(ends)) == 1
     return ends[0]
 

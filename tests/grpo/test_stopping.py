@@ -36,7 +36,7 @@ def run(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], list[dict[str, 
         with build_reporter(recipe, rank=0, run_directory=directory) as reporter:
             train(recipe, process=ProcessSpec(rank=0, world_size=1), reporter=reporter, **options)
 
-    run_ranks(call, 1, timeout_s=120)
+    run_ranks(call, 1)
     return tuple(
         [json.loads(line) for line in (recipe.run.output_dir / name).read_text().splitlines()][part]
         for name, part in (("metrics.jsonl", -1), ("completions.jsonl", slice(None)))
@@ -179,6 +179,6 @@ def test_e17_the_start_of_a_run_names_it(recipe: Recipes) -> None:
             train(made, process=ProcessSpec(rank=0, world_size=1), reporter=reporter)
         return seen
 
-    (lines,) = run_ranks(call, 1, timeout_s=120)
+    (lines,) = run_ranks(call, 1)
     assert describe_drawing(made) in lines
     assert any(line.startswith("stops at <eos> (1: ") for line in lines)

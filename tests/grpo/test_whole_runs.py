@@ -106,7 +106,7 @@ def go(recipe: Recipe, world_size: int) -> None:
             process = ProcessSpec(rank=rank, world_size=world_size)
             train(recipe, process=process, reporter=reporter)
 
-    run_ranks(call, world_size, timeout_s=240)
+    run_ranks(call, world_size)
 
 
 def whole_run(

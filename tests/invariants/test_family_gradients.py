@@ -184,7 +184,7 @@ def test_t25_every_gradient_of_every_family_is_that_of_a_single_process(
 ) -> None:
     print("seed", SEED)
     case = CASES[name]
-    for errors in run_ranks(errors_of, case.ranks, case, checkpoints, expected, timeout_s=240):
+    for errors in run_ranks(errors_of, case.ranks, case, checkpoints, expected):
         assert errors.keys() == set(FAMILIES)
         for family, (error, where) in errors.items():
             refused = family in WHOLE_HEADS and name.startswith("tp2")

@@ -112,7 +112,7 @@ def job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             start_new_session=True,
         )
         try:
-            output, errors = script.communicate(timeout=280)
+            output, errors = script.communicate(timeout=800)
         finally:
             # Also what a script that fails or hangs has started.
             with contextlib.suppress(ProcessLookupError):

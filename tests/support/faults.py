@@ -77,11 +77,12 @@ async def _departure(receive: Any) -> None:
 
 
 class Faulty:
-    """An ASGI application that answers some generate calls wrongly, by a seeded choice.
+    """An ASGI application that answers some generate calls wrongly.
 
-    ``share`` of the calls fail, each in one of ``kinds``; `made` counts them. A stalled call is
-    silent for ``stall_s`` and then gives no answer. Answers that come in pieces are damaged in each
-    of them.
+    ``share`` of the calls fail, evenly spread, in each of ``kinds`` in turn; `made` counts them. So
+    it is certain how many of so many calls fail, and how. A stalled call is silent for ``stall_s``
+    and then gives no answer. Answers that come in pieces are damaged in each of them, in places
+    chosen by ``seed``.
 
     Example:
         >>> faulty = lambda application: Faulty(application, FAULTS, share=0.3)
@@ -98,15 +99,18 @@ class Faulty:
         stall_s: float = 1.5,
     ) -> None:
         self._application, self._kinds, self._share = application, tuple(kinds), share
+        self._due = 0.0
         self._random, self._stall_s = random.Random(seed), stall_s
         self.made: Counter[str] = Counter()
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """Answer one call, or fail to."""
         is_call = scope["type"] == "http" and scope["path"] == "/generate"
-        if not is_call or self._random.random() > self._share:
+        self._due += self._share * is_call
+        if not is_call or self._due < 1.0:
             return await self._application(scope, receive, send)
-        kind = self._random.choice(self._kinds)
+        self._due -= 1.0
+        kind = self._kinds[self.made.total() % len(self._kinds)]
         self.made[kind] += 1
         if kind == "die":
             raise RuntimeError("this server dies on purpose")

@@ -48,7 +48,7 @@ def test_a_compiled_model_replays_each_scopes_routes_and_one_graph_is_refused() 
         env={**os.environ, "TORCHDYNAMO_DISABLE": "0"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

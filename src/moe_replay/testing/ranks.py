@@ -10,6 +10,7 @@ In: a function. Out: what it returned on each rank.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle  # noqa: TID251 - between a process and its own forked children
@@ -43,7 +44,7 @@ class _Report:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600
 ) -> list[Any]:
     """Call `fn(*args)` on every rank of a fresh gloo world and return the results in rank order.
 
@@ -153,6 +154,9 @@ def _run_rank(
 ) -> None:
     # First of all: the parent's OpenMP threads do not exist after a fork, waiting for them hangs.
     torch.set_num_threads(1)
+    # What the parent made lives as long as this process: a collection that looks through all of it
+    # takes a third of the time of a short run, and copies its pages.
+    gc.freeze()
     with (folder / f"stack-{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         report = _Report()

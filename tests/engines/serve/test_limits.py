@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -37,6 +39,21 @@ def connected(url: str) -> socket.socket:
     return connection
 
 
+def eventually(call_again: Callable[[], bool]) -> bool:
+    """Call until it is true: a caller that this machine keeps waiting meets a short limit too."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (is_good := call_again()) and time.monotonic() < deadline:
+        continue
+    return is_good
+
+
+def answers(url: str) -> bool:
+    try:
+        return call("GET", f"{url}/status").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
 def all_of(connection: socket.socket) -> bytes:
     """Return what comes until the other side closes."""
     answer = b""
@@ -56,7 +73,7 @@ def test_r9_a_body_that_stops_coming_is_refused_and_a_whole_one_is_taken():
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"stopped coming: 4 bytes" in answer
         body = call_bytes(requests(), SAMPLING, POLICY)
-        assert error_of(call("POST", f"{url}/generate", body)) == (200, "")
+        assert eventually(lambda: error_of(call("POST", f"{url}/generate", body)) == (200, ""))
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
@@ -66,11 +83,11 @@ def test_r9_headers_that_do_not_come_end_the_connection(sent, http):
         with connected(url) as slow:
             slow.sendall(sent.encode())
             assert all_of(slow) == b""
-        assert call("GET", f"{url}/status").status_code == 200
+        assert eventually(lambda: answers(url))
 
 
 def test_r9_a_second_request_has_a_limit_for_its_headers_too():
-    with served(fake(), facts=FACTS, web={"headers_s": 0.2}) as url, connected(url) as slow:
+    with served(fake(), facts=FACTS, web={"headers_s": 5.0}) as url, connected(url) as slow:
         slow.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert slow.recv(12) == b"HTTP/1.1 200"
         slow.sendall(b"GET /status HTT")
@@ -80,8 +97,8 @@ def test_r9_a_second_request_has_a_limit_for_its_headers_too():
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 def test_r9_a_slow_answer_is_not_cut_by_the_limit_for_headers(http):
     engine = HeldEngine()
-    web = {"headers_s": 0.2, "http": http}
-    with served(engine, facts=FACTS, progress_s=0.05, web=web) as url:
+    web = {"headers_s": 5.0, "http": http}
+    with served(engine, facts=FACTS, progress_s=0.6, web=web) as url:
         body = call_bytes(requests(1), SAMPLING, POLICY)
         seen = 0
         with httpx2.stream(
@@ -89,7 +106,7 @@ def test_r9_a_slow_answer_is_not_cut_by_the_limit_for_headers(http):
         ) as answer:
             for _ in answer.iter_raw():
                 seen += 1
-                if seen == 10:  # 0.5 s at least
+                if seen == 10:  # 6 s at least
                     engine.release()
         assert seen > 10
 

@@ -22,8 +22,10 @@ from moe_replay.errors import EngineError, RecipeError
 from moe_replay.grpo.stopping import StopRequest, StopRequested
 
 from ...support.faults import FAULTS, Faulty
+from ...support.rounds import asking_all
 from ...support.served import served
 from ..server_case import (
+    LIMIT_S,
     SAMPLING,
     SHAPES,
     client,
@@ -60,7 +62,7 @@ def test_work_is_spread_over_all_servers():
             self.num_requests += len(wanted)
             if self.num_requests <= 5:
                 # Comes back when the other server has been asked as often.
-                both.wait()
+                both.wait(timeout=LIMIT_S)
             return super().generate(wanted, sampling)
 
     engines = [Counting(weight_shapes=SHAPES) for _ in range(2)]
@@ -82,7 +84,7 @@ def test_few_requests_are_spread_over_servers_with_room_for_all_of_them():
         def generate(self, wanted, sampling):
             self.num_requests += len(wanted)
             if self.num_requests == 1:
-                both.wait(timeout=60)
+                both.wait(timeout=LIMIT_S)
             return super().generate(wanted, sampling)
 
     engines = [Counting(weight_shapes=SHAPES) for _ in range(2)]
@@ -151,7 +153,7 @@ def test_a_server_with_other_weights_is_stale_and_the_other_does_its_work():
     with served(fake()) as first, served(fake()) as second:
         only = client(first)
         only.load_weights(weights(), policy_version=1)
-        both = client(first, second, calls_per_server=1)
+        both = asking_all(client(first, second, calls_per_server=1))
         both._run, both._policy_version = only._run, only.policy_version
         groups = both.generate(requests(40), SAMPLING)
         assert both.faults[Fault.STALE] >= 1

@@ -156,8 +156,8 @@ def test_a_silent_server_is_slow_and_one_that_sends_pieces_is_not():
 
         return answer
 
-    with calls_to(application(*[0.25] * 12)) as calls:
-        assert calls.exchange("GET", "/", silence_s=2.5) == (200, b"a" * 12)
+    with calls_to(application(*[1.25] * 12)) as calls:
+        assert calls.exchange("GET", "/", silence_s=12.5) == (200, b"a" * 12)
     with (
         calls_to(application(3600.0)) as calls,
         pytest.raises(CallError, match="no answer in time") as raised,

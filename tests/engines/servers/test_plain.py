@@ -21,6 +21,7 @@ from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError
 
+from ...support.rounds import asking_all
 from ...support.served import listening
 from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, LIMIT_S, client, fake, requests, tokens
@@ -78,12 +79,12 @@ def test_e2_a_server_that_answers_slowly_for_long_completions_gives_unbiased_len
     """Long completions take longer than the limit, which is one of silence."""
 
     async def slow_if_long(length: int, response: Response) -> Response:
-        await anyio.sleep(3.0 if length > LONG else 0.0)
+        await anyio.sleep(15.0 if length > LONG else 0.0)
         return response
 
     server = Own(slow_if_long)
     with listening(server.application()) as url:
-        engine = engine_of(url, timeout_s=2.0, calls_per_server=24)
+        engine = engine_of(url, timeout_s=12.0, calls_per_server=24)
         lengths = lengths_of(engine.generate(requests(24), SAMPLING))
         faults = engine.faults
         engine.close()
@@ -178,7 +179,7 @@ def test_e2_a_server_that_falls_silent_is_one_incident_and_the_other_does_its_wo
 
     hanging, working = Hanging(hang), Own(answer)
     with listening(hanging.application()) as first, listening(working.application()) as second:
-        engine = engine_of(first, second, timeout_s=1.0, calls_per_server=16)
+        engine = asking_all(engine_of(first, second, timeout_s=10.0, calls_per_server=16))
         groups = engine.generate(requests(24), SAMPLING)
         faults = engine.faults
         engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_replay.engines.servers.faults import Fault
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.errors import EngineError
 
+from ...support.rounds import asking_all
 from ...support.served import ServerProcess
 from .plain_vllm_case import (
     SAMPLING,
@@ -32,7 +33,6 @@ from .plain_vllm_case import (
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-# So many that neither server is done with all of them before the other has begun.
 REQUESTS = [
     Request(
         request_id=number,
@@ -54,8 +54,11 @@ class Pair:
     def urls(self) -> list[str]:
         return [server.url for server in self.servers]
 
-    def engine(self, run: str, **options: Any) -> AbstractContextManager[ServerEngine]:
-        return self.models.engine(self.urls, run, calls_per_server=2, **options)
+    @contextmanager
+    def engine(self, run: str, **options: Any) -> Iterator[ServerEngine]:
+        """Return an engine of both, which take part in every round."""
+        with self.models.engine(self.urls, run, calls_per_server=2, **options) as engine:
+            yield asking_all(engine)
 
     def num_sampled(self) -> list[float]:
         """Return how many completions each of them has sampled so far."""
@@ -127,7 +130,7 @@ def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
     """kill -9 while it samples: nothing of the round is lost, and pushes go on to the one left."""
     # Nothing stops these before their end, so that they run when the server is killed.
     endless = replace(pair.models, facts=replace(pair.models.facts, eos_ids=()))
-    long, requests = SamplingParams(max_completion_length=200, seed=4), REQUESTS[:8]
+    long, requests = SamplingParams(max_completion_length=400, seed=4), REQUESTS[:8]
     living, dying = pair.servers
     with (
         endless.engine(pair.urls, "mortal", calls_per_server=4) as engine,
@@ -135,7 +138,7 @@ def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
         ThreadPoolExecutor(1) as thread,
     ):
         engine.restore(endless.paths[0])
-        work = thread.submit(engine.generate, requests, long)
+        work = thread.submit(asking_all(engine).generate, requests, long)
         while not num_running(calls):
             assert not work.done()
         dying.kill()
@@ -149,7 +152,7 @@ def test_what_a_killed_replica_was_asked_for_is_sampled_by_the_other(pair):
         engine.load_weights(checkpoint_tensors(endless.paths[1]), policy_version=1)
         pushed = engine.generate(requests[:2], long)
         assert servers_of(pushed).keys() == {living.url}
-    assert {len(c.token_ids) for group in groups for c in group.completions} == {200}
+    assert {len(c.token_ids) for group in groups for c in group.completions} == {400}
     assert {c.policy_version for group in pushed for c in group.completions} == {1}
     for ours, theirs in zip(pushed, groups[:2], strict=True):
         assert ours.completions[0].token_ids.tolist() != theirs.completions[0].token_ids.tolist()

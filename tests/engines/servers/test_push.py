@@ -25,6 +25,7 @@ from moe_replay.engines.servers.push_files import WeightPart, WeightsFolder, wei
 from moe_replay.errors import DivergedError, EngineError
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
+from ...support.rounds import asking_all
 from ...support.served import served
 from ..server_case import SAMPLING, SHAPES, client, fake, requests, tokens, weights
 
@@ -89,9 +90,8 @@ def test_e11_no_rank_drops_a_server_that_loads_slowly():
             lambda: waiting.load_weights(weights(), policy_version=1),
         )
         assert raised == [None, None]
-        asked = Counter(
-            c.server for g in waiting.generate(requests(40), SAMPLING) for c in g.completions
-        )
+        groups = asking_all(waiting).generate(requests(40), SAMPLING)
+        asked = {c.server for g in groups for c in g.completions}
         assert sorted(asked) == sorted(urls) and sum(waiting.faults.values()) == 0
         pushing.close(), waiting.close()
 
@@ -288,7 +288,7 @@ def test_a_slow_server_holds_up_the_making_and_no_fast_one_by_more_than_a_part()
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(pushed, fast, slow, made=made.append)
         for _ in range(2):
-            assert fast.took.acquire(timeout=60)
+            assert fast.took.acquire(timeout=600)
         # Part 0 is with the slow server, so part 2 is not begun: tensor 4 is where part 1 was full.
         assert (len(fast.taken), slow.taken, max(made)) == (2, [], 4)
         assert not fast.took.acquire(timeout=0.2)

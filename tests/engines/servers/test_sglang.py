@@ -15,6 +15,7 @@ from moe_replay.engines.servers.sglang import SglangCalls
 from moe_replay.errors import EngineError, RecipeError, UnsupportedError
 
 from ...support.faults import Faulty
+from ...support.rounds import asking_all
 from ...support.served import listening, served
 from ...support.sglang_like import SglangLike
 from ..server_case import FACTS, SAMPLING, client, fake, requests, tokens, weights
@@ -81,7 +82,7 @@ def test_a_push_reaches_every_server_through_one_set_of_files(tmp_path):
 
 def test_a_server_that_missed_a_push_is_counted_as_stale_and_left_alone(tmp_path):
     with server() as first, server() as second:
-        both = sglang(first, second, folder=tmp_path, calls_per_server=1)
+        both = asking_all(sglang(first, second, folder=tmp_path, calls_per_server=1))
         one = sglang(first, folder=tmp_path)
         one.load_weights(weights(), policy_version=1)
         both._run, both._policy_version = one._run, one.policy_version

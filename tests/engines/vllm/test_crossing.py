@@ -7,26 +7,35 @@ whole sequence under each checkpoint.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from moe_replay.checkpoint.facts import read_facts
+from moe_replay.checkpoint.facts import checkpoint_tensors, read_facts
 from moe_replay.engines.checks import check_group
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.recording import GivenTokens, record_given
 from moe_replay.engines.servers.engine import ServerEngine
-from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import (
+    Completion,
+    FinishReason,
+    Request,
+    RolloutGroup,
+    SamplingParams,
+)
 from moe_replay.errors import RecipeError
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 from ...support.served import ServerProcess
 from ...support.served import served as serve_here
-from .serving_case import Served, faulty_processes, prompts, start, write_checkpoints
+from .serving_case import SHAPE, Served, faulty_processes, prompts, start, write_checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("vllm_imported")]
 # Above 1, so that random weights hardly ever draw the end.
@@ -201,11 +210,14 @@ def test_what_may_not_cross_is_not_continued(engine, checkpoints):
     assert len(completion.token_ids) < LONG.max_completion_length
 
 
-OPTIONS = ["--dtype", "float32", "--kv-cache-gib", "0.05", "--max-batch-size", "16"]
+OPTIONS = ["--dtype", "float32", "--kv-cache-gib", "0.1", "--max-batch-size", "16"]
+MAX_LENGTH = 1 << 15
+ENDLESS = SamplingParams(max_completion_length=MAX_LENGTH - 100, temperature=1.0, seed=4)
 
 
-def client(url: str, checkpoint: Path, *, crosses: bool) -> ServerEngine:
-    return ServerEngine(
+@contextmanager
+def client(url: str, checkpoint: Path, *, crosses: bool) -> Iterator[ServerEngine]:
+    engine = ServerEngine(
         [url],
         facts=read_facts(checkpoint),
         run="test",
@@ -213,39 +225,67 @@ def client(url: str, checkpoint: Path, *, crosses: bool) -> ServerEngine:
         record_routes=True,
         crosses_pushes=crosses,
     )
+    with closing(engine):
+        yield engine
 
 
-def test_a_push_does_not_wait_for_the_completions_of_a_server(checkpoints):
-    b = load_file(checkpoints["b"] / "model.safetensors")
-    with ServerProcess(checkpoints["a"], *OPTIONS) as server:
+def write_endless(root: Path) -> tuple[Path, Path]:
+    """Write two checkpoints: the first never samples the end, the second samples nothing else.
+
+    One channel of every embedding is so large that it is the same in every final state, and the
+    end's logit reads that channel alone.
+    """
+    models = tuple(
+        write_tiny_checkpoint(root / name, **SHAPE | {"max_position_embeddings": MAX_LENGTH})
+        for name in ("endless", "ending")
+    )
+    for model, logit in zip(models, (-100.0, 100.0), strict=True):
+        weights = load_file(model / "model.safetensors")
+        weights["model.embed_tokens.weight"][:, 0] = 1000.0
+        (end,) = read_facts(model).eos_ids
+        weights["lm_head.weight"][end] = 0.0
+        weights["lm_head.weight"][end, 0] = logit
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return models[0], models[1]
+
+
+def pushed_at_work(
+    engine: ServerEngine, requests: list[Request], sampling: SamplingParams, model: Path
+) -> list[Completion]:
+    """Return completions that a server has begun to sample when ``model`` is pushed."""
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(engine.generate, requests, sampling)
+        while not work.done() and not engine.progress.num_tokens:
+            wait([work], timeout=0.01)
+        engine.load_weights(checkpoint_tensors(model), policy_version=1)
+        return [c for group in work.result() for c in group.completions]
+
+
+def test_a_push_does_not_wait_for_the_completions_of_a_server(tmp_path):
+    endless, ending = write_endless(tmp_path)
+    with ServerProcess(endless, *OPTIONS) as server:
         server.wait()
-        for crosses in (True, False):
-            engine = client(server.url, checkpoints["a"], crosses=crosses)
-            engine.restore(checkpoints["a"])
-            found: list[RolloutGroup] = []
-            thread = threading.Thread(
-                target=lambda e=engine, f=found: f.extend(e.generate(prompts(8), LONG))
-            )
-            thread.start()
-            while engine.progress.num_tokens < 16 * AT // 2:
-                thread.join(0.01)
-                assert thread.is_alive()
-            engine.load_weights(iter(b.items()), policy_version=1)
-            is_running = thread.is_alive()
-            thread.join()
-            versions = {(c.oldest_version, c.policy_version) for g in found for c in g.completions}
-            if crosses:
-                assert is_running
-                assert (0, 1) in versions
-            else:
-                # The control: the push waited, and what came before it is of one version.
-                assert versions == {(0, 0)}
-            engine.close()
+        with client(server.url, endless, crosses=True) as engine:
+            engine.restore(endless)
+            crossed = pushed_at_work(engine, prompts(2), ENDLESS, ending)
+        # The push let them end.
+        assert {c.finish_reason for c in crossed} == {FinishReason.STOP}
+        assert max(len(c.token_ids) for c in crossed) < ENDLESS.max_completion_length
+        # One that had not begun is of the new weights alone.
+        versions = {(c.oldest_version, c.policy_version) for c in crossed}
+        assert (0, 1) in versions and versions <= {(0, 1), (1, 1)}
+        # The control: a push that may not cross waits for them, and they are of one version.
+        with client(server.url, endless, crosses=False) as engine:
+            engine.restore(endless)
+            waited = pushed_at_work(engine, prompts(2), replace(LONG, temperature=1.0), ending)
+        assert {(c.oldest_version, c.policy_version) for c in waited} == {(0, 0)}
+        assert {len(c.token_ids) for c in waited} == {LONG.max_completion_length}
 
 
 def test_a_server_that_cannot_is_refused(checkpoints):
     with (
         serve_here(EmbeddedEngine(checkpoints["a"], dtype="float32")) as url,
         pytest.raises(RecipeError, match="push_in_flight needs servers of `moe-replay serve` with"),
+        client(url, checkpoints["a"], crosses=True),
     ):
-        client(url, checkpoints["a"], crosses=True)
+        pass

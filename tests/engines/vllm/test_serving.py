@@ -64,7 +64,7 @@ def test_two_workers_sample_what_the_embedded_engine_does(served, expected):
 
 
 def test_progress_counts_the_tokens_of_a_long_completion(served):
-    sampling = SamplingParams(max_completion_length=100, seed=1)
+    sampling = SamplingParams(max_completion_length=400, seed=1)
     seen: list[int] = []
     completion = served.run(served.one(prompts(1)[0], 0, sampling, seen.append))
     assert completion.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
@@ -219,14 +219,15 @@ async def _grown(tokens: list[int], place: int) -> None:
 
 
 def test_a_push_while_completions_run_is_refused(served, expected, weights):
-    sampling = SamplingParams(max_completion_length=200, seed=2)
+    sampling = SamplingParams(max_completion_length=400, seed=2)
 
     async def both():
         folder = served.folder(weights["b"])
+        await served.engine.stage(folder)
         begun = asyncio.Event()
         task = asyncio.create_task(served.one(prompts(1)[0], 0, sampling, lambda n: begun.set()))
+        # Its first token: all others are to come.
         await begun.wait()
-        await served.engine.stage(folder)
         with pytest.raises(EngineError, match="1 completions are sampled"):
             await served.engine.apply(folder)
         await task

@@ -152,7 +152,7 @@ def test_e25_the_end_of_another_process_is_seen():
         assert thread.is_alive()
         other.stdin.close()
         # Nobody has collected its exit status yet.
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
 
 

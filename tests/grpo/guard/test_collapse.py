@@ -38,7 +38,7 @@ def run(recipe: Recipe, **options: Any) -> list[dict[str, Any]]:
         with build_reporter(recipe, rank=0, run_directory=directory) as reporter:
             train(recipe, process=ProcessSpec(rank=0, world_size=1), reporter=reporter, **options)
 
-    run_ranks(call, 1, timeout_s=120)
+    run_ranks(call, 1)
     lines = (recipe.run.output_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

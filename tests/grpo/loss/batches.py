@@ -138,9 +138,9 @@ def over_two_ranks(
     def work(rank: int) -> None:
         def exchange(values: torch.Tensor) -> torch.Tensor:
             slots[rank] = values.detach().clone()
-            meets.wait(timeout=30)
+            meets.wait(timeout=300)
             total = slots[0] + slots[1]
-            meets.wait(timeout=30)
+            meets.wait(timeout=300)
             return total
 
         held = [

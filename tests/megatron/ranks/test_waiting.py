@@ -25,7 +25,9 @@ from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import make_samples
 
 pytestmark = pytest.mark.ranks
+# Where ranks are to lose each other, and where nothing but the wait for the slow one may be long.
 LIMIT_S, SLOW_S = 2.0, 5.0
+PATIENT_S, SLOWER_S = 25.0, 30.0
 GAVE_UP = "[Tt]imed out"
 
 
@@ -36,20 +38,20 @@ def limit_devices(seconds: float) -> None:
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def limited_policy(checkpoint: Path, case: str) -> MegatronActor:
+def limited_policy(checkpoint: Path, case: str, limit_s: float) -> MegatronActor:
     actor = start_policy(checkpoint, CASES[case].layout)
-    limit_devices(LIMIT_S)
+    limit_devices(limit_s)
     return actor
 
 
 def slow_host_work() -> None:
     if dist.get_rank() == 1:
-        threading.Event().wait(SLOW_S)
+        threading.Event().wait(SLOWER_S)
 
 
 def score_after(checkpoint: Path, meets: bool) -> int:
     """Score after a rollout that takes one rank longer than a device waits."""
-    actor = limited_policy(checkpoint, "ep2")
+    actor = limited_policy(checkpoint, "ep2", PATIENT_S if meets else LIMIT_S)
     batches = pack(make_samples(4, seed=1), scorer=actor)
     slow_host_work()
     if meets:
@@ -66,9 +68,9 @@ def test_without_that_wait_the_device_gives_up(checkpoint: Path) -> None:
         run_ranks(score_after, 2, checkpoint, False)
 
 
-def export_slowly(checkpoint: Path, every_bytes: int) -> int:
+def export_slowly(checkpoint: Path, every_bytes: int, limit_s: float) -> int:
     """Gather all weights while one rank takes longer over one of them than a device waits."""
-    actor = limited_policy(checkpoint, "tp2")
+    actor = limited_policy(checkpoint, "tp2", limit_s)
     count = 0
     for _ in in_step(actor.weights.tensors(), all_ranks(), every_bytes=every_bytes):
         count += 1
@@ -78,13 +80,13 @@ def export_slowly(checkpoint: Path, every_bytes: int) -> int:
 
 
 def test_an_export_keeps_ranks_in_step_with_the_one_that_writes(checkpoint: Path) -> None:
-    first, second = run_ranks(export_slowly, 2, checkpoint, 1)
+    first, second = run_ranks(export_slowly, 2, checkpoint, 1, PATIENT_S)
     assert first == second > 5
 
 
 def test_ranks_out_of_step_lose_each_other(checkpoint: Path) -> None:
     with pytest.raises(RuntimeError, match=GAVE_UP):
-        run_ranks(export_slowly, 2, checkpoint, 1 << 40)
+        run_ranks(export_slowly, 2, checkpoint, 1 << 40, LIMIT_S)
 
 
 def meets(every_bytes: int) -> int:

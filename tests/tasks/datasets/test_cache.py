@@ -115,7 +115,7 @@ def test_d6_who_waits_for_another_process_sees_its_progress_and_does_no_work(tmp
         made.append(folder)
         worker.report("reading", 1, 2)
         waiter.start()
-        assert heard.wait(timeout=60)
+        assert heard.wait(timeout=300)
         (folder / "rows").write_text("done")
 
     def hear(*report: object) -> None:
@@ -127,7 +127,7 @@ def test_d6_who_waits_for_another_process_sees_its_progress_and_does_no_work(tmp
     found = []
     waiter = threading.Thread(target=lambda: found.append(waiting.entry("key", make)))
     entry = worker.entry("key", make)
-    waiter.join(timeout=60)
+    waiter.join(timeout=300)
     assert found == [entry]
     assert len(made) == 1
     assert reports[0] == ("reading", 1, 2)

@@ -1,7 +1,5 @@
 """Environments in their own process: what they are given, and what becomes of their failures."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -143,7 +141,14 @@ def opened(folder, name, **keys) -> EnvironmentProcess:
 
 @pytest.fixture(scope="module")
 def tools(folder):
-    with opened(folder, "Tools", timeout_s=1.0) as process:
+    with opened(folder, "Tools", timeout_s=300.0) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def hasty_tools(folder):
+    """Return tools with a limit that calls meet; one that does not hang is far below it."""
+    with opened(folder, "Tools", timeout_s=2.0) as process:
         yield process
 
 
@@ -203,16 +208,14 @@ def test_a_failing_call_tells_the_model_why(tools, call, said):
 
 
 @pytest.mark.parametrize(
-    "call", [ToolCall(name="spin"), ToolCall(name="slow", arguments={"seconds": 60})]
+    "call", [ToolCall(name="spin"), ToolCall(name="slow", arguments={"seconds": 3600})]
 )
-def test_a_call_that_is_late_is_interrupted_and_the_conversation_goes_on(tools, call):
-    tools.reset([start()])
-    before = time.monotonic()
+def test_a_call_that_is_late_is_interrupted_and_the_conversation_goes_on(hasty_tools, call):
+    hasty_tools.reset([start()])
     quick = ToolCall(name="slow", arguments={"seconds": 0.0})
-    reaction = act(tools, call, quick)
-    assert "still running after 1 s" in reaction.texts[0]
+    reaction = act(hasty_tools, call, quick)
+    assert "still running after 2 s" in reaction.texts[0]
     assert (reaction.texts[1], reaction.num_failed) == ("waited", 1)
-    assert time.monotonic() - before < 30
 
 
 def test_a_process_that_ends_stops_the_run_and_the_next_step_starts_another(tools):
@@ -286,10 +289,10 @@ def test_each_call_into_user_code_begins_a_limit_of_its_own(tools, monkeypatch):
 
 
 def test_an_alarm_of_user_code_does_not_switch_the_limit_off(folder):
-    with opened(folder, "Deaf", timeout_s=0.5) as process:
+    with opened(folder, "Deaf", timeout_s=2.0) as process:
         process.reset([Start(slot=0, seed=1, row={})])
         assert act(process, ToolCall(name="no_alarm")).num_failed == 0
-        assert "still running after 0.5 s" in act(process, ToolCall(name="spin")).texts[0]
+        assert "still running after 2 s" in act(process, ToolCall(name="spin")).texts[0]
 
 
 def test_conversations_of_one_seed_begin_with_instances_made_alike_in_every_step(folder):
