@@ -5,10 +5,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 # Before the first import of torch, which reads it once. Two test processes on two cores leave
@@ -23,13 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
-# Every signature of these packages is checked at every call, array shapes and dtypes included. With
-# the tower an int is accepted where a float is annotated, as type checkers do.
+from .support.annotations import check_annotations
+
 # moe_replay.megatron.upstream.no_cuda is left out: it asks who called it, and a checked function is
 # called by its checker.
-hook = install_import_hook(
+check_annotations(
     [
         "moe_replay.batch",
         "moe_replay.checkpoint",
@@ -47,33 +44,8 @@ hook = install_import_hook(
         "moe_replay.routing",
         "moe_replay.tasks",
         "moe_replay.transformers",
-    ],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    ]
 )
-
-
-class TypedCore(MetaPathFinder):
-    """Loads the modules of moe_replay.routing as a type checker reads them.
-
-    The core imports jaxtyping for type checkers only, because that takes longer than importing all
-    of the core. Where its annotations are to be checked their names are needed in earnest.
-    """
-
-    def __init__(self, checked: MetaPathFinder) -> None:
-        self.checked = checked
-
-    def find_spec(self, name, path=None, target=None):
-        if not name.startswith("moe_replay.routing."):
-            return None
-        spec = self.checked.find_spec(name, path, target)
-        compiled = spec.loader.source_to_code
-        spec.loader.source_to_code = lambda source, *place, **options: compiled(
-            source.replace(b"\nif TYPE_CHECKING:\n", b"\nif True:\n"), *place, **options
-        )
-        return spec
-
-
-sys.meta_path.insert(0, TypedCore(hook.hook))
 
 # The default profile tries the same examples on every run; `--hypothesis-profile explore` looks for
 # new ones. Both print the blob that repeats a failure.
@@ -156,6 +128,8 @@ def vllm_imported() -> None:
     # As vLLM itself does when it starts: until then its stand-ins for CUDA fail Megatron-Core in
     # this process.
     register()
+    # It collects several times at each start and end of an engine.
+    gc.freeze()
 
 
 def _has_cuda() -> bool:
@@ -171,9 +145,14 @@ REQUIREMENTS = {
 }
 
 
+# Importing and collecting make millions of objects that stay; looking through them for garbage takes
+# a fifth of that time, and later a third of that of a short test.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Take what importing and collecting have made out of every later garbage collection."""
-    gc.collect()
+    """Leave what importing and collecting have made out of every later garbage collection."""
+    gc.enable()
     gc.freeze()
 
 

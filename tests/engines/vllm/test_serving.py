@@ -6,6 +6,7 @@ Completions, cancelling, pushes that fail half-way, its processes.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,7 +105,12 @@ def test_e24_without_finishing_a_reload_the_next_push_is_ruined(served, expected
     with pytest.raises(PushRefused):
         served.push(weights["b"])
     served.workers("replay_leave_torn", False)
-    assert gap(served.sample(prompts(6)), expected["a"]) > 0.1
+    # What was never loaded holds whatever was in that memory, numbers or not.
+    try:
+        ruined = gap(served.sample(prompts(6)), expected["a"])
+    except DivergedError:
+        ruined = math.inf
+    assert ruined > 0.1
     served.push(weights["a"])
     assert gap(served.sample(prompts(6)), expected["a"]) < 1e-5
 
