@@ -145,8 +145,8 @@ REQUIREMENTS = {
 }
 
 
-# Importing and collecting make millions of objects that stay; looking through them for garbage takes
-# a fifth of that time, and later a third of that of a short test.
+# Importing and collecting make millions of objects that stay. Looking through them for garbage
+# takes a fifth of that time, and later a third of the time of a short run.
 gc.disable()
 
 
