@@ -10,8 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from moe_replay.recipe.load import load_recipe
+
+from .test_loop import run
+
+pytestmark = pytest.mark.ranks
 
 STEPS = 5
 SEED = 7
@@ -29,29 +38,35 @@ def likes_digits(completions, trainer_state, **columns):
 """
 
 
+def settings_of(output: Path, options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of a run into ``output``."""
+    settings = {"run.output_dir": output, "run.max_steps": STEPS, **options}
+    return [(key, str(value)) for key, value in settings.items()]
+
+
 def command(workspace: Path, output: Path, **options: Any) -> list[str]:
     """Return the command that trains into ``output``."""
-    settings = {"run.output_dir": output, "run.max_steps": STEPS, **options}
-    overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    overrides = [p for key, value in settings_of(output, options) for p in (f"--{key}", value)]
     recipe = str(workspace / "recipe.toml")
     return [sys.executable, "-m", "moe_replay.cli.main", "train", recipe, *overrides]
 
 
-def finish(
-    workspace: Path, output: Path, *, limit_bytes: int | None = None, **options: Any
+def run_here(workspace: Path, output: Path, **options: Any) -> None:
+    """Train to the end without a command of its own, whose start takes longer than its steps."""
+    run(load_recipe(workspace / "recipe.toml", settings_of(output, options)))
+
+
+def on_a_small_disk(
+    workspace: Path, output: Path, limit_bytes: int, **options: Any
 ) -> tuple[int, str]:
-    """Train to the end; return the exit code and what was printed, in one line."""
-
-    def limit_files() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
-
+    """Train where no file may be larger; return the exit code and what was printed, in one line."""
+    limits = limit_bytes, resource.RLIM_INFINITY
     done = subprocess.run(
         command(workspace, output, **options),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=limit_files,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
         check=False,
     )
     return done.returncode, " ".join(done.stdout.split())
@@ -70,7 +85,7 @@ def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
     rng = random.Random(SEED)
     home = shutil.copytree(workspace, tmp_path / "home")
     (home / "reward.py").write_text(REWARD)
-    assert finish(home, tmp_path / "whole")[0] == 0
+    run_here(home, tmp_path / "whole")
     output = tmp_path / "killed"
     for kill_after in (1, 3):
         # A run that is fast gets no further than the next step but one, where it waits for its end.
@@ -87,8 +102,7 @@ def test_run_killed_twice_ends_with_the_metrics_of_the_uninterrupted_one(
         saved = [int(path.name[5:]) for path in (output / "checkpoints").glob("step-*")]
         assert len(metrics_of(output)) - max(saved, default=0) <= 1
     (home / "hangs_after").unlink()
-    code, said = finish(home, output)
-    assert code == 0, said
+    run_here(home, output)
     assert metrics_of(output) == metrics_of(tmp_path / "whole")
     assert [record["step"] for record in metrics_of(output)] == list(range(1, STEPS + 1))
 
@@ -98,12 +112,11 @@ def test_full_disk_at_checkpoint_time_leaves_a_run_that_resumes(
 ) -> None:
     output = tmp_path / "out"
     without_export = {"checkpoint.export": "false"}
-    assert finish(workspace, output, **{"run.max_steps": 1, **without_export})[0] == 0
-    code, said = finish(workspace, output, limit_bytes=500_000, **without_export)
+    run_here(workspace, output, **{"run.max_steps": 1, **without_export})
+    code, said = on_a_small_disk(workspace, output, 500_000, **without_export)
     assert code == 2, said
     assert "the disk is full" in said
     assert "step 1 is the newest whole checkpoint" in said
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000001"]
-    code, said = finish(workspace, output, **{"run.max_steps": 2, **without_export})
-    assert code == 0, said
+    run_here(workspace, output, **{"run.max_steps": 2, **without_export})
     assert [record["step"] for record in metrics_of(output)] == [1, 2]

@@ -51,14 +51,18 @@ class Home:
         (folder / "reward.py").write_text(REWARD)
         os.mkfifo(folder / "reached")
 
-    def command(self, output: str, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
-        overrides = {
+    def settings(self, output: str) -> dict[str, Any]:
+        return {
             "run.output_dir": self.folder / output,
             "run.max_steps": STEPS,
             "checkpoint.save_steps": 10,
             "checkpoint.export": "false",
         }
-        given = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+
+    def command(self, output: str, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+        given = [
+            p for key, value in self.settings(output).items() for p in (f"--{key}", str(value))
+        ]
         return [sys.executable, *launcher, *TRAIN, str(self.folder / "recipe.toml"), *given, *more]
 
     @contextmanager
@@ -85,9 +89,10 @@ class Home:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def finish(self, output: str) -> None:
+        """Train to the end, without a command of its own."""
         (self.folder / "hang").unlink(missing_ok=True)
-        done = subprocess.run(self.command(output), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        given = {key: str(value) for key, value in self.settings(output).items()}
+        run(load_recipe(self.folder / "recipe.toml", list(given.items())))
 
     def ended(self, output: str) -> dict[str, Any]:
         return json.loads((self.folder / output / "ended.json").read_text())

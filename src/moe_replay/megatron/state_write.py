@@ -63,9 +63,10 @@ class StateWrite:
             strategy = FullyParallelSaveStrategyWrapper(strategy, replica_group())
         with ExitStack() as inside:
             # Hide live objects from the collector: the distributed optimizer collects at every
-            # save.
-            gc.freeze()
-            inside.callback(gc.unfreeze)
+            # save. Whoever has hidden some already wants them to stay so.
+            if not gc.get_freeze_count():
+                gc.freeze()
+                inside.callback(gc.unfreeze)
             # Before the writer starts a process to hold its results.
             inside.enter_context(_replaced(filesystem_async, "_results_queue", queue.Queue()))
             if _HAS_COMMON_FILE:
