@@ -17,7 +17,8 @@
     ├── RankError (RuntimeError)         another rank of the job ended, or was silent for too long
     ├── DivergedError (RuntimeError)     weights or gradients are no longer finite numbers
     ├── RewardError (RuntimeError)       a reward function raised or returned no usable number
-    └── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
+    ├── CheckpointError (RuntimeError)   a checkpoint could not be written, read or trusted
+    └── RunDirectoryError (ValueError)   a folder is not what a run leaves behind
 
 In: nothing. Out: exception classes, and how a message lists names and remarks on a similar one.
 """
@@ -95,6 +96,10 @@ class RewardError(MoeReplayError, RuntimeError):
 
 class CheckpointError(MoeReplayError, RuntimeError):
     """A checkpoint could not be written, read or trusted."""
+
+
+class RunDirectoryError(MoeReplayError, ValueError):
+    """A folder is not what a run leaves behind, or a file in it cannot be read."""
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -71,6 +71,7 @@ _KINDS = {
     "EngineError": "the inference engine failed",
     "DivergedError": "training has diverged",
     "CheckpointError": "a checkpoint cannot be used",
+    "RunDirectoryError": "a run directory cannot be read",
     "CodecError": "a trace file cannot be used",
     "TokenMismatchError": "routes belong to other tokens",
     "TraceError": "routes are invalid",

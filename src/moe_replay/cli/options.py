@@ -212,6 +212,13 @@ def _record(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run.output_dir of a run")
+    command.add_argument(
+        "--out", metavar="FILE.html", help="where to write; by default report.html in the first RUN"
+    )
+
+
 def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("first", metavar="A", help="trace file")
     command.add_argument("second", metavar="B", help="trace file")
@@ -248,6 +255,13 @@ _COMMANDS: Mapping[str, tuple[str, str, Callable[[argparse.ArgumentParser], None
         "Run the tokens of a rollout through a recipe's engine and write the routes that it takes for them, so "
         "that compare can tell how two engines, or two number formats, route the same tokens.",
         _record,
+    ),
+    "report": (
+        "write a page of one or more runs, to look at in a browser",
+        "Write one HTML file, which loads nothing from anywhere: how each run went and whether its "
+        "routes were its own, reward, engine gap, flips, agreement by sample, time, memory and samples. "
+        "Several runs share each figure. Runs that go on, or were killed, are shown as far as they came.",
+        _report,
     ),
     "compare": (
         "compare two recordings of the same tokens",

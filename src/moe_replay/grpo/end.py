@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
+from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.export import write_export
-from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, RunEnd
+from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, FAILURE_FILE, RunEnd, RunFailure
 from moe_replay.grpo.run import Run
+from moe_replay.recipe.bearer import without_secrets
 
 
 def finish(run: Run) -> RunEnd:
@@ -38,6 +41,24 @@ def finish(run: Run) -> RunEnd:
         lines.append(f"best {best.metric}: {best.value:.6g} after step {best.step}, in {folder}")
     run.reporter.finish("\n".join(lines))
     return write_end(run, stopped_by=None)
+
+
+@contextlib.contextmanager
+def noting_failure(run: Run) -> Iterator[None]:
+    """Write down the error that ends the run, for whoever looks at its directory later."""
+    try:
+        yield
+    except MoeReplayError as error:
+        if run.process.rank == 0:
+            failure = RunFailure(
+                step=run.step,
+                max_steps=run.recipe.run.max_steps,
+                kind=type(error).__name__,
+                message=without_secrets(str(error)),
+            )
+            with contextlib.suppress(OSError):
+                (run.directory / FAILURE_FILE).write_text(json.dumps(asdict(failure)) + "\n")
+        raise
 
 
 def write_end(run: Run, *, stopped_by: str | None) -> RunEnd:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,12 +32,14 @@ def kept_completions(
     dropped: Mapping[int, str] | None = None,
     conversations: Sequence[Conversation] = (),
     held_out: str = "",
+    also: Collection[int] = (),
 ) -> list[CompletionRecord]:
     """Return the first ``logging.completions`` of all ranks in prompt order, on rank 0; collective.
 
     ``groups[i]`` answers ``prompts[own[i]]``; ``texts``, ``rewards`` and ``totals`` follow their
     completions. ``dropped`` (index of the completion in the step -> why) are those that the guard
-    kept out of training. ``held_out`` names the set of an evaluation.
+    kept out of training. ``held_out`` names the set of an evaluation. Completions in ``also``
+    (indices in the step) are kept wherever they stand.
     """
     dropped = {} if dropped is None else dropped
     records: list[tuple[int, CompletionRecord]] = []
@@ -46,7 +48,7 @@ def kept_completions(
         prompt = prompts[prompt_index]
         for number, completion in enumerate(group.completions):
             index = prompt_index * len(group.completions) + number
-            if index < run.recipe.logging.completions:
+            if index < run.recipe.logging.completions or index in also:
                 advantage = None if advantages is None else float(advantages[prompt_index, number])
                 record = CompletionRecord(
                     step=run.step,
@@ -63,6 +65,7 @@ def kept_completions(
                     server=completion.server,
                     held_out=held_out,
                     dropped=dropped.get(index),
+                    sample=index,
                     turns=[asdict(part) for part in conversations[row].parts]
                     if conversations
                     else None,

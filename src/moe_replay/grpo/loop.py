@@ -10,7 +10,7 @@ import torch
 from moe_replay.engines.types import Engine
 from moe_replay.grpo.batch import make_batch
 from moe_replay.grpo.checkpoint import finish_saving, save_checkpoint
-from moe_replay.grpo.end import finish, write_end
+from moe_replay.grpo.end import finish, noting_failure, write_end
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.evaluate import evaluate
 from moe_replay.grpo.penalty import penalize
@@ -74,6 +74,7 @@ def train(
                 )
             )
         closing.callback(run.leave_saving)
+        closing.enter_context(noting_failure(run))
         reporter.start(run_summary(run))
         try:
             hold_saved(run)

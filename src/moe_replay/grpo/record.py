@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moe_replay.batch import Sample
 from moe_replay.engines.types import CountsFaults
@@ -11,6 +12,7 @@ from moe_replay.grpo.loss.corrections import correction_tally, effective_size
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
+from moe_replay.grpo.tokens import kept_tokens, samples_with_tokens
 from moe_replay.grpo.types import Conversation, OldScores, Rollout, Scored, Update
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import GrpoSection
@@ -41,6 +43,7 @@ def step_record(
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
     metrics |= run.device.metrics() | run.journal.push_metrics
+    tokens = kept_tokens(run, old) if run.recipe.logging.completions else {}
     everyone = kept_completions(
         run,
         rollout.prompts,
@@ -52,7 +55,19 @@ def step_record(
         advantages=scored.advantages,
         dropped=old.judged.dropped,
         conversations=rollout.conversations,
+        also=samples_with_tokens(old.judged, num_kept=run.recipe.logging.num_with_tokens)
+        if run.recipe.logging.completions
+        else (),
     )
+    everyone = [
+        replace(
+            record,
+            tokens=tokens.get(index),
+            agreement=old.judged.agreement.get(index),
+        )
+        for record in everyone
+        if (index := record.sample) is not None
+    ]
     run.journal.warn_of_changes(_notices(run.recipe, metrics))
     record = StepRecord(
         step=run.step,

@@ -23,6 +23,8 @@ class RunSummary:
 
 END_FILE = "ended.json"
 """File of the run directory with the `RunEnd` of a run that ended by itself."""
+FAILURE_FILE = "failed.json"
+"""File of the run directory with the `RunFailure` of a run that an error ended."""
 EXPORT_FOLDER = "export"
 """Folder of the run directory with the trained model as a Hugging Face checkpoint."""
 NEW_EXPORT = "export.new"
@@ -39,6 +41,36 @@ class RunEnd:
     """Steps of the run from start to end."""
     stopped_by: str | None
     """What asked the run to stop early, such as ``SIGTERM``; None for a run that is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailure:
+    """The error that ended a call of `train`."""
+
+    step: int
+    """Step in flight, 0 before the first one."""
+    max_steps: int
+    """Steps of the run from start to end."""
+    kind: str
+    """Class of the error, such as ``MisalignmentError``."""
+    message: str
+    """What it says, with credentials masked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRecord:
+    """The sampled tokens of a completion one by one; those of an environment are not among them."""
+
+    texts: Sequence[str]
+    """What each token alone decodes to; a part of a character is a replacement character."""
+    rollout_logprobs: Sequence[float]
+    """Log-probability by the engine, in nats, to 5 decimals."""
+    old_logprobs: Sequence[float]
+    """The same by the trainer, before the update."""
+    flips: Sequence[int | None] | None
+    """Layers whose live expert set differed from the replayed one in the row that predicted the
+    token, None where that row was live; None as a whole where the engine's routes are not
+    replayed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +106,13 @@ class CompletionRecord:
     dropped: str | None = None
     """Why the guard kept it out of training: ``misaligned`` (its routes were not its own) or
     ``lost`` (drift has left too little of them); usually None."""
+    sample: int | None = None
+    """Index among the samples of the step, or of the evaluation's set, from 0; None in records of
+    releases that did not keep it."""
+    agreement: float | None = None
+    """Share of its expert slots on which live and replayed routes agree, with R3 in training."""
+    tokens: TokenRecord | None = None
+    """Its tokens, for ``logging.num_with_tokens`` completions of a step."""
     turns: Sequence[Mapping[str, Any]] | None = None
     """What policy and environment said in turn: ``by``, ``text``, ``num_tokens``; None without an
     environment."""

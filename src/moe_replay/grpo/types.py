@@ -254,6 +254,9 @@ class Judged:
     """(kind, name) of the groups of samples whose routes drift has left almost no meaning."""
     agreement: Mapping[int, float] = field(default_factory=dict)
     """Index in the step -> share of the sample's slots on which live and replayed routes agree."""
+    flips: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    """Index in the step -> position -> layers in which its live expert set differs from the
+    replayed one, for the samples whose tokens are kept."""
 
     def dropped_here(self, batch: StepBatch) -> set[int]:
         """Return the ids of the samples of this replica that are dropped."""

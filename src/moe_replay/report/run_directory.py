@@ -9,6 +9,7 @@
     ├── changes.jsonl       differences from the checkpoint that were accepted with --allow-changed
     ├── digests.json        digests of large input files, so they are read once
     ├── ended.json          how the last run ended; missing while it runs, or after a kill
+    ├── failed.json         the error that ended the last run; missing otherwise
     ├── run_id              name of the run in logging services; a run from the start gets a new one
     ├── metrics.jsonl       one line a step: {"step": 1, "reward": 0.5, ..., "seconds": {...}}
     ├── completions.jsonl   one line a completion, see `CompletionRecord`
@@ -29,13 +30,13 @@ import platform
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import CheckpointError, MoeReplayError
-from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord
+from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord, TokenRecord
 from moe_replay.grpo.start.packages import installed
 
 PACKAGES = (
@@ -150,6 +151,18 @@ class RunDirectory:
             for _, line in _lines(self.evaluations)
         ]
 
+    def read_completions(self, steps: Collection[int]) -> Iterator[CompletionRecord]:
+        """Yield the recorded training completions of some steps, in order.
+
+        Lines of other steps are passed over without being parsed: the file of a long run is large.
+        """
+        wanted = {b'{"step": %d,' % step for step in steps}
+        for _, line in _lines(self.completions, wanted=wanted):
+            known = {name: line[name] for name in _COMPLETION_FIELDS if name in line}
+            if tokens := known.get("tokens"):
+                known["tokens"] = TokenRecord(**tokens)
+            yield CompletionRecord(**known)
+
     def _lay_out(self, recipe_toml: str, *, last_step: int) -> None:
         versions = json.dumps(software_versions(), indent=2) + "\n"
         try:
@@ -214,14 +227,24 @@ def _encode(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a file, raw and parsed, except an unfinished last one after a crash."""
+_COMPLETION_FIELDS = tuple(field.name for field in fields(CompletionRecord))
+
+
+def _lines(
+    file: Path, *, wanted: Collection[bytes] | None = None
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a file, raw and parsed, except an unfinished last one after a crash.
+
+    ``wanted`` are the beginnings, up to the first comma, of the only lines that are looked at.
+    """
     if not file.exists():
         return
     with file.open("rb") as raws:
         for index, raw in enumerate(raws, start=1):
             if not raw.endswith(b"\n"):
                 return
+            if wanted is not None and raw[: raw.find(b",") + 1] not in wanted:
+                continue
             try:
                 line = json.loads(raw)
             except ValueError:

@@ -19,6 +19,7 @@ from moe_replay.grpo.guard.collapse import collapse_warning
 from moe_replay.grpo.guard.second_look import SecondLooks, mean_gap
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.run import Run
+from moe_replay.grpo.tokens import samples_with_tokens
 from moe_replay.grpo.types import LOST, MISALIGNED, Judged, SampleOrigin, StepBatch
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
@@ -28,6 +29,7 @@ from moe_replay.routing.guard import (
     Guard,
     Owner,
     SampleEvidence,
+    StepTable,
     Verdict,
     join_evidence,
     judge,
@@ -45,6 +47,9 @@ _MAX_DRIFT_RHO = 1.0
 """Median rho, ln(k3 under replay / k3 live), up to which drift explains lost routes."""
 _MAX_FALL = 0.1
 """How much lower a sample's agreement may be in an update, under the same weights and routes."""
+_QUANTILES = (0.05, 0.25, 0.5)
+_NUM_LOWEST = 4
+"""Samples of each step that its record names, from the lowest agreement on."""
 Origins = Mapping[int, SampleOrigin]
 """Index of a sample in the step -> where it comes from, of all ranks."""
 _Case = tuple[Guard, Baseline, list[SampleEvidence | None], Origins]
@@ -70,7 +75,7 @@ def judge_engine_routes(
     """
     judged, case = _measure(run, batch, watch)
     if case is None:
-        return judged
+        return _with_flips(run, judged, watch)
     guard, baseline, evidence, origins = case
     again = SecondLooks(run=run, batch=batch, scored=scored)
     gaps, owners = _gaps(run, batch, scored), _owners(origins)
@@ -91,6 +96,7 @@ def judge_engine_routes(
         dropped |= {finding.sample: MISALIGNED for finding in verdict.misaligned}
     guard.accept(verdict)
     _warn_of_dropped(run, verdict, origins, dropped)
+    judged = _with_flips(run, replace(judged, dropped=dropped), watch)
     return replace(
         judged,
         metrics={**judged.metrics, **_guard_metrics(verdict, num_suspects, dropped)},
@@ -99,9 +105,17 @@ def judge_engine_routes(
             "replay/guard_margin_nats": _words(origins[verdict.margin_sample]),
             **_dropped_details(origins, dropped),
         },
-        dropped=dropped,
         drifted=drifted,
     )
+
+
+def _with_flips(run: Run, judged: Judged, watch: PassWatch) -> Judged:
+    """Return it with the flips of the samples whose tokens are kept; collective."""
+    keys = run.recipe.logging
+    if not keys.completions:
+        return judged
+    chosen = samples_with_tokens(judged, num_kept=keys.num_with_tokens)
+    return replace(judged, flips=watch.flips_of(chosen, run.ranks))
 
 
 def judge_own_packing(
@@ -207,7 +221,11 @@ def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Cas
     least = int(table.sample_ids[table.agreement.argmin()])
     judged = Judged(
         metrics=seen.metrics(origins),
-        details={"replay/agreement_min_sample": _words(origins[least])},
+        details={
+            "replay/agreement_min_sample": _words(origins[least]),
+            "replay/agreement": _spread(table, origins),
+            "replay/flip_frac": seen.flips_by_layer(),
+        },
         agreement=dict(zip(table.sample_ids.tolist(), table.agreement.tolist(), strict=True)),
     )
     if run.guard is None:
@@ -315,6 +333,19 @@ def _words(origin: SampleOrigin) -> dict[str, Any]:
         "server": origin.server,
         "policy_version": origin.policy_version,
     }
+
+
+def _spread(table: StepTable, origins: Origins) -> dict[str, Any]:
+    """Return how the agreement of samples spreads, and which have the lowest."""
+    agreement = table.agreement
+    order = np.argsort(agreement, kind="stable")[:_NUM_LOWEST]
+    lowest = [
+        _words(origins[int(table.sample_ids[at])]) | {"agreement": round(float(agreement[at]), 6)}
+        for at in order
+    ]
+    quantiles = np.quantile(agreement, _QUANTILES).round(6).tolist()
+    names = [f"{100 * q:g}" for q in _QUANTILES]
+    return {"percentiles": dict(zip(names, quantiles, strict=True)), "lowest": lowest}
 
 
 def _dropped_details(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int64
@@ -28,6 +29,19 @@ class Seen:
     """The same by (index of the sample in the step, layer)."""
     collapsed: Sequence[int]
     """Layers that send every token to the same experts."""
+
+    def flips_by_layer(self) -> dict[str, list[float]]:
+        """Return ``layers`` and, of each, ``flip_frac``: the share of its rows that flip."""
+        flips: dict[int, float] = dict.fromkeys(self.table.layers, 0.0)
+        rows = dict.fromkeys(self.table.layers, 0)
+        for part in self.table.parts:
+            for layer, count in zip(part.layers, part.flips.tolist(), strict=True):
+                flips[layer] += count
+                rows[layer] += int(part.num_rows.sum())
+        return {
+            "layers": list(flips),
+            "flip_frac": [round(flips[layer] / max(1, rows[layer]), 6) for layer in flips],
+        }
 
     def metrics(self, origins: Mapping[int, SampleOrigin]) -> dict[str, float]:
         """Return ``replay/agreement`` and the like; ``origins`` are those of all ranks."""
@@ -85,6 +99,26 @@ class PassWatch:
         if indices:
             given = np.array(sorted(indices), dtype=np.int64)
             self.counts = {key: _without(counts, given) for key, counts in self.counts.items()}
+
+    def flips_of(self, chosen: Collection[int], ranks: HostGroup) -> dict[int, dict[int, int]]:
+        """Return index in the step -> position -> layers that flip, over all layers; collective.
+
+        Ranks that hold other layers of the same rows are added up.
+        """
+        mine = []
+        for counts in self.counts.values():
+            ends = np.cumsum(counts.num_rows)
+            for index, start, end in zip(counts.sample_ids, counts.starts, ends, strict=True):
+                if int(index) in chosen:
+                    rows = slice(int(start), int(end))
+                    mine.append((int(index), counts.position[rows], counts.flips[rows]))
+        found: dict[int, dict[int, int]] = {}
+        parts = ranks.gather_items(mine, lambda entry: 64 + entry[1].nbytes + entry[2].nbytes)
+        for index, positions, flips in chain.from_iterable(parts):
+            of_sample = found.setdefault(index, {})
+            for position, count in zip(positions.tolist(), flips.tolist(), strict=True):
+                of_sample[position] = of_sample.get(position, 0) + count
+        return found
 
     def together(self, ranks: HostGroup) -> Seen | None:
         """Return what all ranks saw, None when nothing was replayed; collective."""

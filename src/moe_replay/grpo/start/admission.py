@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_replay.errors import CheckpointError, MoeReplayError
-from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, NEW_EXPORT
+from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, FAILURE_FILE, NEW_EXPORT
 from moe_replay.grpo.start.digest_cache import DigestCache
 from moe_replay.grpo.start.identity import Difference, differences, is_allowed, run_identity
 from moe_replay.grpo.start.run_lock import LOCK_FILE, RunLock
@@ -65,7 +65,8 @@ def admit(
         if restart:
             for folder in directory.glob(f"{EXPORT_FOLDER}-*"):
                 shutil.rmtree(folder)
-        (directory / END_FILE).unlink(missing_ok=True)
+        for name in (END_FILE, FAILURE_FILE):
+            (directory / name).unlink(missing_ok=True)
         cache = DigestCache(directory / _DIGESTS_FILE)
         identity = run_identity(recipe, cache)
         cache.save()

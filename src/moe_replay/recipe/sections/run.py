@@ -277,3 +277,7 @@ class LoggingSection(Section):
     completions: int = Field(default=1024, ge=0)
     """Completions of each step, and of each evaluation, whose texts are kept: the first ones,
     prompt after prompt."""
+    num_with_tokens: int = Field(default=8, ge=0)
+    """Completions of each step that are kept with every token, its log-probability by engine and
+    trainer, and its flips: half of them those that the guard dropped or whose routes agree least,
+    the others the first. With ``completions = 0`` none is kept. Takes some 40 bytes a token."""

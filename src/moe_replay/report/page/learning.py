@@ -1,0 +1,250 @@
+"""Figures of what a run learns, and how far engine, trainer and policy are from one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_replay.grpo.metrics import EXTREME_TAUS
+from moe_replay.report.columns import WINDOW, number, percent, tiny
+from moe_replay.report.page.figure import (
+    DASHES,
+    SYMBOLS,
+    Figure,
+    Table,
+    Trace,
+    label,
+    line,
+    table_of,
+    thinning_note,
+)
+from moe_replay.report.page.runs import RunView
+from moe_replay.report.page.thinning import Series, rounded, series_of, thinned
+from moe_replay.report.summary import eval_changes, metric_figures
+
+_STEP = {"title": {"text": "step"}, "rangemode": "tozero"}
+_GAP_AXIS = {
+    "title": {"text": "k3, nats"},
+    "type": "log",
+    "dtick": "D2",
+    "tickformat": ".0e",
+}
+_GAP, _LIVE = "rollout_correction", "live_gap"
+
+
+def changes(columns: Sequence[tuple[str, Series]], show: Callable[[float], str]) -> str:
+    """Say where lines begin and end."""
+    return "; ".join(
+        f"{name}: {show(series.mean[0])} at step {series.steps[0]}, "
+        f"{show(series.mean[-1])} at step {series.steps[-1]}"
+        for name, series in columns
+    )
+
+
+def reward_figure(runs: Sequence[RunView]) -> Figure:
+    """Show the training reward of each step, and its running mean."""
+    traces: list[Trace] = []
+    columns: list[tuple[str, Series]] = []
+    for run in runs:
+        series = series_of(run.steps, "reward")
+        if series is None:
+            continue
+        columns.append((run.name, series))
+        smooth = _running_mean(run)
+        options = {"opacity": 0.35, "showlegend": False} if smooth else {}
+        traces += line(run, series, **options)
+        if smooth:
+            traces += line(run, smooth, mode="lines", line={"width": 3})
+    return Figure(
+        key="reward",
+        title="Training reward",
+        reading=f"Mean reward of each step's completions; the thick line is the mean of {WINDOW} steps.",
+        says=f"Reward. {changes(columns, number)}." if columns else "No step has a reward.",
+        traces=traces,
+        layout={"xaxis": _STEP, "yaxis": {"title": {"text": "reward"}}},
+        table=table_of(columns, number),
+        note=thinning_note(series for _, series in columns),
+    )
+
+
+def _running_mean(run: RunView) -> Series | None:
+    held = [(r.step, r.metrics["reward"]) for r in run.steps if "reward" in r.metrics]
+    if len(held) < 2 * WINDOW:
+        return None
+    values = [value for _, value in held]
+    means = [
+        (step, sum(values[at + 1 - WINDOW : at + 1]) / WINDOW)
+        for at, (step, _) in enumerate(held)
+        if at + 1 >= WINDOW
+    ]
+    thin = thinned(means)
+    return Series(steps=thin.steps, mean=thin.mean, low=thin.low, high=thin.high, steps_a_point=1)
+
+
+def held_out_figure(runs: Sequence[RunView]) -> Figure:
+    """Show the held-out reward after each evaluation, set by set."""
+    traces: list[Trace] = []
+    columns: list[tuple[str, Series]] = []
+    for run in runs:
+        for place, name in enumerate(eval_changes(run.evaluations)):
+            key = f"eval/{name}/reward" if name else "eval/reward"
+            held = [(e.step, e.metrics[key]) for e in run.evaluations if key in e.metrics]
+            series = thinned(held)
+            columns.append((f"{run.name} {name}".strip(), series))
+            dash = DASHES[place % len(DASHES)]
+            traces += line(run, series, name=name, mode="lines+markers", line={"dash": dash})
+    return Figure(
+        key="held-out",
+        title="Held-out reward",
+        reading="Mean reward of held-out prompts, which no step trains on: the accuracy, where a "
+        "reward is 0 or 1.",
+        says=f"Held-out reward. {changes(columns, number)}."
+        if columns
+        else "No run was evaluated.",
+        traces=traces,
+        layout={"xaxis": _STEP, "yaxis": {"title": {"text": "held-out reward"}}},
+        table=table_of(columns, number),
+    )
+
+
+def gap_figure(runs: Sequence[RunView]) -> Figure:
+    """Show the engine gap above the policy drift, each on an axis of its own."""
+    traces: list[Trace] = []
+    columns: list[tuple[str, Series]] = []
+    below: list[Trace] = []
+    drifts: list[str] = []
+    moved = False
+    for run in runs:
+        gap = series_of(run.steps, f"{_GAP}/k3_kl")
+        live = series_of(run.steps, f"{_LIVE}/k3_kl")
+        drift = series_of(run.steps, "clip_ratio/region_mean")
+        if gap is not None:
+            columns.append((f"{run.name}: gap", gap))
+            traces += line(run, gap, yaxis="y")
+        if live is not None and gap is not None:
+            columns.append((f"{run.name}: gap with live routing", live))
+            traces += line(
+                run,
+                live,
+                name="with live routing",
+                mode="markers",
+                yaxis="y",
+                marker={
+                    "size": 9,
+                    "symbol": f"{SYMBOLS[run.number % len(SYMBOLS)]}-open",
+                    "color": f"@run{run.number}",
+                },
+            )
+        if drift is not None:
+            columns.append((f"{run.name}: clipped", drift))
+            drifts.append(f"{run.name} clips {percent(sum(drift.mean) / len(drift.mean))}")
+            moved = moved or any(drift.high)
+            below += line(run, drift, yaxis="y2", showlegend=False)
+    gaps = [(name, series) for name, series in columns if not name.endswith("clipped")]
+    words = f"Engine gap. {changes(gaps, tiny)}. Policy drift: {', '.join(drifts) or 'unknown'}."
+    return Figure(
+        key="gap",
+        title="Engine gap and policy drift",
+        reading="Above: how far the trainer's probabilities of sampled tokens are from the engine's "
+        "before anything is learned (k3, log scale); open markers are the same with live routing. "
+        "Below: tokens that the loss clips because the policy has moved within the step. Replay "
+        "lowers the first; learning causes the second.",
+        says=words if gaps else "No step has an engine gap.",
+        traces=[*traces, *(below if moved else [])] if gaps else [],
+        layout=_two_panels() if moved else {"xaxis": _STEP, "yaxis": _GAP_AXIS},
+        height=440 if moved else 320,
+        table=table_of(columns, tiny),
+        note=" ".join(
+            [
+                "The drift is 0 in every step, and is not drawn: with one update a step the policy "
+                "has not moved yet when the loss takes its ratio." * (bool(drifts) and not moved),
+                thinning_note(series for _, series in columns),
+            ]
+        ).strip(),
+        is_wide=True,
+    )
+
+
+def _two_panels() -> dict[str, Any]:
+    return {
+        "xaxis": {**_STEP, "anchor": "y2"},
+        "yaxis": {**_GAP_AXIS, "domain": [0.42, 1]},
+        "yaxis2": {
+            "title": {"text": "clipped"},
+            "domain": [0, 0.28],
+            "tickformat": ".2~p",
+            "rangemode": "tozero",
+        },
+    }
+
+
+def tail_figure(runs: Sequence[RunView]) -> Figure:
+    """Show F(tau), the share of tokens off by more than tau, over tau."""
+    traces: list[Trace] = []
+    rows = []
+    for run in runs:
+        for prefix, name, dash in ((_GAP, "", "solid"), (_LIVE, "with live routing", "dot")):
+            means = [
+                metric_figures(run.steps, f"{prefix}/extreme_frac_tau_{tau:g}")
+                for tau in EXTREME_TAUS
+            ]
+            values = [rounded(found["mean"]) for found in means if found is not None]
+            if len(values) < len(EXTREME_TAUS):
+                continue
+            rows.append([f"{run.name} {name}".strip(), *map(percent, values)])
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": label(f"{run.name} {name}".strip()),
+                    "x": list(EXTREME_TAUS),
+                    # A logarithm has no place for 0.
+                    "y": [value or None for value in values],
+                    "line": {"color": f"@run{run.number}", "width": 2, "dash": dash},
+                    "marker": {
+                        "size": 8,
+                        "symbol": SYMBOLS[run.number % len(SYMBOLS)] + "-open" * bool(name),
+                        "color": f"@run{run.number}",
+                    },
+                    "meta": {"run": run.number},
+                }
+            )
+    spoken = "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows)
+    return Figure(
+        key="tail",
+        title="F(τ): tokens off by more than τ",
+        reading="Share of sampled tokens whose probabilities by engine and trainer differ by more "
+        "than a factor of τ, mean over steps (log scale; a share of 0 has no point). Wrong routes "
+        "lift the right end first.",
+        says=f"Tokens off by more than 1.1, 1.5 and 2. {spoken}." if rows else "No step has it.",
+        traces=traces,
+        layout={
+            "xaxis": {"title": {"text": "τ"}, "tickvals": list(EXTREME_TAUS)},
+            "yaxis": {"title": {"text": "F(τ)"}, "type": "log", "tickformat": ".2~p"},
+            "hovermode": "closest",
+        },
+        table=Table(headings=["run", *(f"τ = {tau:g}" for tau in EXTREME_TAUS)], rows=rows),
+    )
+
+
+def tail_over_steps_figure(runs: Sequence[RunView]) -> Figure:
+    """Show F(1.1) of each step."""
+    traces: list[Trace] = []
+    columns: list[tuple[str, Any]] = []
+    for run in runs:
+        if series := series_of(run.steps, f"{_GAP}/extreme_frac_tau_1.1"):
+            columns.append((run.name, series))
+            traces += line(run, series)
+    return Figure(
+        key="tail-steps",
+        title="F(1.1) by step",
+        reading="The share of tokens off by more than 1.1 times, step by step.",
+        says=f"F(1.1). {changes(columns, percent)}." if columns else "No step has it.",
+        traces=traces,
+        layout={
+            "xaxis": _STEP,
+            "yaxis": {"title": {"text": "F(1.1)"}, "tickformat": ".2~p", "rangemode": "tozero"},
+        },
+        table=table_of(columns, percent),
+        note=thinning_note(series for _, series in columns),
+    )
