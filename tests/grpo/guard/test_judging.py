@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,10 @@ def test_e1_misaligned_routes_stop_the_run_before_anything_is_learned(
     with pytest.raises(MisalignmentError, match=f"(?s)step 1, update 1 of 1: .*{cause}"):
         run(spoiled, make_engine=wrong(plant, chosen))
     assert not list((spoiled.run.output_dir / "checkpoints").glob("*"))
+    failure = json.loads((spoiled.run.output_dir / "failed.json").read_text())
+    assert (failure["step"], failure["max_steps"]) == (1, 1)
+    assert failure["kind"] == "MisalignmentError"
+    assert re.search(f"(?s)step 1, update 1 of 1: .*{cause}", failure["message"])
 
 
 @pytest.mark.ranks
@@ -158,17 +163,43 @@ def test_e1_dropped_samples_are_counted_marked_and_not_trained_on(
     lines = (made.run.output_dir / "completions.jsonl").read_text().splitlines()
     marks = [json.loads(line)["dropped"] for line in lines]
     assert marks == [None] * 14 + ["misaligned"] + [None] * 17
+    _check_kept_tokens(record, [json.loads(line) for line in lines])
     told = capfd.readouterr().out.replace("\n", " ")
     assert "1 of 32 samples have routes that are not their own and are not trained on" in told
     # Without its sample the step is a healthy one: the gap of the others alone is measured.
     assert record["rollout_correction/k3_kl"] < 0.01
     (clean,) = run(recipe(**LONG), restart=True)
+    assert not (made.run.output_dir / "failed.json").exists()
     assert clean["replay/dropped_samples"] == clean["replay/suspects"] == 0.0
     assert clean["replay/guard_margin_nats"] < -3 < 0 < record["replay/guard_margin_nats"]
     assert clean["grad_norm"] != record["grad_norm"]
     # What is usual is saved with the step, so that a resumed run decides as an uninterrupted one.
     saved = made.run.output_dir / "checkpoints" / "step-000001" / "position.json"
     assert len(json.loads(saved.read_text())["guard"]["history"]) == 1
+
+
+def _check_kept_tokens(record: dict[str, Any], completions: list[dict[str, Any]]) -> None:
+    """Eight completions have their tokens: the dropped one, those that agree least, the first."""
+    assert [one["sample"] for one in completions] == list(range(32))
+    agreement = [one["agreement"] for one in completions]
+    assert min(agreement) == agreement[14] == record["replay/agreement_min_sample"]
+    least = set(np.argsort(agreement, kind="stable")[:4].tolist())
+    first = [number for number in range(8) if number not in least][: 8 - len(least)]
+    assert {one["sample"] for one in completions if one["tokens"]} == least | set(first)
+    spread = record["details"]["replay/agreement"]
+    assert [one["sample"] for one in spread["lowest"]][0] == 14
+    assert spread["percentiles"]["50"] == pytest.approx(np.median(agreement), abs=1e-6)
+    by_layer = record["details"]["replay/flip_frac"]
+    assert by_layer["layers"] == [0, 1, 2]
+    assert np.mean(by_layer["flip_frac"]) == pytest.approx(record["replay/flip_frac"], abs=1e-6)
+    for one in completions:
+        if tokens := one["tokens"]:
+            assert {len(part) for part in tokens.values()} == {one["num_tokens"]}
+            assert "".join(tokens["texts"]).startswith(one["completion"])
+            flips = np.mean(tokens["flips"]) / 3
+            assert flips > 0.5 if one["sample"] == 14 else flips < 0.3, one["sample"]
+            gap = np.abs(np.subtract(tokens["old_logprobs"], tokens["rollout_logprobs"]))
+            assert gap.max() > 0.01
 
 
 @pytest.mark.ranks

@@ -48,6 +48,8 @@ def stations_figure(runs: Sequence[RunView]) -> Figure:
         traces=traces,
         layout={
             "barmode": "stack",
+            "bargap": 0.35,
+            "legend": {"traceorder": "normal"},
             "xaxis": {"title": {"text": "seconds a step"}},
             # A name such as "2" would make it an axis of numbers.
             "yaxis": {"type": "category", "automargin": True, "autorange": "reversed"},

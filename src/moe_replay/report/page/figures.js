@@ -61,9 +61,9 @@ function layoutOf(own, traces, width, height) {
       namelength: -1,
     },
     showlegend: rows > 0,
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     ...own,
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", ...own.legend },
     height: height + 20 * rows,
     width,
   };

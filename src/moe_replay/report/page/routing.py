@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moe_replay.grpo.records import StepRecord
 from moe_replay.report.columns import percent
 from moe_replay.report.page.figure import (
@@ -56,17 +58,20 @@ def flip_map(steps: Sequence[StepRecord]) -> FlipMap | None:
     if not held:
         return None
     layers = sorted({layer for _, found in held for layer in found["layers"]})
-    rows = [dict(zip(f["layers"], f["flip_frac"], strict=True)) for _, f in held]
+    column = {layer: at for at, layer in enumerate(layers)}
+    table = np.full((len(held), len(layers)), np.nan)
+    for at, (_, found) in enumerate(held):
+        table[at, [column[layer] for layer in found["layers"]]] = found["flip_frac"]
     parts = bins(len(held), MAX_COLUMNS)
-
-    def mean(layer: int, part: range) -> float | None:
-        values = [rows[at][layer] for at in part if layer in rows[at]]
-        return rounded(math.fsum(values) / len(values)) if values else None
-
+    starts = [part[0] for part in parts]
+    counts = np.add.reduceat(~np.isnan(table), starts, axis=0, dtype=np.int64)
+    sums = np.add.reduceat(np.nan_to_num(table), starts, axis=0)
+    means = np.round(sums / np.maximum(counts, 1), 6)
+    cells = np.where(counts > 0, means, np.nan).T.tolist()
     return FlipMap(
         layers=layers,
         steps=[held[part[-1]][0] for part in parts],
-        flip_frac=[[mean(layer, part) for part in parts] for layer in layers],
+        flip_frac=[[None if math.isnan(cell) else cell for cell in row] for row in cells],
         steps_a_column=len(parts[0]),
     )
 
@@ -192,6 +197,7 @@ def live_rows_figure(runs: Sequence[RunView]) -> Figure:
         ],
         layout={
             "barmode": "group",
+            "bargap": 0.5,
             "xaxis": {"title": {"text": "rows a step"}},
             "yaxis": {"automargin": True},
             "hovermode": "closest",

@@ -82,7 +82,8 @@ def _judgement(run: RunView) -> tuple[Level, str, str]:
         return (
             "bad",
             f"Misaligned: {len(named)} {samples} had routes of other tokens",
-            f"The guard kept them out of training: {'; '.join(named[:3])}{more}.",
+            f"The guard kept {'it' if len(named) == 1 else 'them'} out of training: "
+            f"{'; '.join(named[:3])}{more}.",
         )
     return _without_misalignment(run)
 
