@@ -42,6 +42,7 @@ def texts() -> dict[str, str]:
     for path in sorted(ROOT.rglob("*")):
         relative = path.relative_to(ROOT)
         hidden = any(part.endswith("_cache") or part == ".hypothesis" for part in relative.parts)
-        if path.is_file() and not hidden and not GENERATED & set(relative.parts):
+        is_text = path.suffix not in {".png", ".safetensors"}
+        if path.is_file() and is_text and not hidden and not GENERATED & set(relative.parts):
             found[relative.as_posix()] = path.read_text(errors="replace")
     return found

@@ -12,7 +12,7 @@ from moe_replay.grpo.loss.corrections import correction_tally, effective_size
 from moe_replay.grpo.metrics import Tally, completion_tally, engine_gap
 from moe_replay.grpo.records import CompletionRecord, StepRecord
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.tokens import kept_tokens, samples_with_tokens
+from moe_replay.grpo.tokens import kept_tokens, samples_chosen
 from moe_replay.grpo.types import Conversation, OldScores, Rollout, Scored, Update
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import GrpoSection
@@ -43,7 +43,7 @@ def step_record(
         metrics |= _coverage_metrics(run, old)
     metrics |= _fault_metrics(run)
     metrics |= run.device.metrics() | run.journal.push_metrics
-    tokens = kept_tokens(run, old) if run.recipe.logging.completions else {}
+    tokens = kept_tokens(run, old)
     everyone = kept_completions(
         run,
         rollout.prompts,
@@ -55,9 +55,7 @@ def step_record(
         advantages=scored.advantages,
         dropped=old.judged.dropped,
         conversations=rollout.conversations,
-        also=samples_with_tokens(old.judged, num_kept=run.recipe.logging.num_with_tokens)
-        if run.recipe.logging.completions
-        else (),
+        also=samples_chosen(run, old.judged),
     )
     everyone = [
         replace(

@@ -9,6 +9,7 @@ import numpy as np
 from moe_replay.batch import Sample
 from moe_replay.grpo.records import TokenRecord
 from moe_replay.grpo.run import Run
+from moe_replay.grpo.telling import samples_with_tokens
 from moe_replay.grpo.types import Judged, OldScores
 from moe_replay.megatron.scorer import ScoredSample
 
@@ -16,30 +17,16 @@ _DECIMALS = 5  # of a log-probability: far below what colours or a table can sho
 _TOKEN_BYTES = 64  # of a token in a message, generously
 
 
-def samples_with_tokens(judged: Judged, *, num_kept: int) -> frozenset[int]:
-    """Return the indices in the step of the samples whose tokens are kept, at most ``num_kept``.
-
-    Half of them are those that the guard dropped, then those with the lowest agreement; the others
-    are the first of the step. Where nothing was replayed, all are the first.
-
-    Example:
-        >>> judged = Judged(agreement={0: 0.99, 1: 0.98, 2: 0.99, 3: 0.2}, dropped={3: MISALIGNED})
-        >>> sorted(samples_with_tokens(judged, num_kept=2))
-        [0, 3]
-    """
-    seen = judged.agreement
-    lowest = sorted(seen, key=lambda index: (index not in judged.dropped, seen[index], index))
-    chosen = set(lowest[: (num_kept + 1) // 2])
-    first = 0
-    while len(chosen) < num_kept:
-        chosen.add(first)
-        first += 1
-    return frozenset(chosen)
+def samples_chosen(run: Run, judged: Judged) -> frozenset[int]:
+    """Return the indices in the step of the samples whose tokens this run keeps."""
+    keys = run.recipe.logging
+    num_kept = keys.num_with_tokens if keys.completions else 0
+    return samples_with_tokens(judged.agreement, judged.dropped, num_kept=num_kept)
 
 
 def kept_tokens(run: Run, old: OldScores) -> dict[int, TokenRecord]:
     """Return the kept tokens by index of the sample in the step, on rank 0; collective."""
-    chosen = samples_with_tokens(old.judged, num_kept=run.recipe.logging.num_with_tokens)
+    chosen = samples_chosen(run, old.judged)
     found = []
     for sample in old.batch.samples:
         index = old.batch.origins[sample.sample_id].index

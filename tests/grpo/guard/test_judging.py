@@ -187,7 +187,7 @@ def _check_kept_tokens(record: dict[str, Any], completions: list[dict[str, Any]]
     first = [number for number in range(8) if number not in least][: 8 - len(least)]
     assert {one["sample"] for one in completions if one["tokens"]} == least | set(first)
     spread = record["details"]["replay/agreement"]
-    assert [one["sample"] for one in spread["lowest"]][0] == 14
+    assert spread["lowest"][0]["sample"] == 14
     assert spread["percentiles"]["50"] == pytest.approx(np.median(agreement), abs=1e-6)
     by_layer = record["details"]["replay/flip_frac"]
     assert by_layer["layers"] == [0, 1, 2]

@@ -19,7 +19,7 @@ from moe_replay.grpo.guard.collapse import collapse_warning
 from moe_replay.grpo.guard.second_look import SecondLooks, mean_gap
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.run import Run
-from moe_replay.grpo.tokens import samples_with_tokens
+from moe_replay.grpo.telling import samples_with_tokens
 from moe_replay.grpo.types import LOST, MISALIGNED, Judged, SampleOrigin, StepBatch
 from moe_replay.megatron.finite import typical_scale
 from moe_replay.megatron.scorer import ScoredSample
@@ -112,9 +112,9 @@ def judge_engine_routes(
 def _with_flips(run: Run, judged: Judged, watch: PassWatch) -> Judged:
     """Return it with the flips of the samples whose tokens are kept; collective."""
     keys = run.recipe.logging
-    if not keys.completions:
+    if not keys.completions or not keys.num_with_tokens:
         return judged
-    chosen = samples_with_tokens(judged, num_kept=keys.num_with_tokens)
+    chosen = samples_with_tokens(judged.agreement, judged.dropped, num_kept=keys.num_with_tokens)
     return replace(judged, flips=watch.flips_of(chosen, run.ranks))
 
 

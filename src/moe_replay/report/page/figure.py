@@ -31,7 +31,9 @@ class Table:
     """A table of a page."""
 
     headings: Sequence[str]
+    """One a column."""
     rows: Sequence[Sequence[str]]
+    """``[rows][columns]``, as they are shown."""
     note: str = ""
     """What it omits."""
 

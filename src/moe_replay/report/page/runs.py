@@ -32,6 +32,7 @@ class RunView:
     name: str
     """Last parts of its path, as many as tell it from the other runs."""
     directory: RunDirectory
+    """Where it lies, and what reads its completions."""
     recipe: Mapping[str, Any]
     """Dotted key -> value, of ``recipe.toml``."""
     versions: Mapping[str, Any]
