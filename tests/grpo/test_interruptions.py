@@ -117,6 +117,7 @@ def test_full_disk_at_checkpoint_time_leaves_a_run_that_resumes(
     assert code == 2, said
     assert "the disk is full" in said
     assert "step 1 is the newest whole checkpoint" in said
+    assert f"look at the run so far: moe-replay report {output}" in said
     assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-000001"]
     run_here(workspace, output, **{"run.max_steps": 2, **without_export})
     assert [record["step"] for record in metrics_of(output)] == [1, 2]

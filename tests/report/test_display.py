@@ -214,6 +214,22 @@ def test_a_screen_shows_station_and_remaining_time_while_it_runs() -> None:
     assert "rollout 5.0s" in shown
 
 
+def test_a_log_says_once_a_minute_when_the_run_will_end() -> None:
+    console = _console()
+    now = [100.0]
+    reporter = ConsoleReporter(console, clock=lambda: now[0])
+    reporter.start(SUMMARY)
+    for step, at in ((1, 130.0), (2, 160.0), (3, 190.0), (4, 220.0), (12, 400.0)):
+        now[0] = at
+        reporter.step(_step(step, REPLAYED), [])
+    said = [line for line in _text(console).splitlines() if "elapsed" in line]
+    # Not after 30 s, nor 30 s after the last time, nor after the last step.
+    assert said == [
+        "step 2/12: 0:01:00 elapsed, about 0:05:00 left",
+        "step 4/12: 0:02:00 elapsed, about 0:04:00 left",
+    ]
+
+
 def _rolling(console: Console, progress: RolloutProgress, *, seconds: float) -> ConsoleReporter:
     """Return a reporter whose second rollout has run for some seconds."""
     now = [100.0]

@@ -48,7 +48,8 @@ def _error_block(error: MoeReplayError) -> str:
     """Return an error as one block: its kind and its wrapped message."""
     kinds = (_KINDS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _KINDS)
     lines = [f"moe-replay: {next(kinds, 'the run stopped')}"]
-    for line in without_secrets(str(error)).splitlines():
+    notes = getattr(error, "__notes__", [])
+    for line in without_secrets("\n".join([str(error), *notes])).splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         lines.append(
             textwrap.fill(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_replay.cli.environment import read_process, set_defaults
 from moe_replay.cli.stages import START_AGAIN, Progress, quiet_transformers, say
-from moe_replay.grpo.records import RunEnd
+from moe_replay.grpo.records import RunEnd, report_command
 from moe_replay.grpo.start.preflight import Preflight, preflight
 from moe_replay.grpo.stopping import StopRequest, StopRequested
 from moe_replay.recipe.bearer import exposure
@@ -54,7 +54,7 @@ def run_train(options: argparse.Namespace) -> int:
         say(f"stopped by {stop.reason} before the run began: the same command starts it again")
         return _exit_code(stop.reason)
     if end.stopped_by is not None:
-        say(_farewell(end))
+        say(_farewell(end, checked.recipe.run.output_dir))
         _end_within(_MAX_GOODBYE_S, _exit_code(end.stopped_by))
     return _exit_code(end.stopped_by)
 
@@ -154,7 +154,7 @@ def _exit_code(stopped_by: str | None) -> int:
     return 0 if stopped_by is None else 130 if stopped_by == "SIGINT" else START_AGAIN
 
 
-def _farewell(end: RunEnd) -> str:
+def _farewell(end: RunEnd, directory: Path) -> str:
     if end.step == 0:
         return (
             f"stopped by {end.stopped_by} before the first of {end.max_steps} steps finished, so there is no checkpoint: "
@@ -162,7 +162,7 @@ def _farewell(end: RunEnd) -> str:
         )
     return (
         f"stopped by {end.stopped_by} after step {end.step} of {end.max_steps}, which is saved: the same command continues "
-        "from there"
+        f"from there\nlook at the run so far: {report_command(directory)}"
     )
 
 

@@ -9,17 +9,27 @@ from dataclasses import asdict
 
 from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.export import write_export
-from moe_replay.grpo.records import END_FILE, EXPORT_FOLDER, FAILURE_FILE, RunEnd, RunFailure
+from moe_replay.grpo.records import (
+    END_FILE,
+    EXPORT_FOLDER,
+    FAILURE_FILE,
+    RunEnd,
+    RunFailure,
+    report_command,
+)
 from moe_replay.grpo.run import Run
 from moe_replay.recipe.bearer import without_secrets
 
 
 def finish(run: Run) -> RunEnd:
     """Write the trained model if the recipe asks for it; say where all is and what to do next."""
+    page = f"look at it: {report_command(run.directory)}"
     samples = f"what it wrote: {run.directory / 'completions.jsonl'}"
     more = f"train on: the same command with --run.max_steps {2 * run.recipe.run.max_steps}"
     # Another last step changes the schedule of the learning rate, and with it the run.
-    lines = [samples, more] if run.recipe.optimizer.lr_scheduler == "constant" else [samples]
+    lines = [page, samples]
+    if run.recipe.optimizer.lr_scheduler == "constant":
+        lines.append(more)
     if run.recipe.checkpoint.export:
         export = run.directory / EXPORT_FOLDER
         advice = (
@@ -58,6 +68,7 @@ def noting_failure(run: Run) -> Iterator[None]:
             )
             with contextlib.suppress(OSError):
                 (run.directory / FAILURE_FILE).write_text(json.dumps(asdict(failure)) + "\n")
+                error.add_note(f"look at the run so far: {report_command(run.directory)}")
         raise
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moe_replay.engines.types import RolloutProgress
@@ -29,6 +31,11 @@ EXPORT_FOLDER = "export"
 """Folder of the run directory with the trained model as a Hugging Face checkpoint."""
 NEW_EXPORT = "export.new"
 """Folder of an export being written; a killed writer leaves it, or it with ``.partial``."""
+
+
+def report_command(directory: Path) -> str:
+    """Return the command that makes a page of a run directory."""
+    return f"moe-replay report {shlex.quote(str(directory))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

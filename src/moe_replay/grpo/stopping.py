@@ -144,7 +144,9 @@ class StopRequest:
                 if first is None:
                     first = now
                     self.ask(name)
-                    say(f"{name}: stopping; a second signal ends the process at once")
+                    say(
+                        f"{name}: stopping, and saving what is finished; a second signal ends the process at once"
+                    )
                 elif not (forwards and now - first < _SAME_REQUEST_S):
                     end_at_once(
                         number, f"{name}: ended at once, unsaved; earlier checkpoints are complete"

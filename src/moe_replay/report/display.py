@@ -45,6 +45,10 @@ _SAMPLING = ("rollout", "eval")
 """Stations in which an engine samples."""
 
 
+LEFT_EVERY_S = 60.0
+"""Seconds between the lines of a log that say how long the run will take."""
+
+
 class ConsoleReporter(BaseReporter):
     """Shows the run on a terminal; without one, prints plain lines and no control codes."""
 
@@ -66,6 +70,7 @@ class ConsoleReporter(BaseReporter):
         self._first_step = self._max_steps = 1
         self._station: tuple[int, str, float] | None = None
         self._ends: list[float] = []
+        self._said_left_at = 0.0
         self._lines = 0
         self._live: Live | None = None
         self._has_started = False
@@ -82,6 +87,7 @@ class ConsoleReporter(BaseReporter):
         self._has_started = True
         self._first_step, self._max_steps = summary.first_step, summary.max_steps
         self._ends = [self._clock()]
+        self._said_left_at = self._ends[0]
         missing: tuple[int, ...] = ()
         if self._run_directory is not None:
             self._steps = self._run_directory.read_steps()
@@ -141,10 +147,23 @@ class ConsoleReporter(BaseReporter):
             self._print(self._heading_line(), style="bold")
         self._lines += 1
         self._print(self._step_line(record))
+        self._say_left(record)
         for warning in record.warnings:
             if warning not in self._last_warnings:
                 self._print(f"warning: {warning}", style="yellow")
         self._last_warnings = record.warnings
+
+    def _say_left(self, record: StepRecord) -> None:
+        """In a log, print now and then when the run will end; a screen shows it all the time."""
+        now = self._ends[-1]
+        is_due = now - self._said_left_at >= LEFT_EVERY_S
+        if self._console.is_terminal or not is_due or record.step == self._max_steps:
+            return
+        self._said_left_at = now
+        elapsed = duration(now - self._ends[0])
+        self._print(
+            f"step {record.step}/{self._max_steps}: {elapsed} elapsed, about {self._remaining(now)} left"
+        )
 
     def evaluation(self, record: EvalRecord, completions: Sequence[CompletionRecord]) -> None:
         """Print the line of an evaluation."""
