@@ -51,7 +51,7 @@ def reward_figure(runs: Sequence[RunView]) -> Figure:
             continue
         columns.append((run.name, series))
         smooth = _running_mean(run)
-        options = {"opacity": 0.35, "showlegend": False} if smooth else {}
+        options: dict[str, Any] = {"opacity": 0.35, "showlegend": False} if smooth else {}
         traces += line(run, series, **options)
         if smooth:
             traces += line(run, smooth, mode="lines", line={"width": 3})
