@@ -49,14 +49,16 @@ def test_flips_of_a_token_are_added_up_over_pipeline_stages(recipe: Recipes, tmp
 
 
 def test_without_replay_tokens_have_no_flips_and_without_texts_there_are_none(
-    recipe: Recipes, tmp_path
+    recipe: Recipes, tmp_path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     keys = {"run__max_steps": 1, "checkpoint__export": "false"}
     made = recipe(replay__router_replay_mode="disabled", logging__num_with_tokens=2, **keys)
     run(made)
+    # The end of a run names the command that shows it, on one line of a log.
+    assert f"look at it: moe-replay report {made.run.output_dir}\n" in capfd.readouterr().out
     kept = _kept(made)
     assert list(kept) == [0, 1]
     assert [tokens["flips"] for tokens in kept.values()] == [None, None]
-    none = recipe(run__output_dir=tmp_path / "none", logging__completions=0, **keys)
+    none = recipe(run__output_dir=str(tmp_path / "none"), logging__completions=0, **keys)
     run(none)
     assert (none.run.output_dir / "completions.jsonl").read_text() == ""
