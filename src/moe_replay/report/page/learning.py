@@ -110,19 +110,21 @@ def held_out_figure(runs: Sequence[RunView]) -> Figure:
 def gap_figure(runs: Sequence[RunView]) -> Figure:
     """Show the engine gap above the policy drift, each on an axis of its own."""
     traces: list[Trace] = []
-    columns: list[tuple[str, Series]] = []
+    gaps: list[tuple[str, Series]] = []
     below: list[Trace] = []
-    drifts: list[str] = []
+    drifts: list[tuple[str, Series]] = []
     moved = False
     for run in runs:
         gap = series_of(run.steps, f"{_GAP}/k3_kl")
         live = series_of(run.steps, f"{_LIVE}/k3_kl")
-        drift = series_of(run.steps, "clip_ratio/region_mean")
+        drift = series_of(run.steps, "clip_ratio/region_mean") or series_of(
+            run.steps, "cispo_clip_ratio"
+        )
         if gap is not None:
-            columns.append((f"{run.name}: gap", gap))
+            gaps.append((f"{run.name}: gap", gap))
             traces += line(run, gap, yaxis="y")
         if live is not None and gap is not None:
-            columns.append((f"{run.name}: gap with live routing", live))
+            gaps.append((f"{run.name}: gap with live routing", live))
             traces += line(
                 run,
                 live,
@@ -136,12 +138,10 @@ def gap_figure(runs: Sequence[RunView]) -> Figure:
                 },
             )
         if drift is not None:
-            columns.append((f"{run.name}: clipped", drift))
-            drifts.append(f"{run.name} clips {percent(sum(drift.mean) / len(drift.mean))}")
+            drifts.append((f"{run.name}: clipped", drift))
             moved = moved or any(drift.high)
             below += line(run, drift, yaxis="y2", showlegend=False)
-    gaps = [(name, series) for name, series in columns if not name.endswith("clipped")]
-    words = f"Engine gap. {changes(gaps, tiny)}. Policy drift: {', '.join(drifts) or 'unknown'}."
+    words = f"Engine gap. {changes(gaps, tiny)}. Policy drift. {changes(drifts, percent)}."
     return Figure(
         key="gap",
         title="Engine gap and policy drift",
@@ -153,12 +153,12 @@ def gap_figure(runs: Sequence[RunView]) -> Figure:
         traces=[*traces, *(below if moved else [])] if gaps else [],
         layout=_two_panels() if moved else {"xaxis": _STEP, "yaxis": _GAP_AXIS},
         height=440 if moved else 320,
-        table=table_of(columns, tiny),
+        table=table_of([*gaps, *drifts], tiny),
         note=" ".join(
             [
-                "The drift is 0 in every step, and is not drawn: with one update a step the policy "
-                "has not moved yet when the loss takes its ratio." * (bool(drifts) and not moved),
-                thinning_note(series for _, series in columns),
+                "No token was clipped in any step, so the drift is not drawn. With one update a step "
+                "it is always so: the policy has not moved yet." * (bool(drifts) and not moved),
+                thinning_note(series for _, series in [*gaps, *drifts]),
             ]
         ).strip(),
         is_wide=True,
