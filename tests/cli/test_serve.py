@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -146,11 +147,11 @@ def test_a_served_vllm_of_two_workers_samples_takes_weights_and_leaves_nothing(t
             record_routes=True,
             token=TOKEN,
         )
-        before = engine.generate(requests, sampling)
-        engine.load_weights(checkpoint_tensors(second), policy_version=1)
-        after = engine.generate(requests, sampling)
-        assert engine.faults == dict.fromkeys(engine.faults, 0)
-        engine.close()
+        with closing(engine):
+            before = engine.generate(requests, sampling)
+            engine.load_weights(checkpoint_tensors(second), policy_version=1)
+            after = engine.generate(requests, sampling)
+            assert engine.faults == dict.fromkeys(engine.faults, 0)
         assert server.stop() == 0
         _, alive = psutil.wait_procs(started, timeout=300)
         assert alive == []

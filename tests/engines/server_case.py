@@ -44,8 +44,8 @@ POLICY = PolicyName(run="test", policy_version=0)
 HEADERS = {"content-type": CONTENT_TYPE}
 # For what hangs, on a machine that is busy with other work.
 LIMIT_S = 300.0
-OPENED: list[ServerEngine] = []
-"""What `client` has made; `tests/engines/conftest.py` closes it when its test is over."""
+OPENED: list[Any] = []
+"""What `opened` was given; `tests/engines/conftest.py` closes it when its test is over."""
 
 
 def fake() -> FakeEngine:
@@ -77,8 +77,13 @@ def client(*urls: str, **options: Any) -> ServerEngine:
         "timeout_s": LIMIT_S,
         **options,
     }
-    OPENED.append(ServerEngine(list(urls), **fields))
-    return OPENED[-1]
+    return opened(ServerEngine(list(urls), **fields))
+
+
+def opened(thing: Any) -> Any:
+    """Return an engine or calls to a server, which is closed after the test at the latest."""
+    OPENED.append(thing)
+    return thing
 
 
 def tokens(groups: Any) -> list[list[int]]:
@@ -202,7 +207,7 @@ def part(tensors: dict[str, torch.Tensor] | None = None) -> bytes:
 
 
 def calls_to(url: str) -> ServerCalls:
-    return ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 30)
+    return opened(ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 30))
 
 
 def policy_of(url: str) -> PolicyName:

@@ -22,7 +22,6 @@ from moe_replay.engines.servers import opening
 from moe_replay.engines.servers.contract import Ask
 from moe_replay.engines.servers.entry import check_engine
 from moe_replay.engines.servers.faults import CallError, Fault
-from moe_replay.engines.servers.own import ServerCalls
 from moe_replay.engines.types import Completion
 from moe_replay.errors import CodecError, RecipeError
 from moe_replay.recipe.sections.rollout import ServersEngineSection
@@ -35,6 +34,7 @@ from ..server_case import (
     SAMPLING,
     HeldEngine,
     call,
+    calls_to,
     client,
     error_of,
     fake,
@@ -218,7 +218,7 @@ def test_e2_progress_is_told_while_a_call_runs_and_while_nothing_grows():
             told.set()
 
     with served(engine, facts=FACTS, progress_s=0.02) as url:
-        calls = ServerCalls(url, token=None, timeout_s=LIMIT_S, max_answer_bytes=1 << 30)
+        calls = calls_to(url)
         release = threading.Thread(target=lambda: told.wait(LIMIT_S) and engine.release())
         release.start()
         kept: dict[int, Completion] = {}

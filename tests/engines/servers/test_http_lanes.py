@@ -12,6 +12,7 @@ from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.servers.http import HttpCalls
 
 from ...support.served import listening
+from ..server_case import opened
 
 pytestmark = pytest.mark.vllm
 
@@ -45,7 +46,7 @@ class Counting:
 
 
 def calls_to(url: str) -> HttpCalls:
-    return HttpCalls(url, token=None, timeout_s=300.0, max_answer_bytes=1 << 20)
+    return opened(HttpCalls(url, token=None, timeout_s=300.0, max_answer_bytes=1 << 20))
 
 
 def test_calls_one_after_another_share_a_connection_and_calls_at_once_do_not():
@@ -124,7 +125,7 @@ def test_the_path_and_the_credentials_of_an_address_go_with_every_call(user, tok
 
     with listening(answer) as url:
         address = url.replace("//", f"//{user}") + "/below/"
-        calls = HttpCalls(address, token=token, timeout_s=300.0, max_answer_bytes=1 << 20)
+        calls = opened(HttpCalls(address, token=token, timeout_s=300.0, max_answer_bytes=1 << 20))
         calls.call("PUT", "/part?offset=1", b"x")
         calls.close()
     assert seen == [("/below/part", b"offset=1", sent)]

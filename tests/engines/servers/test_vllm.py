@@ -24,7 +24,7 @@ from moe_replay.engines.types import SamplingParams
 from moe_replay.errors import EngineError, RecipeError
 
 from ...support.served import listening, served
-from ..server_case import FACTS, fake
+from ..server_case import FACTS, fake, opened
 from .plain_vllm_case import (
     LIMITS,
     REQUESTS,
@@ -67,7 +67,7 @@ def test_our_servers_and_plain_ones_are_told_apart():
 )
 def test_what_a_plain_server_was_started_without_is_named(paths, remedy):
     with listening(only(*paths)) as url:
-        calls = VllmCalls(url, facts=FACTS, **LIMITS)
+        calls = opened(VllmCalls(url, facts=FACTS, **LIMITS))
         with pytest.raises(RecipeError, match=remedy):
             calls.status()
         calls.close()
@@ -82,7 +82,7 @@ def test_e2_a_plain_server_shows_life_by_the_tokens_that_it_counts():
         return PlainTextResponse(f"# HELP a word\n{line}python_gc_objects_total 7.0\n")
 
     with listening(Starlette(routes=[Route("/metrics", answer)])) as url:
-        calls = VllmCalls(url, facts=FACTS, **LIMITS)
+        calls = opened(VllmCalls(url, facts=FACTS, **LIMITS))
         lives = [calls.result(calls.begin(calls._shows_life())) for _ in range(3)]
         assert lives == [True, False, True] and calls._work
         calls.result(calls.begin(calls._shows_life()))
