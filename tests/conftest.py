@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,15 +146,19 @@ REQUIREMENTS = {
 }
 
 
-# Importing and collecting make millions of objects that stay. Looking through them for garbage
-# takes a fifth of that time, and later a third of the time of a short run.
-gc.disable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Leave what importing and collecting make out of every garbage collection.
 
-
-def pytest_collection_finish() -> None:
-    """Leave what importing and collecting have made out of every later garbage collection."""
-    gc.enable()
-    gc.freeze()
+    Those are millions of objects that stay. Looking through them takes a fifth of that time, and
+    later most of the time of a short run in a forked process, which copies their pages.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
