@@ -19,11 +19,12 @@ SMALLEST = {
 
 
 def table(**sections: object) -> dict:
-    """Return the smallest recipe with keys of sections replaced or added."""
+    """Return the smallest recipe with keys of sections replaced or added, or with None removed."""
     result = copy.deepcopy(SMALLEST)
     for name, keys in sections.items():
         if isinstance(keys, dict):
             result.setdefault(name, {}).update(keys)
+            result[name] = {key: value for key, value in result[name].items() if value is not None}
         else:
             result[name] = keys
     return result

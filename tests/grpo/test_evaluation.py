@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_replay.grpo.checkpoint import _take_best
-from moe_replay.grpo.evaluate import _tally, eval_sampling, pass_at
+from moe_replay.grpo.best import measured_on, take_best
+from moe_replay.grpo.evaluate import EVAL_REQUESTS, _tally, eval_sampling, held_out_id, pass_at
 from moe_replay.grpo.journal import Journal
 from moe_replay.grpo.run import BestStep
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.sections.run import CheckpointSection, EvalSection
+from moe_replay.recipe.sections.run import MAX_HELD_OUT, CheckpointSection, EvalSection
 from moe_replay.report.metric_table import metric_of
+from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 from .smallest_recipe import problems_of
@@ -202,6 +204,7 @@ def test_sets_are_reported_apart_and_the_best_checkpoint_stays(
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [f"step-{best:06d}", "step-000004"]
     position = json.loads((folder / "checkpoints" / "step-000004" / "position.json").read_text())
+    assert len(position["best"].pop("measured_on")) == 32
     assert position["best"] == {
         "step": best,
         "value": values[best],
@@ -232,10 +235,68 @@ def test_a_best_value_is_compared_with_values_of_its_own_metric_alone(
 ) -> None:
     best = BestStep(step=2, value=2.5, metric="eval/reward", is_greatest=True)
     journal = Journal()
-    run_: Any = SimpleNamespace(
-        recipe=SimpleNamespace(checkpoint=CheckpointSection(**keys)), journal=journal, best=None
-    )
-    inspect.unwrap(_take_best)(run_, best)
+    loaded = smallest(data={"eval": "/e.jsonl"})
+    loaded = loaded.model_copy(update={"checkpoint": CheckpointSection(**keys)})
+    nothing = SimpleNamespace(num_prompts=0, num_deleted=0, columns=frozenset(), at=lambda *_: [])
+    inputs = SimpleNamespace(held_out={"": nothing})
+    run_: Any = SimpleNamespace(recipe=loaded, inputs=inputs, journal=journal, best=None)
+    inspect.unwrap(take_best)(run_, best)
     assert run_.best == (best if goes_on else None)
     said = journal.take_warnings()
     assert not said if goes_on else "after step 2, had the greatest eval/reward" in said[0]
+
+
+def test_a_best_value_of_other_held_out_prompts_or_another_sampling_is_not_compared() -> None:
+    loaded = smallest(data={"eval": "/e.jsonl"}, held_out=[A], eval={"temperature": 0.5})
+
+    def measured(recipe: Recipe, answer: str, *, metric: str = "eval/a/reward") -> Any:
+        def prompts(question: str, answer: str) -> Any:
+            ids = np.arange(3, dtype=np.int32)
+            columns = {"answer": answer, "kept": object()}
+            prompt = Prompt(index=0, prompt_ids=ids, text=question, columns=columns)
+            facts = {"num_prompts": 1, "num_deleted": 0, "columns": frozenset(columns)}
+            return SimpleNamespace(**facts, at=lambda *_: [prompt])
+
+        held_out = {"": prompts("q", answer), "a": prompts("q", "7")}
+        inputs = SimpleNamespace(held_out=held_out)
+        best = {"metric_for_best_model": metric}
+        recipe = recipe.model_copy(update={"checkpoint": CheckpointSection(**best)})
+        return SimpleNamespace(recipe=recipe, inputs=inputs, journal=Journal(), best=None)
+
+    def digest(run_: Any, metric: str) -> str:
+        return measured_on(run_.recipe, run_.inputs.held_out, metric)
+
+    for metric, moved in (("eval/reward", True), ("eval/a/reward", False)):
+        before = measured(loaded, "3", metric=metric)
+        edited = measured(loaded, "4", metric=metric)
+        best = BestStep(
+            step=2,
+            value=2.5,
+            metric=metric,
+            is_greatest=True,
+            measured_on=digest(before, metric),
+        )
+        inspect.unwrap(take_best)(edited, best)
+        assert edited.best == (None if moved else best)
+        said = edited.journal.take_warnings()
+        assert ("other held-out prompts" in said[0]) if moved else not said
+    warmer = loaded.model_copy(update={"eval": EvalSection(temperature=0.6)})
+    assert digest(measured(warmer, "3"), "eval/a/reward") != best.measured_on
+    rarer = loaded.model_copy(update={"eval": EvalSection(temperature=0.5, every_steps=3)})
+    assert digest(measured(rarer, "3"), "eval/a/reward") == best.measured_on
+    # A checkpoint of an earlier revision says nothing of it.
+    unknown = measured(loaded, "3", metric="eval/a/reward")
+    inspect.unwrap(take_best)(unknown, replace(best, measured_on=""))
+    assert unknown.best is not None
+
+
+def test_the_noise_of_a_held_out_set_goes_by_its_name() -> None:
+    assert held_out_id("", 3) == EVAL_REQUESTS + 3
+    names = ["", *(f"set{n}" for n in range(50))]
+    ids = [held_out_id(name, index) for name in names for index in (0, 5, MAX_HELD_OUT - 1)]
+    assert len(set(ids)) == len(ids)
+    # Room for the turns of conversations, see `turns.turn_id`.
+    assert max(ids) < 1 << 42
+    # Worked out by hand: the first 8 bytes of SHA-256 of "a" are ca978112ca1bbdca.
+    number = 1 + 0xCA978112CA1BBDCA % ((1 << 18) - 1)
+    assert held_out_id("a", 2) == EVAL_REQUESTS + number * 4194304 + 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_replay.engines.types import RolloutGroup
-from moe_replay.errors import MisalignmentError, RewardError
+from moe_replay.errors import MisalignmentError, RecipeError, RewardError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.turns import turn_id
 from moe_replay.recipe.recipe import Recipe
@@ -135,6 +135,32 @@ def test_ranks_that_share_a_vllm_take_their_turns_together(turns: Recipes) -> No
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
         assert record["num_turns/max"] == 3
+
+
+def test_a_prompt_that_reset_makes_too_long_is_dropped_cut_or_stops_as_data_says(
+    turns: Recipes, tmp_path: Path
+) -> None:
+    # Some groups get 40 characters more than the others, and their prompts 70 tokens.
+    longer = ENVIRONMENT.replace(
+        'f" [{self.number}]"', 'f" [{self.number}]" + "x" * (40 if seed % 2 else 0)'
+    )
+    (tmp_path / "echo.py").write_text(longer)
+    keys = {"data__max_prompt_length": 48, "run__max_steps": 1, "data__truncation": "delete"}
+    loaded = turns(**keys)
+    (record,) = run(loaded)
+    lines = (loaded.run.output_dir / "completions.jsonl").read_text().splitlines()
+    said = [json.loads(line) for line in lines]
+    unbegun = [line for line in said if not line["turns"]]
+    assert 0 < len(unbegun) < len(said) == 32 and len(unbegun) % 4 == 0
+    assert record["environment/dropped_ratio"] == len(unbegun) / 32
+    assert record["num_turns/min"] >= 1 and record["replay/agreement"] == 1.0
+    for line in said:
+        assert (line["reward"] is None) == (line in unbegun)
+        if line in unbegun:
+            assert (line["num_tokens"], line["finish_reason"]) == (0, "aborted")
+            assert line["advantage"] == 0 and "[" not in line["prompt"]
+    with pytest.raises(RecipeError, match=r"after reset: the prompt has .* tokens"):
+        run(turns(**keys | {"data__truncation": "error", "run__output_dir": tmp_path / "b"}))
 
 
 def test_reset_that_depends_on_more_than_the_seed_is_refused(

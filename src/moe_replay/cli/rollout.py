@@ -156,7 +156,8 @@ def _manifest(recipe: Recipe, engine: Engine, wanted: range) -> Manifest:
 def _check_kept(recipe: Recipe, inputs: Inputs, writer: RolloutWriter, *, where: str) -> None:
     """Raise `RecipeError` unless existing groups were sampled for the prompts of this recipe."""
     for kept in writer.kept_requests():
-        (prompt,) = inputs.train.at(kept.request_id, 1)
+        step = recipe.step_of(kept.request_id)
+        (prompt,) = inputs.train.at(kept.request_id, 1, step=step)
         asked = prompt.prompt_ids, recipe.rollout.num_generations
         if not np.array_equal(kept.prompt_ids, asked[0]) or kept.num_generations != asked[1]:
             raise RecipeError(
@@ -191,8 +192,9 @@ def _groups(
         if not ids and not shares_engine:
             continue
         requests = [
-            training_request(recipe, request_id, inputs.train.at(request_id, 1)[0])
+            training_request(recipe, request_id, prompt)
             for request_id in ids
+            for prompt in inputs.train.at(request_id, 1, step=recipe.step_of(request_id))
         ]
         groups = engine.generate(requests, sampling)
         check_groups(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, save_groups
+from moe_replay.grpo.best import take_best
 from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.export import write_export
 from moe_replay.grpo.records import EXPORT_FOLDER
@@ -116,21 +117,6 @@ def load_checkpoint(run: Run, step: int) -> None:
     run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
     run.policy_version = position.policy_version
     if position.best:
-        _take_best(run, BestStep(**position.best))
+        take_best(run, BestStep(**position.best))
     if run.guard is not None and position.guard:
         run.guard.restore(position.guard)
-
-
-def _take_best(run: Run, best: BestStep) -> None:
-    """Go on from the best evaluation so far, unless the recipe now chooses by something else."""
-    settings = run.recipe.checkpoint
-    asked = (settings.metric_for_best_model, settings.greater_is_better)
-    if asked == (best.metric, best.is_greatest):
-        run.best = best
-        return
-    kind = "greatest" if best.is_greatest else "smallest"
-    run.journal.warn(
-        f"the best model so far, after step {best.step}, had the {kind} {best.metric}; "
-        f"checkpoint.metric_for_best_model is {asked[0]!r} now and greater_is_better {asked[1]}, so "
-        "the search for the best starts again here"
-    )

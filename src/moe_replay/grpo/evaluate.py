@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 
@@ -12,24 +12,22 @@ from jaxtyping import Float64
 
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.answers import ask_engine, ask_rewards
+from moe_replay.grpo.best import keep_best
 from moe_replay.grpo.engines import recipe_sampling
-from moe_replay.grpo.export import write_export
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.metrics import Tally, function_tally
-from moe_replay.grpo.records import EXPORT_FOLDER, CompletionRecord, EvalRecord
-from moe_replay.grpo.run import BestStep, Run
+from moe_replay.grpo.records import CompletionRecord, EvalRecord
+from moe_replay.grpo.run import Run
 from moe_replay.grpo.stopping import StepDropped
 from moe_replay.grpo.turns import converse
 from moe_replay.grpo.types import Conversation
 from moe_replay.recipe.recipe import Recipe
-from moe_replay.recipe.sections.run import EvalSection
+from moe_replay.recipe.sections.run import MAX_HELD_OUT, EvalSection, held_out_number
 from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
 
 EVAL_REQUESTS = 1 << 40
 """First request id of evaluations, so that they never share sampling noise with training."""
-_SET_REQUESTS = 1 << 32
-"""Request ids of a held-out set, by its place among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def evaluate(run: Run) -> None:
     record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
     run.reporter.evaluation(record, kept)
     run.evaluation_is_owed = False
-    _keep_best(run, metrics)
+    keep_best(run, metrics)
 
 
 def _answers(run: Run, asked: Sequence[_Asked]) -> _Answers:
@@ -127,35 +125,6 @@ def _answers(run: Run, asked: Sequence[_Asked]) -> _Answers:
     )
 
 
-def _keep_best(run: Run, metrics: Mapping[str, float]) -> None:
-    """Note whether this evaluation is the best so far, and write its model; collective.
-
-    The weights before the first step have no checkpoint, so they are never the best.
-    """
-    settings = run.recipe.checkpoint
-    name = settings.metric_for_best_model
-    if name is None or run.step == 0:
-        return
-    value = metrics.get(name)
-    if value is None:
-        run.journal.warn(
-            f"the evaluation after step {run.step} has no {name}, by which the best model is "
-            "chosen: no completion of it has a score"
-        )
-        return
-    best = run.best
-    is_better = best is None or (
-        value > best.value if settings.greater_is_better else value < best.value
-    )
-    if is_better:
-        run.best = BestStep(
-            step=run.step, value=value, metric=name, is_greatest=settings.greater_is_better
-        )
-        if settings.export:
-            folder = run.directory / f"{EXPORT_FOLDER}-best"
-            write_export(run.actor, run.recipe, folder)
-
-
 def eval_sampling(recipe: Recipe) -> SamplingParams:
     """Return how held-out completions are sampled; what ends them is that of the rollout."""
     settings, rollout = recipe.eval, recipe_sampling(recipe)
@@ -166,6 +135,16 @@ def eval_sampling(recipe: Recipe) -> SamplingParams:
         top_k=settings.top_k,
         max_completion_length=settings.max_completion_length or rollout.max_completion_length,
     )
+
+
+def held_out_id(name: str, index: int) -> int:
+    """Return the request id, and so the noise, of a held-out prompt: by the name of its set.
+
+    Sets that come, go or change places leave the noise of the others as it was. Example: prompt 3
+    of ``data.eval``, whose name is empty, has the id ``EVAL_REQUESTS + 3``.
+    """
+    assert index < MAX_HELD_OUT
+    return EVAL_REQUESTS + held_out_number(name) * MAX_HELD_OUT + index
 
 
 def _asked(run: Run) -> Iterator[_Asked]:
@@ -180,7 +159,7 @@ def _asked(run: Run) -> Iterator[_Asked]:
             (run.process.rank - first) % run.process.world_size, count, run.process.world_size
         ):
             request = Request(
-                request_id=EVAL_REQUESTS + asked.number * _SET_REQUESTS + index,
+                request_id=held_out_id(asked.name, index),
                 prompt_ids=prompts[index].prompt_ids,
                 num_generations=run.recipe.eval.num_generations,
             )

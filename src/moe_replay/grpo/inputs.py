@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from moe_replay.tasks.environments.client import EnvironmentProcess
 from moe_replay.tasks.environments.loading import check_columns
 from moe_replay.tasks.environments.opening import OpenEnvironment, check_scored, open_environment
 from moe_replay.tasks.generated import GeneratedTask
+from moe_replay.tasks.mixture import MixedPrompts, Part
 from moe_replay.tasks.prompts import (
     GeneratedPrompts,
     HeldOutPrompts,
@@ -111,21 +112,21 @@ def _open_prompts(
     cache = DatasetCache(data.cache_dir or _default_cache(), progress=progress)
     held_out = {asked.name: _open_held_out(asked, encoder, cache) for asked in recipe.held_out_sets}
     train = _open_train(recipe, encoder, held_out.values(), cache)
-    train.at(0, 1)
-    sources = {"data.train": train} | {
-        asked.key: held_out[asked.name] for asked in recipe.held_out_sets
-    }
-    notes = list(dict.fromkeys([*cache.notes, *encoder.notes(), *_notes(sources)]))
+    for source in train.values():
+        source.at(0, 1)
+    sources = train | {asked.key: held_out[asked.name] for asked in recipe.held_out_sets}
+    names = {each.key: each.name for each in (*recipe.training_sets, *recipe.held_out_sets)}
+    notes = list(dict.fromkeys([*cache.notes, *encoder.notes(), *_notes(sources, set(train))]))
     if environment is not None:
         notes += environment.template.notes()
     for key, source in sources.items():
-        rewards.check(source)
+        rewards.check(source, names[key])
         if process is not None:
             check_columns(process.description, source.columns, key)
-        notes += _gaps(key, source, rewards)
+        notes += _gaps(key, source, rewards, names[key])
     return Inputs(
         tokenizer=tokenizer,
-        train=train,
+        train=_mixed(recipe, train),
         held_out=held_out,
         rewards=rewards,
         environment=environment,
@@ -133,7 +134,18 @@ def _open_prompts(
     )
 
 
-def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
+def _mixed(recipe: Recipe, train: Mapping[str, PromptSource]) -> PromptSource:
+    """Return the datasets to train on, by key, as one."""
+    if recipe.data.train is not None:
+        return train["data.train"]
+    parts = [
+        Part(name=each.name, weight=each.weight, source=train[each.key])
+        for each in recipe.training_sets
+    ]
+    return MixedPrompts(parts, seed=recipe.run.seed)
+
+
+def _gaps(key: str, source: PromptSource, rewards: RewardSet, name: str) -> Iterator[str]:
     """Yield the columns that reward functions get as None, because some rows lack them.
 
     Raises:
@@ -141,7 +153,7 @@ def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
     """
     if not isinstance(source, FilePrompts):
         return
-    for spec, column in rewards.needs():
+    for spec, column in rewards.needs(name):
         gap = source.gap(column)
         if gap is not None and spec.function in BUILTIN_REWARDS:
             raise RecipeError(
@@ -155,20 +167,29 @@ def _gaps(key: str, source: PromptSource, rewards: RewardSet) -> Iterator[str]:
 def data_lines(recipe: Recipe, inputs: Inputs) -> list[str]:
     """Return what is trained and evaluated on, and what it is rewarded by, in words."""
     lines = []
-    every = [("train", recipe.data.train, inputs.train)] + [
-        (f"eval {asked.name}".rstrip(), asked.dataset, inputs.held_out[asked.name])
+    mixed = inputs.train.parts if isinstance(inputs.train, MixedPrompts) else None
+    trained = [inputs.train] if mixed is None else [part.source for part in mixed]
+    weights = sum(each.weight for each in recipe.training_sets)
+    every = [
+        (f"train {each.name}".rstrip(), each.dataset, source, each.weight / weights)
+        for each, source in zip(recipe.training_sets, trained, strict=True)
+    ] + [
+        (f"eval {asked.name}".rstrip(), asked.dataset, inputs.held_out[asked.name], 1.0)
         for asked in recipe.held_out_sets
     ]
-    for name, location, source in every:
+    for name, location, source, share in every:
         endless = source.num_prompts is None
         size = "generated without end" if endless else f"{source.num_prompts} prompts"
-        lines.append(f"{name}: {location}, {size}")
+        drawn = f", {100 * share:.3g} % of the prompts" if share < 1 else ""
+        lines.append(f"{name}: {location}, {size}{drawn}")
     rewards = [f"{reward.name} x {reward.weight:g}" for reward in recipe.rewards]
     if inputs.environment is not None:
         section, offers = inputs.environment.section, inputs.environment.process.description
         tools = [tool["function"]["name"] for tool in offers.tools]
         what = f"tools {', '.join(tools)}" if tools else section.form
-        lines.append(f"environment: {section.name} ({what}), at most {section.max_turns} turns")
+        lines.append(
+            f"environment: {section.name or 'functions'} ({what}), at most {section.max_turns} turns"
+        )
         rewards += [f"{section.name} x {section.weight:g}"] * offers.has_reward
     return [*lines, f"rewards: {', '.join(rewards)}"]
 
@@ -220,14 +241,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_dir: Path) -> None
 
 
 def recipe_dataset_files(recipe: Recipe, key: str) -> tuple[Path, ...]:
-    """Return the files of ``data.train`` or of a held-out set; a generated dataset has none.
+    """Return the files of a dataset to train on or of a held-out set; a generated one has none.
 
     Raises:
         RecipeError: when they cannot be found.
     """
     data = recipe.data
-    sets = {asked.key: (asked.dataset, asked.split) for asked in recipe.held_out_sets}
-    location, split = ({"data.train": (data.train, data.train_split)} | sets)[key]
+    every = (*recipe.training_sets, *recipe.held_out_sets)
+    location, split = {each.key: (each.dataset, each.split) for each in every}[key]
     if location.startswith(GENERATED):
         return ()
     if location.startswith(HUB):
@@ -235,20 +256,17 @@ def recipe_dataset_files(recipe: Recipe, key: str) -> tuple[Path, ...]:
     return dataset_files(location, split=split)
 
 
-def _notes(sources: Mapping[str, PromptSource]) -> Iterator[str]:
-    train = sources["data.train"]
+def _notes(sources: Mapping[str, PromptSource], trained: Collection[str]) -> Iterator[str]:
+    """Yield notes about datasets by key; those in ``trained`` are trained on."""
+    of_key = {key: each.files for key, each in sources.items() if isinstance(each, FilePrompts)}
     for key, source in sources.items():
         if isinstance(source, FilePrompts):
             yield from (f"{key}: {note}" for note in source.notes())
         elif source.num_deleted:
             yield f"{key}: {source.num_deleted} prompts are longer than data.max_prompt_length and were left out"
-        if (
-            source is not train
-            and isinstance(train, FilePrompts)
-            and isinstance(source, FilePrompts)
-            and set(train.files) & set(source.files)
-        ):
-            yield f"{key} reads files of data.train: the evaluation will show prompts that were trained on"
+        for other in trained:
+            if key not in trained and set(of_key.get(key, ())) & set(of_key.get(other, ())):
+                yield f"{key} reads files of {other}: the evaluation will show prompts that were trained on"
 
 
 def _default_cache() -> Path | None:
@@ -259,6 +277,7 @@ def _default_cache() -> Path | None:
 
 
 def _open_held_out(asked: HeldOutSet, encoder: PromptEncoder, cache: DatasetCache) -> PromptSource:
+    encoder = replace(encoder, dataset=asked.name)
     if asked.dataset.startswith(GENERATED):
         task = GeneratedTask(asked.dataset.removeprefix(GENERATED), asked.task)
         return draw_held_out(task, encoder, seed=asked.seed, num_prompts=asked.size)
@@ -278,22 +297,27 @@ def _open_train(
     encoder: PromptEncoder,
     held_out: Iterable[PromptSource],
     cache: DatasetCache,
-) -> PromptSource:
-    data = recipe.data
-    if data.train.startswith(GENERATED):
-        drawn = (source for source in held_out if isinstance(source, HeldOutPrompts))
-        return GeneratedPrompts(
-            task=GeneratedTask(data.train.removeprefix(GENERATED), data.task),
-            seed=data.train_seed,
-            encoder=encoder,
-            excluded_questions=frozenset().union(*(source.questions for source in drawn)),
-        )
-    return open_file_prompts(
-        data.train,
-        encoder,
-        split=data.train_split,
-        shuffle_seed=recipe.run.seed if data.shuffle else None,
-        max_prompts=None,
-        held_out=False,
-        cache=cache,
-    )
+) -> dict[str, PromptSource]:
+    """Return key -> prompts of each dataset to train on."""
+    drawn = (source for source in held_out if isinstance(source, HeldOutPrompts))
+    excluded = frozenset().union(*(source.questions for source in drawn))
+    opened: dict[str, PromptSource] = {}
+    for each in recipe.training_sets:
+        own = replace(encoder, dataset=each.name)
+        if each.dataset.startswith(GENERATED):
+            opened[each.key] = GeneratedPrompts(
+                task=GeneratedTask(each.dataset.removeprefix(GENERATED), each.task),
+                seed=each.seed,
+                encoder=own,
+                excluded_questions=excluded,
+            )
+        else:
+            opened[each.key] = open_file_prompts(
+                each.dataset,
+                own,
+                split=each.split,
+                shuffle_seed=recipe.run.seed if recipe.data.shuffle else None,
+                cache=cache,
+                curriculum=recipe.curriculum,
+            )
+    return opened

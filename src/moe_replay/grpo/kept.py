@@ -64,6 +64,7 @@ def kept_completions(
                     policy_version=completion.policy_version,
                     server=completion.server,
                     held_out=held_out,
+                    dataset="" if held_out else prompt.dataset,
                     dropped=dropped.get(index),
                     sample=index,
                     turns=[asdict(part) for part in conversations[row].parts]

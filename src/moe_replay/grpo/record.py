@@ -111,6 +111,9 @@ def _turns(conversations: Sequence[Conversation]) -> Tally:
     """
     tally = Tally()
     for talk in conversations:
+        tally.add_mean("environment/dropped_ratio", total=not talk.parts)
+        if not talk.parts:
+            continue
         count = len(talk.turns)
         tally.add_mean("num_turns/mean", total=count)
         tally.add_min("num_turns/min", count)
@@ -162,8 +165,15 @@ def _fault_metrics(run: Run) -> dict[str, float]:
 def _notices(recipe: Recipe, metrics: Mapping[str, float]) -> dict[str, str]:
     """Return what is odd about a step, kind of notice -> text; usually nothing."""
     notices = {}
-    aborted = metrics["completions/aborted_ratio"]
-    if aborted > 0:
+    unbegun = metrics.get("environment/dropped_ratio", 0.0)
+    if unbegun > 0:
+        notices["unbegun"] = (
+            f"{100 * unbegun:.3g} % of the conversations never began: their prompts are longer than "
+            f"data.max_prompt_length = {recipe.data.max_prompt_length} with what reset adds, and "
+            "data.truncation is 'delete' (environment/dropped_ratio); they are not trained on"
+        )
+    aborted = metrics["completions/aborted_ratio"] - unbegun
+    if aborted > 1e-9:
         notices["aborted"] = (
             f"the engine aborted {100 * aborted:.3g} % of the completions; they are recorded and not "
             "trained on"

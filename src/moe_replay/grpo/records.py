@@ -108,6 +108,8 @@ class CompletionRecord:
     """Weight pushes that the engine had received."""
     server: str = ""
     """Address of the server that sampled it; empty for an engine in a trainer's process."""
+    dataset: str = ""
+    """Its dataset in ``[[mixture]]``; empty without one."""
     held_out: str = ""
     """Name of its held-out set; empty for ``data.eval``, and in training."""
     dropped: str | None = None

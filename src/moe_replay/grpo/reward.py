@@ -14,6 +14,7 @@ from moe_replay.grpo.metrics import Tally, function_tally
 from moe_replay.grpo.rounds import Rounds, compared
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rated, Rollout, Scored
+from moe_replay.recipe.recipe import Recipe
 
 
 def rate_completions(run: Run, rollout: Rollout) -> Rated:
@@ -72,6 +73,7 @@ def score_groups(run: Run, rounds: Rounds) -> tuple[Rollout, Scored]:
         # The share of prompts that lost tokens at their start.
         cut = [prompt.num_cut > 0 for prompt in sampled.rollout.prompts]
         metrics["prompts/cut_ratio"] = float(np.mean(cut))
+    metrics |= _by_dataset(run.recipe, sampled)
     learned = rounds.learned
     of_groups = compared(run.recipe, learned)
     scored = Scored(
@@ -83,6 +85,19 @@ def score_groups(run: Run, rounds: Rounds) -> tuple[Rollout, Scored]:
         metrics=metrics | rounds.metrics(),
     )
     return learned.rollout, scored
+
+
+def _by_dataset(recipe: Recipe, sampled: Rated) -> dict[str, float]:
+    """Return ``datasets/*``: how many prompts came from each dataset of a mixture, and rewards."""
+    metrics = {}
+    for entry in recipe.mixture:
+        own = [prompt.dataset == entry.name for prompt in sampled.rollout.prompts]
+        metrics[f"datasets/{entry.name}/num_prompts"] = float(sum(own))
+        given = sampled.every_total[own]
+        given = given[~np.isnan(given)]
+        if len(given):
+            metrics[f"datasets/{entry.name}/reward"] = float(given.mean())
+    return metrics
 
 
 def _by_prompt(

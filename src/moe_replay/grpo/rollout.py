@@ -45,7 +45,7 @@ def roll_out(run: Run, num_prompts: int) -> Rollout:
         num_ranks = run.replica.num_replicas * run.replica.size
         num_prompts = -(-num_prompts // num_ranks) * num_ranks
         own = _part(num_prompts, 1, run.replica)
-    prompts, requests = _next_prompts(run, own, num_prompts)
+    prompts, requests = _next_prompts(run, own, num_prompts, step=run.step)
     run.next_prompt += num_prompts
     if run.ahead.is_under_way:
         run.ahead.held = run.droppable(
@@ -89,7 +89,7 @@ def begin_next(run: Run) -> None:
     """Have the rollout of the next step sampled from here on, where the run overlaps them."""
     if not run.overlaps or run.step == run.recipe.run.max_steps:
         return
-    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica), step=run.step + 1)
     run.ahead.start(run.engine, requests, recipe_sampling(run.recipe))
 
 
@@ -103,7 +103,7 @@ def await_next(run: Run, *, pushes_first: bool) -> None:
     """
     if not run.ahead.is_under_way:
         return
-    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica), step=run.step + 1)
     with run.station("rollout"):
         failure: Exception | None = None
         try:
@@ -124,7 +124,7 @@ def hold_saved(run: Run) -> None:
     folder = run.checkpoints.folder(run.step) / ROLLOUT_FOLDER
     if not run.overlaps or not any(run.ranks.gather(folder.is_dir())):
         return
-    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica))
+    _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica), step=run.step + 1)
     failure, groups = None, None
     try:
         groups = load_groups(folder, requests, recipe_sampling(run.recipe))
@@ -143,11 +143,15 @@ def hold_saved(run: Run) -> None:
 
 
 def _next_prompts(
-    run: Run, own: Sequence[int], num_prompts: int | None = None
+    run: Run, own: Sequence[int], num_prompts: int | None = None, *, step: int
 ) -> tuple[Sequence[Prompt], list[Request]]:
-    """Return the next prompts, by default as many as a step has, and this rank's requests."""
+    """Return the next prompts, by default as many as a step has, and this rank's requests.
+
+    ``step`` is the one that trains on them.
+    """
     position = run.next_prompt
-    prompts = run.inputs.train.at(position, num_prompts or run.recipe.prompts_per_step)
+    count = num_prompts or run.recipe.prompts_per_step
+    prompts = run.inputs.train.at(position, count, step=step)
     return prompts, [training_request(run.recipe, position + i, prompts[i]) for i in own]
 
 

@@ -89,8 +89,8 @@ def converse(
     environment = run.inputs.environment
     assert environment is not None
     begun = run.droppable(lambda: _begin(environment, run.recipe.run.seed, prompts, requests))
-    prompts, requests = [prompt for prompt, _ in begun], [request for _, request in begun]
-    wanted = [(*each, number) for each in begun for number in range(each[1].num_generations)]
+    requests = [each.request for each in begun]
+    wanted = [(each, number) for each in begun for number in range(each.request.num_generations)]
     talks = [_Talk(*each, slot) for slot, each in enumerate(wanted)]
     num_cut = 0
     for turn in range(environment.section.max_turns):
@@ -98,7 +98,11 @@ def converse(
         going = [talk for talk in talks if talk.is_open]
         if not any(run.ranks.gather(bool(going))):
             break
-        asked = [talk.next_request(turn, sampling) for talk in going] if turn else requests
+        asked = (
+            [talk.next_request(turn, sampling) for talk in going]
+            if turn
+            else [each.request for each in begun if each.fits]
+        )
         groups, cut = ask(run, asked, sampling)
         num_cut += cut
         turns = [completion for group in groups for completion in group.completions]
@@ -107,10 +111,12 @@ def converse(
         run.droppable(lambda: _act(run, environment, going, sampling, is_last=is_last))  # noqa: B023 - called at once
     rewards = np.full(len(talks), np.nan)
     if environment.process.description.has_reward:
-        rewards = run.droppable(lambda: environment.process.rewards(range(len(talks))))
-    completions = run.droppable(lambda: [talk.completion() for talk in talks])
+        held = [talk.slot for talk in talks if talk.calls]
+        rewards[held] = run.droppable(lambda: environment.process.rewards(held))
+    version = run.policy_version
+    completions = run.droppable(lambda: [talk.completion(version) for talk in talks])
     return Talks(
-        prompts=tuple(prompts),
+        prompts=tuple(each.prompt for each in begun),
         groups=grouped(requests, completions),
         num_cut=num_cut,
         conversations=tuple(
@@ -119,12 +125,24 @@ def converse(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A prompt after reset."""
+
+    prompt: Prompt
+    """With what the environment added, where that fits."""
+    request: Request
+    """For its first turns."""
+    fits: bool
+    """False where it is too long and ``data.truncation`` deletes it: nothing is sampled for it."""
+
+
 def _begin(
     environment: OpenEnvironment,
     seed: int,
     prompts: Sequence[Prompt],
     requests: Sequence[Request],
-) -> list[tuple[Prompt, Request]]:
+) -> list[_Begun]:
     """Reset an environment for each completion; those of a group begin in one state."""
     starts = []
     for prompt, request in zip(prompts, requests, strict=True):
@@ -145,13 +163,15 @@ def _begin(
         if any(each != mine[0] for each in mine):
             other = next(each for each in mine if each != mine[0])
             raise RewardError(
-                f"environment {environment.section.factory}: reset gave the conversations of one prompt "
+                f"environment {environment.section.what}: reset gave the conversations of one prompt "
                 f"(item {prompt.index}) different states: {excerpt(mine[0])} and {excerpt(other)}. They are "
                 "compared with each other, so they must begin alike: draw what is random from the argument "
                 "seed, which is the same for all of them"
             )
-        prompt = environment.encoded(prompt, mine[0])
-        begun.append((prompt, replace(request, prompt_ids=prompt.prompt_ids)))
+        longer = environment.encoded(prompt, mine[0])
+        prompt, fits = longer or prompt, longer is not None
+        request = replace(request, prompt_ids=prompt.prompt_ids)
+        begun.append(_Begun(prompt=prompt, request=request, fits=fits))
     return begun
 
 
@@ -206,14 +226,19 @@ def _messages(calls: Sequence[ToolCall], texts: Sequence[str]) -> list[dict[str,
 class _Talk:
     """One conversation while it is held."""
 
-    def __init__(self, prompt: Prompt, request: Request, number: int, slot: int) -> None:
-        self.prompt, self.request, self.number, self.slot = prompt, request, number, slot
+    def __init__(self, begun: _Begun, number: int, slot: int) -> None:
+        self.prompt, self.request, self.number, self.slot = (
+            begun.prompt,
+            begun.request,
+            number,
+            slot,
+        )
         # All tokens so far.
-        self.ids = request.prompt_ids
+        self.ids = begun.request.prompt_ids
         # Number of tokens that each call of the engine was fed, and what it returned.
         self.calls: list[tuple[int, Completion]] = []
         self.parts: list[Part] = []
-        self.is_open, self.met_limit = True, False
+        self.is_open, self.met_limit = begun.fits, False
         self.num_calls = self.num_failed = 0
         self._ending: FinishReason | None = None
 
@@ -248,8 +273,19 @@ class _Talk:
         text = run.inputs.text(suffix)
         self.parts.append(Part(by="environment", text=text, num_tokens=len(suffix)))
 
-    def completion(self) -> Completion:
-        """Return the conversation as one completion of its prompt, its trace stitched."""
+    def completion(self, policy_version: int) -> Completion:
+        """Return the conversation as one completion of its prompt, its trace stitched.
+
+        One that never began is aborted before its first token.
+        """
+        if not self.calls:
+            return Completion(
+                token_ids=np.zeros(0, dtype=np.int32),
+                rollout_logprobs=np.zeros(0, dtype=np.float32),
+                trace=None,
+                finish_reason=FinishReason.ABORTED,
+                policy_version=policy_version,
+            )
         # A turn that was aborted at once leaves the environment's tokens before it to nobody.
         calls = [call for call in self.calls if len(call[1].token_ids)] or self.calls[:1]
         last = calls[-1][1]

@@ -142,6 +142,8 @@ def _make_paths_absolute(table: dict[str, Any], folder: Path) -> None:
 def _absolute(section: str, key: str, value: Any, folder: Path) -> Any:
     """Anchor a value at a folder if its key holds a path; return any other value as it is."""
     field = FIELDS.get(section, {}).get(key)
+    if isinstance(value, list) and field is not None:
+        return [_absolute(section, key, each, folder) for each in value]
     if field is None or not isinstance(value, str) or not is_path(field):
         return value
     return (key_of(field).anchor or anchored)(value, folder)

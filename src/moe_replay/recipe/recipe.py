@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from moe_replay.errors import RecipeError, UnsupportedError
@@ -21,6 +21,7 @@ from moe_replay.recipe.rules import effect_free_keys, rule_problems
 from moe_replay.recipe.sections.base import Section, is_path, key_of, sections_for
 from moe_replay.recipe.sections.environment import EnvironmentSection
 from moe_replay.recipe.sections.lora import LoraSection
+from moe_replay.recipe.sections.mixture import CurriculumSection, MixtureSection
 from moe_replay.recipe.sections.rollout import RolloutSection
 from moe_replay.recipe.sections.run import (
     CheckpointSection,
@@ -56,13 +57,31 @@ class ProcessSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """A dataset to train on, wherever in the recipe it stands."""
+
+    key: str
+    """Dotted key of its dataset."""
+    name: str
+    """Name in metrics; empty for ``data.train``."""
+    dataset: str
+    """A file, a folder, or one that is generated or of the hub."""
+    split: str
+    """Split of a folder or of a dataset of the hub."""
+    seed: int
+    """Seed of generated items."""
+    task: Mapping[str, Any]
+    """Configuration of the family of generated items."""
+    weight: float = 1.0
+    """How often it is drawn from, in proportion to the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutSet:
     """A set of held-out prompts, wherever in the recipe it stands."""
 
     key: str
     """Dotted key of its dataset."""
-    number: int
-    """0 for ``data.eval``, from 1 on for those of ``[[held_out]]``."""
     name: str
     """Name in metrics; empty for ``data.eval``."""
     dataset: str
@@ -81,7 +100,6 @@ class HeldOutSet:
         """Return the set of ``data.eval``."""
         return HeldOutSet(
             key="data.eval",
-            number=0,
             name="",
             dataset=dataset,
             split=data.eval_split,
@@ -97,6 +115,8 @@ class Recipe(Section):
     run: RunSection
     model: ModelSection
     data: DataSection
+    mixture: Annotated[tuple[MixtureSection, ...], Field(strict=False)] = ()
+    curriculum: CurriculumSection | None = None
     rewards: Annotated[tuple[RewardSection, ...], Field(strict=False)] = ()
     environment: EnvironmentSection | None = None
     rollout: SerializeAsAny[RolloutSection]
@@ -132,6 +152,29 @@ class Recipe(Section):
         return self.data.max_prompt_length + self.rollout.max_completion_length
 
     @property
+    def training_sets(self) -> tuple[TrainingSet, ...]:
+        """The datasets to train on: ``data.train``, without a name, or ``[[mixture]]``."""
+        data = self.data
+        if data.train is not None:
+            own = TrainingSet(
+                key="data.train",
+                name="",
+                dataset=data.train,
+                split=data.train_split,
+                seed=data.train_seed,
+                task=data.task,
+            )
+            return (own,)
+        return tuple(
+            TrainingSet(key=f"mixture.{number}.dataset", **dict(entry))
+            for number, entry in enumerate(self.mixture)
+        )
+
+    def step_of(self, position: int) -> int:
+        """Return the step (from 1) that trains on a prompt, where each takes equally many."""
+        return position // self.prompts_per_step + 1
+
+    @property
     def held_out_sets(self) -> tuple[HeldOutSet, ...]:
         """The sets of held-out prompts: ``data.eval``, without a name, and ``[[held_out]]``."""
         data = self.data
@@ -139,7 +182,6 @@ class Recipe(Section):
         return first + tuple(
             HeldOutSet(
                 key=f"held_out.{number}.dataset",
-                number=number + 1,
                 name=entry.name,
                 dataset=entry.dataset,
                 split=entry.split,
@@ -257,8 +299,21 @@ class Recipe(Section):
             if allowed := key_of(field).may_change_inside:
                 items |= {f"{path}.{name}": value[name] for name in sorted(value.keys() - allowed)}
             else:
-                items[path] = Path(value).name if is_path(field) else value
+                items[path] = _last_parts(value) if is_path(field) else value
         return items
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Dotted key -> its default, for those of `fingerprint_items` that have one.
+
+        A run of an earlier revision, which did not know a key, trained as its default does.
+        """
+        defaults = {}
+        for path, _, field, entry in self._keys(self.resolved_table()):
+            if not field.is_required():
+                own = field.get_default(call_default_factory=True, validated_data=entry)
+                plain = TypeAdapter(Any).dump_python(own, mode="json")
+                defaults[path] = _last_parts(plain) if is_path(field) and plain else plain
+        return defaults
 
     def _keys(
         self, table: dict[str, Any]
@@ -289,6 +344,11 @@ def _at(table: Any, path: Sequence[str]) -> Any:
     for part in path:
         table = table[int(part)] if isinstance(table, list) else table[part]
     return table
+
+
+def _last_parts(paths: str | list[str]) -> str | list[str]:
+    """Return the last part of a path, or of each of several."""
+    return Path(paths).name if isinstance(paths, str) else [Path(path).name for path in paths]
 
 
 def _leaf(path: str) -> str:

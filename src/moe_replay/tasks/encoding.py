@@ -66,6 +66,8 @@ class Prompt:
     """Tokens removed from the start of the prompt."""
     given: PromptInput | None = None
     """What it was made of, where an environment may add to it."""
+    dataset: str = ""
+    """Name of its dataset in ``[[mixture]]`` or ``[[held_out]]``; empty for one of ``[data]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,8 @@ class PromptEncoder:
     """JSON schemas of an environment's tools, which every prompt offers."""
     keeps_given: bool = False
     """Whether prompts keep what they were made of."""
+    dataset: str = ""
+    """`Prompt.dataset` of the prompts that it makes."""
 
     @property
     def has_template(self) -> bool:
@@ -158,6 +162,7 @@ class PromptEncoder:
             prefill=rendered.prefill,
             num_cut=num_cut,
             given=given if self.keeps_given else None,
+            dataset=self.dataset,
         )
 
     def measure(self, given: Sequence[PromptInput]) -> tuple[list[int], int]:

@@ -36,8 +36,11 @@ class PromptSource(Protocol):
         """Names of the columns that every prompt carries."""
         ...
 
-    def at(self, position: int, count: int) -> list[Prompt]:
-        """Return the prompts from ``position`` on; every call gives the same ones."""
+    def at(self, position: int, count: int, *, step: int = 1) -> list[Prompt]:
+        """Return the prompts from ``position`` on; every call gives the same ones.
+
+        ``step`` (from 1) is the one that trains on them, where a curriculum goes by steps.
+        """
         ...
 
 
@@ -71,7 +74,7 @@ class GeneratedPrompts:
         """``question``, ``answer``, ``metadata``, and the ``task`` that scores answers."""
         return _GENERATED_COLUMNS
 
-    def at(self, position: int, count: int) -> list[Prompt]:
+    def at(self, position: int, count: int, *, step: int = 1) -> list[Prompt]:
         """Return the items from ``position`` on."""
         return [self._prompt(number) for number in range(position, position + count)]
 
@@ -115,7 +118,7 @@ class HeldOutPrompts:
         """Questions that training must not see."""
         return frozenset(prompt.columns["question"] for prompt in self.prompts)
 
-    def at(self, position: int, count: int) -> list[Prompt]:
+    def at(self, position: int, count: int, *, step: int = 1) -> list[Prompt]:
         """Return the items from ``position`` on; there are ``num_prompts``."""
         assert position + count <= len(self.prompts)
         return list(self.prompts[position : position + count])

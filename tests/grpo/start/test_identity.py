@@ -193,6 +193,28 @@ def test_t24_a_large_file_is_read_once_and_again_when_it_was_written(home: Path)
     assert digest() == "digest 3"
 
 
+def test_a_key_that_an_earlier_revision_did_not_know_is_no_change_at_its_default(
+    home: Path,
+) -> None:
+    now = load(home)
+    record = identity(home)
+    for key in ("grpo.delta", "grpo.epsilon", "rewards.0.weight", "replay.min_coverage"):
+        record.pop(key, None)
+    assert changed(record, identity(home))
+    assert differences(record, identity(home), now.fingerprint_defaults()) == []
+    # With another value than the default it is one.
+    keys = {"grpo__epsilon": 0.3, "grpo__epsilon_high": 0.2}
+    wider = load(home, **keys)
+    found = differences(record, identity(home, **keys), wider.fingerprint_defaults())
+    assert [(each.key, each.old, each.new) for each in found] == [("grpo.epsilon", None, 0.3)]
+    # What has no default, and what is gone, is one too.
+    record = {name: v for name, v in identity(home).items() if name != "rewards.0.function"}
+    found = differences(record, identity(home), now.fingerprint_defaults())
+    assert [each.key for each in found] == ["rewards.0.function"]
+    gone = {**identity(home), "grpo.forgotten": 1}
+    assert len(differences(gone, identity(home), now.fingerprint_defaults())) == 1
+
+
 def test_d11_keys_are_allowed_with_all_that_lies_below_them() -> None:
     allowed = ["optimizer.lr", "model.path", "data.train"]
     for key in ("optimizer.lr", "model.path/config.json", "data.train (reasoning-gym)"):

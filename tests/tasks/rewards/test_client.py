@@ -79,11 +79,13 @@ EVERY = ("good", *RAISES, *ENDS, *HANGS)
 
 BATCH = {
     "prompts": ["?"],
+    "datasets": [""],
     "rows": [{}],
     "prompt_of": [0, 0],
     "completions": ["a", "b"],
     "lengths": [],
     "state": [0, 1],
+    "asked": {},
 }
 
 
@@ -104,7 +106,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardProcess]
 
 def call(process: RewardProcess, name: str) -> Scores | Failure:
     (outcome,) = process.score(BATCH, b"", [EVERY.index(name)])
-    return outcome
+    return outcome if isinstance(outcome, Failure) else outcome.scores
 
 
 def pid_of(process: RewardProcess) -> int:

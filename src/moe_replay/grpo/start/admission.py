@@ -73,7 +73,7 @@ def admit(
         steps = [] if restart else checkpoints.steps()
         if steps:
             position = checkpoints.position(steps[-1])
-            changed = _accepted_changes(directory, position, identity, allow_changed)
+            changed = _accepted_changes(recipe, position, identity, allow_changed)
             if changed:
                 _write_down(directory / CHANGES_FILE, position.step, changed)
             notes += [f"changed from step {position.step + 1} on: {change}" for change in changed]
@@ -100,7 +100,7 @@ def check_admission(
     steps = [] if restart else checkpoints.steps()
     if steps:
         identity = run_identity(recipe, DigestCache(directory / _DIGESTS_FILE))
-        _accepted_changes(directory, checkpoints.position(steps[-1]), identity, allow_changed)
+        _accepted_changes(recipe, checkpoints.position(steps[-1]), identity, allow_changed)
 
 
 def _check_can_be_written(directory: Path) -> None:
@@ -118,7 +118,7 @@ def _check_can_be_written(directory: Path) -> None:
 
 
 def _accepted_changes(
-    directory: Path,
+    recipe: Recipe,
     position: RunPosition,
     identity: Mapping[str, Any],
     allow_changed: Collection[str],
@@ -128,7 +128,8 @@ def _accepted_changes(
     Raises:
         CheckpointError: when nobody has accepted some of it.
     """
-    changed = differences(position.identity, identity)
+    directory = recipe.run.output_dir
+    changed = differences(position.identity, identity, recipe.fingerprint_defaults())
     refused = [change for change in changed if not is_allowed(change.key, allow_changed)]
     if not refused:
         return changed

@@ -60,8 +60,8 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
     """
     items = dict(recipe.fingerprint_items())
     try:
-        sets = {asked.key: asked.dataset for asked in recipe.held_out_sets}
-        for key, location in ({"data.train": recipe.data.train} | sets).items():
+        every = (*recipe.training_sets, *recipe.held_out_sets)
+        for key, location in {each.key: each.dataset for each in every}.items():
             # Held-out prompts of files decide nothing that is trained.
             if key not in items:
                 continue
@@ -80,7 +80,12 @@ def run_identity(recipe: Recipe, cache: DigestCache) -> dict[str, Any]:
         for index, reward in enumerate(recipe.rewards):
             items |= _reward_items(f"rewards.{index}.function", reward.function, cache)
         if recipe.environment is not None:
-            items |= _reward_items("environment.factory", recipe.environment.factory, cache)
+            if recipe.environment.factory is not None:
+                items |= _reward_items("environment.factory", recipe.environment.factory, cache)
+            if recipe.environment.tools:
+                del items["environment.tools"]
+            for index, tool in enumerate(recipe.environment.tools):
+                items |= _reward_items(f"environment.tools.{index}", tool, cache)
     except OSError as error:
         raise RecipeError(
             f"{error.filename} cannot be read, to see whether it has changed: {error.strerror}"
@@ -99,14 +104,20 @@ def model_digests(folder: Path, cache: DigestCache) -> dict[str, str]:
     }
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return what differs between two runs, by key."""
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[Difference]:
+    """Return what differs between two runs, by key.
+
+    A key that the old run does not name had its default (``defaults``, by key): a revision that
+    did not know it yet wrote the record, or it had no effect.
+    """
     # As a checkpoint keeps them: tuples are lists there.
-    old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
+    old, new, defaults = (json.loads(json.dumps(dict(each or {}))) for each in (old, new, defaults))
     return [
         Difference(key=key, old=old.get(key), new=new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key, defaults.get(key)) != new.get(key)
     ]
 
 

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_replay.recipe.rule import EffectRule, Problem, Rule
-from moe_replay.recipe.rules import adapters, loss, running, scoring, turns
+from moe_replay.recipe.rules import adapters, loss, mixing, running, scoring, turns
 from moe_replay.recipe.sections.base import sections_for
 
 _EVERY = [
-    value for part in (running, scoring, adapters, loss, turns) for value in vars(part).values()
+    value
+    for part in (running, mixing, scoring, adapters, loss, turns)
+    for value in vars(part).values()
 ]
 _RULES = tuple(value for value in _EVERY if isinstance(value, Rule))
 _EFFECT_RULES = tuple(value for value in _EVERY if isinstance(value, EffectRule))

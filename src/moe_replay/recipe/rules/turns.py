@@ -37,6 +37,19 @@ def _turns_have_one_policy(
 
 
 @Rule
+def _there_is_something_to_act_in(environment: EnvironmentSection) -> Iterator[Problem]:
+    if environment.factory is None and environment.form != "tools":
+        text = (
+            f"missing with environment.form = {environment.form!r}: name the class, as file.py:Class "
+            "or module:Class"
+        )
+        yield Problem("environment.factory", text)
+    elif environment.factory is None and not environment.tools:
+        text = "missing, and there are no environment.tools: name a class, functions, or both"
+        yield Problem("environment.factory", text)
+
+
+@Rule
 def _environment_has_a_name_of_its_own(
     environment: EnvironmentSection, rewards: tuple[RewardSection, ...]
 ) -> Iterator[Problem]:
@@ -52,4 +65,8 @@ def _environment_has_a_name_of_its_own(
 @EffectRule
 def _no_tool_is_called(environment: EnvironmentSection) -> Iterator[tuple[str, str]]:
     if environment.form != "tools":
-        yield "environment.tool_parser", f"environment.form is {environment.form!r}, without tools"
+        for key in ("tool_parser", "tools"):
+            yield f"environment.{key}", f"environment.form is {environment.form!r}, without tools"
+    if environment.factory is None:
+        for key in ("args", "weight"):
+            yield f"environment.{key}", "environment.factory is not set, so there is no class"

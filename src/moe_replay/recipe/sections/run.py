@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from moe_replay.recipe.sections.base import Dtype, Key, Section, Several, TomlPath
 from moe_replay.recipe.sections.locations import GENERATED, anchored_dataset, anchored_function
+from moe_replay.recipe.sections.mixture import MixtureSection
 from moe_replay.recipe.sections.training import OptimizerSection
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _DURATION = re.compile(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+MAX_HELD_OUT = 1 << 22
+"""Largest number of prompts of a held-out set: their request ids have that much room."""
+
+
+def held_out_number(name: str) -> int:
+    """Return the number of a held-out set, which follows from its name: of ``data.eval`` 0.
+
+    Others have one from 1 to 2 ** 18 - 1, so that sets which come or go change nothing for them.
+    """
+    if not name:
+        return 0
+    return 1 + int.from_bytes(sha256(name.encode()).digest()[:8]) % ((1 << 18) - 1)
 
 
 def seconds_of(text: str) -> float:
@@ -45,9 +61,10 @@ def _rate_is_constant(optimizer: OptimizerSection) -> bool:
     return optimizer.lr_scheduler == "constant"
 
 
-def _no_item_is_held_out(data: DataSection) -> bool:
+def _no_item_is_held_out(data: DataSection, mixture: tuple[MixtureSection, ...]) -> bool:
     """Return whether no generated item must stay out of training because it is held out."""
-    return not data.train.startswith(GENERATED)
+    trained = [data.train or "", *(entry.dataset for entry in mixture)]
+    return not any(location.startswith(GENERATED) for location in trained)
 
 
 class RunSection(Section):
@@ -107,10 +124,10 @@ class ModelSection(Section):
 class DataSection(Section):
     """``[data]``: where prompts come from."""
 
-    train: Annotated[str, Key(anchor=anchored_dataset, also_called=("dataset",))]
+    train: Annotated[str | None, Key(anchor=anchored_dataset, also_called=("dataset",))] = None
     """A ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.arrow`` file, a folder of them,
     ``hf:ORG/NAME`` (read by the package ``datasets``), or ``reasoning_gym:<family>`` for endless
-    generated items."""
+    generated items; needed unless there are ``[[mixture]]`` tables."""
     eval: Annotated[str | None, Key(anchor=anchored_dataset, may_change=_no_item_is_held_out)] = (
         None
     )
@@ -155,7 +172,9 @@ class DataSection(Section):
     """Seed of the generated training items."""
     eval_seed: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=2, ge=0)
     """Seed of the generated held-out items."""
-    eval_size: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=128, gt=0)
+    eval_size: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(
+        default=128, gt=0, le=MAX_HELD_OUT
+    )
     """Held-out prompts: distinct generated items, or at most the first ones of a file."""
     task: Annotated[dict[str, Any], Key(may_change=_no_item_is_held_out)] = Field(
         default_factory=dict
@@ -181,9 +200,17 @@ class RewardSection(Section):
     """What happens where it raises, is late, ends its process or returns no number: the run stops,
     or the completions on which it fails are counted, and have no reward, so that they do not train
     (``drop``), or 0 from this function (``zero``)."""
+    datasets: Several[str] = ()
+    """Names of the sets of ``[[mixture]]`` and ``[[held_out]]`` whose completions it scores; it has
+    no opinion on others. All by default."""
+    num_workers: Annotated[int, Key(may_change=True, also_called=("num_processes",))] = Field(
+        default=1, gt=0, le=256
+    )
+    """Processes of each rank that score completions by it at once, in parts that hold all
+    completions of a prompt; 1 is the process that it shares with the other functions."""
     timeout_s: Annotated[float, Key(may_change=True)] = Field(default=1800.0, gt=0)
-    """Longest time that one call, which scores all that a rank has sampled in a step, or its
-    import may take."""
+    """Longest time that one call may take, which scores all that a rank has sampled in a step, or
+    one part of it; and its import."""
 
 
 class HeldOutSection(Section):
@@ -195,7 +222,9 @@ class HeldOutSection(Section):
     """Its prompts, in the forms of ``data.train``; columns are named as ``[data]`` says."""
     split: Annotated[str, Key(may_change=_no_item_is_held_out)] = "test"
     """Split of ``dataset`` where that is a folder or a dataset of the hub."""
-    size: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=128, gt=0)
+    size: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(
+        default=128, gt=0, le=MAX_HELD_OUT
+    )
     """Prompts: distinct generated items, or at most the first ones of a file."""
     seed: Annotated[int, Key(may_change=_no_item_is_held_out)] = Field(default=2, ge=0)
     """Seed of generated items."""

@@ -11,12 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from moe_replay.errors import RecipeError
+from moe_replay.recipe.sections.mixture import CurriculumSection
 from moe_replay.tasks.datasets.cache import DatasetCache, entry_key
+from moe_replay.tasks.datasets.curriculum import Curriculum, number_in, open_curriculum
 from moe_replay.tasks.datasets.row_reading import RowReader, read_rows_of
-from moe_replay.tasks.datasets.tables import Row, Table, open_table
+from moe_replay.tasks.datasets.tables import Row, Table, column_value, open_table, require_column
 from moe_replay.tasks.encoding import Prompt, PromptEncoder
 
 _BATCH_ROWS = 512
@@ -32,6 +34,8 @@ class Survey:
     """Column -> how many rows lack it, and the index of the first."""
     num_continued: int
     """Prompts that end with an assistant message that the model continues."""
+    values: Float64[np.ndarray, " rows"] | None = None
+    """``[rows]`` number of each row that a curriculum goes by; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,8 @@ class FilePrompts:
     """Seed of the order; None keeps the file's order."""
     held_out: bool
     """Whether positions end at the last row instead of starting a new epoch."""
+    curriculum: Curriculum | None = None
+    """Which prompts a step draws from, and in which order; None for all of them."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -109,18 +115,27 @@ class FilePrompts:
                 "a reference answer, set data.final_assistant_message = 'drop'"
             )
 
-    def at(self, position: int, count: int) -> list[Prompt]:
+    def at(self, position: int, count: int, *, step: int = 1) -> list[Prompt]:
         """Return the prompts from ``position`` on."""
         assert not self.held_out or position + count <= len(self.rows)
-        return [
-            self._prompt(*divmod(index, len(self.rows)))
-            for index in range(position, position + count)
-        ]
+        chosen = np.arange(len(self.rows))
+        if self.curriculum is not None:
+            chosen = self.curriculum.chosen(step)
+        found: list[Prompt] = []
+        while len(found) < count:
+            epoch, first = divmod(position + len(found), len(chosen))
+            order = self._order(chosen, epoch)[first : first + count - len(found)]
+            found += [self._prompt(int(self.rows[index])) for index in order]
+        return found
 
-    def _prompt(self, epoch: int, index: int) -> Prompt:
+    def _order(self, chosen: Int64[np.ndarray, " n"], epoch: int) -> Int64[np.ndarray, " n"]:
+        """Return indices of prompts in the order of an epoch."""
         if self.shuffle_seed is not None:
-            index = int(_order(len(self.rows), self.shuffle_seed, epoch)[index])
-        row = self.table.row(int(self.rows[index]))
+            chosen = chosen[_shuffled(len(chosen), self.shuffle_seed, epoch)]
+        return chosen if self.curriculum is None else self.curriculum.ordered(chosen)
+
+    def _prompt(self, number: int) -> Prompt:
+        row = self.table.row(number)
         prompt = self.encoder.encode(self.reader.prompt(row))
         if prompt is None:
             raise RecipeError(
@@ -131,7 +146,7 @@ class FilePrompts:
 
 
 @lru_cache(maxsize=2)
-def _order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
+def _shuffled(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
     order = list(range(num_rows))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return np.array(order, dtype=np.int64)
@@ -146,6 +161,7 @@ def open_file_prompts(
     max_prompts: int | None = None,
     held_out: bool = False,
     cache: DatasetCache | None = None,
+    curriculum: CurriculumSection | None = None,
 ) -> FilePrompts:
     """Open a dataset, a file, a folder or ``hf:ORG/NAME``, and check every prompt in it.
 
@@ -158,9 +174,13 @@ def open_file_prompts(
     data = encoder.data
     table = open_table(str(location), split=split, hub_config=data.hub_config, cache=cache)
     reader = read_rows_of(table, data)
+    column = None
+    if curriculum is not None:
+        column = reader.renamed.get(curriculum.column, curriculum.column)
+        require_column(table, column, "curriculum.column")
     # If long prompts are deleted, which ones come first is known only after measuring all.
     limit = None if data.truncation == "delete" else max_prompts
-    survey = _kept_survey(table, reader, encoder, limit, cache)
+    survey = _kept_survey(table, reader, encoder, limit, cache, column)
     kept = np.arange(len(survey.lengths))
     if data.truncation == "delete":
         kept = kept[survey.lengths <= data.max_prompt_length]
@@ -169,6 +189,10 @@ def open_file_prompts(
             f"{table.location}: all {len(table)} prompts are longer than data.max_prompt_length = "
             f"{data.max_prompt_length} tokens and were deleted: raise the limit, or set data.truncation to 'left'"
         )
+    opened = None
+    if curriculum is not None:
+        assert survey.values is not None
+        opened = open_curriculum(curriculum, survey.values[kept[:max_prompts]], table.location)
     return FilePrompts(
         table=table,
         reader=reader,
@@ -177,31 +201,46 @@ def open_file_prompts(
         rows=kept[:max_prompts],
         shuffle_seed=shuffle_seed,
         held_out=held_out,
+        curriculum=opened,
     )
 
 
 def _kept_survey(
-    table: Table, reader: RowReader, encoder: PromptEncoder, limit: int | None, cache: DatasetCache
+    table: Table,
+    reader: RowReader,
+    encoder: PromptEncoder,
+    limit: int | None,
+    cache: DatasetCache,
+    column: str | None,
 ) -> Survey:
     is_worth_it = bool(table.files) and cache.is_worth_it(table.files, num_rows=len(table))
     digest = encoder.digest() if is_worth_it else None
     if digest is not None:
         used = [reader.names, reader.prompt_columns, sorted(reader.renamed.items()), limit]
+        used += [] if column is None else [column]
         key = entry_key(table.files, "survey", table.location, json.dumps(used), digest)
         entry = cache.entry(
             key,
-            lambda folder: _write_survey(folder, _survey(table, reader, encoder, limit, cache)),
+            lambda folder: _write_survey(
+                folder, _survey(table, reader, encoder, limit, cache, column)
+            ),
         )
         if entry is not None:
             return _read_survey(entry)
-    return _survey(table, reader, encoder, limit, cache)
+    return _survey(table, reader, encoder, limit, cache, column)
 
 
 def _survey(
-    table: Table, reader: RowReader, encoder: PromptEncoder, limit: int | None, cache: DatasetCache
+    table: Table,
+    reader: RowReader,
+    encoder: PromptEncoder,
+    limit: int | None,
+    cache: DatasetCache,
+    column: str | None,
 ) -> Survey:
     total = len(table) if limit is None else min(limit, len(table))
     lengths = np.zeros(total, dtype=np.int32)
+    values = None if column is None else np.zeros(total)
     gaps: dict[str, tuple[int, int]] = {}
     continued = done = 0
     for rows in _batches(islice(table.scan(), total)):
@@ -213,9 +252,13 @@ def _survey(
                     gaps[name] = (count + 1, first)
         lengths[done : done + len(rows)], with_prefill = encoder.measure(prompts)
         continued += with_prefill
+        if values is not None and column is not None:
+            values[done : done + len(rows)] = [
+                number_in(column_value(row.columns, column), column, row.where) for row in rows
+            ]
         done += len(rows)
         cache.report(f"measuring the prompts of {table.location}", done, total)
-    return Survey(lengths=lengths, gaps=gaps, num_continued=continued)
+    return Survey(lengths=lengths, gaps=gaps, num_continued=continued, values=values)
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -225,13 +268,17 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _write_survey(folder: Path, survey: Survey) -> None:
     np.save(folder / "lengths.npy", survey.lengths)
+    if survey.values is not None:
+        np.save(folder / "values.npy", survey.values)
     found = {"gaps": survey.gaps, "num_continued": survey.num_continued}
     (folder / "found.json").write_text(json.dumps(found))
 
 
 def _read_survey(folder: Path) -> Survey:
     found = json.loads((folder / "found.json").read_text())
+    values = folder / "values.npy"
     return Survey(
+        values=np.load(values, mmap_mode="r") if values.exists() else None,
         lengths=np.load(folder / "lengths.npy", mmap_mode="r"),
         gaps={name: tuple(gap) for name, gap in found["gaps"].items()},
         num_continued=found["num_continued"],

@@ -133,6 +133,8 @@ class EnvironmentProcess:
         request = {
             "op": "load",
             "factory": section.factory,
+            "tools": list(section.tools),
+            "max_concurrent_calls": section.max_concurrent_calls,
             "form": section.form,
             "args": encode_value(section.args),
             "timeout_s": section.timeout_s,
@@ -159,7 +161,7 @@ class EnvironmentProcess:
         child = self._child
         limit = GRACE_S + (_START_S if request["op"] == "load" else self._section.timeout_s)
         assert child is not None
-        name, running, outcomes = self._section.factory, None, []
+        name, running, outcomes = self._section.what, None, []
         deadline = time.monotonic() + _START_S + limit
         try:
             child.send(pack_frame(request), deadline)
@@ -200,7 +202,7 @@ class EnvironmentProcess:
         if event["event"] == "done":
             return event["value"]
         raise RewardError(
-            f"environment {self._section.factory}: {method} {event['text']}. A tool may fail, and the "
+            f"environment {self._section.what}: {method} {event['text']}. A tool may fail, and the "
             f"model is told; {method} must return"
         ) from _cause(event)
 

@@ -26,6 +26,11 @@ class GymAdapter:
         self._messages: list[dict[str, str]] = []
         self._reward = 0.0
 
+    @property
+    def inner_step(self) -> Callable[..., Any]:
+        """The method of the environment itself."""
+        return self._inner.step
+
     async def reset(self, **row: Any) -> list[dict[str, str]]:
         """Begin; return the system message, if any, and the observation as a user message."""
         self._inner, self._reward = self._make(dict(self._args)), 0.0

@@ -14,13 +14,16 @@ public typed methods with docstrings as tools, and optionally ``get_reward() -> 
 With ``form = "step"`` it has one method instead of tools, ``step(text) -> str | None``: the next
 message to the model, or None when it is over. ``finished``, a flag or a method, may end it too.
 
-Source: TRL 1.16, ``GRPOTrainer`` (``environment_factory``); ms-swift, ``Env`` of its gym plugin.
+Plain functions, typed and with docstrings too, are tools beside or without a class.
+
+Source: TRL 1.16, ``GRPOTrainer`` (``environment_factory``, ``tools``); ms-swift, ``Env`` of its gym
+plugin.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +31,7 @@ from moe_replay.errors import RecipeError, shortened
 from moe_replay.tasks.environments.gym import GymAdapter
 from moe_replay.tasks.rewards.functions import describe_error, import_source
 
-KEY = "environment.factory"
+KEY, TOOLS_KEY = "environment.factory", "environment.tools"
 _NOT_TOOLS = frozenset({"reset", "get_reward"})
 
 
@@ -54,22 +57,66 @@ class Description:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What an environment is made of, in its own process."""
+
+    make: Callable[[], Any]
+    """Makes an instance."""
+    functions: Mapping[str, Callable[..., Any]]
+    """Tools by name that belong to no class."""
+    description: Description
+    """What it offers."""
+
+
+class _ToolsAlone:
+    """What conversations act in where there is no class: it has no state."""
+
+    def reset(self) -> None:
+        """Begin."""
+
+
 def load_environment(
-    factory: str, form: str, args: Mapping[str, Any]
-) -> tuple[Callable[[], Any], Description]:
-    """Import a class, make one instance, and return what makes instances and what they offer.
+    factory: str | None, tools: Sequence[str], form: str, args: Mapping[str, Any]
+) -> Offer:
+    """Import a class, make one instance, import plain functions, and return what they offer.
 
     Raises:
-        RecipeError: it cannot be found or made, or its form is another one.
+        RecipeError: something cannot be found or made, or its form is another one.
     """
-    source, colon, name = factory.rpartition(":")
-    if not colon or not source:
-        raise RecipeError(f"{KEY} {factory!r} is not of the form file.py:Class or module:Class")
-    found = getattr(import_source(source, KEY), name, None)
-    if not callable(found):
+    make, name = _maker(factory, form, args) if factory is not None else (_ToolsAlone, "")
+    instance = make()
+    methods = dict(tool_methods(instance)) if form == "tools" else {}
+    functions = _plain_tools(tools, methods)
+    if form == "tools" and not methods and not functions:
         raise RecipeError(
-            f"{KEY} {factory!r}: {source} has no class or function {name!r}: check the spelling"
+            f"{KEY} {factory!r}: {type(instance).__name__} has no tool: no public method beside "
+            "reset and get_reward. Add one, name functions in environment.tools, or set "
+            "environment.form = 'step' for a class with def step(self, text) -> str | None"
         )
+    if form == "step" and not callable(getattr(instance, "step", None)):
+        raise RecipeError(
+            f"{KEY} {factory!r}: {type(instance).__name__} has no method step: add def step(self, "
+            "text) -> str | None, or set environment.form = 'tools'"
+        )
+    parameters = inspect.signature(instance.reset).parameters.values()
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    schemas = [_schema(name, each, is_method=True) for name, each in methods.items()]
+    schemas += [_schema(name, each, is_method=False) for name, each in functions.items()]
+    description = Description(
+        name=name,
+        tools=schemas,
+        has_reward=callable(getattr(instance, "get_reward", None)),
+        takes=[p.name for p in by_name],
+        takes_everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        required=[p.name for p in by_name if p.default is p.empty],
+    )
+    return Offer(make=make, functions=functions, description=description)
+
+
+def _maker(factory: str, form: str, args: Mapping[str, Any]) -> tuple[Callable[[], Any], str]:
+    """Return what makes instances of a class, which is tried, and its name."""
+    found, name = _found(factory, KEY, "Class")
 
     def make() -> Any:
         return GymAdapter(found, args) if form == "gym" else found(**args)
@@ -86,30 +133,38 @@ def load_environment(
             f"{KEY} {factory!r}: {type(instance).__name__} has no method reset, which begins a "
             "conversation: def reset(self, **row) -> str | None"
         )
-    tools = (
-        [] if form != "tools" else [_schema(name, each) for name, each in tool_methods(instance)]
-    )
-    if form == "tools" and not tools:
+    return make, name
+
+
+def _plain_tools(
+    spelled: Sequence[str], methods: Mapping[str, object]
+) -> dict[str, Callable[..., Any]]:
+    """Return the functions that a recipe names as tools, by their own names."""
+    functions: dict[str, Callable[..., Any]] = {}
+    for each in spelled:
+        function, name = _found(each, TOOLS_KEY, "function")
+        if name in functions or name in methods:
+            raise RecipeError(f"{TOOLS_KEY}: two tools are called {name!r}: rename one of them")
+        functions[name] = function
+    return functions
+
+
+def _found(spelled: str, key: str, what: str) -> tuple[Callable[..., Any], str]:
+    """Import a class or function, and return it with its name."""
+    source, colon, name = spelled.rpartition(":")
+    if not colon or not source:
+        raise RecipeError(f"{key} {spelled!r} is not of the form file.py:{what} or module:{what}")
+    found = getattr(import_source(source, key), name, None)
+    if not callable(found):
         raise RecipeError(
-            f"{KEY} {factory!r}: {type(instance).__name__} has no tool: no public method beside "
-            "reset and get_reward. Add one, or set environment.form = 'step' for a class with "
-            "def step(self, text) -> str | None"
+            f"{key} {spelled!r}: {source} has no class or function {name!r}: check the spelling"
         )
-    if form == "step" and not callable(getattr(instance, "step", None)):
-        raise RecipeError(
-            f"{KEY} {factory!r}: {type(instance).__name__} has no method step: add def step(self, "
-            "text) -> str | None, or set environment.form = 'tools'"
-        )
-    parameters = inspect.signature(instance.reset).parameters.values()
-    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return make, Description(
-        name=name,
-        tools=tools,
-        has_reward=callable(getattr(instance, "get_reward", None)),
-        takes=[p.name for p in by_name],
-        takes_everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
-        required=[p.name for p in by_name if p.default is p.empty],
-    )
+    return found, name
+
+
+def stepping_method(instance: Any) -> Callable[..., Any]:
+    """Return the user's own method that steps an environment."""
+    return instance.inner_step if isinstance(instance, GymAdapter) else instance.step
 
 
 def tool_methods(instance: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -120,17 +175,18 @@ def tool_methods(instance: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield name, getattr(instance, name)
 
 
-def _schema(name: str, method: Callable[..., Any]) -> dict[str, Any]:
+def _schema(name: str, method: Callable[..., Any], *, is_method: bool) -> dict[str, Any]:
     from transformers.utils import get_json_schema
 
     try:
         schema = get_json_schema(method)
     # transformers raises several kinds, also where a type hint cannot be resolved.
     except Exception as error:
+        what = f"{KEY}: the public method {name}" if is_method else f"{TOOLS_KEY}: {name}"
+        private = f", or name the method _{name} if it is not a tool" * is_method
         raise RecipeError(
-            f"{KEY}: the public method {name} is a tool, and its schema cannot be made: "
-            f"{str(error)[:500]}. Give each argument a type and a line under Args: in its docstring, "
-            f"or name the method _{name} if it is not a tool"
+            f"{what} is a tool, and its schema cannot be made: {str(error)[:500]}. Give each argument "
+            f"a type and a line under Args: in its docstring{private}"
         ) from error
     schema["function"].pop("return", None)
     return schema

@@ -28,11 +28,13 @@ class OpenEnvironment:
     template: TurnTemplate
     """How its messages become tokens."""
 
-    def encoded(self, prompt: Prompt, added: str | list[dict[str, str]] | None) -> Prompt:
+    def encoded(self, prompt: Prompt, added: str | list[dict[str, str]] | None) -> Prompt | None:
         """Return a prompt with what the environment adds: a text at its end, or a chat instead.
 
+        None for one that is too long with it and is to be deleted, as ``data.truncation`` says.
+
         Raises:
-            RecipeError: the prompt is too long with it, or has no place for a text.
+            RecipeError: the prompt is too long with it and must not be, or has no place for a text.
         """
         if added is None:
             return prompt
@@ -42,12 +44,7 @@ class OpenEnvironment:
         begun = begun_prompt(given, added, continues=continues)
         given = replace(given, prompt=begun, where=f"{given.where}, after reset")
         longer = self.encoder.encode(given)
-        if longer is None:
-            raise RecipeError(
-                f"{given.where}: the prompt is longer than data.max_prompt_length with what reset "
-                "adds, and can no longer be omitted: raise the limit"
-            )
-        return replace(longer, given=prompt.given)
+        return None if longer is None else replace(longer, given=prompt.given)
 
 
 def begun_prompt(
@@ -87,12 +84,12 @@ def begun_prompt(
 
 def check_scored(recipe: Recipe, process: EnvironmentProcess) -> None:
     """Raise `RecipeError` unless completions are scored, and by what the recipe names."""
+    assert recipe.environment is not None
     if not recipe.rewards and not process.description.has_reward:
         raise RecipeError(
-            f"nothing scores completions: {process.description.name} has no get_reward, and there is no "
+            f"nothing scores completions: {recipe.environment.what} has no get_reward, and there is no "
             "[[rewards]] table: add one of the two"
         )
-    assert recipe.environment is not None
     name = recipe.environment.name
     if process.description.has_reward or name in [reward.name for reward in recipe.rewards]:
         return

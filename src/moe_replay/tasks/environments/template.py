@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from moe_replay.errors import RecipeError
-from moe_replay.tasks.chat_messages import excerpt, well_formed
+from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.completion_text import exact_text
+from moe_replay.tasks.environments.plain_text import PlainText, own_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class TurnTemplate:
         self._end_texts = [exact_text(tokenizer, [i]) for i in sorted(self._end_ids)]
         self._tools: list[Any] | None = list(tools) or None
         self._arguments = dict(arguments)
+        self._own = own_tokens(tokenizer)
         self._of_rows: dict[str, TurnTemplate] = {}
         self._check()
 
@@ -107,16 +109,18 @@ class TurnTemplate:
         """Return the tokens that follow a turn which ended with ``last_id``, up to the next turn.
 
         A turn that did not end with an end token, but at a stop string say, is ended here first.
+        What the messages say is plain text: a tool that answers ``<|im_end|>`` ends nothing.
 
         Raises:
             RecipeError: the template rejects the messages.
         """
-        said = [{key: well_formed(text) for key, text in each.items()} for each in messages]
+        texts = [text for each in messages for text in each.values()]
+        plain = PlainText(self._tokenizer, self._own, texts)
+        said = [{key: plain.marked(text) for key, text in each.items()} for each in messages]
         text = self._rendered(self._turn(_MARK, said))
         start, end = self._end_of(text, _MARK)
         rest = text[end if last_id in self._end_ids else start :]
-        ids = self._tokenizer(rest, add_special_tokens=False, verbose=False).input_ids
-        return np.array(ids, dtype=np.int32)
+        return np.array(plain.ids(rest), dtype=np.int32)
 
     def _turn(self, mark: str, messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
         answer: dict[str, Any] = {"role": "assistant", "content": mark}

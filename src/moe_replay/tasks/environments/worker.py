@@ -1,7 +1,9 @@
-"""The process of environments: user code that models act in runs here, one call after the other.
+"""The process of environments: user code that models act in runs here.
 
-A call that takes longer than its limit is interrupted by an alarm. One that cannot be, in native
-code say, is ended with the process by the trainer.
+Plain code runs one call after the other. Conversations that wait for async code alone do so
+together, up to a bound. A call that takes longer than its limit is cancelled where it waits, and
+interrupted by an alarm where it computes; one that cannot be, in native code say, is ended with the
+process by the trainer.
 
 In: frames: a class to load, then conversations to begin, to act in and to score. Out: a frame
 before each call into user code, and one for each conversation, in order.
@@ -15,16 +17,23 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from moe_replay.errors import RecipeError
-from moe_replay.tasks.environments.loading import Description, load_environment, tool_methods
+from moe_replay.tasks.environments.loading import (
+    Offer,
+    load_environment,
+    stepping_method,
+    tool_methods,
+)
 from moe_replay.tasks.rewards.functions import describe_error
 from moe_replay.tasks.rewards.wire import decode_value
 from moe_replay.tasks.rewards.worker import (
     WrongAnswer,
+    awaited,
     checked_scores,
     repair_streams,
     send_event,
@@ -49,33 +58,82 @@ class _Worker:
         self._answers = answers
         self._timeout_s = 0.0
         self._form = ""
-        self._make: Callable[[], Any] = lambda: None
-        self._description: Description | None = None
+        self._offer: Offer | None = None
         self._instances: dict[int, Any] = {}
-        self._slot = 0
         self._loop = asyncio.new_event_loop()
+        self._places = asyncio.Semaphore(1)
 
     def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
         """Handle a request: an event before each call into user code, and one after it."""
         if request["op"] == "load":
             self._load(request)
         else:
-            call = {"reset": self._reset, "act": self._act, "reward": self._reward}[request["op"]]
-            for item in request["items"]:
-                self._slot = item["slot"]
-                repair_streams()
-                try:
-                    told = call(item)
-                except BaseException as error:  # noqa: BLE001 - the seam: the user's code
-                    self._say(
-                        event="failed",
-                        slot=item["slot"],
-                        text=self._text(error),
-                        trace=trace_of(error),
-                    )
-                else:
-                    self._say(event="done", slot=item["slot"], value=told)
+            self._answer_items(request["op"], request["items"])
         self._say(event="finished")
+
+    def _answer_items(self, op: str, items: Sequence[Mapping[str, Any]]) -> None:
+        outcomes: dict[int, dict[str, Any]] = {}
+
+        async def answer(number: int) -> None:
+            outcomes[number] = await self._outcome(op, items[number])
+
+        together = [n for n, item in enumerate(items) if self._waits(op, item)]
+        # Plain code would stand in the way of what waits, so it comes first and alone.
+        for number in sorted(set(range(len(items))) - set(together)):
+            self._run(answer(number))
+        if together:
+
+            async def answer_all() -> None:
+                await asyncio.gather(*map(answer, together))
+
+            self._run(answer_all())
+        for number in range(len(items)):
+            self._say(**outcomes[number])
+
+    def _waits(self, op: str, item: Mapping[str, Any]) -> bool:
+        """Return whether a conversation only waits, in async code. Beginning it is never that."""
+        if op == "reset":
+            return False
+        instance = self._instances[item["slot"]]
+        if op == "reward":
+            return inspect.iscoroutinefunction(instance.get_reward)
+        if self._form != "tools":
+            return inspect.iscoroutinefunction(stepping_method(instance))
+        tools = self._tools(instance)
+        called = [tools[call["name"]] for call in item["calls"] if call["name"] in tools]
+        return bool(called) and all(map(inspect.iscoroutinefunction, called))
+
+    async def _outcome(self, op: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        call = {"reset": self._reset, "act": self._act, "reward": self._reward}[op]
+        repair_streams()
+        try:
+            told = await call(item)
+        except BaseException as error:  # noqa: BLE001 - the seam: the user's code
+            text, trace = self._text(error), trace_of(error)
+            return {"event": "failed", "slot": item["slot"], "text": text, "trace": trace}
+        return {"event": "done", "slot": item["slot"], "value": told}
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine of this class; whatever else ends the loop only interrupts it."""
+        signal.signal(signal.SIGALRM, _interrupt)
+        watch = self._loop.create_task(self._watch())
+        running = self._loop.create_task(coroutine)
+        while not running.done():
+            try:
+                self._loop.run_until_complete(running)
+            # An alarm between two tasks, or a SystemExit in a task that user code started.
+            except BaseException:  # noqa: BLE001 - the seam: the user's code
+                if not running.done():
+                    traceback.print_exc()
+        watch.cancel()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        running.result()
+
+    async def _watch(self) -> None:
+        """Put the alarm off for as long as the loop runs: it is for code that does not return."""
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+            await asyncio.sleep(self._timeout_s / 4)
 
     def _load(self, request: Mapping[str, Any]) -> None:
         for folder in reversed(request["folders"]):
@@ -85,104 +143,120 @@ class _Worker:
         try:
             args = decode_value(request["args"])
             with self._limited():
-                self._make, self._description = load_environment(
-                    request["factory"], self._form, args
+                self._offer = load_environment(
+                    request["factory"], request["tools"], self._form, args
                 )
         except RecipeError as error:
             self._say(event="failed", slot=0, text=str(error), trace=trace_of(error.__cause__))
         except _Late:
             limit = request["load_timeout_s"]
-            text = f"environment.factory {request['factory']!r}: its import took over {limit:g} s"
+            what = ", ".join([request["factory"] or "", *request["tools"]]).strip(", ")
+            text = f"[environment] {what}: its import took over {limit:g} s"
             self._say(event="failed", slot=0, text=text, trace="")
         else:
-            self._say(event="done", slot=0, value=self._description.plain())
+            self._say(event="done", slot=0, value=self._offer.description.plain())
         self._timeout_s = request["timeout_s"]
+        self._places = asyncio.Semaphore(request["max_concurrent_calls"])
 
-    def _reset(self, item: Mapping[str, Any]) -> Any:
+    async def _reset(self, item: Mapping[str, Any]) -> Any:
         """Begin a conversation; those with one seed and one row begin alike."""
-        assert self._description is not None
+        assert self._offer is not None
+        description = self._offer.description
         slot, seed = item["slot"], item["seed"]
         row = {name: decode_value(value) for name, value in item["row"].items()}
         row = {"seed": seed, **row}
-        if not self._description.takes_everything:
-            row = {name: row[name] for name in self._description.takes if name in row}
-        elif "seed" not in self._description.takes and "seed" not in item["row"]:
+        if not description.takes_everything:
+            row = {name: row[name] for name in description.takes if name in row}
+        elif "seed" not in description.takes and "seed" not in item["row"]:
             del row["seed"]
         old = self._instances.pop(slot, None)
         if old is not None and self._form == "gym":
-            self._called(old.close)
+            await self._called(slot, old.close)
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % 2**32)
         # A new one, as after a resume: the last conversation leaves it no state.
-        with self._limited():
-            self._instances[slot] = self._make()
-        told = self._called(self._instances[slot].reset, **row)
+        self._instances[slot] = await self._called(slot, self._offer.make)
+        told = await self._called(slot, self._instances[slot].reset, **row)
         if told is None or isinstance(told, str) or self._form == "gym":
             return told
         raise WrongAnswer(
             f"returned {type(told).__name__}, expected a text that is added to the prompt, or None"
         )
 
-    def _act(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        instance = self._instances[item["slot"]]
+    async def _act(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        slot, instance = item["slot"], self._instances[item["slot"]]
         if self._form == "tools":
-            results = [self._tool(instance, call) for call in item["calls"]]
+            results = [await self._tool(slot, instance, call) for call in item["calls"]]
             return {
                 "texts": [text for text, _ in results],
                 "num_failed": sum(failed for _, failed in results),
                 "is_over": False,
             }
         try:
-            told = self._called(instance.step, item["text"])
+            told = await self._called(slot, instance.step, item["text"])
             finished = getattr(instance, "finished", False)
-            finished = bool(self._called(finished) if callable(finished) else finished)
-            is_over = told is None or finished
-            texts = [] if is_over else [self._as_text(told)]
+            if callable(finished):
+                finished = await self._called(slot, finished)
+            is_over = told is None or bool(finished)
+            texts = [] if is_over else [await self._as_text(slot, told)]
         except BaseException as error:  # noqa: BLE001 - the seam: the user's code
             return {"texts": [_error_text(error, self._late)], "num_failed": 1, "is_over": False}
         return {"texts": texts, "num_failed": 0, "is_over": is_over}
 
-    def _tool(self, instance: Any, call: Mapping[str, Any]) -> tuple[str, bool]:
+    def _tools(self, instance: Any) -> dict[str, Callable[..., Any]]:
+        assert self._offer is not None
+        return dict(tool_methods(instance)) | self._offer.functions
+
+    async def _tool(self, slot: int, instance: Any, call: Mapping[str, Any]) -> tuple[str, bool]:
         """Return what a tool says to the model, and whether it failed."""
-        tools = dict(tool_methods(instance))
+        tools = self._tools(instance)
         if call["error"] is not None:
             return json.dumps({"error": call["error"]}), True
         if call["name"] not in tools:
             text = f"there is no tool {call['name']}; the tools are {', '.join(tools)}"
             return json.dumps({"error": text}), True
         try:
-            told = self._called(tools[call["name"]], **call["arguments"])
-            return self._as_text(told), False
+            told = await self._called(slot, tools[call["name"]], **call["arguments"])
+            return await self._as_text(slot, told), False
         except BaseException as error:  # noqa: BLE001 - the seam: the user's code
             return _error_text(error, self._late), True
 
-    def _reward(self, item: Mapping[str, Any]) -> float | None:
-        (score,) = checked_scores([self._called(self._instances[item["slot"]].get_reward)], 1)
+    async def _reward(self, item: Mapping[str, Any]) -> float | None:
+        slot = item["slot"]
+        (score,) = checked_scores([await self._called(slot, self._instances[slot].get_reward)], 1)
         return score
 
-    def _as_text(self, told: Any) -> str:
+    async def _as_text(self, slot: int, told: Any) -> str:
         # Writing a foreign object runs its code.
-        return told if isinstance(told, str) else self._called(str, told)
+        return told if isinstance(told, str) else await self._called(slot, str, told)
 
-    def _called(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _called(
+        self, slot: int, method: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Return what a method returns, awaited if need be, within the limit."""
-        with self._limited():
+        async with self._places:
+            # It restarts the trainer's own limit.
+            self._say(event="started", slot=slot)
+            # User code may have an alarm of its own.
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
             result = method(*args, **kwargs)
             if not inspect.isawaitable(result):
                 return result
-            try:
-                return self._loop.run_until_complete(_own(result))
-            except _Late:
-                for task in asyncio.all_tasks(self._loop):
-                    task.cancel()
-                raise
+            task = asyncio.ensure_future(awaited(result))
+            await asyncio.wait({task}, timeout=self._timeout_s)
+            if not task.done():
+                task.cancel()
+                raise _Late
+        error, value = task.result()
+        if error is not None:
+            raise error
+        return value
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        # It restarts the trainer's own limit.
-        self._say(event="started", slot=self._slot)
-        # User code may have an alarm of its own.
+        self._say(event="started", slot=0)
         signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
         try:
@@ -214,7 +288,3 @@ def _error_text(error: BaseException, late: str) -> str:
     except Exception:  # noqa: BLE001 - the seam: the user's exception
         text = type(error).__name__
     return json.dumps({"error": text[:2000]})
-
-
-async def _own(result: Awaitable[Any]) -> Any:
-    return await result

@@ -174,6 +174,12 @@ class Child:
         self._stacks.close()
         self._printer.join(GRACE_S)
 
+    def interrupt(self) -> None:
+        """Kill the process and its children, and leave the pipes to the thread that reads them."""
+        if os.getpid() == self._owner and self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def _close_pipe(self, name: str) -> None:
         if (fd := getattr(self, name)) >= 0:
             os.close(fd)
@@ -186,9 +192,7 @@ class Child:
 
     def _end_group(self) -> int:
         """Kill the process and its remaining children; return its exit code."""
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self.interrupt()
         return self._process.wait()
 
 

@@ -24,6 +24,18 @@ _START_S = 300.0
 
 Scores = Sequence[float | None]
 """The scores that a function returned, one a completion; None where it has no opinion."""
+Logged = Mapping[str, tuple[float, int]]
+"""Name -> sum and count of what functions have logged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a function returned."""
+
+    scores: Scores
+    """One a completion."""
+    logged: Logged
+    """What the call logged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +62,6 @@ class RewardProcess:
         self._functions = list(functions)
         self._folders = list(folders)
         self._child: Child | None = None
-        self._logged: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
     def load(self) -> list[Signature | Failure]:
@@ -61,7 +72,7 @@ class RewardProcess:
 
     def score(
         self, batch: Mapping[str, Any], blob: bytes, functions: Sequence[int]
-    ) -> list[Scores | Failure]:
+    ) -> list[Answer | Failure]:
         """Call functions, given by index, on a batch; return their outcomes in that order."""
         with self._lock:
             if self._child is None:
@@ -70,18 +81,21 @@ class RewardProcess:
                     return [refused[0]] * len(functions)
             request = {"op": "score", "functions": list(functions)} | dict(batch)
             events = self._ask(request, blob, functions)
-        outcomes = [events[index] for index in functions]
-        for each in outcomes:
-            if not isinstance(each, Failure):
-                for name, (total, count) in each["logged"].items():
-                    before = self._logged.get(name, (0.0, 0))
-                    self._logged[name] = (before[0] + total, before[1] + int(count))
-        return [each if isinstance(each, Failure) else each["scores"] for each in outcomes]
+        return [
+            each
+            if isinstance(each, Failure)
+            else Answer(
+                scores=each["scores"],
+                logged={name: (float(t), int(n)) for name, (t, n) in each["logged"].items()},
+            )
+            for each in (events[index] for index in functions)
+        ]
 
-    def take_logged(self) -> dict[str, tuple[float, int]]:
-        """Return name -> sum and count of what functions have logged since the last call."""
-        logged, self._logged = self._logged, {}
-        return logged
+    def interrupt(self) -> None:
+        """End the process from another thread: a call that waits for it fails."""
+        child = self._child
+        if child is not None:
+            child.interrupt()
 
     def close(self) -> None:
         """End the process and all of its children; another request starts a new one."""

@@ -24,7 +24,7 @@ from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 
 OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
 """Arguments that every reward function may take; they would hide columns of the same name."""
-NAMED_ONLY = frozenset({"trainer_state", "log_metric"})
+NAMED_ONLY = frozenset({"trainer_state", "log_metric", "dataset"})
 """Those that ``**kwargs`` do not get: only a function that names them, and only where no column
 has the name."""
 
@@ -75,6 +75,8 @@ class Signature(NamedTuple):
     """Names of its arguments."""
     takes_everything: bool
     """Whether it has ``**kwargs``, and so gets every column."""
+    is_async: bool = False
+    """Whether it is an ``async def``."""
 
     def takes(self, name: str) -> bool:
         """Return whether a call may pass ``name``."""
@@ -118,7 +120,8 @@ def _signature(name: str, function: Callable[..., Any], args: Mapping[str, Any])
             "rename or remove it"
         )
     required = {p.name for p in by_name if p.default is p.empty} - OWN_NAMES - NAMED_ONLY
-    return Signature(sorted(required), accepted, takes_everything)
+    is_async = inspect.iscoroutinefunction(function)
+    return Signature(sorted(required), accepted, takes_everything, is_async)
 
 
 def _find(spelled: str) -> Callable[..., Any]:

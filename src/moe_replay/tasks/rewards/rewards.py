@@ -11,28 +11,30 @@ dataset column or a key of ``[rewards.args]``; a function that names ``trainer_s
 be ``async``; all async functions of a batch run concurrently. None means no opinion on a
 completion.
 
-All functions run in one separate process (`client`) for the whole run: they cannot affect the
-trainer, and a function that hangs or ends its process is named.
+All functions run in one separate process (`client`) for the whole run, and one with ``num_workers``
+in several (`pool`): they cannot affect the trainer, and a function that hangs or ends its process
+is named.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from moe_replay.errors import RecipeError, RewardError, nearest_of
+from moe_replay.errors import RecipeError, RewardError
 from moe_replay.recipe.sections.run import RewardSection
-from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.prompts import PromptSource
+from moe_replay.tasks.rewards.batch import Batch, Rows
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
-from moe_replay.tasks.rewards.client import Failure, RewardProcess, Scores
-from moe_replay.tasks.rewards.functions import OWN_NAMES, Signature, load_function
+from moe_replay.tasks.rewards.checks import check_columns, is_asked, try_on_nothing
+from moe_replay.tasks.rewards.client import Answer, Failure, RewardProcess, Scores
+from moe_replay.tasks.rewards.functions import Signature, load_function
+from moe_replay.tasks.rewards.pool import RewardPool
 from moe_replay.tasks.rewards.wire import encode_value
 
 _SEARCH_S = 60.0
@@ -63,30 +65,39 @@ class ScoredBatch:
     """Name -> sum and count of what functions have logged."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Function:
+    """A reward function of a run."""
+
+    spec: RewardSection
+    signature: Signature
+    pool: RewardPool | None
+    """Its processes; None where it shares that of the others."""
+
+
+Outcome = tuple[Rows, Answer | Failure]
+"""Completions, and what came of a call on them."""
+
+
 class RewardSet:
-    """The reward functions of a run and the process that runs them.
+    """The reward functions of a run and the processes that run them.
 
     Close it, or use it in ``with``.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[RewardSection],
-        signatures: Sequence[Signature],
-        process: RewardProcess,
-    ) -> None:
-        self._specs = tuple(specs)
-        self._signatures = tuple(signatures)
+    def __init__(self, functions: Sequence[_Function], process: RewardProcess) -> None:
+        self._functions = tuple(functions)
         self._process = process
+        self._logged: dict[str, tuple[float, int]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the functions, in the order of the recipe."""
-        return tuple(spec.name for spec in self._specs)
+        return tuple(each.spec.name for each in self._functions)
 
     def takes(self, name: str) -> bool:
         """Return whether any function takes the dataset column ``name``."""
-        return any(signature.takes(name) for signature in self._signatures)
+        return any(each.signature.takes(name) for each in self._functions)
 
     @staticmethod
     def load(specs: Sequence[RewardSection], *, folders: Sequence[str] = ()) -> RewardSet:
@@ -95,33 +106,49 @@ class RewardSet:
         With built-ins alone, the first call of `score` starts the process.
 
         Raises:
-            RecipeError: one cannot be found, does not take ``completions``, or does not take one of
-                its args.
+            RecipeError: one cannot be found, does not take ``completions``, does not take one of
+                its args, or is async and asks for processes of its own.
         """
-        process = RewardProcess(
-            [
-                {
-                    "function": spec.function,
-                    "args": encode_value(spec.args),
-                    "timeout_s": spec.timeout_s,
-                }
-                for spec in specs
-            ],
-            folders,
-        )
+        plain = [
+            {"function": s.function, "args": encode_value(s.args), "timeout_s": s.timeout_s}
+            for s in specs
+        ]
+        process = RewardProcess(plain, folders)
         if all(spec.function in BUILTIN_REWARDS for spec in specs):
             signatures = [load_function(spec.function, spec.args)[1] for spec in specs]
-            return RewardSet(specs, signatures, process)
-        loaded = process.load()
-        for spec, result in zip(specs, loaded, strict=True):
-            if isinstance(result, Failure) and result.kind != "stopped":
+        else:
+            loaded = process.load()
+            for spec, result in zip(specs, loaded, strict=True):
+                if isinstance(result, Failure) and result.kind != "stopped":
+                    process.close()
+                    raise _load_error(spec, result) from _cause(result)
+            signatures = [result for result in loaded if isinstance(result, Signature)]
+        for spec, signature in zip(specs, signatures, strict=True):
+            if spec.num_workers > 1 and signature.is_async:
                 process.close()
-                raise _load_error(spec, result) from _cause(result)
-        return RewardSet(specs, [r for r in loaded if isinstance(r, Signature)], process)
+                raise RecipeError(
+                    f"reward {spec.name}: num_workers = {spec.num_workers} with an async function, whose calls all "
+                    "share one event loop and its clients: remove num_workers, or write it as a plain def"
+                )
+        return RewardSet(
+            [
+                _Function(
+                    spec=spec,
+                    signature=signature,
+                    pool=RewardPool(each, spec.num_workers, folders)
+                    if spec.num_workers > 1
+                    else None,
+                )
+                for spec, signature, each in zip(specs, signatures, plain, strict=True)
+            ],
+            process,
+        )
 
     def close(self) -> None:
-        """End the reward process."""
+        """End the processes."""
         self._process.close()
+        for pool in self._pools():
+            pool.close()
 
     def __enter__(self) -> RewardSet:
         return self
@@ -129,19 +156,24 @@ class RewardSet:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def needs(self) -> Iterator[tuple[RewardSection, str]]:
-        """Yield each function with each dataset column that it requires."""
-        for spec, signature in zip(self._specs, self._signatures, strict=True):
-            for name in signature.required:
-                if name not in spec.args:
-                    yield spec, name
+    def _pools(self) -> list[RewardPool]:
+        return [each.pool for each in self._functions if each.pool is not None]
 
-    def check(self, source: PromptSource) -> None:
+    def needs(self, dataset: str = "") -> Iterator[tuple[RewardSection, str]]:
+        """Yield each function that scores a dataset, with each column that it requires."""
+        for each in self._functions:
+            if is_asked(each.spec, dataset):
+                for name in each.signature.required:
+                    if name not in each.spec.args:
+                        yield each.spec, name
+
+    def check(self, source: PromptSource, dataset: str = "") -> None:
         """Raise `RecipeError` unless ``source`` has every column that a function requires."""
-        for spec, signature in zip(self._specs, self._signatures, strict=True):
-            _check_columns(spec, signature, source)
-            if spec.function in BUILTIN_REWARDS:
-                _try_on_nothing(spec, signature)
+        for each in self._functions:
+            if is_asked(each.spec, dataset):
+                check_columns(each.spec, each.signature, source)
+            if each.spec.function in BUILTIN_REWARDS:
+                try_on_nothing(each.spec, each.signature)
 
     def score(
         self,
@@ -159,115 +191,169 @@ class RewardSet:
             RewardError: a function whose ``on_failure`` is ``stop`` raises, hangs, ends its
                 process, or does not return one finite number or None a completion.
         """
-        batch = _Batch(
+        batch = Batch(
             prompts=prompts, completions=completions, completion_ids=completion_ids, state=state
         )
-        tolerated = [n for n, spec in enumerate(self._specs) if spec.on_failure != "stop"]
-        if not self._specs:
+        self._logged = {}
+        if not self._functions:
             # An environment scores alone.
             return ScoredBatch(scores={}, total=np.full(len(prompts), np.nan))
-        if not prompts:
-            nothing = np.zeros(0, dtype=np.float64)
-            none = {self._specs[n].name: np.zeros(0, dtype=bool) for n in tolerated}
-            return ScoredBatch(
-                scores=dict.fromkeys(self.names, nothing), total=nothing, failed=none
-            )
-        outcomes = self._call(batch, range(len(self._specs)))
-        kinds = {n: o.kind for n, o in enumerate(outcomes) if isinstance(o, Failure)}
-        if any(kinds.get(n, "stopped") != "stopped" for n in tolerated):
-            for number in [n for n, kind in kinds.items() if kind == "stopped"]:
-                # It only ran beside one whose failure is tolerated.
-                (outcomes[number],) = self._call(batch, [number])
+        outcomes = self._call_all(batch)
+        tolerated = [n for n, f in enumerate(self._functions) if f.spec.on_failure != "stop"]
         self._refuse_failures(
-            batch, [None if n in tolerated else o for n, o in enumerate(outcomes)]
+            batch, {n: each for n, each in outcomes.items() if n not in tolerated}
         )
-        failed, notes = {}, []
-        for number in tolerated:
-            spec, outcome = self._specs[number], outcomes[number]
+        scored, failed, notes = [], {}, []
+        for number, function in enumerate(self._functions):
+            values: list[float | None] = [None] * len(prompts)
             gone = np.zeros(len(prompts), dtype=bool)
-            if isinstance(outcome, Failure):
-                notes.append(f"reward {spec.name} ({spec.function}) {outcome.text}")
-                outcomes[number], gone = self._score_others(number, batch, outcome)
-            failed[spec.name] = gone
-        scored = _weighted(self._specs, [o for o in outcomes if not isinstance(o, Failure)])
-        total = scored.total.copy()
+            for rows, outcome in outcomes[number]:
+                if isinstance(outcome, Failure):
+                    spec = function.spec
+                    notes.append(f"reward {spec.name} ({spec.function}) {outcome.text}")
+                    self._score_others(number, batch, rows, outcome, values, gone)
+                else:
+                    for row, score in zip(rows, outcome.scores, strict=True):
+                        values[row] = score
+            scored.append(values)
+            if number in tolerated:
+                failed[function.spec.name] = gone
+        batch_scores = _weighted([each.spec for each in self._functions], scored)
+        total = batch_scores.total.copy()
         for number in tolerated:
-            if self._specs[number].on_failure == "drop":
+            if self._functions[number].spec.on_failure == "drop":
                 # The other functions' scores alone would be too low a reward.
-                total[failed[self._specs[number].name]] = np.nan
-        return replace(
-            scored, total=total, failed=failed, notes=notes, logged=self._process.take_logged()
-        )
+                total[failed[self._functions[number].spec.name]] = np.nan
+        return replace(batch_scores, total=total, failed=failed, notes=notes, logged=self._logged)
 
-    def _refuse_failures(self, batch: _Batch, outcomes: Sequence[Scores | Failure | None]) -> None:
+    def _call_all(self, batch: Batch) -> dict[int, list[Outcome]]:
+        """Call every function on the completions of its datasets; pools work beside the others."""
+        asked = {n: batch.of_datasets(each.spec.datasets) for n, each in enumerate(self._functions)}
+        try:
+            waiting = {
+                n: each.pool.start(batch, asked[n], each.signature)
+                for n, each in enumerate(self._functions)
+                if each.pool is not None and len(asked[n])
+            }
+            shared = {n: rows for n, rows in asked.items() if self._functions[n].pool is None}
+            outcomes = {n: [each] for n, each in self._call(batch, shared).items()}
+            for number, parts in waiting.items():
+                outcomes[number] = [(rows, future.result()) for rows, future in parts]
+                self._note(outcome for _, outcome in outcomes[number])
+        except BaseException:
+            # Their late answers would be taken for answers to the next batch.
+            for pool in self._pools():
+                pool.interrupt()
+            raise
+        return {number: outcomes.get(number, []) for number in asked}
+
+    def _call(self, batch: Batch, asked: Mapping[int, Rows]) -> dict[int, Outcome]:
+        """Call functions that share a process, on completions of their own; none on no completion.
+
+        One that is only stopped beside another whose failure is tolerated is called again.
+        """
+        asked = {number: rows for number, rows in asked.items() if len(rows)}
+        if not asked:
+            return {}
+        signatures = {n: (self._functions[n].signature, rows) for n, rows in asked.items()}
+        request, blob = batch.to_plain(signatures)
+        answers = dict(zip(asked, self._process.score(request, blob, list(asked)), strict=True))
+        self._note(answers.values())
+        kinds = {n: each.kind for n, each in answers.items() if isinstance(each, Failure)}
+        if any(
+            kind != "stopped" and self._functions[n].spec.on_failure != "stop"
+            for n, kind in kinds.items()
+        ):
+            for number in [n for n, kind in kinds.items() if kind == "stopped"]:
+                answers[number] = self._call(batch, {number: asked[number]})[number][1]
+        return {number: (asked[number], answers[number]) for number in asked}
+
+    def _call_one(self, number: int, batch: Batch, rows: Rows) -> Answer | Failure:
+        """Call one function on completions, in a process of its own where it has some."""
+        function = self._functions[number]
+        if function.pool is None:
+            return self._call(batch, {number: rows})[number][1]
+        outcome = function.pool.score(batch, rows, function.signature)
+        self._note([outcome])
+        return outcome
+
+    def _note(self, outcomes: Iterable[Answer | Failure]) -> None:
+        """Add up what calls have logged, in an order that does not depend on time."""
+        for outcome in outcomes:
+            if isinstance(outcome, Answer):
+                for name, (total, count) in outcome.logged.items():
+                    before = self._logged.get(name, (0.0, 0))
+                    self._logged[name] = (before[0] + total, before[1] + int(count))
+
+    def _refuse_failures(self, batch: Batch, outcomes: Mapping[int, Sequence[Outcome]]) -> None:
         """Raise the `RewardError` of the function that caused the failures of some."""
-        failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, Failure)]
+        failed = [
+            (number, rows, outcome)
+            for number, each in outcomes.items()
+            for rows, outcome in each
+            if isinstance(outcome, Failure)
+        ]
         # A function that was only stopped is not the cause.
-        for number in sorted(failed, key=lambda n: getattr(outcomes[n], "kind", "") == "stopped"):
-            failure = outcomes[number]
-            assert isinstance(failure, Failure)
-            raise self._error(number, batch, failure) from _cause(failure)
+        for number, rows, failure in sorted(failed, key=lambda each: each[2].kind == "stopped"):
+            raise self._error(number, batch, rows, failure) from _cause(failure)
 
     def _score_others(
-        self, number: int, batch: _Batch, failure: Failure
-    ) -> tuple[Scores, Bool[np.ndarray, " n"]]:
-        """Return a function's scores where it does not fail, and where it does.
+        self,
+        number: int,
+        batch: Batch,
+        rows: Rows,
+        failure: Failure,
+        scores: list[float | None],
+        failed: Bool[np.ndarray, " n"],
+    ) -> None:
+        """Enter a function's scores where it does not fail, and where it does.
 
-        It is called on parts of the batch, for at most a minute; what is left then counts as
-        failed, and so does all of a batch on which it is late.
+        It is called on parts of ``rows``, for at most a minute; what is left then counts as failed,
+        and so do all completions of a call that is late.
         """
-        size = len(batch.prompts)
-        score = 0.0 if self._specs[number].on_failure == "zero" else None
-        scores: list[float | None] = [score] * size
-        failed = np.ones(size, dtype=bool)
-        parts = _halves(0, size) if failure.kind != "late" else []
+        for row in rows:
+            scores[row] = 0.0 if self._functions[number].spec.on_failure == "zero" else None
+            failed[row] = True
+        parts = _halves(rows) if failure.kind != "late" else []
         until = time.monotonic() + _SEARCH_S
         while parts and time.monotonic() < until:
-            start, stop = parts.pop()
-            (outcome,) = self._call(batch.part(start, stop), [number])
+            part = parts.pop()
+            outcome = self._call_one(number, batch, part)
             if not isinstance(outcome, Failure):
-                scores[start:stop] = outcome
-                failed[start:stop] = False
+                for row, score in zip(part, outcome.scores, strict=True):
+                    scores[row], failed[row] = score, False
             elif outcome.kind != "late":
-                parts += _halves(start, stop)
-        return scores, failed
+                parts += _halves(part)
 
-    def _call(self, batch: _Batch, functions: Sequence[int]) -> list[Scores | Failure]:
-        request, blob = batch.to_plain([self._signatures[number] for number in functions])
-        return self._process.score(request, blob, functions)
-
-    def _error(self, number: int, batch: _Batch, failure: Failure) -> RewardError:
-        spec, sample = self._specs[number], failure.sample
+    def _error(self, number: int, batch: Batch, rows: Rows, failure: Failure) -> RewardError:
+        spec = self._functions[number].spec
         where = ""
-        if sample is not None:
-            where = f" for {batch.describe(sample)}"
+        if failure.sample is not None:
+            where = f" for {batch.describe(rows[failure.sample])}"
         elif failure.kind in ("raised", "crashed"):
-            sample = self._failing_sample(number, batch)
+            row = self._failing_row(number, batch, rows)
             where = (
-                f"; on no single sample (it fails only on the batch of {len(batch.prompts)}, or not every time)"
-                if sample is None
-                else f"; on {batch.describe(sample)}"
+                f"; on no single sample (it fails only on the batch of {len(rows)}, or not every time)"
+                if row is None
+                else f"; on {batch.describe(row)}"
             )
         return RewardError(
             f"reward {spec.name} ({spec.function}) {failure.text}{where}. {_ADVICE.get(failure.kind, '')}"
         )
 
-    def _failing_sample(self, number: int, batch: _Batch) -> int | None:
-        """Find a sample on which a function fails by bisecting the batch."""
-        start, stop = 0, len(batch.prompts)
+    def _failing_row(self, number: int, batch: Batch, rows: Rows) -> int | None:
+        """Find a completion on which a function fails by bisecting the batch."""
         until = time.monotonic() + _SEARCH_S
-        while stop - start > 1:
-            middle = (start + stop) // 2
-            for part in ((start, middle), (middle, stop)):
+        while len(rows) > 1:
+            for part in _halves(rows):
                 if time.monotonic() > until:
                     return None
-                (outcome,) = self._call(batch.part(*part), [number])
-                if isinstance(outcome, Failure):
-                    start, stop = part
+                if isinstance(self._call_one(number, batch, part), Failure):
+                    rows = part
                     break
             else:
                 return None
-        return start
+        return rows[0]
 
 
 class _RewardTraceback(Exception):
@@ -289,66 +375,10 @@ def _load_error(spec: RewardSection, failure: Failure) -> RecipeError:
     )
 
 
-def _halves(start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the halves of a range; none of a single one."""
-    middle = (start + stop) // 2
-    return [(start, middle), (middle, stop)] if stop - start > 1 else []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    prompts: Sequence[Prompt]
-    completions: Sequence[str]
-    completion_ids: Sequence[Sequence[int] | np.ndarray]
-    state: tuple[int, int]
-
-    def part(self, start: int, stop: int) -> _Batch:
-        return replace(
-            self,
-            prompts=self.prompts[start:stop],
-            completions=self.completions[start:stop],
-            completion_ids=self.completion_ids[start:stop],
-        )
-
-    def describe(self, number: int) -> str:
-        return (
-            f"sample {number} (prompt {excerpt(self.prompts[number].text)}, "
-            f"completion {excerpt(self.completions[number])})"
-        )
-
-    def to_plain(self, signatures: Sequence[Signature]) -> tuple[dict[str, Any], bytes]:
-        """Return the batch as JSON and bytes: each prompt once, with what some function takes."""
-        distinct = {id(prompt): prompt for prompt in self.prompts}
-        index_of = {identity: index for index, identity in enumerate(distinct)}
-        ids = self.completion_ids if any(s.takes("completion_ids") for s in signatures) else []
-        plain = {
-            "prompts": [prompt.text for prompt in distinct.values()],
-            "rows": [_row(prompt, signatures) for prompt in distinct.values()],
-            "prompt_of": [index_of[id(prompt)] for prompt in self.prompts],
-            "completions": list(self.completions),
-            "lengths": [len(each) for each in ids],
-            "state": list(self.state),
-        }
-        return plain, b"".join(np.asarray(each, dtype="<i4").tobytes() for each in ids)
-
-
-def _row(prompt: Prompt, signatures: Sequence[Signature]) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name, value in prompt.columns.items():
-        if any(signature.takes(name) for signature in signatures):
-            try:
-                row[name] = encode_value(value)
-            except TypeError as error:
-                raise RewardError(
-                    f"column {name} of prompt {excerpt(prompt.text)} holds {error}, which cannot be sent to reward "
-                    "functions in their own process: expected numbers, strings, bytes, times, arrays, "
-                    "and lists, tuples, sets and dicts of them. Convert the column, or let no reward function take it"
-                ) from error
-            except RecursionError as error:
-                raise RewardError(
-                    f"column {name} of prompt {excerpt(prompt.text)} is nested too deeply for a reward function"
-                ) from error
-    return row
+def _halves(rows: Rows) -> list[Rows]:
+    """Return the halves of some completions; none of a single one."""
+    middle = len(rows) // 2
+    return [rows[:middle], rows[middle:]] if len(rows) > 1 else []
 
 
 def _weighted(specs: Sequence[RewardSection], outcomes: Sequence[Scores]) -> ScoredBatch:
@@ -366,30 +396,3 @@ def _weighted(specs: Sequence[RewardSection], outcomes: Sequence[Scores]) -> Sco
             f"{len(total)} completions: scale the scores, or lower rewards.weight"
         )
     return ScoredBatch(scores=scores, total=total)
-
-
-def _check_columns(spec: RewardSection, signature: Signature, source: PromptSource) -> None:
-    clash = sorted(set(spec.args) & source.columns)
-    if clash:
-        raise RecipeError(
-            f"reward {spec.name}: {', '.join(clash)} is both a dataset column and a key of [rewards.args]: rename one"
-        )
-    missing = sorted(set(signature.required) - source.columns - set(spec.args))
-    if missing:
-        nearest = nearest_of(missing[0], source.columns)
-        raise RecipeError(
-            f"reward {spec.name} ({spec.function}) needs {', '.join(missing)}, but the dataset's columns are "
-            f"{', '.join(sorted(source.columns)) or 'none'}{nearest}: add the column, or set it in [rewards.args]"
-        )
-
-
-def _try_on_nothing(spec: RewardSection, signature: Signature) -> None:
-    """Call a built-in on an empty batch, so that a bad argument fails at the start."""
-    names = {*signature.required, *OWN_NAMES}
-    arguments = {name: [] for name in names if signature.takes(name)} | spec.args
-    try:
-        BUILTIN_REWARDS[spec.function](**arguments)
-    except Exception as error:
-        raise RecipeError(
-            f"reward {spec.name}: [rewards.args] {spec.args!r} is rejected: {type(error).__name__}: {error}"
-        ) from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import copy
 import faulthandler
 import fcntl
 import inspect
@@ -31,16 +30,15 @@ from typing import Any, Protocol
 
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.chat_messages import excerpt
+from moe_replay.tasks.rewards.call_arguments import CallBatch
 from moe_replay.tasks.rewards.functions import (
-    NAMED_ONLY,
     MetricLog,
     Signature,
-    TrainerState,
     describe_error,
     load_function,
     user_line,
 )
-from moe_replay.tasks.rewards.wire import decode_value, pack_frame, read_frame, unpack_ids
+from moe_replay.tasks.rewards.wire import decode_value, pack_frame, read_frame
 
 _MAX_TRACE = 20_000
 # SIGUSR1 belongs to faulthandler.
@@ -183,7 +181,7 @@ class _Worker:
 
     def _score(self, request: Mapping[str, Any], blob: bytes) -> None:
         """Call functions on a batch: async ones start first, and continue while the others run."""
-        batch = _Batch(request, blob)
+        batch = CallBatch(request, blob)
         waiting: list[Future[None]] = []
         for number in sorted(request["functions"], key=lambda n: not self._is_async(n)):
             self._say(event="started", function=number)
@@ -192,15 +190,16 @@ class _Worker:
             assert loaded is not None, "a run does not start with a refused function"
             function, signature = loaded
             log = MetricLog()
+            part = batch.of_function(number)
             try:
-                result = function(**batch.arguments(signature, spec["args"], log))
+                result = function(**part.arguments(signature, spec["args"], log))
             except BaseException as error:  # noqa: BLE001 - the seam: the user's code
                 self._say_raised(number, error)
             else:
                 if inspect.isawaitable(result):
-                    waiting.append(self._submit(number, result, batch.size, log))
+                    waiting.append(self._submit(number, result, part.size, log))
                 else:
-                    self._say_scores(number, result, batch.size, log)
+                    self._say_scores(number, result, part.size, log)
             self._leave_if_forked()
         for future in waiting:
             future.result()
@@ -225,7 +224,7 @@ class _Worker:
         self, number: int, awaitable: Awaitable[Any], size: int, log: MetricLog
     ) -> None:
         """Wait for an async function within its time limit, and report its outcome."""
-        task = asyncio.ensure_future(_awaited(awaitable))
+        task = asyncio.ensure_future(awaited(awaitable))
         await asyncio.wait({task}, timeout=self._specs[number]["timeout_s"])
         if not task.done():
             self._say(event="late", function=number, where=_where_it_waits(awaitable))
@@ -272,46 +271,6 @@ def send_event(answers: int, event: Mapping[str, Any]) -> None:
             view = view[os.write(answers, view) :]
 
 
-class _Batch:
-    """One batch of completions; each call gets its own copies."""
-
-    def __init__(self, request: Mapping[str, Any], blob: bytes) -> None:
-        self._request = request
-        self._blob = blob
-        self._rows = [
-            {name: decode_value(value) for name, value in row.items()} for row in request["rows"]
-        ]
-        self.size = len(request["completions"])
-
-    def arguments(
-        self, signature: Signature, args: Mapping[str, Any], log: MetricLog
-    ) -> dict[str, Any]:
-        """Return the keyword arguments of a call, sharing nothing with other calls or samples."""
-        request, of = self._request, self._request["prompt_of"]
-        columns = self._rows[0].keys() if self._rows else ()
-        values: dict[str, Callable[[], list[Any]]] = {
-            name: lambda name=name: [_own(self._rows[index][name]) for index in of]
-            for name in columns
-        } | {
-            "completions": lambda: list(request["completions"]),
-            "prompts": lambda: [request["prompts"][index] for index in of],
-            "completion_ids": lambda: unpack_ids(self._blob, request["lengths"]),
-        }
-        arguments = {name: value() for name, value in values.items() if signature.takes(name)}
-        beside = {"trainer_state": TrainerState(*request["state"]), "log_metric": log.add}
-        named = NAMED_ONLY & set(signature.accepted) - set(args) - set(columns)
-        return (
-            arguments
-            | {name: beside[name] for name in named}
-            | {name: _own(value) for name, value in args.items()}
-        )
-
-
-def _own(value: Any) -> Any:
-    can_change = isinstance(value, list | dict | tuple | set) or hasattr(value, "dtype")
-    return copy.deepcopy(value) if can_change else value
-
-
 class WrongAnswer(Exception):
     """A reward function did not return one number or None for each completion."""
 
@@ -352,7 +311,7 @@ def _checked_score(value: Any, sample: int) -> float | None:
     return score
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
+async def awaited(awaitable: Awaitable[Any]) -> tuple[BaseException | None, Any]:
     """Return the exception or result of an awaitable: a SystemExit would end the event loop."""
     try:
         return None, await awaitable
