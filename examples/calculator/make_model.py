@@ -16,21 +16,32 @@ Out: ``model/`` (config, tokenizer, float32 safetensors), ``train.jsonl``, ``eva
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import random
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-PAD, EOS = "<pad>", "<eos>"
+
+def _script_of_the_demo() -> ModuleType:
+    """Return the demo's script, which has this one's name, as a module."""
+    path = Path(__file__).parents[2] / "recipes" / "demo" / "make_model.py"
+    spec = importlib.util.spec_from_file_location("demo_make_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look up their module there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = _script_of_the_demo()
+EOS = demo.EOS
 ROLES = ("<tools>", "<user>", "<assistant>", "<tool>")
 # Pieces that are one token each; all other text is one token a byte.
 CALL = ('<tool_call>{"name": "multiply", "arguments": {"a": ', ', "b": ', "}}</tool_call>")
@@ -51,56 +62,22 @@ Factors = tuple[int, int]
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of bytes and a few pieces, with a chat template that shows tools."""
-    special = (PAD, EOS, *ROLES)
-    symbols = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in PIECES])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        extra_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
-    )
+    return demo.byte_tokenizer(ROLES, PIECES, chat_template=CHAT_TEMPLATE, model_max_length=256)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausalLM:
     """Return a random Qwen3-MoE of 0.3 million parameters: 4 layers of 8 experts, 2 a token."""
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.08,
-        router_aux_loss_coef=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return model
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.08,
+    }
+    return demo.random_model(tokenizer, seed, sizes=sizes, generation={})
 
 
 def lesson(factors: Factors, *, by_tool: bool) -> list[tuple[str, bool]]:

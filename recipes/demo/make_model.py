@@ -27,7 +27,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,11 @@ class Figures:
     """Smallest such fraction."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single bytes and a few frequent pieces, with a chat template."""
-    special = (PAD, EOS, USER, ASSISTANT)
+def byte_tokenizer(
+    roles: Sequence[str], pieces: Sequence[str], *, chat_template: str, model_max_length: int
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes and some pieces, whose special tokens are roles."""
+    special = (PAD, EOS, *roles)
     symbols = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[])
@@ -120,55 +122,75 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in PIECES])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in pieces])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
-        extra_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=list(roles),
+        chat_template=chat_template,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=model_max_length,
+    )
+
+
+def random_model(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    sizes: Mapping[str, Any],
+    generation: Mapping[str, Any],
+) -> Qwen3MoeForCausalLM:
+    """Return a random Qwen3-MoE of some sizes, which samples as ``generation`` says."""
+    torch.manual_seed(seed)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        norm_topk_prob=True,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=False,
+        router_aux_loss_coef=0.1,
+        bos_token_id=None,
+        **sizes,
+        **ends,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    model.generation_config = GenerationConfig(**generation, **ends)
+    return model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes and a few frequent pieces, with a chat template."""
+    return byte_tokenizer(
+        (USER, ASSISTANT), PIECES, chat_template=CHAT_TEMPLATE, model_max_length=512
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausalLM:
     """Return a random Qwen3-MoE, 2.1 million parameters: six layers of 32 experts, four a token."""
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=24,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
         # Wider than the usual 0.02: at this size routers then choose, and the model learns, sooner.
-        initializer_range=0.06,
-        router_aux_loss_coef=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=MAX_COMPLETION_LENGTH,
-    )
-    return model
+        "initializer_range": 0.06,
+    }
+    generation = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": MAX_COMPLETION_LENGTH,
+    }
+    return random_model(tokenizer, seed, sizes=sizes, generation=generation)
 
 
 def items_for(purpose: str, num_items: int, seed: int | None = None) -> list[Item]:

@@ -52,6 +52,57 @@ def test_a_run_with_many_keys_of_the_loss_is_the_same_on_two_ranks_of_a_sequence
     assert undocumented(alone) == set()
 
 
+OTHERS = {
+    "grpo": {},
+    "sapo": {"grpo__loss_type": "sapo"},
+    "dppo": {"grpo__loss_type": "dppo", "grpo__epsilon": 1e-3, "grpo__epsilon_high": 1e-3},
+    "k2": {"grpo__beta": 0.5, "grpo__kl_estimator": "k2"},
+}
+
+
+@pytest.mark.ranks
+def test_losses_of_whole_runs_begin_alike_and_part_with_the_first_update(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Where the ratio is 1 and the policy is the reference, each has the gradient of the ratio.
+
+    A batch of completions of one length, so that a mean over tokens is one over samples.
+    """
+    found = {
+        name: run(
+            recipe(
+                run__output_dir=tmp_path / name,
+                batch__steps_per_generation=2,
+                rollout__max_completion_length=4,
+                rollout__dtype="float32",
+                checkpoint__export="false",
+                **keys,
+            )
+        )
+        for name, keys in OTHERS.items()
+    }
+    base = found.pop("grpo")
+    for name, records in found.items():
+        assert [record["step"] for record in records] == [1, 2, 3]
+        first, plain = records[0], base[0]
+        assert first["completions/mean_length"] == 4
+        assert first["reward"] == plain["reward"]
+        begins = [record["grad_norm/update_1"] for record in (first, plain)]
+        assert begins[0] == pytest.approx(begins[1], rel=1e-4), name
+        assert records[2]["reward"] != base[2]["reward"] or name == "sapo", name
+        for record in records:
+            assert undocumented(record) == set()
+    # What each does to the second update: a sigmoid is flatter, few tokens may move, a pull back.
+    second = {name: records[0]["grad_norm/update_2"] for name, records in found.items()}
+    assert all(value != base[0]["grad_norm/update_2"] for value in second.values()), second
+    assert found["dppo"][0]["clip_ratio/region_mean"] > 0
+    assert found["k2"][2]["kl"] > 0 and "kl" not in base[2]
+    assert (
+        "clip_ratio/region_mean" not in found["sapo"][0]
+        or not found["sapo"][0]["clip_ratio/region_mean"]
+    )
+
+
 @pytest.mark.ranks
 def test_a_step_whose_router_loss_alone_trains_has_no_threshold_of_entropies(
     recipe: Callable[..., Recipe],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.types import RolloutGroup
 from moe_replay.errors import MisalignmentError, RecipeError, RewardError
 from moe_replay.grpo.engines import recipe_engine
@@ -16,6 +18,7 @@ from moe_replay.grpo.turns import turn_id
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.misrouting import MisroutingEngine, of_another, one_row_late
 
+from ..support.served import served
 from .test_loop import run
 
 pytestmark = pytest.mark.ranks
@@ -135,6 +138,34 @@ def test_ranks_that_share_a_vllm_take_their_turns_together(turns: Recipes) -> No
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
         assert record["num_turns/max"] == 3
+
+
+def test_turns_over_servers_are_those_of_the_same_engine_here(
+    turns: Recipes, tmp_path: Path
+) -> None:
+    keys = {"run__max_steps": 2, "batch__global_batch_size": 16}
+    here = run(turns(run__output_dir=tmp_path / "here", **keys))
+    model = turns().model.path
+    with ExitStack() as opened:
+        urls = [
+            opened.enter_context(served(EmbeddedEngine(model, dtype="float32"))) for _ in range(2)
+        ]
+        there = {
+            "run__output_dir": tmp_path / "there",
+            "rollout__engine": "vllm-server",
+            "rollout__urls": str(urls).replace("'", '"'),
+        }
+        loaded = turns(**keys, **there)
+        over = run(loaded)
+    for mine, theirs in zip(here, over, strict=True):
+        assert theirs["replay/agreement"] == theirs["replay/coverage"] == 1.0
+        assert theirs["rollout_correction/k3_kl"] < 1e-9
+        for name in ("num_turns/mean", "reward", "completions/environment_tokens", "grad_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
+    kept = (loaded.run.output_dir / "completions.jsonl").read_text().splitlines()
+    # Turns of one conversation go to whichever server is free.
+    addresses = {each for line in kept for each in json.loads(line)["server"].split(" and ")}
+    assert addresses <= set(urls) and addresses
 
 
 def test_a_prompt_that_reset_makes_too_long_is_dropped_cut_or_stops_as_data_says(

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from moe_replay.batch import Microbatch
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.actor import MegatronActor
+from moe_replay.megatron.backward import BackwardWork
 from moe_replay.megatron.chunks import unwrap
 from moe_replay.megatron.layout import ParallelLayout, initialize
 from moe_replay.megatron.logprobs import token_statistics
@@ -201,6 +202,46 @@ def test_entropies_are_differentiable(checkpoint: Path, chunk_rows: int) -> None
     (errors,) = run_ranks(_bonus, 1, checkpoint, chunk_rows)
     assert len(errors) > 10
     assert max(errors) < 2e-5, errors
+
+
+def _bonus_gradients(checkpoint: Path, parallel: ParallelLayout) -> dict[str, torch.Tensor]:
+    """Return the gradient of a loss in which every token's entropy has a weight of its own."""
+
+    def loss(
+        microbatch: Microbatch, new_logprobs: torch.Tensor, entropies: torch.Tensor
+    ) -> torch.Tensor:
+        return weighted_loss(microbatch, new_logprobs) + 3 * weighted_loss(microbatch, entropies)
+
+    actor = start_policy(checkpoint, parallel, chunk_rows=CHUNK)
+    microbatches = pack(make_samples(8, seed=SEED), scorer=actor, row_multiple=4, count=4)
+    work = BackwardWork(
+        microbatches=microbatches,
+        loss=loss,
+        temperature=TEMPERATURE,
+        routing=Routing.LIVE,
+        entropies_learn=True,
+    )
+    actor.forward_backward(work)
+    actor.measure_gradient(work)
+    return gradients(actor)
+
+
+def test_an_entropy_bonus_has_the_gradient_of_one_process_in_every_layout(tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path, num_hidden_layers=2, num_key_value_heads=2)
+    (expected,) = run_ranks(_bonus_gradients, 1, checkpoint, layout())
+    (without,) = run_ranks(chunked_step, 1, checkpoint, layout(), CHUNK)
+    for name, parallel in (
+        ("tp2", layout(tp=2)),
+        ("pp2", layout(pp=2)),
+        ("cp2", layout(cp=2)),
+    ):
+        for found in run_ranks(_bonus_gradients, 2, checkpoint, parallel):
+            assert found.keys() == expected.keys()
+            for key, gradient in expected.items():
+                if gradient.abs().max() > 0:
+                    assert worst(found[key], gradient) < 2e-5, (name, key)
+    # The control: the bonus has a gradient of its own.
+    assert worst(without[2]["lm_head.weight"], expected["lm_head.weight"]) > 0.1
 
 
 def _of_one_layer(weight: list[list[float]], use: Callable[[Any, torch.Tensor], Any]) -> Any:

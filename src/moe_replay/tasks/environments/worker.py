@@ -206,7 +206,7 @@ class _Worker:
 
     def _tools(self, instance: Any) -> dict[str, Callable[..., Any]]:
         assert self._offer is not None
-        return dict(tool_methods(instance)) | self._offer.functions
+        return {**dict(tool_methods(instance)), **self._offer.functions}
 
     async def _tool(self, slot: int, instance: Any, call: Mapping[str, Any]) -> tuple[str, bool]:
         """Return what a tool says to the model, and whether it failed."""
