@@ -30,6 +30,7 @@ from moe_replay.engines.types import (
 from moe_replay.errors import RewardError
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Conversation, Part
+from moe_replay.routing import RoutingTrace
 from moe_replay.routing.guard.verdict import SERVERS_JOINED_BY
 from moe_replay.routing.stitch import EngineCall, stitch_turns
 from moe_replay.tasks.chat_messages import excerpt
@@ -113,8 +114,9 @@ def converse(
     if environment.process.description.has_reward:
         held = [talk.slot for talk in talks if talk.calls]
         rewards[held] = run.droppable(lambda: environment.process.rewards(held))
-    version = run.policy_version
-    completions = run.droppable(lambda: [talk.completion(version) for talk in talks])
+    completions = run.droppable(
+        lambda: [talk.completion() if talk.calls else _unbegun(run, talk) for talk in talks]
+    )
     return Talks(
         prompts=tuple(each.prompt for each in begun),
         groups=grouped(requests, completions),
@@ -223,6 +225,28 @@ def _messages(calls: Sequence[ToolCall], texts: Sequence[str]) -> list[dict[str,
     ]
 
 
+def _unbegun(run: Run, talk: _Talk) -> Completion:
+    """Return a conversation that never began: aborted before its first token, without a route."""
+    engine, ids = run.engine.description, talk.request.prompt_ids
+    trace = None
+    if engine.records_routes:
+        trace = RoutingTrace.record(
+            np.zeros((len(ids), len(engine.moe_layers), engine.topk), dtype=np.int64),
+            token_ids=ids,
+            valid=np.zeros(len(ids), dtype=bool),
+            layers=engine.moe_layers,
+            num_experts=engine.num_experts,
+            origin=engine.origin(policy_version=run.policy_version, num_rows=len(ids)),
+        )
+    return Completion(
+        token_ids=np.zeros(0, dtype=np.int32),
+        rollout_logprobs=np.zeros(0, dtype=np.float32),
+        trace=trace,
+        finish_reason=FinishReason.ABORTED,
+        policy_version=run.policy_version,
+    )
+
+
 class _Talk:
     """One conversation while it is held."""
 
@@ -273,19 +297,8 @@ class _Talk:
         text = run.inputs.text(suffix)
         self.parts.append(Part(by="environment", text=text, num_tokens=len(suffix)))
 
-    def completion(self, policy_version: int) -> Completion:
-        """Return the conversation as one completion of its prompt, its trace stitched.
-
-        One that never began is aborted before its first token.
-        """
-        if not self.calls:
-            return Completion(
-                token_ids=np.zeros(0, dtype=np.int32),
-                rollout_logprobs=np.zeros(0, dtype=np.float32),
-                trace=None,
-                finish_reason=FinishReason.ABORTED,
-                policy_version=policy_version,
-            )
+    def completion(self) -> Completion:
+        """Return the conversation as one completion of its prompt, its trace stitched."""
         # A turn that was aborted at once leaves the environment's tokens before it to nobody.
         calls = [call for call in self.calls if len(call[1].token_ids)] or self.calls[:1]
         last = calls[-1][1]
