@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_replay.grpo.best import measured_on, take_best
+from moe_replay.grpo.checkpoint import _take_best
 from moe_replay.grpo.evaluate import EVAL_REQUESTS, _tally, eval_sampling, held_out_id, pass_at
 from moe_replay.grpo.journal import Journal
+from moe_replay.grpo.measured import measured_on
 from moe_replay.grpo.run import BestStep
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.run import MAX_HELD_OUT, CheckpointSection, EvalSection
@@ -240,7 +241,7 @@ def test_a_best_value_is_compared_with_values_of_its_own_metric_alone(
     nothing = SimpleNamespace(num_prompts=0, num_deleted=0, columns=frozenset(), at=lambda *_: [])
     inputs = SimpleNamespace(held_out={"": nothing})
     run_: Any = SimpleNamespace(recipe=loaded, inputs=inputs, journal=journal, best=None)
-    inspect.unwrap(take_best)(run_, best)
+    inspect.unwrap(_take_best)(run_, best)
     assert run_.best == (best if goes_on else None)
     said = journal.take_warnings()
     assert not said if goes_on else "after step 2, had the greatest eval/reward" in said[0]
@@ -276,7 +277,7 @@ def test_a_best_value_of_other_held_out_prompts_or_another_sampling_is_not_compa
             is_greatest=True,
             measured_on=digest(before, metric),
         )
-        inspect.unwrap(take_best)(edited, best)
+        inspect.unwrap(_take_best)(edited, best)
         assert edited.best == (None if moved else best)
         said = edited.journal.take_warnings()
         assert ("other held-out prompts" in said[0]) if moved else not said
@@ -286,7 +287,7 @@ def test_a_best_value_of_other_held_out_prompts_or_another_sampling_is_not_compa
     assert digest(measured(rarer, "3"), "eval/a/reward") == best.measured_on
     # A checkpoint of an earlier revision says nothing of it.
     unknown = measured(loaded, "3", metric="eval/a/reward")
-    inspect.unwrap(take_best)(unknown, replace(best, measured_on=""))
+    inspect.unwrap(_take_best)(unknown, replace(best, measured_on=""))
     assert unknown.best is not None
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, save_groups
-from moe_replay.grpo.best import take_best
 from moe_replay.grpo.engines import recipe_sampling
 from moe_replay.grpo.export import write_export
+from moe_replay.grpo.measured import measured_on
 from moe_replay.grpo.records import EXPORT_FOLDER
 from moe_replay.grpo.run import BestStep, Run
 from moe_replay.megatron.checkpoint import RunPosition
@@ -117,6 +117,28 @@ def load_checkpoint(run: Run, step: int) -> None:
     run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
     run.policy_version = position.policy_version
     if position.best:
-        take_best(run, BestStep(**position.best))
+        _take_best(run, BestStep(**position.best))
     if run.guard is not None and position.guard:
         run.guard.restore(position.guard)
+
+
+def _take_best(run: Run, best: BestStep) -> None:
+    """Go on from the best evaluation so far, unless the run now measures something else."""
+    settings = run.recipe.checkpoint
+    asked = (settings.metric_for_best_model, settings.greater_is_better)
+    kind = "greatest" if best.is_greatest else "smallest"
+    earlier = f"the best model so far, after step {best.step}, had the {kind} {best.metric}"
+    if asked != (best.metric, best.is_greatest):
+        run.journal.warn(
+            f"{earlier}; checkpoint.metric_for_best_model is {asked[0]!r} now and greater_is_better "
+            f"{asked[1]}, so the search for the best starts again here"
+        )
+        return
+    now = measured_on(run.recipe, run.inputs.held_out, best.metric)
+    if best.measured_on and best.measured_on != now:
+        run.journal.warn(
+            f"{earlier}, {best.value:g}, on other held-out prompts or with other keys of [eval] than "
+            "those of now, so the search for the best starts again here"
+        )
+    else:
+        run.best = best

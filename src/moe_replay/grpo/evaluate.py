@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb
 
@@ -12,12 +12,13 @@ from jaxtyping import Float64
 
 from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
 from moe_replay.grpo.answers import ask_engine, ask_rewards
-from moe_replay.grpo.best import keep_best
 from moe_replay.grpo.engines import recipe_sampling
+from moe_replay.grpo.export import write_export
 from moe_replay.grpo.kept import kept_completions
+from moe_replay.grpo.measured import measured_on
 from moe_replay.grpo.metrics import Tally, function_tally
-from moe_replay.grpo.records import CompletionRecord, EvalRecord
-from moe_replay.grpo.run import Run
+from moe_replay.grpo.records import EXPORT_FOLDER, CompletionRecord, EvalRecord
+from moe_replay.grpo.run import BestStep, Run
 from moe_replay.grpo.stopping import StepDropped
 from moe_replay.grpo.turns import converse
 from moe_replay.grpo.types import Conversation
@@ -95,7 +96,7 @@ def evaluate(run: Run) -> None:
     record = EvalRecord(step=run.step, metrics=metrics, seconds=time.perf_counter() - started)
     run.reporter.evaluation(record, kept)
     run.evaluation_is_owed = False
-    keep_best(run, metrics)
+    _keep_best(run, metrics)
 
 
 def _answers(run: Run, asked: Sequence[_Asked]) -> _Answers:
@@ -123,6 +124,41 @@ def _answers(run: Run, asked: Sequence[_Asked]) -> _Answers:
         scored=ask_rewards(run, prompts, completions, texts, conversations),
         conversations=conversations,
     )
+
+
+def _keep_best(run: Run, metrics: Mapping[str, float]) -> None:
+    """Note whether this evaluation is the best so far, and write its model; collective.
+
+    The weights before the first step have no checkpoint, so they are never the best.
+    """
+    settings = run.recipe.checkpoint
+    name = settings.metric_for_best_model
+    if name is None or run.step == 0:
+        return
+    value = metrics.get(name)
+    if value is None:
+        run.journal.warn(
+            f"the evaluation after step {run.step} has no {name}, by which the best model is "
+            "chosen: no completion of it has a score"
+        )
+        return
+    best = run.best
+    is_better = best is None or (
+        value > best.value if settings.greater_is_better else value < best.value
+    )
+    if is_better:
+        run.best = BestStep(
+            step=run.step,
+            value=value,
+            metric=name,
+            is_greatest=settings.greater_is_better,
+            measured_on=measured_on(run.recipe, run.inputs.held_out, name)
+            if best is None
+            else best.measured_on,
+        )
+        if settings.export:
+            folder = run.directory / f"{EXPORT_FOLDER}-best"
+            write_export(run.actor, run.recipe, folder)
 
 
 def eval_sampling(recipe: Recipe) -> SamplingParams:

@@ -49,7 +49,7 @@ class BestStep:
     is_greatest: bool
     """Whether a greater value would be better."""
     measured_on: str = ""
-    """Digest of what it was measured on, see `best.measured_on`; empty where none was kept."""
+    """Digest of what it was measured on, see `measured.measured_on`; empty where none was kept."""
 
 
 @dataclass(kw_only=True)

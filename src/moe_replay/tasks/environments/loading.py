@@ -29,7 +29,8 @@ from typing import Any
 
 from moe_replay.errors import RecipeError, shortened
 from moe_replay.tasks.environments.gym import GymAdapter
-from moe_replay.tasks.rewards.functions import describe_error, import_source
+from moe_replay.tasks.rewards.functions import import_source
+from moe_replay.tasks.rewards.user_code import describe_error
 
 KEY, TOOLS_KEY = "environment.factory", "environment.tools"
 _NOT_TOOLS = frozenset({"reset", "get_reward"})

@@ -29,7 +29,7 @@ from moe_replay.tasks.environments.loading import (
     stepping_method,
     tool_methods,
 )
-from moe_replay.tasks.rewards.functions import describe_error
+from moe_replay.tasks.rewards.user_code import describe_error
 from moe_replay.tasks.rewards.wire import decode_value
 from moe_replay.tasks.rewards.worker import (
     WrongAnswer,

@@ -23,8 +23,11 @@ class Batch:
     """Completions with their prompts; entry i of all belongs together."""
 
     prompts: Sequence[Prompt]
+    """Of each completion; the same object for those of one prompt."""
     completions: Sequence[str]
+    """What rewards see as text."""
     completion_ids: Sequence[Sequence[int] | np.ndarray]
+    """Sampled tokens."""
     state: tuple[int, int]
     """Finished steps, and those of the run."""
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from moe_replay.errors import RewardError
-from moe_replay.tasks.rewards.functions import user_line
+from moe_replay.tasks.rewards.user_code import user_line
 from moe_replay.tasks.rewards.wire import take_frame
 
 _BOOT = (

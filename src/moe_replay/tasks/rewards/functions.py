@@ -12,8 +12,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,18 +19,13 @@ from typing import Any, NamedTuple
 
 from moe_replay.errors import RecipeError, nearest_of
 from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
+from moe_replay.tasks.rewards.user_code import describe_error
 
 OWN_NAMES = frozenset({"completions", "prompts", "completion_ids"})
 """Arguments that every reward function may take; they would hide columns of the same name."""
 NAMED_ONLY = frozenset({"trainer_state", "log_metric", "dataset"})
 """Those that ``**kwargs`` do not get: only a function that names them, and only where no column
 has the name."""
-
-_NOT_USER_CODE = (
-    *(path for name, path in sysconfig.get_paths().items() if name.endswith("lib")),
-    str(Path(__file__).parents[1]),
-    "<frozen",
-)
 
 
 class TrainerState(NamedTuple):
@@ -215,26 +208,3 @@ def _import_under_another_name(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def describe_error(error: BaseException) -> str:
-    """Return type and message of an exception, and the line of user code that raised it."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - the seam: the user's exception
-        message = "(its message cannot be read)"
-    if isinstance(error, SystemExit):
-        message = f"{message} (it tried to exit the program)"
-    where = user_line(
-        [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-    )
-    text = f"{type(error).__name__}: {message[:2000]}" if message else type(error).__name__
-    return f"{text} ({where})" if where else text
-
-
-def user_line(frames: list[tuple[str, int]]) -> str:
-    """Return ``file.py, line N`` of the innermost frame of user code, or ""."""
-    for filename, line in reversed(frames):
-        if not filename.startswith(_NOT_USER_CODE):
-            return f"{filename}, line {line}"
-    return ""

@@ -31,13 +31,8 @@ from typing import Any, Protocol
 from moe_replay.errors import RecipeError
 from moe_replay.tasks.chat_messages import excerpt
 from moe_replay.tasks.rewards.call_arguments import CallBatch
-from moe_replay.tasks.rewards.functions import (
-    MetricLog,
-    Signature,
-    describe_error,
-    load_function,
-    user_line,
-)
+from moe_replay.tasks.rewards.functions import MetricLog, Signature, load_function
+from moe_replay.tasks.rewards.user_code import describe_error, user_line
 from moe_replay.tasks.rewards.wire import decode_value, pack_frame, read_frame
 
 _MAX_TRACE = 20_000
