@@ -10,7 +10,8 @@ import pytest
 import tomlkit
 
 from moe_replay.checkpoint.config import load_config
-from moe_replay.checkpoint.files import SINGLE_FILE, has_usual_names, usual_parts
+from moe_replay.checkpoint.files import SINGLE_FILE
+from moe_replay.checkpoint.stacked import has_usual_names, usual_parts
 from moe_replay.testing.tiny_models import character_tokenizer
 
 CONFIG = {
@@ -50,9 +51,9 @@ def write_zero_weights(path: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     zeros = {
-        name: torch.zeros(shape, dtype=torch.bfloat16)
+        name: torch.zeros(part.shape, dtype=torch.bfloat16)
         for stored, tensor in model.state_dict().items()
-        for name, shape in usual_parts(stored, tuple(tensor.shape), config.model_type)
+        for name, part in usual_parts(stored, tuple(tensor.shape), config.model_type)
     }
     save_file(zeros, path / SINGLE_FILE, metadata={"format": "pt"})
 

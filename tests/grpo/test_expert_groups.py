@@ -1,4 +1,7 @@
-"""Runs with the released DeepSeek-V2's router, whose groups Megatron-Core scores otherwise."""
+"""Runs with the released DeepSeek-V2's router, whose groups Megatron-Core scores otherwise.
+
+And one with gpt-oss, whose checkpoints stack the experts of a layer.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,20 @@ def test_t22_a_run_agrees_with_the_engine_and_replays_its_groups(
     )
     assert first["replay/agreement"] == 1.0
     assert first["rollout_correction/k3_kl"] < 1e-9
+
+
+def test_a_run_of_gpt_oss_agrees_with_the_engine_after_a_push_too(
+    recipe: Callable[..., Recipe], tmp_path: Path
+):
+    model = write_tiny_checkpoint(tmp_path / "model", "gpt_oss", num_hidden_layers=2)
+    steps = run(
+        recipe(
+            model__path=model,
+            replay__router_replay_mode="R3",
+            rollout__dtype="float32",
+            run__max_steps=2,
+        )
+    )
+    for step in steps[:2]:
+        assert step["replay/agreement"] == 1.0
+        assert step["rollout_correction/k3_kl"] < 1e-9

@@ -118,9 +118,12 @@ def test_replayed_ids_may_leave_the_group_limit():
     assert gate_weights(logits_of(1), spread, limited).sum(axis=1) == pytest.approx(np.ones(TOKENS))
 
 
-def test_softmax_router_refuses_a_bias():
-    with pytest.raises(RecipeError, match="softmax has none"):
-        live_ids(logits_of(1), rule(ScoreFunction.SOFTMAX), np.zeros(EXPERTS))
+def test_a_bias_of_a_softmax_router_is_added_to_probabilities_not_to_logits():
+    """Logits of 0 and log 3 are shares of 1/4 and 3/4: 0.6 moves the choice, 0.4 does not."""
+    chosen = RouterRule(num_experts=2, topk=1, score_function=ScoreFunction.SOFTMAX, normalise=True)
+    logits = np.array([[0.0, np.log(3.0)]])
+    assert live_ids(logits, chosen, np.array([0.6, 0.0])).tolist() == [[0]]
+    assert live_ids(logits, chosen, np.array([0.4, 0.0])).tolist() == [[1]]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,13 @@ def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def all_sparse(family: str) -> dict[str, int]:
+def all_sparse(family: str) -> dict[str, Any]:
     """Return the override that leaves a family without dense layers."""
-    dense_first = family in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+    if family == "glm4_moe_lite":
+        return {"mlp_layer_types": ["sparse", "sparse"]}
+    if family == "ernie4_5_moe":
+        return {"moe_layer_start_index": 0}
+    dense_first = family in ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
     return {"first_k_dense_replace": 0} if dense_first else {}
 
 

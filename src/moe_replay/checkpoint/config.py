@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from moe_replay.errors import RecipeError, UnsupportedError
 
-_LAYERS, _TOPK = "num_hidden_layers", "num_experts_per_tok"
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LAYERS, _TOPK = "num_hidden_layers", ("num_experts_per_tok", "moe_k")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Keys that are integers wherever they occur, and the lowest sensible value.
 _MINIMUM: Mapping[str, int] = {
     **dict.fromkeys(
@@ -42,7 +42,13 @@ _MINIMUM: Mapping[str, int] = {
         1,
     ),
     **dict.fromkeys(
-        ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", _TOPK, *_EXPERTS),
+        (
+            "first_k_dense_replace",
+            "n_shared_experts",
+            "num_nextn_predict_layers",
+            *_TOPK,
+            *_EXPERTS,
+        ),
         0,
     ),
 }
@@ -211,10 +217,13 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
             f"{path} has {' and '.join(f'{key} = {value}' for key, value in named.items())}, which are names of the "
             "same number: libraries would read different ones; remove the wrong one"
         )
-    num_experts, topk = count_experts(config), config.get(_TOPK)
-    if num_experts and isinstance(topk, int) and not 1 <= topk <= num_experts:
+    num_experts = count_experts(config)
+    for key in _TOPK:
+        topk = config.get(key)
+        if not num_experts or not isinstance(topk, int) or 1 <= topk <= num_experts:
+            continue
         raise RecipeError(
-            f"{path} has {_TOPK} = {topk} with {num_experts} experts, expected from 1 to {num_experts}: the experts of a "
+            f"{path} has {key} = {topk} with {num_experts} experts, expected from 1 to {num_experts}: the experts of a "
             "token are distinct; restore the original file"
         )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")

@@ -4,13 +4,8 @@ Libraries read different tensors from an ambiguous folder: one reads `model.safe
 the index, a third every safetensors file. Such folders are refused, so that all read the same
 tensors.
 
-transformers 5 stacks the experts of a layer into two tensors in memory, and can write them like
-that (`save_original_format=False`). Here each expert has the usual name of its family, and
-`in_stored_layout` stacks them again:
-
-    model.layers.0.mlp.experts.gate_up_proj [experts, 2 x inner, hidden]
-        -> model.layers.0.mlp.experts.3.gate_proj.weight  is its [3, :inner]
-        -> model.layers.0.mlp.experts.3.up_proj.weight    is its [3, inner:]
+Each expert has a name of its own here, also where a checkpoint stacks them (`stacked.py`);
+`in_stored_layout` stacks them again.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_replay.checkpoint.config import read_config_json, read_json_object
+from moe_replay.checkpoint.stacked import StoredTensor, is_stacked, parts_of
 from moe_replay.errors import CheckpointError, UnsupportedError, shortened
 
 SINGLE_FILE = "model.safetensors"
@@ -45,46 +40,6 @@ _PLAIN_DTYPES = {
 _SCALES = re.compile(
     r".*[._](weight_scale(_inv)?|input_scale|scales|qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|scale_inv)"
 )
-_STACKED = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<half>gate_up_proj|down_proj)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ExpertNames:
-    """Names of the parts of an expert, and of the MoE block, in a family's checkpoints."""
-
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    block: str = "mlp"
-
-
-_NAMES: Mapping[str, _ExpertNames] = {
-    "mixtral": _ExpertNames(gate="w1", up="w3", down="w2", block="block_sparse_moe"),
-    **dict.fromkeys(
-        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"),
-        _ExpertNames(),
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """The location of a tensor on disk."""
-
-    file: Path
-    """The safetensors file."""
-    name: str
-    """Name in the file of the tensor that contains it."""
-    stored_shape: tuple[int, ...]
-    """Shape of that tensor."""
-    shape: tuple[int, ...]
-    """Its own shape."""
-    dtype: str
-    """Number format, as safetensors spells it, such as ``BF16``."""
-    expert: int | None = None
-    """Index along dim 0 of a stacked tensor; None for a tensor of its own."""
-    rows: slice | None = None
-    """Rows of that expert; None for all."""
 
 
 class SafetensorsCheckpoint(Mapping[str, Tensor]):
@@ -121,8 +76,7 @@ class SafetensorsCheckpoint(Mapping[str, Tensor]):
         handle = self._handles[stored.file]
         if stored.expert is None:
             return handle.get_tensor(stored.name)
-        rows = slice(None) if stored.rows is None else stored.rows
-        return handle.get_slice(stored.name)[stored.expert, rows]
+        return stored.part_of(handle.get_slice(stored.name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -164,7 +118,7 @@ def in_stored_layout(
             torch.empty(stored.stored_shape, dtype=tensor.dtype),
             num_parts[key],
         )
-        stack[stored.expert, slice(None) if stored.rows is None else stored.rows] = tensor.cpu()
+        stored.part_of(stack).copy_(tensor)
         waiting[key] = (stack, missing - 1)
         if missing == 1:
             del waiting[key]
@@ -196,20 +150,6 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
             f"{name} of the checkpoint holds {count} values of {tensor.numel()} that are not finite; every token would "
             "be sampled from NaN. The run that wrote it likely diverged: use an earlier checkpoint"
         )
-
-
-def has_usual_names(model_type: str) -> bool:
-    """Return whether the usual tensor names of a family are known here."""
-    return model_type in _NAMES
-
-
-def usual_parts(
-    name: str, shape: tuple[int, ...], model_type: str
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the usual name and shape on disk of each part of a tensor in transformers' layout."""
-    whole = StoredTensor(file=Path(), name=name, stored_shape=shape, shape=shape, dtype="")
-    for usual, part in _parts(whole, _NAMES[model_type]):
-        yield usual, part.shape
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], list[str] | None]:
@@ -298,10 +238,10 @@ def _check_index(index: Path, named: Iterable[str], handles: Mapping[Path, Any])
 def _stored_tensors(directory: Path, handles: Mapping[Path, Any]) -> dict[str, StoredTensor]:
     file_of: dict[str, Path] = {}
     found: dict[str, StoredTensor] = {}
-    names: _ExpertNames | None = None
+    family: str | None = None
     stored = {path: list(handle.keys()) for path, handle in handles.items()}
-    if any(_STACKED.fullmatch(name) for held in stored.values() for name in held):
-        names = _NAMES.get(read_config_json(directory)["model_type"])
+    if any(is_stacked(name) for held in stored.values() for name in held):
+        family = read_config_json(directory)["model_type"]
     for path, held in stored.items():
         for name in held:
             if name in file_of:
@@ -314,7 +254,7 @@ def _stored_tensors(directory: Path, handles: Mapping[Path, Any]) -> dict[str, S
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
             _check_plain(directory, name, dtype)
             whole = StoredTensor(file=path, name=name, stored_shape=shape, shape=shape, dtype=dtype)
-            for usual, part in _parts(whole, names):
+            for usual, part in parts_of(whole, family):
                 if usual in found:
                     raise CheckpointError(
                         f"{directory} holds {usual} twice, once as a part of {name} or of "
@@ -332,27 +272,3 @@ def _check_plain(directory: Path, name: str, dtype: str) -> None:
             f"{directory} holds {name} as {dtype}: it is quantized, or not a weight at all, but training needs "
             f"{', '.join(_PLAIN_DTYPES)}; use the bfloat16 checkpoint of the model, or dequantize this one first"
         )
-
-
-def _parts(whole: StoredTensor, names: _ExpertNames | None) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the parts of a stored tensor under the usual names of the family."""
-    if names is None:
-        yield whole.name, whole
-        return
-    match = _STACKED.fullmatch(whole.name)
-    if match is None or len(whole.stored_shape) != 3:
-        yield whole.name.replace(".mlp.gate.", f".{names.block}.gate."), whole
-        return
-    experts = match["experts"].removesuffix("mlp.experts") + f"{names.block}.experts"
-    num_experts, rows, width = whole.stored_shape
-    halves: list[tuple[str, slice | None]] = [(names.down, None)]
-    if match["half"] == "gate_up_proj":
-        half = rows // 2
-        halves = [(names.gate, slice(0, half)), (names.up, slice(half, rows))]
-    for expert in range(num_experts):
-        for part, cut in halves:
-            num_rows = rows if cut is None else cut.stop - cut.start
-            yield (
-                f"{experts}.{expert}.{part}.weight",
-                replace(whole, shape=(num_rows, width), expert=expert, rows=cut),
-            )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from moe_replay.checkpoint.files import NOT_A_WEIGHT, has_usual_names, usual_parts
+from moe_replay.checkpoint.files import NOT_A_WEIGHT
+from moe_replay.checkpoint.stacked import has_usual_names, usual_parts
 from moe_replay.errors import CheckpointError, shortened
 
 TIED = frozenset({"lm_head.weight", "model.embed_tokens.weight"})
@@ -56,9 +57,9 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], config: Any, model: Any) ->
         # Only transformers runs these families, and it reports what is missing.
         return
     needed = {
-        usual: shape
+        usual: part.shape
         for name, tensor in model.state_dict().items()
-        for usual, shape in usual_parts(name, tuple(tensor.shape), config.model_type)
+        for usual, part in usual_parts(name, tuple(tensor.shape), config.model_type)
     }
     got = {name: shape for name, shape in shapes.items() if is_weight(name, config)}
     if config.tie_word_embeddings:
@@ -102,6 +103,11 @@ def is_weight(name: str, config: Any) -> bool:
 
 
 def is_prediction(name: str, num_layers: int, num_prediction_layers: int) -> bool:
-    """Return whether a tensor belongs to a prediction layer; these follow the decoder layers."""
+    """Return whether a tensor belongs to a prediction layer.
+
+    These follow the decoder layers, or have names of their own (ERNIE 4.5).
+    """
+    if num_prediction_layers and name.startswith("model.mtp_"):
+        return True
     match = _IN_LAYER.fullmatch(name)
     return match is not None and 0 <= int(match[1]) - num_layers < num_prediction_layers

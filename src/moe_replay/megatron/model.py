@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
     TransformerConfig,
@@ -24,6 +25,7 @@ from moe_replay.megatron.balance import count_tokens_only
 from moe_replay.megatron.chunks import moe_layers
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.families.rules import family_of
+from moe_replay.megatron.replay.expert_groups import BIAS_NAME, BiasedSoftmax
 from moe_replay.megatron.upstream import compat
 from moe_replay.megatron.upstream.warnings import quiet_megatron
 from moe_replay.recipe.sections.training import ParallelLayout
@@ -246,18 +248,26 @@ def build_model(
         compat.mark_expert_gradients(chunk)
         routers = moe_layers([chunk]).values()
         count_tokens_only(routers, scaled_by_group=compat.AUX_LOSS_SCALED_BY_GROUP)
-        for router in routers if shape.expert_groups else ():
-            router.router_replay = shape.expert_groups
+        _choose_as_the_model(shape, routers)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         with torch.no_grad():
             for parameter in chunk.parameters():
                 parameter.fill_(torch.nan)
             for router in routers:
-                if router.expert_bias is not None:
-                    router.expert_bias.fill_(torch.nan)
+                for name in ("expert_bias", BIAS_NAME):
+                    if getattr(router, name, None) is not None:
+                        getattr(router, name).fill_(torch.nan)
         chunks.append(chunk)
     return chunks
+
+
+def _choose_as_the_model(shape: ModelShape, routers: Iterable[TopKRouter]) -> None:
+    for router in routers:
+        if shape.expert_groups:
+            router.router_replay = shape.expert_groups
+        if shape.biased_softmax:
+            router.router_replay = BiasedSoftmax(router)
 
 
 def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:

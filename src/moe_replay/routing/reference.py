@@ -85,18 +85,12 @@ def live_ids(
 ) -> Int64[np.ndarray, "tokens topk"]:
     """Return the experts that the router chooses, best first; equal scores go to the lower id.
 
-    ``expert_bias`` moves the choice and never the weights; softmax routers have none.
-
-    Raises:
-        RecipeError: when a softmax router is given a bias.
+    ``expert_bias`` is added to the scores: it moves the choice and never the weights.
     """
-    selection = _selection_scores(logits, rule)
-    if expert_bias is not None:
-        if rule.score_function is ScoreFunction.SOFTMAX:
-            raise RecipeError(
-                "expert_bias balances sigmoid and sqrtsoftplus routers; softmax has none"
-            )
-        selection = selection + expert_bias
+    if expert_bias is None:
+        selection = _selection_scores(logits, rule)
+    else:
+        selection = _scores(logits, rule.score_function) + expert_bias
     if rule.num_groups is not None and rule.groups_per_token is not None:
         selection = _within_groups(selection, rule.num_groups, rule.groups_per_token, rule.topk)
     return _best(selection, rule.topk)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from moe_replay.checkpoint.config import load_config
-from moe_replay.checkpoint.files import INDEX_FILE, usual_parts
+from moe_replay.checkpoint.files import INDEX_FILE
+from moe_replay.checkpoint.stacked import usual_parts
 from moe_replay.testing.tiny_models import character_tokenizer
 
 # As released checkpoints; a reader maps a shard at a time, which must stay below the memory here.
@@ -42,9 +43,9 @@ def write_hollow_checkpoint(path: str | Path, config: str | Path) -> Path:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(loaded, trust_remote_code=False)
     shapes = {
-        name: shape
+        name: part.shape
         for stored, tensor in model.state_dict().items()
-        for name, shape in usual_parts(stored, tuple(tensor.shape), loaded.model_type)
+        for name, part in usual_parts(stored, tuple(tensor.shape), loaded.model_type)
     }
     if loaded.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

@@ -64,6 +64,45 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT
     | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
+    "gpt_oss": {
+        "num_local_experts": 16,
+        "intermediate_size": 32,
+        "head_dim": 32,
+        "sliding_window": 4,
+        "swiglu_limit": 2.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "glm4_moe_lite": _LATENT | {"num_nextn_predict_layers": 0, "rms_norm_eps": 1e-6},
+    "dots1": _DENSE_FIRST
+    | {
+        "head_dim": 32,
+        "norm_topk_prob": True,
+        "n_group": 4,
+        "topk_group": 2,
+        "sliding_window": None,
+    },
+    "minimax_m2": {
+        "num_local_experts": 16,
+        "intermediate_size": 32,
+        "head_dim": 32,
+        "rotary_dim": 16,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 16,
+        "moe_k": 4,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "intermediate_size": 128,
+    },
     "glm4_moe": _DENSE_FIRST
     | {
         "head_dim": 32,
@@ -107,11 +146,12 @@ def write_tiny_checkpoint(
             config, dtype=torch.float32, trust_remote_code=False
         )
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                # Stacked biases of experts have two dims.
+                if parameter.dim() == 1 or name.endswith("proj_bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-            for _, buffer in _expert_biases(model):
-                buffer.add_(torch.randn_like(buffer) * 0.1)
+            for _, bias in _expert_biases(model):
+                bias.add_(torch.randn_like(bias) * 0.1)
     finally:
         torch.set_rng_state(generator_state)
     path = Path(path)
@@ -126,15 +166,15 @@ def _expert_biases(model: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.
     return [
         (module, getattr(module, _EXPERT_BIAS))
         for module in model.modules()
-        if _EXPERT_BIAS in dict(module.named_buffers(recurse=False))
+        if isinstance(getattr(module, _EXPERT_BIAS, None), torch.Tensor)
     ]
 
 
 def _cast_all_but_expert_biases(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    biases = _expert_biases(model)
+    biases = [(router, bias.data) for router, bias in _expert_biases(model)]
     model.to(dtype)
     for router, bias in biases:
-        setattr(router, _EXPERT_BIAS, bias)
+        getattr(router, _EXPERT_BIAS).data = bias
 
 
 def character_tokenizer() -> Any:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from moe_replay.checkpoint.facts import checkpoint_tensors
 from moe_replay.engines.checks import check_group
 from moe_replay.engines.embedded.engine import EmbeddedEngine
 from moe_replay.engines.types import FinishReason, Request, RolloutProgress, SamplingParams
@@ -45,7 +45,7 @@ def prompts(*lengths, num_generations=1, seed=0):
 
 
 def pushed(path):
-    return load_file(path / "model.safetensors").items()
+    return checkpoint_tensors(path)
 
 
 def forced_routes(path, token_ids):

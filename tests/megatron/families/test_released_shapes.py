@@ -123,6 +123,114 @@ RELEASED: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
     },
 }
+_GLM_4_5 = {
+    **RELEASED["GLM-4.5-Air"],
+    "num_hidden_layers": 92,
+    "n_routed_experts": 160,
+    "hidden_size": 5120,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 96,
+    "num_nextn_predict_layers": 1,
+    "use_qk_norm": True,
+}
+RELEASED |= {
+    "GLM-4.5": _GLM_4_5,
+    "GLM-4.6": {**_GLM_4_5, "max_position_embeddings": 202752},
+    "GLM-4.7-Flash": {
+        "model_type": "glm4_moe_lite",
+        "num_hidden_layers": 47,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+    },
+    "MiniMax-M2": {
+        "model_type": "minimax_m2",
+        "num_hidden_layers": 62,
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "attn_type_list": [1] * 62,
+        "qk_norm_type": "per_layer",
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "rope_theta": 5000000,
+        "sliding_window": None,
+        "use_mtp": True,
+        "num_mtp_modules": 3,
+    },
+    "ERNIE-4.5-21B-A3B": {
+        "model_type": "ernie4_5_moe",
+        "num_hidden_layers": 28,
+        "moe_num_experts": 64,
+        "moe_k": 6,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 27,
+        "moe_layer_interval": 1,
+        "moe_capacity": [64, 64, 64],
+        "moe_gate": "topk",
+        "moe_use_aux_free": True,
+        "num_nextn_predict_layers": 1,
+        "rope_theta": 500000,
+        "use_bias": False,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "experts_per_token": 4,
+        "attention_bias": True,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "initial_context_length": 4096,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+    },
+    "dots.llm1": {
+        "model_type": "dots1",
+        "num_hidden_layers": 62,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "scoring_func": "noaux_tc",
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+        "rope_theta": 10000000,
+        "attention_bias": False,
+    },
+}
+FIRST_MOE_LAYER = {"ERNIE-4.5-21B-A3B": 1}
 # Model -> changes of its config, each with the field that the refusal names.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3-30B-A3B", {"attention_bias": True}, "attention_bias = True"),
@@ -144,6 +252,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
     ("DeepSeek-V3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
     ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoint"),
+    ("GLM-4.6", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+    ("MiniMax-M2", {"qk_norm_type": "per_head"}, "qk_norm_type = 'per_head'"),
+    ("MiniMax-M2", {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoint"),
+    ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4"}}, "quantized checkpoint"),
+    ("dots.llm1", {"attention_bias": True}, "attention_bias = True"),
+    ("ERNIE-4.5-21B-A3B", {"rope_scaling": _YARN}, "rope_parameters"),
     ("GLM-4.5-Air", {"norm_topk_prob": False}, "norm_topk_prob = False"),
     ("GLM-4.5-Air", {"rope_scaling": _YARN}, "rope_parameters"),
 ]
@@ -158,9 +272,9 @@ def write(folder: Path, model: str, **changed: Any) -> Path:
 def test_t22_the_config_of_a_released_model_is_taken_by_megatron(tmp_path, model):
     config = RELEASED[model]
     shape = read_model_shape(write(tmp_path, model))
-    first = config.get("first_k_dense_replace", 0)
+    first = config.get("first_k_dense_replace", FIRST_MOE_LAYER.get(model, 0))
     assert shape.moe_layers == tuple(range(first, config["num_hidden_layers"]))
-    assert shape.topk == config["num_experts_per_tok"]
+    assert shape.topk == config.get("num_experts_per_tok", config.get("moe_k"))
     made = transformer_config(shape, ParallelLayout())
     assert made.num_moe_experts == shape.num_experts
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from moe_replay.checkpoint.facts import read_facts
-from moe_replay.checkpoint.files import has_usual_names, refuse_non_finite
+from moe_replay.checkpoint.files import refuse_non_finite
+from moe_replay.checkpoint.stacked import has_usual_names, usual_parts
 from moe_replay.engines.checks import check_requests, check_sampling
 from moe_replay.engines.embedded.decoding import Batch, Job
 from moe_replay.engines.lifecycle import VersionedEngine, describe
@@ -69,7 +70,7 @@ class EmbeddedEngine(VersionedEngine):
         self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
-        self._views = checkpoint_views(self._model)
+        self._views = _views_of(self._model)
         # A push holds what the model has, and names that share memory are tied, whatever they are.
         num_names = Counter(view.data_ptr() for view in self._views.values())
         self._facts = replace(
@@ -214,6 +215,18 @@ class EmbeddedEngine(VersionedEngine):
             finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
             policy_version=self._policy_version,
         )
+
+
+def _views_of(model: Any) -> dict[str, torch.Tensor]:
+    """Return views on a model's memory by the names that a push has: of each expert its own."""
+    views = checkpoint_views(model)
+    if not has_usual_names(model.config.model_type):
+        return dict(views)
+    return {
+        usual: view if part.expert is None else part.part_of(view)
+        for name, view in views.items()
+        for usual, part in usual_parts(name, tuple(view.shape), model.config.model_type)
+    }
 
 
 def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:

@@ -86,6 +86,11 @@ def check_loadable(
     facts: ModelFacts, tensor_parallel_size: int = 1, *, num_attention_heads: int | None = None
 ) -> None:
     """Raise `UnsupportedError` for a checkpoint that vLLM cannot load on that many ranks."""
+    if facts.family == "gpt_oss":
+        raise UnsupportedError(
+            f"the checkpoint is gpt-oss, whose experts vLLM {TESTED_ON} takes stacked by layer, while a push sends each "
+            "expert on its own: new weights could not be loaded; use rollout.engine = 'embedded'"
+        )
     if facts.stacks_experts and facts.family not in _LOADS_STACKED:
         raise UnsupportedError(
             f"the checkpoint stacks the experts of a layer in one tensor, which vLLM {TESTED_ON} loads "

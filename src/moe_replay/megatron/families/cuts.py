@@ -24,6 +24,8 @@ def local_view(rule: Rule, parameter: Tensor) -> Tensor:
     """View a parameter, or this rank's part of it, in the shape of a merged tensor."""
     if rule.kind is Kind.GATED:
         return parameter.reshape(2, -1, *parameter.shape[1:])
+    if rule.kind is Kind.SINGLE_ROW:
+        return parameter.unsqueeze(0)
     return parameter
 
 

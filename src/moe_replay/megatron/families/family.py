@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     ROW = "one tensor, cut along dim 1"
     QKV = "query, key, value interleaved by query group, their rows cut into equal parts"
     GATED = "gate above up projection, each cut along its dim 0"
+    SINGLE_ROW = "one tensor with a first dim of size 1, the same on every tensor-parallel rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,8 @@ class ModelShape:
     """Global decoder indices of the layers that the config says are MoE layers."""
     expert_groups: ExpertGroups | None = None
     """Groups that Megatron would score differently from the model; None where there are none."""
+    biased_softmax: bool = False
+    """A bias moves the choice of a softmax router, which Megatron has for sigmoid routers only."""
     megatron_fields: Mapping[str, Any] = field(default_factory=dict)
     """TransformerConfig fields that only this family sets."""
     yarn: Mapping[str, Any] = field(default_factory=dict)

@@ -12,6 +12,8 @@ from itertools import chain
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.families import shapes as family_shapes
 from moe_replay.megatron.families.family import Family, Kind, Rule
+from moe_replay.megatron.families.refused import REFUSED
+from moe_replay.megatron.replay.expert_groups import BIAS_NAME
 
 _LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 
@@ -43,6 +45,17 @@ def _experts(hf: str, names: str = "gate_proj up_proj down_proj") -> tuple[Rule,
         *_mlp("mlp.experts.local_experts.{expert}", f"{hf}.{{expert}}", names),
         *_mlp("mlp.experts", f"{hf}.{{expert}}", names, number="{expert}"),
     )
+
+
+def _expert_biases(hf: str) -> tuple[Rule, ...]:
+    gate, up, down = (f"{hf}.{{expert}}.{name}_proj.bias" for name in ("gate", "up", "down"))
+    lines = []
+    for module, number in (("mlp.experts.local_experts.{expert}", ""), ("mlp.experts", "{expert}")):
+        lines += [
+            _rule(f"{module}.linear_fc1.bias{number}", f"{gate} {up}", Kind.GATED),
+            _rule(f"{module}.linear_fc2.bias{number}", down),
+        ]
+    return tuple(lines)
 
 
 _EMBEDDING = Rule(
@@ -77,10 +90,20 @@ _SHARED_EXPERT = (
 )
 _SHARED_EXPERTS = _mlp("mlp.shared_experts", "mlp.shared_experts")
 _EXPERT_BIAS = (_rule("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias"),)
+_SOFTMAX_BIAS = (
+    _rule(f"mlp.router.{BIAS_NAME}", "mlp.moe_statics.e_score_correction_bias", Kind.SINGLE_ROW),
+)
 _MIXTRAL_MOE = (
     _rule("mlp.router.weight", "block_sparse_moe.gate.weight"),
     *_experts("block_sparse_moe.experts", "w1 w3 w2"),
 )
+_ROUTER_BIAS = (
+    _rule("mlp.router.weight", "mlp.router.weight"),
+    _rule("mlp.router.bias", "mlp.router.bias"),
+)
+_OUT_BIAS = (_attention("linear_proj.bias", "o_proj.bias"),)
+_SINKS = (_attention("core_attention.softmax_offset", "sinks", Kind.COLUMN),)
+_MIXTRAL_BIAS = (_rule("mlp.router.expert_bias", "block_sparse_moe.e_score_correction_bias"),)
 # Multi-head latent attention. As everywhere, Transformer Engine names a norm after the linear layer
 # behind it.
 _MLA = (
@@ -126,6 +149,26 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe": Family(
         rules=_table(_QKV, _QKV_BIAS, _QK_NORM, _OUT, _SIGMOID_MOE), shape=family_shapes.glm4_moe
     ),
+    "glm4_moe_lite": Family(
+        rules=_table(_MLA, _OUT, _SIGMOID_MOE), shape=family_shapes.glm4_moe_lite
+    ),
+    "minimax_m2": Family(
+        rules=_table(_QKV, _QK_NORM, _OUT, _MIXTRAL_MOE, _MIXTRAL_BIAS),
+        shape=family_shapes.minimax_m2,
+        all_heads_qk_norm=True,
+    ),
+    "ernie4_5_moe": Family(
+        rules=_table(_QKV, _OUT, _ROUTER, _SOFTMAX_BIAS, _EXPERTS, _SHARED_EXPERTS, _DENSE_MLP),
+        shape=family_shapes.ernie4_5_moe,
+    ),
+    "gpt_oss": Family(
+        rules=_table(
+            *(_QKV, _QKV_BIAS, _SINKS, _OUT, _OUT_BIAS, _ROUTER_BIAS),
+            *(_EXPERTS, _expert_biases("mlp.experts")),
+        ),
+        shape=family_shapes.gpt_oss,
+    ),
+    "dots1": Family(rules=_table(_QKV, _QK_NORM, _OUT, _SIGMOID_MOE), shape=family_shapes.dots1),
 }
 
 
@@ -135,6 +178,11 @@ def family_of(model_type: str) -> Family:
     Raises:
         UnsupportedError: there is no table for it.
     """
+    if model_type in REFUSED:
+        raise UnsupportedError(
+            f"{model_type} models cannot be trained: {REFUSED[model_type]}. Known: {', '.join(FAMILIES)}; in transformers "
+            "itself, moe_replay.transformers records and replays most families"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedError(
             f"no weight table for model_type {model_type!r}; known: {', '.join(FAMILIES)}. "

@@ -1,23 +1,36 @@
-"""Choose experts within groups as the model does, where Megatron-Core scores groups otherwise.
+"""Choose experts as the model does, where Megatron-Core chooses otherwise.
 
 Megatron scores a group by the sum of its best `topk // group_topk` experts. DeepSeek-V2 scores it
 by its best one, and chooses 6 experts from 3 groups, which Megatron would score by their best two.
+ERNIE 4.5 moves the choice of a softmax router by a bias; Megatron refuses one there.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+BIAS_NAME = "softmax_expert_bias"
+"""Name of the buffer in a router that holds the bias of `BiasedSoftmax`; of no use to Megatron."""
+
+
+class OwnChoice(ABC):
+    """Stands in a router's RouterReplay, and chooses for Megatron or for a replay scope."""
+
+    @abstractmethod
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores and ids of the experts of each row, ``[rows, topk]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertGroups:
-    """Groups of experts of which each token may use some only.
-
-    Stands in a router's RouterReplay, and chooses for Megatron or for a replay scope.
-    """
+class ExpertGroups(OwnChoice):
+    """Groups of experts of which each token may use some only."""
 
     num_groups: int
     """Equal groups, of neighbouring experts."""
@@ -41,3 +54,29 @@ class ExpertGroups:
         within = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
         values, ids = within.topk(topk, dim=-1)
         return values, ids
+
+
+class BiasedSoftmax(OwnChoice):
+    """A softmax router whose bias moves the choice, never the weights."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        """Choose by the buffer `BIAS_NAME` of ``router``, which is put there as zeros."""
+        bias = torch.zeros(
+            router.config.num_moe_experts, dtype=torch.float32, device=torch.cuda.current_device()
+        )
+        router.register_buffer(BIAS_NAME, bias)
+        self._router = router
+
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and ids of the experts with the largest sums of probability and bias.
+
+        Megatron then takes the softmax over the logits of the chosen, which are their shares of the
+        sum of their probabilities. Logits 0 0 with a bias of 0 .1 choose expert 1.
+        """
+        bias = getattr(self._router, BIAS_NAME)
+        with torch.no_grad():
+            moved = scores.float().softmax(dim=-1) + bias
+            ids = moved.topk(topk, dim=-1).indices
+        return scores.gather(1, ids), ids

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
-from moe_replay.megatron.replay.expert_groups import ExpertGroups
+from moe_replay.megatron.replay.expert_groups import OwnChoice
 from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
 from moe_replay.megatron.replay.refusals import refuse_bypasses, refuse_foreign_routes
 from moe_replay.megatron.replay.upload import DeviceRoutes
@@ -54,7 +54,7 @@ class _RouterSeat:
         assert default_compute_topk is not None
 
         def live(rows: torch.Tensor | None) -> Chosen:
-            if isinstance(self.displaced, ExpertGroups):
+            if isinstance(self.displaced, OwnChoice):
                 given = scores if rows is None else scores[rows]
                 return self.displaced.get_replay_topk(given, topk)
             if rows is None or num_groups:

@@ -2,7 +2,7 @@
 
 Megatron's own local attention refuses packed sequences and context parallelism. This one does both,
 on any device, and attends within each sequence only, so a packed run equals the unpacked runs to
-rounding.
+rounding. It knows sliding windows and sinks, as the attention of Transformer Engine does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from jaxtyping import Int
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from moe_replay.errors import UnsupportedError
@@ -49,7 +54,7 @@ class SDPACoreAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         for condition, what in (
             (dropout > 0, f"attention dropout {dropout}"),
-            (getattr(config, "window_size", None) is not None, "a sliding window"),
+            (config.softmax_type == "off-by-one", "softmax_type 'off-by-one'"),
             (attention_type != "self", f"{attention_type} attention"),
             (attn_mask_type is not AttnMaskType.causal, f"attention mask {attn_mask_type.name}"),
         ):
@@ -61,6 +66,31 @@ class SDPACoreAttention(MegatronModule):
         group = getattr(pg_collection, "cp", None)
         self.cp_group = parallel_state.get_context_parallel_group() if group is None else group
         self.softmax_scale = softmax_scale
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window: int | None = config.window_size[0] if windowed else None
+        """Rows before its own that a row attends to; None for all."""
+        # Megatron's and Transformer Engine's name for the sinks.
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(
+                torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the sinks as parts of one tensor of all heads."""
+        held = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            held, prefix, {"softmax_offset": 0}, sharded_offsets
+        )
 
     def forward(
         self,
@@ -102,7 +132,14 @@ class SDPACoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Attend over `[s b heads d]`; causal from position 0 without a mask."""
+        sinks = self.softmax_offset
+        if mask is None and (self.window is not None or sinks is not None):
+            positions = torch.arange(len(query), device=query.device)
+            mask = self._visible(positions, positions)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if sinks is not None:
+            assert mask is not None
+            return self._with_sinks(query, key, value, mask, sinks).permute(2, 0, 1, 3)
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -113,6 +150,26 @@ class SDPACoreAttention(MegatronModule):
             enable_gqa=query.size(1) != key.size(1),
         )
         return out.permute(2, 0, 1, 3)
+
+    def _visible(self, rows: Tensor, others: Tensor) -> Tensor:
+        """Return which of the positions ``others`` each of the positions ``rows`` attends to."""
+        apart = rows[:, None] - others[None]
+        return apart >= 0 if self.window is None else (apart >= 0) & (apart <= self.window)
+
+    def _with_sinks(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor
+    ) -> Tensor:
+        """Attend over `[b heads s d]` with a learned score more in each head, of no value.
+
+        Scores of 0 0 beside a sink of log 2 weigh 1/4 each.
+        """
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+        scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scores = (query @ key.transpose(2, 3)) * scale
+        column = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
+        both = torch.cat([scores.masked_fill(~mask, -torch.inf), column], dim=-1)
+        weights = both.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        return weights[..., :-1] @ value
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """Attend over `[t heads d]`, sequences of like length together in one padded call.
@@ -163,7 +220,7 @@ class SDPACoreAttention(MegatronModule):
         local, whole = 0, 0
         for length in lengths:
             positions = zigzag_positions(length, rank, num_ranks).to(query.device)
-            mask = positions[:, None] >= torch.arange(length, device=query.device)[None]
+            mask = self._visible(positions, torch.arange(length, device=query.device))
             outs.append(
                 self._attend(
                     query[local : local + positions.numel()],

@@ -65,12 +65,19 @@ def mark_expert_gradients(chunk: torch.nn.Module) -> None:
 
     Before 0.19 Megatron does so only where there is expert parallelism. Without it, gradients are
     silently wrong if experts are cut over another number of ranks than dense layers, and the
-    optimizer's state does not load into a layout with expert parallelism. To be called before the
-    chunk is wrapped in DistributedDataParallel.
+    optimizer's state does not load into a layout with expert parallelism. Biases of experts are
+    marked as if they saw part of a sequence: their gradients would be summed over tensor-parallel
+    ranks once more. To be called before the chunk is wrapped in DistributedDataParallel.
     """
-    experts: list[Any] = [p for name, p in chunk.named_parameters() if ".mlp.experts." in name]
-    for parameter in experts:
+    experts: dict[str, Any] = {
+        name: p for name, p in chunk.named_parameters() if ".mlp.experts." in name
+    }
+    for name, parameter in experts.items():
         parameter.allreduce = False
+        parameter.sequence_parallel = False
+        if ".linear_fc2.bias" in name:
+            # Else taken for a copy, and not counted in the norm, where dense layers are cut.
+            parameter.tensor_model_parallel = True
 
 
 def decoder_block_spec(
@@ -107,7 +114,9 @@ def decoder_block_spec(
             attention.linear_kv_down_proj = ReplicatedLinear
         _use_own_norms(attention)
         _use_own_norms(layer.submodules)
-        if grouped_experts and hasattr(layer.submodules.mlp.submodules, "experts"):
+        # Megatron's own experts add a bias in place where autograd forbids it.
+        grouped = grouped_experts or config.add_bias_linear
+        if grouped and hasattr(layer.submodules.mlp.submodules, "experts"):
             layer.submodules.mlp.submodules.experts = _grouped_experts_builder()
     if not transformer_engine:
         block.layer_norm = RMSNorm

@@ -98,7 +98,7 @@ class ReplicatedLinear(torch.nn.Linear):
 
 
 class GroupedExperts(SequentialMLP):
-    """Run all local SwiGLU experts in two grouped matrix products instead of a loop of small ones.
+    """Run all local gated experts in two grouped matrix products instead of a loop of small ones.
 
     Parameters, their names and their distributed-checkpoint layout are those of SequentialMLP. Each
     forward copies the local expert weights once, which is cheap next to the products for small
@@ -148,11 +148,31 @@ class GroupedExperts(SequentialMLP):
     ) -> tuple[Tensor, None]:
         """Return each row's expert output times its gate weight; rows arrive sorted by expert."""
         rows = permuted_local_hidden_states
-        ends = torch.as_tensor(tokens_per_expert, device=rows.device).cumsum(0).to(torch.int32)
+        counts = torch.as_tensor(tokens_per_expert, device=rows.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        weights = permuted_probs.unsqueeze(-1)
         both = self._product("linear_fc1", rows, ends)
+        if self.config.add_bias_linear:
+            both = both + self._biases("linear_fc1", counts, len(rows))
+        inner = (self._gated(both) * weights).to(rows.dtype)
+        out = self._product("linear_fc2", inner, ends)
+        if self.config.add_bias_linear:
+            out = out + (self._biases("linear_fc2", counts, len(rows)) * weights).to(out.dtype)
+        return out, None
+
+    def _gated(self, both: Tensor) -> Tensor:
+        """Return the gated activation, clamped and offset as Megatron's MLP does it."""
         gate, up = both.chunk(2, dim=-1)
-        inner = F.silu(gate) * up * permuted_probs.unsqueeze(-1)
-        return self._product("linear_fc2", inner.to(rows.dtype), ends), None
+        limit = self.config.activation_func_clamp_value
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        if self.config.glu_linear_offset:
+            up = up + self.config.glu_linear_offset
+        return self.config.activation_func(gate) * up
+
+    def _biases(self, name: str, counts: Tensor, num_rows: int) -> Tensor:
+        stacked = torch.stack([layer.bias for layer in self._layers(name)])
+        return stacked.repeat_interleave(counts, dim=0, output_size=num_rows)
 
     def _layers(self, name: str) -> list[Any]:
         return [getattr(expert, name) for expert in self.local_experts]

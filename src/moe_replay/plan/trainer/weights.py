@@ -74,7 +74,11 @@ def _attention(shape: ModelShape, tensor: int) -> Iterator[Weight]:
     qkv = (heads + 2 * shape.num_query_groups) * shape.head_dim
     yield Weight(name="linear_proj", size=heads * shape.head_dim // tensor * hidden)
     yield Weight(name="linear_qkv", size=qkv // tensor * hidden)
-    if fields.get("add_qkv_bias"):
+    if fields.get("add_bias_linear"):
+        yield Weight(name="linear_proj.bias", size=hidden)
+    if fields.get("softmax_type") == "learnable":
+        yield Weight(name="softmax_offset", size=heads // tensor)
+    if fields.get("add_qkv_bias") or fields.get("add_bias_linear"):
         yield Weight(name="linear_qkv.bias", size=qkv // tensor)
     if fields.get("qk_layernorm"):
         all_heads = family_of(shape.family).all_heads_qk_norm
@@ -139,12 +143,18 @@ def shared_width(shape: ModelShape) -> int:
 
 def _moe(shape: ModelShape, layout: ParallelLayout) -> Iterator[Weight]:
     hidden, tensor = shape.hidden_size, layout.tensor_model_parallel_size
+    biased = bool(shape.megatron_fields.get("add_bias_linear"))
     yield Weight(name="router", size=shape.num_experts * hidden)
+    if biased:
+        yield Weight(name="router.bias", size=shape.num_experts)
     inner = shape.expert_ffn_size // layout.expert_tensor_size
     count = shape.num_experts // layout.expert_model_parallel_size
     # Their order does not matter to sums, and only little to how they are padded.
     yield Weight(name="experts.linear_fc1", size=2 * inner * hidden, is_expert=True, count=count)
     yield Weight(name="experts.linear_fc2", size=inner * hidden, is_expert=True, count=count)
+    if biased:
+        yield Weight(name="experts.linear_fc1.bias", size=2 * inner, is_expert=True, count=count)
+        yield Weight(name="experts.linear_fc2.bias", size=hidden, is_expert=True, count=count)
     shared = shared_width(shape) // tensor
     if shared:
         yield Weight(name="shared_experts.linear_fc1", size=2 * shared * hidden)
