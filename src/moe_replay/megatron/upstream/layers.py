@@ -25,6 +25,44 @@ class RMSNorm(torch.nn.RMSNorm):
         marked: Any = self.weight
         marked.sequence_parallel = config.sequence_parallel
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[... hidden_size]`."""
+        assert self.eps is not None
+        return _rms_norm(x, self.weight, self.eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise over the last dim; on a CPU torch takes its gradient in eight separate steps."""
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _HostRMSNorm.apply(x, weight, eps)
+
+
+class _HostRMSNorm(torch.autograd.Function):
+    """``y = x s w`` with ``s = (mean(x^2) + eps)^-1/2``.
+
+    For a gradient g of y that of w is the sum of ``g x s`` over rows, and that of x is
+    ``s (g w - x s mean(g w x s))``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        size = len(weight)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(size).add_(ctx.eps).rsqrt_()
+        unit = x * scale
+        by_unit = (gradient * unit).reshape(-1, size)
+        mean = by_unit.mv(weight).div_(size).view_as(scale)
+        returned = (gradient * weight).addcmul_(unit, mean, value=-1).mul_(scale)
+        return returned, by_unit.sum(0), None
+
 
 class _AllHeadsRMSNorm(torch.nn.Module):
     """Normalise over all heads together, where Megatron's query and key norms work head by head."""
@@ -43,7 +81,7 @@ class _AllHeadsRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[... heads head_dim]` over its last two dims."""
-        return F.rms_norm(x.flatten(-2), self.weight.shape, self.weight, self.eps).view_as(x)
+        return _rms_norm(x.flatten(-2), self.weight, self.eps).view_as(x)
 
 
 class AllHeadsQueryNorm(_AllHeadsRMSNorm):

@@ -99,7 +99,7 @@ def layer_bytes(
     return LayerBytes(
         hidden=hidden,
         norms=2 * hidden,
-        normed=2 * kernels.norm_copies * hidden + 2 * kernels.statistics_bytes * part,
+        normed=2 * kernels.norm_copies * hidden,
         attention=heads * part + uncut * rows,
         core=core * part,
         attended=core * part if _keeps_weights(shape, kernels) else 0.0,
@@ -127,27 +127,20 @@ def _attention(
         count * width for count in (heads, heads + groups, heads + 2 * groups)
     )
     numbers = kernels.projection * all_three
-    statistics = 0
     if shape.megatron_fields.get("qk_layernorm"):
-        numbers = (
-            kernels.normed_projection * all_three
-            + kernels.separate_queries * queries
-            + kernels.normed_heads * both
-        )
-        statistics = kernels.statistics_bytes * (heads + groups)
+        numbers = kernels.normed_projection * all_three + kernels.separate_queries * queries
     numbers += kernels.core_inputs * all_three + kernels.core_queries_keys * both
     # The output projection keeps one output in any case.
     numbers += queries
     core = (kernels.core_outputs - 1) * queries * number + 4 * heads
     uncut = kernels.rotary_bytes * width + kernels.index_bytes
-    return numbers * number + statistics, core, uncut
+    return numbers * number, core, uncut
 
 
 def _latent(shape: ModelShape, settings: Settings, kernels: Kernels) -> tuple[float, float, float]:
     number, heads, sizes = settings.dtype_bytes, shape.num_attention_heads, LatentSizes.of(shape)
     compressed = (kernels.norm_copies + 1) * sizes.query_rank
     compressed += sizes.rank + sizes.rotary + kernels.norm_copies * sizes.rank
-    statistics = 2 * kernels.statistics_bytes
     of_query, of_projection, of_value = kernels.latent_heads
     numbers = heads * (
         of_query * sizes.query
@@ -159,7 +152,7 @@ def _latent(shape: ModelShape, settings: Settings, kernels: Kernels) -> tuple[fl
         core = heads * settings.max_sequence_length * number
     uncut = kernels.rotary_bytes * sizes.rotary + kernels.index_bytes
     # Compressed rows are the same on all tensor-parallel ranks, each of which keeps its own rows.
-    return (numbers + compressed) * number + statistics, core, uncut
+    return (numbers + compressed) * number, core, uncut
 
 
 def _keeps_weights(shape: ModelShape, kernels: Kernels) -> bool:

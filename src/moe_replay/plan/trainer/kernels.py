@@ -19,17 +19,13 @@ class Kernels:
     name: str
     """What runs."""
     norm_copies: int
-    """Rows kept by a norm: its input, and the normalised row before its weight."""
-    statistics_bytes: int
-    """Kept by a norm for each row."""
+    """Rows kept by a norm beside its input: what it returns, and what else it computes."""
     normed_projection: int
     """Complete outputs of the query, key and value projection, kept where norms follow it."""
     projection: int
     """The same, kept where none does."""
     separate_queries: int
     """Further copies of the queries, kept where norms follow."""
-    normed_heads: int
-    """Copies of queries and keys, kept where norms follow."""
     core_inputs: int
     """Copies of queries, keys and values that core attention keeps, beyond the projection."""
     core_queries_keys: int
@@ -74,11 +70,9 @@ class Kernels:
 GPU = Kernels(
     name="Transformer Engine's layers, flash attention",
     norm_copies=1,
-    statistics_bytes=0,
     normed_projection=1,
     projection=1,
     separate_queries=0,
-    normed_heads=0,
     core_inputs=0,
     core_queries_keys=1,
     core_outputs=1,
@@ -103,12 +97,10 @@ GPU = Kernels(
 
 CPU = Kernels(
     name="Megatron-Core's local layers, attention of torch",
-    norm_copies=2,
-    statistics_bytes=4,
+    norm_copies=1,
     normed_projection=1,
     projection=1,
     separate_queries=1,
-    normed_heads=1,
     core_inputs=0,
     core_queries_keys=1,
     core_outputs=1,
