@@ -155,7 +155,7 @@ def table() -> Iterator[str]:
                 *(f"{update[name] / 1e9:.1f}" for name in ("weights", "gradients", "optimizer")),
                 f"{passes / 1e9:.1f}",
                 *(_peak(plan) for plan in plans.values()),
-                f"{plans['host'].host / 1e12:.2f} TB",
+                f"{plans['host'].host.total / 1e12:.2f} TB",
             ]
             yield f"| {model} | {gpus} | {words} | {' | '.join(cells)} |"
             if not any(plan.fits for plan in plans.values()):

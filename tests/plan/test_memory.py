@@ -95,7 +95,7 @@ def test_offloaded_state_lies_on_the_host(recipe, shape):
     """By hand: 16 bytes for each parameter owned, 3.82 B a rank and 8 ranks."""
     sizes = {"expert_model_parallel_size": 8, "optimizer": HOST}
     plan = plan_memory(recipe(megatron=sizes), shape("qwen3-30b-a3b"), EIGHT)
-    assert plan.host == pytest.approx(8 * 16 * 3.82e9, rel=0.01)
+    assert plan.host.state == pytest.approx(8 * 16 * 3.82e9, rel=0.01)
     small = read_machine(["gpus=8x80GB", "host_gb=256"])
     short = plan_memory(recipe(megatron=sizes), shape("qwen3-30b-a3b"), small).short
     assert any("host memory" in text for text in short)
@@ -185,14 +185,6 @@ def test_servers_need_equally_many_gpus(recipe, shape):
     machine: Machine = replace(EIGHT, servers=EIGHT)
     with pytest.raises(MoeReplayError, match="8 GPUs of servers for the 3 addresses"):
         plan_memory(recipe(rollout=servers), shape("qwen3-30b-a3b"), machine)
-
-
-def test_a_checkpoint_written_beside_the_run_is_copied_to_the_host(recipe, shape):
-    """By hand: 14 bytes (weight, float32 main weight and moments) of 3.82 B a rank, 8 ranks."""
-    model = shape("qwen3-30b-a3b")
-    waits = plan_memory(recipe(), model, EIGHT)
-    beside = plan_memory(recipe(checkpoint={"asynchronous": True}), model, EIGHT)
-    assert beside.host - waits.host == pytest.approx(8 * 14 * 3.82e9, rel=0.01)
 
 
 @pytest.mark.parametrize(("gigabytes", "fits", "is_tight"), [(74, True, True), (60, True, False)])

@@ -43,7 +43,8 @@ def show_plan(plan: Plan) -> None:
     logits = max(found.logits for found in memory.trainer)
     notes = [
         f"chunks of logits take {gb(logits)} GB at their own moment of an update",
-        f"host memory of a node: {gb(memory.host)} GB of {gb(memory.usable_host)}",
+        f"host memory of a node: {gb(memory.host.total)} GB of {gb(memory.usable_host)}, "
+        f"{gb(memory.host.save)} of them while a checkpoint is saved",
     ]
     engine = memory.engine
     if engine is not None:

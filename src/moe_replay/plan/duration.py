@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_replay.megatron.families.family import ModelShape
+from moe_replay.plan.host import gives_back
 from moe_replay.plan.machine import Machine
-from moe_replay.plan.memory import MemoryPlan, gives_back
+from moe_replay.plan.memory import MemoryPlan
 from moe_replay.plan.rollout import EngineBytes, engine_weights
 from moe_replay.plan.trainer.settings import NUMBER_BYTES, Settings
 from moe_replay.plan.trainer.weights import LatentSizes, Weight, stage_weights
@@ -98,7 +99,8 @@ def plan_time(recipe: Recipe, shape: ModelShape, machine: Machine, memory: Memor
         parts["old log-probabilities"] = forward
     if recipe.grpo.beta > 0:
         parts["reference log-probabilities"] = forward
-    parts["update"] = forward * (3 + again)
+    # Frozen weights need no gradient of their own, which is a third of the work.
+    parts["update"] = forward * ((2 if recipe.lora.is_on else 3) + again)
     parts["optimizer"] = _optimizer(recipe, machine, memory)
     parts["push"] = _push(recipe, shape, machine, memory)
     overlaps = recipe.rollout.max_staleness > 0

@@ -13,9 +13,10 @@ from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.megatron.model import transformer_config
 from moe_replay.megatron.stages import stage_layers
+from moe_replay.plan.host import HostBytes, gives_back, host_bytes
 from moe_replay.plan.machine import Machine
 from moe_replay.plan.rollout import EngineBytes, engine_bytes
-from moe_replay.plan.trainer.kernels import GPU, Kernels
+from moe_replay.plan.trainer.kernels import GPU, GPU_LOCAL, Kernels
 from moe_replay.plan.trainer.settings import Settings, settings_of
 from moe_replay.plan.trainer.training import Resident, TrainerBytes, trainer_bytes
 from moe_replay.recipe.recipe import Recipe
@@ -27,7 +28,6 @@ TIGHT_FRAC = 0.1
 """Less of the usable bytes left over is too little to rely on."""
 EXACT = frozenset({"weights", "reference", "gradients", "optimizer", "engine weights", "cache"})
 """Parts that are sums of parameters, or are given."""
-_GIVES_BACK = ("none", "gradients", "optimizer", "weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +55,16 @@ class MemoryPlan:
     """In their order."""
     usable: float
     """Bytes of a GPU that a plan fills."""
-    host: float
-    """Bytes of a node's host memory."""
+    host: HostBytes
+    """Of the host memory of the fullest node."""
     usable_host: float
     """Bytes of it that there are."""
     engine: EngineBytes | None
     """The engine; None where nothing samples or its GPUs are unknown."""
     settings: Settings
     """What of the recipe decided."""
+    kernels: Kernels
+    """What the layers run on."""
     stages: Sequence[Sequence[int]]
     """Decoder layers of each pipeline stage."""
     trainer: Sequence[TrainerBytes]
@@ -98,8 +100,11 @@ class MemoryPlan:
             for phase in self.phases
             if phase.total > self.usable
         ]
-        if self.host > self.usable_host:
-            found.append(f"host memory of a node: {gb(self.host)} GB of {gb(self.usable_host)}")
+        if self.host.total > self.usable_host:
+            found.append(
+                f"host memory of a node: {gb(self.host.total)} GB of {gb(self.usable_host)}, "
+                f"{gb(self.host.save)} of them while a checkpoint is saved"
+            )
         engine = self.engine
         if engine is not None and engine.sequences(self.settings.max_sequence_length) < 1:
             found.append(
@@ -120,15 +125,17 @@ def gb(num_bytes: float) -> str:
 
 
 def plan_memory(
-    recipe: Recipe, shape: ModelShape, machine: Machine, kernels: Kernels = GPU
+    recipe: Recipe, shape: ModelShape, machine: Machine, kernels: Kernels | None = None
 ) -> MemoryPlan:
-    """Compute the bytes of every phase of a step.
+    """Compute the bytes of every phase of a step; ``kernels`` are those that the recipe runs on.
 
     Raises:
         UnsupportedError: the model cannot be cut like that.
         RecipeError: the batch, or the ranks, do not divide.
     """
     recipe = recipe.on_device("cuda")
+    # Adapters stand beside Megatron-Core's own layers.
+    kernels = kernels or (GPU_LOCAL if recipe.lora.is_on else GPU)
     stages = check_layout(recipe, shape, machine)
     settings = settings_of(recipe, machine.num_gpus)
     trainer = trainer_bytes(shape, settings, stages, kernels)
@@ -146,10 +153,11 @@ def plan_memory(
     return MemoryPlan(
         phases=phases,
         usable=machine.usable_bytes,
-        host=_host_bytes(recipe, trainer, engine, machine),
+        host=host_bytes(recipe, settings, trainer, engine, machine),
         usable_host=machine.rates.host_gb * 1e9,
         engine=engine,
         settings=settings,
+        kernels=kernels,
         stages=stages,
         trainer=trainer,
     )
@@ -250,11 +258,6 @@ def _phases(
     return phases
 
 
-def gives_back(recipe: Recipe) -> int:
-    """Return how much the trainer frees while an engine samples: an index of ``_GIVES_BACK``."""
-    return _GIVES_BACK.index(recipe.megatron.offload_during_rollout)
-
-
 def parts_of(held: Resident, given: int = 0) -> dict[str, float]:
     """Return what a rank holds, without what it has given back."""
     return {
@@ -267,29 +270,3 @@ def parts_of(held: Resident, given: int = 0) -> dict[str, float]:
 
 def _passing(passing: object) -> dict[str, float]:
     return {name: getattr(passing, name) for name in ("activations", "logits", "routes")}
-
-
-def _host_bytes(
-    recipe: Recipe,
-    trainer: Sequence[TrainerBytes],
-    engine: EngineBytes | None,
-    machine: Machine,
-) -> float:
-    """Return the bytes on a node's host: everything at once.
-
-    That is offloaded state, what was given back, asleep engines, and the copy that a checkpoint is
-    written from beside the run.
-    """
-    given = gives_back(recipe)
-    each = 0.0
-    for found in trainer:
-        held = found.resident
-        moved = held.host + (held.optimizer if given >= 2 else 0.0)
-        if recipe.checkpoint.asynchronous:
-            moved += held.saved
-        if given >= 3:
-            moved += held.weights + held.reference
-        each = max(each, moved)
-    if engine is not None:
-        each += engine.host
-    return each * machine.gpus_per_node

@@ -5,7 +5,6 @@ In: a recipe, the shape of its model, a machine. Out: nothing, or the refusal.
 
 from __future__ import annotations
 
-from moe_replay.errors import UnsupportedError
 from moe_replay.grpo.start.preflight import Preflight, ask_layout
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.plan.machine import Machine
@@ -16,16 +15,9 @@ def check_options(recipe: Recipe, shape: ModelShape, machine: Machine) -> None:
     """Refuse options of Megatron's that no machine takes; what only GPUs can answer is left out.
 
     Raises:
-        UnsupportedError: the recipe trains adapters, which are not counted.
         MoeReplayError: the first option that the installed Megatron-Core does not have or take, or
             with which replay cannot be exact.
     """
-    if recipe.lora.is_on:
-        raise UnsupportedError(
-            f"lora.rank = {recipe.lora.rank}: the plan knows neither the bytes of adapters nor those of Megatron-Core's own layers, "
-            "which stand in for Transformer Engine's then. With lora.rank = 0 it plans the training of all weights, whose "
-            "gradients and optimizer state adapters do without"
-        )
     found = Preflight(recipe, ProcessSpec(world_size=machine.num_gpus), elsewhere=True)
     ask_layout(found, shape)
     found.refuse()

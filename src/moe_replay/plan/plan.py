@@ -16,7 +16,6 @@ from moe_replay.plan.duration import StepTime, plan_time
 from moe_replay.plan.machine import USABLE_FRAC, Machine
 from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, check_layout, plan_memory
 from moe_replay.plan.options import check_options
-from moe_replay.plan.trainer.kernels import GPU
 from moe_replay.recipe.recipe import Recipe
 
 
@@ -61,7 +60,8 @@ class Plan:
                 for phase in memory.phases
             ],
             "logits_bytes": int(max(found.logits for found in memory.trainer)),
-            "host_bytes_per_node": int(memory.host),
+            "host_bytes_per_node": int(memory.host.total),
+            "host_bytes_of_a_save": int(memory.host.save),
             "engine": None
             if engine is None
             else {
@@ -86,14 +86,15 @@ class Plan:
 
     def assumptions(self) -> dict[str, str]:
         """Return what the figures rest on, in words."""
-        rates = asdict(self.machine.rates)
+        rates, kernels = asdict(self.machine.rates), self.memory.kernels
         return {
             "computed": "from config.json and the recipe; nothing ran on a GPU",
             "usable": f"{USABLE_FRAC:.0%} of a card's nominal memory",
             "unmodelled": f"{UNMODELLED_FRAC:.0%} is added to all but parameters and the cache",
-            "kernels": f"{GPU.name}; {GPU.other_bytes / 1e9:g} GB for CUDA and NCCL",
+            "kernels": f"{kernels.name}; {kernels.other_bytes / 1e9:g} GB for CUDA and NCCL",
             "experts": "tokens are dealt evenly over the ranks of the experts",
-            "host": "state alone; a published run took 1.8 times as much",
+            "host": "state, and what a save gathers, at once; of the state alone a published run "
+            "took 1.8 times as much",
             "lengths": "bytes: every completion has its maximum length; seconds: "
             f"{rates['length_frac']:.0%} of it, the longest one all of it",
         } | {name: f"{value:g}" for name, value in rates.items()}

@@ -25,6 +25,7 @@ from moe_replay.megatron.stages import stage_layers
 from moe_replay.plan.trainer.kernels import CPU, Kernels
 from moe_replay.plan.trainer.settings import AdamStorage, Settings
 from moe_replay.plan.trainer.training import trainer_bytes
+from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.training import MegatronSection
 from moe_replay.routing import Origin, Routing, RoutingTrace
 from moe_replay.testing.layouts import BLOCK, FULL, MOE, layout
@@ -68,6 +69,8 @@ class PlannedCase:
     """Of each sequence."""
     chunk_rows: int = 256
     """Rows whose logits exist at a time."""
+    lora: LoraSection = field(default_factory=LoraSection)
+    """Adapters."""
 
 
 CASES: Mapping[str, PlannedCase] = {
@@ -97,6 +100,7 @@ CASES: Mapping[str, PlannedCase] = {
     "ep2": PlannedCase(layout=layout(ep=2), ranks=2),
     "tp2 ep2": PlannedCase(layout=layout(tp=2, ep=2, etp=1), ranks=2),
     "pp2": PlannedCase(layout=layout(pp=2), ranks=2),
+    "adapters": PlannedCase(lora=LoraSection(rank=8)),
 }
 """Shapes and layouts that the formulas are compared in."""
 
@@ -139,7 +143,11 @@ def compare(folder: Path, case: PlannedCase, kernels: Kernels = CPU) -> list[Com
 def _compare(checkpoint: Path, case: PlannedCase, kernels: Kernels) -> list[Compared]:
     """Do so on this rank; all ranks call this together."""
     actor = start_policy(
-        checkpoint, case.layout, chunk_rows=case.chunk_rows, **dict(case.overrides)
+        checkpoint,
+        case.layout,
+        chunk_rows=case.chunk_rows,
+        lora=case.lora,
+        **dict(case.overrides),
     )
     stages = case.layout.pipeline_model_parallel_size
     # As many as stages, so that the first one keeps as many as it ever does.
@@ -155,6 +163,7 @@ def _compare(checkpoint: Path, case: PlannedCase, kernels: Kernels) -> list[Comp
         max_sequence_length=case.length,
         num_microbatches=count,
         chunk_rows=case.chunk_rows,
+        lora=case.lora,
     )
     dealt = stage_layers(actor.config)
     first = unwrap(actor.chunks[0]).decoder.layers[0].layer_number - 1
@@ -177,15 +186,13 @@ def _compare(checkpoint: Path, case: PlannedCase, kernels: Kernels) -> list[Comp
             for name, read in held.items()
         ),
         *(
-            Compared(
-                stage=stage, what=name, measured=_lowest_peak(run), planned=passing[name].total
-            )
+            Compared(stage=stage, what=name, measured=lowest_peak(run), planned=passing[name].total)
             for name, run in (("update", update), ("scoring", score))
         ),
     ]
 
 
-def _lowest_peak(run: Any) -> int:
+def lowest_peak(run: Any) -> int:
     """Return the lowest of several peaks, until none of the ranks finds a lower one for a while.
 
     gloo's threads give buffers back when they come to it, which on a busy machine is late.
@@ -210,7 +217,9 @@ def _buffers(actor: MegatronActor) -> list[Any]:
 
 
 def _weights(actor: MegatronActor) -> int:
-    return sum(buffer.param_data.nbytes for buffer in _buffers(actor))
+    frozen = (p for chunk in actor.chunks for p in chunk.parameters() if not p.requires_grad)
+    in_buffers = sum(buffer.param_data.nbytes for buffer in _buffers(actor))
+    return in_buffers + sum(parameter.nbytes for parameter in frozen)
 
 
 def _gradients(actor: MegatronActor) -> int:

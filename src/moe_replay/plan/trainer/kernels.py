@@ -6,7 +6,7 @@ counts differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,3 +122,6 @@ CPU = Kernels(
     other_bytes=0,
 )
 """Of a CPU, where the formulas are compared with measured peaks; sequences have equal lengths."""
+
+GPU_LOCAL = replace(CPU, other_bytes=GPU.other_bytes)
+"""Of a GPU without Transformer Engine's layers: the CPU's counts; not run on a GPU."""

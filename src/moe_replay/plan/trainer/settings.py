@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.lora import LoraSection
 from moe_replay.recipe.sections.training import MegatronSection, ParallelLayout
 
 NUMBER_BYTES = {
@@ -83,6 +84,8 @@ class Settings:
     """Whether routes are on the device."""
     update_has_entropies: bool = False
     """Whether the update's forward pass gives entropies too."""
+    lora: LoraSection = field(default_factory=LoraSection)
+    """Adapters, which are then all that is trained."""
 
     @property
     def layout(self) -> ParallelLayout:
@@ -127,6 +130,7 @@ def settings_of(recipe: Recipe, num_ranks: int) -> Settings:
         has_reference=recipe.grpo.beta > 0,
         replays=recipe.replays,
         update_has_entropies=recipe.why_old_pass is None or recipe.grpo.entropy_coef > 0,
+        lora=recipe.lora,
     )
 
 

@@ -5,11 +5,12 @@ In: ModelShape, Settings, the layers of each pipeline stage, Kernels. Out: Train
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moe_replay.megatron.families.family import ModelShape
 from moe_replay.plan.trainer.activations import LayerBytes, kept_by, layer_bytes
+from moe_replay.plan.trainer.adapters import adapter_weights
 from moe_replay.plan.trainer.kernels import Kernels
 from moe_replay.plan.trainer.settings import Settings
 from moe_replay.plan.trainer.weights import Weight, buffer_size, stage_weights
@@ -30,13 +31,21 @@ class Resident:
     """Main weights and moments that this rank owns, on the device."""
     host: float
     """Of the same, in host memory."""
-    saved: float
-    """Of its part of a checkpoint."""
 
     @property
     def total(self) -> float:
         """On the device."""
         return self.weights + self.reference + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """Trained parameters whose optimizer state the same ranks share."""
+
+    size: int
+    """Numbers of the parameters, on each of these ranks."""
+    replicas: int
+    """Ranks that share their state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +73,8 @@ class TrainerBytes:
     """Its number."""
     resident: Resident
     """Always held."""
+    buffers: tuple[Buffer, Buffer]
+    """What it trains: dense parameters, then those of experts."""
     scoring: Passing
     """While old log-probabilities are computed."""
     update: Passing
@@ -84,26 +95,46 @@ def trainer_bytes(
     return [_stage_bytes(shape, settings, stages, stage, kernels) for stage in range(len(stages))]
 
 
-def resident_bytes(weights: Sequence[Weight], settings: Settings) -> Resident:
-    """Return what a rank holds of these parameters."""
-    dense = [weight for weight in weights if not weight.is_expert]
-    experts = [weight for weight in weights if weight.is_expert]
-    groups = ((dense, settings.replicas), (experts, settings.expert_replicas))
-    buffers = sum(buffer_size(held, replicas) for held, replicas in groups)
+def resident_bytes(
+    frozen: Sequence[Weight],
+    trained: Sequence[Weight],
+    buffers: Sequence[Buffer],
+    settings: Settings,
+) -> Resident:
+    """Return what a rank holds of these parameters, of which ``buffers`` hold the trained ones."""
+    in_buffers = sum(buffer.size for buffer in buffers)
     owned = sum(
-        min(sum(weight.total for weight in held), buffer_size(held, replicas) / replicas)
-        for held, replicas in groups
+        min(_total(w for w in trained if w.is_expert == is_expert), buffer.size / buffer.replicas)
+        for is_expert, buffer in zip((False, True), buffers, strict=True)
     )
     adam = settings.adam
+    # The reference of adapters is the model without them, whose weights are there.
+    copied = 0 if frozen else _total(trained) * settings.has_reference
     return Resident(
-        weights=buffers * settings.dtype_bytes,
-        reference=sum(w.total for w in weights) * settings.dtype_bytes * settings.has_reference,
-        gradients=buffers * adam.gradient_bytes,
+        weights=(_total(frozen) + in_buffers) * settings.dtype_bytes,
+        reference=copied * settings.dtype_bytes,
+        gradients=in_buffers * adam.gradient_bytes,
         optimizer=owned * adam.device_bytes,
         host=owned * adam.host_bytes,
-        # A checkpoint has the weight, and in float32 the main weight and both moments.
-        saved=owned * (settings.dtype_bytes + 3 * 4),
     )
+
+
+def _buffers(trained: Sequence[Weight], settings: Settings) -> tuple[Buffer, Buffer]:
+    dense, experts = (
+        Buffer(
+            size=buffer_size((w for w in trained if w.is_expert == is_expert), replicas),
+            replicas=replicas,
+        )
+        for is_expert, replicas in (
+            (False, settings.replicas),
+            (True, settings.expert_replicas),
+        )
+    )
+    return dense, experts
+
+
+def _total(weights: Iterable[Weight]) -> int:
+    return sum(weight.total for weight in weights)
 
 
 def _stage_bytes(
@@ -115,6 +146,11 @@ def _stage_bytes(
 ) -> TrainerBytes:
     layout = settings.layout
     held = stage_weights(shape, layout, stages[stage], stage)
+    adapters: list[Weight] = []
+    if settings.lora.is_on:
+        adapters = adapter_weights(shape, layout, settings.lora, stages[stage])
+    trained, frozen = (adapters, held) if adapters else (held, [])
+    buffers = _buffers(trained, settings)
     scoring = replace(settings, max_tokens=settings.scoring_tokens or settings.max_tokens)
     layers, scored = (
         [
@@ -132,11 +168,13 @@ def _stage_bytes(
     merged = max(merged, 2 * experts * shape.expert_ffn_size * shape.hidden_size)
     return TrainerBytes(
         stage=stage,
-        resident=resident_bytes(held, settings),
+        resident=resident_bytes(frozen, trained, buffers, settings),
+        buffers=buffers,
         scoring=_scoring(shape, scoring, scored, kernels, is_last=is_last),
         update=_update(shape, settings, layers, kernels, stage=stage, is_last=is_last),
         logits=_logits(shape, settings, kernels, learns=True)[1] if is_last else 0.0,
-        largest_push=merged * settings.dtype_bytes,
+        # An adapter is merged in float32.
+        largest_push=merged * (settings.dtype_bytes + 4 * bool(adapters)),
     )
 
 
