@@ -1,6 +1,6 @@
 """Host memory of a node: what waits there during a step, and what a save gathers.
 
-In: a recipe, the trainer's bytes of each stage, the engine's, a machine. Out: HostBytes.
+In: a recipe, the trainer's bytes of each stage, a machine. Out: HostBytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_replay.plan.machine import Machine
-from moe_replay.plan.rollout import EngineBytes
 from moe_replay.plan.trainer.settings import Settings
 from moe_replay.plan.trainer.training import Buffer, TrainerBytes
 from moe_replay.recipe.recipe import Recipe
@@ -44,10 +43,10 @@ def host_bytes(
     recipe: Recipe,
     settings: Settings,
     trainer: Sequence[TrainerBytes],
-    engine: EngineBytes | None,
+    asleep: float,
     machine: Machine,
 ) -> HostBytes:
-    """Return the bytes on a node's host."""
+    """Return the bytes on a node's host; ``asleep`` are those of an engine there, a GPU."""
     given = gives_back(recipe)
     each = 0.0
     for found in trainer:
@@ -56,10 +55,8 @@ def host_bytes(
         if given >= 3:
             moved += held.weights + held.reference
         each = max(each, moved)
-    if engine is not None:
-        each += engine.host
     return HostBytes(
-        state=each * machine.gpus_per_node,
+        state=(each + asleep) * machine.gpus_per_node,
         save=_saved_by_a_node(settings, trainer, machine, beside=recipe.checkpoint.asynchronous),
     )
 

@@ -153,7 +153,7 @@ def plan_memory(
     return MemoryPlan(
         phases=phases,
         usable=machine.usable_bytes,
-        host=host_bytes(recipe, settings, trainer, engine, machine),
+        host=host_bytes(recipe, settings, trainer, 0.0 if engine is None else engine.host, machine),
         usable_host=machine.rates.host_gb * 1e9,
         engine=engine,
         settings=settings,
