@@ -74,10 +74,11 @@ def save_bytes(
     ``buffers`` are gathered one after the other, each on its first replica: ``leads`` says of which
     this rank is that one. Each replica copies its share of main weights and moments; the first one
     takes, for all of them, the three that it gathers into, of one of them the parts that came and
-    their join, and the join before that. What it has gathered stays until it is written, with ``beside`` from a copy.
+    their join, and the join before that. What it has gathered stays until it is written, with
+    ``beside`` from a copy.
 
-    Example: 100 numbers of two replicas are 12 x 100 + 12 x 50 + 12 x 100 = 3,000 bytes on the first
-    one, and 600 on the other.
+    Example: 100 numbers of two replicas are 12 x 100 + 12 x 50 + 12 x 100 = 3,000 bytes on the
+    first one, and 600 on the other.
     """
     kept = peak = 0.0
     for buffer, leads_it in zip(buffers, leads, strict=True):
