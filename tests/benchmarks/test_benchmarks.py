@@ -111,7 +111,7 @@ def test_clean_steps_of_the_guard_are_counted() -> None:
 
 
 def test_overlap_prints_its_two_figures() -> None:
-    lines = printed("overlap.py", "--quick", "--delay", "0.2")
+    lines = printed("overlap.py", "--quick", "--delay", "0.2", "--steps", "4")
     figures = [json.loads(line) for line in lines[-2:]]
     assert [figure["metric"] for figure in figures] == ["overlap.step_ratio", "overlap.reward_gap"]
     assert figures[0]["value"] > 0
