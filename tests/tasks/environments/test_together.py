@@ -102,11 +102,11 @@ def meet(count: int) -> ToolCall:
 
 
 def test_async_tools_of_a_wave_wait_together_up_to_a_bound(folder):
-    with opened(folder, "Meeting", timeout_s=60.0) as process:
+    with opened(folder, "Meeting", timeout_s=300.0) as process:
         reactions = many(process, *[meet(5)] * 5)
         assert [reaction.texts for reaction in reactions] == [("met 5",)] * 5
         assert process.rewards(range(5)).tolist() == [1.0] * 5
-    with opened(folder, "Meeting", timeout_s=60.0, max_concurrent_calls=2) as process:
+    with opened(folder, "Meeting", timeout_s=300.0, max_concurrent_calls=2) as process:
         assert all(not reaction.num_failed for reaction in many(process, *[meet(2)] * 6))
         assert act(process, ToolCall(name="most_at_once")).texts == ("2",)
 

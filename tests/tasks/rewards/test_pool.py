@@ -15,7 +15,7 @@ from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.batch import Batch
 from moe_replay.tasks.rewards.rewards import RewardSet, ScoredBatch
 
-WAITS_S = 120.0
+WAITS_S = 300.0
 CODE = """
 import os, time
 from pathlib import Path
@@ -26,7 +26,7 @@ def meet(completions, log_metric, folder, count):
     # Returns once as many processes are here at the same time.
     (HERE / folder).mkdir(exist_ok=True)
     (HERE / folder / str(os.getpid())).touch()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while len(list((HERE / folder).iterdir())) < count:
         assert time.monotonic() < until, "nobody came"
         time.sleep(0.01)
@@ -130,7 +130,7 @@ def test_a_process_that_ends_or_hangs_is_replaced_and_loses_its_part_alone(
     load: Callable[..., RewardSet],
 ) -> None:
     ends = load(ends_on_b={"on_failure": "drop"})
-    hangs = load(hangs_on_b={"on_failure": "zero", "timeout_s": 0.5})
+    hangs = load(hangs_on_b={"on_failure": "zero", "timeout_s": 5.0})
     for _ in range(2):
         found = score(ends, "abca")
         assert found.failed["ends_on_b"].tolist() == [False, True, False, False]
@@ -139,9 +139,9 @@ def test_a_process_that_ends_or_hangs_is_replaced_and_loses_its_part_alone(
         found = score(hangs, "abca")
         assert found.failed["hangs_on_b"].tolist() == [False, True, False, False]
         assert found.total.tolist() == [2, 0, 2, 2]
-        assert "still running after 0.5 s" in found.notes[0]
+        assert "still running after 5 s" in found.notes[0]
     # The control: one call on all of them loses all.
-    shared = load(hangs_on_b={"on_failure": "zero", "timeout_s": 0.5, "num_workers": 1})
+    shared = load(hangs_on_b={"on_failure": "zero", "timeout_s": 5.0, "num_workers": 1})
     assert score(shared, "abca").failed["hangs_on_b"].all()
 
 
