@@ -1,0 +1,200 @@
+"""TRL's GRPO under replay: what R2 and R3 change, what they leave alone, and what stops them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_replay.errors import (
+    CoverageError,
+    MisalignmentError,
+    ReplayScopeError,
+    TokenMismatchError,
+    UnsupportedError,
+)
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Two updates a generation, so that the second one's weights are not those of the rollouts.
+OFF_POLICY = {
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 2,
+    "max_steps": 2,
+    "beta": 0.05,
+}
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """Train, and return a figure of each step that has it."""
+    trainer.train()
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+@pytest.fixture(scope="module")
+def off_policy(trainer_of) -> dict[str, list[dict[str, float]]]:
+    """Return the log of each mode."""
+    from trl import GRPOTrainer
+
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    logs = {}
+    for mode in ("plain", "disabled", "R2", "R3"):
+        kind = GRPOTrainer if mode == "plain" else ReplayGRPOTrainer
+        options = {} if mode == "plain" else {"router_replay_mode": mode}
+        trainer = trainer_of(kind, OFF_POLICY, **options)
+        trainer.train()
+        logs[mode] = [line for line in trainer.state.log_history if "grad_norm" in line]
+    return logs
+
+
+def column(log: list[dict[str, float]], name: str) -> list[float]:
+    return [line[name] for line in log if name in line]
+
+
+def test_disabled_is_trl_bit_for_bit(off_policy):
+    assert column(off_policy["disabled"], "grad_norm") == column(off_policy["plain"], "grad_norm")
+    assert column(off_policy["disabled"], "loss") == column(off_policy["plain"], "loss")
+
+
+def test_replay_changes_the_update_after_the_weights_moved_and_not_before(off_policy):
+    plain, replayed = (column(off_policy[mode], "grad_norm") for mode in ("plain", "R3"))
+    assert replayed[0] == pytest.approx(plain[0], rel=1e-5)
+    assert abs(replayed[1] / plain[1] - 1) > 1e-3
+
+
+def test_r2_and_r3_agree_where_the_engine_is_the_trainers_model(off_policy):
+    for name in ("loss", "grad_norm", "replay/agreement"):
+        expected = pytest.approx(column(off_policy["R3"], name), rel=1e-5)
+        assert column(off_policy["R2"], name) == expected
+
+
+def test_the_log_says_what_was_replayed(off_policy):
+    first, second = off_policy["R3"]
+    assert first["replay/coverage"] == second["replay/coverage"] == 1.0
+    assert first["replay/agreement_min_sample"] == 1.0
+    assert 0.3 < second["replay/agreement"] < 0.999
+    assert 0 <= first["rollout_correction/k3_kl"] < 1e-9
+    # Judged over the generation, before its first update.
+    assert first["replay/guard_margin_nats"] < 0
+    assert "replay/coverage" not in off_policy["disabled"][0]
+
+
+def test_checkpointing_replays_the_routes_of_its_forward(trainer_of, off_policy):
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    changes = OFF_POLICY | {"gradient_checkpointing": True}
+    found = logged(trainer_of(ReplayGRPOTrainer, changes), "grad_norm")
+    assert found == pytest.approx(column(off_policy["R3"], "grad_norm"), rel=1e-5)
+
+
+def planted(change: Any) -> type:
+    """Return a trainer whose samples are changed between generation and training."""
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    class Planted(ReplayGRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            output["moe_replay"] = change(output["moe_replay"])
+            return output
+
+    return Planted
+
+
+def one_late(samples: list[Any]) -> list[Any]:
+    """Shift the routes of sample 5, alone of 16, by one token; its digest stays right."""
+    trace = samples[5].trace
+    late = np.roll(trace.expert_ids, 1, axis=0)
+    late[0] = trace.expert_ids[0]
+    changed = replace(samples[5], trace=replace(trace, expert_ids=late))
+    return [*samples[:5], changed, *samples[6:]]
+
+
+def weights(trainer: Any) -> Any:
+    return trainer.model.model.layers[0].mlp.gate.weight.detach().clone()
+
+
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_one_sample_one_token_late_stops_before_the_optimizer(trainer_of, mode):
+    trainer = trainer_of(planted(one_late), router_replay_mode=mode)
+    before = weights(trainer)
+    with pytest.raises(
+        MisalignmentError, match=r"1 of 16 samples(?s:.*)sample 5 .*token shift \+1"
+    ):
+        trainer.train()
+    assert (weights(trainer) == before).all()
+
+
+def test_without_a_guard_the_late_sample_shows_in_the_log_alone(trainer_of):
+    trainer = trainer_of(planted(one_late), guard=False)
+    (agreement,) = logged(trainer, "replay/agreement_min_sample")
+    assert agreement < 0.7
+    assert trainer.state.global_step == 1
+
+
+def test_samples_that_do_not_follow_the_batch_are_refused(trainer_of):
+    trainer = trainer_of(planted(lambda samples: samples[::-1]))
+    with pytest.raises(TokenMismatchError, match="reordered"):
+        trainer.train()
+
+
+def test_a_batch_without_its_samples_is_refused(trainer_of):
+    with pytest.raises(ReplayScopeError, match="no list under the key"):
+        trainer_of(planted(lambda samples: None)).train()
+
+
+def test_routes_that_are_missing_stop_at_min_coverage(trainer_of):
+    def without_prompts(samples: list[Any]) -> list[Any]:
+        changed = []
+        for sample in samples:
+            valid = sample.trace.valid.copy()
+            valid[: sample.num_prompt_tokens] = False
+            changed.append(replace(sample, trace=replace(sample.trace, valid=valid)))
+        return changed
+
+    with pytest.raises(CoverageError, match="prompt_omitted"):
+        trainer_of(planted(without_prompts)).train()
+
+
+def test_truncated_completions_that_trl_masks_keep_their_prompt_alone(trainer_of):
+    changes = {"mask_truncated_completions": True, "max_completion_length": 6, "temperature": 1.3}
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    trainer = trainer_of(ReplayGRPOTrainer, changes)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert 0 < line["completions/clipped_ratio"] < 1
+    assert line["replay/coverage"] == line["replay/agreement"] == 1.0
+    assert line["rollout_correction/k3_kl"] < 1e-9
+
+
+def test_the_reference_of_an_adapter_is_not_taken_for_the_policy(trainer_of):
+    from peft import LoraConfig
+
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    trainer = trainer_of(
+        ReplayGRPOTrainer, OFF_POLICY, peft_config=LoraConfig(target_modules=["q_proj"])
+    )
+    trainer.train()
+    first, second = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert first["kl"] == pytest.approx(0, abs=1e-9)  # a new adapter adds nothing
+    assert first["rollout_correction/k3_kl"] < 1e-9
+    assert first["replay/agreement"] == 1.0
+    assert second["kl"] > 1e-9
+
+
+def test_what_routes_cannot_follow_is_refused_by_name(trainer_of):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    config = Qwen3Config(vocab_size=512, num_attention_heads=4, num_key_value_heads=4, **sizes)
+    with pytest.raises(UnsupportedError, match="is dense"):
+        trainer_of(ReplayGRPOTrainer, model=Qwen3ForCausalLM(config))
+    with pytest.raises(UnsupportedError, match="rollout_func"):
+        trainer_of(ReplayGRPOTrainer, rollout_func=lambda prompts, trainer: {})
