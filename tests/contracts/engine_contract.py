@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from moe_replay.engines.types import (
     RolloutGroup,
     SamplingParams,
 )
+from moe_replay.routing import RoutingTrace
 
 Weights = list[tuple[str, torch.Tensor]]
 
@@ -38,6 +39,9 @@ class EngineCase:
     """True: routes and tokens must agree entirely; False: up to the rounding of bfloat16."""
 
 
+# Share of (token, layer) expert sets on which a bfloat16 engine agrees with a bfloat16 model run at
+# once.
+BF16_AGREEMENT = 0.9
 SAMPLING = SamplingParams(max_completion_length=20, temperature=0.9, seed=11)
 
 
@@ -109,6 +113,45 @@ def forced_logprob_gap(
     return float(np.concatenate(gaps).mean())
 
 
+def kept_ids(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """Return the ids that a token may be drawn from: top_k, then top_p of what is left, then min_p.
+
+    In float64, with the lower id first among equals.
+    """
+    scaled = logits.astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    order = np.argsort(-p, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    before = np.cumsum(p[order]) - p[order]
+    order = order[before < sampling.top_p * p[order].sum()]
+    return np.sort(order[p[order] >= sampling.min_p * p[order[0]]])
+
+
+def truncated_gap(
+    case: EngineCase, groups: Sequence[RolloutGroup], sampling: SamplingParams
+) -> tuple[float, float, float]:
+    """Return how far log-probabilities and masses are from the model's own, and sets that agree.
+
+    The first two are the largest gap in nats and the largest difference, both over the sets that
+    came back; the third is a share of the tokens.
+    """
+    gaps, differences, same = [], [], []
+    for request, completion in completions_of(groups):
+        assert completion.candidates is not None
+        logits, _ = case.forced(whole(request, completion), 0)
+        for token, row in enumerate(logits[len(request.prompt_ids) - 1 : -1]):
+            ids = completion.candidates.of(token).astype(np.int64)
+            same.append(ids.tolist() == kept_ids(row, sampling).tolist())
+            scaled = row.astype(np.float64) / sampling.temperature
+            among = np.log(np.exp(scaled[ids] - scaled.max()).sum()) + scaled.max()
+            every = np.log(np.exp(scaled - scaled.max()).sum()) + scaled.max()
+            expected = scaled[completion.token_ids[token]] - among
+            gaps.append(abs(expected - completion.rollout_logprobs[token]))
+            differences.append(abs(np.exp(among - every) - completion.candidates.kept_mass[token]))
+    return max(gaps), max(differences), float(np.mean(same))
+
+
 def ends_as_it_says(completion: Completion, stops: set[int], max_length: int) -> bool:
     """Tell whether the finish reason fits the tokens: the stop token is kept last and only once."""
     tokens = completion.token_ids.tolist()
@@ -126,3 +169,31 @@ def common_prefix(ours: Completion, theirs: Completion) -> int:
         (place for place, (a, b) in enumerate(pairs) if a != b),
         min(len(ours.token_ids), len(theirs.token_ids)),
     )
+
+
+def changed(groups: Sequence[RolloutGroup], **changes: object) -> list[RolloutGroup]:
+    """Return the groups with fields of every completion replaced; callables get the completion."""
+    return [
+        replace(
+            group,
+            completions=tuple(
+                replace(c, **{k: v(c) if callable(v) else v for k, v in changes.items()})
+                for c in group.completions
+            ),
+        )
+        for group in groups
+    ]
+
+
+def shifted_ids(trace: RoutingTrace) -> np.ndarray:
+    """Return the ids with every routed row one place later, the first twice."""
+    ids = trace.expert_ids.copy()
+    ids[1:-1] = trace.expert_ids[:-2]
+    return ids
+
+
+def filled_ids(trace: RoutingTrace) -> np.ndarray:
+    """Return the ids with a possible route in the last row."""
+    ids = trace.expert_ids.copy()
+    ids[-1] = ids[0]
+    return ids

@@ -1,46 +1,31 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from moe_replay.engines.checks import check_group
-from moe_replay.engines.types import FinishReason, RolloutGroup
-from moe_replay.errors import EngineError, RecipeError, TokenMismatchError
-from moe_replay.routing import RoutingTrace
+from moe_replay.engines.checks import check_group, check_groups
+from moe_replay.engines.types import FinishReason
+from moe_replay.errors import EngineError, RecipeError, TokenMismatchError, UnsupportedError
 
 from .engine_contract import (
+    BF16_AGREEMENT,
     SAMPLING,
+    changed,
     common_prefix,
     completions_of,
     ends_as_it_says,
+    filled_ids,
     forced_agreement,
     forced_logprob_gap,
     long_requests,
     mixed_requests,
     route_agreement,
+    shifted_ids,
+    truncated_gap,
 )
-
-# Share of (token, layer) expert sets on which a bfloat16 engine agrees with a bfloat16 model run at
-# once.
-BF16_AGREEMENT = 0.9
-
-
-def changed(groups: Sequence[RolloutGroup], **changes: object) -> list[RolloutGroup]:
-    """Return the groups with fields of every completion replaced; callables get the completion."""
-    return [
-        replace(
-            group,
-            completions=tuple(
-                replace(c, **{k: v(c) if callable(v) else v for k, v in changes.items()})
-                for c in group.completions
-            ),
-        )
-        for group in groups
-    ]
 
 
 def test_groups_keep_the_contract(engine, groups):
@@ -131,7 +116,7 @@ def test_routes_are_those_of_running_the_same_tokens_at_once(case, groups):
 def test_forced_agreement_catches_routes_shifted_by_a_token(case, groups):
     shifted = changed(
         groups,
-        trace=lambda c: replace(c.trace, expert_ids=_shifted(c.trace)),
+        trace=lambda c: replace(c.trace, expert_ids=shifted_ids(c.trace)),
     )
     assert forced_agreement(case, shifted) < 0.5
 
@@ -155,6 +140,40 @@ def test_rollout_logprobs_ignore_truncation(case, engine):
     sampling = replace(SAMPLING, top_k=5, top_p=0.9)
     groups = engine.generate(mixed_requests(case), sampling)
     assert forced_logprob_gap(case, groups, SAMPLING.temperature) < (1e-5 if case.exact else 0.15)
+
+
+def test_candidates_are_what_tokens_were_drawn_from(case, engine):
+    sampling = replace(SAMPLING, top_k=12, top_p=0.9, min_p=0.05, keeps_candidates=True)
+    requests = mixed_requests(case)
+    if case.name.startswith("sglang"):
+        with pytest.raises(UnsupportedError, match="does not return which ids truncation"):
+            engine.generate(requests, sampling)
+        return
+    groups = engine.generate(requests, sampling)
+    check_groups(
+        groups,
+        requests,
+        sampling,
+        engine.description,
+        vocab_size=case.vocab_size,
+        policy_versions=range(1),
+    )
+    gap, difference, same = truncated_gap(case, groups, sampling)
+    if case.exact:
+        assert gap < 1e-4
+        assert difference < 1e-4
+        # A token on the border may fall on either side of it.
+        assert same > 0.98
+    # The control: other limits give other sets.
+    assert truncated_gap(case, groups, replace(sampling, top_k=8))[2] < 0.9
+    # The draw is that of the same limits without sets, and only log-probabilities differ.
+    plain = engine.generate(requests, replace(sampling, keeps_candidates=False))
+    for (_, ours), (_, theirs) in zip(completions_of(groups), completions_of(plain), strict=True):
+        assert theirs.candidates is None
+        if case.exact:
+            assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+            mass = np.log(ours.candidates.kept_mass)
+            assert np.abs(ours.rollout_logprobs + mass - theirs.rollout_logprobs).max() < 1e-4
 
 
 def test_forced_logprob_gap_catches_another_temperature(case, groups):
@@ -370,22 +389,8 @@ def test_check_group_catches_a_valid_last_row(case, engine):
         trace=lambda c: replace(
             c.trace,
             valid=np.ones_like(c.trace.valid),
-            expert_ids=_filled(c.trace),
+            expert_ids=filled_ids(c.trace),
         ),
     )
     with pytest.raises(EngineError, match="shifted by one row"):
         check_group(group, engine.description)
-
-
-def _shifted(trace: RoutingTrace) -> np.ndarray:
-    """Return the ids with every routed row one place later, the first twice."""
-    ids = trace.expert_ids.copy()
-    ids[1:-1] = trace.expert_ids[:-2]
-    return ids
-
-
-def _filled(trace: RoutingTrace) -> np.ndarray:
-    """Return the ids with a possible route in the last row."""
-    ids = trace.expert_ids.copy()
-    ids[-1] = ids[0]
-    return ids

@@ -38,12 +38,14 @@ def test_r6_logits_that_are_no_numbers_give_a_lawful_token_and_say_so(
 ):
     logits = torch.zeros(2, 5)
     logits[1, place] = bad
-    ids, logprobs = sample_tokens(
+    drawn = sample_tokens(
         logits, torch.tensor([0.99, 0.99], dtype=torch.float64), temperature=temperature, **limits
     )
+    ids, logprobs = drawn.ids, drawn.rollout_logprobs
     assert ((ids >= 0) & (ids < 5)).all()
     assert logprobs.isnan().tolist() == [False, True]
     assert logprobs[0].item() == pytest.approx(-np.log(5))
+    assert drawn.among_kept()[0].isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -22,6 +22,7 @@ from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
 from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.routing import Origin, RoutingTrace
+from moe_replay.routing.candidates import Candidates
 from moe_replay.testing.misrouting import one_row_late
 from moe_replay.testing.policies import gradients, lone_replica
 from moe_replay.testing.ranks import run_ranks
@@ -183,6 +184,11 @@ def test_e1_a_wrong_route_of_a_dealt_sample_is_found_and_named_by_its_prompt(
 # ---- hand_over ------------------------------------------------------------------------------
 
 
+def some_sets(rng: np.random.Generator, count: int) -> Candidates:
+    sets = [np.flatnonzero(rng.random(9) > 0.5) for _ in range(count)]
+    return Candidates.of_sets(sets, rng.random(count).astype(np.float32))
+
+
 def sampled(rank: int, lengths: list[int]) -> Iterator[tuple[Any, Completion, RoutingTrace]]:
     rng = np.random.default_rng([SEED, rank])
     for number, length in enumerate(lengths):
@@ -210,6 +216,8 @@ def sampled(rank: int, lengths: list[int]) -> Iterator[tuple[Any, Completion, Ro
             policy_version=rank,
             server=f"http://s{rank}",
             turn_mask=mask,
+            # Of a rank that samples whole distributions there are none.
+            candidates=some_sets(rng, num_sampled) if rank == 0 else None,
         )
         yield (rank, number), completion, trace
 
@@ -258,6 +266,11 @@ def _handed(piece: int, routed: bool, spoil: bool) -> Any:
         if not np.array_equal(completion.token_ids, expected.token_ids):
             wrong.append(key)
         np.testing.assert_array_equal(completion.rollout_logprobs, expected.rollout_logprobs)
+        assert (completion.candidates is None) == (expected.candidates is None)
+        if completion.candidates is not None and expected.candidates is not None:
+            for name in ("counts", "ids", "kept_mass"):
+                ours, theirs = (getattr(c.candidates, name) for c in (completion, expected))
+                np.testing.assert_array_equal(ours, theirs)
         if expected.turn_mask is None:
             assert completion.turn_mask is None
         else:

@@ -146,14 +146,15 @@ def test_e18_unknown_tokens_of_other_engines_are_counted(recipe: Recipes, tmp_pa
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"rollout__top_p": 0.9}, "truncated by top_p 0.9: importance ratios"),
-        ({"rollout__top_k": 20}, "truncated by top_k 20: "),
+        ({"rollout__top_p": 0.9}, "truncated by top_p 0.9: what each token was drawn from is kept"),
+        ({"rollout__top_k": 20}, "of which there are at most 20), and all log-probabilities"),
         ({"rollout__top_k": 20, "rollout__top_p": 0.9}, "by top_p 0.9 and top_k 20: "),
+        ({"rollout__min_p": 0.05}, "truncated by min_p 0.05: "),
         ({}, "temperature 1, the full vocabulary"),
     ],
     ids=str,
 )
-def test_e17_truncated_sampling_is_named_where_ratios_do_not_see_it(
+def test_e17_truncated_sampling_is_named_with_what_it_costs(
     recipe: Recipes, keys: dict[str, Any], words: str
 ) -> None:
     from moe_replay.cli.doctor import settings_of

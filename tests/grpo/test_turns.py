@@ -77,12 +77,14 @@ def turns(recipe: Recipes, workspace: Path, tmp_path: Path) -> Recipes:
 
 
 def test_turns_replay_the_routes_of_the_calls_that_fed_them_first(turns: Recipes) -> None:
-    # The environment is the only reward.
-    loaded = turns(rewards="[]")
+    # The environment is the only reward. Truncated, so that candidates go through turns too.
+    loaded = turns(rewards="[]", rollout__top_p=0.9, rollout__top_k=60, rollout__min_p=0.01)
     for record in run(loaded):
         assert record["replay/agreement"] == 1.0
         assert record["replay/coverage"] == 1.0
         assert record["rollout_correction/k3_kl"] < 1e-9
+        assert record["rollout/kept_mass"] < 0.95
+        assert 1 < record["rollout/candidates_mean"] < record["rollout/candidates_max"] <= 60
         assert record["num_turns/max"] == 3
         assert record["num_turns/mean"] > 2
         assert record["replay/rows_live_environment_omitted"] == 0

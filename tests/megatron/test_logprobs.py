@@ -244,9 +244,11 @@ def test_an_entropy_bonus_has_the_gradient_of_one_process_in_every_layout(tmp_pa
     assert worst(without[2]["lm_head.weight"], expected["lm_head.weight"]) > 0.1
 
 
-def _of_one_layer(weight: list[list[float]], use: Callable[[Any, torch.Tensor], Any]) -> Any:
-    """Call ``use`` with a model that is an output layer alone, and its weight."""
-    initialize(layout())
+def _of_one_layer(
+    weight: list[list[float]], use: Callable[[Any, torch.Tensor], Any], *, tp: int = 1
+) -> Any:
+    """Call ``use`` with a model that is an output layer alone, and its weight, cut for ``tp``."""
+    initialize(layout(tp=tp))
     layer = ColumnParallelLinear(
         len(weight[0]),
         len(weight),
@@ -266,7 +268,8 @@ def _of_one_layer(weight: list[list[float]], use: Callable[[Any, torch.Tensor], 
         bias=False,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
-    layer.weight.data.copy_(torch.tensor(weight))
+    size = len(weight) // tp
+    layer.weight.data.copy_(torch.tensor(weight)[size * layer.tp_group.rank() :][:size])
     model = SimpleNamespace(
         post_process=True,
         pre_process=False,

@@ -225,6 +225,14 @@ def test_same_keys_are_accepted_where_they_have_an_effect():
             "rollout.gpu_memory_utilization",
             "give one of the two",
         ),
+        *(
+            (
+                {"rollout": {"engine": "sglang-server", "urls": ["http://a"], **limit}},
+                f"rollout.{next(iter(limit))}",
+                "whose servers do not say which ids each token was drawn from",
+            )
+            for limit in ({"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05})
+        ),
         (
             {
                 "rollout": {"engine": "vllm-server", "urls": ["http://a"], "max_staleness": 1},

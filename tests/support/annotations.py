@@ -61,6 +61,9 @@ def _checked(thing: Any, *, typechecker: Callable[[Any], Any]) -> Any:
         names = vars(builtins) | thing.__globals__
         if any(_may_have_shapes(each, names) for each in thing.__annotations__.values()):
             return jaxtyped(thing, typechecker=typechecker)
+        # beartype refuses a ParamSpec whose annotation is a string.
+        if any(str(each).endswith((".args", ".kwargs")) for each in thing.__annotations__.values()):
+            return thing
         return typechecker(thing)
     if isinstance(thing, classmethod | staticmethod):
         return type(thing)(_checked(thing.__func__, typechecker=typechecker))

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from moe_replay.batch.place import RankPlace
 from moe_replay.batch.samples import Sample
 from moe_replay.routing import RouteSlice, RowIndex
+from moe_replay.routing.candidates import Candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,6 +82,27 @@ class Microbatch:
     def collect(self, rows: Float32[np.ndarray, " batch_rows"]) -> list[np.ndarray]:
         """Return each sample's ``[S]`` values from all batch rows; the inverse of `place`."""
         return [rows[predicting] for predicting in self._predicting_rows()]
+
+    def candidates(self) -> Candidates | None:
+        """Return what the tokens that `predicts_sampled` rows of this rank predict were drawn from.
+
+        In the order of these rows; None when all were drawn from the whole vocabulary.
+
+        Samples with prompts of 2 and 1 tokens and 2 sampled ones each have the sets A, B and C, D,
+        and the batch rows ``[- A B - C D -]`` with numbers ``[- 0 1 - 2 3 -]`` of the sampled
+        tokens. A rank with the batch rows 5, 1, 0 and 4 has D, A and C: numbers 3, 0 and 2.
+        """
+        given = [sample.candidates for sample in self.samples]
+        if all(each is None for each in given):
+            return None
+        every = Candidates.concat(
+            Candidates.unlimited(sample.completion_length) if each is None else each
+            for sample, each in zip(self.samples, given, strict=True)
+        )
+        numbers = np.zeros(self.index.num_rows, dtype=np.int64)
+        rows = np.concatenate(list(self._predicting_rows()))
+        numbers[rows] = np.arange(len(rows))
+        return every.take(numbers[self.index.rows[self.predicts_sampled]])
 
     def _predicting_rows(self) -> Iterator[Int64[np.ndarray, " sampled"]]:
         """Yield for each sample the batch rows that predict its sampled tokens."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from moe_replay.errors import TraceError
 from moe_replay.routing.arrays import kept
+from moe_replay.routing.candidates import Candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,6 +48,9 @@ class Sample:
     turn_mask: Bool[np.ndarray, " completion"] | None = None
     """``[S + E]``, of the tokens after the prompt: True where the policy sampled the token; None
     when it sampled all of them. See `is_sampled`."""
+    candidates: Candidates | None = None
+    """``[S]`` sets of ids that the sampled tokens were drawn from; None when all of them were drawn
+    from the whole vocabulary."""
 
     def __post_init__(self) -> None:
         # What is checked here must stay: a caller's buffer may hold the next sample soon.
@@ -72,6 +76,12 @@ class Sample:
             raise TraceError(
                 f"sample {self.sample_id}: {len(self.token_ids)} tokens with a prompt of {self.prompt_length}{flags} leave "
                 f"{sampled} sampled tokens, and there are {len(self.rollout_logprobs)} rollout_logprobs"
+            )
+
+        if self.candidates is not None and len(self.candidates) != sampled:
+            raise TraceError(
+                f"sample {self.sample_id}: candidates of {len(self.candidates)} tokens, expected "
+                f"those of its {sampled} sampled ones"
             )
 
     @property

@@ -30,6 +30,12 @@ def check_sampling(sampling: SamplingParams) -> None:
         ("temperature", 0.0 <= sampling.temperature < float("inf"), "0 (take the best) or more"),
         ("top_p", 0.0 < sampling.top_p <= 1.0, "above 0 and at most 1 (keep all)"),
         ("top_k", sampling.top_k >= 0, "0 (keep all) or more"),
+        ("min_p", 0.0 <= sampling.min_p <= 1.0, "0 (keep all) to 1"),
+        (
+            "keeps_candidates",
+            sampling.truncates or not sampling.keeps_candidates,
+            "False without truncation (top_p, top_k or min_p, at a temperature above 0)",
+        ),
         ("seed", 0 <= sampling.seed < _WORD, "0 to 2**64 - 1"),
     )
     for name, holds, expected in ranges:
@@ -140,6 +146,7 @@ def _check_asked(
             "the vocabulary of the model that is trained; the engine runs another model, or reads "
             "ids in another number format"
         )
+    _check_candidates(completion, sampling, where=where, vocab_size=vocab_size)
     if len(tokens) > sampling.max_completion_length:
         raise EngineError(
             f"{where}: {len(tokens)} tokens, expected at most {sampling.max_completion_length} "
@@ -158,6 +165,21 @@ def _check_asked(
             f"{policy_versions[-1]} (weight pushes so far): its log-probabilities are those of other "
             f"weights; return completions of the weights that were pushed last{allowed}"
         )
+
+
+def _check_candidates(
+    completion: Completion, sampling: SamplingParams, *, where: str, vocab_size: int
+) -> None:
+    candidates = completion.candidates
+    if (candidates is not None) != sampling.keeps_candidates:
+        got, expected = ("no candidates", "those") if candidates is None else ("candidates", "none")
+        raise EngineError(
+            f"{where}: {got}, expected {expected} of {sampling}: log-probabilities and candidates "
+            "must be those of the sampling that was asked for, or the trainer compares two "
+            "distributions; set Completion.candidates exactly when sampling.keeps_candidates is True"
+        )
+    if candidates is not None:
+        candidates.check(completion.sampled_ids, vocab_size=vocab_size, where=where)
 
 
 def check_group(group: RolloutGroup, description: EngineDescription) -> None:

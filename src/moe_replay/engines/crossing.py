@@ -12,6 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from moe_replay.engines.types import Completion, Request
+from moe_replay.errors import EngineError
+from moe_replay.routing.candidates import Candidates
 from moe_replay.routing.stitch import EngineCall, merge_partial
 
 
@@ -44,11 +46,27 @@ def joined(request: Request, parts: Sequence[Completion], *, where: str) -> Comp
     return Completion(
         token_ids=np.concatenate([part.token_ids for part in parts]),
         rollout_logprobs=np.concatenate([part.rollout_logprobs for part in parts]),
+        candidates=joined_candidates(parts),
         trace=trace,
         finish_reason=last.finish_reason,
         policy_version=last.policy_version,
         began_under=None if first.policy_version == last.policy_version else first.policy_version,
     )
+
+
+def joined_candidates(parts: Sequence[Completion]) -> Candidates | None:
+    """Return the candidates of all sampled tokens of the parts; None where none has any.
+
+    Raises:
+        EngineError: when only some have.
+    """
+    given = [part.candidates for part in parts if part.candidates is not None]
+    if given and len(given) < len(parts):
+        raise EngineError(
+            f"{len(given)} of {len(parts)} parts of a completion have candidates, expected all or "
+            "none: its parts were sampled differently"
+        )
+    return Candidates.concat(given) if given else None
 
 
 def _call(request: Request, parts: Sequence[Completion], number: int) -> EngineCall:

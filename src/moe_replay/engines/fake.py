@@ -28,6 +28,7 @@ from moe_replay.engines.types import (
     grouped,
 )
 from moe_replay.errors import EngineError
+from moe_replay.routing.candidates import Candidates
 
 # Routes depend on the token and on its position modulo this, so a repeated token changes routes.
 _NUM_POSITIONS = 61
@@ -143,17 +144,23 @@ class FakeEngine(VersionedEngine):
         )
         stops = {self._eos_id, *sampling.stop_token_ids}
         last, tokens, logprobs = int(request.prompt_ids[-1]), [], []
+        sets: list[np.ndarray] = []
+        kept_mass: list[float] = []
         for position in range(sampling.max_completion_length):
-            ids, logprob = sample_tokens(
+            drawn = sample_tokens(
                 self._next_logits[last][None],
                 torch.from_numpy(noise[position : position + 1]),
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
+                min_p=sampling.min_p,
             )
-            last = int(ids)
+            last = int(drawn.ids)
             tokens.append(last)
-            logprobs.append(float(logprob))
+            logprob, mass = drawn.among_kept()
+            logprobs.append(float(logprob if sampling.keeps_candidates else drawn.rollout_logprobs))
+            sets += drawn.sets()
+            kept_mass.append(float(mass))
             if last in stops:
                 break
         token_ids = np.array(tokens, dtype=np.int32)
@@ -166,4 +173,5 @@ class FakeEngine(VersionedEngine):
             ),
             finish_reason=FinishReason.STOP if last in stops else FinishReason.LENGTH,
             policy_version=self._policy_version,
+            candidates=Candidates.of_sets(sets, kept_mass) if sampling.keeps_candidates else None,
         )

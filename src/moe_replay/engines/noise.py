@@ -8,14 +8,16 @@ ranks::
     probabilities  0.1  0.5  0.4
     cumulative     0.1  0.6  1.0      uniform 0.55 draws token 1, uniform 0.6 token 2
 
-In: logits, uniforms. Out: token ids and log-probabilities.
+In: logits, uniforms. Out: token ids, log-probabilities, the ids that truncation left.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt32
 
 from moe_replay.errors import DivergedError
 
@@ -36,6 +38,41 @@ def completion_noise(
     return np.random.Generator(np.random.Philox(counter=counter, key=key)).random(length)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """One token a row, and what it was drawn from."""
+
+    ids: Int64[torch.Tensor, " rows"]
+    """Token ids."""
+    rollout_logprobs: Float32[torch.Tensor, " rows"]
+    """Log-probability of each under ``softmax(logits / temperature)`` over the full vocabulary."""
+    is_kept: Bool[torch.Tensor, "rows known"] | None = None
+    """Ids that truncation left; none of a row from which it cut nothing off. None: it cuts nothing
+    off any row."""
+    kept_weight: Float64[torch.Tensor, " rows"] | None = None
+    """Probability of what it left; None as above."""
+
+    def among_kept(self) -> tuple[Float32[torch.Tensor, " rows"], Float32[torch.Tensor, " rows"]]:
+        """Return log-probabilities among the ids that truncation left, and the mass of these.
+
+        Token of probability 0.3, of whose row ids with 0.6 were left: log 0.5, and 0.6.
+        """
+        if self.is_kept is None or self.kept_weight is None:
+            return self.rollout_logprobs, torch.ones_like(self.rollout_logprobs)
+        mass = torch.where(self.is_kept.any(dim=-1), self.kept_weight, 1.0)
+        # A weight of one id may exceed that of all by rounding; NaN stays.
+        logprobs = (self.rollout_logprobs.double() - mass.log()).clamp_max(0.0)
+        return logprobs.float(), mass.float()
+
+    def sets(self) -> list[UInt32[np.ndarray, " _"]]:
+        """Return each row's ids that truncation left, ascending; none where it cut nothing off."""
+        if self.is_kept is None:
+            return [np.empty(0, dtype=np.uint32)] * len(self.ids)
+        rows, ids = self.is_kept.nonzero().cpu().numpy().T
+        ends = np.cumsum(np.bincount(rows, minlength=len(self.ids)))[:-1]
+        return np.split(ids.astype(np.uint32), ends)
+
+
 def sample_tokens(
     logits: Float[torch.Tensor, "rows vocabulary"],
     noise: Float64[torch.Tensor, " rows"],
@@ -43,43 +80,52 @@ def sample_tokens(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     num_known_ids: int | None = None,
-) -> tuple[Int64[torch.Tensor, " rows"], Float32[torch.Tensor, " rows"]]:
+) -> Drawn:
     """Return one token a row, and its log-probability under ``softmax(logits / temperature)``.
 
-    ``top_k`` and ``top_p`` limit what can be drawn, and so does ``num_known_ids``: ids from there
-    on, which pad a vocabulary beyond its tokenizer, are never drawn. The log-probability is that of
-    the full vocabulary, because that is what a trainer recomputes. Temperature 0 takes the most
-    likely token (the lowest id of equals), and its log-probability is the one at temperature 1.
-    Logits that are NaN or infinite give token 0 with log-probability NaN.
+    ``top_k``, ``top_p`` and ``min_p`` limit what can be drawn, and so does ``num_known_ids``: ids
+    from there on, which pad a vocabulary beyond its tokenizer, are never drawn. Temperature 0 takes
+    the most likely token (the lowest id of equals), and its log-probability is the one at
+    temperature 1. Logits that are NaN or infinite give token 0 with log-probability NaN.
 
     Example:
         >>> noise = torch.tensor([0.6], dtype=torch.float64)
-        >>> sample_tokens(torch.zeros(1, 4), noise, temperature=1.0)
+        >>> drawn = sample_tokens(torch.zeros(1, 4), noise, temperature=1.0)
+        >>> drawn.ids, drawn.rollout_logprobs
         (tensor([2]), tensor([-1.3863]))
     """
     scaled = logits.float()
     if temperature > 0:
         scaled = scaled / temperature
     logprobs = torch.log_softmax(scaled, dim=-1)
+    weights = truncated = None
     if temperature == 0:
         ids = logprobs[:, :num_known_ids].argmax(dim=-1)
     else:
         weights = logprobs[:, :num_known_ids].double().exp()
-        ids = _invert(_truncate(weights, top_k, top_p), noise)
+        truncated = _truncate(weights, top_k, top_p, min_p)
+        ids = _invert(truncated, noise)
     # One NaN logit makes its whole row NaN, and the index found there may even lie past the end.
     ids = ids.masked_fill(logprobs[:, 0].isnan(), 0)
     # So may it when padding ids have all the probability and nothing else has a weight.
     if num_known_ids is not None:
         ids = ids.clamp_max(num_known_ids - 1)
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+    drawn = Drawn(ids=ids, rollout_logprobs=logprobs.gather(1, ids[:, None]).squeeze(1))
+    if weights is None or truncated is None or truncated is weights:
+        return drawn
+    is_kept = truncated > 0
+    # Where nothing was cut off the distribution is that of the full vocabulary, padding ids too.
+    is_kept &= ~is_kept.eq(weights > 0).all(dim=-1, keepdim=True)
+    return replace(drawn, is_kept=is_kept, kept_weight=truncated.sum(dim=-1))
 
 
 def _truncate(
-    weights: Float64[torch.Tensor, "rows vocabulary"], top_k: int, top_p: float
+    weights: Float64[torch.Tensor, "rows vocabulary"], top_k: int, top_p: float, min_p: float
 ) -> Float64[torch.Tensor, "rows vocabulary"]:
     keep_all = top_k == 0 or top_k >= weights.shape[1]
-    if keep_all and top_p >= 1:
+    if keep_all and top_p >= 1 and min_p <= 0:
         return weights
     # A stable sort breaks ties by id, so that exactly top_k weights remain.
     ordered, ids = torch.sort(weights, dim=-1, descending=True, stable=True)
@@ -88,6 +134,8 @@ def _truncate(
     if top_p < 1:
         before = ordered.cumsum(dim=-1) - ordered
         ordered[before >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0
+    if min_p > 0:
+        ordered[ordered < min_p * ordered[:, :1]] = 0
     return torch.zeros_like(weights).scatter_(1, ids, ordered)
 
 

@@ -57,6 +57,8 @@ class EngineUse:
     """Maximum number of tokens of prompt and completion together."""
     record_routes: bool
     """Whether completions must come with their routes."""
+    keeps_candidates: bool = False
+    """Whether they must come with what each token was drawn from."""
 
 
 @runtime_checkable

@@ -69,6 +69,7 @@ def _ended(completion: Completion, prompt_length: int, length: int) -> Completio
         completion,
         token_ids=completion.token_ids[:length],
         rollout_logprobs=completion.rollout_logprobs[:length],
+        candidates=None if completion.candidates is None else completion.candidates.crop(length),
         trace=trace,
         finish_reason=FinishReason.STOP,
     )

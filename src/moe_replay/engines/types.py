@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Int32, Integer
 
 from moe_replay.routing import Origin, RoutingTrace
 from moe_replay.routing.arrays import kept
+from moe_replay.routing.candidates import Candidates
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,10 @@ class Request:
 class SamplingParams:
     """How completions are sampled.
 
-    ``rollout_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary,
-    whatever ``top_p`` and ``top_k`` exclude, because that is what a trainer recomputes (temperature
-    0: of ``softmax(logits)``).
+    ``rollout_logprobs`` are those of ``softmax(logits / temperature)`` over the full vocabulary
+    (temperature 0: of ``softmax(logits)``), whatever truncation excludes; with ``keeps_candidates``
+    over the candidates alone: those of the distribution that was drawn from. Truncation goes in the
+    order top_k, top_p (of what top_k left), min_p.
     """
 
     max_completion_length: int
@@ -80,10 +82,21 @@ class SamplingParams:
     """Nucleus: smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = 0
     """Only this many of the most likely tokens are kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, in parts of the most likely one, are kept; 0 keeps all."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, besides the model's end-of-sequence tokens."""
     seed: int = 0
     """Seed of the run's sampling noise."""
+    keeps_candidates: bool = False
+    """Whether completions say what each token was drawn from, and log-probabilities are those among
+    these candidates; only with truncation."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens may be drawn from a part of the vocabulary."""
+        limits = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return limits and self.temperature > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +124,8 @@ class Completion:
     which rows are of which version. None: ``policy_version`` sampled all of it."""
     turn_mask: Bool[np.ndarray, " completion"] | None = None
     """``[T]``, False at tokens of an environment; None when all were sampled."""
+    candidates: Candidates | None = None
+    """What each sampled token was drawn from, with `SamplingParams.keeps_candidates`; else None."""
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "rollout_logprobs", "turn_mask"):

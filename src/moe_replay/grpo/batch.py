@@ -93,6 +93,7 @@ def _make_samples(
             server=completion.server,
             reported_here=key in own,
             turn_mask=completion.turn_mask,
+            candidates=completion.candidates,
         )
         parts[_minibatch_of(run, place)].append(sample)
         origins.append(

@@ -18,6 +18,7 @@ def engine_use(recipe: Recipe) -> EngineUse:
         model_dir=recipe.model.path,
         max_context_length=recipe.max_sequence_length,
         record_routes=recipe.replay.router_replay_mode.passes.engine is Routing.RECORD,
+        keeps_candidates=recipe.rollout.truncates,
     )
 
 
@@ -36,8 +37,10 @@ def recipe_sampling(recipe: Recipe) -> SamplingParams:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
         stop_token_ids=rollout.stop_token_ids,
         seed=recipe.run.seed,
+        keeps_candidates=rollout.truncates,
     )
 
 

@@ -169,6 +169,9 @@ def eval_sampling(recipe: Recipe) -> SamplingParams:
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        min_p=settings.min_p,
+        # Nothing is trained on them.
+        keeps_candidates=False,
         max_completion_length=settings.max_completion_length or rollout.max_completion_length,
     )
 

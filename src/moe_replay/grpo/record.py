@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from moe_replay.batch import Sample
 from moe_replay.engines.types import CountsFaults
 from moe_replay.grpo.kept import kept_completions
@@ -17,6 +19,7 @@ from moe_replay.grpo.types import Conversation, OldScores, Rollout, Scored, Upda
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.training import GrpoSection
 from moe_replay.routing import Coverage
+from moe_replay.routing.candidates import Candidates
 
 
 def step_record(
@@ -98,9 +101,22 @@ def _rollout_tally(run: Run, rollout: Rollout) -> Tally:
     tally.add_sum("completions/unknown_tokens", unknown)
     if run.recipe.rollout.stop:
         tally.add_sum("completions/tokens_cut_off", rollout.num_cut)
+    for completion in rollout.completions:
+        if completion.candidates is not None:
+            _tally_candidates(tally, completion.candidates)
     if run.may_be_stale:
         tally = Tally.merge([tally, _staleness(rollout)])
     return Tally.merge([tally, _turns(rollout.conversations)])
+
+
+def _tally_candidates(tally: Tally, candidates: Candidates) -> None:
+    counts, mass = candidates.counts, candidates.kept_mass.astype(np.float64)
+    limited = counts[counts > 0]
+    tally.add_mean("rollout/kept_mass", total=float(mass.sum()), count=len(mass))
+    tally.add_mean("rollout/truncated_frac", total=len(limited), count=len(counts))
+    tally.add_mean("rollout/candidates_mean", total=int(limited.sum()), count=len(limited))
+    if len(limited):
+        tally.add_max("rollout/candidates_max", int(limited.max()))
 
 
 def _turns(conversations: Sequence[Conversation]) -> Tally:

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 
 
 def describe_drawing(recipe: Recipe) -> str:
-    """Return what tokens are drawn from, and what it means when that is not all of them."""
+    """Return what tokens are drawn from, and what that costs when it is not all of them."""
     rollout = recipe.rollout
     limits = [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1)
     limits += [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
+    limits += [f"min_p {rollout.min_p:g}"] * (rollout.min_p > 0)
     if not limits:
         return f"temperature {rollout.temperature:g}, the full vocabulary"
     return (
-        f"temperature {rollout.temperature:g}, truncated by {' and '.join(limits)}: importance "
-        "ratios and rollout_correction/* are those of the full vocabulary, and do not see that "
-        "tokens were drawn from a part of it; top_p = 1 and top_k = 0 train what is sampled"
+        f"temperature {rollout.temperature:g}, truncated by {' and '.join(limits)}: what each token "
+        "was drawn from is kept (8 bytes a token and 4 a candidate"
+        + (f", of which there are at most {rollout.top_k}" if rollout.top_k else "")
+        + "), and all log-probabilities of the trainer are those among it"
     )
 
 

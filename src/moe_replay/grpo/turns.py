@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_replay.engines.crossing import joined_candidates
 from moe_replay.engines.types import (
     Completion,
     FinishReason,
@@ -317,6 +318,7 @@ class _Talk:
         return Completion(
             token_ids=self.ids[start:end],
             rollout_logprobs=np.concatenate([turn.rollout_logprobs for _, turn in calls]),
+            candidates=joined_candidates([turn for _, turn in calls]),
             trace=trace,
             finish_reason=self.ending,
             policy_version=last.policy_version,

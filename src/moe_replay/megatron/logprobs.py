@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Float32, Int64
@@ -23,12 +25,16 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from moe_replay.errors import UnsupportedError
+from moe_replay.routing.candidates import Candidates
 
 CHUNK_ROWS = 2048
 """Rows whose logits exist at a time: 1.2 GiB at 151,936 words. Below about 1,000 a GPU is limited
 by reading the weights of the output layer for each chunk."""
 # exp(-1000) is 0 already; 0 times minus infinity would be NaN.
 _NO_SHARE = -1000.0
+# Stands for the maximum of a row none of whose candidates is on this rank: their sum is 0 there,
+# and minus infinity would make it NaN.
+_NOWHERE = -1e30
 
 
 @contextmanager
@@ -40,6 +46,7 @@ def token_statistics(
     temperature: float,
     with_entropies: bool = False,
     entropies_learn: bool = True,
+    candidates: Candidates | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[None]:
     """Make the forward pass of a GPTModel return ``[1, tokens, 1 or 2]`` instead of logits.
@@ -47,8 +54,9 @@ def token_statistics(
     Column 0 is ``log softmax(logits / temperature)`` at ``token_ids``, column 1 the entropy of that
     distribution, both float32 and differentiable; entropies only if ``entropies_learn``, which
     makes the backward pass slower. ``rows`` are those of the packed batch that predict
-    ``token_ids``; other rows never reach the vocabulary. Works under tensor, sequence, context and
-    pipeline parallelism; on a stage without an output layer it changes nothing.
+    ``token_ids``; other rows never reach the vocabulary. With ``candidates``, one set a token, both
+    are those of the softmax over them alone. Works under tensor, sequence, context and pipeline
+    parallelism; on a stage without an output layer it changes nothing.
 
     Example:
         >>> with token_statistics(model, rows, next_ids, temperature=1.0):
@@ -79,6 +87,7 @@ def token_statistics(
             entropies_learn,
             is_embedding,
             _num_words(model, layer),
+            _limits(candidates, layer, hidden.device),
         )
         # GPTModel swaps the first two axes.
         return values[:, None], None
@@ -134,6 +143,7 @@ class _Statistics(torch.autograd.Function):
         entropies_learn: bool,
         is_embedding: bool,
         num_words: int,
+        limits: _VocabularyLimits | None,
     ) -> Float32[torch.Tensor, "tokens statistics"]:
         pieces = _pieces(len(hidden), chunk_rows)
         local_vocab = len(weight)
@@ -147,7 +157,11 @@ class _Statistics(torch.autograd.Function):
         second = torch.empty_like(buffer) if with_entropies else None
         for piece in pieces:
             shifted = _scaled_logits(hidden[piece], weight, temperature, buffer)
+            if limits is not None:
+                limits.apply(shifted, piece)
             torch.amax(shifted, -1, out=top[piece])
+            if limits is not None:
+                top[piece].clamp_(min=_NOWHERE)
             shifted.sub_(top[piece, None])
             target[piece] = shifted.gather(1, index[piece, None])[:, 0]
             if second is None:
@@ -171,7 +185,7 @@ class _Statistics(torch.autograd.Function):
         entropies = log_total - sums[1] / sums[0] if with_entropies else None
         learned = entropies if entropies_learn else None
         ctx.save_for_backward(hidden, weight, index, is_here, highest + log_total, learned)
-        ctx.options = temperature, pieces, is_embedding
+        ctx.options = temperature, pieces, is_embedding, limits
         logprobs = sums[2] - log_total
         return torch.stack([logprobs] if entropies is None else [logprobs, entropies], dim=-1)
 
@@ -181,7 +195,7 @@ class _Statistics(torch.autograd.Function):
         # d H / d logit = -p (log p + H). The part of this shard; the caller sums over shards.
         (gradient,) = gradients
         hidden, weight, index, is_here, log_sum, entropies = ctx.saved_tensors
-        temperature, pieces, is_embedding = ctx.options
+        temperature, pieces, is_embedding, limits = ctx.options
         needs_weight = ctx.needs_input_grad[1]
         sums, returned = (
             _weight_gradient(ctx.parameter, is_embedding) if needs_weight else (None, None)
@@ -193,6 +207,8 @@ class _Statistics(torch.autograd.Function):
         for piece in pieces:
             of_logprob = gradient[piece, :1]
             logprobs = _scaled_logits(hidden[piece], weight, temperature, buffer)
+            if limits is not None:
+                limits.apply(logprobs, piece)
             logprobs.sub_(log_sum[piece, None])
             if second is None:
                 of_logits = logprobs.exp_().mul_(-of_logprob)
@@ -213,7 +229,64 @@ class _Statistics(torch.autograd.Function):
                 sums_of_words.add_(of_logits.t() @ hidden[piece])
         if sums is not None and returned is None:
             returned = sums.to(weight.dtype)
-        return hidden_gradient, returned, *[None] * 8
+        return hidden_gradient, returned, *[None] * 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _VocabularyLimits:
+    """The candidates of T tokens that lie in one rank's part of the vocabulary.
+
+    Example: parts of 4 words, so that rank 1 holds ids 4 to 7. A token with candidates 3, 5 and 7
+    has the local words 1 and 3 there, and another without candidates is not limited.
+    """
+
+    rows: Int64[torch.Tensor, " words"]
+    """Row of each word, ascending."""
+    words: Int64[torch.Tensor, " words"]
+    """Index of each word within the part."""
+    starts: Int64[np.ndarray, " ends"]
+    """``[T + 1]``: row t has ``words[starts[t]:starts[t + 1]]``."""
+    limited: Int64[torch.Tensor, " limited"]
+    """Rows with candidates, on this rank or others, ascending."""
+    limited_starts: Int64[np.ndarray, " ends"]
+    """``[T + 1]``: of the rows before t that many are limited."""
+
+    @classmethod
+    def of(cls, candidates: Candidates, layer: Any, device: torch.device) -> _VocabularyLimits:
+        """Return the candidates among the words of a rank's output layer."""
+        size = layer.output_size_per_partition
+        first = layer.tp_group.rank() * size
+        row_of = np.repeat(np.arange(len(candidates)), candidates.counts)
+        ids = candidates.ids.astype(np.int64)
+        is_here = (ids >= first) & (ids < first + size)
+        rows, is_limited = row_of[is_here], candidates.counts > 0
+        counts = np.bincount(rows, minlength=len(candidates))
+
+        def upload(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            rows=upload(rows),
+            words=upload(ids[is_here] - first),
+            starts=np.concatenate([[0], np.cumsum(counts)]),
+            limited=upload(np.flatnonzero(is_limited)),
+            limited_starts=np.concatenate([[0], np.cumsum(is_limited)]),
+        )
+
+    def apply(self, logits: Float32[torch.Tensor, "rows vocabulary"], piece: slice) -> None:
+        """Set to minus infinity what is no candidate of the rows of ``piece``, which these are."""
+        own = slice(self.starts[piece.start], self.starts[piece.stop])
+        rows, words = self.rows[own] - piece.start, self.words[own]
+        values = logits[rows, words]
+        limited = slice(self.limited_starts[piece.start], self.limited_starts[piece.stop])
+        logits.index_fill_(0, self.limited[limited] - piece.start, float("-inf"))
+        logits[rows, words] = values
+
+
+def _limits(
+    candidates: Candidates | None, layer: Any, device: torch.device
+) -> _VocabularyLimits | None:
+    return None if candidates is None else _VocabularyLimits.of(candidates, layer, device)
 
 
 def _num_words(model: Any, layer: Any) -> int:

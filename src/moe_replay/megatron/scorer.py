@@ -209,6 +209,7 @@ class MegatronScorer:
             temperature=temperature,
             with_entropies=with_entropies,
             entropies_learn=entropies_learn,
+            candidates=microbatch.candidates() if unwrap(chunk).post_process else None,
             chunk_rows=self.chunk_rows,
         ):
             return self._forward(chunk, microbatch, scope)

@@ -82,17 +82,29 @@ def plain(groups: list[RolloutGroup]) -> list[Any]:
             c.trace.valid.tolist(),
             c.trace.token_digest.tolist(),
             c.trace.origin,
+            c.candidates
+            and (
+                c.candidates.counts.tolist(),
+                c.candidates.ids.tolist(),
+                c.candidates.kept_mass.tolist(),
+            ),
         )
         for group in groups
         for c in group.completions
     ]
 
 
-def test_what_was_sampled_comes_back_as_it_was(tmp_path):
-    write(tmp_path)
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.8, "keeps_candidates": True}], ids=str)
+def test_what_was_sampled_comes_back_as_it_was(tmp_path, limits):
+    sampling = replace(SAMPLING, **limits)
+    path = begin_rollout(tmp_path, manifest_of(FakeEngine(), sampling=sampling))
+    with RolloutWriter(path) as writer:
+        for group in FakeEngine().generate(requests(), sampling):
+            writer.write(group)
+        writer.finish()
     engine = files(tmp_path)
     asked = requests()[::-1]
-    assert plain(engine.generate(asked, SAMPLING)) == plain(FakeEngine().generate(asked, SAMPLING))
+    assert plain(engine.generate(asked, sampling)) == plain(FakeEngine().generate(asked, sampling))
     assert engine.description.name == "files" and engine.description.version == "fake 1"
 
 
@@ -297,7 +309,7 @@ def test_traces_of_another_rollout_are_refused(tmp_path):
         files(tmp_path / "ours").generate(requests(), SAMPLING)
 
 
-@pytest.mark.parametrize("change", [{"format": 3}, {"num_requests": 4}, {"extra": 1}])
+@pytest.mark.parametrize("change", [{"format": 2}, {"num_requests": 4}, {"extra": 1}])
 def test_another_manifest_is_refused(tmp_path, change):
     path = write(tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -311,7 +323,7 @@ def test_e7_the_old_format_is_refused_with_how_to_sample_it_again(tmp_path):
     path.write_text(json.dumps(old))
     for open_it in (RolloutFile, files):
         with pytest.raises(
-            CodecError, match=r"format 1, this release reads format 2.*rollout RECIPE"
+            CodecError, match=r"format 1, this release reads format 3.*rollout RECIPE"
         ):
             open_it(path)
 

@@ -173,6 +173,8 @@ def test_a_drawing_server_gets_the_noise_of_every_engine():
         "top_k": 0,
         "num_known_ids": 90,
         "num_before": 0,
+        "min_p": 0.0,
+        "ticket": None,
     }
 
 

@@ -58,7 +58,12 @@ def engine(vllm_imported, checkpoints, tmp_path_factory) -> Iterator[Served]:
 
 
 def crossed(
-    served: Served, requests: list[Request], folder: Path, *, to: int = 4
+    served: Served,
+    requests: list[Request],
+    folder: Path,
+    *,
+    to: int = 4,
+    sampling: SamplingParams = LONG,
 ) -> list[RolloutGroup]:
     """Sample under version 3, and push once some completion has `AT` tokens."""
     opened, grown = asyncio.Event(), asyncio.Event()
@@ -79,7 +84,7 @@ def crossed(
             served.engine.complete(
                 request,
                 number,
-                LONG,
+                sampling,
                 policy_version=3,
                 progress=lambda count: grown.set() if count >= AT else None,
                 across=across,
@@ -159,14 +164,18 @@ def test_tokens_rows_and_log_probabilities_are_those_of_their_spans(engine, chec
 def test_a_push_of_the_same_weights_changes_no_token(engine, checkpoints):
     """The noise of a completion goes on behind the tokens that were sampled before the push."""
     same = load_file(checkpoints["a"] / "model.safetensors")
-    calm = engine.sample(prompts(3), LONG)
-    groups = crossed(engine, prompts(3), engine.folder(same))
+    sampling = replace(LONG, top_k=40, keeps_candidates=True)
+    calm = engine.sample(prompts(3), sampling)
+    groups = crossed(engine, prompts(3), engine.folder(same), sampling=sampling)
     assert any(c.began_under is not None for group in groups for c in group.completions)
     for ours, theirs in zip(groups, calm, strict=True):
         for mine, other in zip(ours.completions, theirs.completions, strict=True):
             assert mine.token_ids.tolist() == other.token_ids.tolist()
             assert mine.finish_reason == other.finish_reason
             assert np.abs(mine.rollout_logprobs - other.rollout_logprobs).max() < 1e-4
+            # What tokens were drawn from goes on behind theirs too, on both sides of the push.
+            assert mine.candidates.counts.tolist() == [40] * len(mine.token_ids)
+            assert mine.candidates.ids.tolist() == other.candidates.ids.tolist()
 
 
 def test_control_noise_that_begins_again_gives_other_tokens(

@@ -1,6 +1,6 @@
 """One batch of the embedded engine: prefill, sample, feed, and what came of each sequence.
 
-In: jobs, a model, a route recorder. Out: tokens, log-probabilities and routes by job.
+In: jobs, a model, a route recorder. Out: tokens, log-probabilities, candidates and routes by job.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.noise import completion_noise, no_numbers, sample_tokens
+from moe_replay.engines.noise import Drawn, completion_noise, no_numbers, sample_tokens
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.routing import expert_dtype
+from moe_replay.routing.candidates import Candidates
 from moe_replay.transformers.record import RouteRecorder
 
 # Ended sequences leave the batch once they are this share of it; copying the cache each time one
@@ -74,6 +75,9 @@ class Batch:
             ]
         )
         self._noise = torch.from_numpy(noise).to(device)
+        # Of each job the sets of its tokens, and their mass.
+        self._sets: list[list[np.ndarray]] = [[] for _ in jobs]
+        self._kept_mass = np.ones((num_jobs, limit), dtype=np.float32)
         self._job_of_row = np.arange(num_jobs)
         self._running: Bool[np.ndarray, " rows"] = np.ones(num_jobs, dtype=bool)
         self._completion_routes: Shaped[np.ndarray, "jobs tokens layers topk"] | None = None
@@ -90,14 +94,18 @@ class Batch:
     def sample(self, position: int) -> None:
         """Draw the token of ``position`` for every running row, and see which rows it ends."""
         rows = torch.from_numpy(self._job_of_row).to(self._device)
-        ids, logprobs = sample_tokens(
+        drawn = sample_tokens(
             self._logits,
             self._noise[rows, position],
             temperature=self._sampling.temperature,
             top_k=self._sampling.top_k,
             top_p=self._sampling.top_p,
+            min_p=self._sampling.min_p,
             num_known_ids=self._num_known_ids,
         )
+        ids, logprobs = drawn.ids, drawn.rollout_logprobs
+        if self._sampling.keeps_candidates:
+            logprobs = self._keep_candidates(drawn, position)
         self.token_ids[rows, position] = ids
         self.rollout_logprobs[rows, position] = logprobs
         self._last_ids = ids
@@ -108,6 +116,21 @@ class Batch:
         self.lengths[self._job_of_row[self._running]] = position + 1
         self.stopped[self._job_of_row[ends]] = True
         self._running = self._running & ~ends & (self._limits[self._job_of_row] > position + 1)
+
+    def _keep_candidates(self, drawn: Drawn, position: int) -> Float[torch.Tensor, " rows"]:
+        """Note what running rows were drawn from, and return the log-probabilities among it."""
+        logprobs, mass = drawn.among_kept()
+        self._kept_mass[self._job_of_row, position] = mass.cpu().numpy()
+        for row, ids in enumerate(drawn.sets()):
+            if self._running[row]:
+                self._sets[self._job_of_row[row]].append(ids)
+        return logprobs
+
+    def candidates_of(self, row: int, length: int) -> Candidates | None:
+        """Return what a job's first ``length`` tokens were drawn from, where that is asked for."""
+        if not self._sampling.keeps_candidates:
+            return None
+        return Candidates.of_sets(self._sets[row][:length], self._kept_mass[row, :length])
 
     def compact(self) -> None:
         """Drop ended rows from the cache when there are enough of them."""

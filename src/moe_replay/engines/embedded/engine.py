@@ -214,6 +214,7 @@ class EmbeddedEngine(VersionedEngine):
             trace=trace,
             finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
             policy_version=self._policy_version,
+            candidates=batch.candidates_of(row, length),
         )
 
 

@@ -42,7 +42,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     """Version of the files."""
     engine: EngineDescription
     """What samples it."""

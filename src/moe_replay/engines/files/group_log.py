@@ -5,11 +5,13 @@ checksum. All numbers are little-endian; `docs/engines.md` draws the files. For 
 and completions of 5 and 2 tokens::
 
     header      32 bytes  "GRUP", 2 completions, request id, size of the record, 3 prompt tokens
-    entries   2 x 48      tokens, finish reason, policy version, start, stop and checksum of its
-                          trace, length of its server's name
+    entries   2 x 56      tokens, finish reason, policy version, start, stop and checksum of its
+                          trace, length of its server's name, number of its candidates
     prompt     3 x  4     int32
     tokens     7 x  4     int32, completion after completion
     logprobs   7 x  4     float32, likewise
+    candidates            of each completion that has some: counts, ids, kept mass (int32, uint32,
+                          float32; 5 x 4, as many as the entry says x 4, 5 x 4)
     servers               UTF-8, completion after completion
     zeros                 up to a multiple of 16
     checksum   16 bytes   start of the SHA-256 of all of the above
@@ -29,16 +31,19 @@ from jaxtyping import Int64, UInt64
 
 from moe_replay.engines.types import Completion, FinishReason, Request, RolloutGroup
 from moe_replay.errors import CodecError
+from moe_replay.routing.candidates import Candidates
 from moe_replay.routing.format.codec import FramePlace
 
-FORMAT = 2
+FORMAT = 3
 """Version of rollouts on disk; a reader refuses every other one."""
 CHECKSUM_BYTES = 16
 """Length of a record's checksum."""
 
 _RECORD_MAGIC = b"GRUP"
 _HEADER = struct.Struct("<4sIQQII")
-_ENTRY = struct.Struct("<IBBHqQQ16s")
+_ENTRY = struct.Struct("<IBBHqQQ16sQ")
+# Flags of an entry.
+_HAS_TRACE, _HAS_CANDIDATES = 1, 2
 _NO_CHECKSUM = bytes(16)
 _REASONS = tuple(FinishReason)
 
@@ -81,12 +86,14 @@ def pack_group(group: RolloutGroup, places: Sequence[FramePlace | None]) -> byte
         _ENTRY.pack(
             len(completion.token_ids),
             _REASONS.index(completion.finish_reason),
-            place is not None,
+            (_HAS_TRACE if place else 0)
+            | (0 if completion.candidates is None else _HAS_CANDIDATES),
             len(server),
             completion.policy_version,
             place.start if place else 0,
             place.stop if place else 0,
             place.checksum if place else _NO_CHECKSUM,
+            0 if completion.candidates is None else len(completion.candidates.ids),
         )
         for completion, place, server in zip(completions, places, servers, strict=True)
     )
@@ -96,6 +103,7 @@ def pack_group(group: RolloutGroup, places: Sequence[FramePlace | None]) -> byte
             group.request.prompt_ids.astype("<i4").tobytes(),
             *(completion.token_ids.astype("<i4").tobytes() for completion in completions),
             *(completion.rollout_logprobs.astype("<f4").tobytes() for completion in completions),
+            *(_candidate_bytes(c.candidates) for c in completions if c.candidates is not None),
             *servers,
         ]
     )
@@ -181,9 +189,16 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
     tokens = np.frombuffer(body, "<i4", total, at)
     logprobs = np.frombuffer(body, "<f4", total, at + tokens.nbytes)
     at += tokens.nbytes + logprobs.nbytes
+    every: list[Candidates | None] = []
+    for length, _, flags, *_, num_ids in entries:
+        candidates = (
+            _read_candidates(body, at, length, num_ids) if flags & _HAS_CANDIDATES else None
+        )
+        at += 0 if candidates is None else candidates.nbytes
+        every.append(candidates)
     completions, places = [], []
     for number, (entry, stop) in enumerate(zip(entries, stops.tolist(), strict=True)):
-        length, reason, has_trace, server_bytes, version, frame, frame_end, checksum = entry
+        length, reason, flags, server_bytes, version, frame, frame_end, checksum, _ = entry
         completions.append(
             Completion(
                 token_ids=tokens[stop - length : stop].astype(np.int32),
@@ -192,15 +207,32 @@ def read_group(stored: memoryview, start: int, where: str) -> StoredGroup:
                 finish_reason=_REASONS[reason],
                 policy_version=version,
                 server=str(body[at : at + server_bytes], "utf-8"),
+                candidates=every[number],
             )
         )
         at += server_bytes
         name = trace_name(request_id, number)
         place = FramePlace(name=name, start=frame, stop=frame_end, checksum=checksum)
-        places.append(place if has_trace else None)
+        places.append(place if flags & _HAS_TRACE else None)
     request = Request(request_id=request_id, prompt_ids=prompt_ids, num_generations=num_completions)
     group = RolloutGroup(request=request, completions=tuple(completions))
     return StoredGroup(group=group, places=tuple(places))
+
+
+def _candidate_bytes(candidates: Candidates) -> bytes:
+    arrays = (candidates.counts, "<i4"), (candidates.ids, "<u4"), (candidates.kept_mass, "<f4")
+    return b"".join(array.astype(dtype).tobytes() for array, dtype in arrays)
+
+
+def _read_candidates(body: memoryview, at: int, num_tokens: int, num_ids: int) -> Candidates:
+    counts = np.frombuffer(body, "<i4", num_tokens, at)
+    ids = np.frombuffer(body, "<u4", num_ids, at + counts.nbytes)
+    mass = np.frombuffer(body, "<f4", num_tokens, at + counts.nbytes + ids.nbytes)
+    return Candidates(
+        counts=counts.astype(np.int32),
+        ids=ids.astype(np.uint32),
+        kept_mass=mass.astype(np.float32),
+    )
 
 
 def _checksum(*pieces: bytes | memoryview) -> bytes:

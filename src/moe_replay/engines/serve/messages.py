@@ -27,8 +27,9 @@ from moe_replay.engines.types import (
 )
 from moe_replay.errors import CodecError
 from moe_replay.routing import RoutingTrace, decode_traces, encode_traces
+from moe_replay.routing.candidates import Candidates
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of these messages; a client refuses a server of another one."""
 CHECKPOINT = "checkpoint"
 """Name in place of a run's while a server holds the weights that it started with."""
@@ -39,6 +40,8 @@ LOADING = "the model is being loaded; ask again later"
 # What both vLLM and SGLang say before anything was pushed.
 _UNPUSHED = "default"
 _MESSAGE, _TRACES = "message", "traces"
+# Arrays of `Candidates`, of all completions that have some.
+_CANDIDATES = ("counts", "ids", "kept_mass")
 
 
 class _Message(BaseModel):
@@ -267,6 +270,10 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
                 "finish_reasons": [c.finish_reason.value for c in group.completions],
                 "lengths": [len(c.token_ids) for c in group.completions],
                 "versions": [[c.oldest_version, c.policy_version] for c in group.completions],
+                "num_candidates": [
+                    None if c.candidates is None else len(c.candidates.ids)
+                    for c in group.completions
+                ],
             }
             for group in groups
         ],
@@ -281,6 +288,9 @@ def groups_bytes(groups: Sequence[RolloutGroup], policy: PolicyName) -> bytes:
         ),
         _TRACES: np.frombuffer(encode_traces(traces), dtype=np.uint8),
     }
+    limited = [c.candidates for c in every if c.candidates is not None]
+    if limited:
+        arrays |= {name: getattr(Candidates.concat(limited), name) for name in _CANDIDATES}
     return save_arrays(arrays)
 
 
@@ -334,6 +344,8 @@ def _groups_of(
             "expected int32 and float32"
         )
     stops = np.cumsum(lengths)
+    num_candidates = [count for group in told for count in group["num_candidates"]]
+    candidates = _candidates_of(arrays, lengths, num_candidates)
     every = (
         Completion(
             token_ids=tokens[stop - length : stop],
@@ -342,9 +354,35 @@ def _groups_of(
             finish_reason=reason,
             policy_version=last,
             began_under=None if first == last else first,
+            candidates=candidates[number],
         )
         for number, (length, stop, reason, (first, last)) in enumerate(
             zip(lengths, stops, reasons, versions, strict=True)
         )
     )
     return grouped(requests, every)
+
+
+def _candidates_of(
+    arrays: Mapping[str, np.ndarray], lengths: Sequence[int], told: Sequence[int | None]
+) -> list[Candidates | None]:
+    """Return the candidates of each completion; ``told`` are their ids, None without any."""
+    limited = [(n, count) for n, count in zip(lengths, told, strict=True) if count is not None]
+    if not limited:
+        return [None] * len(lengths)
+    counts, ids, mass = (arrays[name] for name in _CANDIDATES)
+    tokens, every = (np.cumsum([0, *sizes]) for sizes in zip(*limited, strict=True))
+    if tokens[-1] != len(counts) or tokens[-1] != len(mass) or every[-1] != len(ids):
+        raise CodecError(
+            f"the answer holds {len(ids)} candidates of {len(counts)} tokens, expected {every[-1]} "
+            f"of {tokens[-1]}; it was cut"
+        )
+    parts = iter(
+        Candidates(
+            counts=counts[tokens[n] : tokens[n + 1]],
+            ids=ids[every[n] : every[n + 1]],
+            kept_mass=mass[tokens[n] : tokens[n + 1]],
+        )
+        for n in range(len(limited))
+    )
+    return [None if count is None else next(parts) for count in told]

@@ -17,7 +17,7 @@ from moe_replay.engines.types import (
     Request,
     SamplingParams,
 )
-from moe_replay.errors import EngineError
+from moe_replay.errors import EngineError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,8 @@ class RolloutServer(Protocol):
     """Why it may not record routes and what to do about it, for a message."""
     reads_files: bool
     """Whether it reads pushed weights from files."""
+    returns_candidates: bool
+    """Whether it can say what each token was drawn from."""
 
     def status(self) -> Status:
         """Return what the server is and which weights it holds.
@@ -162,6 +164,12 @@ class GroupServer(RolloutServer, Protocol):
         ...
 
 
+CANDIDATES_REMEDY = (
+    "sample from all ids (rollout.top_p = 1, top_k = 0, min_p = 0), or use `moe-replay serve`, or "
+    'rollout.engine = "vllm" or "embedded"'
+)
+"""What to do where truncated sampling is refused."""
+
 NEUTRAL = {
     "min_p": 0.0,
     "presence_penalty": 0.0,
@@ -171,6 +179,17 @@ NEUTRAL = {
 }
 """What vLLM and SGLang call sampling options that change nothing. A server may take what is omitted
 from generation_config.json or its own options."""
+
+
+def refuse_candidates(sampling: SamplingParams, server: str) -> None:
+    """Raise `UnsupportedError` when candidates are asked of a server that cannot return them."""
+    if sampling.keeps_candidates:
+        raise UnsupportedError(
+            f"{server} does not return which ids truncation (top_p {sampling.top_p:g}, top_k "
+            f"{sampling.top_k}, min_p {sampling.min_p:g}) left for each token, without which the "
+            "trainer would compute the probabilities of another policy than sampled: "
+            f"{CANDIDATES_REMEDY}"
+        )
 
 
 def finish_reason_of(

@@ -75,7 +75,7 @@ class ServerEngine(VersionedEngine):
 
     Raises:
         RecipeError: when a URL is not a rollout server of this version, serves another model, or
-            cannot return the routes that ``record_routes`` asks for.
+            cannot return what ``record_routes`` or ``keeps_candidates`` asks for.
         EngineError: when no server answers.
     """
 
@@ -99,6 +99,7 @@ class ServerEngine(VersionedEngine):
         bucket_bytes: int = 512 << 20,
         weight_transfer: Literal["auto", "gloo", "nccl"] = "auto",
         crosses_pushes: bool = False,
+        keeps_candidates: bool = False,
     ) -> None:
         if not urls or len(set(urls)) != len(urls) or run == CHECKPOINT:
             raise RecipeError(f"servers are {list(urls)}, expected at least one URL, each once")
@@ -106,14 +107,12 @@ class ServerEngine(VersionedEngine):
         self._facts, self._dtype = facts, _FORMATS[dtype]
         self._ranks, self._pushes = ranks, ranks is None or ranks.rank == 0
         self._folder, self._bucket_bytes = WeightsFolder(weights_dir), bucket_bytes
-        self._pushed_bytes = 0
+        self._pushed_bytes = self._num_sampled = 0
         self._broadcast: Broadcast | None = None
         self._calls_per_server, self._max_attempts = calls_per_server, max_attempts
         self._crosses, self._run = crosses_pushes, run
         self._holders: frozenset[str] | None = None
-        self._faults: Counter[Fault] = Counter()
-        self._redraws = Redraws()
-        self._num_sampled = 0
+        self._faults, self._redraws = Counter[Fault](), Redraws()
         self._lock = threading.Lock()
         self._round: Round | None = None
         try:
@@ -134,6 +133,7 @@ class ServerEngine(VersionedEngine):
                     # One rank is enough for a trial.
                     tries=self._pushes,
                     crosses_pushes=self._crosses,
+                    keeps_candidates=keeps_candidates,
                 )
             )
         except BaseException:

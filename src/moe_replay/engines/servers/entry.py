@@ -98,6 +98,7 @@ def _connect(
         run=run,
         dtype=section.dtype,
         record_routes=use.record_routes,
+        keeps_candidates=use.keeps_candidates,
         ranks=ranks,
         token=read_token(section.token_file),
         # Every rank asks every server: of 128 sequences at once on each server, 8 ranks with

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import other_model
-from moe_replay.engines.servers.contract import RolloutServer
+from moe_replay.engines.servers.contract import CANDIDATES_REMEDY, RolloutServer
 from moe_replay.engines.servers.faults import CallError, Fault
 from moe_replay.engines.types import EngineDescription
 from moe_replay.errors import RecipeError
@@ -60,11 +60,13 @@ def agreed_description(
     record_routes: bool,
     tries: bool,
     crosses_pushes: bool = False,
+    keeps_candidates: bool = False,
 ) -> EngineDescription:
     """Return what the servers are, once each serves the recipe's model as it is needed.
 
     With ``tries`` each is tested once, as `RolloutServer.check` does. ``crosses_pushes``: what they
-    sample must go on after a push.
+    sample must go on after a push. ``keeps_candidates``: completions must say what each token was
+    drawn from.
 
     Raises:
         RecipeError: when one does not, or they differ.
@@ -78,6 +80,11 @@ def agreed_description(
             raise RecipeError(
                 f"{url} ends what it samples before it takes a push; rollout.push_in_flight needs "
                 "servers of `moe-replay serve` with vLLM: start one, or set it to false"
+            )
+        if keeps_candidates and not server.returns_candidates:
+            raise RecipeError(
+                f"{url} does not say which ids truncation left for each token, which rollout.top_p, "
+                f"top_k and min_p need: {CANDIDATES_REMEDY}"
             )
         if record_routes and not description.records_routes:
             raise RecipeError(

@@ -53,6 +53,7 @@ class ServerCalls(HttpCalls):
         "flag"
     )
     reads_files: bool = False
+    returns_candidates: bool = True
     takes_tensors: bool = False
     content_type: str = CONTENT_TYPE
 

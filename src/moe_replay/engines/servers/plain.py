@@ -45,6 +45,7 @@ class PlainCalls(HttpCalls, ABC):
         f"it was started without {FLAG}, or its model has no routers; start it with that flag"
     )
     reads_files: bool = True
+    returns_candidates: bool = False
     draws_by_seed: bool = False
     """Whether equal seeds give equal completions, as far as `status` has found out."""
     generate_path: str

@@ -33,7 +33,12 @@ from packaging.version import InvalidVersion, Version
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
 from moe_replay.engines.serve.messages import PolicyName
-from moe_replay.engines.servers.contract import NEUTRAL, Ask, finish_reason_of
+from moe_replay.engines.servers.contract import (
+    NEUTRAL,
+    Ask,
+    finish_reason_of,
+    refuse_candidates,
+)
 from moe_replay.engines.types import (
     Completion,
     EngineDescription,
@@ -127,8 +132,12 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, rid: str) -> d
 
     One call a completion: all 16 of a prompt at 32k tokens would be 1 GB of JSON. Every option is
     set, so that defaults of the server or the checkpoint change nothing.
+
+    Raises:
+        UnsupportedError: when candidates are asked for.
     """
     request, sampling = ask.request, ask.sampling
+    refuse_candidates(sampling, "an SGLang server")
     return {
         "rid": rid,
         "input_ids": request.prompt_ids.tolist(),
@@ -138,6 +147,7 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, rid: str) -> d
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
             **NEUTRAL,
+            "min_p": sampling.min_p,
             "min_new_tokens": 0,
             "stop": [],
             "stop_token_ids": sorted({*facts.eos_ids, *sampling.stop_token_ids}),

@@ -20,7 +20,12 @@ from packaging.version import Version
 
 from moe_replay.checkpoint.facts import ModelFacts
 from moe_replay.engines.lifecycle import describe
-from moe_replay.engines.servers.contract import NEUTRAL, Ask, finish_reason_of
+from moe_replay.engines.servers.contract import (
+    NEUTRAL,
+    Ask,
+    finish_reason_of,
+    refuse_candidates,
+)
 from moe_replay.engines.types import Completion, EngineDescription
 from moe_replay.engines.vllm.wire import (
     FLAG,
@@ -110,13 +115,16 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -
 
     Raises:
         RecipeError: when the server's log-probabilities would be those of a truncated distribution.
+        UnsupportedError: when candidates are asked for.
     """
     request, sampling = ask.request, ask.sampling
-    if not draws and (sampling.top_p < 1 or sampling.top_k > 0):
+    refuse_candidates(sampling, "a plain vLLM server")
+    if not draws and sampling.truncates:
         raise RecipeError(
-            f"top_p is {sampling.top_p} and top_k {sampling.top_k}, but a plain vLLM server reports "
-            "log-probabilities of the truncated distribution, which the trainer does not recompute: "
-            f"set top_p = 1 and top_k = 0, or start the server with {_DRAW_FLAGS}"
+            f"top_p is {sampling.top_p}, top_k {sampling.top_k} and min_p {sampling.min_p}, but a "
+            "plain vLLM server reports log-probabilities of the truncated distribution and not what "
+            "it is: set top_p = 1, top_k = 0 and min_p = 0, or start the server with "
+            f"{_DRAW_FLAGS}"
         )
     params: dict[str, Any] = {
         "n": 1,
@@ -140,8 +148,10 @@ def generate_message(ask: Ask, number: int, *, facts: ModelFacts, draws: bool) -
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "num_known_ids": facts.num_known_ids,
             "num_before": 0,
+            "ticket": None,
         }
         params["extra_args"] = {_DRAW: draw}
     # Not streamed: before a slow reader vLLM 0.30 merges pieces and loses the routes, which come

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from moe_replay.engines.vllm.wire import completion_of
 from moe_replay.engines.weight_stream import checked_weights, drain
 from moe_replay.errors import DivergedError, EngineError
 from moe_replay.routing import LayerOrder
+from moe_replay.routing.candidates import Candidates
 
 
 class VllmEngine(VersionedEngine):
@@ -126,7 +128,7 @@ class VllmEngine(VersionedEngine):
             EngineError: when a request is malformed or too long, vLLM fails, or the engine is
                 closed.
         """
-        from moe_replay.engines.vllm.sampler import asked_of
+        from moe_replay.engines.vllm.sampler import asked_of, ticket_of
 
         # A closed engine has no group of ranks left; in a broken one all ranks go on together.
         self._check_state("ready", "broken")
@@ -144,10 +146,16 @@ class VllmEngine(VersionedEngine):
             for request in asked
             for number in range(request.num_generations)
         ]
-        policy_version, outputs = self._stepper.run(
-            [asked_of(request, number, sampling, self._facts) for _, request, number in wanted],
-            at_start=self._ready_version,
-        )
+        asked = [asked_of(request, number, sampling, self._facts) for _, request, number in wanted]
+        tickets = [ticket_of(params) for _, params in asked]
+        try:
+            policy_version, outputs = self._stepper.run(asked, at_start=self._ready_version)
+        except BaseException:
+            # The worker must not keep them; one that was closed meanwhile has none.
+            with suppress(AttributeError):
+                self._take_candidates(tickets)
+            raise
+        candidates = self._take_candidates(tickets)
         completions = (
             completion_of(
                 output,
@@ -157,8 +165,11 @@ class VllmEngine(VersionedEngine):
                 description=self._description,
                 policy_version=policy_version,
                 layer_order=self._layer_order,
+                candidates=kept,
             )
-            for (rank, request, number), output in zip(wanted, outputs, strict=True)
+            for (rank, request, number), output, kept in zip(
+                wanted, outputs, candidates, strict=True
+            )
             if rank == own
         )
         return grouped(requests, completions)
@@ -189,6 +200,13 @@ class VllmEngine(VersionedEngine):
             self._stepper.close()
             stop_vllm(self._vllm)
             del self._vllm
+
+    def _take_candidates(self, tickets: Sequence[str | None]) -> list[Candidates | None]:
+        """Return the candidates of calls, which this process's worker has kept."""
+        if not any(tickets):
+            return [None] * len(tickets)
+        (taken,) = self._vllm.collective_rpc(partial(_take, tickets=tickets))
+        return taken
 
     def _ready_version(self) -> int:
         """Return the policy version, or raise when the engine must not sample."""
@@ -237,6 +255,13 @@ class VllmEngine(VersionedEngine):
         if self._is_reload_open:
             self._vllm.apply_model(partial(_finish, model_config=self._vllm.model_config))
             self._is_reload_open = False
+
+
+def _take(worker: Any, *, tickets: Sequence[str | None]) -> list[Candidates | None]:
+    from moe_replay.engines.vllm.sampler import processor_of
+
+    processor = processor_of(worker)
+    return [None if ticket is None else processor.take(ticket) for ticket in tickets]
 
 
 def _finish(model: Any, *, model_config: Any) -> None:

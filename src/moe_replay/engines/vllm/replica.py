@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import psutil
 
 from moe_replay.engines.vllm.workers import Answer
 from moe_replay.errors import DivergedError, EngineError
+from moe_replay.routing.candidates import Candidates
 
 # Longest wait for processes that were told to end, in seconds; what is left then is killed.
 _END_S = 20.0
@@ -109,6 +111,19 @@ class VllmReplica:
                 f"replica {self.number} of vLLM ended a completion without a last output"
             )
         return output
+
+    async def candidates(self, ticket: str) -> Candidates:
+        """Return what the tokens of a call were drawn from; its workers forget it.
+
+        Raises:
+            EngineError: when a worker failed, or its process is gone.
+        """
+        counts, ids, mass = (await self.workers("replay_candidates", ticket))[0]
+        return Candidates(
+            counts=np.frombuffer(counts, dtype=np.int32),
+            ids=np.frombuffer(ids, dtype=np.uint32),
+            kept_mass=np.frombuffer(mass, dtype=np.float32),
+        )
 
     async def abort(self) -> None:
         """End what is being sampled; each returns the tokens and routes that it has so far.

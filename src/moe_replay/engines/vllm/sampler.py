@@ -4,29 +4,39 @@ vLLM's own sampling cannot keep the contract: it reports log-probabilities eithe
 temperature or after the truncation, a seed kills its CPU build at the first chunked prefill, and
 its noise depends on the version. As a logits processor, this class draws the token itself and
 leaves a row in which it is the only possible one; its logit is the log-probability of the full
-vocabulary at the sampling temperature. vLLM then takes the best token of each row and, with
-``logprobs_mode="processed_logits"``, reports that logit.
+vocabulary at the sampling temperature, or among the candidates where these are kept. vLLM then
+takes the best token of each row and, with ``logprobs_mode="processed_logits"``, reports that logit.
+Candidates wait here until they are taken by the ticket of their draw.
 
-In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite entry a row.
+In: logits, draws in ``SamplingParams.extra_args``. Out: logits with one finite entry a row;
+candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from moe_replay.checkpoint.facts import ModelFacts
-from moe_replay.engines.noise import NOT_A_LOGPROB, completion_noise, sample_tokens
+from moe_replay.engines.noise import (
+    NOT_A_LOGPROB,
+    Drawn,
+    completion_noise,
+    sample_tokens,
+)
 from moe_replay.engines.types import Request, SamplingParams
+from moe_replay.errors import EngineError
+from moe_replay.routing.candidates import Candidates
 
 KEY = "moe_replay"
 """Entry of ``extra_args`` that holds a draw."""
@@ -83,9 +93,13 @@ class Draw:
     """Only this many of the most likely tokens are kept; 0 keeps all."""
     num_known_ids: int | None
     """Ids from here on are never drawn, as the tokenizer lacks them; None draws from all."""
+    min_p: float
+    """Only tokens at least this many times as likely as the most likely one; 0 keeps all."""
     num_before: int = 0
     """Tokens that an earlier call of the same completion drew, and that end the prompt of this one:
     the noise goes on behind theirs."""
+    ticket: str | None = None
+    """Name under which the candidates of this call are kept, of no other call; None keeps none."""
 
 
 def draw_params(
@@ -99,7 +113,8 @@ def draw_params(
 ) -> VllmSamplingParams:
     """Return vLLM's parameters for one completion, or the rest of one after ``num_before`` tokens.
 
-    ``stop_token_ids`` end it as those of ``sampling`` do, such as the model's own.
+    ``stop_token_ids`` end it as those of ``sampling`` do, such as the model's own. Its candidates,
+    if they are kept, have a ticket that `ticket_of` returns.
     """
     draw = Draw(
         seed=sampling.seed,
@@ -108,8 +123,10 @@ def draw_params(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
         num_known_ids=num_known_ids,
         num_before=num_before,
+        ticket=secrets.token_hex(8) if sampling.keeps_candidates else None,
     )
     return VllmSamplingParams(
         # The best token of a row is the drawn one, so vLLM must not draw again.
@@ -121,6 +138,11 @@ def draw_params(
         detokenize=False,
         extra_args={KEY: asdict(draw)},
     )
+
+
+def ticket_of(params: VllmSamplingParams) -> str | None:
+    """Return the ticket of the candidates of a call; None when it keeps none."""
+    return params.extra_args[KEY]["ticket"]
 
 
 def asked_of(
@@ -156,6 +178,12 @@ class _Row:
     """Tokens so far: vLLM's own list, which grows."""
 
 
+def processor_of(worker: Any) -> DrawTokens:
+    """Return what draws tokens in a vLLM worker."""
+    every = worker.model_runner.input_batch.logitsprocs.all
+    return next(processor for processor in every if isinstance(processor, DrawTokens))
+
+
 class DrawTokens(LogitsProcessor):
     """The logits processor; give its class to vLLM as ``logits_processors``."""
 
@@ -180,6 +208,24 @@ class DrawTokens(LogitsProcessor):
                 "processed_logits"
             )
         self._rows: dict[int, _Row] = {}
+        # Ticket -> index of a token in its call -> its candidates and their mass. By index, as a
+        # request that vLLM preempts draws on where it was.
+        self._kept: dict[str, dict[int, tuple[np.ndarray, float]]] = {}
+
+    def take(self, ticket: str) -> Candidates:
+        """Return the candidates of a call that has ended, and forget them; none if there are none.
+
+        Raises:
+            EngineError: when those of a token are missing.
+        """
+        tokens = self._kept.pop(ticket, {})
+        if sorted(tokens) != list(range(len(tokens))):
+            raise EngineError(
+                f"vLLM drew the tokens {sorted(tokens)[:8]}... of a call, expected each from 0 on: it "
+                "counts sampled tokens in another way than was tested; report this"
+            )
+        every = [tokens[number] for number in range(len(tokens))]
+        return Candidates.of_sets([ids for ids, _ in every], [mass for _, mass in every])
 
     def is_argmax_invariant(self) -> bool:
         """Return False: the best token of a row becomes the drawn one."""
@@ -194,28 +240,41 @@ class DrawTokens(LogitsProcessor):
 
         Logits ``[1, 0, 2]`` of which token 0 is drawn become ``[-1.41, -inf, -inf]``.
         """
-        alike: dict[tuple[float, int, float, int | None], list[int]] = {}
+        alike: dict[tuple[float, int, float, float, int | None, bool], list[int]] = {}
         for index, row in self._rows.items():
             draw = row.draw
-            settings = (draw.temperature, draw.top_k, draw.top_p, draw.num_known_ids)
+            limits = draw.top_k, draw.top_p, draw.min_p, draw.num_known_ids
+            settings = (draw.temperature, *limits, draw.ticket is not None)
             alike.setdefault(settings, []).append(index)
-        for (temperature, top_k, top_p, num_known_ids), indices in alike.items():
+        for settings, indices in alike.items():
+            temperature, top_k, top_p, min_p, num_known_ids, keeps = settings
             noise = [
                 self._rows[index].noise[len(self._rows[index].output_ids)] for index in indices
             ]
             where = torch.tensor(indices, device=logits.device)
-            ids, rollout_logprobs = sample_tokens(
+            drawn = sample_tokens(
                 logits[where],
                 torch.tensor(noise, dtype=torch.float64, device=logits.device),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                min_p=min_p,
                 num_known_ids=num_known_ids,
             )
+            rollout_logprobs = self._keep(drawn, indices) if keeps else drawn.rollout_logprobs
             logits[where] = float("-inf")
             # The best token of its row, and no number that JSON could not hold.
-            logits[where, ids] = rollout_logprobs.nan_to_num(NOT_A_LOGPROB)
+            logits[where, drawn.ids] = rollout_logprobs.nan_to_num(NOT_A_LOGPROB)
         return logits
+
+    def _keep(self, drawn: Drawn, indices: Sequence[int]) -> Float32[torch.Tensor, " rows"]:
+        """Keep what rows were drawn from, and return the log-probabilities among it."""
+        logprobs, masses = drawn.among_kept()
+        for index, ids, mass in zip(indices, drawn.sets(), masses.tolist(), strict=True):
+            row = self._rows[index]
+            assert row.draw.ticket is not None
+            self._kept.setdefault(row.draw.ticket, {})[len(row.output_ids)] = ids, mass
+        return logprobs
 
 
 def _new_row(

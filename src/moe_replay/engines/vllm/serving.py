@@ -19,7 +19,12 @@ from moe_replay.checkpoint.facts import ModelFacts, read_facts
 from moe_replay.engines.crossing import continued, joined
 from moe_replay.engines.lifecycle import Lifecycle, State
 from moe_replay.engines.serve.engine import HeldPush
-from moe_replay.engines.types import Completion, FinishReason, Request, SamplingParams
+from moe_replay.engines.types import (
+    Completion,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
 from moe_replay.engines.vllm.capacity import CacheCapacity, capacity_of
 from moe_replay.engines.vllm.replica import VllmReplica, launch_all
 from moe_replay.engines.vllm.startup import check_loadable, describe_vllm, engine_options
@@ -28,6 +33,7 @@ from moe_replay.engines.vllm.workers import PUSH_WORKER
 from moe_replay.engines.weight_stream import fitting_weights, folder_tensors
 from moe_replay.errors import EngineError, RecipeError
 from moe_replay.routing import LayerOrder
+from moe_replay.routing.candidates import Candidates
 
 # Steps between two outputs of a running completion: what each costs is paid in the server's one
 # event loop.
@@ -97,6 +103,7 @@ class VllmServing(Lifecycle):
         self._held = HeldPush(self._load)
         self._staged: Path | None = None
         self._num_interrupts = 0
+        self._abandoned: set[asyncio.Task[Candidates]] = set()
 
     @property
     def crosses_pushes(self) -> bool:
@@ -145,7 +152,7 @@ class VllmServing(Lifecycle):
             EngineError: when vLLM fails, or the engine is not ready.
             DivergedError: when the model's logits are not numbers.
         """
-        from moe_replay.engines.vllm.sampler import asked_of
+        from moe_replay.engines.vllm.sampler import asked_of, ticket_of
 
         parts: list[Completion] = []
         while True:
@@ -154,7 +161,14 @@ class VllmServing(Lifecycle):
             done = len(asked.prompt_ids) - len(request.prompt_ids)
             prompt, params = asked_of(asked, number, sampling, self._facts, num_before=done)
             replica = min(self._replicas, key=lambda replica: replica.num_running)
-            output = await replica.sample(prompt, params, lambda grown: progress(done + grown))  # noqa: B023 - called before it changes
+            ticket = ticket_of(params)
+            try:
+                output = await replica.sample(prompt, params, lambda grown: progress(done + grown))  # noqa: B023 - called before it changes
+            except asyncio.CancelledError:
+                if ticket is not None:
+                    self._abandon(replica, ticket)
+                raise
+            candidates = None if ticket is None else await replica.candidates(ticket)
             part = completion_of(
                 output,
                 request=asked,
@@ -163,6 +177,7 @@ class VllmServing(Lifecycle):
                 description=self._description,
                 policy_version=policy_version,
                 layer_order=self._layer_order,
+                candidates=candidates,
             )
             parts.append(part)
             was_interrupted = (
@@ -172,6 +187,14 @@ class VllmServing(Lifecycle):
                 where = f"vllm: request {request.request_id}, completion {number}"
                 return joined(request, parts, where=where)
             policy_version = await across()
+
+    def _abandon(self, replica: VllmReplica, ticket: str) -> None:
+        """Let the workers forget the candidates of a call that nobody waits for."""
+        task = asyncio.create_task(replica.candidates(ticket))
+        self._abandoned.add(task)
+        # Looked at, so that the loop logs no error of a replica that is being closed.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(self._abandoned.discard)
 
     async def interrupt(self) -> None:
         """End all that is sampled, and return when none is; what may cross a push goes on after it.
@@ -245,6 +268,7 @@ class VllmServing(Lifecycle):
         """End all processes, and remove the push that they hold. Calling it twice is allowed."""
         self._state = "closed"
         replicas, self._replicas = self._replicas, []
+        await asyncio.gather(*self._abandoned, return_exceptions=True)
         await asyncio.gather(*(replica.close() for replica in replicas))
         self._held.remove()
 

@@ -50,6 +50,7 @@ from moe_replay.routing import (
     trace_from_split_payload,
     unrouted_trace,
 )
+from moe_replay.routing.candidates import Candidates
 
 FLAG = "--enable-return-routed-experts"
 """The flag of ``vllm serve`` without which no routes come back."""
@@ -80,8 +81,11 @@ def completion_of(
     description: EngineDescription,
     policy_version: int,
     layer_order: LayerOrder | None = None,
+    candidates: Candidates | None = None,
 ) -> Completion:
     """Return completion ``number`` of ``request`` from vLLM's last output for it.
+
+    ``candidates`` are those of all tokens that were drawn, None where they are not kept.
 
     Raises:
         EngineError: when it ended in an unknown way, or routes are missing.
@@ -97,8 +101,8 @@ def completion_of(
             f"{list(FINISH_REASONS)}"
         )
     token_ids = list(sampled.token_ids)
-    candidates = zip(sampled.logprobs or (), token_ids, strict=True)
-    logprobs = [by_token[token].logprob for by_token, token in candidates]
+    drawn = zip(sampled.logprobs or (), token_ids, strict=True)
+    logprobs = [by_token[token].logprob for by_token, token in drawn]
     return make_completion(
         np.array(token_ids, dtype=np.int32),
         np.array(logprobs, dtype=np.float32),
@@ -109,8 +113,19 @@ def completion_of(
         description=description,
         policy_version=policy_version,
         layer_order=layer_order,
+        candidates=None if candidates is None else _emitted(candidates, len(token_ids), where),
         where=where,
     )
+
+
+def _emitted(candidates: Candidates, length: int, where: str) -> Candidates:
+    """Return the candidates of the tokens that came back; of an aborted call more were drawn."""
+    if len(candidates) < length:
+        raise EngineError(
+            f"{where}: candidates of {len(candidates)} tokens were kept, expected {length}: vLLM's "
+            "worker has drawn others, or was started again"
+        )
+    return candidates.crop(length)
 
 
 def make_completion(
@@ -124,6 +139,7 @@ def make_completion(
     description: EngineDescription,
     policy_version: int,
     layer_order: LayerOrder | None,
+    candidates: Candidates | None = None,
     where: str,
 ) -> Completion:
     """Return a completion from its parts, whichever way they came from vLLM.
@@ -157,6 +173,7 @@ def make_completion(
         trace=trace,
         finish_reason=finish_reason,
         policy_version=policy_version,
+        candidates=candidates,
     )
 
 

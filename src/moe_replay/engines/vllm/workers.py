@@ -127,6 +127,19 @@ class PushWorker:
             else folder_tensors(Path(folder))
         )
 
+    @answered
+    def replay_candidates(self, ticket: str) -> list[bytes]:
+        """Return the arrays of the candidates kept under ``ticket``, and forget them.
+
+        Every rank draws the same tokens, so those but the first return nothing.
+        """
+        from moe_replay.engines.vllm.sampler import processor_of
+
+        taken = processor_of(self).take(ticket)
+        if self.rank:
+            return []
+        return [array.tobytes() for array in (taken.counts, taken.ids, taken.kept_mass)]
+
     def _replay_check(self) -> None:
         if hasattr(self, _TORN):
             raise EngineError(

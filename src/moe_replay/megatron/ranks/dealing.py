@@ -19,6 +19,7 @@ from moe_replay.megatron.ranks.messages import PIECE_BYTES
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.routing import Origin, RouteForm, RoutingTrace, expert_dtype
 from moe_replay.routing.arrays import owned
+from moe_replay.routing.candidates import Candidates
 
 Key = tuple[int, int]
 """Index of the prompt in the step, and of the completion among those of the prompt."""
@@ -40,6 +41,8 @@ class _Header:
     """Those among them that the policy sampled."""
     has_mask: bool
     """Whether the others are marked."""
+    num_candidates: int | None
+    """Ids that the sampled tokens were drawn from, of all of them; None without candidates."""
     num_rows: int
     """Of the trace; 0 without one."""
     form: RouteForm | None
@@ -57,6 +60,10 @@ class _Header:
         yield 4 * self.num_sampled, np.dtype(np.float32)
         if self.has_mask:
             yield self.num_tokens, np.dtype(bool)
+        if self.num_candidates is not None:
+            yield 4 * self.num_sampled, np.dtype(np.int32)
+            yield 4 * self.num_candidates, np.dtype(np.uint32)
+            yield 4 * self.num_sampled, np.dtype(np.float32)
         if self.form is not None:
             slots = len(self.form.layers) * self.form.topk
             dtype = expert_dtype(self.form.num_experts)
@@ -145,10 +152,17 @@ def _header(key: Key, completion: Completion, trace: RoutingTrace | None) -> _He
     assert completion.trace is None
     return _Header(
         key=key,
-        bare=replace(completion, token_ids=_NO_IDS, rollout_logprobs=_NO_LOGPROBS, turn_mask=None),
+        bare=replace(
+            completion,
+            token_ids=_NO_IDS,
+            rollout_logprobs=_NO_LOGPROBS,
+            turn_mask=None,
+            candidates=None,
+        ),
         num_tokens=len(completion.token_ids),
         num_sampled=len(completion.rollout_logprobs),
         has_mask=completion.turn_mask is not None,
+        num_candidates=None if completion.candidates is None else len(completion.candidates.ids),
         num_rows=0 if trace is None else len(trace),
         form=None if trace is None else trace.form,
         origin=None if trace is None else trace.origin,
@@ -159,6 +173,8 @@ def _to_bytes(completion: Completion, trace: RoutingTrace | None) -> list[UInt8[
     arrays: list[np.ndarray] = [completion.token_ids, completion.rollout_logprobs]
     if completion.turn_mask is not None:
         arrays.append(completion.turn_mask)
+    if (candidates := completion.candidates) is not None:
+        arrays += [candidates.counts, candidates.ids, candidates.kept_mass]
     if trace is not None:
         arrays += [trace.expert_ids, trace.valid, trace.token_digest]
     return [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
@@ -176,7 +192,17 @@ def _from_bytes(
         start += size
     ids, logprobs, *rest = arrays
     mask = rest.pop(0) if header.has_mask else None
-    completion = replace(header.bare, token_ids=ids, rollout_logprobs=logprobs, turn_mask=mask)
+    candidates = None
+    if header.num_candidates is not None:
+        counts, kept_ids, mass, *rest = rest
+        candidates = Candidates(counts=counts, ids=kept_ids, kept_mass=mass)
+    completion = replace(
+        header.bare,
+        token_ids=ids,
+        rollout_logprobs=logprobs,
+        turn_mask=mask,
+        candidates=candidates,
+    )
     if header.form is None or header.origin is None:
         return completion, None
     form = header.form

@@ -20,7 +20,7 @@ from moe_replay.megatron.ranks.messages import PIECE_BYTES, in_pieces
 from moe_replay.megatron.ranks.replica import Replica
 from moe_replay.routing import RouteForm, RouteSlice, RoutingTrace
 
-_COMPLETION_BYTES = 512  # of a completion beside its two arrays, generously
+_COMPLETION_BYTES = 512  # of a completion beside its arrays, generously
 _NOTHING = np.empty(0, dtype=np.uint8)
 
 
@@ -35,7 +35,12 @@ def share_completions(
     assert all(completion.trace is None for completion in own.values())
     gathered = replica.ranks.gather_items(
         list(own.items()),
-        lambda c: c[1].token_ids.nbytes + c[1].rollout_logprobs.nbytes + _COMPLETION_BYTES,
+        lambda c: (
+            c[1].token_ids.nbytes
+            + c[1].rollout_logprobs.nbytes
+            + (0 if c[1].candidates is None else c[1].candidates.nbytes)
+            + _COMPLETION_BYTES
+        ),
     )
     shared = sorted((c for part in gathered for c in part), key=lambda c: c[0])
     assert len(dict(shared)) == len(shared), "ranks sampled the same prompt"

@@ -172,6 +172,24 @@ def _pushes_meet_a_rollout(rollout: ServersEngineSection) -> Iterator[Problem]:
 
 
 @Rule
+def _truncation_is_recorded(rollout: ServersEngineSection) -> Iterator[Problem]:
+    if rollout.engine == "vllm-server":
+        # `moe-replay serve` records it; that a server is none of those it says itself.
+        return
+    for key, neutral in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        value = getattr(rollout, key)
+        if value != neutral:
+            yield Problem(
+                f"rollout.{key}",
+                f"{value:g} with rollout.engine = {rollout.engine!r}, whose servers do not say which "
+                "ids each token was drawn from, so that the trainer would learn with the "
+                f"probabilities of another policy: set it to {neutral}, or choose 'embedded', 'vllm' "
+                "or 'vllm-server' with `moe-replay serve`",
+                is_unsupported=True,
+            )
+
+
+@Rule
 def _secrets_are_filled_in(rollout: ServersEngineSection) -> Iterator[Problem]:
     for url in rollout.urls:
         if f"{MASK}@" in url or f"={MASK}" in url:

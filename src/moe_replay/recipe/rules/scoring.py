@@ -194,7 +194,7 @@ def _eval_without_effect(
             yield f"eval.{key}", "data.eval is not set, so nothing is evaluated"
         return
     if eval.temperature == 0:
-        for key in ("top_p", "top_k"):
+        for key in ("top_p", "top_k", "min_p"):
             yield f"eval.{key}", "eval.temperature is 0, which takes the most likely token"
     if not eval.pass_k:
         for key in ("pass_reward", "pass_threshold"):

@@ -25,9 +25,13 @@ class RolloutSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Smallest set of tokens whose probability reaches this; 1 keeps all."""
+    """Smallest set of tokens whose probability reaches this; 1 keeps all. Below 1, or with
+    ``top_k`` or ``min_p``, what each token was drawn from is recorded, and the trainer's
+    probabilities are those among it."""
     top_k: int = Field(default=0, ge=0)
-    """Most likely tokens kept; 0 keeps all."""
+    """Most likely tokens kept, before ``top_p``; 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens kept are at least this many times as likely as the most likely one; 0 keeps all."""
     max_completion_length: Annotated[
         int, Key(also_called=("max_new_tokens", "max_tokens", "max_response_length"))
     ] = Field(gt=0)
@@ -59,6 +63,11 @@ class RolloutSection(Section):
     """Whether the engine has resources of its own and samples while the trainer computes."""
     why_not_beside: ClassVar[str] = "it samples in the trainer's process, on the same devices"
     """Why it has not, for a message."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens may be drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def ranks_per_engine(self) -> int:

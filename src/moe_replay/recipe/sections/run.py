@@ -249,6 +249,8 @@ class EvalSection(Section):
     """Sample from the smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = Field(default=0, ge=0)
     """Sample from this many of the most likely tokens; 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample from tokens at least this many times as likely as the most likely one; 0 keeps all."""
     max_completion_length: Annotated[int | None, Key(default="rollout.max_completion_length")] = (
         Field(default=None, gt=0)
     )
