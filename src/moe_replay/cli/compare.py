@@ -102,35 +102,37 @@ def _show(found: TraceComparison, names: tuple[str, ...]) -> None:
         f"{found.num_tokens} tokens of {len(names)} sequences in {len(found.layers)} layers; "
         f"{found.num_skipped} rows are missing in one of them"
     )
-    console.print(_totals(found))
-    console.print(_by_layer(found))
-    console.print(_by_position(found))
-    console.print(_worst(found, names))
+    console.print(totals_table(found))
+    console.print(layer_table(found))
+    console.print(position_table(found))
+    console.print(worst_table(found, names))
 
 
-def _totals(found: TraceComparison) -> Table:
+def totals_table(found: TraceComparison) -> Table:
+    """Return the shares over all tokens and layers."""
     table = Table(box=box.SIMPLE, show_header=False)
-    table.add_row("flips, of (token, layer) pairs", _percent(found.flip_frac))
-    table.add_row("expert slots in common", _percent(found.slot_overlap))
-    table.add_row("tokens with a flip in some layer", _percent(found.tokens_with_flip_frac))
+    table.add_row("flips, of (token, layer) pairs", percent(found.flip_frac))
+    table.add_row("expert slots in common", percent(found.slot_overlap))
+    table.add_row("tokens with a flip in some layer", percent(found.tokens_with_flip_frac))
     table.add_row(
         "the same, if layers flipped independently",
-        _percent(found.tokens_with_flip_if_independent_frac),
+        percent(found.tokens_with_flip_if_independent_frac),
     )
     table.add_row("layers that flip, per token", f"{found.mean_flips_per_token:.3f}")
     return table
 
 
-def _by_layer(found: TraceComparison) -> Table:
+def layer_table(found: TraceComparison) -> Table:
+    """Return flips and common slots by layer."""
     table = Table("layer", "flips", "", "slots in common", box=box.SIMPLE)
     rows = zip(found.layers, found.flip_frac_by_layer, found.slot_overlap_by_layer, strict=True)
     for layer, flips, overlap in rows:
-        table.add_row(str(layer), _percent(flips), _bar(flips), _percent(overlap))
+        table.add_row(str(layer), percent(flips), _bar(flips), percent(overlap))
     return table
 
 
-def _by_position(found: TraceComparison) -> Table:
-    """Show flips over ranges of positions, weighted by tokens."""
+def position_table(found: TraceComparison) -> Table:
+    """Return flips over ranges of positions, weighted by tokens."""
     table = Table("positions", "flips", "", "tokens", box=box.SIMPLE)
     positions = np.arange(len(found.num_tokens_by_position))
     for part in np.array_split(positions, min(_NUM_RANGES, len(positions))):
@@ -139,30 +141,31 @@ def _by_position(found: TraceComparison) -> Table:
             continue
         flips = np.average(np.nan_to_num(found.flip_frac_by_position[part]), weights=counts)
         table.add_row(
-            f"{part[0]} to {part[-1]}", _percent(flips), _bar(flips), str(int(counts.sum()))
+            f"{part[0]} to {part[-1]}", percent(flips), _bar(flips), str(int(counts.sum()))
         )
     return table
 
 
-def _worst(found: TraceComparison, names: tuple[str, ...]) -> Table:
-    """Show the sequences and token ids with the most flips."""
+def worst_table(found: TraceComparison, names: tuple[str, ...]) -> Table:
+    """Return the sequences and token ids with the most flips."""
     table = Table("most flips in", "", "flips", "tokens", box=box.SIMPLE)
     held = np.flatnonzero(np.isfinite(found.flip_frac_by_sequence))
     order = held[np.argsort(-found.flip_frac_by_sequence[held], kind="stable")]
     for index in order[:_NUM_TOKENS_SHOWN]:
-        table.add_row("sequence", names[index], _percent(found.flip_frac_by_sequence[index]), "")
+        table.add_row("sequence", names[index], percent(found.flip_frac_by_sequence[index]), "")
     flips = found.flip_frac_by_token_id * found.num_tokens_by_token_id
     for index in np.argsort(-flips, kind="stable")[:_NUM_TOKENS_SHOWN]:
         table.add_row(
             "token id",
             str(found.token_ids[index]),
-            _percent(found.flip_frac_by_token_id[index]),
+            percent(found.flip_frac_by_token_id[index]),
             str(found.num_tokens_by_token_id[index]),
         )
     return table
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share in percent; nan is a dash."""
     return "-" if math.isnan(share) else f"{100 * share:.2f} %"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from moe_replay import __version__
+from moe_replay.cli import diagnose_options
 from moe_replay.cli import serve as serve_command
 
 WIDTH = 100
@@ -273,6 +274,13 @@ _COMMANDS: Mapping[str, tuple[str, str, Callable[[argparse.ArgumentParser], None
         "show what a trace file holds",
         "Check every byte of a trace file and show its traces, sizes, origins and the load of the experts.",
         _inspect,
+    ),
+    "diagnose": (
+        "say where the gap between an engine and a trainer comes from",
+        "Sample with an engine, or read what was sampled, run the same tokens through a trainer, live and under "
+        "replay of the engine's routes, and say what the gap is made of: misaligned routes or log-probabilities, "
+        "routing, precision or kernels.",
+        diagnose_options.add_options,
     ),
     "serve": (
         "serve a model to trainers",

@@ -134,7 +134,11 @@ def engine_gap(
     return tally
 
 
-def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:
+def gap_of_tokens(log_ratio: Float[np.ndarray, " tokens"]) -> dict[str, np.ndarray]:
+    """Return what `engine_gap` means over tokens, of each token, by name without a prefix.
+
+    ``log_ratio`` is the trainer's log-probability of a sampled token minus the engine's.
+    """
     bounded = np.minimum(log_ratio, MAX_LOG_RATIO)
     per_token = {
         "kl": -log_ratio,
@@ -146,7 +150,11 @@ def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:
     }
     for tau in EXTREME_TAUS:
         per_token[f"extreme_frac_tau_{tau:g}"] = np.abs(log_ratio) > math.log(tau)
-    for name, values in per_token.items():
+    return per_token
+
+
+def _tally_tokens(tally: Tally, prefix: str, log_ratio: np.ndarray) -> None:
+    for name, values in gap_of_tokens(log_ratio).items():
         tally.add_mean(f"{prefix}/{name}", total=float(values.sum()), count=len(log_ratio))
 
 

@@ -267,10 +267,17 @@ class MegatronActor(MegatronLearner):
         temperature: float,
         routing: Routing,
         watch: RouteWatch | None = None,
+        with_margins: bool = False,
     ) -> Scores:
         """Score with the parameters of the last step, as `MegatronScorer.score` does."""
         self.gather_parameters()
-        return super().score(microbatches, temperature=temperature, routing=routing, watch=watch)
+        return super().score(
+            microbatches,
+            temperature=temperature,
+            routing=routing,
+            watch=watch,
+            with_margins=with_margins,
+        )
 
     def skip(self) -> None:
         """Advance the learning-rate schedule without a step: it depends on the step count alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -68,6 +68,8 @@ class Scores:
     routes: Mapping[int, RouteSlice]
     """Microbatch key -> recorded routes of this rank, of which a pipeline stage without routers
     has none; empty unless the pass recorded."""
+    margins: Mapping[int, Float32[np.ndarray, "rows layers"]] = field(default_factory=dict)
+    """Microbatch key -> `RecordScope.margins` of this rank's router rows, if asked for."""
 
 
 class MegatronScorer:
@@ -117,13 +119,15 @@ class MegatronScorer:
         temperature: float,
         routing: Routing,
         watch: RouteWatch | None = None,
+        with_margins: bool = False,
     ) -> Scores:
         """Run a forward pass without gradients.
 
         Every rank returns the values of all samples of its own data-parallel replica.
+        ``with_margins`` also records how close each choice of experts was, in a pass that records.
         """
         outputs: dict[int, torch.Tensor] = {}
-        scope = self._scope(microbatches, routing, watch)
+        scope = self._scope(microbatches, routing, watch, with_margins=with_margins)
 
         def step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             microbatch = next(batches)
@@ -142,9 +146,12 @@ class MegatronScorer:
             self._schedule(step, microbatches, forward_only=True)
         self._observe(microbatches, scope, watch)
         routes: dict[int, RouteSlice] = {}
+        margins: dict[int, np.ndarray] = {}
         if isinstance(scope, RecordScope):
             routes = {m.key: self._recorded(m, scope) for m in microbatches}
-        return Scores(samples=self._scored(microbatches, outputs), routes=routes)
+            if with_margins and scope.layers:
+                margins = {m.key: scope.margins(m.key) for m in microbatches}
+        return Scores(samples=self._scored(microbatches, outputs), routes=routes, margins=margins)
 
     def _scored(
         self, microbatches: Sequence[Microbatch], outputs: Mapping[int, torch.Tensor]
@@ -240,7 +247,12 @@ class MegatronScorer:
         return torch.from_numpy(array).to(self.device)
 
     def _scope(
-        self, microbatches: Sequence[Microbatch], routing: Routing, watch: RouteWatch | None
+        self,
+        microbatches: Sequence[Microbatch],
+        routing: Routing,
+        watch: RouteWatch | None,
+        *,
+        with_margins: bool = False,
     ) -> RouterScope | None:
         if routing is Routing.LIVE:
             return None
@@ -248,7 +260,9 @@ class MegatronScorer:
         may_be_empty = self.num_experts > 0
         if routing is Routing.RECORD:
             keys = [microbatch.key for microbatch in microbatches]
-            return RecordScope(self.routers, keys, may_be_empty=may_be_empty)
+            return RecordScope(
+                self.routers, keys, with_margins=with_margins, may_be_empty=may_be_empty
+            )
         routes = {m.key: _routes_of(m) for m in microbatches}
         return ReplayScope(
             self.routers,

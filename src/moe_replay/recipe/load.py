@@ -83,6 +83,20 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str = "recipe") -> Rec
     return Recipe(**sections)
 
 
+def section_from_table(name: str, table: Mapping[str, Any], *, where: str) -> Section:
+    """Check the keys of one section alone, for a command that takes no whole recipe.
+
+    Rules between sections are not checked. ``where`` names the keys in errors.
+
+    Raises:
+        RecipeError: when a key is unknown, missing or wrong.
+    """
+    section, problems = _validate(name, _plain(table), name)
+    if problems or section is None:
+        raise problems_error(problems, where)
+    return section
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ class EmbeddedEngine(VersionedEngine):
             raise RecipeError(f"max_batch_size is {max_batch_size}, expected at least 1")
         # Refuses what the trainer and every other engine refuse, before memory is taken.
         facts = read_facts(model_dir)
-        self._model = _load_model(Path(model_dir), _DTYPES[dtype], device)
+        self._model = load_model(Path(model_dir), _DTYPES[dtype], device)
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
         self._views = _views_of(self._model)
@@ -230,7 +230,13 @@ def _views_of(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
+def load_model(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
+    """Return a frozen transformers model of a checkpoint, as this engine samples from.
+
+    Raises:
+        CheckpointError: when the checkpoint lacks a tensor, or holds one that is not finite.
+        UnsupportedError: when its layers have a recurrent state.
+    """
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model, loaded = AutoModelForCausalLM.from_pretrained(

@@ -34,6 +34,7 @@ from moe_replay.routing.guard import (
     join_evidence,
     judge,
 )
+from moe_replay.routing.guard.decision import MAX_DRIFT_RHO
 from moe_replay.routing.guard.sample_tests import CERTAIN
 
 _RUINED_SCALE = 0.5
@@ -43,8 +44,6 @@ Pretrained ones have 0.01 to 0.1.
 """
 _NAMED = 4
 """Misaligned samples whose cause is searched: as many as a message spells out."""
-_MAX_DRIFT_RHO = 1.0
-"""Median rho, ln(k3 under replay / k3 live), up to which drift explains lost routes."""
 _MAX_FALL = 0.1
 """How much lower a sample's agreement may be in an update, under the same weights and routes."""
 _QUANTILES = (0.05, 0.25, 0.5)
@@ -184,7 +183,7 @@ def _drifted(run: Run, again: SecondLooks, verdict: Verdict) -> frozenset[tuple[
     drifted = set()
     for fault in asked:
         known = [rho[index] for index in fault.samples or rho if index in rho]
-        if known and (middle := float(np.median(known))) <= _MAX_DRIFT_RHO:
+        if known and (middle := float(np.median(known))) <= MAX_DRIFT_RHO:
             drifted.add((fault.kind, fault.name))
             run.journal.warn_once(
                 f"drift of {fault.kind} {fault.name}",

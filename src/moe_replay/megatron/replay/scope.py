@@ -18,7 +18,7 @@ from typing import Any
 import megatron.core.tensor_parallel as tensor_parallel
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Float, Float32, Int64, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
@@ -336,11 +336,13 @@ class RecordScope(RouterScope):
         routers: Mapping[int, TopKRouter],
         keys: Sequence[int],
         *,
+        with_margins: bool = False,
         may_be_empty: bool = False,
     ) -> None:
-        """Prepare to record the microbatches ``keys``."""
+        """Prepare to record the microbatches ``keys``, and how close each choice was."""
         super().__init__(routers, keys, may_be_empty=may_be_empty)
         self._recorded: dict[tuple[int, int], torch.Tensor] = {}
+        self._margins: dict[tuple[int, int], torch.Tensor] | None = {} if with_margins else None
 
     def expert_ids(self, key: int) -> Integer[np.ndarray, "layers rows topk"]:
         """Return the routes of microbatch ``key`` in this rank's rows and `layers`; once each.
@@ -358,11 +360,28 @@ class RecordScope(RouterScope):
         per_layer = [self._recorded.pop((layer, key)) for layer in self.layers]
         return torch.stack(per_layer).cpu().numpy()
 
+    def margins(self, key: int) -> Float32[np.ndarray, "rows layers"]:
+        """Return by how much the last chosen expert of each row scored above the first left out.
+
+        In the units of the scores that the router chooses by; once for each microbatch. Where
+        groups limit the choice, experts of other groups count too, and a margin can be negative.
+        """
+        assert self._margins is not None
+        found = [self._margins.pop((layer, key)) for layer in self.layers]
+        return torch.stack(found, dim=1).float().cpu().numpy()
+
     def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen:
         values, ids = live(None)
         if not self._recomputing:
             self._recorded[layer, key] = ids.detach().to(_narrow(scores.shape[1]))
+            if self._margins is not None:
+                self._margins[layer, key] = _margins(scores.detach(), ids)
         return values, ids
+
+
+def _margins(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    left_out = scores.scatter(1, ids, -torch.inf).amax(dim=1)
+    return scores.gather(1, ids).amin(dim=1) - left_out
 
 
 def _narrow(num_experts: int) -> torch.dtype:

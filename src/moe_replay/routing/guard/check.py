@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from moe_replay.routing.guard.given import check_signs, given_rows
 from moe_replay.routing.guard.groups import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer
 from moe_replay.routing.guard.summary import summarise
+from moe_replay.routing.guard.table import join_evidence
 from moe_replay.routing.guard.verdict import Fault, Finding, Owner, Status, Verdict
 
 if TYPE_CHECKING:
@@ -153,14 +154,48 @@ def _judge(
         layers=rows.layers,
         num_experts=rows.num_experts,
     )
-    baseline = guard.baseline([summarise([counts])], versions=_versions(owners, counts.sample_ids))
-    evidence = [judge(counts, baseline)]
+    return judge_counts([counts], lambda _: rows, guard=guard, gaps=gaps, owners=owners)
+
+
+def judge_counts(
+    counts: Sequence[OverlapCounts],
+    rows_of: Callable[[Sequence[int]], RouteRows],
+    *,
+    guard: Guard,
+    gaps: Mapping[int, float] | None = None,
+    owners: Mapping[int, Owner] | None = None,
+    rhos: Mapping[int, float] | None = None,
+) -> Verdict:
+    """Judge samples that were counted in several parts, and look closer at those that look wrong.
+
+    Args:
+        counts: each sample is in one of them.
+        rows_of: returns the rows of given samples, and of others that they may be confused with.
+        guard: its memory is not changed.
+        gaps: as for `check_routes`.
+        owners: as for `check_routes`.
+        rhos: sample -> ln(k3 under replay / k3 with live routing), of samples scored both ways.
+    """
+    owners = owners or {}
+    sample_ids = np.concatenate([part.sample_ids for part in counts])
+    baseline = guard.baseline([summarise(counts)], versions=_versions(owners, sample_ids))
+    evidence = [join_evidence([judge(part, baseline) for part in counts if len(part.own)])]
     first = guard.decide(baseline, evidence, gaps=gaps, owners=owners)
-    looks = look_closer(
-        rows, first.findings[:_LOOKED_AT], usual_information=baseline.record.information
-    )
+    usual = baseline.record.information
+    suspects = first.findings[:_LOOKED_AT]
+    looks = {}
+    if suspects:
+        rows = rows_of([finding.sample for finding in suspects])
+        looks = look_closer(rows, suspects, usual_information=usual)
+    for number, rho in (rhos or {}).items():
+        if number in looks:
+            looks[number] = replace(looks[number], rho=rho)
     verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
-    return explain_faults(verdict, rows, usual_information=baseline.record.information)
+    if not verdict.faults:
+        return verdict
+    num_rows = np.concatenate([part.num_rows for part in counts])
+    longest = int(sample_ids[int(num_rows.argmax())])
+    return explain_faults(verdict, rows_of([longest]), usual_information=usual)
 
 
 def _versions(

@@ -44,6 +44,8 @@ ALPHA = 1e-4
 MIN_RHO = 2.0
 """ln(k3 under replay / k3 with live routing) above which a suspect is misaligned; healthy samples
 stay below 1.9."""
+MAX_DRIFT_RHO = 1.0
+"""Median rho up to which drift explains lost routes; where all routes were wrong it was 2 to 7."""
 MAX_LOOKS = 8
 """Maximum suspects a step with only a weak sign; those with a strong sign are always looked at."""
 _HISTORY_STEPS = 20

@@ -308,14 +308,14 @@ def _server_faults(
 
 
 def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: float) -> Verdict:
-    """Return the verdict with causes of its faults, found in the sample with the lowest agreement.
+    """Return the verdict with causes of its faults, found in a long sample of low agreement.
 
     If every sample is wrong, no usual one exists to compare with, so half of full information is
     required.
     """
     if not verdict.faults:
         return verdict
-    worst = int(verdict.sample_ids[int(verdict.agreement.argmin())])
+    worst = _telling_sample(verdict, rows)
     faults = []
     for fault in verdict.faults:
         suspect = Finding(
@@ -336,3 +336,10 @@ def explain_faults(verdict: Verdict, rows: RouteRows, *, usual_information: floa
         words = f"{fault.cause}; in sample {worst}: {said}" if said else fault.cause
         faults.append(replace(fault, cause=words))
     return replace(verdict, faults=tuple(faults))
+
+
+def _telling_sample(verdict: Verdict, rows: RouteRows) -> int:
+    """Return the sample with the lowest agreement among those of at least half the most rows."""
+    numbers, held = np.unique(rows.sample[rows.valid], return_counts=True)
+    known = np.isin(verdict.sample_ids, numbers[2 * held >= held.max()])
+    return int(verdict.sample_ids[np.where(known, verdict.agreement, np.inf).argmin()])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_replay.routing.guard.counts import WRAP, wrapped_mask
+from moe_replay.routing.guard.orders import order_places
 from moe_replay.routing.guard.statistics import row_keys, shortfall_nats, times_met
 from moe_replay.routing.guard.verdict import Finding, SecondLook
 
@@ -214,6 +215,7 @@ class _Suspect:
     def _places(self) -> Iterator[_Place]:
         yield from self._distances()
         yield from self._samples()
+        yield from self._row_orders()
         yield from self._layer_orders()
         yield from self._offsets()
         if len(self._ids) >= 2 * _MIN_ROWS:
@@ -263,6 +265,14 @@ class _Suspect:
                 "different orders",
                 shared=np.where(held[:, None], shared, np.nan),
             )
+
+    def _row_orders(self) -> Iterator[_Place]:
+        rows = self._rows
+        for words, there, held in order_places(
+            rows.sample, rows.position, rows.valid, self._number, self._position
+        ):
+            shared = self._shared(rows.expert_ids[there].astype(np.int64))
+            yield _Place(words=words, shared=np.where(held[:, None], shared, np.nan))
 
     def _layer_orders(self) -> Iterator[_Place]:
         num_layers = self._ids.shape[1]
