@@ -132,6 +132,15 @@ def test_candidates_shifted_by_a_token_in_one_completion_are_named():
         check(shifted)
 
 
+def test_log_probabilities_over_the_full_vocabulary_are_known_too():
+    (limited,) = FakeEngine().generate([REQUEST], SAMPLING)
+    (whole,) = FakeEngine().generate([REQUEST], replace(SAMPLING, keeps_candidates=False))
+    for ours, theirs in zip(limited.completions, whole.completions, strict=True):
+        assert np.abs(ours.untruncated_logprobs - theirs.rollout_logprobs).max() < 1e-6
+        assert np.abs(ours.rollout_logprobs - theirs.rollout_logprobs).max() > 0.1
+        assert theirs.untruncated_logprobs is theirs.rollout_logprobs
+
+
 def test_a_stop_string_cuts_candidates_with_their_tokens():
     (group,) = FakeEngine().generate([REQUEST], SAMPLING)
     whole = group.completions[0]

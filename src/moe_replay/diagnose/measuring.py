@@ -128,13 +128,15 @@ def _measured(
         token_ids=tokens,
         recorded=recorded,
         live=live.live,
-        rollout_logprobs=completion.rollout_logprobs,
+        rollout_logprobs=completion.untruncated_logprobs,
         live_logprobs=live.token_logprobs,
         replayed_logprobs=replayed,
         raw_logprobs=raw,
         live_kl=live_kl,
         replayed_kl=replayed_kl,
-        engine_again=None if again is None else again.token_logprobs - completion.rollout_logprobs,
+        engine_again=None
+        if again is None
+        else again.token_logprobs - completion.untruncated_logprobs,
         margins=live.margins,
         server=completion.server,
         policy_version=completion.policy_version,

@@ -106,6 +106,7 @@ def _sample(
         temperature=plan.rollout.temperature,
         top_p=plan.rollout.top_p,
         top_k=plan.rollout.top_k,
+        min_p=plan.rollout.min_p,
         stop_token_ids=plan.rollout.stop_token_ids,
         seed=plan.seed,
     )

@@ -140,6 +140,16 @@ class Completion:
         return self.token_ids if self.turn_mask is None else self.token_ids[self.turn_mask]
 
     @property
+    def untruncated_logprobs(self) -> Float32[np.ndarray, " sampled"]:
+        """``rollout_logprobs`` over the full vocabulary, also of tokens that have candidates.
+
+        A token of 0.5 among candidates with 0.6 of the probability had 0.3 of it.
+        """
+        if self.candidates is None:
+            return self.rollout_logprobs
+        return self.rollout_logprobs + np.log(self.candidates.kept_mass)
+
+    @property
     def oldest_version(self) -> int:
         """Policy version of its first token: by it a completion is stale."""
         return self.policy_version if self.began_under is None else self.began_under
