@@ -294,7 +294,7 @@ def one_step(recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
 
 
 def test_e9_texts_go_to_rank_0_alone(one_step: Callable[..., Recipe]) -> None:
-    texts, ((first, _), (second, sent)) = texts_heard(one_step())
+    texts, ((first, _), (second, sent)) = texts_heard(one_step(logging__num_with_tokens=0))
     assert len(texts) == 16
     assert num_heard(texts, first) == sum(len(text) >= 6 for text in texts) > 8
     assert num_heard(texts, second) == 0
@@ -303,7 +303,8 @@ def test_e9_texts_go_to_rank_0_alone(one_step: Callable[..., Recipe]) -> None:
 
 
 def test_e9_only_what_is_kept_travels(one_step: Callable[..., Recipe]) -> None:
-    texts, (_, (_, sent)) = texts_heard(one_step(logging__completions=10))
+    kept_alone = {"logging__completions": 10, "logging__num_with_tokens": 0}
+    texts, (_, (_, sent)) = texts_heard(one_step(**kept_alone))
     # Rank 1 sampled the third and fourth prompt of four completions: of the first ten, it has two.
     assert len(texts) == 10
     assert sent == [2]

@@ -311,4 +311,5 @@ class LoggingSection(Section):
     num_with_tokens: int = Field(default=8, ge=0)
     """Completions of each step that are kept with every token, its log-probability by engine and
     trainer, and its flips: half of them those that the guard dropped or whose routes agree least,
-    the others the first. With ``completions = 0`` none is kept. Takes some 40 bytes a token."""
+    the others the first; wherever they stand, so that a few more than ``completions`` may be kept.
+    With ``completions = 0`` none is. Takes some 40 bytes a token."""

@@ -83,7 +83,9 @@ def line(run: RunView, series: Series, *, name: str = "", **options: Any) -> lis
     """Return the traces of a line of a run: over thinned steps also a band from low to high."""
     colour = f"@run{run.number}"
     shown = label(f"{run.name} {name}".strip())
-    style = {"color": colour, "width": 2, "dash": DASHES[0]} | options.pop("line", {})
+    # The ninth run has the colour and symbol of the first again.
+    dash = DASHES[run.number // len(SYMBOLS) % len(DASHES)]
+    style = {"color": colour, "width": 2, "dash": dash} | options.pop("line", {})
     traces: list[Trace] = []
     if series.steps_a_point > 1:
         band = {

@@ -46,7 +46,9 @@ function axis(own) {
 
 function layoutOf(own, traces, width, height) {
   const named = traces.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap");
-  const aLine = Math.max(1, Math.floor(width / 190));
+  // plotly gives every entry of a legend the width of the longest.
+  const longest = Math.max(0, ...named.map((trace) => trace.name.length));
+  const aLine = Math.max(1, Math.floor((width - 90) / (52 + 7 * longest)));
   const rows = named.length > 1 ? Math.ceil(named.length / aLine) : 0;
   const layout = {
     font: { family: variable("sans"), size: 12, color: variable("ink") },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +24,6 @@ from moe_replay.report.page.thinning import Series, rounded, series_of, thinned
 from moe_replay.report.summary import eval_changes, metric_figures
 
 _STEP = {"title": {"text": "step"}, "rangemode": "tozero"}
-_GAP_AXIS = {
-    "title": {"text": "k3, nats"},
-    "type": "log",
-    "dtick": "D2",
-    "tickformat": ".0e",
-}
 _GAP, _LIVE = "rollout_correction", "live_gap"
 
 
@@ -151,7 +146,7 @@ def gap_figure(runs: Sequence[RunView]) -> Figure:
         "lowers the first; learning causes the second.",
         says=words if gaps else "No step has an engine gap.",
         traces=[*traces, *(below if moved else [])] if gaps else [],
-        layout=_two_panels() if moved else {"xaxis": _STEP, "yaxis": _GAP_AXIS},
+        layout=_gap_layout([series for _, series in gaps], with_drift=moved),
         height=440 if moved else 320,
         table=table_of([*gaps, *drifts], tiny),
         note=" ".join(
@@ -165,10 +160,21 @@ def gap_figure(runs: Sequence[RunView]) -> Figure:
     )
 
 
-def _two_panels() -> dict[str, Any]:
+def _gap_layout(gaps: Sequence[Series], *, with_drift: bool) -> dict[str, Any]:
+    values = [value for series in gaps for value in series.mean if value > 0] or [1.0]
+    decades = math.log10(max(values) / min(values))
+    axis = {
+        "title": {"text": "k3, nats"},
+        "type": "log",
+        # 1, 2 and 5 of each decade, or single decades where these would overlap.
+        "dtick": "D2" if decades < 2.5 else math.ceil(decades / 6),
+        "tickformat": ".0e",
+    }
+    if not with_drift:
+        return {"xaxis": _STEP, "yaxis": axis}
     return {
         "xaxis": {**_STEP, "anchor": "y2"},
-        "yaxis": {**_GAP_AXIS, "domain": [0.42, 1]},
+        "yaxis": {**axis, "domain": [0.42, 1]},
         "yaxis2": {
             "title": {"text": "clipped"},
             "domain": [0, 0.28],
