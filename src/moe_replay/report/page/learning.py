@@ -46,8 +46,8 @@ def reward_figure(runs: Sequence[RunView]) -> Figure:
             continue
         columns.append((run.name, series))
         smooth = _running_mean(run)
-        options: dict[str, Any] = {"opacity": 0.35, "showlegend": False} if smooth else {}
-        traces += line(run, series, **options)
+        faint: dict[str, Any] = {"opacity": 0.35, "showlegend": False, "mode": "lines"}
+        traces += line(run, series, **(faint if smooth else {}))
         if smooth:
             traces += line(run, smooth, mode="lines", line={"width": 3})
     return Figure(
