@@ -27,6 +27,8 @@ def samples_chosen(run: Run, judged: Judged) -> frozenset[int]:
 def kept_tokens(run: Run, old: OldScores) -> dict[int, TokenRecord]:
     """Return the kept tokens by index of the sample in the step, on rank 0; collective."""
     chosen = samples_chosen(run, old.judged)
+    if not chosen:
+        return {}
     found = []
     for sample in old.batch.samples:
         index = old.batch.origins[sample.sample_id].index
