@@ -47,3 +47,14 @@ def test_appending_copies_no_older_token(qwen):
     cache = growing_cache(qwen.config, num_tokens=9)
     before = fill(cache)[0].data_ptr()
     assert cache.update(states(2, 1, 9), states(2, 1, 10), 0)[0].data_ptr() == before
+
+
+def test_its_memory_follows_its_tokens(qwen):
+    """Five tokens get room for 16 more, not for a thousand."""
+    cache = growing_cache(qwen.config, num_tokens=1000)
+    keys, _ = cache.update(states(2, 5, 1), states(2, 5, 2), 0)
+    assert keys._base.shape[-2] == 21
+    for token in range(95):
+        keys, _ = cache.update(states(2, 1, token), states(2, 1, token), 0)
+    assert keys.shape[-2] == 100
+    assert keys._base.shape[-2] <= 125

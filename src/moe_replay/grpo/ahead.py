@@ -21,6 +21,7 @@ from moe_replay.engines.files.format import (
     RolloutFile,
     begin_rollout,
     find_manifests,
+    read_manifest,
 )
 from moe_replay.engines.files.writer import RolloutWriter
 from moe_replay.engines.types import (
@@ -183,23 +184,25 @@ def save_groups(folder: Path, groups: Sequence[RolloutGroup], *, rank: int, num_
 
 
 def load_groups(
-    folder: Path, requests: Sequence[Request], sampling: SamplingParams
+    folder: Path, requests: Sequence[Request], sampling: SamplingParams, *, rank: int
 ) -> list[RolloutGroup] | None:
     """Return what was saved for ``requests``; None where the run asks for something else by now.
 
-    A run that was resumed with a change, such as another dataset, does.
+    A run that was resumed with a change, such as another dataset, does. Only the files of ``rank``
+    are opened where it saved them all, as it did in the same layout.
 
     Raises:
         CodecError: when a file is damaged.
         TraceError: when a trace belongs to other tokens.
     """
-    saved = RolloutFile(folder)
-    if saved.manifest.sampling != sampling:
+    (path,) = find_manifests(folder)
+    manifest, wanted = read_manifest(path), [request.request_id for request in requests]
+    held = range(manifest.first_request, manifest.stop_request)
+    if manifest.sampling != sampling or not all(number in held for number in wanted):
         return None
+    saved = RolloutFile(path, wanted=wanted, first_shard=rank)
     groups = []
     for request in requests:
-        if request.request_id not in saved:
-            return None
         group = saved.group(request.request_id)
         asked = group.request
         if asked.num_generations != request.num_generations or not np.array_equal(

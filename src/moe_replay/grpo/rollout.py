@@ -127,7 +127,7 @@ def hold_saved(run: Run) -> None:
     _, requests = _next_prompts(run, own_prompts(run.recipe, run.replica), step=run.step + 1)
     failure, groups = None, None
     try:
-        groups = load_groups(folder, requests, recipe_sampling(run.recipe))
+        groups = load_groups(folder, requests, recipe_sampling(run.recipe), rank=run.ranks.rank)
         if groups is not None:
             groups = _checked(run, groups, requests, trained_at=run.policy_version)
     except Exception as error:  # noqa: BLE001 - the seam: raised on all ranks

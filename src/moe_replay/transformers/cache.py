@@ -12,6 +12,8 @@ from jaxtyping import Float
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+_LEAST_ROOM = 16
+
 # States of [batch, heads, tokens, head_dim]; keys and values may differ in the last.
 States = Float[torch.Tensor, "batch heads _ _"]
 
@@ -30,7 +32,11 @@ def growing_cache(config: Any, *, num_tokens: int) -> DynamicCache:
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values as views of a buffer with room for the tokens to come."""
+    """Keys and values as views of a buffer with room for the next tokens, or for all.
+
+    Room for all from the start would spread few tokens over much memory: attention to 45 tokens of
+    128 sequences takes 0.78 ms with room for 109, and 0.26 ms with room for 48.
+    """
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -63,7 +69,9 @@ class _GrowingLayer(DynamicLayer):
 
     def _with_room(self, new: States, held: torch.Tensor | None, total: int) -> States:
         batch, heads, _, dim = new.shape
-        buffer = new.new_empty(batch, heads, max(self._num_tokens, total), dim)
+        # A quarter more each time, so that each token is copied a few times at most.
+        room = min(total + max(_LEAST_ROOM, total // 4), self._num_tokens)
+        buffer = new.new_empty(batch, heads, max(room, total), dim)
         if held is not None and held.numel():
             buffer[:, :, : held.shape[-2]] = held
         return buffer

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import UInt64
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_replay.engines.files.group_log import FORMAT, find_groups, read_group
+from moe_replay.engines.files.group_log import FORMAT, FoundGroups, find_groups, read_group
 from moe_replay.engines.types import EngineDescription, RolloutGroup, SamplingParams
 from moe_replay.errors import CodecError, RecipeError
 from moe_replay.routing.format.codec import DEFAULT_MAX_BYTES, read_place
@@ -71,29 +71,40 @@ def rollout_name(description: EngineDescription, policy_version: int) -> str:
 class RolloutFile:
     """A rollout on disk, mapped for reading: a process holds only the groups that it uses.
 
-    Opening finds the groups, 20 bytes of memory each; `group` checks every byte of what it reads.
-    ``path`` is a manifest, or a folder that holds exactly one.
+    Opening finds the groups, 28 bytes of memory each; `group` checks every byte of what it reads.
+    ``path`` is a manifest, or a folder that holds exactly one. With ``wanted`` it opens shards only
+    until these requests are found, beginning with ``first_shard``.
 
     Raises:
         RecipeError: when there is none, or more than one.
         CodecError: when a file is damaged or of another version, or the rollout is incomplete.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, wanted: Sequence[int] | None = None, first_shard: int = 0
+    ) -> None:
         self.path = _find_manifest(path)
         """The manifest."""
         self.manifest = read_manifest(self.path)
         """What this rollout is."""
-        self._shards = shard_files(self.path, ".groups")
-        self._groups = [map_file(shard) for shard in self._shards]
-        found = [
-            find_groups(stored, str(shard))
-            for stored, shard in zip(self._groups, self._shards, strict=True)
-        ]
-        nothing = np.empty(0, np.uint64)
-        request_ids = np.concatenate([nothing, *(each.request_ids for each in found)])
+        shards = shard_files(self.path, ".groups")
+        if wanted is not None:
+            shards.sort(key=lambda shard: shard_number(shard) != first_shard)
+        self._shards: list[Path] = []
+        self._groups: list[memoryview] = []
+        found: list[FoundGroups] = []
+        request_ids = np.empty(0, np.uint64)
+        for shard in shards:
+            self._shards.append(shard)
+            self._groups.append(map_file(shard))
+            found.append(find_groups(self._groups[-1], str(shard)))
+            request_ids = np.concatenate([request_ids, found[-1].request_ids])
+            if wanted is not None and np.isin(wanted, request_ids).all():
+                break
         order = np.argsort(request_ids, kind="stable")
-        self._check_complete(request_ids[order])
+        self._request_ids = request_ids[order]
+        if wanted is None or not np.isin(wanted, request_ids).all():
+            self._check_complete(self._request_ids)
         self._starts = np.concatenate([np.empty(0, np.int64), *(e.starts for e in found)])[order]
         self._shard_of = np.repeat(
             np.arange(len(found), dtype=np.int32), [len(each.starts) for each in found]
@@ -117,9 +128,9 @@ class RolloutFile:
             KeyError: when it was not sampled.
             TraceError: when a record or a trace is damaged, or belongs to other tokens.
         """
-        if request_id not in self:
+        index = int(np.searchsorted(self._request_ids, request_id))
+        if index == len(self._request_ids) or self._request_ids[index] != request_id:
             raise KeyError(request_id)
-        index = request_id - self.manifest.first_request
         shard = int(self._shard_of[index])
         stored = read_group(self._groups[shard], int(self._starts[index]), str(self._shards[shard]))
         if not self._traces:
