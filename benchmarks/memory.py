@@ -46,7 +46,7 @@ from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 TEMPERATURE = 0.7
 _FLOAT_BYTES = 4
-QUICK_CASES = ("plain", "full recompute", "latent attention", "ep2")
+QUICK_CASES = ("plain", "full recompute", "latent attention", "adapters")
 
 
 class OutputLayer:

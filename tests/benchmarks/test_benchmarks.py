@@ -120,8 +120,13 @@ def test_overlap_prints_its_two_figures() -> None:
 
 def test_a_step_beside_trls_prints_its_figures() -> None:
     lines = printed("grpo_step.py", "--mixes", "equal", "--steps", "2", "--samples", "16")
-    figures = {row["metric"]: row["value"] for row in map(json.loads, lines[-2:])}
-    assert list(figures) == ["grpo.vs_trl_ratio", "grpo.other_stations_frac"]
+    figures = {row["metric"]: row["value"] for row in map(json.loads, lines[-3:])}
+    assert list(figures) == [
+        "grpo.vs_trl_ratio",
+        "grpo.vs_trl_wall_ratio",
+        "grpo.other_stations_frac",
+    ]
+    assert all(figures[name] > 0 for name in ("grpo.vs_trl_ratio", "grpo.vs_trl_wall_ratio"))
     assert 0 < figures["grpo.other_stations_frac"] < 1
     # Both sides sampled what was drawn: 16 completions of 32 tokens.
     assert any(line.startswith("equal: 512 sampled tokens a step") for line in lines)
