@@ -57,6 +57,10 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("prompts", "keep", "twin"):
             if getattr(options, name) is not None:
                 raise RecipeError(f"--{name} has no effect with --rollouts, which samples nothing")
+    elif options.twin is not None and options.trainer != "transformers":
+        raise RecipeError(
+            "--twin needs --trainer transformers: Megatron holds mixture-of-experts families alone here"
+        )
     elif options.twin is not None and _is_address(options.engine[0]):
         raise RecipeError(
             "--twin needs an engine that can load another model: embedded or vllm; servers hold one"
@@ -149,7 +153,7 @@ def _is_address(engine: str) -> bool:
 def _measured(
     options: argparse.Namespace, model: Path, source: Path, *, dtype: str, twin: Diagnosis | None
 ) -> Diagnosis:
-    from moe_replay.cli.trace_files import open_traces
+    from moe_replay.cli.trace_files import manifest_of, open_traces
     from moe_replay.diagnose.diagnosis import diagnose
     from moe_replay.diagnose.measured import Setting
     from moe_replay.diagnose.measuring import measure_rollout, measure_traces
@@ -166,7 +170,7 @@ def _measured(
         )
         with _trainer(options, model, dtype) as trainer:
             return diagnose(measure_traces(traces, trainer), setting, seed=options.seed)
-    rollout = RolloutFile(_manifest(source))
+    rollout = RolloutFile(manifest_of(source))
     _check_weights(rollout, model)
     engine = rollout.manifest.engine
     no_kl = (
@@ -183,12 +187,6 @@ def _measured(
     with _trainer(options, model, dtype) as trainer:
         measured = measure_rollout(rollout, trainer, engine=again)
         return diagnose(measured, setting, seed=options.seed, twin=twin)
-
-
-def _manifest(path: Path) -> Path:
-    """Return the manifest of a rollout, given it or one of its shards."""
-    beside = path.with_name(path.name.rpartition(".shard-")[0] + ".json")
-    return beside if path.suffix in (".traces", ".groups") and beside.is_file() else path
 
 
 def _check_weights(rollout: RolloutFile, model: Path) -> None:

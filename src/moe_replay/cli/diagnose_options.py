@@ -33,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add(
         "--twin",
         metavar="MODEL",
-        help="dense model, diagnosed in the same way: the floor without routing",
+        help="dense model, diagnosed in the same way: the floor without routing; needs --trainer transformers",
     )
     add("--seed", metavar="N", type=int, default=0, help="seed of sampling and of intervals")
     add(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moe_replay.cli.environment import set_defaults
 from moe_replay.cli.stages import quiet_transformers, say
+from moe_replay.cli.trace_files import manifest_of
 from moe_replay.engines.files.format import RolloutFile
 from moe_replay.engines.recording import GivenTokens, given_tokens, in_calls, record_given
 from moe_replay.engines.types import Engine
@@ -52,7 +53,7 @@ def run_record(options: argparse.Namespace) -> int:
         )
     else:
         name = f"{section.engine}-{section.dtype}"
-    rollout = RolloutFile(_manifest_of(Path(options.source)))
+    rollout = RolloutFile(manifest_of(Path(options.source)))
     target = Path(options.output) / f"{name}.traces"
     if target.exists():
         raise RecipeError(f"{target} exists: choose another --output, or remove it")
@@ -94,12 +95,6 @@ def _recorder(recipe: Recipe, rollout: RolloutFile, *, by: str) -> Iterator[Reco
         yield partial(record_given, engine)
     finally:
         engine.close()
-
-
-def _manifest_of(path: Path) -> Path:
-    """Return the manifest of a rollout, given it or one of its shards."""
-    beside = path.with_name(path.name.rpartition(".shard-")[0] + ".json")
-    return beside if path.suffix in (".traces", ".groups") and beside.is_file() else path
 
 
 def _check_fit(recipe: Recipe, rollout: RolloutFile, engine: Engine) -> None:

@@ -20,6 +20,12 @@ def open_traces(path: str) -> TraceFile:
     return TraceFile(*_files(Path(path)))
 
 
+def manifest_of(path: Path) -> Path:
+    """Return the manifest of a rollout, given it or one of its shards; any other path as it is."""
+    beside = path.with_name(path.name.rpartition(".shard-")[0] + ".json")
+    return beside if path.suffix in (".traces", ".groups") and beside.is_file() else path
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.traces"))

@@ -278,9 +278,8 @@ def _evidence(found: Diagnosis) -> Evidence:
         k3=None if gap is None else gap.k3.value,
         beyond_smallest=None if gap is None else gap.beyond[min(EXTREME_TAUS)].value,
         beyond_largest=None if gap is None else gap.beyond[max(EXTREME_TAUS)].value,
-        replayed_k3=None if found.replayed is None else found.replayed.k3.value,
         # Over all words there is less noise than over the sampled ones.
         removed=found.removed_kl or found.removed,
-        removed_of="the exact KL" if found.removed_kl else "k3",
+        removed_of="the exact KL" if found.removed_kl else "the gap (k3)",
         flip_frac=None if found.flips is None else found.flips.flip_frac,
     )

@@ -97,8 +97,6 @@ class Evidence:
     """Share of the tokens beyond a factor of 1.1."""
     beyond_largest: float | None
     """Share of the tokens beyond a factor of 2."""
-    replayed_k3: float | None
-    """Mean k3 under replay; None where nothing was replayed."""
     removed: Estimate | None
     """Share of the gap that replay removes."""
     removed_of: str
@@ -291,7 +289,7 @@ def _rounding(evidence: Evidence, limits: tuple[str, ...]) -> Conclusion:
         )
     replay, unsure = "", ""
     if removed is not None:
-        replay = f"Replay removes {_percent(removed)} of {evidence.removed_of} (k3 {evidence.k3:.2g} -> {evidence.replayed_k3:.2g}). "
+        replay = f"Replay removes {_percent(removed)} of {evidence.removed_of}. "
         if removed.has_interval and removed.low < MOST < removed.high:
             unsure = " The interval reaches across one half: measure more samples to be sure."
     if removed is not None and removed.value >= MOST:
