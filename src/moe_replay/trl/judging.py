@@ -46,6 +46,7 @@ class Judged:
     """What the guard found of a pass that may be learned from."""
 
     metrics: Mapping[str, float]
+    """Figures for the log; empty when nothing was replayed."""
     agreement: Mapping[int, float]
     """Number of a sample -> its agreement, of all processes."""
     drifted: frozenset[tuple[str, str]]

@@ -32,7 +32,7 @@ Score = Callable[..., Scored]
 _OF_IMAGES = ("pixel_values", "num_images", "num_tiles", "token_type_ids", "mm_token_type_ids")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SamplePass:
     """A pass over samples, in the order of the batches that TRL gives to it."""
 
