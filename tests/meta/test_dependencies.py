@@ -113,7 +113,7 @@ def undeclared(tree: ast.Module, names: set[str]) -> set[str]:
 
 
 def test_every_import_is_declared(root, package):
-    extras = ("tensorboard", "wandb", "trackio", "hub", "vllm")
+    extras = ("tensorboard", "wandb", "trackio", "hub", "trl", "vllm")
     names = {normal(requirement.name) for requirement in declared(root, *extras)}
     # Imported by the recorder and by servers only where their engine runs.
     names |= {"sglang"}

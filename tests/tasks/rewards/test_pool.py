@@ -29,7 +29,7 @@ def meet(completions, log_metric, folder, count):
     until = time.monotonic() + 300
     while len(list((HERE / folder).iterdir())) < count:
         assert time.monotonic() < until, "nobody came"
-        time.sleep(0.01)
+        os.sched_yield()
     log_metric("size", len(completions))
     return [float(ord(text)) for text in completions]
 
@@ -38,12 +38,12 @@ def ends_on_b(completions):
     return [1.0] * len(completions)
 
 def hangs_on_b(completions):
-    while "b" in completions: time.sleep(0.01)
+    while "b" in completions: os.sched_yield()
     return [2.0] * len(completions)
 
 def hangs(completions):
     (HERE / f"pid{os.getpid()}").touch()
-    while True: time.sleep(0.01)
+    while True: os.sched_yield()
 
 def size(completions, trainer_state, dataset):
     return [100.0 * trainer_state.global_step + len(completions) + 0.1 * len(dataset[0])] * len(completions)
@@ -163,7 +163,7 @@ def test_an_interrupt_ends_all_processes_and_the_next_batch_starts_new_ones(
         until = time.monotonic() + WAITS_S
         while len(list(tmp_path.glob("pid*"))) < 2:
             assert time.monotonic() < until
-            time.sleep(0.01)
+            os.sched_yield()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
