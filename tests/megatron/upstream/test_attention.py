@@ -30,13 +30,14 @@ UNEVEN = [40, 3, 9, 8, 1, 10]
 EVEN = [48, 8, 16, 8]
 
 
-def attention(**config: Any) -> SDPACoreAttention:
+def attention(made_with: dict[str, Any] | None = None, **config: Any) -> SDPACoreAttention:
     with quiet_megatron():
         made = TransformerConfig(
             num_layers=1,
             hidden_size=32,
             num_attention_heads=HEADS,
             attention_dropout=config.pop("attention_dropout", 0.0),
+            **made_with or {},
         )
     arguments = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"} | config
     return SDPACoreAttention(made, 1, **arguments)
@@ -140,6 +141,51 @@ def test_softmax_scale_is_honoured():
     mean = value.cumsum(0) / torch.arange(1, 9)[:, None]
     (out,) = run_ranks(wide_scale, 1)
     assert (out.squeeze(1) - mean).abs().max() < 1e-6
+
+
+def averages(made_with: dict[str, Any], context: int) -> list[float]:
+    """Return what scores of 0 make of the values 1 2 4 8 in sequences of 4 and 4 rows."""
+    initialize(ParallelLayout(context_parallel_size=context))
+    core = attention(made_with)
+    if core.softmax_offset is not None:
+        core.softmax_offset.data.fill_(2.0).log_()
+    rank = dist.get_rank() if context > 1 else 0
+    rows = zigzag_positions(4, rank, context) if context > 1 else torch.arange(4)
+    value = torch.tensor([1.0, 2.0, 4.0, 8.0])[rows].repeat(2)[:, None, None]
+    query, key, value = (
+        value.new_zeros(len(value), HEADS, HEAD_DIM),
+        value.new_zeros(len(value), GROUPS, HEAD_DIM),
+        value.expand(-1, GROUPS, HEAD_DIM),
+    )
+    out = core(query, key, value, None, packed_seq_params=packed_params([4, 4]))
+    found = out.detach().view(2, len(rows), -1)
+    assert (found[0] == found[1]).all() and (found == found[..., :1]).all()
+    return found[0, :, 0].tolist()
+
+
+WINDOW, SINK = {"window_size": (1, 0)}, {"softmax_type": "learnable"}
+
+
+@pytest.mark.parametrize(
+    ("made_with", "expected_rows"),
+    [
+        ({}, [1, 3 / 2, 7 / 3, 15 / 4]),
+        (WINDOW, [1, 3 / 2, 6 / 2, 12 / 2]),
+        # A sink of log 2 weighs as much as two more keys, without a value.
+        (SINK, [1 / 3, 3 / 4, 7 / 5, 15 / 6]),
+        (WINDOW | SINK, [1 / 3, 3 / 4, 6 / 4, 12 / 4]),
+        (WINDOW | {"window_attn_skip_freq": [0]}, [1, 3 / 2, 7 / 3, 15 / 4]),
+    ],
+)
+@pytest.mark.parametrize("context", [1, 2])
+def test_windows_and_sinks_weigh_what_they_should(made_with, expected_rows, context):
+    found = run_ranks(averages, context, made_with, context)
+    if context == 1:
+        assert found[0] == pytest.approx(expected_rows)
+    else:
+        # Of four chunks the first rank holds 0 and 3, the second 1 and 2.
+        first, second = found
+        assert [first[0], *second, first[1]] == pytest.approx(expected_rows)
 
 
 def refused(**config: Any) -> None:
