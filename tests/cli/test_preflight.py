@@ -173,7 +173,7 @@ def test_t19_every_caller_refuses_a_layout(write_recipe, capsys, sections, messa
 
 def test_d12_a_query_norm_over_all_heads_is_refused_under_tensor_parallelism(write_recipe, capsys):
     olmoe = {**CONFIG, "model_type": "olmoe", "intermediate_size": 32}
-    recipe = write_recipe(config=olmoe, megatron={"tensor_model_parallel_size": 2})
+    recipe = write_recipe(config=olmoe, megatron={"tensor_model_parallel_size": 4})
     assert main(["doctor", str(recipe)]) == 2
     assert "query and key norms span all heads" in " ".join(capsys.readouterr().out.split())
 

@@ -106,6 +106,16 @@ def test_a_run_goes_on_in_another_layout(
     assert_goes_on(checkpoint, tmp_path / "c", first, then)
 
 
+@pytest.mark.parametrize(
+    ("family", "first", "then"), [("minimax_m2", "tp2", "one"), ("gpt_oss", "one", "ep2")]
+)
+def test_norms_over_all_heads_and_sinks_and_biases_go_on_in_another_layout(
+    tmp_path: Path, family: str, first: str, then: str
+) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "model", family, num_hidden_layers=2)
+    assert_goes_on(checkpoint, tmp_path / "c", first, then)
+
+
 @pytest.fixture(scope="module")
 def dense_ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return checkpoints with two dense layers at an end, so that a stage has no expert."""

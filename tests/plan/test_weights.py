@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from moe_replay.megatron.chunks import unwrap
-from moe_replay.megatron.families.rules import family_of
 from moe_replay.plan.trainer.weights import Weight, buffer_size, layer_weights, stage_weights
 from moe_replay.recipe.sections.training import ParallelLayout
 from moe_replay.testing.layouts import layout
@@ -50,14 +49,9 @@ def built_and_counted(checkpoint, layout: ParallelLayout):
     return sorted(parameters), sizes_of(counted), buffers, expected
 
 
-# Where norms span all heads, attention is never cut.
 CASES = [
     *((family, "alone") for family in FAMILIES),
-    *(
-        (family, "tensors and experts over 2")
-        for family in FAMILIES
-        if not family_of(family).all_heads_qk_norm
-    ),
+    *((family, "tensors and experts over 2") for family in FAMILIES),
     *(("qwen3_moe", name) for name in LAYOUTS if name != "alone"),
 ]
 

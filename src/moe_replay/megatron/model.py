@@ -244,6 +244,7 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunk.model_shape = shape
+        compat.rename_all_heads_norms(chunk)
         compat.mark_cut_parameters(chunk)
         compat.mark_expert_gradients(chunk)
         routers = moe_layers([chunk]).values()
@@ -272,10 +273,10 @@ def _choose_as_the_model(shape: ModelShape, routers: Iterable[TopKRouter]) -> No
 
 def _check_divisible(shape: ModelShape, layout: ParallelLayout) -> None:
     tensor = layout.tensor_model_parallel_size
-    if tensor > 1 and family_of(shape.family).all_heads_qk_norm:
+    if family_of(shape.family).all_heads_qk_norm and shape.num_query_groups % tensor:
         raise UnsupportedError(
-            f"{shape.family}: the query and key norms span all heads, which tensor parallelism {tensor} would split; use "
-            "tensor_model_parallel_size = 1"
+            f"{shape.family}: the query and key norms span all heads, and of {shape.num_query_groups} key heads ranks of "
+            f"tensor parallelism {tensor} would share one; choose a degree that divides {shape.num_query_groups}"
         )
     for name, size, axis, degree in (
         ("num_attention_heads", shape.num_attention_heads, "tensor", tensor),

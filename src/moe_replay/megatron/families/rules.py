@@ -81,6 +81,10 @@ _QK_NORM = (
     _attention("q_layernorm.weight", "q_norm.weight"),
     _attention("k_layernorm.weight", "k_norm.weight"),
 )
+_QK_NORM_OF_ALL_HEADS = (
+    _attention("query_norm.weight", "q_norm.weight", Kind.COLUMN),
+    _attention("key_norm.weight", "k_norm.weight", Kind.COLUMN),
+)
 _ROUTER = (_rule("mlp.router.weight", "mlp.gate.weight"),)
 _DENSE_MLP = _mlp("mlp", "mlp")
 _EXPERTS = _experts("mlp.experts")
@@ -137,7 +141,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mixtral": Family(rules=_table(_QKV, _OUT, _MIXTRAL_MOE), shape=family_shapes.mixtral),
     "olmoe": Family(
-        rules=_table(_QKV, _QK_NORM, _OUT, _ROUTER, _EXPERTS),
+        rules=_table(_QKV, _QK_NORM_OF_ALL_HEADS, _OUT, _ROUTER, _EXPERTS),
         shape=family_shapes.olmoe,
         all_heads_qk_norm=True,
     ),
@@ -153,7 +157,7 @@ FAMILIES: Mapping[str, Family] = {
         rules=_table(_MLA, _OUT, _SIGMOID_MOE), shape=family_shapes.glm4_moe_lite
     ),
     "minimax_m2": Family(
-        rules=_table(_QKV, _QK_NORM, _OUT, _MIXTRAL_MOE, _MIXTRAL_BIAS),
+        rules=_table(_QKV, _QK_NORM_OF_ALL_HEADS, _OUT, _MIXTRAL_MOE, _MIXTRAL_BIAS),
         shape=family_shapes.minimax_m2,
         all_heads_qk_norm=True,
     ),

@@ -60,6 +60,22 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
+def rename_all_heads_norms(chunk: torch.nn.Module) -> None:
+    """Give norms over all heads another name than Megatron's, under which they are not cut.
+
+    By the names of its own, `q_layernorm` and `k_layernorm`, Megatron sums their gradients over
+    tensor-parallel ranks, which here hold different heads.
+    """
+    for attention in list(chunk.modules()):
+        for name, other in (("q_layernorm", "query_norm"), ("k_layernorm", "key_norm")):
+            norm = attention._modules.get(name)
+            if isinstance(norm, AllHeadsQueryNorm | AllHeadsKeyNorm):
+                del attention._modules[name]
+                attention.add_module(other, norm)
+                # Attention calls it by the first name: an attribute, not a second module.
+                object.__setattr__(attention, name, norm)
+
+
 def mark_expert_gradients(chunk: torch.nn.Module) -> None:
     """Sum expert gradients over the ranks of the same experts, with optimizer state of their own.
 

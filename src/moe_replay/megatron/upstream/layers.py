@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -71,21 +77,44 @@ class _AllHeadsRMSNorm(torch.nn.Module):
         self, config: TransformerConfig, num_heads: int, head_dim: int, eps: float
     ) -> None:
         super().__init__()
-        # `transformer_config` refuses what would split the heads.
-        assert config.tensor_model_parallel_size == 1
+        # `transformer_config` refuses what would let ranks share a head.
+        assert num_heads % config.tensor_model_parallel_size == 0
+        self.width, self.eps = num_heads * head_dim, eps
+        self.is_cut = config.tensor_model_parallel_size > 1
+        local = self.width // config.tensor_model_parallel_size
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
-            torch.ones(num_heads * head_dim, dtype=config.params_dtype, device=device)
+            torch.ones(local, dtype=config.params_dtype, device=device)
         )
-        self.eps = eps
+        if self.is_cut:
+            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[... heads head_dim]` over its last two dims."""
-        return _rms_norm(x.flatten(-2), self.weight, self.eps).view_as(x)
+        """Normalise `[... heads head_dim]` over the last two dims of all tensor-parallel ranks."""
+        if not self.is_cut:
+            return _rms_norm(x.flatten(-2), self.weight, self.eps).view_as(x)
+        local = x.flatten(-2).float()
+        squares = local.square().sum(dim=-1, keepdim=True)
+        # Summed over ranks forward and, because each rank uses the sum, backward too.
+        total = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(squares)
+        )
+        normed = local * torch.rsqrt(total / self.width + self.eps)
+        return (normed.to(x.dtype) * self.weight).view_as(x)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the weight as parts of one tensor of all heads."""
+        held = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(held, prefix, {"weight": 0}, sharded_offsets)
 
 
 class AllHeadsQueryNorm(_AllHeadsRMSNorm):
-    """The query norm of OLMoE."""
+    """The query norm of OLMoE and MiniMax-M2."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
@@ -94,7 +123,7 @@ class AllHeadsQueryNorm(_AllHeadsRMSNorm):
 
 
 class AllHeadsKeyNorm(_AllHeadsRMSNorm):
-    """The key norm of OLMoE."""
+    """The key norm of OLMoE and MiniMax-M2."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any

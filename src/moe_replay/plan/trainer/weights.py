@@ -84,7 +84,8 @@ def _attention(shape: ModelShape, tensor: int) -> Iterator[Weight]:
         all_heads = family_of(shape.family).all_heads_qk_norm
         for name, count in (("q", heads), ("k", shape.num_query_groups)):
             yield Weight(
-                name=f"{name}_layernorm", size=shape.head_dim * (count if all_heads else 1)
+                name=f"{name}_layernorm",
+                size=shape.head_dim * (count // tensor if all_heads else 1),
             )
 
 
