@@ -244,7 +244,6 @@ def build_model(
                 vp_stage=vp_stage,
             )
         chunk.model_shape = shape
-        compat.rename_all_heads_norms(chunk)
         compat.mark_cut_parameters(chunk)
         compat.mark_expert_gradients(chunk)
         routers = moe_layers([chunk]).values()

@@ -52,6 +52,7 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
     for a checkpoint skips. Unmarked, the parts of all ranks but the first are taken for copies:
     they count nothing in the gradient's norm, and gradients are clipped too little.
     """
+    _rename_all_heads_norms(chunk)
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dim = next((d for kind, d in dims.items() if isinstance(module, kind)), None)
@@ -60,7 +61,7 @@ def mark_cut_parameters(chunk: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def rename_all_heads_norms(chunk: torch.nn.Module) -> None:
+def _rename_all_heads_norms(chunk: torch.nn.Module) -> None:
     """Give norms over all heads another name than Megatron's, under which they are not cut.
 
     By the names of its own, `q_layernorm` and `k_layernorm`, Megatron sums their gradients over
