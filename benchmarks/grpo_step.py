@@ -78,7 +78,7 @@ def main() -> None:
     for mix in options.mixes:
         samples = options.samples
         if samples is None:
-            samples = (16 if mix == "tail" else 64) if options.quick else 128
+            samples = (32 if mix == "tail" else 64) if options.quick else 128
         lengths = _lengths(mix, options.steps + 1, samples)
         turns = _contest(lengths, options.trl_slices)
         num_tokens = [sum(step) for step in lengths[1:]]
