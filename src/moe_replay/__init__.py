@@ -24,7 +24,7 @@ def train(
     Does what `moe-replay train` does, from a notebook or a script: see
     `moe_replay.cli.train.train_recipe`.
 
-    Example:
+    Examples:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5, "optimizer.lr": 1e-5})
         >>> run.read_steps()[-1].metrics["reward"]
         0.5625

@@ -45,7 +45,7 @@ _SCALES = re.compile(
 class SafetensorsCheckpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint directory by name, each read from disk on access.
 
-    Example:
+    Examples:
         >>> with SafetensorsCheckpoint(path) as checkpoint:
         ...     norm = checkpoint["model.norm.weight"]
 

@@ -41,7 +41,7 @@ def load_tokenizer(model_dir: Path) -> Any:
 def no_checkpoint(model_dir: Path) -> str:
     """Return the message for a missing checkpoint directory, with the command to download it.
 
-    Example:
+    Examples:
         >>> no_checkpoint(Path("/recipes/Qwen/Qwen3-30B-A3B")).partition("with `")[2]
         'hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`'
     """

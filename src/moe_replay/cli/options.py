@@ -56,7 +56,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
     None stands for no value. A value that begins with ``--`` needs the second form.
 
-    Example:
+    Examples:
         >>> split_overrides(["train", "--grpo.beta", "-0.1", "r.toml"])
         (['train', 'r.toml'], [('grpo.beta', '-0.1')])
     """

@@ -101,7 +101,7 @@ def train_recipe(
     it early, with a checkpoint. Call it before anything else imports torch: it sets unset
     environment variables that torch reads on import.
 
-    Example:
+    Examples:
         >>> run = moe_replay.train("recipe.toml", {"run.max_steps": 5})
         >>> run.read_steps()[-1].metrics["reward"]
         0.5625

@@ -171,7 +171,7 @@ def diagnose(
     One sequence at a time is held. Intervals are bootstrap intervals over sequences, drawn by
     ``seed``. ``twin`` is the diagnosis of a dense model at the same number formats.
 
-    Example:
+    Examples:
         >>> found = diagnose(measured, setting)
         >>> print(found.conclusion.text)
 

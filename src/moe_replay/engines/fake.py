@@ -37,7 +37,7 @@ _NUM_POSITIONS = 61
 class FakeEngine(VersionedEngine):
     """Completes prompts from a random table of next tokens, and routes them by another.
 
-    Example:
+    Examples:
         >>> engine = FakeEngine(num_experts=8, topk=2, moe_layers=(1, 3))
         >>> groups = engine.generate(requests, SamplingParams(max_completion_length=16))
     """

@@ -90,7 +90,7 @@ def sample_tokens(
     the most likely token (the lowest id of equals), and its log-probability is the one at
     temperature 1. Logits that are NaN or infinite give token 0 with log-probability NaN.
 
-    Example:
+    Examples:
         >>> noise = torch.tensor([0.6], dtype=torch.float64)
         >>> drawn = sample_tokens(torch.zeros(1, 4), noise, temperature=1.0)
         >>> drawn.ids, drawn.rollout_logprobs

@@ -13,7 +13,7 @@ def samples_with_tokens(
     Half of them are those that the guard dropped, then those with the lowest agreement; the others
     are the first of the step. Where nothing was replayed, all are the first.
 
-    Example:
+    Examples:
         >>> sorted(samples_with_tokens({0: 0.99, 1: 0.98, 2: 0.99, 3: 0.2}, {3}, num_kept=2))
         [0, 3]
     """

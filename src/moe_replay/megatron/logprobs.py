@@ -58,7 +58,7 @@ def token_statistics(
     are those of the softmax over them alone. Works under tensor, sequence, context and pipeline
     parallelism; on a stage without an output layer it changes nothing.
 
-    Example:
+    Examples:
         >>> with token_statistics(model, rows, next_ids, temperature=1.0):
         ...     logprobs = model(ids[None], positions[None], None)[0, :, 0]
 

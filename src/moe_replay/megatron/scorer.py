@@ -326,7 +326,7 @@ class MegatronScorer:
 def packed_rows(lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedSeqParams:
     """Say to Megatron's attention where the sequences of a packed row end, padding included.
 
-    Example:
+    Examples:
         >>> packed_rows([3, 5]).cu_seqlens_q
         tensor([0, 3, 8], dtype=torch.int32)
     """

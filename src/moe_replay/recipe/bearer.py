@@ -56,7 +56,7 @@ def exposure(path: Path | None) -> str | None:
 def without_secrets(text: str) -> str:
     """Return ``text`` with the credentials of every address in it masked.
 
-    Example:
+    Examples:
         >>> without_secrets("http://me:pa55@host:8000 does not answer")
         'http://***@host:8000 does not answer'
     """

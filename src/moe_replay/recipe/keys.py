@@ -112,7 +112,7 @@ def nearest(path: str) -> str:
 def nearest_keys(name: str) -> Sequence[str]:
     """Return the dotted keys that a name without a section may mean, the likeliest first.
 
-    Example:
+    Examples:
         >>> nearest_keys("lr")
         ['optimizer.lr']
     """

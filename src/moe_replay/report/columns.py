@@ -92,7 +92,7 @@ SECONDS_WIDTH = 9
 def fitting_columns(width: int, *, step_width: int, is_terminal: bool) -> tuple[list[Column], bool]:
     """Return the columns that fit into a line, and whether the seconds fit; logs have at least 80.
 
-    Example:
+    Examples:
         >>> columns, with_seconds = fitting_columns(40, step_width=5, is_terminal=True)
         >>> [column.heading for column in columns], with_seconds
         (['reward', 'k3', 'agree'], False)

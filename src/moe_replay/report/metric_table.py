@@ -76,7 +76,7 @@ def metric_groups() -> tuple[MetricGroup, ...]:
 def metric_of(name: str) -> Metric | None:
     """Return the row of a metric that a run writes; None where the table has none.
 
-    Example:
+    Examples:
         >>> metric_of("rewards/my_function/std").unit
         'score'
     """

@@ -26,7 +26,7 @@ def progress_line(
     ``expected_length`` is the expected mean length of completions, such as that of the last step;
     without it the estimate uses the fraction of finished completions.
 
-    Example:
+    Examples:
         >>> progress = RolloutProgress(num_finished=5, num_total=20, num_tokens=1500)
         >>> progress_line(progress, 10.0)
         '5/20 completions, 1,500 tokens, 150 tokens/s, about 0:00:30 left'

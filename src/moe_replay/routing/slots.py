@@ -51,7 +51,7 @@ def from_planes(
 def sort_planes(planes: UInt[np.ndarray, "topk sets"]) -> Sequence[UInt[np.ndarray, " sets"]]:
     """Return the planes of the same sets in increasing order. The content of ``planes`` is lost.
 
-    Example:
+    Examples:
         >>> [plane.tolist() for plane in sort_planes(np.array([[7, 1], [2, 9]], dtype=np.uint8))]
         [[2, 1], [7, 9]]
     """

@@ -30,7 +30,7 @@ def write_hollow_checkpoint(path: str | Path, config: str | Path) -> Path:
 
     Weights are bfloat16, expert biases float32. Prediction layers are omitted, as checkpoints may.
 
-    Example:
+    Examples:
         >>> write_hollow_checkpoint(tmp_path, "recipes/qwen3-30b-a3b/model/config.json")
     """
     from transformers import AutoModelForCausalLM

@@ -44,7 +44,7 @@ class MisroutingEngine:
     Tokens and digests stay right. `planted` lists (policy version, request id, index of the
     completion) of those that were changed.
 
-    Example:
+    Examples:
         >>> third = lambda group, index: group.request.request_id == 3
         >>> engine = MisroutingEngine(engine, one_row_late, third)
     """

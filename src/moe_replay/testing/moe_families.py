@@ -211,7 +211,7 @@ def tiny_family(name: str, *, seed: int = 0, **overrides: Any) -> Any:
     Its weights are larger than usual, and biases, scales and norms are not 0 or 1, so that wrong
     routes and forgotten terms show. The global random state is left as it was.
 
-    Example:
+    Examples:
         >>> tiny_family("gpt_oss")(torch.tensor([[3, 4, 5]])).logits.shape
         torch.Size([1, 3, 64])
     """

@@ -53,7 +53,7 @@ def run_ranks(
     tensors by value. The first exception of a rank is raised here with the rank's traceback as a
     note, and the other ranks are killed.
 
-    Example:
+    Examples:
         >>> run_ranks(lambda: torch.distributed.get_rank() * 10, 2)
         [0, 10]
 

@@ -132,7 +132,7 @@ def write_tiny_checkpoint(
     into the wrong place shows. As in released checkpoints, the expert biases are float32 whatever
     `dtype` is. `overrides` are fields of the family's transformers config.
 
-    Example:
+    Examples:
         >>> write_tiny_checkpoint(tmp_path, num_hidden_layers=2, num_experts=32)
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -180,7 +180,7 @@ def _cast_all_but_expert_biases(model: torch.nn.Module, dtype: torch.dtype) -> N
 def character_tokenizer() -> Any:
     """Build a tokenizer with one token a character; lossless on printable ASCII and newlines.
 
-    Example:
+    Examples:
         >>> tokenizer = character_tokenizer()
         >>> tokenizer.decode(tokenizer.encode("2 + 2 = 4"))
         '2 + 2 = 4'

@@ -165,7 +165,7 @@ def record_generation(
     ``temperature`` divides the logits before their log-probabilities are taken. They are those of
     the full distribution, whatever top-k or top-p cut off before sampling.
 
-    Example:
+    Examples:
         >>> with record_generation(model) as recorder:
         ...     output = model.generate(prompt, do_sample=True)  # [1, 12], of which 5 are prompt
         >>> (found,) = recorder.sequences(output.tolist(), [5])

@@ -97,7 +97,7 @@ def replay_traces(
 
     Padding rows, and rows whose trace has no route, are routed live.
 
-    Example:
+    Examples:
         >>> with replay_traces(model, traces, input_ids=ids, attention_mask=mask):
         ...     logits = model(ids, attention_mask=mask).logits
 

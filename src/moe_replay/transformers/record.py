@@ -72,7 +72,7 @@ def record_routes(model: nn.Module) -> Iterator[RouteRecorder]:
     exception. Recomputation in a backward pass is not recorded again. Opened inside a replay scope,
     it sees the replayed routes; opened around one, the live ones.
 
-    Example:
+    Examples:
         >>> with record_routes(model) as recorder:
         ...     model(input_ids)
         >>> recorder.take().shape

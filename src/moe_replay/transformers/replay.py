@@ -44,7 +44,7 @@ def replay_routes(
     itself at its first call in a scope. With gradient checkpointing the backward pass must run
     inside the scope too, since it recomputes the forward.
 
-    Example:
+    Examples:
         >>> with replay_routes(model, trace.expert_ids, trace.valid, layers=trace.layers):
         ...     logits = model(torch.from_numpy(token_ids)[None]).logits
 

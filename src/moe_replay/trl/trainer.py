@@ -53,7 +53,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
             beside the one under replay. Costs a forward pass.
         **kwargs: of `GRPOTrainer`.
 
-    Example:
+    Examples:
         >>> from moe_replay.trl import ReplayGRPOTrainer
         >>> trainer = ReplayGRPOTrainer(
         ...     model="Qwen/Qwen3-30B-A3B",

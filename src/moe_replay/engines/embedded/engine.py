@@ -43,7 +43,7 @@ class EmbeddedEngine(VersionedEngine):
     depends only on the sampling seed, its request and its index, so its batch matters only through
     the rounding of the model's number format.
 
-    Example:
+    Examples:
         >>> engine = EmbeddedEngine("checkpoints/tiny", dtype="float32")
         >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
     """

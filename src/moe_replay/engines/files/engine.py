@@ -28,7 +28,7 @@ class FilesEngine(VersionedEngine):
     of the weights pushed last answers. If it lacks the request, ``allow_stale`` lets the newest
     older one answer, or else the oldest newer one; completions keep their own version.
 
-    Example:
+    Examples:
         >>> engine = FilesEngine(Path("rollouts"), facts=facts, record_routes=True)
 
     Raises:

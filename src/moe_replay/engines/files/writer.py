@@ -38,7 +38,7 @@ class RolloutWriter:
     Of 8 shards that 3 ranks resume, rank 1 writes shard 1 and owns shards 4 and 7. Close it in the
     end; as a context manager it closes itself.
 
-    Example:
+    Examples:
         >>> with RolloutWriter(begin_rollout(folder, manifest)) as writer:
         ...     for group in engine.generate(requests, sampling):
         ...         writer.write(group)

@@ -79,7 +79,7 @@ class Access:
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise `RefusedError` unless a call with these headers may be answered.
 
-        Example:
+        Examples:
             >>> Access(token=None).check("GET", {"host": "attacker.example:8000"})
             RefusedError: this server is not called attacker.example ...
         """
@@ -106,7 +106,7 @@ class Access:
 def _without_port(host: str) -> str:
     """Return the name or address in a Host header.
 
-    Example:
+    Examples:
         >>> _without_port("[::1]:8000"), _without_port("node7:8000")
         ('::1', 'node7')
     """

@@ -168,7 +168,7 @@ class ThreadedEngine:
     checks must do. A call whose client left is finished and dropped, unless the engine is
     ``cancellable``: its `generate` then asks ``cancelled()`` between tokens.
 
-    Example:
+    Examples:
         >>> engine = ThreadedEngine(FakeEngine)
         >>> await engine.start()
         >>> await engine.complete(request, 0, sampling, policy_version=0, progress=print)

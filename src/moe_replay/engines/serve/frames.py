@@ -103,7 +103,7 @@ class ProgressWatch:
     ``on_progress`` gets their payloads. Damage ends the watch: `last_frame` names it when the
     answer is whole.
 
-    Example:
+    Examples:
         >>> seen = []
         >>> watch = ProgressWatch(seen.append)
         >>> for byte in frame(PROGRESS, b"{}"): watch.feed(bytes([byte]))

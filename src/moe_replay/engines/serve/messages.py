@@ -90,7 +90,7 @@ class PolicyName(_Message):
     def read(cls, version: object) -> PolicyName:
         """Return the weights that a server's ``weight_version`` names.
 
-        Example:
+        Examples:
             >>> PolicyName.read("7f3a:2")
             PolicyName(run='7f3a', policy_version=2)
         """

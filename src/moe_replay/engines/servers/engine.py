@@ -64,7 +64,7 @@ class ServerEngine(VersionedEngine):
     ``says_waiting`` logs it every minute, which one rank does for all.
     Of several ``ranks`` the first one pushes, and the others hear which servers took it.
 
-    Example:
+    Examples:
         >>> engine = ServerEngine(
         ...     ["http://127.0.0.1:8000"],
         ...     facts=facts,

@@ -123,7 +123,7 @@ class HttpCalls:
     def refusal(self, code: int, text: str, path: str) -> RecipeError | EngineError:
         """Return the error of a status code other than 200, which may also come inside a stream.
 
-        Example:
+        Examples:
             >>> raise calls.refusal(409, "holds the weights of policy version 1", "/generate")
         """
         text = text[:_SHOWN]

@@ -33,7 +33,7 @@ class Lanes:
     certificates are trusted; None trusts those that httpx2 does. Proxy settings are ignored:
     rollout servers are local.
 
-    Example:
+    Examples:
         >>> lanes = Lanes("http://127.0.0.1:8000", headers={})
         >>> async with lanes.stream("GET", "/status", b"", silence_s=5.0, connect_s=5.0) as answer:
         ...     pieces = [piece async for piece in answer.aiter_stream()]

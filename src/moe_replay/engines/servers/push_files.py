@@ -67,7 +67,7 @@ class OwnFolder:
     of others stay. Without locks nothing is swept. Names with a leading dot are still being made.
     ``mode`` says who may read the folder.
 
-    Example:
+    Examples:
         >>> with OwnFolder(Path("/dev/shm"), "moe-replay-serve-") as folder:
         ...     (folder.path / "model-00000.safetensors").touch()
 
@@ -135,7 +135,7 @@ class WeightsFolder:
     The user of the trainer can read the files, and so can a group if ``parent`` has the
     set-group-id bit, as in ``install -d -m 2750 -g GROUP FOLDER``.
 
-    Example:
+    Examples:
         >>> folder = WeightsFolder(Path("/dev/shm"))
         >>> folder.save("push-3", "model-00000.safetensors", [memoryview(content)])
         PosixPath('/dev/shm/moe-replay-push-x1b2/push-3/model-00000.safetensors')

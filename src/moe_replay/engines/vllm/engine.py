@@ -55,7 +55,7 @@ class VllmEngine(VersionedEngine):
     calls `generate` with its own requests and gets its own completions, and all must make the same
     calls in the same order.
 
-    Example:
+    Examples:
         >>> engine = VllmEngine("checkpoints/tiny", dtype="bfloat16")
         >>> groups = engine.generate(requests, SamplingParams(max_completion_length=64))
 

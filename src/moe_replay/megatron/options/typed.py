@@ -159,7 +159,7 @@ def _release() -> str:
 def _converted(value: Any, hint: Any) -> Any:
     """Return a TOML value in the type of a field, or raise `_WrongType`.
 
-    Example:
+    Examples:
         >>> _converted("bfloat16", torch.dtype)
         torch.bfloat16
     """

@@ -236,7 +236,7 @@ class SDPACoreAttention(MegatronModule):
 def length_buckets(lengths: list[int]) -> list[list[int]]:
     """Group sequence numbers so that within a group no sequence is much shorter than the longest.
 
-    Example:
+    Examples:
         >>> length_buckets([4, 100, 3, 90, 1])
         [[1, 3], [0, 2], [4]]
     """
@@ -252,7 +252,7 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
 def zigzag_positions(length: int, rank: int, num_ranks: int) -> Int[Tensor, " local_rows"]:
     """Return the positions of a sequence that a context-parallel rank holds, in its local order.
 
-    Example:
+    Examples:
         >>> zigzag_positions(8, 0, 2).tolist()
         [0, 1, 6, 7]
     """

@@ -56,7 +56,7 @@ def _names(text: str) -> tuple[str, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Return the words of a text.
 
-    Example:
+    Examples:
         >>> names("fp8 fp4")
         ('fp8', 'fp4')
     """

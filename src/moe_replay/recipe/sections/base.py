@@ -93,7 +93,7 @@ def key_of(field: FieldInfo) -> Key:
 def types_in(annotation: Any) -> Iterator[Any]:
     """Yield a type, and the types inside a list or an optional one.
 
-    Example:
+    Examples:
         >>> Path in types_in(Path | None)
         True
     """
@@ -117,7 +117,7 @@ def sections_for(
 ) -> dict[str, Any] | None:
     """Return the sections that a function names, or None where one is missing or of another class.
 
-    Example:
+    Examples:
         >>> def files_only(rollout: FilesEngineSection): ...
         >>> sections_for(files_only, {"rollout": VllmEngineSection(...)}) is None
         True

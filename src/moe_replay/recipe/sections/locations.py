@@ -34,7 +34,7 @@ def anchored_dataset(location: str, folder: Path) -> str:
 def anchored_function(name: str, folder: Path) -> str:
     """Return a reward function's name with the file of its module, where that lies in ``folder``.
 
-    Example:
+    Examples:
         >>> anchored_function("rewards:score", Path("/recipes"))  # with /recipes/rewards.py
         '/recipes/rewards.py:score'
     """

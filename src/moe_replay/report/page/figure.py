@@ -72,7 +72,7 @@ def label(text: str) -> str:
 def visible(text: str) -> str:
     r"""Return text in which characters that hide or reorder others are written as their codes.
 
-    Example:
+    Examples:
         >>> visible("a\u202eb")
         'a⟨U+202E⟩b'
     """

@@ -99,7 +99,7 @@ def _is_run(folder: Path) -> bool:
 def _names(folders: Sequence[Path]) -> list[str]:
     """Return the shortest ends of the paths that are all different.
 
-    Example:
+    Examples:
         >>> _names([Path("/runs/a/R3"), Path("/runs/b/R3")])
         ['a/R3', 'b/R3']
     """
@@ -140,7 +140,7 @@ def _recipe(file: Path) -> dict[str, Any]:
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return dotted key -> value of nested tables; lists of tables stay values.
 
-    Example:
+    Examples:
         >>> flattened({"run": {"seed": 0}})
         {'run.seed': 0}
     """

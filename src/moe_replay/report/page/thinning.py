@@ -34,7 +34,7 @@ class Series:
 def bins(count: int, limit: int) -> list[range]:
     """Divide ``count`` neighbours into at most ``limit`` ranges of equal length, the last shorter.
 
-    Example:
+    Examples:
         >>> bins(5, 2)
         [range(0, 3), range(3, 5)]
     """

@@ -99,7 +99,7 @@ def page_of(runs: Sequence[RunView], *, written_at: datetime) -> str:
 def embedded(facts: Any) -> str:
     r"""Return JSON that can stand in a script element, whatever texts it holds.
 
-    Example:
+    Examples:
         >>> embedded({"text": "</script>"})
         '{"text":"\\u003c/script\\u003e"}'
     """

@@ -60,7 +60,7 @@ class TraceWriter:
     another; the process that continues it says which of them to keep. `num_cut_bytes` counts what
     lay behind them, such as half a frame.
 
-    Example:
+    Examples:
         >>> writer = TraceWriter(Path("step.traces"))
         >>> place = writer.append("sample 0", trace)
         >>> writer.finish()

@@ -104,7 +104,7 @@ def check_routes(
         TraceError: an argument is invalid, arrays do not fit each other, or live ids are not a
             top-k.
 
-    Example:
+    Examples:
         >>> report = check_routes(recorded, live, sample, num_experts=128)
         >>> report.raise_if_misaligned(f"step {step}")
     """

@@ -91,7 +91,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
 def _split_of(file: Path) -> str | None:
     """Return the split named by a file or by a folder above it.
 
-    Example:
+    Examples:
         >>> _split_of(Path("data/train-00000-of-00003.parquet"))
         'train'
         >>> _split_of(Path("main/dev.jsonl"))

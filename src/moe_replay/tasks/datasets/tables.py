@@ -132,7 +132,7 @@ def open_table(
 def column_value(columns: Mapping[str, Any], path: str) -> Any:
     """Return a column, or the value at a dotted path inside it; None if the row lacks it.
 
-    Example:
+    Examples:
         >>> column_value({"reward_model": {"ground_truth": "4"}}, "reward_model.ground_truth")
         '4'
         >>> column_value({"turns": [{"text": "a"}, {"text": "b"}]}, "turns.-1.text")

@@ -146,7 +146,7 @@ def _with_opened_tags(
 def final_answer(completion: str, answer_tag: str) -> str:
     """Return the content of the last ``<answer_tag>...</answer_tag>``, or else the completion.
 
-    Example:
+    Examples:
         >>> final_answer("2 + 2 is <answer>4</answer>", "answer")
         '4'
         >>> final_answer(" 4 ", "answer")

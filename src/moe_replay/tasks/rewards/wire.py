@@ -76,7 +76,7 @@ def unpack_ids(blob: bytes, lengths: Sequence[int]) -> list[list[int]]:
 def encode_value(value: Any) -> Any:
     """Return a dataset value as plain JSON.
 
-    Example:
+    Examples:
         >>> encode_value({"when": (1, b"a")})
         {'when': {'$tuple': [1, {'$bytes': 'YQ=='}]}}
 

@@ -25,7 +25,7 @@ class Choice(TorchFunctionMode):
     at them. All that follows (softmax, normalisation, scale, bias) is the router's own code, and
     so is the gradient.
 
-    Example:
+    Examples:
         >>> with Choice(deciding=0, decide=lambda live: live.flip(-1)):
         ...     values, ids = torch.topk(torch.tensor([[3.0, 1.0, 2.0]]), 2)
         >>> values.tolist(), ids.tolist()

@@ -30,7 +30,7 @@ def weigh_experts(router: nn.Module, logits: Any, ids: Any) -> Any:
     return ``(logits, weights, ids)``, and the function must give its live weights bit for bit at
     its live ids, which every scope checks.
 
-    Example:
+    Examples:
         >>> @weigh_experts.register
         ... def _(router: MyRouter, logits, ids):
         ...     return logits.sigmoid().gather(1, ids)
