@@ -75,7 +75,7 @@ def test_d21_completions_stand_beside_what_their_rewards_read(asked: Recipes) ->
 
 @pytest.mark.ranks
 def test_d21_the_number_that_is_kept_is_bounded(asked: Recipes) -> None:
-    loaded = asked(logging__completions=3)
+    loaded = asked(logging__completions=3, logging__num_with_tokens=0)
     run(loaded, world_size=2)
     assert [line["item"] for line in lines(loaded, "completions")] == [0, 0, 0]
     assert [line["item"] for line in lines(loaded, "eval_completions")] == [0, 1, 2] * 2

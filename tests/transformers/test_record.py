@@ -81,7 +81,7 @@ def test_routes_are_those_of_the_reference_router(model, token_ids):
         expected = live_ids(
             logits[site.layer].double().numpy(),
             rule_of(model.config),
-            None if bias is None else bias.double().flatten().numpy(),
+            None if bias is None else bias.detach().double().flatten().numpy(),
         )
         got = routes[:, site.layer].sort().values
         assert got.tolist() == np.sort(expected).tolist()
