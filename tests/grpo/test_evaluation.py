@@ -288,7 +288,79 @@ def test_a_best_value_of_other_held_out_prompts_or_another_sampling_is_not_compa
     # A checkpoint of an earlier revision says nothing of it.
     unknown = measured(loaded, "3", metric="eval/a/reward")
     inspect.unwrap(_take_best)(unknown, replace(best, measured_on=""))
-    assert unknown.best is not None
+    # From here on it is tied to what is measured now.
+    assert unknown.best == best
+
+
+def digest_of(metric: str, *sets: str, **sections: Any) -> str:
+    """Return what a metric is measured on; the prompts of a set say its name."""
+
+    def prompts(name: str) -> Any:
+        prompt = Prompt(index=0, prompt_ids=np.arange(3, dtype=np.int32), text=name, columns={})
+        facts = {"num_prompts": 1, "num_deleted": 0, "columns": frozenset()}
+        return SimpleNamespace(**facts, at=lambda *_: [prompt])
+
+    held_out = [{"name": name, "dataset": "/e.jsonl"} for name in sets]
+    loaded = smallest(**{"data": {"eval": "/e.jsonl"}, "held_out": held_out} | sections)
+    return measured_on(loaded, {name: prompts(name) for name in ("", *sets)}, metric)
+
+
+def test_a_metric_is_of_the_set_whose_name_something_follows() -> None:
+    plain = digest_of("eval/reward")
+    assert digest_of("eval/reward", "reward") == plain
+    assert digest_of("eval/pass@1", "reward") == digest_of("eval/pass@1")
+    own = digest_of("eval/reward/reward", "reward")
+    assert own == digest_of("eval/reward/rewards/exact_match", "reward") != plain
+
+
+EVAL = {"temperature": 0.5, "num_generations": 4, "pass_k": [1]}
+TOOLS = {"factory": "/a/env.py:Shop", "max_turns": 3}
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "is_another"),
+    [
+        # What evaluations inherit counts where they do.
+        ("reward", {}, {"rollout": {"max_completion_length": 32}}, True),
+        (
+            "reward",
+            {"eval": EVAL | {"max_completion_length": 16}},
+            {
+                "eval": EVAL | {"max_completion_length": 16},
+                "rollout": {"max_completion_length": 32},
+            },
+            False,
+        ),
+        ("reward", {}, {"eval": EVAL | {"max_completion_length": 64}}, False),
+        ("reward", {}, {"rollout": {"stop": ["!"]}}, True),
+        ("reward", {}, {"rollout": {"stop_token_ids": [7]}}, True),
+        ("reward", {}, {"rollout": {"temperature": 0.7}}, False),
+        ("reward", {}, {"eval": EVAL | {"top_k": 7}}, True),
+        ("reward", {}, {"eval": EVAL | {"num_generations": 5}}, True),
+        # What passes counts for pass@k alone, and each k is a metric of its own.
+        ("reward", {}, {"eval": EVAL | {"pass_k": [1, 2]}}, False),
+        ("reward", {}, {"eval": EVAL | {"pass_threshold": 0.5}}, False),
+        ("pass@1", {}, {"eval": EVAL | {"pass_threshold": 0.5}}, True),
+        ("pass@1", {}, {"eval": EVAL | {"pass_reward": "exact_match"}}, True),
+        ("pass@1", {}, {"eval": EVAL | {"pass_k": [1, 2]}}, False),
+        # An environment: what happens in it, and neither where it lies nor how long it may take.
+        ("reward", {}, {"environment": TOOLS}, True),
+        ("reward", {"environment": TOOLS}, {"environment": TOOLS | {"max_turns": 4}}, True),
+        ("reward", {"environment": TOOLS}, {"environment": TOOLS | {"args": {"n": 1}}}, True),
+        ("reward", {"environment": TOOLS}, {"environment": TOOLS | {"timeout_s": 9}}, False),
+        (
+            "reward",
+            {"environment": TOOLS},
+            {"environment": TOOLS | {"factory": "/b/env.py:Shop"}},
+            False,
+        ),
+    ],
+)
+def test_a_best_value_is_tied_to_how_its_metric_is_sampled_and_judged(
+    metric: str, before: dict[str, Any], after: dict[str, Any], is_another: bool
+) -> None:
+    asked = [digest_of(f"eval/{metric}", **{"eval": EVAL} | keys) for keys in (before, after)]
+    assert (asked[0] != asked[1]) == is_another
 
 
 def test_the_noise_of_a_held_out_set_goes_by_its_name() -> None:

@@ -146,11 +146,25 @@ def test_a_run_on_a_mixture_by_bands_resumes_exactly_and_changes_datasets_on_pur
         assert sum(drawn.values()) == record["dynamic_sampling/sampled_groups"]
         assert undocumented(record) == set()
     assert {line["dataset"] for line in kept} == {"short", "long"}
+
+    def draws(step: int) -> dict[str, int]:
+        path = tmp_path / "parts" / "checkpoints" / f"step-{step:06d}" / "position.json"
+        return json.loads(path.read_text())["draws"]
+
+    reached = draws(3)
+    assert reached == {
+        name: sum(record[f"datasets/{name}/num_prompts"] for record in whole)
+        for name in ("short", "long")
+    }
     # Another dataset is another run, unless that is on purpose.
     (tmp_path / "short.jsonl").write_text(
         "".join(f'{{"prompt": "short 5:", "level": {level}}}\n' for level in (1, 2))
     )
     with pytest.raises(CheckpointError, match=r"--allow-changed mixture\.0\.dataset"):
         run(asked(4, "parts"))
-    *_, last = run(asked(4, "parts"), allow_changed=["mixture.0.dataset"])
+    # Each dataset goes on where it was, with other weights too.
+    keys["mixture"] = keys["mixture"].replace("}", ", weight = 9}", 1)
+    *_, last = run(asked(4, "parts"), allow_changed=["mixture"])
     assert last["step"] == 4 and last["datasets/short/num_prompts"] > 0
+    drawn = {name: last.get(f"datasets/{name}/num_prompts", 0) for name in ("short", "long")}
+    assert draws(4) == {name: reached[name] + drawn[name] for name in drawn}

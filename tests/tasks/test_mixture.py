@@ -74,6 +74,41 @@ def test_datasets_are_drawn_in_proportion_to_their_weights() -> None:
     assert all({name for name, _ in drawn[n : n + 100]} == set("abc") for n in range(0, 9000, 100))
 
 
+def test_a_changed_mixture_goes_on_in_each_dataset_where_it_was() -> None:
+    def numbers(prompts: list[Prompt], name: str) -> list[int]:
+        return [prompt.index for prompt in prompts if prompt.dataset == name]
+
+    before = mixed(1, 1)
+    first = before.at(0, 5000)
+    reached = {name: len(numbers(first, name)) for name in "ab"}
+    assert before.draws(5000) == reached and sum(reached.values()) == 5000
+    # Other weights, and a dataset that was not there.
+    changed = mixed(1, 9, 5)
+    changed.go_on(5000, reached)
+    later = changed.at(5000, 4000)
+    for name, start in (*reached.items(), ("c", 0)):
+        own = numbers(later, name)
+        assert own == list(range(start, start + len(own)))
+    assert len(numbers(later, "b")) > 5 * len(numbers(later, "a")) > 0
+    # Exact at the next resume too, in whatever parts it is asked for.
+    again = mixed(1, 9, 5)
+    again.go_on(7000, changed.draws(7000))
+    assert said(again.at(7000, 2000)) == said(later[2000:])
+    assert said(changed.at(5003, 7)) == said(later[3:10])
+    # One that is left out and comes back goes on too.
+    alone = mixed(1)
+    alone.go_on(9000, changed.draws(9000))
+    both = mixed(1, 1)
+    both.go_on(9500, alone.draws(9500))
+    assert min(numbers(both.at(9500, 50), "b")) == changed.draws(9000)["b"]
+    assert min(numbers(both.at(9500, 50), "a")) == changed.draws(9000)["a"] + 500
+    # The control: without a change nothing moves, and without the draws everything does.
+    same = mixed(1, 1)
+    same.go_on(5000, reached)
+    assert said(same.at(5000, 300)) == said(before.at(5000, 300))
+    assert numbers(mixed(1, 9, 5).at(5000, 300), "a")[0] < reached["a"]
+
+
 def test_columns_of_other_datasets_are_none_and_the_step_reaches_all() -> None:
     prompts = mixed(1, 1).at(0, 50, step=7)
     assert {prompt.text for prompt in prompts} == {"step 7"}

@@ -21,6 +21,7 @@ from moe_replay.engines.files.format import (
     RolloutFile,
     begin_rollout,
     find_manifests,
+    is_of_other_format,
     read_manifest,
 )
 from moe_replay.engines.files.writer import RolloutWriter
@@ -188,7 +189,8 @@ def load_groups(
 ) -> list[RolloutGroup] | None:
     """Return what was saved for ``requests``; None where the run asks for something else by now.
 
-    A run that was resumed with a change, such as another dataset, does. Only the files of ``rank``
+    A run that was resumed with a change, such as another dataset, does; and what another revision
+    saved in another format is not read, see `is_of_other_revision`. Only the files of ``rank``
     are opened where it saved them all, as it did in the same layout.
 
     Raises:
@@ -196,6 +198,8 @@ def load_groups(
         TraceError: when a trace belongs to other tokens.
     """
     (path,) = find_manifests(folder)
+    if is_of_other_format(path):
+        return None
     manifest, wanted = read_manifest(path), [request.request_id for request in requests]
     held = range(manifest.first_request, manifest.stop_request)
     if manifest.sampling != sampling or not all(number in held for number in wanted):
@@ -211,6 +215,11 @@ def load_groups(
             return None
         groups.append(group)
     return groups
+
+
+def is_of_other_revision(folder: Path) -> bool:
+    """Whether a held rollout was saved by a revision that writes rollouts in another format."""
+    return any(is_of_other_format(path) for path in find_manifests(folder))
 
 
 @contextmanager

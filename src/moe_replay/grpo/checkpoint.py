@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, save_groups
@@ -38,6 +38,7 @@ def save_checkpoint(run: Run) -> None:
         evaluation_is_owed=run.evaluation_is_owed,
         guard=run.guard.to_plain() if run.guard is not None else {},
         best=asdict(run.best) if run.best is not None else {},
+        draws=run.mixture.draws(run.next_prompt) if run.mixture is not None else {},
     )
     if run.recipe.checkpoint.asynchronous:
         run.saving = run.checkpoints.begin(run.actor, position, beside=_rollout_writers(run))
@@ -116,6 +117,9 @@ def load_checkpoint(run: Run, step: int) -> None:
     run.step, run.next_prompt = position.step, position.next_prompt
     run.saved_step, run.evaluation_is_owed = position.step, position.evaluation_is_owed
     run.policy_version = position.policy_version
+    if position.draws and run.mixture is not None and run.recipe.rollout.engine != "files":
+        # Files were sampled for the positions that the recipe alone gives.
+        run.mixture.go_on(position.next_prompt, position.draws)
     if position.best:
         _take_best(run, BestStep(**position.best))
     if run.guard is not None and position.guard:
@@ -137,8 +141,9 @@ def _take_best(run: Run, best: BestStep) -> None:
     now = measured_on(run.recipe, run.inputs.held_out, best.metric)
     if best.measured_on and best.measured_on != now:
         run.journal.warn(
-            f"{earlier}, {best.value:g}, on other held-out prompts or with other keys of [eval] than "
-            "those of now, so the search for the best starts again here"
+            f"{earlier}, {best.value:g}, on other held-out prompts or sampled or judged in another way "
+            "than now ([eval], rollout.stop, [environment]), so the search for the best starts again here"
         )
     else:
-        run.best = best
+        # A checkpoint of an earlier revision does not say what it was measured on.
+        run.best = replace(best, measured_on=now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_replay.engines.registry import EngineUse, engine_entry
@@ -41,6 +43,21 @@ def recipe_sampling(recipe: Recipe) -> SamplingParams:
         stop_token_ids=rollout.stop_token_ids,
         seed=recipe.run.seed,
         keeps_candidates=rollout.truncates,
+    )
+
+
+def eval_sampling(recipe: Recipe) -> SamplingParams:
+    """Return how held-out completions are sampled; what ends them is that of the rollout."""
+    settings, rollout = recipe.eval, recipe_sampling(recipe)
+    return replace(
+        rollout,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        # Nothing is trained on them.
+        keeps_candidates=False,
+        max_completion_length=settings.max_completion_length or rollout.max_completion_length,
     )
 
 

@@ -10,9 +10,9 @@ from math import comb
 import numpy as np
 from jaxtyping import Float64
 
-from moe_replay.engines.types import Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Request, RolloutGroup
 from moe_replay.grpo.answers import ask_engine, ask_rewards
-from moe_replay.grpo.engines import recipe_sampling
+from moe_replay.grpo.engines import eval_sampling
 from moe_replay.grpo.export import write_export
 from moe_replay.grpo.kept import kept_completions
 from moe_replay.grpo.measured import measured_on
@@ -22,7 +22,6 @@ from moe_replay.grpo.run import BestStep, Run
 from moe_replay.grpo.stopping import StepDropped
 from moe_replay.grpo.turns import converse
 from moe_replay.grpo.types import Conversation
-from moe_replay.recipe.recipe import Recipe
 from moe_replay.recipe.sections.run import MAX_HELD_OUT, EvalSection, held_out_number
 from moe_replay.tasks.encoding import Prompt
 from moe_replay.tasks.rewards.rewards import ScoredBatch
@@ -159,21 +158,6 @@ def _keep_best(run: Run, metrics: Mapping[str, float]) -> None:
         if settings.export:
             folder = run.directory / f"{EXPORT_FOLDER}-best"
             write_export(run.actor, run.recipe, folder)
-
-
-def eval_sampling(recipe: Recipe) -> SamplingParams:
-    """Return how held-out completions are sampled; what ends them is that of the rollout."""
-    settings, rollout = recipe.eval, recipe_sampling(recipe)
-    return replace(
-        rollout,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        # Nothing is trained on them.
-        keeps_candidates=False,
-        max_completion_length=settings.max_completion_length or rollout.max_completion_length,
-    )
 
 
 def held_out_id(name: str, index: int) -> int:

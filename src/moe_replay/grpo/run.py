@@ -32,6 +32,7 @@ from moe_replay.recipe.sections.rollout import FilesEngineSection, ServersEngine
 from moe_replay.routing import ReplayMode
 from moe_replay.routing.guard import Guard
 from moe_replay.tasks.completion_text import completion_text
+from moe_replay.tasks.mixture import MixedPrompts
 
 T = TypeVar("T")
 
@@ -114,6 +115,11 @@ class Run:
     def mode(self) -> ReplayMode:
         """Where routes come from."""
         return self.recipe.replay.router_replay_mode
+
+    @property
+    def mixture(self) -> MixedPrompts | None:
+        """The datasets to train on, where there are several."""
+        return self.inputs.train if isinstance(self.inputs.train, MixedPrompts) else None
 
     @property
     def temperature(self) -> float:

@@ -57,6 +57,8 @@ class RunPosition:
     """What the guard remembers of the last steps; empty without one."""
     best: Mapping[str, Any] = field(default_factory=dict)
     """``step`` and ``value`` of the best evaluation so far; empty without one."""
+    draws: Mapping[str, int] = field(default_factory=dict)
+    """Prompts drawn from each dataset of a mixture before ``next_prompt``; empty without one."""
 
 
 class PendingCheckpoint:

@@ -6,11 +6,14 @@ it takes the next prompt::
     position   0  1  2  3  4  5        datasets a and b of equal weight
     draw       a  b  b  a  b  b
     prompt     a0 b0 b1 a1 b2 b3       a dataset that ends begins an epoch of its own
+
+A run that is resumed with other weights or datasets goes on in each where it was, see
+`MixedPrompts.go_on`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -49,6 +52,11 @@ class MixedPrompts:
         self._bounds = tuple((bounds / bounds[-1]).tolist())
         # Of each finished block: draws of each part before it.
         self._before = [np.zeros(len(parts), dtype=np.int64)]
+        # From a position on: by how many draws each part is ahead of what these draws give.
+        self._start = 0
+        self._ahead = np.zeros(len(parts), dtype=np.int64)
+        # Draws of datasets that are in the mixture no more.
+        self._left: dict[str, int] = {}
 
     @property
     def num_prompts(self) -> int | None:
@@ -77,10 +85,29 @@ class MixedPrompts:
         waiting = [iter(each) for each in own]
         return [next(waiting[number]) for number in drawn.tolist()]
 
+    def draws(self, position: int) -> dict[str, int]:
+        """Return the draws of each dataset before a position, also of those that were left out."""
+        _, before = self._drawn(position, 0)
+        now = {part.name: int(n) for part, n in zip(self.parts, before, strict=True)}
+        return self._left | now
+
+    def go_on(self, position: int, draws: Mapping[str, int]) -> None:
+        """Go on from ``position``, before which each dataset was drawn from ``draws`` times.
+
+        `draws` gave them, maybe with other weights or datasets. One that is not there begins.
+        """
+        names = [part.name for part in self.parts]
+        self._start, self._ahead = 0, np.zeros(len(names), dtype=np.int64)
+        _, before = self._drawn(position, 0)
+        given = np.array([draws.get(name, 0) for name in names], dtype=np.int64)
+        self._start, self._ahead = position, given - before
+        self._left = {name: n for name, n in draws.items() if name not in names}
+
     def _drawn(
         self, position: int, count: int
     ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " parts"]]:
         """Return the part that each position is drawn from, and draws of each part before these."""
+        assert position >= self._start, "draws before the resume are not known"
         block, first = divmod(position, _BLOCK)
         while len(self._before) <= block:
             whole = _draws(self._bounds, self._seed, len(self._before) - 1)
@@ -89,7 +116,7 @@ class MixedPrompts:
         draws = [_draws(self._bounds, self._seed, each) for each in range(block, last + 1)]
         every = np.concatenate([np.zeros(0, dtype=np.int64), *draws])
         before = self._before[block] + self._counts(every[:first])
-        return every[first : first + count], before
+        return every[first : first + count], before + self._ahead
 
     def _counts(self, draws: Int64[np.ndarray, " draws"]) -> Int64[np.ndarray, " parts"]:
         return np.bincount(draws, minlength=len(self.parts)).astype(np.int64)

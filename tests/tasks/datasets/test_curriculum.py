@@ -9,7 +9,9 @@ import pytest
 from moe_replay.errors import RecipeError
 from moe_replay.recipe.sections.mixture import CurriculumSection
 from moe_replay.recipe.sections.run import DataSection
+from moe_replay.tasks.datasets import file_prompts
 from moe_replay.tasks.datasets.cache import DatasetCache
+from moe_replay.tasks.datasets.curriculum import Curriculum
 from moe_replay.tasks.datasets.file_prompts import FilePrompts, open_file_prompts
 from moe_replay.tasks.encoding import PromptEncoder
 from moe_replay.testing.tiny_models import character_tokenizer
@@ -56,6 +58,48 @@ def test_equal_numbers_are_shuffled_anew_each_epoch(tmp_path: Path) -> None:
         assert sorted(epoch[20:]) == list(range(1, 40, 2))
     assert first != second and first[:20] != sorted(first[:20])
     assert items(opened(tmp_path, levels, seed=3), 7, 5) == first[7:12]
+
+
+def test_an_order_is_made_once_while_several_datasets_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int]] = []
+    shuffled, ordered = file_prompts._shuffled, Curriculum.ordered
+
+    def counted(num_rows: int, seed: int, epoch: int) -> Any:
+        made.append(("shuffled", epoch))
+        return shuffled(num_rows, seed, epoch)
+
+    def counted_too(self: Curriculum, prompts: Any) -> Any:
+        made.append(("sorted", len(prompts)))
+        return ordered(self, prompts)
+
+    monkeypatch.setattr(file_prompts, "_shuffled", counted)
+    monkeypatch.setattr(Curriculum, "ordered", counted_too)
+    several = []
+    for n in range(4):
+        (tmp_path / str(n)).mkdir()
+        several.append(opened(tmp_path / str(n), seed=n))
+    for position in range(6):
+        for prompts in several:
+            items(prompts, position, 1)
+    assert made == 4 * [("shuffled", 0), ("sorted", 6)]
+    # A step at the end of an epoch, which several ask for: the orders of both are kept.
+    del made[:]
+    for _ in range(3):
+        items(several[0], 5, 3)
+    assert made == [("shuffled", 1), ("sorted", 6)]
+    # The control: what is not among the last ones is made again, and nothing else is kept.
+    for epoch in (2, 3, 0):
+        items(several[0], 6 * epoch, 1)
+    assert [epoch for what, epoch in made if what == "shuffled"] == [1, 2, 3, 0]
+    assert len(several[0]._orders) == 3
+    # A band that has begun is another order of the same epoch.
+    banded = opened(tmp_path, seed=1, bands=[[1, 1], [1, 2]], band_steps=[2])
+    del made[:]
+    for step in (1, 2, 3, 4):
+        items(banded, 0, 1, step)
+    assert made == [("shuffled", 0), ("sorted", 2), ("shuffled", 0), ("sorted", 4)]
 
 
 def test_a_step_draws_from_its_band_alone(tmp_path: Path) -> None:

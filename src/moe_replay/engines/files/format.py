@@ -17,6 +17,7 @@ In: RolloutGroups. Out: files, and the groups back.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -221,6 +222,16 @@ def read_manifest(path: Path) -> Manifest:
                 "folder, or read it with the release that wrote it"
             ) from error
         raise CodecError(f"{path} is not a rollout of format {FORMAT}: {error}") from error
+
+
+def is_of_other_format(path: Path) -> bool:
+    """Whether a manifest is of another version of these files, which this release cannot read."""
+    try:
+        written = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    number = written.get("format") if isinstance(written, dict) else None
+    return isinstance(number, int) and number != FORMAT
 
 
 def find_manifests(path: Path) -> list[Path]:

@@ -29,11 +29,15 @@ class Curriculum:
     values: Float64[np.ndarray, " prompts"]
     """``[prompts]`` number of each prompt."""
 
-    def chosen(self, step: int) -> Int64[np.ndarray, " chosen"]:
-        """Return the indices of the prompts that a step (from 1) draws from."""
+    def band_of(self, step: int) -> int:
+        """Return the index of the band that a step (from 1) draws from; 0 without bands."""
+        return self.section.band_of(step) if self.section.bands else 0
+
+    def chosen(self, band: int) -> Int64[np.ndarray, " chosen"]:
+        """Return the indices of the prompts of a band; all of them without bands."""
         if not self.section.bands:
             return np.arange(len(self.values))
-        low, high = self.section.bands[self.section.band_of(step)]
+        low, high = self.section.bands[band]
         return np.flatnonzero((self.values >= low) & (self.values <= high))
 
     def ordered(self, prompts: Int64[np.ndarray, " chosen"]) -> Int64[np.ndarray, " chosen"]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from moe_replay.tasks.datasets.tables import Row, Table, column_value, open_tabl
 from moe_replay.tasks.encoding import Prompt, PromptEncoder
 
 _BATCH_ROWS = 512
+# What is kept of a dataset: the prompts of a band, and the epochs between which a step may lie.
+_NUM_ORDERS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class FilePrompts:
     """Whether positions end at the last row instead of starting a new epoch."""
     curriculum: Curriculum | None = None
     """Which prompts a step draws from, and in which order; None for all of them."""
+    _orders: dict[tuple[int, int | None], Int64[np.ndarray, " n"]] = field(default_factory=dict)
+    """Band and epoch -> indices of prompts in this order, of the last ones that were asked for."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -118,18 +121,33 @@ class FilePrompts:
     def at(self, position: int, count: int, *, step: int = 1) -> list[Prompt]:
         """Return the prompts from ``position`` on."""
         assert not self.held_out or position + count <= len(self.rows)
-        chosen = np.arange(len(self.rows))
-        if self.curriculum is not None:
-            chosen = self.curriculum.chosen(step)
+        band = 0 if self.curriculum is None else self.curriculum.band_of(step)
+        num_chosen = len(self._order(band, None))
         found: list[Prompt] = []
         while len(found) < count:
-            epoch, first = divmod(position + len(found), len(chosen))
-            order = self._order(chosen, epoch)[first : first + count - len(found)]
+            epoch, first = divmod(position + len(found), num_chosen)
+            order = self._order(band, epoch)[first : first + count - len(found)]
             found += [self._prompt(int(self.rows[index])) for index in order]
         return found
 
-    def _order(self, chosen: Int64[np.ndarray, " n"], epoch: int) -> Int64[np.ndarray, " n"]:
-        """Return indices of prompts in the order of an epoch."""
+    def _order(self, band: int, epoch: int | None) -> Int64[np.ndarray, " n"]:
+        """Return indices of the prompts of a band, in the order of an epoch or None for the file's.
+
+        Each order is made once: shuffling and sorting take a second a million rows.
+        """
+        key = band, epoch
+        # The one that was asked for last is last, and the first goes.
+        order = self._orders.pop(key, None)
+        self._orders[key] = self._made_order(band, epoch) if order is None else order
+        while len(self._orders) > _NUM_ORDERS:
+            del self._orders[next(iter(self._orders))]
+        return self._orders[key]
+
+    def _made_order(self, band: int, epoch: int | None) -> Int64[np.ndarray, " n"]:
+        if epoch is None:
+            every = np.arange(len(self.rows))
+            return every if self.curriculum is None else self.curriculum.chosen(band)
+        chosen = self._order(band, None)
         if self.shuffle_seed is not None:
             chosen = chosen[_shuffled(len(chosen), self.shuffle_seed, epoch)]
         return chosen if self.curriculum is None else self.curriculum.ordered(chosen)
@@ -145,7 +163,6 @@ class FilePrompts:
         return prompt
 
 
-@lru_cache(maxsize=2)
 def _shuffled(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
     order = list(range(num_rows))
     random.Random(f"{seed}:{epoch}").shuffle(order)
