@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +13,7 @@ from moe_replay.engines.fake import FakeEngine
 from moe_replay.engines.files import format as rollout_format
 from moe_replay.engines.types import Request, SamplingParams
 from moe_replay.errors import CodecError
-from moe_replay.grpo.ahead import ROLLOUT_FOLDER, begin_saving, load_groups, save_groups
-from moe_replay.grpo.journal import Journal
-from moe_replay.grpo.rollout import hold_saved
-from moe_replay.tasks.encoding import Prompt
-
-from .smallest_recipe import recipe
+from moe_replay.grpo.ahead import begin_saving, load_groups, save_groups, why_dropped
 
 SAMPLING = SamplingParams(max_completion_length=8, temperature=0.7, seed=3)
 NUM_RANKS = 4
@@ -107,50 +99,19 @@ def of_format(saved: Path, number: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
 
 
-def resumed(folder: Path) -> Any:
-    """Return what `hold_saved` reads of a run that was resumed from a checkpoint in ``folder``."""
-    prompts = [
-        Prompt(index=n, prompt_ids=each.prompt_ids, text="", columns={})
-        for n, each in enumerate(requests(*range(4)))
-    ]
-
-    def raise_together(failure: Exception | None) -> None:
-        if failure is not None:
-            raise failure
-
-    return SimpleNamespace(
-        recipe=recipe(rollout={"num_generations": 2}, batch={"global_batch_size": 8}),
-        inputs=SimpleNamespace(train=SimpleNamespace(at=lambda *_, **__: prompts)),
-        checkpoints=SimpleNamespace(folder=lambda _: folder),
-        ranks=SimpleNamespace(gather=lambda x: [x], raise_together=raise_together, rank=0),
-        replica=SimpleNamespace(number=0, num_replicas=1, own=0, size=1),
-        journal=Journal(),
-        ahead=SimpleNamespace(held=None),
-        overlaps=True,
-        next_prompt=0,
-        step=3,
-    )
-
-
 def test_a_rollout_of_another_format_is_sampled_again_by_a_run_and_refused_elsewhere(
-    saved: Path, tmp_path: Path, read: list[int]
+    saved: Path, read: list[int]
 ) -> None:
-    held = tmp_path / "checkpoint" / ROLLOUT_FOLDER
-    held.mkdir(parents=True)
-    for path in [path for path in saved.iterdir() if path.is_file()]:
-        path.rename(held / path.name)
-    # The controls: of this format, it was sampled in another way; a strange one is damage.
-    for number, said in ((2, "by another revision, in another format"), (3, "in another way than")):
-        of_format(held, number)
-        run = resumed(held.parent)
-        inspect.unwrap(hold_saved)(run)
-        (warning,) = run.journal.take_warnings()
-        assert said in warning and "step 4 is sampled again" in warning
-        assert run.ahead.held is None
+    assert load_groups(saved, requests(0, 4), SAMPLING, rank=0) is not None
+    assert "for other prompts or in another way" in why_dropped(saved)
+    del read[:]
+    of_format(saved, 2)
+    assert load_groups(saved, requests(0, 4), SAMPLING, rank=0) is None
+    assert "by another revision, in another format" in why_dropped(saved)
     assert read == []
-    of_format(held, "two")
-    with pytest.raises(CodecError, match="format two"):
-        inspect.unwrap(hold_saved)(resumed(held.parent))
-    of_format(held, 2)
+    # The controls: as a folder of `moe-replay rollout` it is refused, and a strange one is damage.
     with pytest.raises(CodecError, match="format 2, this release reads format 3: sample it again"):
-        rollout_format.RolloutFile(held)
+        rollout_format.RolloutFile(saved)
+    of_format(saved, "two")
+    with pytest.raises(CodecError, match="format two"):
+        load_groups(saved, requests(0, 4), SAMPLING, rank=0)

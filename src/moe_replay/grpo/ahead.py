@@ -189,9 +189,9 @@ def load_groups(
 ) -> list[RolloutGroup] | None:
     """Return what was saved for ``requests``; None where the run asks for something else by now.
 
-    A run that was resumed with a change, such as another dataset, does; and what another revision
-    saved in another format is not read, see `is_of_other_revision`. Only the files of ``rank``
-    are opened where it saved them all, as it did in the same layout.
+    A run that was resumed with a change, such as another dataset, does. None too where another
+    revision saved it in another format; `why_dropped` says which. Only the files of ``rank`` are
+    opened where it saved them all, as it did in the same layout.
 
     Raises:
         CodecError: when a file is damaged.
@@ -217,9 +217,11 @@ def load_groups(
     return groups
 
 
-def is_of_other_revision(folder: Path) -> bool:
-    """Whether a held rollout was saved by a revision that writes rollouts in another format."""
-    return any(is_of_other_format(path) for path in find_manifests(folder))
+def why_dropped(folder: Path) -> str:
+    """Return why a rollout that was saved cannot be taken, as `load_groups` says, in words."""
+    if any(is_of_other_format(path) for path in find_manifests(folder)):
+        return "was written by another revision, in another format of rollouts"
+    return "was sampled for other prompts or in another way than this recipe asks for"
 
 
 @contextmanager

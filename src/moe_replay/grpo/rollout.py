@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_replay.engines.types import Request, RolloutGroup
-from moe_replay.grpo.ahead import ROLLOUT_FOLDER, is_of_other_revision, load_groups
+from moe_replay.grpo.ahead import ROLLOUT_FOLDER, load_groups, why_dropped
 from moe_replay.grpo.answers import ask_engine, check_answer, end_at_stops
 from moe_replay.grpo.engines import recipe_sampling, training_request
 from moe_replay.grpo.run import Run
@@ -136,12 +136,8 @@ def hold_saved(run: Run) -> None:
     if all(run.ranks.gather(groups is not None)):
         run.ahead.held = groups
     else:
-        why = "was sampled for other prompts or in another way than this recipe asks for"
-        if is_of_other_revision(folder):
-            why = "was written by another revision, in another format of rollouts"
         run.journal.warn(
-            f"{folder} {why}: "
-            f"step {run.step + 1} is sampled again, by the weights of the checkpoint"
+            f"{folder} {why_dropped(folder)}: step {run.step + 1} is sampled again, by the weights of the checkpoint"
         )
 
 
