@@ -196,5 +196,99 @@ def test_what_routes_cannot_follow_is_refused_by_name(trainer_of):
     config = Qwen3Config(vocab_size=512, num_attention_heads=4, num_key_value_heads=4, **sizes)
     with pytest.raises(UnsupportedError, match="is dense"):
         trainer_of(ReplayGRPOTrainer, model=Qwen3ForCausalLM(config))
-    with pytest.raises(UnsupportedError, match="rollout_func"):
-        trainer_of(ReplayGRPOTrainer, rollout_func=lambda prompts, trainer: {})
+    for mode in ("R2", "R3"):
+        with pytest.raises(UnsupportedError, match=f"{mode} cannot follow .* rollout_func"):
+            trainer_of(
+                ReplayGRPOTrainer, router_replay_mode=mode, rollout_func=lambda prompts, trainer: {}
+            )
+        with pytest.raises(UnsupportedError, match=f"{mode} cannot follow .* tools"):
+            trainer_of(ReplayGRPOTrainer, router_replay_mode=mode, tools=[double])
+
+
+def double(number: int) -> int:
+    """Double a number.
+
+    Args:
+        number: what is doubled.
+    """
+    return 2 * number
+
+
+def test_images_are_given_to_trl_without_replay_and_refused_with_it():
+    import torch
+
+    from moe_replay.routing import Routing
+    from moe_replay.trl.passes import SamplePass
+    from moe_replay.trl.samples import RoutedSample
+    from moe_replay.trl.watch import PassWatch
+
+    samples = [
+        RoutedSample(
+            number=number,
+            prompt=0,
+            token_ids=np.array([7, 8 + number]),
+            num_prompt_tokens=1,
+            step=0,
+            rollout_logprobs=np.array([-1.0], dtype=np.float32),
+        )
+        for number in range(2)
+    ]
+    ids, pixels = torch.tensor([[7, 8], [7, 9]]), torch.ones(3)
+    seen = []
+
+    def score(model: Any, *batch: Any, **options: Any) -> Any:
+        seen.append((*batch, options))
+        return torch.tensor([[-1.0], [-1.5]]), None, None
+
+    watch, given = PassWatch(0), (score, None, torch.nn.Module(), ids, torch.ones_like(ids), 1, 1)
+    now = SamplePass(samples=samples, routing=Routing.LIVE, watch=watch)
+    now.score(*given, pixel_values=pixels)
+    (call,) = seen  # one batch, cut by TRL, which knows whose the images are
+    assert call[0] is ids and call[3] == 1 and call[4]["pixel_values"] is pixels
+    # k3 of a gap of 0 and of -0.5: exp(-0.5) - 1 + 0.5.
+    assert watch.mean_gaps() == {0: 0.0, 1: pytest.approx(0.1065307)}
+    for routing in (Routing.RECORD, Routing.REPLAY):
+        with pytest.raises(UnsupportedError, match="pixel_values"):
+            replace(now, routing=routing).score(*given, pixel_values=pixels)
+
+
+# Each of two batches is taken twice before the optimizer moves.
+TWICE = {
+    "gradient_accumulation_steps": 4,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_completion_length": 8,
+}
+
+
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_a_sample_may_be_taken_twice_in_one_optimizer_step(trainer_of, mode):
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    trainer = trainer_of(ReplayGRPOTrainer, TWICE, router_replay_mode=mode)
+    (agreement,) = logged(trainer, "replay/agreement_min_sample")
+    (line,) = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert (agreement, line["replay/coverage"], trainer.state.global_step) == (1.0, 1.0, 1)
+    assert line["replay/guard_margin_nats"] < 0
+
+
+def test_routes_that_are_lost_when_a_sample_is_taken_again_stop_before_the_optimizer(trainer_of):
+    from moe_replay.trl import ReplayGRPOTrainer
+
+    class Late(ReplayGRPOTrainer):
+        calls = 0
+
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            self.calls += 1
+            if self.calls == 3:  # the first batch, again
+                first, *others = inputs["moe_replay"]
+                late = np.roll(first.trace.expert_ids, 1, axis=0)
+                trace = replace(first.trace, expert_ids=late)
+                inputs = {**inputs, "moe_replay": [replace(first, trace=trace), *others]}
+            return super()._compute_loss(model, inputs)
+
+    trainer = trainer_of(Late, TWICE)
+    before = weights(trainer)
+    with pytest.raises(MisalignmentError, match=r"1 of 16 samples(?s:.*)token shift \+1"):
+        trainer.train()
+    assert trainer.calls == 4 and (weights(trainer) == before).all()

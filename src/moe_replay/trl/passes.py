@@ -58,9 +58,13 @@ class SamplePass:
     ) -> Scored:
         """Score a batch in TRL's parts of ``batch_size``, each under the routes of its samples.
 
-        ``policy`` is ``model`` without wrappers. Raises as `in_rows` and `placed` do, and
-        `UnsupportedError` for images.
+        ``policy`` is ``model`` without wrappers. With live routing TRL cuts the parts itself.
+        Raises as `in_rows` and `placed` do, and `UnsupportedError` for images under routes.
         """
+        if self.routing is Routing.LIVE:
+            whole = call(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+            self._add_gaps(in_rows(self.samples, input_ids, attention_mask), whole)
+            return whole
         given = [name for name in _OF_IMAGES if options.get(name) is not None]
         if given:
             raise UnsupportedError(
@@ -76,9 +80,7 @@ class SamplePass:
                     part = call(
                         model, input_ids[at], attention_mask[at], logits_to_keep, None, **options
                     )
-                if self.watch is not None:
-                    logprobs = part[0].detach().float().cpu()
-                    self.watch.add_gaps(sample_gaps(held, logprobs))
+                self._add_gaps(held, part)
             parts.append(part)
         logprobs, entropies, losses = zip(*parts, strict=True)
         return (
@@ -87,15 +89,16 @@ class SamplePass:
             None if losses[0] is None else torch.stack(losses).mean(),
         )
 
+    def _add_gaps(self, held: Sequence[RoutedSample], scored: Scored) -> None:
+        if self.watch is not None:
+            self.watch.add_gaps(sample_gaps(held, scored[0].detach().float().cpu()))
+
     @contextmanager
     def _scope(
         self, until: ExitStack, policy: nn.Module, at: slice, input_ids: Any, mask: Any
     ) -> Iterator[list[RoutedSample]]:
         """Open the scopes of one forward on ``until``, and take what they saw after it."""
         held = in_rows(self.samples[at], input_ids, mask)
-        if self.routing is Routing.LIVE:
-            yield held
-            return
         routes: PlacedRoutes | None = None
         recorder: RouteRecorder | None = None
         if self.routing is Routing.RECORD or self.watch is not None:

@@ -31,6 +31,7 @@ from moe_replay.trl.passes import Batch, SamplePass, Scored, padded
 from moe_replay.trl.samples import RoutedSample
 from moe_replay.trl.vllm_routes import VllmRoutes, recording_vllm
 from moe_replay.trl.watch import PassWatch
+from moe_replay.trl.window import Round, Window
 
 KEY = "moe_replay"
 """Where a batch of TRL keeps its `RoutedSample`s."""
@@ -100,8 +101,7 @@ class ReplayGRPOTrainer(GRPOTrainer):
             model = routed_of(self._policy)
             assert model is not None, "a model that is not dense"
             self._vllm_routes = VllmRoutes(self.vllm_generation, self.accelerator, model)
-        self._window = PassWatch(self._num_experts)
-        self._window_batches: list[tuple[list[RoutedSample], Batch]] = []
+        self._window = Window(self._num_experts)
         self._judged: Judged | None = None
 
     def _require_supported(self) -> int:
@@ -114,19 +114,23 @@ class ReplayGRPOTrainer(GRPOTrainer):
                 f"{type(self._policy).__name__} is dense: it has no routes to replay; use "
                 "router_replay_mode='disabled', or TRL's GRPOTrainer"
             )
-        refused = {
-            "tools and environments (a conversation's turns are sampled in calls that do not name "
-            "their sample)": self.tools or self.environment_factories,
-            "rollout_func (it returns no routes)": self.rollout_func,
-            "use_transformers_continuous_batching (its graphs run without Python)": (
-                self.use_transformers_continuous_batching
-            ),
+        unnamed = {
+            "tools": self.tools and not self.environment_factories,
+            "environment_factory": self.environment_factories,
+            "rollout_func": self.rollout_func,
         }
-        found = [words for words, is_on in refused.items() if is_on]
-        if found and self._mode is ReplayMode.R3:
+        found = [name for name, is_on in unnamed.items() if is_on]
+        if found:
             raise UnsupportedError(
-                f"R3 cannot record the routes of {'; '.join(found)}; use transformers' generate, or "
-                "router_replay_mode='R2', which needs no routes of the engine"
+                f"{self._mode.value} cannot follow the samples of {', '.join(found)}: TRL generates "
+                "them in calls that do not name their sample; leave it out, or use "
+                "router_replay_mode='disabled'"
+            )
+        if self._records and self.use_transformers_continuous_batching:
+            raise UnsupportedError(
+                "R3 cannot record the routes of use_transformers_continuous_batching, whose graphs "
+                "run without Python; use transformers' generate, or router_replay_mode='R2', which "
+                "needs no routes of the engine"
             )
         return sites[0].num_experts
 
@@ -341,11 +345,10 @@ class ReplayGRPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].shape[1],
         )
-        self._window_batches.append((samples, batch))
         self._pass = SamplePass(
             samples=samples,
             routing=self._mode.passes.update,
-            watch=self._window,
+            watch=self._window.take(samples, batch).watch,
             open=self._open,
         )
         try:
@@ -363,18 +366,24 @@ class ReplayGRPOTrainer(GRPOTrainer):
 
     def _close_window(self) -> None:
         """Log and judge all that one optimizer step learns from; collective."""
-        watch, scored = self._window, self._window_batches
-        self._window, self._window_batches = PassWatch(self._num_experts), []
+        rounds, self._window = self._window.rounds, Window(self._num_experts)
+        for number, one in enumerate(rounds):
+            self._close_round(one, is_first=number == 0)
+        self._judged = None
+
+    def _close_round(self, now: Round, *, is_first: bool) -> None:
+        watch, scored = now.watch, now.scored
         self._log_replay(watch.metrics(self._gather))
-        if not self._takes_old_pass:
+        if is_first and not self._takes_old_pass:
             self._close_first(watch, scored, "update")
+        if not self._mode.replays:
+            return
         steps = {sample.step for samples, _ in scored for sample in samples}
         weights_moved = steps != {self.state.global_step}
-        if self._mode is ReplayMode.R2 and not weights_moved:
+        if is_first and self._mode is ReplayMode.R2 and not weights_moved:
             self._judge_first(watch, scored, "update")
-        elif self._mode is ReplayMode.R2 or (self._records and self._takes_old_pass):
+        elif not is_first or self._mode is ReplayMode.R2 or self._takes_old_pass:
             self._judge_again(watch, weights_moved=weights_moved)
-        self._judged = None
 
     def _judge_again(self, watch: PassWatch, *, weights_moved: bool) -> None:
         """Judge what a pass before has judged, or what drift has changed since it was recorded."""

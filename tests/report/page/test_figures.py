@@ -74,6 +74,26 @@ def test_a_share_of_0_has_no_point_on_a_log_scale(runs):
     assert trace(tail_figure(runs), "R3")["y"] == [0.02, 0.002, None]
 
 
+def test_replay_is_compared_with_live_routing_over_the_same_steps(runs):
+    """Only the second of three steps measured both; the first is a worse one under replay."""
+
+    def tail(prefix, share):
+        return {f"{prefix}/extreme_frac_tau_{tau}": share for tau in ("1.1", "1.5", "2")}
+
+    first, second, third = (replace(r, metrics=dict(r.metrics)) for r in runs[0].steps)
+    first.metrics.update(tail("rollout_correction", 0.9))
+    second.metrics.update(tail("rollout_correction", 0.01) | tail("live_gap", 0.3))
+    figure = tail_figure([replace(runs[0], steps=(first, second, third))])
+    assert trace(figure, "R3")["y"] == [0.01] * 3
+    assert trace(figure, "R3 with live routing")["y"] == [0.3] * 3
+    assert "R3: 1 of 3 steps measured live routing too" in figure.note
+    assert [row[:2] for row in figure.table.rows] == [["R3", "1"], ["R3 with live routing", "1"]]
+    # Where no step has both, the line is over all of them: (0.9 + 0.01 + 0.02) / 3.
+    del second.metrics["live_gap/extreme_frac_tau_2"]
+    alone = tail_figure([replace(runs[0], steps=(first, second, third))])
+    assert (trace(alone, "R3")["y"][0], alone.note) == (0.31, "")
+
+
 def test_flips_are_by_layer_and_step_on_one_scale_and_only_of_runs_that_replay(runs):
     figures = flip_figures(runs)
     assert [figure.key for figure in figures] == ["flips-0", "flips-2"]
@@ -157,7 +177,19 @@ def test_a_single_low_sample_among_thousands_of_steps_stays_visible(runs):
     line = trace(figure, "R3 lowest sample")
     assert len(line["x"]) == 500
     assert (777, 0.4) in zip(line["x"], line["y"], strict=True)
-    assert "each point is the lowest of several neighbouring steps" in figure.note
+    assert "each point is the lowest of up to 10 neighbouring steps" in figure.note
+    assert len([each for each in figure.traces if "fill" in each]) == 0
+
+
+def test_two_steps_a_point_are_said_and_one_is_not(runs):
+    """501 steps give 251 points, fewer than the most that a line may have."""
+    step = StepRecord(step=1, metrics={"replay/agreement_min_sample": 0.97}, seconds={})
+    steps = tuple(replace(step, step=number) for number in range(1, 502))
+    figure = agreement_figure([replace(runs[0], steps=steps)])
+    assert len(trace(figure, "R3 lowest sample")["x"]) == 251
+    assert "each point is the lowest of up to 2 neighbouring steps" in figure.note
+    short = agreement_figure([replace(runs[0], steps=steps[:500])])
+    assert "neighbouring" not in short.note
 
 
 def test_a_heat_map_of_ten_thousand_steps_and_128_layers_has_240_columns():

@@ -84,11 +84,34 @@ def _verdict(folder: Path):
 def test_the_verdict_of_a_healthy_run_says_what_the_guard_compared(tmp_path, make_run):
     verdict = _verdict(make_run(tmp_path / "a"))
     assert (verdict.level, verdict.headline) == ("good", "No misaligned sample")
+    assert verdict.text == (
+        "The guard compared every replayed row in 3 steps, at least 100.00 % of those that could be "
+        "replayed."
+    )
     facts = dict(verdict.facts)
     assert facts["Training reward"] == "0.1000 → 0.3000 (first and last 10 % of steps)"
     assert facts["Held-out"] == "0.2500 → 0.5000 (after steps 0 and 3)"
     assert facts["Lowest agreement"] == "97.00 %: step 1, sample 1 (dataset item 41)"
     assert facts["Steps"] == "3 of 3 steps; still running, or killed"
+
+
+def test_steps_in_which_nothing_was_compared_are_never_called_aligned(tmp_path, make_run):
+    (run,) = open_runs([make_run(tmp_path / "a")])
+
+    def live(record):
+        agrees = ("replay/agreement", "replay/flip_frac")
+        kept = {n: v for n, v in record.metrics.items() if not n.startswith(agrees)}
+        return replace(record, metrics=kept | {"replay/coverage": 0.0}, details={})
+
+    first, second, third = run.steps
+    none = verdict_of(replace(run, steps=tuple(map(live, run.steps))))
+    assert (none.level, none.headline) == ("warning", "No route was compared")
+    partly = replace(second, metrics=second.metrics | {"replay/coverage": 0.6})
+    some = verdict_of(replace(run, steps=(first, partly, live(third))))
+    assert (some.level, some.headline) == ("warning", "Routes were compared in 2 of 3 steps")
+    assert "at least 60.00 % of those that could be replayed" in some.text
+    all_of_them = verdict_of(replace(run, steps=(first, partly, third)))
+    assert (all_of_them.level, "in 3 steps, at least 60.00 %" in all_of_them.text) == ("good", True)
 
 
 def test_the_verdict_of_a_run_with_a_dropped_sample_names_step_and_sample(tmp_path, make_run):

@@ -80,14 +80,17 @@ def visible(text: str) -> str:
 
 
 def line(run: RunView, series: Series, *, name: str = "", **options: Any) -> list[Trace]:
-    """Return the traces of a line of a run: over thinned steps also a band from low to high."""
+    """Return the traces of a line of a run: over thinned steps also a band from low to high.
+
+    There is none where the points themselves are the lowest values.
+    """
     colour = f"@run{run.number}"
     shown = label(f"{run.name} {name}".strip())
     # The ninth run has the colour and symbol of the first again.
     dash = DASHES[run.number // len(SYMBOLS) % len(DASHES)]
     style = {"color": colour, "width": 2, "dash": dash} | options.pop("line", {})
     traces: list[Trace] = []
-    if series.steps_a_point > 1:
+    if series.steps_a_point > 1 and series.low != series.high:
         band = {
             "type": "scatter",
             "mode": "lines",

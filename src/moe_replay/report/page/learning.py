@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_replay.grpo.metrics import EXTREME_TAUS
-from moe_replay.report.columns import WINDOW, number, percent, tiny
+from moe_replay.grpo.records import StepRecord
+from moe_replay.report.columns import WINDOW, number, percent, steps_of, tiny
 from moe_replay.report.page.figure import (
     DASHES,
     SYMBOLS,
@@ -21,7 +22,7 @@ from moe_replay.report.page.figure import (
 )
 from moe_replay.report.page.runs import RunView
 from moe_replay.report.page.thinning import Series, rounded, series_of, thinned
-from moe_replay.report.summary import eval_changes, metric_figures
+from moe_replay.report.summary import eval_changes
 
 _STEP = {"title": {"text": "step"}, "rangemode": "tozero"}
 _GAP, _LIVE = "rollout_correction", "live_gap"
@@ -185,37 +186,33 @@ def _gap_layout(gaps: Sequence[Series], *, with_drift: bool) -> dict[str, Any]:
 
 
 def tail_figure(runs: Sequence[RunView]) -> Figure:
-    """Show F(tau), the share of tokens off by more than tau, over tau."""
+    """Show F(tau), the share of tokens off by more than tau, over tau.
+
+    Where a run also measured it with live routing, both lines are means over the steps that have
+    both.
+    """
     traces: list[Trace] = []
     rows = []
+    notes = []
     for run in runs:
-        for prefix, name, dash in ((_GAP, "", "solid"), (_LIVE, "with live routing", "dot")):
-            means = [
-                metric_figures(run.steps, f"{prefix}/extreme_frac_tau_{tau:g}")
-                for tau in EXTREME_TAUS
-            ]
-            values = [rounded(found["mean"]) for found in means if found is not None]
-            if len(values) < len(EXTREME_TAUS):
-                continue
-            rows.append([f"{run.name} {name}".strip(), *map(percent, values)])
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "name": label(f"{run.name} {name}".strip()),
-                    "x": list(EXTREME_TAUS),
-                    # A logarithm has no place for 0.
-                    "y": [value or None for value in values],
-                    "line": {"color": f"@run{run.number}", "width": 2, "dash": dash},
-                    "marker": {
-                        "size": 8,
-                        "symbol": SYMBOLS[run.number % len(SYMBOLS)] + "-open" * bool(name),
-                        "color": f"@run{run.number}",
-                    },
-                    "meta": {"run": run.number},
-                }
+        steps = _with_tail(run.steps, _GAP)
+        both = _with_tail(steps, _LIVE)
+        if both and len(both) < len(steps):
+            notes.append(
+                f"{run.name}: {len(both)} of {steps_of(len(steps))} measured live routing too; its "
+                "lines are means over these."
             )
-    spoken = "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows)
+        for prefix, name, dash in ((_GAP, "", "solid"), (_LIVE, "with live routing", "dot")):
+            held = both or steps
+            if not _with_tail(held, prefix):
+                continue
+            values = [
+                rounded(math.fsum(r.metrics[metric] for r in held) / len(held))
+                for metric in _tail_metrics(prefix)
+            ]
+            rows.append([f"{run.name} {name}".strip(), str(len(held)), *map(percent, values)])
+            traces.append(_tail_trace(run, values, name=name, dash=dash))
+    spoken = "; ".join(f"{row[0]}: {', '.join(row[2:])}" for row in rows)
     return Figure(
         key="tail",
         title="F(τ): tokens off by more than τ",
@@ -229,8 +226,38 @@ def tail_figure(runs: Sequence[RunView]) -> Figure:
             "yaxis": {"title": {"text": "F(τ)"}, "type": "log", "tickformat": ".2~p"},
             "hovermode": "closest",
         },
-        table=Table(headings=["run", *(f"τ = {tau:g}" for tau in EXTREME_TAUS)], rows=rows),
+        table=Table(
+            headings=["run", "steps", *(f"τ = {tau:g}" for tau in EXTREME_TAUS)], rows=rows
+        ),
+        note=" ".join(notes),
     )
+
+
+def _tail_metrics(prefix: str) -> list[str]:
+    return [f"{prefix}/extreme_frac_tau_{tau:g}" for tau in EXTREME_TAUS]
+
+
+def _with_tail(steps: Sequence[StepRecord], prefix: str) -> list[StepRecord]:
+    wanted = set(_tail_metrics(prefix))
+    return [record for record in steps if wanted <= record.metrics.keys()]
+
+
+def _tail_trace(run: RunView, values: Sequence[float], *, name: str, dash: str) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": label(f"{run.name} {name}".strip()),
+        "x": list(EXTREME_TAUS),
+        # A logarithm has no place for 0.
+        "y": [value or None for value in values],
+        "line": {"color": f"@run{run.number}", "width": 2, "dash": dash},
+        "marker": {
+            "size": 8,
+            "symbol": SYMBOLS[run.number % len(SYMBOLS)] + "-open" * bool(name),
+            "color": f"@run{run.number}",
+        },
+        "meta": {"run": run.number},
+    }
 
 
 def tail_over_steps_figure(runs: Sequence[RunView]) -> Figure:

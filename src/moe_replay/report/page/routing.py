@@ -263,13 +263,15 @@ def agreement_figure(runs: Sequence[RunView]) -> Figure:
 def _lowest(held: Sequence[StepRecord]) -> Series:
     """Return the lowest agreement of each point: a mean would hide the one that matters."""
     values = [(record.step, rounded(record.metrics[_LOWEST])) for record in held]
-    points = [
-        min((values[at] for at in part), key=lambda v: v[1])
-        for part in bins(len(values), MAX_POINTS)
-    ]
+    parts = bins(len(values), MAX_POINTS)
+    points = [min((values[at] for at in part), key=lambda v: v[1]) for part in parts]
     lows = tuple(value for _, value in points)
     return Series(
-        steps=tuple(step for step, _ in points), mean=lows, low=lows, high=lows, steps_a_point=1
+        steps=tuple(step for step, _ in points),
+        mean=lows,
+        low=lows,
+        high=lows,
+        steps_a_point=len(parts[0]),
     )
 
 
@@ -283,9 +285,13 @@ def _median(held: Sequence[StepRecord]) -> Series | None:
 
 
 def _lowest_note(columns: Sequence[tuple[str, Series]]) -> str:
-    if all(len(series.steps) < MAX_POINTS for _, series in columns):
+    most = max((series.steps_a_point for _, series in columns), default=1)
+    if most == 1:
         return ""
-    return "Long runs: each point is the lowest of several neighbouring steps."
+    return (
+        f"Long runs: each point is the lowest of up to {most} neighbouring steps, and their mean in "
+        "the line of medians, whose band reaches from their lowest to their highest."
+    )
 
 
 def _dropped_trace(run: RunView) -> Trace | None:

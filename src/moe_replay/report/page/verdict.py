@@ -12,6 +12,7 @@ from moe_replay.report.summary import eval_changes, live_comparison, metric_figu
 
 Level = Literal["good", "plain", "warning", "bad"]
 _MISALIGNED = "MisalignmentError"
+_LOWEST = "replay/agreement_min_sample"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +111,33 @@ def _without_misalignment(run: RunView) -> tuple[Level, str, str]:
             "Routes were replayed and not checked",
             "replay.guard is false: look at the agreement by sample below.",
         )
-    return "good", "No misaligned sample", f"The guard compared the routes of every sample {seen}."
+    return _of_compared(run)
+
+
+def _of_compared(run: RunView) -> tuple[Level, str, str]:
+    """Say how much the guard compared; a step without a replayed row compares nothing."""
+    compared = [record for record in run.steps if _LOWEST in record.metrics]
+    if not compared:
+        return (
+            "warning",
+            "No route was compared",
+            f"No row was replayed in {steps_of(len(run.steps))}, so the guard had nothing to judge: "
+            "look at the coverage and the rows routed live below.",
+        )
+    lowest = min(
+        (r.metrics["replay/coverage"] for r in compared if "replay/coverage" in r.metrics),
+        default=None,
+    )
+    rows = "" if lowest is None else f", at least {percent(lowest)} of those that could be replayed"
+    if len(compared) < len(run.steps):
+        return (
+            "warning",
+            f"Routes were compared in {len(compared)} of {steps_of(len(run.steps))}",
+            f"The guard compared every replayed row there{rows}, and found no misaligned sample. The "
+            "other steps replayed nothing, so it had nothing to judge in them.",
+        )
+    text = f"The guard compared every replayed row in {steps_of(len(compared))}{rows}."
+    return "good", "No misaligned sample", text
 
 
 def _first_sentence(message: str) -> str:
@@ -164,9 +191,8 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
 
 
 def _worst(run: RunView) -> tuple[int, float, dict[str, Any] | None] | None:
-    metric = "replay/agreement_min_sample"
-    held = [record for record in run.steps if metric in record.metrics]
+    held = [record for record in run.steps if _LOWEST in record.metrics]
     if not held:
         return None
-    record = min(held, key=lambda record: record.metrics[metric])
-    return record.step, record.metrics[metric], record.details.get(metric)
+    record = min(held, key=lambda record: record.metrics[_LOWEST])
+    return record.step, record.metrics[_LOWEST], record.details.get(_LOWEST)
