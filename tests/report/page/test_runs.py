@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_the_verdict_of_a_healthy_run_says_what_the_guard_compared(tmp_path, mak
     verdict = _verdict(make_run(tmp_path / "a"))
     assert (verdict.level, verdict.headline) == ("good", "No misaligned sample")
     assert verdict.text == (
-        "The guard compared every replayed row in 3 steps, at least 100.00 % of those that could be "
+        "The guard compared every replayed row in 3 steps, at least 100 % of those that could be "
         "replayed."
     )
     facts = dict(verdict.facts)
