@@ -196,11 +196,18 @@ def test_what_routes_cannot_follow_is_refused_by_name(trainer_of):
     config = Qwen3Config(vocab_size=512, num_attention_heads=4, num_key_value_heads=4, **sizes)
     with pytest.raises(UnsupportedError, match="is dense"):
         trainer_of(ReplayGRPOTrainer, model=Qwen3ForCausalLM(config))
-    for mode in ("R2", "R3"):  # what tools and environments are refused with, too
+    for mode in ("R2", "R3"):
         with pytest.raises(UnsupportedError, match=f"{mode} cannot follow .* rollout_func"):
             trainer_of(
                 ReplayGRPOTrainer, router_replay_mode=mode, rollout_func=lambda prompts, trainer: {}
             )
+    # The chat template of the demo's model renders no calls, so TRL itself takes no tools here.
+    trainer = trainer_of(ReplayGRPOTrainer, router_replay_mode="R2")
+    for name, value in (("tools", [len]), ("environment_factories", {None: object})):
+        setattr(trainer, name, value)
+        called = "environment_factory" if name == "environment_factories" else name
+        with pytest.raises(UnsupportedError, match=f"R2 cannot follow .* {called}: TRL"):
+            trainer._require_supported()
 
 
 def test_images_are_given_to_trl_without_replay_and_refused_with_it():

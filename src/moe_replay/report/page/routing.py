@@ -289,8 +289,8 @@ def _lowest_note(columns: Sequence[tuple[str, Series]]) -> str:
     if most == 1:
         return ""
     return (
-        f"Long runs: each point is the lowest of up to {most} neighbouring steps, and their mean in "
-        "the line of medians, whose band reaches from their lowest to their highest."
+        f"Long runs: each point is the lowest of up to {most} neighbouring steps; of medians their "
+        "mean, with a band from their lowest to their highest."
     )
 
 
