@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ def test_the_screen_has_80_columns_the_verdict_and_no_escape_codes(demo):
     assert f"Verdict: {found['conclusion']['cause']}" in shown
     assert "Routes: " in shown
     assert "k3" in shown
+    # Which tokens a column is about.
+    live, replayed = found["live"]["num_tokens"], found["replayed"]["num_tokens"]
+    assert ["tokens", str(live), str(replayed)] in [line.split() for line in shown.splitlines()]
     assert "3/n" in shown
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -84,6 +88,25 @@ def test_a_kept_rollout_and_its_routes_alone_are_diagnosed_without_an_engine(dem
     routes = json.loads(capsys.readouterr().out)
     assert routes["flips"]["flip_frac"] == found["flips"]["flip_frac"]
     assert (routes["live"], routes["conclusion"]["cause"]) == (None, "unknown")
+    # A rollout names the weights that sampled it, its traces alone do not.
+    assert found["conclusion"]["limits"] == []
+    assert "does not name the weights" in routes["conclusion"]["limits"][0]
+
+
+@pytest.mark.ranks
+def test_a_rollout_that_names_no_weights_limits_the_verdict(demo, tmp_path, capsys):
+    """What a checkpoint holds of a step sampled ahead: after pushes, without a digest."""
+    folder = demo[0]
+    copy = shutil.copytree(folder / "rollout", tmp_path / "rollout")
+    (manifest,) = copy.glob("*.json")
+    text = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(text | {"weights": {}, "policy_version": 3}))
+    ours = ("--trainer", "transformers", "--dtype", "float32", "--json", "-")
+    assert diagnosed(MODEL, "--rollouts", copy, *ours) == 0
+    found = json.loads(capsys.readouterr().out)
+    (limit,) = found["conclusion"]["limits"]
+    assert "does not name the weights that sampled it (after 3 pushes" in limit
+    assert "whether engine and trainer hold the same is not known" in limit
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -96,6 +119,14 @@ def test_what_cannot_be_diagnosed_is_refused(capsys, tmp_path):
     assert "--engine needs --prompts" in refusal(capsys, MODEL, "--engine", "embedded")
     both = ("--rollouts", tmp_path, "--keep", tmp_path)
     assert "--keep has no effect" in refusal(capsys, MODEL, *both)
+    sampling = ("--temperature", "0.7", "--engine-dtype", "float32")
+    said = refusal(capsys, MODEL, "--rollouts", tmp_path, *sampling, "--task", "a=1")
+    assert "--temperature and --engine-dtype and --task has no effect with --rollouts" in said
+    # A value that is the default is as much without effect.
+    default = ("--rollouts", tmp_path, "--num-samples", "64")
+    assert "--num-samples has no effect" in refusal(capsys, MODEL, *default)
+    token = ("--engine", "embedded", *PROMPTS, "--token-file", tmp_path / "token")
+    assert "--token-file has no effect with --engine embedded" in refusal(capsys, MODEL, *token)
     twin = ("--twin", MODEL, "--trainer", "transformers")
     server = ("--engine", "http://127.0.0.1:1", *twin)
     assert "servers hold one" in refusal(capsys, MODEL, *server, *PROMPTS)

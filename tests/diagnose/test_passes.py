@@ -12,6 +12,7 @@ from moe_replay.diagnose.hf_trainer import HfTrainer
 from moe_replay.diagnose.measured import Measured
 from moe_replay.diagnose.passes import exact_kl, logprobs_of
 from moe_replay.testing.ranks import run_ranks
+from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 
 def of(rows: list[list[float]]) -> passes.Distributions:
@@ -101,6 +102,31 @@ def test_a_pass_of_megatron_is_that_of_transformers_live_replayed_and_over_all_w
                     # Megatron chooses by logits, transformers by their softmax: the order agrees.
                     ranks = [m.ravel().argsort().argsort() for m in (ours.margins, other.margins)]
                     assert np.corrcoef(*ranks)[0, 1] > 0.8
+
+    run_ranks(check, 1)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "deepseek_v2", "deepseek_v3"])
+def test_margins_of_megatron_are_those_of_its_own_choice_with_a_bias_and_in_groups(
+    tmp_path, family
+):
+    """ERNIE 4.5 moves probabilities by a bias, DeepSeek-V2 and V3 choose groups, each otherwise."""
+    groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    model = write_tiny_checkpoint(
+        tmp_path, family, **(groups if family == "deepseek_v2" else {}), num_experts_per_tok=3
+    )
+    tokens = np.random.default_rng(3).integers(4, 96, 40).astype(np.int32)
+
+    def check() -> None:
+        from moe_replay.diagnose.megatron_trainer import megatron_trainer
+
+        with megatron_trainer(model, dtype="float32") as trainer:
+            ours = trainer.run(tokens, 8, temperature=1.0, replayed=None)
+        theirs = HfTrainer.load(model, dtype="float32", device="cpu")
+        other = theirs.run(tokens, 8, temperature=1.0, replayed=None)
+        assert (ours.margins >= 0).all()
+        assert ours.margins == pytest.approx(other.margins, abs=1e-5)
 
     run_ranks(check, 1)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from moe_replay.cli.diagnose_report import plain_report
 from moe_replay.diagnose import Cause
 
 from .conftest import NUM_GENERATIONS, Ids
@@ -90,6 +93,34 @@ def test_a_planted_misalignment_of_one_sample_of_32_names_it(rollout, defect):
     assert [line for line in found.causes if not line.startswith(f"sample {NAME} ")] == []
     assert defect in found.defects
     assert words in found.causes[0]
+
+
+def test_swapped_samples_are_called_by_their_names_on_both_ends(rollout):
+    """Of 32, samples 5 and 9, which are the completions 1/1 and 2/1, hold each other's routes."""
+
+    def swapped(every: list[Ids]) -> list[Ids]:
+        changed = list(every)
+        changed[5], changed[9] = every[9], every[5]
+        return changed
+
+    found = rollout.judged(rollout.with_routes(swapped))
+    said = sorted(found.conclusion.causes)
+    assert [line.split(" (")[0] for line in said] == ["sample 1/1", "sample 2/1"]
+    assert "swapped samples: its routes are in sample 2/1;" in said[0]
+    assert "swapped samples: its routes are in sample 1/1;" in said[1]
+    causes = {each["sample"]: each["cause"] for each in plain_report(found)["routes"]["misaligned"]}
+    assert "in sample 2/1;" in causes[5]
+    assert "in sample 1/1;" in causes[9]
+
+
+def test_a_clean_summary_and_a_fault_of_all_samples_name_their_sample(rollout):
+    clean = rollout.diagnosed()
+    closest = clean.names[clean.routes.margin_sample]
+    assert f"; sample {closest} came closest, " in clean.routes.summary(clean.names)
+    late = rollout.judged(rollout.with_routes(one_row_late)).conclusion
+    said = re.findall(r"in sample (\S+):", " ".join(late.causes))
+    assert said
+    assert set(said) <= set(clean.names)
 
 
 def test_f8_log_probabilities_one_token_late_are_named_in_all_and_in_one(rollout):

@@ -54,9 +54,13 @@ def _check(options: argparse.Namespace) -> None:
     if options.engine is not None and options.prompts is None:
         raise RecipeError("--engine needs --prompts: a dataset, or reasoning_gym:FAMILY")
     if options.rollouts is not None:
-        for name in ("prompts", "keep", "twin"):
-            if getattr(options, name) is not None:
-                raise RecipeError(f"--{name} has no effect with --rollouts, which samples nothing")
+        if options.of_sampling:
+            names = " and ".join(options.of_sampling)
+            raise RecipeError(f"{names} has no effect with --rollouts, which samples nothing")
+    elif options.token_file is not None and not _is_address(options.engine[0]):
+        raise RecipeError(
+            f"--token-file has no effect with --engine {options.engine[0]}: it is for servers"
+        )
     elif options.twin is not None and options.trainer != "transformers":
         raise RecipeError(
             "--twin needs --trainer transformers: Megatron holds mixture-of-experts families alone here"
@@ -166,6 +170,7 @@ def _measured(
             engine="the recorder",
             engine_dtype="a format that a trace does not name",
             no_kl="a trace file holds no log-probabilities",
+            no_weights="A trace file does not name the weights that sampled it",
             **ours,
         )
         with _trainer(options, model, dtype) as trainer:
@@ -181,6 +186,7 @@ def _measured(
         engine_dtype=engine.dtype,
         temperature=rollout.manifest.sampling.temperature or 1.0,
         no_kl=no_kl,
+        no_weights=_no_weights(rollout),
         **ours,
     )
     again = None if no_kl else _hf(model, engine.dtype)
@@ -202,6 +208,16 @@ def _check_weights(rollout: RolloutFile, model: Path) -> None:
             f"{rollout.path} was sampled with other weights than {model} holds ({', '.join(odd[:4])} differ): the gap "
             "would be that of two models; give the checkpoint that sampled it, or sample again"
         )
+
+
+def _no_weights(rollout: RolloutFile) -> str:
+    manifest = rollout.manifest
+    if manifest.weights:
+        return ""
+    return (
+        f"{rollout.path.name} does not name the weights that sampled it (after {manifest.policy_version} pushes of a "
+        "training run)"
+    )
 
 
 def _hf(model: Path, dtype: str) -> HfTrainer:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from typing import Any
 
 _DTYPES = ("float32", "bfloat16")
 
 
+class _OfSampling(argparse.Action):
+    """Store a value, and remember that an option which only sampling reads was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.of_sampling = (*namespace.of_sampling, option_string)
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
+    command.set_defaults(of_sampling=())
     command.add_argument("model", metavar="MODEL", help="checkpoint that the trainer holds")
     _add_engine(command)
     _add_prompts(command)
@@ -18,7 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="what moe-replay rollout wrote, or a trace file, in place of an engine",
     )
-    add("--keep", metavar="FOLDER", help="keep the sampled rollout there")
+    add("--keep", action=_OfSampling, metavar="FOLDER", help="keep the sampled rollout there")
     add(
         "--trainer",
         choices=("megatron", "transformers"),
@@ -32,6 +49,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--twin",
+        action=_OfSampling,
         metavar="MODEL",
         help="dense model, diagnosed in the same way: the floor without routing; needs --trainer transformers",
     )
@@ -53,16 +71,23 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--server-kind",
+        action=_OfSampling,
         choices=("vllm-server", "sglang-server"),
         default="vllm-server",
         help="what speaks at these addresses; moe-replay serve and vLLM: vllm-server",
     )
-    add("--token-file", metavar="FILE", help="bearer token of the servers")
-    add("--engine-dtype", choices=_DTYPES, default="bfloat16", help="number format of the engine")
+    add("--token-file", action=_OfSampling, metavar="FILE", help="bearer token of the servers")
+    add(
+        "--engine-dtype",
+        action=_OfSampling,
+        choices=_DTYPES,
+        default="bfloat16",
+        help="number format of the engine",
+    )
 
 
 def _add_prompts(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+    add = partial(command.add_argument, action=_OfSampling)
     add(
         "--prompts",
         metavar="DATASET",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from moe_replay.cli.compare import (
 from moe_replay.diagnose.diagnosis import Diagnosis, Gap
 from moe_replay.diagnose.statistics import Estimate, bound_of_unseen
 from moe_replay.diagnose.verdict import Cause
+from moe_replay.routing.guard import Fault, Finding, with_names
 
 _WIDTH = 78
 _MOST_LAYERS = 16
@@ -91,7 +92,7 @@ def _verdict(console: Console, found: Diagnosis) -> None:
         rows = found.rows
         _say(
             console,
-            f"Routes: {rows.compared} of {rows.compared + rows.unrecorded} rows compared. {found.routes.summary()}",
+            f"Routes: {rows.compared} of {rows.compared + rows.unrecorded} rows compared. {found.routes.summary(found.names)}",
             indent="  ",
         )
 
@@ -109,7 +110,7 @@ def _gaps(found: Diagnosis) -> Table:
 
 
 def _gap_cells(gap: Gap) -> dict[str, str]:
-    cells = {"k1": _cell(gap.k1), "k3": _cell(gap.k3)}
+    cells = {"tokens": str(gap.num_tokens), "k1": _cell(gap.k1), "k3": _cell(gap.k3)}
     if gap.kl is not None:
         cells["KL, exact"] = _cell(gap.kl)
     for tau, share in gap.beyond.items():
@@ -200,8 +201,8 @@ def plain_report(found: Diagnosis) -> dict[str, Any]:
     report["routes"] = None
     if found.routes is not None:
         report["routes"] = {
-            "misaligned": [_plain(finding) for finding in found.routes.misaligned],
-            "faults": [_plain(fault) for fault in found.routes.faults],
+            "misaligned": [_named(each, found.names) for each in found.routes.misaligned],
+            "faults": [_named(each, found.names) for each in found.routes.faults],
             "margin_nats": found.routes.margin_nats,
             "agreement": dict(
                 zip(
@@ -213,6 +214,10 @@ def plain_report(found: Diagnosis) -> dict[str, Any]:
         }
     report["twin"] = None if found.twin is None else plain_report(found.twin)
     return report
+
+
+def _named(found: Finding | Fault, names: Sequence[str]) -> dict[str, Any]:
+    return {**_plain(found), "cause": with_names(found.cause, names)}
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from moe_replay.diagnose.statistics import NUM_RESAMPLES, Estimate, Margins, Tok
 from moe_replay.diagnose.verdict import Conclusion, Evidence, conclude
 from moe_replay.grpo.metrics import EXTREME_TAUS, gap_of_tokens
 from moe_replay.routing import RoutingTrace, TraceComparison, compare_traces, flipped
-from moe_replay.routing.guard import Verdict
+from moe_replay.routing.guard import Verdict, with_names
 
 _KEPT = ("kl", "k3_kl", *(f"extreme_frac_tau_{tau:g}" for tau in EXTREME_TAUS))
 
@@ -200,6 +200,7 @@ def _measured(
     routes, everywhere = tally.judge.verdict(gaps=tally.gaps, rhos=tally.rhos), ""
     if routes is not None:
         everywhere, routes = tally.judge.explained(routes)
+        everywhere = with_names(everywhere, names)
     margins = None
     if tally.has_margins:
         margins = MarginSummary(

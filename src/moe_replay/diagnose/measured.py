@@ -69,6 +69,8 @@ class Setting:
     """Softmax temperature of sampling, and of the trainer's log-probabilities."""
     no_kl: str = ""
     """Why there is no exact KL; empty where there is one."""
+    no_weights: str = ""
+    """Why it is not known which weights sampled; empty where it is."""
 
     @property
     def same_dtype(self) -> bool:

@@ -97,9 +97,7 @@ class MegatronTrainer:
                 policy_version=0,
                 device=self._scorer.device,
             )[0]
-            held = scores.margins[0][: len(token_ids)]
-            # Below 0 where groups limit the choice: the best one left out was not to be had.
-            margins = None if (held < 0).any() else held
+            margins = scores.margins[0][: len(token_ids)]
         return Pass(
             token_logprobs=scores.samples[0].token_logprobs,
             live=live,

@@ -14,7 +14,7 @@ from moe_replay.diagnose.measured import Setting
 from moe_replay.diagnose.routes import RowsSeen
 from moe_replay.diagnose.statistics import Estimate
 from moe_replay.routing import Finding
-from moe_replay.routing.guard import Fault
+from moe_replay.routing.guard import Fault, with_names
 
 NO_GAP_K3 = 1e-7
 """Mean k3 below which, and without a token beyond the smallest tau, there is no gap: float32
@@ -204,12 +204,9 @@ def _misaligned(evidence: Evidence, limits: tuple[str, ...]) -> Conclusion:
     names, lines = evidence.names, []
     if evidence.faults:
         lines += [f"all samples together: {evidence.everywhere}"] if evidence.everywhere else []
-        lines += [str(each) for each in evidence.faults[:_NAMED]]
+        lines += [with_names(str(each), names) for each in evidence.faults[:_NAMED]]
     else:
-        lines += [
-            str(each).replace(f"sample {each.sample}", f"sample {names[each.sample]}", 1)
-            for each in evidence.findings[:_NAMED]
-        ]
+        lines += [with_names(str(each), names) for each in evidence.findings[:_NAMED]]
         if others := [names[each.sample] for each in evidence.findings[_NAMED:_LISTED]]:
             more = len(evidence.findings) - _NAMED
             lines.append(
@@ -333,6 +330,10 @@ def _percent(share: Estimate) -> str:
 def _limits(evidence: Evidence) -> tuple[str, ...]:
     """Say what the verdict is not about."""
     rows, limits = evidence.rows, []
+    if evidence.setting.no_weights:
+        limits.append(
+            f"{evidence.setting.no_weights}: whether engine and trainer hold the same is not known."
+        )
     if rows.compared and rows.unrecorded:
         limits.append(
             f"{rows.unrecorded} of {rows.compared + rows.unrecorded} rows came without a route: nothing is said about "

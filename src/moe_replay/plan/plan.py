@@ -16,7 +16,13 @@ from moe_replay.plan.duration import StepTime, plan_time
 from moe_replay.plan.machine import USABLE_FRAC, Machine
 from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, check_layout, plan_memory
 from moe_replay.plan.options import check_options
+from moe_replay.plan.trainer.activations import has_sinks
 from moe_replay.recipe.recipe import Recipe
+
+_SINKS = (
+    "attention with sinks keeps no weights, as a fused kernel of Transformer Engine; one that is not "
+    "fused keeps heads x rows x rows"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,7 @@ class Plan:
             "took 1.8 times as much",
             "lengths": "bytes: every completion has its maximum length; seconds: "
             f"{rates['length_frac']:.0%} of it, the longest one all of it",
+            **({"sinks": _SINKS} if has_sinks(self.shape) else {}),
         } | {name: f"{value:g}" for name, value in rates.items()}
 
 

@@ -22,6 +22,13 @@ class OwnChoice(ABC):
     """Stands in a router's RouterReplay, and chooses for Megatron or for a replay scope."""
 
     @abstractmethod
+    def ranking(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return what the choice goes by, ``[rows, experts]``: -inf for one that a row may not use.
+
+        ``scores`` are what Megatron hands to a router's top-k.
+        """
+
+    @abstractmethod
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +46,20 @@ class ExpertGroups(OwnChoice):
     num_scored: int
     """A group's score is the sum of its best so many experts'."""
 
+    @classmethod
+    def of_megatron(cls, num_groups: int, group_topk: int, topk: int) -> ExpertGroups:
+        """Return the groups of Megatron's own choice of ``topk`` experts."""
+        scored = topk // group_topk
+        return cls(num_groups=num_groups, groups_per_token=group_topk, num_scored=scored)
+
+    def ranking(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores, with -inf for experts outside the best groups of each row."""
+        grouped = scores.unflatten(-1, (self.num_groups, -1))
+        group_scores = grouped.topk(self.num_scored, dim=-1).values.sum(dim=-1)
+        chosen = group_scores.topk(self.groups_per_token, dim=-1, sorted=False).indices
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,12 +68,7 @@ class ExpertGroups(OwnChoice):
         With 6 experts in 3 groups, 2 groups and 2 experts a token, groups scored by their best
         expert: scores .1 .2 | .5 .0 | .3 .3 keep the last two groups, and choose experts 2 and 4.
         """
-        grouped = scores.unflatten(-1, (self.num_groups, -1))
-        group_scores = grouped.topk(self.num_scored, dim=-1).values.sum(dim=-1)
-        chosen = group_scores.topk(self.groups_per_token, dim=-1, sorted=False).indices
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, chosen, True)
-        within = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
-        values, ids = within.topk(topk, dim=-1)
+        values, ids = self.ranking(scores).topk(topk, dim=-1)
         return values, ids
 
 
@@ -67,6 +83,10 @@ class BiasedSoftmax(OwnChoice):
         router.register_buffer(BIAS_NAME, bias)
         self._router = router
 
+    def ranking(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the sums of probability and bias of the logits ``scores``."""
+        return scores.float().softmax(dim=-1) + getattr(self._router, BIAS_NAME)
+
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, *_ignored: Any, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +95,6 @@ class BiasedSoftmax(OwnChoice):
         Megatron then takes the softmax over the logits of the chosen, which are their shares of the
         sum of their probabilities. Logits 0 0 with a bias of 0 .1 choose expert 1.
         """
-        bias = getattr(self._router, BIAS_NAME)
         with torch.no_grad():
-            moved = scores.float().softmax(dim=-1) + bias
-            ids = moved.topk(topk, dim=-1).indices
+            ids = self.ranking(scores).topk(topk, dim=-1).indices
         return scores.gather(1, ids), ids

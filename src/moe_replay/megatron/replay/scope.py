@@ -18,20 +18,16 @@ from typing import Any
 import megatron.core.tensor_parallel as tensor_parallel
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, Integer
+from jaxtyping import Float, Float32, Integer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_replay.errors import ReplayScopeError, UnsupportedError
 from moe_replay.megatron.replay.expert_groups import OwnChoice
+from moe_replay.megatron.replay.live import Chosen, LiveChoice
 from moe_replay.megatron.replay.overlap import OverlapCounter, RowOwners, WatchedRoutes
 from moe_replay.megatron.replay.refusals import refuse_bypasses, refuse_foreign_routes
 from moe_replay.megatron.replay.upload import DeviceRoutes
 from moe_replay.routing import RouteSlice
-
-Chosen = tuple[Float[torch.Tensor, "rows topk"], Int64[torch.Tensor, "rows topk"]]
-"""Scores and ids of the experts of each row."""
-LiveTopK = Callable[[Int64[torch.Tensor, " some"] | None], Chosen]
-"""What a router would choose for some of its rows (None: all)."""
 
 
 class _RouterSeat:
@@ -53,18 +49,15 @@ class _RouterSeat:
     ) -> Chosen:
         assert default_compute_topk is not None
 
-        def live(rows: torch.Tensor | None) -> Chosen:
-            if isinstance(self.displaced, OwnChoice):
-                given = scores if rows is None else scores[rows]
-                return self.displaced.get_replay_topk(given, topk)
-            if rows is None or num_groups:
-                # Megatron's group-limited choice counts on seeing every row of the microbatch.
-                values, ids = default_compute_topk(
-                    scores, topk, num_groups=num_groups, group_topk=group_topk
-                )
-                return (values, ids) if rows is None else (values[rows], ids[rows])
-            return default_compute_topk(scores[rows], topk, num_groups=None, group_topk=None)
-
+        own = self.displaced if isinstance(self.displaced, OwnChoice) else None
+        live = LiveChoice(
+            scores,
+            topk,
+            num_groups=num_groups,
+            group_topk=group_topk,
+            compute_topk=default_compute_topk,
+            own=own,
+        )
         return self.scope.choose(self.layer, scores, live)
 
 
@@ -143,7 +136,7 @@ class RouterScope(ABC):
             self._key = before
 
     def choose(
-        self, layer: int, scores: Float[torch.Tensor, "rows experts"], live: LiveTopK
+        self, layer: int, scores: Float[torch.Tensor, "rows experts"], live: LiveChoice
     ) -> Chosen:
         """Return the experts that the router of ``layer`` uses for the rows of this call."""
         if self._key is None:
@@ -161,7 +154,7 @@ class RouterScope(ABC):
         return self._experts(self._key, layer, scores, live)
 
     @abstractmethod
-    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen: ...
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveChoice) -> Chosen: ...
 
     def _checkpoint_with_key(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], distribute: bool, *args: Any) -> Any:
@@ -283,7 +276,7 @@ class ReplayScope(RouterScope):
         counts, use = counter.finish()
         return WatchedRoutes(counts=counts, use=use, live_ids=kept)
 
-    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen:
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveChoice) -> Chosen:
         routes = self._routes.get(key)
         if routes is None:
             raise ReplayScopeError(
@@ -363,25 +356,19 @@ class RecordScope(RouterScope):
     def margins(self, key: int) -> Float32[np.ndarray, "rows layers"]:
         """Return by how much the last chosen expert of each row scored above the first left out.
 
-        In the units of the scores that the router chooses by; once for each microbatch. Where
-        groups limit the choice, experts of other groups count too, and a margin can be negative.
+        As `LiveChoice.margins`; once for each microbatch.
         """
         assert self._margins is not None
         found = [self._margins.pop((layer, key)) for layer in self.layers]
         return torch.stack(found, dim=1).float().cpu().numpy()
 
-    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveTopK) -> Chosen:
+    def _experts(self, key: int, layer: int, scores: torch.Tensor, live: LiveChoice) -> Chosen:
         values, ids = live(None)
         if not self._recomputing:
             self._recorded[layer, key] = ids.detach().to(_narrow(scores.shape[1]))
             if self._margins is not None:
-                self._margins[layer, key] = _margins(scores.detach(), ids)
+                self._margins[layer, key] = live.margins(ids)
         return values, ids
-
-
-def _margins(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    left_out = scores.scatter(1, ids, -torch.inf).amax(dim=1)
-    return scores.gather(1, ids).amin(dim=1) - left_out
 
 
 def _narrow(num_experts: int) -> torch.dtype:

@@ -115,6 +115,11 @@ def layer_bytes(
     )
 
 
+def has_sinks(shape: ModelShape) -> bool:
+    """Whether attention has a learned score more in each head (gpt-oss)."""
+    return shape.megatron_fields.get("softmax_type") == "learnable"
+
+
 def _attention(
     shape: ModelShape, settings: Settings, kernels: Kernels
 ) -> tuple[float, float, float]:
@@ -133,6 +138,11 @@ def _attention(
     # The output projection keeps one output in any case.
     numbers += queries
     core = (kernels.core_outputs - 1) * queries * number + 4 * heads
+    if _keeps_weights(shape, kernels):
+        # The softmax in float32 and, in lower precision, its copy; the mask; keys and values,
+        # repeated for each head.
+        copies = 4 + (number if number < 4 else 0)
+        core = (heads * copies + 1) * settings.max_sequence_length + 2 * queries * number
     uncut = kernels.rotary_bytes * width + kernels.index_bytes
     return numbers * number, core, uncut
 
@@ -158,6 +168,8 @@ def _latent(shape: ModelShape, settings: Settings, kernels: Kernels) -> tuple[fl
 def _keeps_weights(shape: ModelShape, kernels: Kernels) -> bool:
     if not kernels.keeps_attention_weights:
         return False
+    if has_sinks(shape):
+        return True
     if not shape.megatron_fields.get("multi_latent_attention"):
         return False
     sizes = LatentSizes.of(shape)

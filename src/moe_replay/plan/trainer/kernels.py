@@ -33,7 +33,8 @@ class Kernels:
     core_outputs: int
     """Copies of what core attention returns."""
     keeps_attention_weights: bool
-    """Whether attention keeps its weights where queries and values differ in width."""
+    """Whether attention keeps its weights where queries and values differ in width, or with
+    sinks."""
     latent_heads: tuple[int, int, int]
     """Kept for each head of latent attention: tensors of a query's width, of the width of the keys'
     up projection, of a value's width."""

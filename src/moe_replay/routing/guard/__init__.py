@@ -55,6 +55,7 @@ from moe_replay.routing.guard.verdict import (
     Status,
     StepRecord,
     Verdict,
+    with_names,
 )
 
 __all__ = [
@@ -81,5 +82,6 @@ __all__ = [
     "judge",
     "look_closer",
     "summarise",
+    "with_names",
     "with_rho",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -224,19 +225,20 @@ class Verdict:
     def _with(self, status: Status) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.status is status)
 
-    def summary(self) -> str:
-        """Describe the verdict, one line for each group and sample that looks wrong."""
+    def summary(self, names: Sequence[str] | None = None) -> str:
+        """Describe the verdict, one line for each group and sample that looks wrong.
+
+        ``names`` are those of the samples, by id; without them their ids are said.
+        """
         rows = [str(fault) for fault in self.faults]
         for status in Status:
-            found = self._with(status)
-            rows += _lines(found, status)
-        if rows:
-            return "\n".join(rows)
-        return (
+            rows += _lines(self._with(status), status, names)
+        text = "\n".join(rows) or (
             f"{len(self.sample_ids)} samples, none misaligned: they agree on {self.agreement.mean():.1%} of their slots, the "
             f"lowest on {self.agreement.min():.1%}; sample {self.margin_sample} came closest, "
             f"{-self.margin_nats:.0f} nats below its threshold"
         )
+        return text if names is None else with_names(text, names)
 
     def message(self, where: str) -> str:
         """Return an error message: what was found, in which samples, and what to do."""
@@ -252,10 +254,23 @@ class Verdict:
         )
 
 
-def _lines(found: Sequence[Finding], status: Status) -> list[str]:
+def with_names(text: str, names: Sequence[str]) -> str:
+    """Return a sentence of the guard with each "sample N" called by its name, ``names[N]``.
+
+    Examples:
+        >>> with_names("sample 2: its routes are in sample 0", ["a", "b", "c"])
+        'sample c: its routes are in sample a'
+    """
+    # "paired sample 17 nats" is the strength of a test.
+    found = r"\bsample (\d+)\b(?! nats)"
+    return re.sub(found, lambda each: f"sample {names[int(each[1])]}", text)
+
+
+def _lines(found: Sequence[Finding], status: Status, names: Sequence[str] | None) -> list[str]:
     lines = [f"{status}: {finding}" for finding in found[:_SHOWN]]
     if len(found) > _SHOWN:
-        numbers = ", ".join(str(finding.sample) for finding in found[_SHOWN : _SHOWN + 40])
+        others = [finding.sample for finding in found[_SHOWN : _SHOWN + 40]]
+        numbers = ", ".join(str(each) if names is None else names[each] for each in others)
         more = ", ..." if len(found) > _SHOWN + 40 else ""
         lines.append(f"{status} too: {len(found) - _SHOWN} samples ({numbers}{more})")
     return lines
