@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_replay.engines.embedded.engine import EmbeddedEngine
-from moe_replay.engines.types import RolloutGroup
+from moe_replay.engines.types import Request, RolloutGroup
 from moe_replay.errors import MisalignmentError, RecipeError, RewardError
 from moe_replay.grpo.engines import recipe_engine
-from moe_replay.grpo.turns import turn_id
+from moe_replay.grpo.inputs import open_inputs
+from moe_replay.grpo.turns import _begin, turn_id
+from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import Recipe
 from moe_replay.testing.misrouting import MisroutingEngine, of_another, one_row_late
 
@@ -125,6 +128,73 @@ def test_ids_of_turns_meet_no_other_id() -> None:
     }
     assert len(ids) == 4 * 3 * 3
     assert min(ids) >= 1 << 62 and max(ids) < 1 << 64
+
+
+MIXED = """
+class Levels:
+    def reset(self, *, level=1, **row):
+        return f" {level + 1}{sorted(row)}"
+    def step(self, text): ...
+
+def short_alone(completions, dataset): return [float(name == "short") for name in dataset]
+def hard_alone(completions, dataset): return [float(name == "hard") for name in dataset]
+def levels(completions, **row): return [each and float(each) for each in row["level"]]
+"""
+
+
+def test_prompts_to_which_reset_adds_keep_their_dataset_and_columns_and_it_has_its_defaults(
+    turns: Recipes, workspace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mixed.py").write_text(MIXED)
+    for name, columns in (("short", {"level": 5}), ("long", {"hint": "x"}), ("hard", {"level": 7})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "q"} | columns) + "\n")
+    sets = {
+        name: f'{{name = "{name}", dataset = "{tmp_path / name}.jsonl"}}'
+        for name in ("short", "long", "hard")
+    }
+    functions = [
+        f'{{function = "{tmp_path}/mixed.py:short_alone", datasets = "short"}}',
+        f'{{function = "{tmp_path}/mixed.py:hard_alone", datasets = "hard"}}',
+        f'{{function = "{tmp_path}/mixed.py:levels"}}',
+    ]
+    text = (workspace / "recipe.toml").read_text().replace('train = "train.jsonl"\n', "")
+    (tmp_path / "mixed.toml").write_text(text)
+    keys = {
+        "model.path": str(turns().model.path),
+        "environment.factory": f"{tmp_path}/mixed.py:Levels",
+        "environment.form": "step",
+        "data.max_prompt_length": "100",
+        "mixture": f"[{sets['short']}, {sets['long']}]",
+        "held_out": f"[{sets['hard']}]",
+        "rewards": f"[{', '.join(functions)}]",
+    }
+    inputs = open_inputs(load_recipe(tmp_path / "mixed.toml", list(keys.items())))
+    with closing(inputs):
+        assert inputs.environment is not None
+        prompts = [*inputs.train.at(0, 8), *inputs.held_out["hard"].at(0, 1)]
+        names = [prompt.dataset for prompt in prompts]
+        assert set(names) == {"short", "long", "hard"}
+        requests = [
+            Request(request_id=n, prompt_ids=prompt.prompt_ids, num_generations=1)
+            for n, prompt in enumerate(prompts)
+        ]
+        begun = [each.prompt for each in _begin(inputs.environment, 1, prompts, requests)]
+        told = {
+            "short": "q 6['prompt']",
+            "long": "q 2['hint', 'prompt']",
+            "hard": "q 8['prompt']",
+        }
+        assert [prompt.text for prompt in begun] == [f"u:{told[name]}\na:" for name in names]
+        assert [prompt.columns for prompt in begun] == [prompt.columns for prompt in prompts]
+        scored = inputs.rewards.score(begun, ["x"] * 9, [[1]] * 9).scores
+        ones = {"short_alone": {"short": 1.0}, "hard_alone": {"hard": 1.0}}
+        for function, of in (ones | {"levels": {"short": 5.0, "hard": 7.0}}).items():
+            expected = [of.get(name, np.nan) for name in names]
+            np.testing.assert_array_equal(scored[function], expected)
+        # Nor does a batch of one dataset alone lack the columns of another.
+        long = [prompt for prompt in begun if prompt.dataset == "long"]
+        alone = inputs.rewards.score(long, ["x"] * len(long), [[1]] * len(long))
+        assert np.isnan(alone.scores["levels"]).all()
 
 
 @pytest.mark.vllm

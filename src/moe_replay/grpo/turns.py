@@ -152,7 +152,8 @@ def _begin(
         assert prompt.given is not None
         # Refused before anything is sampled.
         environment.template.of_row(prompt.given.arguments, prompt.given.where)
-        row = {**prompt.columns, "prompt": prompt.given.prompt}
+        # Columns of other datasets of a mixture are not the row's: reset has its defaults there.
+        row = {**prompt.given.columns, "prompt": prompt.given.prompt}
         # Distinct for every group of a run, and the same after a resume and for any ranks.
         of_group = int(np.random.SeedSequence([seed, request.request_id]).generate_state(1)[0])
         starts += [

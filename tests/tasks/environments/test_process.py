@@ -284,8 +284,9 @@ def test_each_call_into_user_code_begins_a_limit_of_its_own(tools, monkeypatch):
     assert [event["event"] for event in heard] == ["started"] * 2 + ["done", "finished"]
     heard.clear()
     quick = ToolCall(name="slow", arguments={"seconds": 0.0})
+    # Each async call, and its steps before and after its wait.
     act(tools, quick, ToolCall(name="missing"), quick, quick)
-    assert [event["event"] for event in heard] == ["started"] * 3 + ["done", "finished"]
+    assert [event["event"] for event in heard] == ["started"] * 9 + ["done", "finished"]
 
 
 def test_an_alarm_of_user_code_does_not_switch_the_limit_off(folder):

@@ -8,7 +8,7 @@ from moe_replay.tasks.environments.client import Action, EnvironmentProcess, Sta
 from moe_replay.tasks.environments.tool_calls import ToolCall
 
 CODE = '''
-import asyncio
+import asyncio, time
 
 class Meeting:
     # Tools that return once others have come: one after the other they would wait for ever.
@@ -43,6 +43,16 @@ class Meeting:
     async def leaves(self):
         """Exit."""
         raise SystemExit
+
+    async def blocks(self):
+        """Hold up the others, in tasks of its own and after a wait."""
+        await asyncio.gather(asyncio.sleep(0, time.sleep(0.05)), self._part(), self._part())
+        time.sleep(0.05)
+        return "ok"
+
+    async def _part(self):
+        await asyncio.sleep(0.001)
+        time.sleep(0.05)
 
     async def get_reward(self):
         await self.meet(1)
@@ -122,6 +132,19 @@ def test_a_late_tool_among_others_is_late_alone(folder):
         assert said[1] == '{"error": "SystemExit"}' and not reactions[2].num_failed
         # The process goes on.
         assert many(process, meet(1))[0].texts == ("met 1",)
+
+
+def test_async_tools_that_block_for_less_than_their_limit_are_no_failure(folder):
+    # 40 calls of 0.2 s hold each other up for 8 s in few turns of the loop: more than the limit of
+    # one, and than the trainer waits for an event.
+    with opened(folder, "Meeting", timeout_s=1.5) as process:
+        calls = [ToolCall(name="blocks")] * 39
+        reactions = many(process, *calls, ToolCall(name="stuck"))
+        assert [reaction.texts for reaction in reactions[:39]] == [("ok",)] * 39
+        # The control: one that takes longer by itself, with waits or without.
+        assert "still running after 1.5 s" in reactions[39].texts[0]
+        *_, late = many(process, ToolCall(name="blocks"), meet(99))
+        assert "still running after 1.5 s" in late.texts[0]
 
 
 def test_plain_functions_are_tools_beside_a_class_or_alone(folder):

@@ -45,6 +45,15 @@ def hangs(completions):
     (HERE / f"pid{os.getpid()}").touch()
     while True: os.sched_yield()
 
+def raises_on_b(completions):
+    if "b" in completions: raise ValueError("no b")
+    while True: os.sched_yield()
+
+def meets_or_stays_on_b(completions, log_metric):
+    if "b" not in completions: return meet(completions, log_metric, "all", 2)
+    (HERE / "stays").touch()
+    while True: os.sched_yield()
+
 def size(completions, trainer_state, dataset):
     return [100.0 * trainer_state.global_step + len(completions) + 0.1 * len(dataset[0])] * len(completions)
 
@@ -174,6 +183,44 @@ def test_an_interrupt_ends_all_processes_and_the_next_batch_starts_new_ones(
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_an_interrupt_ends_processes_that_were_idle_and_the_next_batch_starts_new_ones(
+    load: Callable[..., RewardSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = load(meets_or_stays_on_b={}, size={"num_workers": 1})
+    score(rewards, "acac", names="xxxx")
+
+    def interrupted(*_: object) -> None:
+        until = time.monotonic() + WAITS_S
+        while not (tmp_path / "stays").exists():
+            assert time.monotonic() < until
+            os.sched_yield()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rewards._process, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(rewards, "b")
+    assert score(rewards, "acac", names="xxxx").scores["meets_or_stays_on_b"].tolist() == [
+        97.0,
+        99.0,
+        97.0,
+        99.0,
+    ]
+
+
+def test_a_failure_that_stops_the_run_waits_for_no_other_part(
+    load: Callable[..., RewardSet],
+) -> None:
+    # Seven parts would each take all of their time.
+    rewards = load(raises_on_b={"timeout_s": 100.0})
+    with pytest.raises(RewardError, match=r"raises_on_b .* raised ValueError: no b.*on sample 0"):
+        score(rewards, "baaaaaaa")
+    # Nor does that of a function beside the pool.
+    rewards = load(hangs={"timeout_s": 100.0}, ends_on_b={"num_workers": 1})
+    with pytest.raises(RewardError, match=r"ends_on_b .* exit code 4.*on sample 2"):
+        score(rewards, "aab")
 
 
 def test_async_functions_stay_on_the_one_loop(load: Callable[..., RewardSet]) -> None:

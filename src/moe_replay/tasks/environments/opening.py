@@ -44,7 +44,10 @@ class OpenEnvironment:
         begun = begun_prompt(given, added, continues=continues)
         given = replace(given, prompt=begun, where=f"{given.where}, after reset")
         longer = self.encoder.encode(given)
-        return None if longer is None else replace(longer, given=prompt.given)
+        if longer is None:
+            return None
+        # The encoder knows neither the prompt's dataset nor the columns of others in a mixture.
+        return replace(longer, given=prompt.given, dataset=prompt.dataset, columns=prompt.columns)
 
 
 def begun_prompt(

@@ -3,10 +3,12 @@
 Plain code runs one call after the other. Conversations that wait for async code alone do so
 together, up to a bound. A call that takes longer than its limit is cancelled where it waits, and
 interrupted by an alarm where it computes; one that cannot be, in native code say, is ended with the
-process by the trainer.
+process by the trainer. Alarm and trainer time each step of async code, from one wait to the next,
+by itself: many steps may follow each other before the loop turns.
 
 In: frames: a class to load, then conversations to begin, to act in and to score. Out: a frame
-before each call into user code, and one for each conversation, in order.
+before each call into user code and each step of async code, and one for each conversation, in
+order.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import json
 import random
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 from moe_replay.errors import RecipeError
@@ -51,6 +56,29 @@ class _Late(BaseException):
     """A call has taken longer than its limit; no `Exception`, which user code may swallow."""
 
 
+_SLOT: ContextVar[int | None] = ContextVar("_SLOT", default=None)
+"""The conversation that user code runs for, in the task of a call and in those it starts."""
+
+
+class _Steps(Coroutine[Any, Any, Any]):
+    """A coroutine whose every step, from one wait to the next, is run by ``around``."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], around: Callable[..., Any]) -> None:
+        self._coroutine, self._around = coroutine, around
+
+    def send(self, value: Any) -> Any:
+        return self._around(self._coroutine.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._around(self._coroutine.throw, *error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+
 class _Worker:
     """Instances of one class, by the number of the conversation that uses them."""
 
@@ -61,6 +89,9 @@ class _Worker:
         self._offer: Offer | None = None
         self._instances: dict[int, Any] = {}
         self._loop = asyncio.new_event_loop()
+        self._loop.set_task_factory(self._task)
+        # Seconds in steps of all conversations, and of each.
+        self._spent_s, self._own_s = 0.0, defaultdict[int | None, float](float)
         self._places = asyncio.Semaphore(1)
 
     def answer(self, request: Mapping[str, Any], blob: bytes) -> None:
@@ -115,7 +146,6 @@ class _Worker:
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine of this class; whatever else ends the loop only interrupts it."""
-        signal.signal(signal.SIGALRM, _interrupt)
         watch = self._loop.create_task(self._watch())
         running = self._loop.create_task(coroutine)
         while not running.done():
@@ -132,8 +162,40 @@ class _Worker:
     async def _watch(self) -> None:
         """Put the alarm off for as long as the loop runs: it is for code that does not return."""
         while True:
-            signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+            # Each step of a task sets it.
             await asyncio.sleep(self._timeout_s / 4)
+
+    def _task(
+        self, loop: asyncio.AbstractEventLoop, coroutine: Any, **keys: Any
+    ) -> asyncio.Task[Any]:
+        return asyncio.Task(_Steps(coroutine, self._stepped), loop=loop, **keys)
+
+    def _stepped(self, step: Callable[..., Any], *given: Any) -> Any:
+        """Run a step of a task, with an alarm and an event of its own, and count its time."""
+        self._begin(_SLOT.get())
+        began = time.monotonic()
+        try:
+            return step(*given)
+        finally:
+            # What the loop itself does until the next step has its time, too.
+            signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+            spent = time.monotonic() - began
+            self._spent_s += spent
+            self._own_s[_SLOT.get()] += spent
+
+    def _begin(self, slot: int | None) -> None:
+        """Start the time of code that runs without a pause, here and in the trainer."""
+        # An alarm would cut the event.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if slot is not None:
+            self._say(event="started", slot=slot)
+        # User code may have an alarm of its own.
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+
+    def _clock(self, slot: int) -> float:
+        """Return the time without that in which others held up a conversation."""
+        return time.monotonic() - (self._spent_s - self._own_s[slot])
 
     def _load(self, request: Mapping[str, Any]) -> None:
         for folder in reversed(request["folders"]):
@@ -236,16 +298,16 @@ class _Worker:
     ) -> Any:
         """Return what a method returns, awaited if need be, within the limit."""
         async with self._places:
-            # It restarts the trainer's own limit.
-            self._say(event="started", slot=slot)
-            # User code may have an alarm of its own.
-            signal.signal(signal.SIGALRM, _interrupt)
-            signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+            self._begin(slot)
             result = method(*args, **kwargs)
             if not inspect.isawaitable(result):
                 return result
-            task = asyncio.ensure_future(awaited(result))
-            await asyncio.wait({task}, timeout=self._timeout_s)
+            context = copy_context()
+            context.run(_SLOT.set, slot)
+            task = self._loop.create_task(awaited(result), context=context)
+            until = self._clock(slot) + self._timeout_s
+            while not task.done() and (left := until - self._clock(slot)) > 0:
+                await asyncio.wait({task}, timeout=left)
             if not task.done():
                 task.cancel()
                 raise _Late
@@ -256,9 +318,7 @@ class _Worker:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        self._say(event="started", slot=0)
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+        self._begin(0)
         try:
             yield
         finally:

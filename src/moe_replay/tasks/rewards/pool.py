@@ -60,10 +60,16 @@ class RewardPool:
         """End what is running, and the processes with it; the next batch starts new ones."""
         for future in self._running:
             future.cancel()
+        was_running = False
         # Again and again: a process may just be starting.
         while wait(self._running, timeout=_LOOK_S).not_done:
+            was_running = True
             for process in self._processes:
                 process.interrupt()
+        if was_running:
+            # Idle ones were killed, too, which the next batch would take for a crash.
+            for process in self._processes:
+                process.close()
 
     def close(self) -> None:
         """End the processes and all of their children."""

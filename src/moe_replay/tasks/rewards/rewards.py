@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -227,7 +228,10 @@ class RewardSet:
         return replace(batch_scores, total=total, failed=failed, notes=notes, logged=self._logged)
 
     def _call_all(self, batch: Batch) -> dict[int, list[Outcome]]:
-        """Call every function on the completions of its datasets; pools work beside the others."""
+        """Call every function on the completions of its datasets; pools work beside the others.
+
+        The failure of one that stops the run ends what is still running in pools, unanswered.
+        """
         asked = {n: batch.of_datasets(each.spec.datasets) for n, each in enumerate(self._functions)}
         try:
             waiting = {
@@ -237,15 +241,31 @@ class RewardSet:
             }
             shared = {n: rows for n, rows in asked.items() if self._functions[n].pool is None}
             outcomes = {n: [each] for n, each in self._call(batch, shared).items()}
+            if not any(self._stops(number, each) for number, ((_, each),) in outcomes.items()):
+                self._wait({f: n for n, parts in waiting.items() for _, f in parts})
             for number, parts in waiting.items():
-                outcomes[number] = [(rows, future.result()) for rows, future in parts]
+                outcomes[number] = [(rows, each.result()) for rows, each in parts if each.done()]
                 self._note(outcome for _, outcome in outcomes[number])
+            for pool in self._pools():
+                pool.interrupt()
         except BaseException:
             # Their late answers would be taken for answers to the next batch.
             for pool in self._pools():
                 pool.interrupt()
             raise
         return {number: outcomes.get(number, []) for number in asked}
+
+    def _stops(self, number: int, outcome: Answer | Failure) -> bool:
+        return isinstance(outcome, Failure) and self._functions[number].spec.on_failure == "stop"
+
+    def _wait(self, running: dict[Future[Answer | Failure], int]) -> None:
+        """Wait for calls of functions until all are over, or one has failed that stops the run."""
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            if any(self._stops(running[each], each.result()) for each in done):
+                return
+            for each in done:
+                del running[each]
 
     def _call(self, batch: Batch, asked: Mapping[int, Rows]) -> dict[int, Outcome]:
         """Call functions that share a process, on completions of their own; none on no completion.
