@@ -53,6 +53,17 @@ class Failure:
     trace: str = ""
     """Its traceback."""
 
+    def cause(self) -> Exception | None:
+        """Return the traceback, if any, as an error to raise from."""
+        return _RewardTraceback(self.trace) if self.trace else None
+
+
+class _RewardTraceback(Exception):
+    """The traceback of a reward function in its own process, as text."""
+
+    def __str__(self) -> str:
+        return f"in the reward process:\n{self.args[0]}"
+
 
 class RewardProcess:
     """The process that runs the reward functions of a run; the first request starts it."""

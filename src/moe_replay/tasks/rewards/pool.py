@@ -6,8 +6,8 @@ on. Parts of a batch go to whichever process is free; which one that is changes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -77,3 +77,14 @@ class RewardPool:
         self._threads.shutdown()
         for process in self._processes:
             process.close()
+
+
+def wait_until(
+    stops: Callable[[int, Answer | Failure], bool], futures: Mapping[Future[Answer | Failure], int]
+) -> None:
+    """Wait for calls of functions, by number, until all are over or one ``stops``."""
+    running = dict(futures)
+    while running:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        if any(stops(running.pop(each), each.result()) for each in done):
+            return

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,7 +34,7 @@ from moe_replay.tasks.rewards.builtin import BUILTIN_REWARDS
 from moe_replay.tasks.rewards.checks import check_columns, is_asked, try_on_nothing
 from moe_replay.tasks.rewards.client import Answer, Failure, RewardProcess, Scores
 from moe_replay.tasks.rewards.functions import Signature, load_function
-from moe_replay.tasks.rewards.pool import RewardPool
+from moe_replay.tasks.rewards.pool import RewardPool, wait_until
 from moe_replay.tasks.rewards.wire import encode_value
 
 _SEARCH_S = 60.0
@@ -122,7 +121,7 @@ class RewardSet:
             for spec, result in zip(specs, loaded, strict=True):
                 if isinstance(result, Failure) and result.kind != "stopped":
                     process.close()
-                    raise _load_error(spec, result) from _cause(result)
+                    raise _load_error(spec, result) from result.cause()
             signatures = [result for result in loaded if isinstance(result, Signature)]
         for spec, signature in zip(specs, signatures, strict=True):
             if spec.num_workers > 1 and signature.is_async:
@@ -242,7 +241,8 @@ class RewardSet:
             shared = {n: rows for n, rows in asked.items() if self._functions[n].pool is None}
             outcomes = {n: [each] for n, each in self._call(batch, shared).items()}
             if not any(self._stops(number, each) for number, ((_, each),) in outcomes.items()):
-                self._wait({f: n for n, parts in waiting.items() for _, f in parts})
+                futures = {f: n for n, parts in waiting.items() for _, f in parts}
+                wait_until(self._stops, futures)
             for number, parts in waiting.items():
                 outcomes[number] = [(rows, each.result()) for rows, each in parts if each.done()]
                 self._note(outcome for _, outcome in outcomes[number])
@@ -257,15 +257,6 @@ class RewardSet:
 
     def _stops(self, number: int, outcome: Answer | Failure) -> bool:
         return isinstance(outcome, Failure) and self._functions[number].spec.on_failure == "stop"
-
-    def _wait(self, running: dict[Future[Answer | Failure], int]) -> None:
-        """Wait for calls of functions until all are over, or one has failed that stops the run."""
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            if any(self._stops(running[each], each.result()) for each in done):
-                return
-            for each in done:
-                del running[each]
 
     def _call(self, batch: Batch, asked: Mapping[int, Rows]) -> dict[int, Outcome]:
         """Call functions that share a process, on completions of their own; none on no completion.
@@ -315,7 +306,7 @@ class RewardSet:
         ]
         # A function that was only stopped is not the cause.
         for number, rows, failure in sorted(failed, key=lambda each: each[2].kind == "stopped"):
-            raise self._error(number, batch, rows, failure) from _cause(failure)
+            raise self._error(number, batch, rows, failure) from failure.cause()
 
     def _score_others(
         self,
@@ -374,17 +365,6 @@ class RewardSet:
             else:
                 return None
         return rows[0]
-
-
-class _RewardTraceback(Exception):
-    """The traceback of a reward function in its own process, as text."""
-
-    def __str__(self) -> str:
-        return f"in the reward process:\n{self.args[0]}"
-
-
-def _cause(failure: Failure) -> Exception | None:
-    return _RewardTraceback(failure.trace) if failure.trace else None
 
 
 def _load_error(spec: RewardSection, failure: Failure) -> RecipeError:
