@@ -61,6 +61,9 @@ def _checked(thing: Any, *, typechecker: Callable[[Any], Any]) -> Any:
         names = vars(builtins) | thing.__globals__
         if any(_may_have_shapes(each, names) for each in thing.__annotations__.values()):
             return jaxtyped(thing, typechecker=typechecker)
+        # beartype keeps each function that it was given, with all that a closure holds.
+        if "<locals>" in thing.__qualname__:
+            return thing
         # beartype refuses a ParamSpec whose annotation is a string.
         if any(str(each).endswith((".args", ".kwargs")) for each in thing.__annotations__.values()):
             return thing
