@@ -194,9 +194,11 @@ def test_text_stands_out_in_either_scheme(scheme, desktop):
     desktop.page.emulate_media(color_scheme=scheme)
     for name in ("p.reading", ".card.bad .verdict", "summary", "dt", ".card.good .verdict"):
         assert _contrast(desktop.page, name) >= 4.5, name
-    shown = desktop.page.locator("#plot-reward .xtick text").first
-    ink = shown.evaluate("one => getComputedStyle(one).fill")
-    assert ink == {"light": "rgb(27, 31, 36)", "dark": "rgb(230, 237, 243)"}[scheme]
+    # A figure is drawn again when the scheme changes, some time after.
+    desktop.page.wait_for_function(
+        """ink => getComputedStyle(document.querySelector("#plot-reward .xtick text")).fill === ink""",
+        arg={"light": "rgb(27, 31, 36)", "dark": "rgb(230, 237, 243)"}[scheme],
+    )
 
 
 def _contrast(page: Any, selector: str) -> float:
