@@ -199,7 +199,7 @@ def test_e4_one_part_of_a_push_is_in_memory_while_the_next_is_made():
 class Slow:
     """A server that takes parts when it is let, and remembers them."""
 
-    how_to_record, reads_files = "", False
+    how_to_record, reads_files, returns_candidates = "", False, False
 
     def __init__(self, url: str, *, fails_at: int = -1, error: EngineError | None = None) -> None:
         self.url, self.taken, self.committed = url, [], []
