@@ -105,7 +105,7 @@ def test_what_megatron_cannot_scale_is_refused(tmp_path: Path) -> None:
         read_model_shape(_refused(tmp_path / "a", "qwen3_moe", attention_factor=1.5))
     with pytest.raises(UnsupportedError, match="supported: rope_type 'default'"):
         read_model_shape(_refused(tmp_path / "b", "mixtral"))
-    with pytest.raises(UnsupportedError, match="partial_rotary_factor = 0.5"):
+    with pytest.raises(UnsupportedError, match=r"partial_rotary_factor = 0\.5"):
         read_model_shape(_refused(tmp_path / "c", "qwen3_moe", partial_rotary_factor=0.5))
     assert (
         read_model_shape(_refused(tmp_path / "d", "qwen3_moe")).yarn["rotary_scaling_factor"] == 4
