@@ -39,9 +39,9 @@ def measured_on(recipe: Recipe, held_out: Mapping[str, PromptSource], metric: st
 
 def _settings(recipe: Recipe, metric: str) -> dict[str, Any]:
     """Return how completions are sampled and judged for a metric, by what counts in the end."""
-    sampling = asdict(eval_sampling(recipe))
+    drawn = asdict(eval_sampling(recipe))
     # Another seed draws other completions from the same distribution.
-    del sampling["seed"]
+    sampling = {name: value for name, value in drawn.items() if name != "seed"}
     found: dict[str, Any] = {
         "sampling": sampling,
         "stop": recipe.rollout.stop,
