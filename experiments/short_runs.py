@@ -99,6 +99,11 @@ CORRECTIONS = (
     ),
     Variant(name="off-policy sequences", keys="--grpo.off_policy_sequence_mask_delta 0.02"),
 )
+TRUNCATED = (
+    Variant(name="top_p", keys="--rollout.top_p 0.9"),
+    Variant(name="top_k", keys="--rollout.top_k 5"),
+    Variant(name="min_p", keys="--rollout.min_p 0.05"),
+)
 FORMS = (
     Variant(name="LoRA", keys="--lora.rank 8 --optimizer.lr 4e-4"),
     Variant(
@@ -125,11 +130,12 @@ GROUPS: Mapping[str, tuple[Variant, ...]] = {
     "Corrections, engine in float8": renamed(
         CORRECTIONS, ", float8", "experiments/float8_engine.py"
     ),
+    "Truncated sampling": TRUNCATED,
     "Forms of training": FORMS,
 }
 
 
-def run(variant: Variant, mode: str, runs: Path) -> dict[str, object]:
+def run(variant: Variant, mode: str, runs: Path, commit: str) -> dict[str, object]:
     """Train one variant in one mode, and return what the table needs of it."""
     where = runs / f"{variant.name}-{mode}".replace(" ", "_").replace(",", "")
     words = ["env", "OMP_NUM_THREADS=1", sys.executable, *shlex.split(variant.command(mode))[1:]]
@@ -140,7 +146,7 @@ def run(variant: Variant, mode: str, runs: Path) -> dict[str, object]:
         text=True,
         check=False,
     )
-    line: dict[str, object] = {"variant": variant.name, "mode": mode}
+    line: dict[str, object] = {"variant": variant.name, "mode": mode, "commit": commit}
     if ended.returncode:
         # A run that stops is a result too.
         return line | {"stopped": (ended.stderr.strip().splitlines() or ["?"])[-1][:200]}
@@ -153,6 +159,7 @@ def run(variant: Variant, mode: str, runs: Path) -> dict[str, object]:
         "f_1.1": mean(steps, "rollout_correction/extreme_frac_tau_1.1"),
         "outside": mean(steps, "cispo_clip_ratio", "clip_ratio/region_mean"),
         "weight": mean(steps, "rollout_correction/is_weight_mean"),
+        "kept_mass": mean(steps, "rollout/kept_mass"),
         "ess": mean(steps, "rollout_correction/ess"),
         "rejected": mean(
             steps, "rollout_correction/rejected_frac", "rollout_correction/off_policy_frac"
@@ -160,6 +167,16 @@ def run(variant: Variant, mode: str, runs: Path) -> dict[str, object]:
         "reward": [mean(steps[:third], "reward"), mean(steps[-third:], "reward")],
         "held_out": [held_out[0], held_out[-1]],
     }
+
+
+def checked_out() -> str:
+    """Return the commit that runs, or raise if what runs is not as it was committed."""
+    git = ("git", "-C", str(HERE.parent))
+    sources = ("src", "recipes", "examples", "experiments/float8_engine.py")
+    changed = subprocess.check_output([*git, "status", "--porcelain", *sources], text=True)
+    if changed:
+        raise SystemExit(f"short_runs: commit these first, since a line names its commit:\n{changed}")
+    return subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
 
 
 def mean(steps: Sequence[Mapping[str, float]], *names: str) -> float | None:
@@ -283,12 +300,15 @@ def main() -> None:
     if unknown := [name for name in options.only if name not in every]:
         parser.error(f"--only {unknown}: the variants are {list(every)}")
     results = read_results()
+    commit = "" if options.table else checked_out()
     for variant in every.values():
         for mode in () if options.table else MODES:
             if variant.name in options.only or (
                 not options.only and (variant.name, mode) not in results
             ):
-                results[variant.name, mode] = run(variant, mode, options.runs.absolute())
+                results[variant.name, mode] = run(
+                    variant, mode, options.runs.absolute(), commit
+                )
                 print(json.dumps(results[variant.name, mode]), flush=True)
                 write_results(results)
     PAGE.write_text(page(results))

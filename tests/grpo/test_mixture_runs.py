@@ -158,6 +158,9 @@ def test_a_run_on_a_mixture_by_bands_resumes_exactly_and_changes_datasets_on_pur
         assert line["prompt"].startswith(line["dataset"])
         assert (level == 1) == (line["step"] == 1)
         assert (line["rewards"]["digits"] is None) == (line["dataset"] == "long")
+    assert [record["curriculum/band"] for record in whole] == [0, 1, 1]
+    assert whole[0]["curriculum/mean"] == 1
+    assert all(2 < record["curriculum/mean"] < 3 for record in whole[1:])
     for record in whole:
         drawn = {name: record[f"datasets/{name}/num_prompts"] for name in ("short", "long")}
         assert sum(drawn.values()) == record["dynamic_sampling/sampled_groups"]

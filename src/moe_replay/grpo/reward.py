@@ -15,6 +15,8 @@ from moe_replay.grpo.rounds import Rounds, compared
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Rated, Rollout, Scored
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.recipe.sections.mixture import CurriculumSection
+from moe_replay.tasks.encoding import Prompt
 
 
 def rate_completions(run: Run, rollout: Rollout) -> Rated:
@@ -74,6 +76,8 @@ def score_groups(run: Run, rounds: Rounds) -> tuple[Rollout, Scored]:
         cut = [prompt.num_cut > 0 for prompt in sampled.rollout.prompts]
         metrics["prompts/cut_ratio"] = float(np.mean(cut))
     metrics |= _by_dataset(run.recipe, sampled)
+    if (curriculum := run.recipe.curriculum) is not None:
+        metrics |= _of_curriculum(curriculum, run.step, sampled.rollout.prompts)
     learned = rounds.learned
     of_groups = compared(run.recipe, learned)
     scored = Scored(
@@ -97,6 +101,17 @@ def _by_dataset(recipe: Recipe, sampled: Rated) -> dict[str, float]:
         given = given[~np.isnan(given)]
         if len(given):
             metrics[f"datasets/{entry.name}/reward"] = float(given.mean())
+    return metrics
+
+
+def _of_curriculum(
+    section: CurriculumSection, step: int, prompts: Sequence[Prompt]
+) -> dict[str, float]:
+    """Return how far a curriculum is: its band, and the mean number of what was drawn."""
+    numbers = [prompt.difficulty for prompt in prompts if prompt.difficulty is not None]
+    metrics = {"curriculum/mean": float(np.mean(numbers))} if numbers else {}
+    if section.bands:
+        metrics["curriculum/band"] = float(section.band_of(step))
     return metrics
 
 

@@ -68,6 +68,8 @@ class Prompt:
     """What it was made of, where an environment may add to it."""
     dataset: str = ""
     """Name of its dataset in ``[[mixture]]`` or ``[[held_out]]``; empty for one of ``[data]``."""
+    difficulty: float | None = None
+    """Its number in ``curriculum.column``; None without a curriculum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

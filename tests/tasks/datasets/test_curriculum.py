@@ -48,6 +48,13 @@ def test_prompts_come_by_their_number_in_every_epoch(tmp_path: Path) -> None:
     assert items(opened(tmp_path, column="other"), 0, 3) == [5, 4, 3]
 
 
+def test_a_prompt_carries_the_number_that_chose_it(tmp_path: Path) -> None:
+    numbers = [prompt.difficulty for prompt in opened(tmp_path).at(0, 6)]
+    assert numbers == [1, 1, 2, 2, 3, 5]
+    banded = opened(tmp_path, bands=[[0, 1], [3, 9]], band_steps=[1])
+    assert [prompt.difficulty for prompt in banded.at(0, 2, step=2)] == [3, 5]
+
+
 def test_equal_numbers_are_shuffled_anew_each_epoch(tmp_path: Path) -> None:
     # By hand the sets of each level; the order within one is the shuffle's.
     levels = [n % 2 for n in range(40)]

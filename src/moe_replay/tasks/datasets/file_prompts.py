@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class FilePrompts:
         while len(found) < count:
             epoch, first = divmod(position + len(found), num_chosen)
             order = self._order(band, epoch)[first : first + count - len(found)]
-            found += [self._prompt(int(self.rows[index])) for index in order]
+            found += [self._prompt(int(index)) for index in order]
         return found
 
     def _order(self, band: int, epoch: int | None) -> Int64[np.ndarray, " n"]:
@@ -152,15 +152,17 @@ class FilePrompts:
             chosen = chosen[_shuffled(len(chosen), self.shuffle_seed, epoch)]
         return chosen if self.curriculum is None else self.curriculum.ordered(chosen)
 
-    def _prompt(self, number: int) -> Prompt:
-        row = self.table.row(number)
+    def _prompt(self, index: int) -> Prompt:
+        row = self.table.row(int(self.rows[index]))
         prompt = self.encoder.encode(self.reader.prompt(row))
         if prompt is None:
             raise RecipeError(
                 f"{row.where}: the prompt has more than data.max_prompt_length = {self.encoder.data.max_prompt_length} tokens, "
                 "unlike when the dataset was opened: do not change the file during a run"
             )
-        return prompt
+        if self.curriculum is None:
+            return prompt
+        return replace(prompt, difficulty=float(self.curriculum.values[index]))
 
 
 def _shuffled(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:

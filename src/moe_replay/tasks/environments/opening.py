@@ -46,8 +46,15 @@ class OpenEnvironment:
         longer = self.encoder.encode(given)
         if longer is None:
             return None
-        # The encoder knows neither the prompt's dataset nor the columns of others in a mixture.
-        return replace(longer, given=prompt.given, dataset=prompt.dataset, columns=prompt.columns)
+        # The encoder knows neither the prompt's dataset nor the columns of others in a mixture, nor
+        # the curriculum.
+        return replace(
+            longer,
+            given=prompt.given,
+            dataset=prompt.dataset,
+            columns=prompt.columns,
+            difficulty=prompt.difficulty,
+        )
 
 
 def begun_prompt(
