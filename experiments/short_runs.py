@@ -175,7 +175,9 @@ def checked_out() -> str:
     sources = ("src", "recipes", "examples", "experiments/float8_engine.py")
     changed = subprocess.check_output([*git, "status", "--porcelain", *sources], text=True)
     if changed:
-        raise SystemExit(f"short_runs: commit these first, since a line names its commit:\n{changed}")
+        raise SystemExit(
+            f"short_runs: commit these first, since a line names its commit:\n{changed}"
+        )
     return subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
 
 
@@ -306,9 +308,7 @@ def main() -> None:
             if variant.name in options.only or (
                 not options.only and (variant.name, mode) not in results
             ):
-                results[variant.name, mode] = run(
-                    variant, mode, options.runs.absolute(), commit
-                )
+                results[variant.name, mode] = run(variant, mode, options.runs.absolute(), commit)
                 print(json.dumps(results[variant.name, mode]), flush=True)
                 write_results(results)
     PAGE.write_text(page(results))

@@ -44,6 +44,8 @@ class _TypedCore(MetaPathFinder):
         if not name.startswith("moe_replay.routing."):
             return None
         spec = self.checked.find_spec(name, path, target)
+        if spec is None:
+            return None
         compiled = spec.loader.source_to_code
         spec.loader.source_to_code = lambda source, *place, **options: compiled(
             source.replace(b"\nif TYPE_CHECKING:\n", b"\nif True:\n"), *place, **options

@@ -38,6 +38,7 @@ from typing import Any
 from moe_replay.errors import CheckpointError, MoeReplayError
 from moe_replay.grpo.records import CompletionRecord, EvalRecord, StepRecord, TokenRecord
 from moe_replay.grpo.start.packages import installed
+from moe_replay.routing.format.whole_file import whole_file
 
 PACKAGES = (
     "moe-replay",
@@ -264,22 +265,11 @@ def _keep_lines(file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
 
 
 def _replace(file: Path, parts: Iterable[bytes]) -> None:
-    """Write a file atomically: a crash leaves either the old or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
+    """Write a file, or raise and leave the one that was there."""
     try:
-        with temporary.open("wb") as out:
+        with whole_file(file) as out:
             out.writelines(parts)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-        directory = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise _write_error(file, error) from error
 
 

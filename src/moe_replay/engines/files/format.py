@@ -18,7 +18,6 @@ In: RolloutGroups. Out: files, and the groups back.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from moe_replay.engines.types import EngineDescription, RolloutGroup, SamplingPa
 from moe_replay.errors import CodecError, RecipeError
 from moe_replay.routing.format.codec import DEFAULT_MAX_BYTES, read_place
 from moe_replay.routing.format.trace_file import map_file
+from moe_replay.routing.format.whole_file import whole_file
 
 _RESUME = "the same `moe-replay rollout` command resumes it"
 
@@ -186,18 +186,12 @@ def begin_rollout(folder: Path, manifest: Manifest) -> Path:
     path = folder / f"{rollout_name(manifest.engine, manifest.policy_version)}.json"
     if path.exists():
         _check_same(path, read_manifest(path), manifest)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        with whole_file(path) as file:
             file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
     except OSError as error:
         raise RecipeError(f"a rollout cannot be written below {folder}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

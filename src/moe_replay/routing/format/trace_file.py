@@ -19,6 +19,7 @@ from moe_replay.routing.format.codec import (
     write_payload,
 )
 from moe_replay.routing.format.frame import CHECKSUM_BYTES, Encoding, TraceHeader, read_header
+from moe_replay.routing.format.whole_file import whole_file
 from moe_replay.routing.trace import RoutingTrace
 
 
@@ -37,17 +38,10 @@ def write_trace_file(
         CodecError: when a name or a number does not fit the format, or the file cannot be written.
     """
     target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
-        try:
-            with unfinished.open("wb") as file:
-                write_payload(traces, encoding, file.write)
-                file.flush()
-                os.fsync(file.fileno())
-            size = unfinished.stat().st_size
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            write_payload(traces, encoding, file.write)
+            size = file.tell()
     except OSError as error:
         raise CodecError(f"cannot write {target}: {error}") from error
     return size
