@@ -25,10 +25,10 @@ from moe_replay.routing.guard import (
     Status,
     Verdict,
     count_overlaps,
+    drift_rho,
     look_closer,
 )
 from moe_replay.routing.guard.check import judge_counts
-from moe_replay.routing.guard.decision import MAX_DRIFT_RHO
 
 _EXPLAINED = 16
 """Misaligned samples whose cause is searched in all of their rows."""
@@ -129,10 +129,13 @@ class RouteJudge:
             rhos=rhos,
         )
         # Where both sides have drifted apart, or hold other weights, replay does not raise the gap.
-        if rhos and float(np.median(list(rhos.values()))) <= MAX_DRIFT_RHO:
-            kept = tuple(fault for fault in verdict.faults if not fault.may_be_drift)
-            verdict = replace(verdict, faults=kept)
-        return verdict
+        return verdict.without(
+            {
+                (fault.kind, fault.name)
+                for fault in verdict.faults
+                if drift_rho(fault, rhos) is not None
+            }
+        )
 
     def explained(self, verdict: Verdict) -> tuple[str, Verdict]:
         """Return what explains all rows and layers of the samples, and the verdict with it.

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from moe_replay.errors import MisalignmentError
 from moe_replay.routing.guard import (
     Baseline,
@@ -24,6 +22,7 @@ from moe_replay.routing.guard import (
     SampleEvidence,
     SecondLook,
     Verdict,
+    drift_rho,
     judge,
     look_closer,
     summarise,
@@ -35,8 +34,6 @@ from moe_replay.trl.watch import Gather, PassWatch, counts_of
 _logger = logging.getLogger(__name__)
 _NAMED = 4
 """Misaligned samples whose cause is searched: as many as a message spells out."""
-_MAX_DRIFT_RHO = 1.0
-"""Median rho, ln(k3 under replay / k3 live), up to which drift explains lost routes."""
 _MAX_FALL = 0.1
 """How much of its agreement a sample may lose in the update, under unmoved weights."""
 
@@ -105,7 +102,7 @@ def judge_first(
                 looks[finding.sample] = replace(look, rho=rho[finding.sample])
         verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
         drifted = _drifted(verdict, rho)
-    verdict = _without(verdict, drifted)
+    verdict = verdict.without(drifted)
     if not verdict.is_clean:
         raise MisalignmentError(verdict.message(where))
     guard.accept(verdict)
@@ -150,7 +147,7 @@ def judge_again(
             fault for fault in verdict.faults if not (weights_moved and fault.may_be_drift)
         ),
     )
-    verdict = _without(verdict, frozenset() if before is None else before.drifted)
+    verdict = verdict.without(frozenset() if before is None else before.drifted)
     if not verdict.is_clean:
         raise MisalignmentError(verdict.message(where))
     return _judged(verdict, 0, frozenset())
@@ -205,8 +202,7 @@ def _drifted(verdict: Verdict, rho: Mapping[int, float]) -> frozenset[tuple[str,
     """Return the groups whose samples are as far from the engine without replay."""
     found = set()
     for fault in verdict.faults:
-        known = [rho[n] for n in fault.samples or rho if n in rho]
-        if fault.may_be_drift and known and float(np.median(known)) <= _MAX_DRIFT_RHO:
+        if drift_rho(fault, rho) is not None:
             found.add((fault.kind, fault.name))
             _logger.warning(
                 "%s. The engine gap of these samples is as large without replay, so engine and "
@@ -214,17 +210,6 @@ def _drifted(verdict: Verdict, rho: Mapping[int, float]) -> frozenset[tuple[str,
                 fault,
             )
     return frozenset(found)
-
-
-def _without(verdict: Verdict, drifted: frozenset[tuple[str, str]]) -> Verdict:
-    return replace(
-        verdict,
-        faults=tuple(
-            fault
-            for fault in verdict.faults
-            if not (fault.may_be_drift and (fault.kind, fault.name) in drifted)
-        ),
-    )
 
 
 def _joined(parts: Sequence[Mapping[int, Any]]) -> dict[int, Any]:

@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +31,10 @@ from moe_replay.routing.guard import (
     SampleEvidence,
     StepTable,
     Verdict,
+    drift_rho,
     join_evidence,
     judge,
 )
-from moe_replay.routing.guard.decision import MAX_DRIFT_RHO
 from moe_replay.routing.guard.sample_tests import CERTAIN
 
 _RUINED_SCALE = 0.5
@@ -85,7 +85,7 @@ def judge_engine_routes(
         looks = again.at([*verdict.suspects, *verdict.misaligned[:_NAMED]], baseline)
         verdict = guard.decide(baseline, evidence, gaps=gaps, owners=owners, looks=looks)
     drifted = _drifted(run, again, verdict)
-    verdict = _without(verdict, drifted)
+    verdict = verdict.without(drifted)
     dropped = {finding.sample: LOST for finding in verdict.lost}
     if not verdict.is_clean:
         if not _may_drop(run, verdict):
@@ -147,7 +147,7 @@ def judge_own_packing(
         ),
         faults=tuple(fault for fault in verdict.faults if fault.kind != "server"),
     )
-    verdict = _without(verdict, before.drifted)
+    verdict = verdict.without(before.drifted)
     if not verdict.is_clean:
         raise _stopped(run, verdict, f"step {run.step}, {name}")
     if run.mode.passes.old is Routing.RECORD:
@@ -171,9 +171,7 @@ def _guard_metrics(
 def _drifted(run: Run, again: SecondLooks, verdict: Verdict) -> frozenset[tuple[str, str]]:
     """Return the groups whose routes drift has left no information; collective.
 
-    Costs a pass only if there could be one. Wrong routes raise the engine gap under replay alone:
-    of steps in which all routes were wrong, the median rho was 2 to 7. Where engine and trainer are
-    far apart, with or without replay, it is near 0.
+    Costs a pass only where drift could be the cause.
     """
     asked = [fault for fault in verdict.faults if fault.may_be_drift]
     # With ruined weights both sides have lost their routes, and a run must not go on with them.
@@ -182,8 +180,7 @@ def _drifted(run: Run, again: SecondLooks, verdict: Verdict) -> frozenset[tuple[
     rho = again.rho_of_samples()
     drifted = set()
     for fault in asked:
-        known = [rho[index] for index in fault.samples or rho if index in rho]
-        if known and (middle := float(np.median(known))) <= MAX_DRIFT_RHO:
+        if (middle := drift_rho(fault, rho)) is not None:
             drifted.add((fault.kind, fault.name))
             run.journal.warn_once(
                 f"drift of {fault.kind} {fault.name}",
@@ -193,18 +190,6 @@ def _drifted(run: Run, again: SecondLooks, verdict: Verdict) -> frozenset[tuple[
                 "the engine behind, or is its number format too coarse for this model?",
             )
     return frozenset(drifted)
-
-
-def _without(verdict: Verdict, drifted: Collection[tuple[str, str]]) -> Verdict:
-    """Return the verdict without the faults that drift explains."""
-    return replace(
-        verdict,
-        faults=tuple(
-            fault
-            for fault in verdict.faults
-            if not (fault.may_be_drift and (fault.kind, fault.name) in drifted)
-        ),
-    )
 
 
 def _measure(run: Run, batch: StepBatch, watch: PassWatch) -> tuple[Judged, _Case | None]:

@@ -41,7 +41,7 @@ rank and layer.
 from moe_replay.routing.guard.baseline import Baseline
 from moe_replay.routing.guard.check import RouteReport, check_routes
 from moe_replay.routing.guard.counts import PLACES, OverlapCounts, count_overlaps
-from moe_replay.routing.guard.decision import Guard
+from moe_replay.routing.guard.decision import Guard, drift_rho
 from moe_replay.routing.guard.evidence import judge
 from moe_replay.routing.guard.groups import explain_faults
 from moe_replay.routing.guard.places import RouteRows, look_closer, with_rho
@@ -77,6 +77,7 @@ __all__ = [
     "Verdict",
     "check_routes",
     "count_overlaps",
+    "drift_rho",
     "explain_faults",
     "join_evidence",
     "judge",

@@ -31,6 +31,7 @@ from moe_replay.routing.guard.sample_tests import (
 from moe_replay.routing.guard.sums import ServerSums
 from moe_replay.routing.guard.table import SampleEvidence, StepPart, StepTable
 from moe_replay.routing.guard.verdict import (
+    Fault,
     Finding,
     Owner,
     SecondLook,
@@ -140,6 +141,19 @@ class Guard:
         """Restore the memory from `to_plain`."""
         self._history = [StepRecord.from_plain(step) for step in plain["history"]]
         self._sums = ServerSums.from_plain(plain["sums"])
+
+
+def drift_rho(fault: Fault, rho: Mapping[int, float]) -> float | None:
+    """Return the median rho of a fault's samples where it says that drift explains the fault.
+
+    Wrong routes raise the engine gap under replay alone. Where engine and trainer are far apart,
+    with or without replay, rho is near 0. ``rho`` is by sample id, of as many as were scored twice.
+    """
+    known = [rho[sample] for sample in fault.samples or rho if sample in rho]
+    if not fault.may_be_drift or not known:
+        return None
+    middle = float(np.median(known))
+    return middle if middle <= MAX_DRIFT_RHO else None
 
 
 def _findings(

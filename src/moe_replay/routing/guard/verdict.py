@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +221,11 @@ class Verdict:
     def is_clean(self) -> bool:
         """Whether no sample and no group is misaligned."""
         return not self.misaligned and not self.faults
+
+    def without(self, drifted: Collection[tuple[str, str]]) -> Verdict:
+        """Return it without the faults that drift explains, of groups named by kind and name."""
+        faults = (f for f in self.faults if not f.may_be_drift or (f.kind, f.name) not in drifted)
+        return replace(self, faults=tuple(faults))
 
     def _with(self, status: Status) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.status is status)
