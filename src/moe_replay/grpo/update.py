@@ -40,8 +40,8 @@ def update_policy(run: Run, old: OldScores, reference: Mapping[int, ScoredSample
         reports.append(report)
     else:
         for number, minibatch in enumerate(old.batch.minibatches):
-            # Later mini-batches drift away from their routes by design; the first shows whether the
-            # update packs them correctly.
+            # Later mini-batches drift away from their routes by design, which is measured; the
+            # first shows whether the update packs them correctly.
             judges = all(report.grad_norm is None for report in reports)
             reports.append(_update_once(run, old, reference, minibatch, number, judges=judges))
     judged = next((report.judged for report in reports if report.grad_norm is not None), Judged())
@@ -98,7 +98,7 @@ def _score_and_update(
         (minibatch,) = old.batch.minibatches
         return old, _update_once(run, old, reference, minibatch, 0, judges=False)
     gradient = run.actor.measure_gradient(work, where=where)
-    return old, _step_along(run, gradient, loss, name)
+    return old, _step_along(run, gradient, loss, name, Tally())
 
 
 def _update_once(
@@ -126,11 +126,9 @@ def _update_once(
         )
     passes = run.mode.passes
     # Without a guard only this pass measures R2's agreement.
-    watches = (
-        passes.update is Routing.REPLAY
-        and judges
-        and (run.guard is not None or passes.old is not Routing.REPLAY)
-    )
+    judges = judges and (run.guard is not None or passes.old is not Routing.REPLAY)
+    several = run.recipe.batch.steps_per_generation > 1
+    watches = passes.update is Routing.REPLAY and (judges or several)
     watch = PassWatch(old.batch.origins) if watches else None
     name = _name(run, number)
     work = BackwardWork(
@@ -145,17 +143,25 @@ def _update_once(
         work, watch=watch.route_watch if watch is not None else None, where=where
     )
     gradient = run.actor.measure_gradient(work, where=where)
-    judged = Judged()
+    drift, judged = Tally(), Judged()
     if watch is not None:
+        watch.forget(old.judged.dropped)
+        drift = watch.drift_tally(number + 1) if several else drift
+    if watch is not None and judges:
         judged = judge_own_packing(run, old.batch, watch, name, before=old.judged)
-    return replace(_step_along(run, gradient, loss, name), judged=judged)
+    return replace(_step_along(run, gradient, loss, name, drift), judged=judged)
 
 
-def _step_along(run: Run, gradient: Gradient, loss: MinibatchLoss, name: str) -> _UpdateReport:
-    """Take the optimizer's step along a gradient, and report it; collective."""
+def _step_along(
+    run: Run, gradient: Gradient, loss: MinibatchLoss, name: str, drift: Tally
+) -> _UpdateReport:
+    """Take the optimizer's step along a gradient, and report it; collective.
+
+    ``drift`` is what this rank saw of live beside replayed routes.
+    """
     loss.require_pull(run, gradient.norm, where=f"step {run.step}, {name}")
     statistics = loss.statistics if run.replica.computes_loss else []
-    part = update_tally(statistics, loss.keys)
+    part = Tally.merge([update_tally(statistics, loss.keys), drift])
     # Infinite where no sample trains and only a loss of the router does.
     if loss.entropy_threshold is not None and np.isfinite(loss.entropy_threshold):
         part.add_mean("entropy/threshold", total=float(loss.entropy_threshold))

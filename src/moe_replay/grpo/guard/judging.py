@@ -124,13 +124,12 @@ def judge_own_packing(
 
     They are the trainer's own (R2), or its own packing of the engine's (R3): what is misaligned
     here is a fault of the trainer and always stops. ``before`` is what the pass of old
-    log-probabilities found (R3): what it dropped is not judged again, and what drift had hit then,
-    it hits as much now, under the same weights.
+    log-probabilities found (R3): what drift had hit then, it hits as much now, under the same
+    weights. ``watch`` has forgotten what was dropped then.
 
     Raises:
         MisalignmentError: on every rank.
     """
-    watch.forget(before.dropped)
     judged, case = _measure(run, batch, watch)
     if case is None:
         return judged

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from moe_replay.batch import Microbatch
 from moe_replay.grpo.guard.collapse import LiveSets
+from moe_replay.grpo.metrics import Tally
 from moe_replay.grpo.types import SampleOrigin
 from moe_replay.megatron.ranks.messages import HostGroup
 from moe_replay.megatron.replay.overlap import WatchedRoutes
@@ -93,6 +94,25 @@ class PassWatch:
         counts = watched.counts
         # Indices in the step grow with sample ids, so the order of rows and samples stays.
         self.counts[microbatch.key] = replace(counts, sample_ids=self._indices[counts.sample_ids])
+
+    def drift_tally(self, update: int) -> Tally:
+        """Tally the agreement and the flips of this rank's rows in an update, counted from 1.
+
+        Ranks that hold the same rows are as many for every row, so means over all ranks are right.
+        """
+        tally = Tally()
+        for counts in self.counts.values():
+            pairs = len(counts.own) * len(counts.layers)
+            for name, total, count in (
+                ("agreement", counts.own, pairs * counts.topk),
+                ("flip_frac", counts.flips, pairs),
+            ):
+                tally.add_mean(
+                    f"replay/{name}/update_{update}",
+                    total=int(total.sum(dtype=np.int64)),
+                    count=count,
+                )
+        return tally
 
     def forget(self, indices: Collection[int]) -> None:
         """Drop the counts of some samples, by index in the step."""
