@@ -49,6 +49,8 @@ class Variant:
     """Keys that all variants of its table share."""
     program: str = "-m moe_replay.cli.main"
     """What Python runs."""
+    modes: tuple[str, ...] = MODES
+    """Modes in which its keys have an effect."""
 
     def command(self, mode: str) -> str:
         """Return the command of a mode, without its output directory."""
@@ -76,6 +78,11 @@ LOSSES = (
     Variant(name="entropy bonus", keys="--grpo.entropy_coef 0.01"),
     Variant(name="top entropy", keys="--grpo.top_entropy_quantile 0.2"),
     Variant(name="KL k3", keys="--grpo.beta 0.04"),
+    Variant(
+        name="KL k3, live reference",
+        keys="--grpo.beta 0.04 --replay.reference_routes live",
+        modes=("R2", "R3"),
+    ),
     Variant(name="KL k3, unbiased", keys="--grpo.beta 0.04 --grpo.use_bias_correction_kl true"),
     Variant(name="KL k2", keys="--grpo.beta 0.04 --grpo.kl_estimator k2"),
     Variant(name="KL in reward", keys="--grpo.beta 0.04 --grpo.kl_in_reward true"),
@@ -147,19 +154,30 @@ def run(variant: Variant, mode: str, runs: Path, commit: str) -> dict[str, objec
         check=False,
     )
     line: dict[str, object] = {"variant": variant.name, "mode": mode, "commit": commit}
+    failed = where / "failed.json"
+    if ended.returncode and not failed.exists():
+        raise SystemExit(f"{where} did not begin:\n{ended.stderr[-2000:]}")
     if ended.returncode:
         # A run that stops is a result too.
-        return line | {"stopped": (ended.stderr.strip().splitlines() or ["?"])[-1][:200]}
+        said = json.loads(failed.read_text())
+        stopped = f"step {said['step']}, {said['kind']}: {said['message']}"
+        return line | {"stopped": stopped.replace("\n", " ")[:200]}
+    return line | measured(where)
+
+
+def measured(where: Path) -> dict[str, object]:
+    """Return what a finished run's directory says."""
     directory = RunDirectory(where)
     steps = [record.metrics for record in directory.read_steps()]
     held_out = [record.metrics["eval/reward"] for record in directory.read_evaluations()]
     third = len(steps) // 3
-    return line | {
+    return {
         "k3": mean(steps, "rollout_correction/k3_kl"),
         "f_1.1": mean(steps, "rollout_correction/extreme_frac_tau_1.1"),
         "outside": mean(steps, "cispo_clip_ratio", "clip_ratio/region_mean"),
         "weight": mean(steps, "rollout_correction/is_weight_mean"),
         "kept_mass": mean(steps, "rollout/kept_mass"),
+        "kl": [mean(steps[:1], "kl"), mean(steps, "kl")],
         "ess": mean(steps, "rollout_correction/ess"),
         "rejected": mean(
             steps, "rollout_correction/rejected_frac", "rollout_correction/off_policy_frac"
@@ -208,7 +226,9 @@ HEAD = """# Short runs
 
 Losses, KL terms and advantages, corrections and forms of training, each with `disabled`, R2 and R3:
 that it runs, what it clips and rejects, and what it leaves of the gap. {count} of {planned} runs, on
-two shared CPU cores, seed 0, at commit e5bb7e8; rows that are not here were not run yet. Written by
+two shared CPU cores, seed 0; rows that are not here were not run yet. The last column is the commit
+that ran. Rows of two commits were measured weeks of changes apart and maybe on two kinds of CPU,
+whose sums round differently, so compare rows of one commit. Written by
 `python experiments/short_runs.py` from `experiments/results/short_runs.jsonl`.
 
 **One seed and 15 steps say nothing about which row learns better.** Held-out accuracy of the demo
@@ -229,8 +249,10 @@ engine's copy of the matrices to float8, which is a larger gap than real engines
 Columns: `k3` and `F(1.1)` are the engine gap (`rollout_correction/k3_kl`,
 `extreme_frac_tau_1.1`); `outside` are tokens beyond the clip range of the ratio, which is policy
 drift (`clip_ratio/region_mean`); `W` and `ESS` are the mean weight of a correction and the share
-of tokens that counts in effect; `rejected` are tokens that it leaves out. Rewards are means of the
-first and the last third of the steps; held-out accuracy is before and after.
+of tokens that counts in effect; `rejected` are tokens that it leaves out; `kept` is the probability
+that truncation leaves (`rollout/kept_mass`); `KL` is the metric `kl` of the first step, and the mean
+of all. Rewards are means of the first and the last third of
+the steps; held-out accuracy is before and after.
 """
 
 
@@ -239,7 +261,7 @@ def page(results: Mapping[tuple[str, str], Mapping[str, object]]) -> str:
     parts = [
         HEAD.format(
             count=len(results),
-            planned=len(MODES) * sum(map(len, GROUPS.values())),
+            planned=sum(len(v.modes) for group in GROUPS.values() for v in group),
             short=SHORT.replace(" --", " \\\n    --"),
         )
     ]
@@ -249,9 +271,10 @@ def page(results: Mapping[tuple[str, str], Mapping[str, object]]) -> str:
             continue
         parts.append(f"\n## {heading}\n\n")
         parts.append(
-            "| run | mode | k3 | F(1.1) | outside | W | ESS | rejected | reward | held-out |\n"
+            "| run | mode | k3 | F(1.1) | outside | W | ESS | rejected | kept | KL | reward | "
+            "held-out | commit |\n"
         )
-        parts.append("|---|---|---|---|---|---|---|---|---|---|\n")
+        parts.append("|---|---|---|---|---|---|---|---|---|---|---|---|---|\n")
         for variant in ran:
             for mode in MODES:
                 if (line := results.get((variant.name, mode))) is not None:
@@ -268,9 +291,9 @@ def described(variant: Variant) -> str:
 
 def row(variant: Variant, mode: str, line: Mapping[str, object]) -> str:
     """Return a run as a row of the table."""
-    name = variant.name if mode == MODES[0] else ""
+    name = variant.name if mode == variant.modes[0] else ""
     if "stopped" in line:
-        return f"| {name} | {mode} | stopped: {line['stopped']} |||||||||\n"
+        return f"| {name} | {mode} | stopped: {line['stopped']} ||||||||||| {line['commit']} |\n"
     first, last = line["reward"]
     before, after = line["held_out"]
     cells = (
@@ -280,8 +303,11 @@ def row(variant: Variant, mode: str, line: Mapping[str, object]) -> str:
         shown(line["weight"], "{:.3f}"),
         shown(line["ess"], "{:.3f}"),
         shown(line["rejected"], "{:.1%}"),
+        shown(line.get("kept_mass"), "{:.1%}"),
+        " → ".join(shown(kl, "{:.1e}") for kl in line["kl"]) if any(line.get("kl", ())) else "–",
         f"{first:.2f} → {last:.2f}",
         f"{before:.1%} → {after:.1%}",
+        str(line["commit"]),
     )
     return f"| {name} | {mode} | {' | '.join(cells)} |\n"
 
@@ -295,6 +321,7 @@ def main() -> None:
     """Run what is asked for, and write results and page after each run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="names of variants, run again")
+    parser.add_argument("--missing", action="store_true", help="of these, those without a line")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--runs", type=Path, default=Path("runs/short"), help="where runs go")
     options = parser.parse_args()
@@ -304,10 +331,10 @@ def main() -> None:
     results = read_results()
     commit = "" if options.table else checked_out()
     for variant in every.values():
-        for mode in () if options.table else MODES:
-            if variant.name in options.only or (
-                not options.only and (variant.name, mode) not in results
-            ):
+        for mode in () if options.table else variant.modes:
+            has_line = (variant.name, mode) in results
+            again = bool(options.only) and not options.missing
+            if (variant.name in options.only or not options.only) and (again or not has_line):
                 results[variant.name, mode] = run(variant, mode, options.runs.absolute(), commit)
                 print(json.dumps(results[variant.name, mode]), flush=True)
                 write_results(results)

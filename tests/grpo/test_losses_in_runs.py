@@ -1,4 +1,4 @@
-"""Keys of the loss, many at once, in a whole run that context parallelism does not change."""
+"""Keys of the loss, many at once, in a whole run that no split over ranks changes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ KEYS = {
 
 
 @pytest.mark.ranks
-def test_a_run_with_many_keys_of_the_loss_is_the_same_on_two_ranks_of_a_sequence(
+def test_a_run_with_many_keys_of_the_loss_is_the_same_on_two_ranks_however_split(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     (alone,) = run(recipe(run__output_dir=tmp_path / "one", **KEYS))
-    layout = {"megatron__context_parallel_size": 2}
-    (shared,) = run(recipe(run__output_dir=tmp_path / "two", **KEYS, **layout), world_size=2)
     names = {name for name in alone if not name.startswith("replay/")} - {"details"}
-    for name in sorted(names):
-        assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), name
+    # Parts of each sequence, then samples.
+    for size in (2, 1):
+        layout = {"megatron__context_parallel_size": size}
+        folder = tmp_path / f"two-{size}"
+        (shared,) = run(recipe(run__output_dir=folder, **KEYS, **layout), world_size=2)
+        for name in sorted(names):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-5), (size, name)
     # Each key had something to do.
     assert 0 < alone["rollout_correction/rejected_frac"] < 1
     assert 0 < alone["rollout_correction/off_policy_frac"] < 1

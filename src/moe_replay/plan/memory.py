@@ -16,6 +16,7 @@ from moe_replay.megatron.stages import stage_layers
 from moe_replay.plan.host import HostBytes, gives_back, host_bytes
 from moe_replay.plan.machine import Machine
 from moe_replay.plan.rollout import EngineBytes, engine_bytes
+from moe_replay.plan.trainer.candidates import candidate_bytes, most_candidates
 from moe_replay.plan.trainer.kernels import GPU, GPU_LOCAL, Kernels
 from moe_replay.plan.trainer.settings import Settings, settings_of
 from moe_replay.plan.trainer.training import Resident, TrainerBytes, trainer_bytes
@@ -146,7 +147,11 @@ def plan_memory(
         max_sequence_length=recipe.max_sequence_length,
         server_ranks=_server_ranks(recipe, machine),
     )
-    per_stage = [_phases(recipe, settings, found, engine, kernels) for found in trainer]
+    bound = most_candidates(recipe.rollout, shape.vocab_size)
+    per_stage = [
+        _phases(recipe, settings, found, engine, kernels, bound * (found is trainer[-1]))
+        for found in trainer
+    ]
     phases = tuple(
         max(same, key=lambda phase: phase.total) for same in zip(*per_stage, strict=True)
     )
@@ -211,8 +216,12 @@ def _phases(
     found: TrainerBytes,
     engine: EngineBytes | None,
     kernels: Kernels,
+    num_candidates: int,
 ) -> list[Phase]:
-    """Return the phases on a rank of one stage, whether or not it is the fullest one."""
+    """Return the phases on a rank of one stage, whether or not it is the fullest one.
+
+    ``num_candidates`` are those of a token there.
+    """
     held, given = found.resident, gives_back(recipe)
     # What was given back comes when it is needed: the optimizer's state for its step alone, unless
     # an earlier update of the same step has brought it.
@@ -245,11 +254,17 @@ def _phases(
             remains,
             {"engine weights": engine.weights, "cache": engine.cache, "engine work": engine.work},
         )
+    scored = _passing(found.scoring)
+    passed = _passing(found.update)
+    if num_candidates:
+        tokens = settings.scoring_tokens
+        scored |= {"candidates": candidate_bytes(settings, num_candidates, tokens)}
+        passed |= {"candidates": candidate_bytes(settings, num_candidates)}
     if recipe.why_old_pass is not None:
-        add("old log-probabilities", scoring, asleep, _passing(found.scoring))
+        add("old log-probabilities", scoring, asleep, scored)
     if settings.has_reference:
-        add("reference log-probabilities", scoring, asleep, _passing(found.scoring))
-    add("update", learning, asleep, _passing(found.update))
+        add("reference log-probabilities", scoring, asleep, scored)
+    add("update", learning, asleep, passed)
     add("optimizer step", all_of_it, asleep)
     pushed = parts_of(held, min(given, 2)) | {"push": 2 * found.largest_push}
     if engine is not None and engine_here:

@@ -17,6 +17,7 @@ from moe_replay.plan.machine import USABLE_FRAC, Machine
 from moe_replay.plan.memory import UNMODELLED_FRAC, MemoryPlan, check_layout, plan_memory
 from moe_replay.plan.options import check_options
 from moe_replay.plan.trainer.activations import has_sinks
+from moe_replay.plan.trainer.candidates import candidates_in_words
 from moe_replay.recipe.recipe import Recipe
 
 _SINKS = (
@@ -41,6 +42,8 @@ class Plan:
     """Seconds."""
     remedies: Sequence[Remedy]
     """Changes with which it fits; empty if it does, or if none was found."""
+    candidates: str | None
+    """What is assumed of truncated sampling, in words; None without it."""
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON."""
@@ -104,6 +107,7 @@ class Plan:
             "lengths": "bytes: every completion has its maximum length; seconds: "
             f"{rates['length_frac']:.0%} of it, the longest one all of it",
             **({"sinks": _SINKS} if has_sinks(self.shape) else {}),
+            **({"candidates": self.candidates} if self.candidates else {}),
         } | {name: f"{value:g}" for name, value in rates.items()}
 
 
@@ -127,4 +131,5 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         memory=memory,
         time=plan_time(recipe, shape, machine, memory),
         remedies=[] if memory.fits else remedies(recipe, shape, machine),
+        candidates=candidates_in_words(recipe.rollout, memory.settings, shape.vocab_size),
     )

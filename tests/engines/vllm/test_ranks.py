@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -20,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning"),
 ]
 SAMPLING = SamplingParams(max_completion_length=12, temperature=0.9, seed=3)
+TRUNCATED = replace(SAMPLING, top_p=0.9, top_k=20, keeps_candidates=True)
 TOLERANCE = 2e-5
 
 
@@ -66,6 +69,20 @@ def assert_same(groups, expected) -> None:
             )
 
 
+def assert_same_candidates(groups, expected) -> None:
+    """Compare what each token was drawn from; the sets of two completions differ."""
+    seen = set()
+    for group, other in zip(groups, expected, strict=True):
+        for mine, theirs in zip(group.completions, other.completions, strict=True):
+            assert mine.candidates.counts.tolist() == theirs.candidates.counts.tolist()
+            assert mine.candidates.ids.tolist() == theirs.candidates.ids.tolist()
+            np.testing.assert_allclose(
+                mine.candidates.kept_mass, theirs.candidates.kept_mass, atol=TOLERANCE
+            )
+            seen.add(tuple(mine.candidates.ids.tolist()))
+    assert len(seen) == sum(len(group.completions) for group in groups)
+
+
 def test_each_rank_gets_its_own_completions_before_and_after_a_push(checkpoints):
     def sample():
         import torch.distributed as dist
@@ -77,19 +94,23 @@ def test_each_rank_gets_its_own_completions_before_and_after_a_push(checkpoints)
             load_file(checkpoints[1] / "model.safetensors").items(), policy_version=1
         )
         after = engine.generate(own, SAMPLING)
+        limited = engine.generate(own, TRUNCATED)
         shard = next(
             p
             for n, p in engine._vllm.model_executor.driver_worker.worker.get_model().named_parameters()
             if "qkv" in n
         )
         engine.close()
-        return before, after, shard.shape[0]
+        return before, after, limited, shard.shape[0]
 
     results = run_ranks(sample, 2)
-    for rank, (before, after, shard_rows) in enumerate(results):
+    for rank, (before, after, limited, shard_rows) in enumerate(results):
         for groups, checkpoint in zip((before, after), checkpoints, strict=True):
             embedded = EmbeddedEngine(checkpoint, dtype="float32")
             assert_same(groups, embedded.generate(requests_of(rank), SAMPLING))
+        expected = embedded.generate(requests_of(rank), TRUNCATED)
+        assert_same(limited, expected)
+        assert_same_candidates(limited, expected)
         whole = load_file(checkpoints[0] / "model.safetensors")
         rows = sum(whole[f"model.layers.0.self_attn.{name}_proj.weight"].shape[0] for name in "qkv")
         assert shard_rows < rows

@@ -26,16 +26,6 @@ CORRECTIONS = (
     "geometric_truncate",
     "geometric_mask",
 )
-LIMITS: dict[str, dict[str, Any]] = {
-    "grpo": {"epsilon": 0.2, "epsilon_high": 0.28},
-    "bnpo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.6},
-    "dr_grpo": {"epsilon": 0.2, "epsilon_high": 0.28, "delta": 2.0},
-    "dapo": {"epsilon": 0.2, "epsilon_high": 0.28},
-    "cispo": {"epsilon_high": 1.3},
-    "sapo": {"sapo_temperature_pos": 1.5, "sapo_temperature_neg": 2.5},
-    "dppo": {"epsilon": 0.05, "epsilon_high": 0.1},
-}
-"""Of each loss, such that random ratios lie on both sides of them."""
 
 
 def random_batch(seed: int, sizes: Sequence[int]) -> list[Completion]:

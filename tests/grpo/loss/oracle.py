@@ -13,6 +13,16 @@ import numpy as np
 
 LIMIT = 20.0
 """Completions are at most so long, for ``dr_grpo``."""
+LIMITS: dict[str, dict[str, Any]] = {
+    "grpo": {"epsilon": 0.2, "epsilon_high": 0.28},
+    "bnpo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.6},
+    "dr_grpo": {"epsilon": 0.2, "epsilon_high": 0.28, "delta": 2.0},
+    "dapo": {"epsilon": 0.2, "epsilon_high": 0.28},
+    "cispo": {"epsilon_high": 1.3},
+    "sapo": {"sapo_temperature_pos": 1.5, "sapo_temperature_neg": 2.5},
+    "dppo": {"epsilon": 0.05, "epsilon_high": 0.1},
+}
+"""Keys of each loss under which it is tried: random ratios lie on both sides of its limits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from . import oracle
 from .batches import (
     CORRECTIONS,
     LEVELS,
-    LIMITS,
     computed,
     over_two_ranks,
     random_batch,
     rows_of,
     size_of,
 )
+from .oracle import LIMITS
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**32 - 1)

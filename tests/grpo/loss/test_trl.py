@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from . import oracle
-from .batches import LIMITS, computed, random_batch
-from .oracle import Completion
+from .batches import computed, random_batch
+from .oracle import LIMITS, Completion
 
 WANTED = ("_compute_loss", "get_off_policy_mask", "get_high_entropy_mask")
 
