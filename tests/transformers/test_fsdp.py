@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tests.transformers.shards import gradients, loaded
 
 from moe_replay.errors import ReplayScopeError
 from moe_replay.testing.ranks import run_ranks
-from moe_replay.transformers import record_routes, replay_routes
 
 pytestmark = pytest.mark.ranks
-TOKENS = torch.randint(4, 90, (4, 6), generator=torch.Generator().manual_seed(5))
-LAYERS, EXPERTS, TOPK = 2, 16, 4
-
-
-def foreign_routes(samples: list[int]) -> np.ndarray:
-    """Return routes that differ between samples, positions and layers: [rows, layers, topk]."""
-    sample, row, layer, slot = np.ix_(samples, range(6), range(LAYERS), range(TOPK))
-    return ((5 * sample + 3 * row + 7 * layer + 4 * slot) % EXPERTS).reshape(-1, LAYERS, TOPK)
-
-
-def loaded(path: Path, checkpointed: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    return model
-
-
-def gradients(model: Any, samples: list[int], routed_as: list[int]) -> dict[str, np.ndarray]:
-    """Record and replay these samples, and return the live routes and some gradients."""
-    tokens = TOKENS[samples]
-    with torch.no_grad(), record_routes(model) as recorder:
-        model(tokens)
-    recorded = recorder.take().numpy()
-    routes = foreign_routes(routed_as)
-    valid = np.ones(len(routes), dtype=bool)
-    with replay_routes(model, routes, valid, layers=(0, 1)):
-        model(tokens, labels=tokens).loss.backward()
-    found = {"recorded": recorded}
-    for name in ("model.layers.1.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight"):
-        grad = model.get_parameter(name).grad
-        found[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).numpy()
-    return found
 
 
 def sharded(path: Path, checkpointed: bool, routed_as: list[list[int]]) -> dict[str, np.ndarray]:

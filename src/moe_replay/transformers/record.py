@@ -15,6 +15,7 @@ from torch import nn
 from moe_replay.errors import ReplayScopeError, UnsupportedError
 from moe_replay.transformers.routers.sites import RouterSite, find_routers
 from moe_replay.transformers.routers.station import tapped
+from moe_replay.transformers.shared_batch import require_whole_model
 
 
 class RouteRecorder:
@@ -79,9 +80,11 @@ def record_routes(model: nn.Module) -> Iterator[RouteRecorder]:
         torch.Size([20, 4, 2])
 
     Raises:
-        UnsupportedError: when the model is dense, or a router's choice cannot be read (see
-            `find_routers`; each kind of router proves itself at its first call).
+        UnsupportedError: when the model is dense or split into pipeline stages, or a router's
+            choice cannot be read (see `find_routers`; each kind of router proves itself at its
+            first call).
     """
+    require_whole_model(model)
     sites = find_routers(model)
     if not sites:
         raise UnsupportedError(f"{type(model).__name__} is dense: it has no routes to record")

@@ -23,6 +23,7 @@ from moe_replay.routing.arrays import as_array, check_holds_ids
 from moe_replay.transformers.record import in_backward
 from moe_replay.transformers.routers.sites import RouterSite, find_routers
 from moe_replay.transformers.routers.station import tapped
+from moe_replay.transformers.shared_batch import require_same_routes, require_whole_model
 
 
 @contextmanager
@@ -49,11 +50,12 @@ def replay_routes(
         ...     logits = model(torch.from_numpy(token_ids)[None]).logits
 
     Raises:
-        UnsupportedError: when the model is dense, or a router fails its proof, so that the weights
-            of replayed experts would be wrong.
+        UnsupportedError: when the model is dense or split into pipeline stages, or a router fails
+            its proof, so that the weights of replayed experts would be wrong.
         TraceError: when the routes cannot be routes of this model.
         ReplayScopeError: when a forward has another number of rows, a router never ran,
-            recomputation happened outside the scope, or another replay scope is open.
+            recomputation happened outside the scope, another replay scope is open, or ranks that
+            share a batch have different routes.
     """
     scope = _Scope(model, as_array(expert_ids), as_array(valid), tuple(layers))
     with ExitStack() as stack:
@@ -74,6 +76,9 @@ class _Scope:
     def __init__(
         self, model: nn.Module, expert_ids: np.ndarray, valid: np.ndarray, layers: tuple[int, ...]
     ) -> None:
+        require_whole_model(model)
+        # Before all that may raise on one rank alone: the others would wait for it.
+        require_same_routes(model, expert_ids, valid, layers)
         self.sites = find_routers(model)
         if not self.sites:
             raise UnsupportedError(f"{type(model).__name__} is dense: it has no routes to replay")
