@@ -28,7 +28,6 @@ import transformers
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 from moe_replay.transformers import record_routes, replay_routes
 
-
 _WORK = ("self_attn", "experts", "lm_head")
 
 
