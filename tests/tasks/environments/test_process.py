@@ -119,6 +119,13 @@ class Closed:
     def close(self):
         self.log.append("closed")
 
+class Worlds:
+    def reset(self, *, world, **row):
+        self.inner = {"deck": Deck, "count": Count}[world]()
+        return self.inner.reset(**row)
+    def step(self, text):
+        return self.inner.step(text)
+
 class Broken:
     def reset(self):
         raise KeyError("gone")
@@ -187,6 +194,18 @@ def test_each_conversation_has_a_state_of_its_own(tools):
     assert act(tools, *twice, slot=1).texts == ("-49", "-47")
     rewards = tools.rewards([0, 1])
     assert rewards[0] == 6.0 and np.isnan(rewards[1])
+
+
+def test_a_column_chooses_the_world_of_its_row(folder):
+    rows = [start(0, world="count"), start(1, world="deck"), start(2, world="count")]
+    with opened(folder, "Worlds", form="step") as process:
+        process.reset(rows)
+        said = process.act([Action(slot=slot, text="go", calls=()) for slot in range(3)])
+        texts = [reaction.texts[0] for reaction in said]
+        assert texts[0] == texts[2] == "1:go"
+        assert texts[1].startswith("1 [")
+        with pytest.raises(RewardError, match="moon"):
+            process.reset([start(0, world="moon")])
 
 
 @pytest.mark.parametrize(
