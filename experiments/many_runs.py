@@ -38,7 +38,7 @@ COMMON = (
     "--optimizer.lr_scheduler constant --data.eval_size 256 --checkpoint.export false "
     "--checkpoint.save_steps 1000 --logging.completions 0"
 )
-SWEEP = f"--run.max_steps 12 --eval.every_steps 4 {COMMON}"
+SWEEP = f"--run.max_steps 8 --eval.every_steps 4 {COMMON}"
 SERIES = {
     "reward": "reward",
     "k3": "rollout_correction/k3_kl",

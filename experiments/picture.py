@@ -55,25 +55,30 @@ class Scored:
     """The same under replay."""
 
 
-def sample(num_prompts: int) -> list[Scored]:
-    """Sample with the engine, and score each completion live and replayed."""
+def requests(num_prompts: int) -> list[Request]:
+    """Return prompts of the demo's task."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    engine = EmbeddedEngine(MODEL, dtype="bfloat16")
     task = reasoning_gym.create_dataset(
         "chain_sum", size=num_prompts, seed=1, min_terms=5, max_terms=5, min_digits=1, max_digits=1
     )
-    requests = []
+    made = []
     for number in range(num_prompts):
         chat = [{"role": "user", "content": task[number]["question"]}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        requests.append(
+        made.append(
             Request(
                 request_id=number,
                 prompt_ids=np.array(ids, dtype=np.int32),
                 num_generations=GROUP_SIZE,
             )
         )
-    groups = engine.generate(requests, SamplingParams(max_completion_length=24))
+    return made
+
+
+def sample(num_prompts: int) -> list[Scored]:
+    """Sample with the engine, and score each completion live and replayed."""
+    engine = EmbeddedEngine(MODEL, dtype="bfloat16")
+    groups = engine.generate(requests(num_prompts), SamplingParams(max_completion_length=24))
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     found = []
     for group in groups:
