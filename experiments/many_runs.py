@@ -39,6 +39,9 @@ COMMON = (
     "--checkpoint.save_steps 1000 --logging.completions 0"
 )
 SWEEP = f"--run.max_steps 8 --eval.every_steps 4 {COMMON}"
+HARSH = f"--run.max_steps 30 --eval.every_steps 10 --grpo.epsilon 0.999 --grpo.epsilon_high 1000 {COMMON}"
+"""Longer, and without clipping."""
+FLOAT8 = "experiments/float8_engine.py"
 SERIES = {
     "reward": "reward",
     "k3": "rollout_correction/k3_kl",
@@ -100,7 +103,27 @@ def sweep(seeds: Sequence[int]) -> Iterator[Setting]:
                     yield Setting(group="sweep", name="demo", updates=updates, mode=mode, seed=seed)
 
 
-GROUPS = {"sweep": sweep}
+def collapse(seeds: Sequence[int]) -> Iterator[Setting]:
+    """Yield attempts at a setting in which `disabled` collapses and R3 does not, of one seed."""
+    tried = (
+        ("float8, lr 2e-4", "2e-4", FLOAT8),
+        ("float8, lr 5e-4", "5e-4", FLOAT8),
+        ("bfloat16, lr 5e-4", "5e-4", "-m moe_replay.cli.main"),
+    )
+    for name, rate, program in tried:
+        for mode in MODES:
+            yield Setting(
+                group="collapse",
+                name=name,
+                updates=8,
+                mode=mode,
+                seed=seeds[0],
+                keys=f"{HARSH} --optimizer.lr {rate}",
+                program=program,
+            )
+
+
+GROUPS = {"sweep": sweep, "collapse": collapse}
 
 
 def run(setting: Setting, runs: Path) -> dict[str, object]:
@@ -191,6 +214,7 @@ def main() -> None:
     """Run what is asked for, and write results after each run and the tables at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--group", choices=[*GROUPS], help="runs of this table alone")
+    parser.add_argument("--modes", nargs="+", default=MODES, help="of these modes alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of these seeds alone")
     parser.add_argument("--again", action="store_true", help="also runs that have a line")
     parser.add_argument("--table", action="store_true", help="only write the tables")
@@ -202,7 +226,7 @@ def main() -> None:
         for name, group in GROUPS.items()
         if options.group in (None, name)
         for setting in group(options.seeds)
-        if options.again or setting.key not in results
+        if setting.mode in options.modes and (options.again or setting.key not in results)
     ]
     for setting in () if options.table else wanted:
         line = run(setting, options.runs.absolute())

@@ -13,6 +13,8 @@ from typing import Any
 
 Line = Mapping[str, Any]
 MODES = ("disabled", "R2", "R3")
+WINDOW = 5
+"""Steps over which rewards of an attempt at a collapse are averaged."""
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """Degrees of freedom -> quantile of Student's t at 0.975."""
 
@@ -40,6 +42,10 @@ def sections(lines: Sequence[Line]) -> dict[str, str]:
         "many-runs": table(HEADINGS, (row(swept, *cell) for cell in cells(swept))),
         "many-runs-flips": flips_table(swept),
         "many-runs-paired": table(PAIRED_HEADINGS, paired_rows(swept)),
+        "many-runs-collapse": table(
+            COLLAPSE_HEADINGS,
+            (collapse_row(line) for line in lines if line["group"] == "collapse"),
+        ),
     }
 
 
@@ -72,6 +78,11 @@ def over_steps(name: str) -> Callable[[Line], float | None]:
         return statistics.fmean(found) if found else None
 
     return read
+
+
+def gap(line: Line) -> float:
+    """Return k3, the mean over steps."""
+    return statistics.fmean(line["k3"])
 
 
 def reward_first(line: Line) -> float:
@@ -177,8 +188,7 @@ def paired_rows(lines: Sequence[Line]) -> Iterable[list[str]]:
             both = [(read(one), read(other)) for one, other in pairs]
             return [None if a is None or b is None else a - b for a, b in both]
 
-        gap = over_steps("k3")
-        factors = [math.log(gap(one) / gap(other)) for one, other in pairs]  # type: ignore[operator]
+        factors = [math.log(gap(one) / gap(other)) for one, other in pairs]
         middle, wide = interval(factors)
         low, high = (math.exp(middle + sign * (wide or 0)) for sign in (-1, 1))
         yield [
@@ -191,3 +201,30 @@ def paired_rows(lines: Sequence[Line]) -> Iterable[list[str]]:
             spoken(differing(held_out_final), 100, "+.1f").replace("± +", "± "),
             spoken(differing(held_out_best), 100, "+.1f").replace("± +", "± "),
         ]
+
+
+COLLAPSE_HEADINGS = (
+    "setting", "mode", "steps", "reward, first 5", "best 5", "last 5", "k3, first 5", "k3, last 5",
+    "held-out / %", "stopped",
+)  # fmt: skip
+
+
+def collapse_row(line: Line) -> list[str]:
+    """Return an attempt at a collapse as a row."""
+    reward, k3 = line.get("reward", ()), line.get("k3", ())
+    if len(reward) < WINDOW:
+        return [line["name"], line["mode"], str(len(reward)), *["–"] * 6, line.get("stopped", "")]
+    windows = [statistics.fmean(reward[at : at + WINDOW]) for at in range(len(reward) - WINDOW + 1)]
+    held_out = " → ".join(f"{100 * value:.1f}" for value in line["held_out"].values())
+    return [
+        line["name"],
+        line["mode"],
+        str(len(reward)),
+        f"{windows[0]:.3f}",
+        f"{max(windows):.3f}",
+        f"{windows[-1]:.3f}",
+        f"{statistics.fmean(k3[:WINDOW]):.1e}",
+        f"{statistics.fmean(k3[-WINDOW:]):.1e}",
+        held_out,
+        line.get("stopped", "").partition(":")[0],
+    ]
