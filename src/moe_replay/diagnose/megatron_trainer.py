@@ -53,7 +53,9 @@ class MegatronTrainer:
     """Runs sequences through a `MegatronScorer`, as the pass of old log-probabilities does."""
 
     def __init__(self, scorer: MegatronScorer, form: RouteForm | None) -> None:
-        self._scorer, self._form = scorer, form
+        self.scorer = scorer
+        """The model, for passes over several sequences at once."""
+        self._form = form
 
     @property
     def form(self) -> RouteForm | None:
@@ -73,15 +75,15 @@ class MegatronTrainer:
         Raises:
             TraceError: when the routes are not of this model.
         """
-        microbatch = _microbatch(token_ids, prompt_length, self._scorer)
+        microbatch = _microbatch(token_ids, prompt_length, self.scorer)
         routing = Routing.LIVE if self._form is None else Routing.RECORD
         if replayed is not None:
             routes = slice_routes(
-                [replayed], microbatch.router_index, layers=sorted(self._scorer.routers)
+                [replayed], microbatch.router_index, layers=sorted(self.scorer.routers)
             )
             microbatch, routing = replace(microbatch, routes=routes), Routing.REPLAY
-        with _hidden_rows(self._scorer, microbatch) as hidden:
-            scores = self._scorer.score(
+        with _hidden_rows(self.scorer, microbatch) as hidden:
+            scores = self.scorer.score(
                 [microbatch],
                 temperature=temperature,
                 routing=routing,
@@ -95,14 +97,14 @@ class MegatronTrainer:
                 scores.routes,
                 self._form,
                 policy_version=0,
-                device=self._scorer.device,
+                device=self.scorer.device,
             )[0]
             margins = scores.margins[0][: len(token_ids)]
         return Pass(
             token_logprobs=scores.samples[0].token_logprobs,
             live=live,
             margins=margins,
-            distributions=_distributions(hidden, self._scorer.vocab_size),
+            distributions=_distributions(hidden, self.scorer.vocab_size),
         )
 
 
