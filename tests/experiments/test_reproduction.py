@@ -1,4 +1,4 @@
-"""The page of the reproduction is what its results give; figures are those of hand-made data."""
+"""Figures of the reproduction are those of hand-made data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import controls
 import engine_routes
 import precision
-import reproduction_results
-from reproduction_results import filled, percent, plain, read_rows, scientific
+from reproduction_results import filled, percent, plain, scientific
 
 from moe_replay.diagnose import Measured
 from moe_replay.routing import Origin, RoutingTrace
@@ -50,26 +49,13 @@ def case(num_prompt: int = 3) -> controls.Case:
     )
 
 
-@pytest.mark.parametrize("experiment", [precision, controls, engine_routes])
-def test_the_tables_of_the_page_are_those_of_the_results(experiment):
-    page = reproduction_results.PAGE.read_text()
-    for name, text in experiment.tables().items():
-        assert filled(page, name, text) == page, (
-            f"docs/reproduction.md: run python experiments/{experiment.__name__}.py --table"
-        )
-
-
-def test_every_cell_has_a_hundred_thousand_tokens():
-    rows = read_rows("precision")
-    assert len(rows) == 8
-    assert min(row["tokens"] for row in rows.values()) >= 100_000
-
-
 def test_a_ratio_of_equal_gaps_is_one_with_an_interval_around_it():
     rng = np.random.default_rng(0)
     tokens = [10] * 400
-    one, other = (rng.exponential(1.0, 400).tolist() for _ in range(2))
+    one = rng.exponential(1.0, 400).tolist()
+    other = one[::-1]
     found = precision.ratio(one, tokens, precision.Sums(live=other, tokens=tokens))
+    assert found.value == pytest.approx(1.0)
     assert found.low < 1 < found.high
     assert found.high - found.low < 0.6
     doubled = precision.ratio(
