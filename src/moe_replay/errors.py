@@ -68,7 +68,7 @@ class CoverageError(MoeReplayError, RuntimeError):
 
 
 class MisalignmentError(MoeReplayError, RuntimeError):
-    """Replayed and live routes agree so little that the routes cannot belong to these rows."""
+    """Routes cannot belong to their rows, or the engine's log-probabilities to their tokens."""
 
 
 class UpdateError(MoeReplayError, RuntimeError):

@@ -9,25 +9,15 @@ In: the engine's and the trainer's log-probabilities of one sequence. Out: Belon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
 
 from moe_replay.diagnose.measured import Measured
-from moe_replay.routing.guard.statistics import shortfall_nats
+from moe_replay.routing.guard.beside import EARLY, LATE, PlaceCount, count_shifts, strongest
 
 ALPHA = 1e-3
 """False alarms a diagnosis, over all sequences and causes."""
-_TELLING = 0.05
-"""Nats by which a token must differ at one of two places to say anything."""
-_BETTER = 0.5
-"""Share of the difference that may be left at the right place."""
-LATE = "token shift +1 of log-probabilities: the engine's fit the token before better; they came one token late"
-"""Cause where token t holds the log-probability of token t - 1."""
-EARLY = "token shift -1 of log-probabilities: the engine's fit the next token better; they came one token early"
-"""Cause where token t holds the log-probability of token t + 1."""
 RAW = "raw log-probabilities: the engine's are those of temperature 1, before the sampling temperature"
 """Cause where the temperature was left out."""
 _CAUSES = (LATE, EARLY, RAW)
@@ -63,14 +53,12 @@ class BelongingTests:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, dict[str, tuple[int, int, float, float]]] = {}
+        self._counts: dict[str, dict[str, PlaceCount]] = {}
 
     def add(self, measured: Measured) -> None:
         """Count the tokens of one sequence; one without log-probabilities says nothing."""
         if measured.rollout_logprobs is not None and measured.live_logprobs is not None:
-            self._counts[measured.name] = {
-                cause: _count(own, other) for cause, own, other in _places(measured)
-            }
+            self._counts[measured.name] = _counted(measured)
 
     def misplaced(self) -> tuple[Misplaced, ...]:
         """Return what is misplaced: in all sequences together, or else sequence by sequence."""
@@ -78,7 +66,7 @@ class BelongingTests:
             return ()
         threshold = math.log(len(_CAUSES) * (len(self._counts) + 1) / ALPHA)
         together = {
-            cause: _summed([each[cause] for each in self._counts.values() if cause in each])
+            cause: PlaceCount.total(each[cause] for each in self._counts.values() if cause in each)
             for cause in _CAUSES
         }
         everywhere = _strongest("", together, threshold)
@@ -88,55 +76,25 @@ class BelongingTests:
         return tuple(sorted((f for f in found if f is not None), key=lambda f: -f.nats))
 
 
-def _places(
-    measured: Measured,
-) -> Iterator[tuple[str, Float64[np.ndarray, " some"], Float64[np.ndarray, " some"]]]:
-    """Yield (cause, differences at the own place, at the other) of the tokens that have both.
-
-    Example of a shift +1: the engine's 3 values ``b c d`` and the trainer's ``a b c`` compare
-    ``c - b, d - c`` at their own places with ``c - ...``: entry 1 of the engine with entry 0 of the
-    trainer.
-    """
+def _counted(measured: Measured) -> dict[str, PlaceCount]:
+    """Return cause -> count of one sequence."""
     assert measured.rollout_logprobs is not None and measured.live_logprobs is not None
-    theirs = measured.rollout_logprobs.astype(np.float64)
-    ours = measured.live_logprobs.astype(np.float64)
-    yield LATE, theirs[1:] - ours[1:], theirs[1:] - ours[:-1]
-    yield EARLY, theirs[:-1] - ours[:-1], theirs[:-1] - ours[1:]
+    counts = count_shifts(measured.rollout_logprobs, measured.live_logprobs)
     if measured.raw_logprobs is not None:
-        yield RAW, theirs - ours, theirs - measured.raw_logprobs
+        theirs = measured.rollout_logprobs.astype(np.float64)
+        own, raw = (x.astype(np.float64) for x in (measured.live_logprobs, measured.raw_logprobs))
+        counts[RAW] = PlaceCount.of(theirs - own, theirs - raw)
+    return counts
 
 
-def _count(
-    own: Float64[np.ndarray, " some"], other: Float64[np.ndarray, " some"]
-) -> tuple[int, int, float, float]:
-    """Return tokens that fit the other place better and worse, and both sums of differences."""
-    own, other = np.abs(own), np.abs(other)
-    telling = np.abs(own - other) > _TELLING
-    nearer = int((other < own)[telling].sum())
-    return nearer, int(telling.sum()) - nearer, float(own.sum()), float(other.sum())
-
-
-def _summed(counts: Sequence[tuple[int, int, float, float]]) -> tuple[int, int, float, float]:
-    return (
-        sum(each[0] for each in counts),
-        sum(each[1] for each in counts),
-        sum(each[2] for each in counts),
-        sum(each[3] for each in counts),
+def _strongest(name: str, counts: dict[str, PlaceCount], threshold: float) -> Misplaced | None:
+    cause = strongest(counts, threshold)
+    if cause is None:
+        return None
+    return Misplaced(
+        sequence=name,
+        cause=cause,
+        nats=counts[cause].nats,
+        threshold=threshold,
+        num_tokens=counts[cause].num_telling,
     )
-
-
-def _strongest(
-    name: str, counts: dict[str, tuple[int, int, float, float]], threshold: float
-) -> Misplaced | None:
-    best = None
-    for cause, (nearer, farther, own, other) in counts.items():
-        nats = float(shortfall_nats(float(farther), float(nearer + farther), 0.5))
-        if other < _BETTER * own and nats > threshold and (best is None or nats > best.nats):
-            best = Misplaced(
-                sequence=name,
-                cause=cause,
-                nats=nats,
-                threshold=threshold,
-                num_tokens=nearer + farther,
-            )
-    return best

@@ -12,6 +12,7 @@ import numpy as np
 from moe_replay.batch import Sample
 from moe_replay.errors import DivergedError
 from moe_replay.grpo.guard.judging import judge_engine_routes
+from moe_replay.grpo.guard.logprobs import require_own_logprobs
 from moe_replay.grpo.guard.watch import PassWatch
 from moe_replay.grpo.run import Run
 from moe_replay.grpo.types import Judged, OldScores, StepBatch
@@ -56,13 +57,15 @@ def checked_scores(
 
     Raises:
         DivergedError: on every rank, when a value of some token is not finite.
-        MisalignmentError: on every rank, when routes are not those of their tokens.
+        MisalignmentError: on every rank, when routes or the engine's log-probabilities are not
+            those of their tokens.
     """
     require_finite(run, batch.samples, scored, "old_logprobs")
     judged = Judged()
     if watch is not None:
         judged = judge_engine_routes(run, batch, watch, scored, where=where)
         batch = batch.without(judged.dropped_here(batch))
+    require_own_logprobs(run, batch, scored, where=where)
     return OldScores(batch=batch, scored=scored, metrics=judged.metrics, judged=judged)
 
 
