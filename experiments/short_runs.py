@@ -265,7 +265,7 @@ the engine, is before and after.
 
 
 SHOWS: Mapping[str, str] = {
-    "Losses, KL and advantages": """R3's gap is three to five times smaller than that of `disabled` and R2, whatever the loss: k3 is 3.8e-4
+    "Losses, KL and advantages": """R3's gap is two to five times smaller than that of `disabled` and R2, whatever the loss: k3 is 3.8e-4
 to 6.0e-4 beside 1.2e-3 to 2.4e-3. R2 leaves it as it is, since it replays the trainer's own routes.
 `sequence` and `sequence_token` are the same run, as their gradients are the same; their ranges clip a
 third of all tokens, those of the other losses 1 to 2 %. `sapo` in all modes and `cispo` with R2 end
