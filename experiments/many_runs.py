@@ -39,7 +39,7 @@ COMMON = (
     "--checkpoint.save_steps 1000 --logging.completions 0"
 )
 SWEEP = f"--run.max_steps 8 --eval.every_steps 4 {COMMON}"
-HARSH = f"--run.max_steps 30 --eval.every_steps 10 --grpo.epsilon 0.999 --grpo.epsilon_high 1000 {COMMON}"
+HARSH = f"--run.max_steps 24 --eval.every_steps 12 --grpo.epsilon 0.999 --grpo.epsilon_high 1000 {COMMON}"
 """Longer, and without clipping."""
 FLOAT8 = "experiments/float8_engine.py"
 SERIES = {
@@ -106,9 +106,9 @@ def sweep(seeds: Sequence[int]) -> Iterator[Setting]:
 def collapse(seeds: Sequence[int]) -> Iterator[Setting]:
     """Yield attempts at a setting in which `disabled` collapses and R3 does not, of one seed."""
     tried = (
-        ("float8, lr 2e-4", "2e-4", FLOAT8),
-        ("float8, lr 5e-4", "5e-4", FLOAT8),
-        ("bfloat16, lr 5e-4", "5e-4", "-m moe_replay.cli.main"),
+        ("float8, lr 1e-4", "1e-4", FLOAT8),
+        ("float8, lr 3e-4", "3e-4", FLOAT8),
+        ("bfloat16, lr 3e-4", "3e-4", "-m moe_replay.cli.main"),
     )
     for name, rate, program in tried:
         for mode in MODES:
