@@ -8,19 +8,21 @@ In: TRL's ``VLLMGeneration``. Out: a payload of routes for each completion, in T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 
+from moe_replay.engines.servers.vllm_wire import NEEDED
 from moe_replay.engines.vllm.plugin import check_patched
 from moe_replay.engines.vllm.startup import vllm_version
-from moe_replay.engines.vllm.wire import RoutePayload, payload_of_json, trace_from_vllm
-from moe_replay.errors import EngineError
+from moe_replay.engines.vllm.wire import FLAG, RoutePayload, payload_of_json, trace_from_vllm
+from moe_replay.errors import EngineError, UnsupportedError
 from moe_replay.routing import LayerOrder, Origin, RoutedModel
 from moe_replay.trl.samples import RoutedSample
 
@@ -52,11 +54,34 @@ def recording_vllm(*, is_cpu: bool) -> Iterator[None]:
         setattr(vllm_generation, "LLM", plain)  # noqa: B010
 
 
+def unusable_because(config: Mapping[str, Any]) -> str | None:
+    """Return why a server with this configuration has no routes of its tokens; None if it has.
+
+    ``config`` is the ``vllm_config`` of its ``/server_info``, as vLLM 0.30 writes it.
+    """
+    try:
+        if config["model_config"]["enable_return_routed_experts"] is not True:
+            return f"was started without {FLAG}"
+        for entry, (expected, reason) in NEEDED.items():
+            got = reduce(getitem, entry, config)
+            if got != expected:
+                return f"runs with {entry[-1]} = {got!r}, expected {expected!r}: {reason}"
+    except (KeyError, TypeError) as error:
+        return f"describes itself in another form than vLLM 0.30 does ({error!r})"
+    return None
+
+
 class VllmRoutes:
     """Keeps the routes of the latest call of one ``VLLMGeneration``."""
 
     def __init__(self, generation: Any, accelerator: Any, model: RoutedModel) -> None:
+        """Watch the calls of ``generation``; collective with a server.
+
+        Raises:
+            UnsupportedError: on every process, when the server returns no routes, or wrong ones.
+        """
         self._generation, self._accelerator, self._model = generation, accelerator, model
+        self._version = vllm_version()
         self._payloads: list[RoutePayload] | None = None
         self._layer_order = LayerOrder()
         if generation.mode == "colocate":
@@ -64,7 +89,22 @@ class VllmRoutes:
             generation.llm.generate = self._generate
             if accelerator.device.type == "cpu":
                 generation.sync_weights = self._reload
-        elif accelerator.is_main_process:
+            return
+        told: list[Any] = [None, None]
+        if accelerator.is_main_process:
+            client = generation.vllm_client
+            told[0] = client._get(f"{client.base_url}/version")["version"]
+            told[1] = unusable_because(client.get_server_info())
+        # To all processes, so that all raise.
+        broadcast_object_list(told, from_process=0)
+        self._version, fault = told
+        if fault is not None:
+            raise UnsupportedError(
+                f"R3 needs the routes that TRL's vLLM server records, but the server {fault}. Start "
+                f"it as docs/trl.md says, with {FLAG}; or use vllm_mode='colocate', where vLLM is "
+                "started with it, or router_replay_mode='R2', which needs no routes of an engine"
+            )
+        if accelerator.is_main_process:
             self._plain = generation.vllm_client._post
             generation.vllm_client._post = self._post
 
@@ -111,13 +151,13 @@ class VllmRoutes:
                 sample,
                 trace=trace_from_vllm(
                     payload,
-                    version=vllm_version(),
+                    version=self._version,
                     token_ids=sample.token_ids,
                     num_prompt_tokens=sample.num_prompt_tokens,
                     model=self._model,
                     origin=Origin.single(
                         engine="vllm",
-                        engine_version=vllm_version(),
+                        engine_version=self._version,
                         policy_version=sample.step,
                         num_rows=len(sample.token_ids),
                     ),

@@ -51,13 +51,13 @@ _TOKEN = "token_id:"
 # Maximum size of the routes of one completion.
 _ROUTE_BYTES = 1 << 30
 
-# Entry of the server's configuration -> the value that replay needs, and what any other one does.
-_OPTIONS: Mapping[tuple[str, ...], tuple[int | None, str]] = {
+NEEDED: Mapping[tuple[str, ...], tuple[int | None, str]] = {
     ("parallel_config", "pipeline_parallel_size"): (1, "vLLM captures no routes over pipelines"),
     ("model_config", "quantization"): (None, "pushed weights are of full precision"),
     ("speculative_config",): (None, "tokens are drafted by another model, whose routers run too"),
     ("kv_transfer_config",): (None, "rows that come from another server have no routes"),
 }
+"""Entry of a server's configuration -> the value that replay needs, and what any other one does."""
 
 
 def read_server(
@@ -85,13 +85,13 @@ def read_server(
         is_async = config["scheduler_config"]["async_scheduling"]
         dtype, length = str(model["dtype"]).removeprefix("torch."), int(model["max_model_len"])
         is_cpu = config["device_config"]["device"] == "cpu"
-        got = {entry: reduce(getitem, entry, config) for entry in _OPTIONS}
+        got = {entry: reduce(getitem, entry, config) for entry in NEEDED}
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"{url}/server_info has another form than that of vLLM 0.30 ({error!r}); use "
             "`moe-replay serve` there"
         ) from error
-    for entry, (expected, reason) in _OPTIONS.items():
+    for entry, (expected, reason) in NEEDED.items():
         if got[entry] != expected:
             raise UnsupportedError(
                 f"{url} runs with {entry[-1]} = {got[entry]!r}, expected {expected!r}: {reason}; "
