@@ -20,7 +20,7 @@ from moe_replay.routing import RoutedModel
 from moe_replay.testing.ranks import run_ranks
 
 pytest.importorskip("trl")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.ranks]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.ranks, pytest.mark.vllm]
 MODEL = RoutedModel(moe_layers=(0, 1), num_decoder_layers=2, num_experts=8, topk=2)
 PROMPTS = [[5, 6, 7], [8, 9]]
 CONFIG = {
@@ -111,7 +111,8 @@ def watched(url: str) -> tuple[Any, Any]:
     from moe_replay.trl.vllm_routes import VllmRoutes
 
     join_world()
-    state = PartialState()
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
     client = VLLMClient(base_url=url) if state.is_main_process else None
     generation = SimpleNamespace(mode="server", vllm_client=client)
     return client, VllmRoutes(generation, state, MODEL)
