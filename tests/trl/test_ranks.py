@@ -1,4 +1,4 @@
-"""TRL on two ranks: each replays its own samples, and one wrong sample on one of them stops both."""
+"""TRL on two ranks: each replays its own samples; one wrong sample on one of them stops both."""
 
 from __future__ import annotations
 
