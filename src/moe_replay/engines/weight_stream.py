@@ -5,6 +5,7 @@ In: named tensors, the facts of the model that receives them. Out: the same tens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -123,9 +124,10 @@ def finite_weights(
     """
     for name, tensor in weights:
         if tensor.is_floating_point() and tensor.numel():
-            # Both ends are NaN if one value is.
-            low, high = torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.float())
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            # Both ends are NaN if one value is. They come to the host together: a model has
+            # thousands of tensors, and a device would stop for each end of each.
+            ends = torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.float())
+            if not all(map(math.isfinite, torch.stack(ends).tolist())):
                 bad = int((~torch.isfinite(tensor.float())).sum())
                 raise DivergedError(
                     f"weight {name} was pushed with {bad} of {tensor.numel()} values that are NaN "

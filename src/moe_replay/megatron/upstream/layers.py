@@ -38,7 +38,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise over the last dim; on a CPU torch takes its gradient in eight separate steps."""
+    """Normalise over the last dim; on a CPU torch takes five steps, and eight for the gradient."""
     if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return _HostRMSNorm.apply(x, weight, eps)
@@ -53,16 +53,15 @@ class _HostRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(len(weight)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        (gradient,), (x, weight, scale) = gradients, ctx.saved_tensors
         size = len(weight)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(size).add_(ctx.eps).rsqrt_()
         unit = x * scale
         by_unit = (gradient * unit).reshape(-1, size)
         mean = by_unit.mv(weight).div_(size).view_as(scale)
