@@ -10,7 +10,8 @@ hold, is included. The figures come last, one JSON object a line.
 `logits.peak_chunks` is the peak of scoring (log-probabilities and entropies) and
 `logits.update_peak_chunks` that of a forward and backward pass, in float32 tensors of chunk x
 vocabulary; those of whole logits, in tensors of tokens x vocabulary, are printed beside them.
-`logits.time_ratio` is chunks over whole logits, of a scoring pass and an update together.
+`logits.time_ratio` is chunks over whole logits, of a scoring pass and an update together, in
+processor time.
 `push.peak_ratio` is what the weights and a push of them hold at the peak, over the weights: one
 parameter of a layer and two parts of the push more, where a plan that held its tensors came to 2.
 `plan.byte_error_frac` is how far the formulas of `moe-replay doctor --plan` are off at worst, over
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -188,7 +190,12 @@ def main() -> None:
         layer.score(way)
         layer.update(way)
 
-    contest = alternate(lambda: step(layer.whole), lambda: step(layer.chunked), pairs=pairs)
+    contest = alternate(
+        lambda: step(layer.whole),
+        lambda: step(layer.chunked),
+        pairs=pairs,
+        clock=time.process_time,
+    )
     print(contest.describe("whole", "chunks"))
     for metric, value, what in (
         ("logits.peak_chunks", peaks["score"][0] / unit / layer.chunk, "chunks"),
