@@ -369,6 +369,11 @@ def measure(engine: str, row: Row, groups: Groups) -> dict[str, Any]:
     return line | (tried(engine, row) if row.is_tried else {})
 
 
+def read_results() -> list[dict[str, Any]]:
+    """Return the lines of the results."""
+    return [json.loads(text) for text in RESULTS.read_text().splitlines()]
+
+
 HEADINGS = (
     "engine", "planted", "mean ratio", "median", "1 %", "99 %", "max", "k3", "F(2)", "guard",
 )  # fmt: skip
@@ -393,15 +398,20 @@ def table_row(line: Mapping[str, Any]) -> list[str]:
         guard = "stops: " + line["stopped"].partition(":")[0]
     return [
         *names,
-        f"{value:.3g} ({low:.3g} to {high:.3g})",
-        f"{percentiles['50']:.3f}",
-        f"{percentiles['1']:.2g}",
-        f"{percentiles['99']:.3g}",
-        f"{line['max']:.3g}",
-        f"{line['k3_kl'][0]:.2e}",
-        f"{line['f_2']:.2%}",
+        f"{plain(value)} ({plain(low)} to {plain(high)})",
+        plain(percentiles["50"]),
+        f"{percentiles['1']:.1g}",
+        plain(percentiles["99"]),
+        plain(line["max"]),
+        f"{line['k3_kl'][0]:.1e}",
+        f"{line['f_2']:.1%}",
         guard,
     ]
+
+
+def plain(ratio: float) -> str:
+    """Return a ratio to three decimals, a large one without any."""
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def main() -> None:
@@ -409,7 +419,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
-    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()] if options.table else []
+    lines = read_results() if options.table else []
     torch.set_num_threads(1)
     for engine in () if options.table else ENGINES:
         held: dict[tuple[float, float], Groups] = {}

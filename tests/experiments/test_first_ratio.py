@@ -63,3 +63,11 @@ def test_wrong_routes_do_not_raise_the_mean_ratio_and_shifted_logprobs_do(groups
     assert wrong["ratio_mean"][0] < 1.5 and wrong["k3_kl"][0] > 100 * right["k3_kl"][0]
     assert shifted["ratio_mean"][0] > 3
     assert shifted["percentiles"]["50"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_page_is_what_the_results_give():
+    page = first_ratio.PAGE.read_text()
+    shown = first_ratio.shown(first_ratio.read_results())
+    assert first_ratio.put(page, "first-ratio", shown) == page, (
+        "run python experiments/first_ratio.py --table"
+    )
