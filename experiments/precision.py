@@ -2,7 +2,7 @@
 
 vLLM samples in bfloat16 and in float32, with six seeds of noise; Megatron scores what either
 sampled, in bfloat16 and in float32. Writes a line a cell to experiments/results/precision.jsonl,
-and its tables into docs/reproduction.md.
+its tables into docs/reproduction.md, and a figure of them to docs/assets/precisions.svg.
 
     python experiments/trained_models.py      # first
     python experiments/precision.py           # what has no line yet
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from packed import measure_packed
+from precision_picture import OUT, picture_of
 from reproduction_results import (
     commit,
     fill_page,
@@ -356,6 +357,7 @@ def main() -> None:
             if any(f"{m} {e} {dtype}" not in done for m in FOR_MEGATRON for e in DTYPES):
                 measure(options.folder, dtype)
     fill_page(tables())
+    OUT.write_text(picture_of(read_rows("precision")))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def scientific(value: Sequence[float | None]) -> str:
 def percent(value: Sequence[float | None], *, num_tokens: int | None = None) -> str:
     """Return a share with its interval; where nothing was seen, the bound 3/n of ``num_tokens``."""
     if value[0] == 0 and num_tokens:
-        return f"none, < {3 / num_tokens:.2g}".replace("e-0", "e-")
-    return _with_interval(value, lambda each: f"{100 * each:.3g}") + " %"
+        return f"none, < {300 / num_tokens:.2g} %"
+    return _with_interval(value, lambda each: f"{100 * each:#.3g}".rstrip(".")) + " %"
 
 
 def plain(value: Sequence[float | None]) -> str:

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import reasoning_gym
 import torch
+from reproduction_results import commit, keep_row
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -225,6 +226,8 @@ def make(folder: Path, *, seed: int, steps: int) -> None:
         made[f"{kind}_processor_s"] = time.process_time() - began
         write(model, tokenizer, folder / kind)
     write_for_megatron(folder / "twin", folder / "twin-megatron")
+    keep_row("trained_models", {"row": f"seed {seed}", "commit": commit(), **made})
+    # Last: whoever finds it finds both models.
     (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     print(made)
 

@@ -1,9 +1,10 @@
-"""Figures of the reproduction are those of hand-made data."""
+"""The page of the reproduction is what its results give; figures are those of hand-made data."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import controls
 import engine_routes
 import precision
-from reproduction_results import filled, percent, plain, scientific
+import precision_picture
+import reproduction_results
+from reproduction_results import filled, percent, plain, read_rows, scientific
 
 from moe_replay.diagnose import Measured
 from moe_replay.routing import Origin, RoutingTrace
@@ -47,6 +50,43 @@ def case(num_prompt: int = 3) -> controls.Case:
     return controls.Case(
         measured=measured, num_prompt=num_prompt, others=[trace(1).expert_ids[:-1]]
     )
+
+
+@pytest.mark.parametrize("experiment", [precision, controls, engine_routes])
+def test_the_tables_of_the_page_are_those_of_the_results(experiment):
+    page = reproduction_results.PAGE.read_text()
+    for name, text in experiment.tables().items():
+        assert filled(page, name, text) == page, (
+            f"docs/reproduction.md: run python experiments/{experiment.__name__}.py --table"
+        )
+
+
+def test_every_cell_has_a_hundred_thousand_tokens():
+    rows = read_rows("precision")
+    assert len(rows) == 8
+    assert min(row["tokens"] for row in rows.values()) >= 100_000
+
+
+def test_the_figure_is_that_of_the_results():
+    drawn = precision_picture.picture_of(read_rows("precision"))
+    assert precision_picture.OUT.read_text() == drawn
+
+
+def test_the_figure_draws_a_bar_for_each_gap_at_its_value():
+    gap = {"k3": [1e-3, 9e-4, 1.1e-3]}
+    rows = {
+        f"{model} {engine} {trainer}": {"live": gap, "replayed": {"k3": [1e-4, 9e-5, 1.1e-4]}}
+        for model in ("moe", "twin")
+        for engine in precision.DTYPES
+        for trainer in precision.DTYPES
+    }
+    drawn = ElementTree.fromstring(precision_picture.picture_of(rows))
+    boxes = list(drawn.iter("{http://www.w3.org/2000/svg}rect"))
+    # Three decades, so that 1e-3 is at two thirds and 1e-4 at one third.
+    width = precision_picture.WIDTH - precision_picture.LEFT - precision_picture.RIGHT
+    for kind, share in (("more", 2 / 3), ("same", 1 / 3)):
+        widths = [float(box.get("width")) for box in boxes if box.get("class") == kind]
+        assert widths == pytest.approx([share * width] * 3, rel=1e-3)
 
 
 def test_a_ratio_of_equal_gaps_is_one_with_an_interval_around_it():
@@ -133,6 +173,6 @@ def test_the_page_must_have_the_marks_of_a_table():
 
 def test_figures_are_shown_with_their_intervals():
     assert scientific([0.0012, 0.0009, 0.0015]) == "1.2e-3 [9.0e-4, 1.5e-3]"
-    assert percent([0.0012, 0.0009, 0.0015]) == "0.12 [0.09, 0.15] %"
-    assert percent([0.0, 0.0, 0.0], num_tokens=100_000) == "none, < 3e-5"
+    assert percent([0.0012, 0.0009, 0.0015]) == "0.120 [0.0900, 0.150] %"
+    assert percent([0.0, 0.0, 0.0], num_tokens=100_000) == "none, < 0.003 %"
     assert plain([1.234, None, None]) == "1.23"
