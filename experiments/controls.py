@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from packed import PACKED, measure_packed, sample, sample_of, score
@@ -226,62 +227,67 @@ def measure_own(folder: Path, dtype: str, seed: int) -> Iterator[dict[str, objec
 
 
 def tables() -> dict[str, str]:
-    """Return the tables of the page by the names of their marks."""
+    """Return the tables of the page by the names of their marks, of what was measured."""
     rows = read_rows("controls")
-    planted_rows = [rows[name] for name in (*CONTROLS, PARTIAL)]
-    live = planted_rows[0]
-    wrong = [("live", scientific(live["k3_live"]), "1", "–", "0 %", "–", "–", "–")]
-    for row in planted_rows:
-        wrong.append(
+    return {"controls": controls_table(rows), "own": own_table(rows)}
+
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def controls_table(rows: Rows) -> str:
+    """Return what wrong and partial routes do, and what `diagnose` says to them."""
+    heads = ("routes replayed", "k3", "of live", "F(2)", "rows", "slots", "samples", "verdict")
+    lines = []
+    for name in (*CONTROLS, PARTIAL):
+        if (row := rows.get(name)) is None:
+            continue
+        if not lines:
+            lines.append(("none: live", scientific(row["k3_live"]), "1", "", "0 %", "", "", ""))
+        lines.append(
             (
-                row["row"],
+                name,
                 scientific(row["k3"]),
-                f"{row['k3'][0] / row['k3_live'][0]:.2g}",
+                f"{rounded(row['k3'][0] / row['k3_live'][0]):,.3g}",
                 percent(row["f_2"], num_tokens=row["tokens"]),
                 f"{100 * row['coverage']:.3g} %",
                 f"{100 * row['slots_in_common']:.3g} %",
-                row["verdict"],
-                f"{row['named']} of {row['sequences']}",
+                f"{row['named']:,}",
+                ": ".join((row["verdict"], *map(first_words, row["causes"][:1]))),
             )
         )
-    own = []
+    return table(heads, lines)
+
+
+def first_words(cause: str) -> str:
+    """Return what a finding says before its details."""
+    return cause.split(";")[0].split(" (prompt")[0]
+
+
+def own_table(rows: Rows) -> str:
+    """Return how Megatron compares with itself."""
+    heads = (
+        "Megatron",
+        "own routes replayed: tokens that differ",
+        "packed beside alone: flips",
+        "k3",
+        "largest difference",
+    )
+    lines = []
     for dtype in DTYPES:
-        exact = rows[f"own routes replayed, {dtype}"]
-        packed = rows[f"packed beside alone, {dtype}"]
-        own.append(
-            (
-                dtype,
-                f"{exact['different']:,} of {exact['tokens']:,}",
-                f"{packed['flips']:,} of {packed['pairs']:,}",
-                f"{packed['k3']:.1e}",
-                f"{packed['largest_difference']:.1e}",
+        exact = rows.get(f"own routes replayed, {dtype}")
+        packed = rows.get(f"packed beside alone, {dtype}")
+        if exact is not None and packed is not None:
+            lines.append(
+                (
+                    dtype,
+                    f"{exact['different']:,} of {exact['tokens']:,}",
+                    f"{packed['flips']:,} of {packed['pairs']:,}",
+                    f"{packed['k3']:.1e}",
+                    f"{packed['largest_difference']:.1e}",
+                )
             )
-        )
-    return {
-        "controls": table(
-            (
-                "routes replayed",
-                "k3",
-                "of live",
-                "F(2)",
-                "rows replayed",
-                "slots in common",
-                "`diagnose` says",
-                "samples named",
-            ),
-            wrong,
-        ),
-        "own": table(
-            (
-                "Megatron",
-                "own routes replayed: tokens that differ",
-                "packed beside alone: flips",
-                "k3",
-                "largest difference",
-            ),
-            own,
-        ),
-    }
+    return table(heads, lines)
 
 
 def main() -> None:

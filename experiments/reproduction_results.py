@@ -22,11 +22,15 @@ Row = Mapping[str, object]
 
 
 def commit() -> str:
-    """Return the commit of the code that runs, with a plus if files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
-    return subprocess.run(
-        command, cwd=HERE, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """Return the commit of the code that runs, with a plus if code was changed since."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        found = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "experiments/*.py")
+    return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
 
 
 def read_rows(name: str) -> dict[str, dict[str, object]]:
