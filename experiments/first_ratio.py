@@ -400,7 +400,7 @@ def table_row(line: Mapping[str, Any]) -> list[str]:
         *names,
         f"{plain(value)} ({plain(low)} to {plain(high)})",
         plain(percentiles["50"]),
-        f"{percentiles['1']:.1g}",
+        f"{percentiles['1']:.2g}",
         plain(percentiles["99"]),
         plain(line["max"]),
         f"{line['k3_kl'][0]:.1e}",

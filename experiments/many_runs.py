@@ -106,21 +106,24 @@ def sweep(seeds: Sequence[int]) -> Iterator[Setting]:
 def collapse(seeds: Sequence[int]) -> Iterator[Setting]:
     """Yield attempts at a setting in which `disabled` collapses and R3 does not, of one seed."""
     tried = (
-        ("float8, lr 1e-4", "1e-4", FLOAT8),
-        ("float8, lr 3e-4", "3e-4", FLOAT8),
-        ("bfloat16, lr 3e-4", "3e-4", "-m moe_replay.cli.main"),
+        ("float8, lr 1e-4", 8, "1e-4", FLOAT8),
+        ("float8, lr 3e-4", 8, "3e-4", FLOAT8),
+        ("float8, lr 5e-5", 8, "5e-5", FLOAT8),
+        ("float8, lr 3e-4", 1, "3e-4", FLOAT8),
+        ("bfloat16, lr 1e-4", 8, "1e-4", "-m moe_replay.cli.main"),
     )
-    for name, rate, program in tried:
+    for name, updates, rate, program in tried:
         for mode in MODES:
-            yield Setting(
-                group="collapse",
-                name=name,
-                updates=8,
-                mode=mode,
-                seed=seeds[0],
-                keys=f"{HARSH} --optimizer.lr {rate}",
-                program=program,
-            )
+            if (updates, mode) != (1, "R2"):
+                yield Setting(
+                    group="collapse",
+                    name=name,
+                    updates=updates,
+                    mode=mode,
+                    seed=seeds[0],
+                    keys=f"{HARSH} --optimizer.lr {rate}",
+                    program=program,
+                )
 
 
 GROUPS = {"sweep": sweep, "collapse": collapse}

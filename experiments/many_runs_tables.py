@@ -204,7 +204,7 @@ def paired_rows(lines: Sequence[Line]) -> Iterable[list[str]]:
 
 
 COLLAPSE_HEADINGS = (
-    "setting", "mode", "steps", "reward, first 5", "best 5", "last 5", "k3, first 5", "k3, last 5",
+    "setting", "N", "mode", "steps", "reward, first 5", "best 5", "last 5", "k3, first 5", "k3, last 5",
     "held-out / %", "stopped",
 )  # fmt: skip
 
@@ -213,11 +213,13 @@ def collapse_row(line: Line) -> list[str]:
     """Return an attempt at a collapse as a row."""
     reward, k3 = line.get("reward", ()), line.get("k3", ())
     if len(reward) < WINDOW:
-        return [line["name"], line["mode"], str(len(reward)), *["–"] * 6, line.get("stopped", "")]
+        why = line.get("stopped", "")
+        return [line["name"], str(line["updates"]), line["mode"], str(len(reward)), *["–"] * 6, why]
     windows = [statistics.fmean(reward[at : at + WINDOW]) for at in range(len(reward) - WINDOW + 1)]
     held_out = " → ".join(f"{100 * value:.1f}" for value in line["held_out"].values())
     return [
         line["name"],
+        str(line["updates"]),
         line["mode"],
         str(len(reward)),
         f"{windows[0]:.3f}",
