@@ -102,6 +102,7 @@ def measure(folder: Path, dtype: str, num_sequences: int | None) -> Iterator[dic
         yield compared("from the prefix cache beside cold", dtype, again, cold, cached=hits)
         whole = [GivenTokens(name=str(n), token_ids=talk.token_ids) for n, talk in enumerate(talks)]
         cold_talks, _ = recorded(one, whole)
+        yield other_format(folder, dtype, one, num_sequences)
     yield compared(
         f"last of {TURNS} turns beside cold",
         dtype,
@@ -124,6 +125,19 @@ def measure(folder: Path, dtype: str, num_sequences: int | None) -> Iterator[dic
             SamplingParams(max_completion_length=MAX_COMPLETION, seed=SEED),
         )
     yield self_repeat(dtype, groups, repeated)
+
+
+def other_format(
+    folder: Path, dtype: str, one: Opened, num_sequences: int | None
+) -> dict[str, object]:
+    """Compare with the rollout of the other number format: the control, in which routes flip."""
+    (other,) = (each for each in DTYPES if each != dtype)
+    rollout = RolloutFile(rollout_folder(folder, "moe", other, SEED))
+    groups = [rollout.group(number) for number in rollout.request_ids][:num_sequences]
+    traces, hits = recorded(one, list(given_tokens(groups)))
+    decoded = [group.completions[0].trace for group in groups]
+    name = f"control: what {other} decoded, prefilled"
+    return compared(name, dtype, decoded, traces, cached=hits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
