@@ -190,12 +190,14 @@ def paired_rows(lines: Sequence[Line]) -> Iterable[list[str]]:
 
         factors = [math.log(gap(one) / gap(other)) for one, other in pairs]
         middle, wide = interval(factors)
-        low, high = (math.exp(middle + sign * (wide or 0)) for sign in (-1, 1))
+        between = ""
+        if wide is not None:
+            between = f" ({math.exp(middle - wide):.2f} to {math.exp(middle + wide):.2f})"
         yield [
             str(updates),
             mode,
             str(len(pairs)),
-            f"{math.exp(middle):.2f} ({low:.2f} to {high:.2f})",
+            f"{math.exp(middle):.2f}{between}",
             spoken(differing(over_steps("clipped")), 100, "+.2f").replace("± +", "± "),
             spoken(differing(reward_last), 1, "+.3f").replace("± +", "± "),
             spoken(differing(held_out_final), 100, "+.1f").replace("± +", "± "),
