@@ -46,7 +46,7 @@ EQUAL_LENGTH = 32
 SHORTEST, LONGEST = 8, 256
 LEARNING_RATE = 1e-6
 BUDGET = 8192
-"""Tokens of our microbatches: all of equal lengths in one. Two are as fast, four take 15 % longer."""
+"""Tokens of our microbatches: all of equal lengths in one. Two are as fast, four are not."""
 MEASURED = {"rollout", "forward and backward"}
 """The stations that a step is for; any other is overhead."""
 
