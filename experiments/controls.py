@@ -248,7 +248,7 @@ def controls_table(rows: Rows) -> str:
             (
                 name,
                 scientific(row["k3"]),
-                f"{rounded(row['k3'][0] / row['k3_live'][0]):,.3g}",
+                f"{float(format(row['k3'][0] / row['k3_live'][0], '.3g')):,.4g}",
                 percent(row["f_2"], num_tokens=row["tokens"]),
                 f"{100 * row['coverage']:.3g} %",
                 f"{100 * row['slots_in_common']:.3g} %",
