@@ -272,11 +272,12 @@ third of all tokens, those of the other losses 1 to 2 %. `sapo` in all modes and
 below the accuracy that they began with; why was not measured.
 """,
     "Corrections, engine in float8": """Rounding to float8 makes k3 13 times larger than bfloat16 does (2.3e-2 beside 1.7e-3), and R3 removes
-26 to 37 % of it, where it removes some 70 % with bfloat16. The rest is the rounding of the matrices, which routes do not change. So corrections
+21 to 37 % of it, where it removes some 70 % with bfloat16. The rest is the rounding of the matrices, which routes do not change. So corrections
 find nearly as much to do under R3: with `token_truncate` the effective share of tokens is 0.97 in
 `disabled` and R2 and 0.98 in R3; `sequence_mask` rejects 5 to 6 % of the tokens in each mode. A
 correction only weighs what is learned from; k3 stays about as it is. A band of 1 % around 1 for the
-geometric mean rejects 78 to 80 % of the tokens in `disabled` and R2, and those runs hardly learn.
+geometric mean rejects 78 to 80 % of the tokens in `disabled` and R2, which then hardly learn,
+and 73 % in R3.
 """,
     "Truncated sampling": """The gap is that of the two engines alone, as without truncation, although 2 % (`top_p`) and 0.5 %
 (`top_k`) of the probability was cut off: the trainer divides by the same candidates. R3 removes 70 to
