@@ -178,7 +178,7 @@ def _show(mix: str, turns: list[tuple[Turn, Turn]], num_tokens: list[int]) -> tu
         ("processor time", [theirs.cpu_s / ours.cpu_s for ours, theirs in turns]),
         ("the clock", [theirs.wall_s / ours.wall_s for ours, theirs in turns]),
     ):
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         print(f"  ratio by {what} {middle:.2f}, half of the pairs between {low:.2f} and {high:.2f}")
         middles.append(middle)
     return middles[0], middles[1]

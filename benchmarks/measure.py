@@ -54,7 +54,7 @@ def alternate(
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             took[which].append(_seconds((first, second)[which], clock))
     ratios = [b / a for a, b in zip(*took, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Contest(
         first_s=statistics.fmean(took[0]),
         second_s=statistics.fmean(took[1]),
