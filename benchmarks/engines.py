@@ -139,7 +139,9 @@ def measure(checkpoint: Path, rounds: int, load: Load) -> dict[str, tuple[float,
 
 def quartiles(first: list[float], second: list[float]) -> list[float]:
     """Return the quartiles of first / second over neighbouring rounds."""
-    return statistics.quantiles([a / b for a, b in zip(first, second, strict=True)], n=4, method="inclusive")
+    return statistics.quantiles(
+        [a / b for a, b in zip(first, second, strict=True)], n=4, method="inclusive"
+    )
 
 
 @contextmanager
