@@ -254,8 +254,7 @@ def _phases(
             remains,
             {"engine weights": engine.weights, "cache": engine.cache, "engine work": engine.work},
         )
-    scored = _passing(found.scoring)
-    passed = _passing(found.update)
+    scored, passed = _passing(found.scoring), _passing(found.update)
     if num_candidates:
         tokens = settings.scoring_tokens
         scored |= {"candidates": candidate_bytes(settings, num_candidates, tokens)}
