@@ -269,7 +269,9 @@ SHOWS: Mapping[str, str] = {
 to 6.0e-4 beside 1.2e-3 to 2.4e-3. R2 leaves it as it is, since it replays the trainer's own routes.
 `sequence` and `sequence_token` are the same run, as their gradients are the same; their ranges clip a
 third of all tokens, those of the other losses 1 to 2 %. `sapo` in all modes and `cispo` with R2 end
-below the accuracy that they began with; why was not measured.
+below the accuracy that they began with. With one update a step, where ratios are 1, `sapo` learns
+(one run, R3): at this learning rate it does not bear four updates. Why `cispo` falls was not
+measured.
 """,
     "Corrections, engine in float8": """Rounding to float8 makes k3 13 times larger than bfloat16 does (2.3e-2 beside 1.7e-3), and R3 removes
 21 to 37 % of it, where it removes some 70 % with bfloat16. The rest is the rounding of the matrices, which routes do not change. So corrections
