@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def read_rows(name: str) -> dict[str, dict[str, object]]:
-    """Return the rows of a results file by their ``row``; empty where there is no file."""
+    """Return the rows of a results file by their ``row``, none if the file is missing."""
     path = RESULTS / f"{name}.jsonl"
     if not path.exists():
         return {}

@@ -227,7 +227,7 @@ def make(folder: Path, *, seed: int, steps: int) -> None:
         write(model, tokenizer, folder / kind)
     write_for_megatron(folder / "twin", folder / "twin-megatron")
     keep_row("trained_models", {"row": f"seed {seed}", "commit": commit(), **made})
-    # Last: whoever finds it finds both models.
+    # Written last, so that this file exists only if both models do.
     (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     print(made)
 

@@ -169,7 +169,7 @@ class RouteJudge:
             )
             for number in numbers
         ]
-        # Where all are wrong, there is no usual sample to compare with.
+        # If all samples are wrong, no healthy one is left to compare with.
         usual = (
             verdict.record.information
             if not verdict.faults

@@ -50,8 +50,8 @@ def write_trace_file(
 class TraceWriter:
     """A trace file that grows by one trace at a time; another process can continue it after a kill.
 
-    Until `finish` has written the index there is no trace file, only frames that follow one
-    another; the process that continues it says which of them to keep. `num_cut_bytes` counts what
+    Before `finish` writes the index, the file holds only frames, one after another; the process
+    that continues it says which of them to keep. `num_cut_bytes` counts what
     lay behind them, such as half a frame.
 
     Examples:
