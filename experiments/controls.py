@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commits import commit
 from packed import PACKED, measure_packed, sample, sample_of, score
 from precision import DTYPES, SEEDS, k3_sum, rollout_folder
 from reproduction_results import (
-    commit,
     fill_page,
     flips_of,
     keep_row,

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from commits import commit
 from precision import DTYPES, MAX_COMPLETION, k3_sum, rollout_folder
-from reproduction_results import commit, fill_page, flips_of, keep_row, read_rows, rounded, table
+from reproduction_results import fill_page, flips_of, keep_row, read_rows, rounded, table
 from trained_models import FOLDER
 
 from moe_replay.engines.files.format import RolloutFile

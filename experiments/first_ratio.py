@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from commits import commit
 from float8_engine import Float8Engine
-from many_runs import PAGE, commit
+from many_runs import PAGE
 from many_runs_tables import put, table
 from picture import requests
 

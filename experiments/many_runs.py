@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import many_runs_tables
+from commits import commit
 
 from moe_replay.report import RunDirectory
 
@@ -187,14 +188,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of those that are there, to four digits."""
     found = [value for value in values if value is not None]
     return digits(sum(found) / len(found)) if found else None
-
-
-def commit() -> str:
-    """Return the commit of the working tree, marked where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(
-        words, cwd=HERE.parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def read_results(path: Path = RESULTS) -> dict[tuple[str, str, int, str, int], dict]:

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commits import commit
 from packed import measure_packed
 from precision_picture import OUT, picture_of
 from reproduction_results import (
-    commit,
     fill_page,
     keep_row,
     numbers,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,18 +18,6 @@ RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "reproduction.md"
 
 Row = Mapping[str, object]
-
-
-def commit() -> str:
-    """Return the commit of the code that runs, with a plus if code was changed since."""
-
-    def git(*words: str) -> str:
-        command = ["git", *words]
-        found = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "src", "experiments/*.py")
-    return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
 
 
 def read_rows(name: str) -> dict[str, dict[str, object]]:

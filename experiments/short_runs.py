@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from commits import commit
+
 from moe_replay.report import RunDirectory
 
 HERE = Path(__file__).resolve().parent
@@ -148,7 +150,7 @@ GROUPS: Mapping[str, tuple[Variant, ...]] = {
 }
 
 
-def run(variant: Variant, mode: str, runs: Path, commit: str) -> dict[str, object]:
+def run(variant: Variant, mode: str, runs: Path, at: str) -> dict[str, object]:
     """Train one variant in one mode, and return what the table needs of it."""
     where = runs / f"{variant.name}-{mode}".replace(" ", "_").replace(",", "")
     words = ["env", "OMP_NUM_THREADS=1", sys.executable, *shlex.split(variant.command(mode))[1:]]
@@ -159,7 +161,7 @@ def run(variant: Variant, mode: str, runs: Path, commit: str) -> dict[str, objec
         text=True,
         check=False,
     )
-    line: dict[str, object] = {"variant": variant.name, "mode": mode, "commit": commit}
+    line: dict[str, object] = {"variant": variant.name, "mode": mode, "commit": at}
     failed = where / "failed.json"
     if ended.returncode and not failed.exists():
         raise SystemExit(f"{where} did not begin:\n{ended.stderr[-2000:]}")
@@ -197,14 +199,12 @@ def measured(where: Path) -> dict[str, object]:
 
 def checked_out() -> str:
     """Return the commit that runs, or raise if what runs is not as it was committed."""
-    git = ("git", "-C", str(HERE.parent))
-    sources = ("src", "recipes", "examples", "experiments/float8_engine.py")
-    changed = subprocess.check_output([*git, "status", "--porcelain", *sources], text=True)
-    if changed:
+    found = commit()
+    if found.endswith("+"):
         raise SystemExit(
-            f"short_runs: commit these first, since a line names its commit:\n{changed}"
+            "short_runs: code differs from its commit, which a line of results names; commit it first"
         )
-    return subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    return found
 
 
 def mean(steps: Sequence[Mapping[str, float]], *names: str) -> float | None:
@@ -368,13 +368,13 @@ def main() -> None:
     if unknown := [name for name in options.only if name not in every]:
         parser.error(f"--only {unknown}: the variants are {list(every)}")
     results = read_results()
-    commit = "" if options.table else checked_out()
+    at = "" if options.table else checked_out()
     for variant in every.values():
         for mode in () if options.table else variant.modes:
             has_line = (variant.name, mode) in results
             again = bool(options.only) and not options.missing
             if (variant.name in options.only or not options.only) and (again or not has_line):
-                line = run(variant, mode, options.runs.absolute(), commit)
+                line = run(variant, mode, options.runs.absolute(), at)
                 print(json.dumps(line), flush=True)
                 # Read again: another process may run other rows.
                 write_results(read_results() | {(variant.name, mode): line})

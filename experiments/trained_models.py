@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import reasoning_gym
 import torch
-from reproduction_results import commit, keep_row
+from commits import commit
+from reproduction_results import keep_row
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,

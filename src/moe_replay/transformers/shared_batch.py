@@ -86,8 +86,8 @@ def _digest(expert_ids: np.ndarray, valid: np.ndarray, layers: Sequence[int]) ->
     if holds_ids:
         if valid.shape == expert_ids.shape[:1]:
             expert_ids = np.where(valid[:, None, None], expert_ids, 0)
-        seen.update(np.ascontiguousarray(valid))
         # Routes of 32k tokens in 48 layers are 98 MB as int64.
         is_narrow = not expert_ids.size or (expert_ids.min() >= 0 and expert_ids.max() < 1 << 16)
-        seen.update(np.ascontiguousarray(expert_ids, np.uint16 if is_narrow else np.int64))
+        seen.update(valid.tobytes())
+        seen.update(expert_ids.astype(np.uint16 if is_narrow else np.int64).tobytes())
     return list(seen.digest())
