@@ -146,6 +146,27 @@ REQUIREMENTS = {
 }
 
 
+class FailuresAtOnce:
+    """Print each failure at once: a run that is ended from outside never prints its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Print where and why, in the process that writes to the terminal."""
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            reporter.write_line(
+                f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext}"
+            )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the process that distributes tests to others, print failures at once."""
+    if config.getoption("dist", "no") != "no":
+        config.pluginmanager.register(FailuresAtOnce(config), "failures_at_once")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[object]:
     """Leave what importing and collecting make out of every garbage collection.
