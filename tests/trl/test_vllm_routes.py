@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from tests.support.served import listening
 from tests.trl.test_ranks import join_world
 
-from moe_replay.errors import UnsupportedError
+from moe_replay.errors import CodecError, UnsupportedError
 from moe_replay.routing import RoutedModel
 from moe_replay.testing.ranks import run_ranks
 
@@ -37,6 +37,12 @@ def routes_of(choice: int, num_rows: int) -> np.ndarray:
     """Return rows that differ between choices, rows and layers."""
     first = np.arange(num_rows)[:, None] + np.arange(2)[None] + 3 * choice
     return np.stack([first % 8, (first + 4) % 8], axis=-1).astype(np.uint8)
+
+
+def unreadable(answer: dict[str, Any]) -> dict[str, Any]:
+    """Damage the routes of the last of the choices."""
+    answer["choices"][-1]["routed_experts"] = "no routes"
+    return answer
 
 
 def completions(prompts: list[list[int]], n: int) -> dict[str, Any]:
@@ -62,8 +68,11 @@ def completions(prompts: list[list[int]], n: int) -> dict[str, Any]:
     return {"choices": choices}
 
 
-def vllm_with(config: dict[str, Any]) -> Any:
-    """Return an ASGI application that answers TRL's client as a server of vLLM 0.30 does."""
+def vllm_with(config: dict[str, Any] | None, change: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Return an ASGI application that answers TRL's client as a server of vLLM 0.30 does.
+
+    Without a configuration it fails when it is asked for it. ``change`` is made to completions.
+    """
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -81,9 +90,10 @@ def vllm_with(config: dict[str, Any]) -> Any:
         }.get(path)
         if path == "/v1/completions":
             asked = json.loads(body)
-            answer = completions(asked["prompt"], asked["n"])
+            answer = change(completions(asked["prompt"], asked["n"]))
         headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        status = 404 if path == "/server_info" and config is None else 200
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
     return application
@@ -159,6 +169,26 @@ def test_a_server_without_routes_is_refused_on_every_process():
         for message in run_ranks(refusal, 2, url):
             assert "was started without --enable-return-routed-experts" in message
             assert "vllm_mode='colocate'" in message
+
+
+def test_a_server_that_does_not_describe_itself_is_refused_on_every_process():
+    with listening(vllm_with(None)) as url:
+        for message in run_ranks(refusal, 2, url, timeout_s=120):
+            assert "the server does not say how it was started (The vLLM server at" in message
+
+
+def unreadable_because(url: str) -> str:
+    try:
+        attached(url)
+    except CodecError as error:
+        return str(error)
+    return ""
+
+
+def test_one_completion_whose_routes_cannot_be_read_stops_every_process():
+    with listening(vllm_with(CONFIG, unreadable)) as url:
+        for message in run_ranks(unreadable_because, 2, url, timeout_s=120):
+            assert "not valid base64" in message
 
 
 def test_a_server_that_is_started_as_it_should_be_is_not_refused(url):

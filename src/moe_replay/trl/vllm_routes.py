@@ -22,7 +22,7 @@ from moe_replay.engines.servers.vllm_wire import NEEDED
 from moe_replay.engines.vllm.plugin import check_patched
 from moe_replay.engines.vllm.startup import vllm_version
 from moe_replay.engines.vllm.wire import FLAG, RoutePayload, payload_of_json, trace_from_vllm
-from moe_replay.errors import EngineError, UnsupportedError
+from moe_replay.errors import CodecError, EngineError, UnsupportedError
 from moe_replay.routing import LayerOrder, Origin, RoutedModel
 from moe_replay.trl.samples import RoutedSample
 
@@ -71,6 +71,15 @@ def unusable_because(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _told_by(client: Any) -> list[Any]:
+    """Return the version of TRL's server, and why it is unusable; None if it can be used."""
+    try:
+        version = client._get(f"{client.base_url}/version")["version"]
+        return [version, unusable_because(client.get_server_info())]
+    except Exception as error:  # noqa: BLE001 - the seam: TRL raises plain ones, and other processes wait for this answer
+        return [None, f"does not say how it was started ({error})"]
+
+
 class VllmRoutes:
     """Keeps the routes of the latest call of one ``VLLMGeneration``."""
 
@@ -82,7 +91,7 @@ class VllmRoutes:
         """
         self._generation, self._accelerator, self._model = generation, accelerator, model
         self._version = vllm_version()
-        self._payloads: list[RoutePayload] | None = None
+        self._payloads: list[RoutePayload] | CodecError | None = None
         self._layer_order = LayerOrder()
         if generation.mode == "colocate":
             self._plain = generation.llm.generate
@@ -92,9 +101,7 @@ class VllmRoutes:
             return
         told: list[Any] = [None, None]
         if accelerator.is_main_process:
-            client = generation.vllm_client
-            told[0] = client._get(f"{client.base_url}/version")["version"]
-            told[1] = unusable_because(client.get_server_info())
+            told = _told_by(generation.vllm_client)
         # To all processes, so that all raise.
         broadcast_object_list(told, from_process=0)
         self._version, fault = told
@@ -132,10 +139,14 @@ class VllmRoutes:
     def _post(self, url: str, **kwargs: Any) -> Any:
         answer = self._plain(url, **kwargs)
         if url.endswith("/v1/completions"):
-            self._payloads = [
-                payload_of_json(answer, choice, max_bytes=_MAX_BYTES)
-                for choice in answer["choices"]
-            ]
+            try:
+                self._payloads = [
+                    payload_of_json(answer, choice, max_bytes=_MAX_BYTES)
+                    for choice in answer["choices"]
+                ]
+            except CodecError as error:
+                # Other processes wait for TRL's answer: all raise it when they ask for routes.
+                self._payloads = error
         return answer
 
     def attach(self, samples: Sequence[RoutedSample]) -> list[RoutedSample]:
@@ -143,6 +154,7 @@ class VllmRoutes:
 
         Raises:
             EngineError: when vLLM returned no routes, or not one payload a sample.
+            CodecError: on every process, when a payload of a server cannot be read.
             TraceError: when a payload is not that of its tokens.
         """
         payloads, self._payloads = self._mine(len(samples)), None
@@ -177,6 +189,8 @@ class VllmRoutes:
             told = [payloads]
             broadcast_object_list(told, from_process=0)
             payloads, rank, sharers = told[0], accelerator.process_index, accelerator.num_processes
+            if isinstance(payloads, CodecError):
+                raise payloads
         elif generation.tensor_parallel_size > 1:
             rank = torch.distributed.get_rank(group=generation.tp_group)
             sharers = generation.tensor_parallel_size
