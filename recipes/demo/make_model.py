@@ -375,16 +375,20 @@ Six layers, 32 experts each, four a token, 2.1 million parameters in float32. It
 (reasoning-gym `{FAMILY}`, configuration in `task.json`). It was taught two ways to answer: with running totals, which
 usually succeeds, and at once, which usually fails. It does not know which one pays: a start for GRPO, not a calculator.
 
-    State the final answer to the following arithmetic problem: 8 + 0 + 7 - 3 - 0 =
-    8,15,12<answer>12</answer>
-    <answer>12</answer>
+```text
+State the final answer to the following arithmetic problem: 8 + 0 + 7 - 3 - 0 =
+8,15,12<answer>12</answer>
+<answer>12</answer>
+```
 
 Prompt: the question as one user message through the chat template, with `add_generation_prompt=True`. Answer: what
 `reasoning_gym.utils.extract_answer` finds in the completion. Reward: the family's own `score_answer`.
 
 ## Making it again
 
-    python recipes/demo/make_model.py --seed {seed} --steps {steps} --output recipes/demo/model
+```bash
+python recipes/demo/make_model.py --seed {seed} --steps {steps} --output recipes/demo/model
+```
 
 One thread, a few minutes. The same machine and package versions give the same bytes; elsewhere floating-point sums may
 differ, and the figures with them. Accuracy outside {low:.0%} to {high:.0%} is an error, and nothing is written.

@@ -14,23 +14,27 @@ from moe_replay.errors import RecipeError
 from moe_replay.testing.tiny_models import write_tiny_checkpoint
 
 SOURCES = Path(moe_replay.__file__).parents[1]
-SCRIPT = """
+PAGE = Path(__file__).parents[2] / "docs" / "first-run.md"
+LINES = """
 import sys, moe_replay
 print({"torch", "numpy", "pydantic"} & set(sys.modules))
-run = moe_replay.train("recipe.toml", {"run.max_steps": 1})
+PAGE
 first = run.read_steps()[-1].metrics["reward"]
-run = moe_replay.train("recipe.toml", {"run.max_steps": 2, "checkpoint.export": False})
-assert run.read_steps()[0].metrics["reward"] == first
+changes = {"run.max_steps": 6, "optimizer.lr": 1e-5, "checkpoint.export": False}
+run = moe_replay.train("recipe.toml", changes)
+assert run.read_steps()[4].metrics["reward"] == first
 print(run, [record.step for record in run.read_steps()])
 """
 
 
 @pytest.mark.slow
-def test_d18_a_script_of_five_lines_trains_and_resumes(write_recipe, tmp_path):
+def test_d18_the_script_of_the_page_trains_and_resumes(write_recipe, tmp_path):
+    marked = PAGE.read_text().partition("<!-- run with: a recipe -->\n```python\n")[2]
+    script = LINES.replace("PAGE", marked.partition("```")[0])
     write_recipe()
     write_tiny_checkpoint(tmp_path / "model", num_hidden_layers=2)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
         capture_output=True,
@@ -40,8 +44,10 @@ def test_d18_a_script_of_five_lines_trains_and_resumes(write_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "set()"
-    assert lines[-1] == f"RunDirectory({str(tmp_path / 'out')!r}) [1, 2]"
-    assert (tmp_path / "out" / "export" / "config.json").is_file()
+    export = tmp_path / "out" / "export"
+    assert str(export) in lines
+    assert lines[-1] == f"RunDirectory({str(tmp_path / 'out')!r}) [1, 2, 3, 4, 5, 6]"
+    assert (export / "config.json").is_file()
 
 
 def test_d18_a_wrong_override_is_refused_before_anything_runs(write_recipe, tmp_path):
