@@ -16,5 +16,6 @@ def commit() -> str:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return found.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "src", "recipes", "examples", "experiments/*.py")
+    code = ("src", "recipes", "examples", "experiments/*.py", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--", *code)
     return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")

@@ -20,19 +20,19 @@ PAGE = HERE.parent / "docs" / "reproduction.md"
 Row = Mapping[str, object]
 
 
-def read_rows(name: str) -> dict[str, dict[str, object]]:
+def read_rows(name: str, results: Path = RESULTS) -> dict[str, dict[str, object]]:
     """Return the rows of a results file by their ``row``, none if the file is missing."""
-    path = RESULTS / f"{name}.jsonl"
+    path = results / f"{name}.jsonl"
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["row"]: row for row in rows}
 
 
-def keep_row(name: str, row: Row) -> None:
+def keep_row(name: str, row: Row, results: Path = RESULTS) -> None:
     """Add a row to a results file; one of the same name is replaced."""
-    rows = read_rows(name) | {str(row["row"]): dict(row)}
-    path = RESULTS / f"{name}.jsonl"
+    rows = read_rows(name, results) | {str(row["row"]): dict(row)}
+    path = results / f"{name}.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows.values()))
 
 
