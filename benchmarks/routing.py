@@ -162,7 +162,7 @@ def _share(num_samples: int) -> tuple[float, float]:
     import torch.distributed as dist
 
     from moe_replay.batch import RankPlace, Sample, build_microbatch
-    from moe_replay.megatron.ranks.messages import all_ranks
+    from moe_replay.megatron.ranks.messages import HostGroup, all_ranks
     from moe_replay.megatron.ranks.replica import Peer, Replica
     from moe_replay.megatron.ranks.sharing import share_routes
 
@@ -182,6 +182,7 @@ def _share(num_samples: int) -> tuple[float, float]:
         computes_loss=True,
         is_last_stage=own >= 2,
         ranks=all_ranks(),
+        siblings=HostGroup(group=None, name="ranks of place 0"),
     )
     rng = np.random.default_rng(own)
     ids = _even_routes(rng, 8192)
