@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from moe_replay.errors import UnsupportedError
 from moe_replay.megatron.ranks.messages import WAIT_LIMIT, forget_groups, wait_at_most
+from moe_replay.megatron.upstream.gloo import one_gloo_device
 from moe_replay.megatron.upstream.warnings import ignore_upstream_warnings
 from moe_replay.recipe.sections.training import ParallelLayout
 
@@ -34,12 +35,17 @@ def initialize(
         UnsupportedError: the world does not hold a whole number of copies of the model.
     """
     ignore_upstream_warnings()
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+    with one_gloo_device():
+        _make_groups(layout, from_environment=from_environment, wait_limit=wait_limit)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _make_groups(layout: ParallelLayout, *, from_environment: bool, wait_limit: timedelta) -> None:
     if not dist.is_initialized():
         # A gloo world carries the messages between ranks too; a device's world keeps its own limit.
-        backend, timeout = ("nccl", None) if cuda else ("gloo", wait_limit)
+        backend, timeout = ("nccl", None) if torch.cuda.is_available() else ("gloo", wait_limit)
         if from_environment:
             dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
@@ -65,7 +71,6 @@ def initialize(
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
-    model_parallel_cuda_manual_seed(seed)
 
 
 def shutdown() -> None:
