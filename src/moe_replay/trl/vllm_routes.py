@@ -189,11 +189,11 @@ class VllmRoutes:
             told = [payloads]
             broadcast_object_list(told, from_process=0)
             payloads, rank, sharers = told[0], accelerator.process_index, accelerator.num_processes
-            if isinstance(payloads, CodecError):
-                raise payloads
         elif generation.tensor_parallel_size > 1:
             rank = torch.distributed.get_rank(group=generation.tp_group)
             sharers = generation.tensor_parallel_size
+        if isinstance(payloads, CodecError):
+            raise payloads
         got = 0 if payloads is None else len(payloads)
         if payloads is None or got != num_samples * sharers:
             raise EngineError(
