@@ -235,6 +235,9 @@ def _scoring(
         for layer in layers
     ]
     within = max(inside, default=0.0) + sum(layer.dispatcher for layer in layers)
+    # Megatron's schedules hold the rows that they sent last while the next microbatch runs.
+    if not is_last and settings.num_microbatches > 1:
+        within += max((layer.hidden for layer in layers), default=0.0)
     final, logits = _logits(shape, settings, kernels, learns=False) if is_last else (0.0, 0.0)
     if final + logits > within:
         return Passing(activations=final, logits=logits, routes=routes)
