@@ -31,7 +31,7 @@ from picture import requests
 from moe_replay.diagnose.statistics import TokenSums
 from moe_replay.engines.embedded import entry
 from moe_replay.engines.embedded.engine import EmbeddedEngine
-from moe_replay.engines.types import Completion, Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
 from moe_replay.errors import MoeReplayError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
@@ -40,7 +40,14 @@ from moe_replay.recipe.load import load_recipe
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.routing import Routing
-from moe_replay.testing.misrouting import Ids, MisroutingEngine, Plant, of_another, one_row_late
+from moe_replay.testing.misrouting import (
+    ChangedEngine,
+    Ids,
+    MisroutingEngine,
+    Plant,
+    of_another,
+    one_row_late,
+)
 from moe_replay.testing.policies import pack, start_policy
 from moe_replay.testing.ranks import run_ranks
 from moe_replay.testing.samples import RoutedSample
@@ -226,20 +233,6 @@ class Sampled:
         return self._groups
 
 
-class Faulty:
-    """An engine whose completions a row changes."""
-
-    def __init__(self, inner: Engine, row: Row) -> None:
-        self._inner, self._row = inner, row
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
-        """Sample as the inner engine does, and plant the fault."""
-        return self._row.change(self._inner.generate(requests, sampling))
-
-
 def sample(engine: str, *, temperature: float, top_p: float, num_prompts: int) -> Groups:
     """Return completions of the demo's prompts."""
     made = ENGINES[engine](DEMO / "model", dtype="bfloat16")
@@ -356,7 +349,7 @@ def train_once(recipe: Recipe, engine: str, row: Row) -> None:
             recipe,
             process=process,
             reporter=reporter,
-            make_engine=lambda r, device: Faulty(recipe_engine(r, device), row),
+            make_engine=lambda r, device: ChangedEngine(recipe_engine(r, device), row.change),
         )
 
 

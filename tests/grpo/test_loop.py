@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.engines.types import Engine, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Completion, Engine, RolloutGroup
 from moe_replay.errors import CheckpointError, CoverageError, EngineError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.grpo.loop import train
 from moe_replay.recipe.recipe import ProcessSpec, Recipe
 from moe_replay.report import RunDirectory, build_reporter
 from moe_replay.routing import RoutingTrace
+from moe_replay.testing.misrouting import ChangedEngine, each_chosen
 from moe_replay.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -168,40 +169,20 @@ def test_exported_model_loads_in_transformers_and_is_the_trained_one(recipe: Rec
     assert AutoTokenizer.from_pretrained(folder).decode([20, 21]) == "01"
 
 
-class FaultyEngine:
-    """The embedded engine with one fault in the traces that it returns."""
-
-    def __init__(self, inner: Engine, fault: Callable[[RoutingTrace], RoutingTrace]) -> None:
-        self.inner = inner
-        self.fault = fault
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        """Complete every request, and spoil the traces."""
-        groups = self.inner.generate(requests, sampling)
-        return [
-            replace(
-                group,
-                completions=tuple(
-                    replace(c, trace=self.fault(c.trace)) for c in group.completions if c.trace
-                ),
-            )
-            for group in groups
-        ]
-
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, policy_version: int
-    ) -> None:
-        """Pass the weights on."""
-        self.inner.load_weights(weights, policy_version=policy_version)
-
-
 def _faulty(
     fault: Callable[[RoutingTrace], RoutingTrace],
 ) -> Callable[[Recipe, torch.device], Any]:
-    return lambda recipe, device: FaultyEngine(recipe_engine(recipe, device), fault)
+    """Return the embedded engine with one fault in all traces."""
+
+    def spoiled(group: RolloutGroup, number: int) -> Completion:
+        completion = group.completions[number]
+        assert completion.trace is not None
+        return replace(completion, trace=fault(completion.trace))
+
+    def change(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        return each_chosen(groups, lambda group, number: True, spoiled)
+
+    return lambda recipe, device: ChangedEngine(recipe_engine(recipe, device), change)
 
 
 def _swap(groups: list[RolloutGroup]) -> list[RolloutGroup]:
@@ -211,19 +192,11 @@ def _swap(groups: list[RolloutGroup]) -> list[RolloutGroup]:
     return [replace(first, completions=swapped), *groups[1:]]
 
 
-class SwappingEngine(FaultyEngine):
-    """The embedded engine, exchanging the traces of two completions of one prompt."""
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        """Complete every request, and swap two traces."""
-        return _swap(self.inner.generate(requests, sampling))
-
-
 def test_swapped_traces_are_refused_by_their_digest_before_anything_runs(recipe: Recipes) -> None:
     with pytest.raises((ValueError, EngineError), match="tokens"):
         run(
             recipe(),
-            make_engine=lambda r, device: SwappingEngine(recipe_engine(r, device), lambda t: t),
+            make_engine=lambda r, device: ChangedEngine(recipe_engine(r, device), _swap),
         )
 
 

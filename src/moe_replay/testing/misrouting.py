@@ -1,4 +1,4 @@
-"""An engine that returns wrong routes with the right tokens, for the guard to find."""
+"""Engines that return something else than was sampled, for the guard to find."""
 
 from __future__ import annotations
 
@@ -38,7 +38,46 @@ def one_layer_late(layer: int) -> Plant:
     return plant
 
 
-class MisroutingEngine:
+class ChangedEngine:
+    """An engine whose completions are changed before anyone sees them.
+
+    Examples:
+        >>> engine = ChangedEngine(engine, lambda groups: groups[::-1])
+    """
+
+    def __init__(
+        self, inner: Engine, change: Callable[[list[RolloutGroup]], list[RolloutGroup]]
+    ) -> None:
+        self._inner, self._change = inner, change
+
+    # Weights, progress and counts of faults are those of the inner engine.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
+        """Sample as the inner engine does, and change what it returned."""
+        return self._change(self._inner.generate(requests, sampling))
+
+
+def each_chosen(
+    groups: Sequence[RolloutGroup],
+    chosen: Callable[[RolloutGroup, int], bool],
+    change: Callable[[RolloutGroup, int], Completion],
+) -> list[RolloutGroup]:
+    """Return the groups with ``change(group, index)`` in place of each chosen completion."""
+    return [
+        replace(
+            group,
+            completions=tuple(
+                change(group, number) if chosen(group, number) else completion
+                for number, completion in enumerate(group.completions)
+            ),
+        )
+        for group in groups
+    ]
+
+
+class MisroutingEngine(ChangedEngine):
     """An engine whose routes are wrong for the completions that ``chosen`` picks.
 
     Tokens and digests stay right. `planted` lists (policy version, request id, index of the
@@ -52,26 +91,14 @@ class MisroutingEngine:
     def __init__(
         self, inner: Engine, plant: Plant, chosen: Callable[[RolloutGroup, int], bool]
     ) -> None:
-        self._inner, self._plant, self._chosen = inner, plant, chosen
+        super().__init__(inner, self._misrouted)
+        self._plant, self._chosen = plant, chosen
         self.planted: list[tuple[int, int, int]] = []
 
-    # Progress and counts of faults are those of the inner engine.
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        """Sample as the inner engine does, and change the routes of the chosen completions."""
-        groups = self._inner.generate(requests, sampling)
-        return [
-            replace(
-                group,
-                completions=tuple(
-                    self._changed(groups, group, number) if self._chosen(group, number) else c
-                    for number, c in enumerate(group.completions)
-                ),
-            )
-            for group in groups
-        ]
+    def _misrouted(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        return each_chosen(
+            groups, self._chosen, lambda group, number: self._changed(groups, group, number)
+        )
 
     def _changed(
         self, groups: Sequence[RolloutGroup], group: RolloutGroup, number: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_replay.engines.types import Completion, Request, RolloutGroup, SamplingParams
+from moe_replay.engines.types import Completion, RolloutGroup
 from moe_replay.errors import MisalignmentError
 from moe_replay.grpo.engines import recipe_engine
 from moe_replay.recipe.recipe import Recipe
+from moe_replay.testing.misrouting import ChangedEngine, each_chosen
 
 from ..test_loop import run
 from .test_judging import LONG, every, one
@@ -23,34 +24,19 @@ Recipes = Callable[..., Recipe]
 LONGER = LONG | {"rollout__max_completion_length": 64}
 
 
-class Shifted:
-    """An engine whose log-probabilities come ``by`` tokens late in the chosen completions."""
-
-    def __init__(self, inner: Any, by: int, chosen: Callable[[int, int], bool]) -> None:
-        self._inner, self._by, self._chosen = inner, by, chosen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[RolloutGroup]:
-        groups = self._inner.generate(requests, sampling)
-        return [
-            replace(
-                group,
-                completions=tuple(
-                    self._shifted(c) if self._chosen(group.request.request_id, number) else c
-                    for number, c in enumerate(group.completions)
-                ),
-            )
-            for group in groups
-        ]
-
-    def _shifted(self, completion: Completion) -> Completion:
-        return replace(completion, rollout_logprobs=np.roll(completion.rollout_logprobs, self._by))
-
-
 def shifted(by: int, chosen: Callable[[int, int], bool]) -> Callable[[Recipe, torch.device], Any]:
-    return lambda recipe, device: Shifted(recipe_engine(recipe, device), by, chosen)
+    """Return an engine whose log-probabilities come ``by`` tokens late where chosen."""
+
+    def rolled(group: RolloutGroup, number: int) -> Completion:
+        completion = group.completions[number]
+        return replace(completion, rollout_logprobs=np.roll(completion.rollout_logprobs, by))
+
+    def change(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        return each_chosen(
+            groups, lambda group, number: chosen(group.request.request_id, number), rolled
+        )
+
+    return lambda recipe, device: ChangedEngine(recipe_engine(recipe, device), change)
 
 
 @pytest.mark.parametrize(
