@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,11 @@ def test_e14_a_caller_that_is_interrupted_leaves_no_request_behind(
         return step()
 
     left = threading.Event()
-    with monkeypatch.context() as patched:
+    # A shell starts what runs in its background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patched, ExitStack() as at_end:
+        at_end.callback(signal.signal, signal.SIGINT, before)
+        at_end.callback(left.set)
         patched.setattr(engine._vllm, "step", interrupting)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(prompts(2), SAMPLING)
