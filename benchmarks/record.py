@@ -117,8 +117,15 @@ def page(results: Path = RESULTS) -> str:
     for path in sorted(results.glob("*.jsonl")):
         parts.append(f"## {path.stem}\n\n{_purpose(path.stem)}\n")
         parts += [_of_command(row) for row in read_rows(path.stem, results).values()]
-    lines = "".join(f"- `benchmarks/{name}.py` {why}\n" for name, why in ELSEWHERE.items())
+    absent = ELSEWHERE | dict.fromkeys(unrecorded(results), "is not recorded yet")
+    lines = "".join(f"- `benchmarks/{name}.py` {absent[name]}\n" for name in sorted(absent))
     return "\n".join([*parts, f"## Not here\n\n{lines}"])
+
+
+def unrecorded(results: Path) -> set[str]:
+    """Return the benchmarks that have no line but could."""
+    scripts = {path.stem for path in HERE.glob("*.py")} - {"measure", "record"}
+    return scripts - ELSEWHERE.keys() - {path.stem for path in results.glob("*.jsonl")}
 
 
 def _purpose(name: str) -> str:
