@@ -186,13 +186,17 @@ def _share(num_samples: int) -> tuple[float, float]:
     )
     rng = np.random.default_rng(own)
     ids = _even_routes(rng, 8192)
+    # Every rank knows the tokens of every sample; `_trace` draws the same ones from the same seed.
     traces = {
-        number: _trace(rng, np.roll(ids, number, axis=0)) for number in range(own, num_samples, 4)
+        number: _trace(np.random.default_rng(number), np.roll(ids, number, axis=0))
+        for number in range(own, num_samples, 4)
     }
     samples = [
         Sample(
             sample_id=number,
-            token_ids=np.zeros(len(ids), dtype=np.int32),
+            token_ids=np.random.default_rng(number)
+            .integers(0, VOCABULARY, len(ids))
+            .astype(np.int32),
             prompt_length=1,
             rollout_logprobs=np.zeros(len(ids) - 1, dtype=np.float32),
             advantage=1.0,
