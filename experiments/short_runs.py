@@ -245,7 +245,7 @@ the gap (`k3`, `F(1.1)`) with and without the engine's routes.
 
 The first two tables and LoRA run the demo with
 
-```
+```bash
 python -m moe_replay.cli.main train recipes/demo/recipe.toml {short}
 ```
 

@@ -19,7 +19,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
-from unittest.mock import patch
+
+import pytest
 
 from moe_replay.cli.options import read_options
 from moe_replay.errors import MoeReplayError
@@ -194,11 +195,10 @@ def _own_parser(script: Path, arguments: Sequence[str]) -> None:
         raise Read
 
     # Scripts find their neighbours beside them, and some set variables for what they start.
-    with (
-        patch.dict(os.environ),
-        patch.object(sys, "path", [str(script.parent), *sys.path]),
-        patch.object(argparse.ArgumentParser, "parse_args", parse_args),
-    ):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "environ", os.environ.copy())
+        patched.setattr(sys, "path", [str(script.parent), *sys.path])
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         main = _module(script).main
         try:
             _parsed(main)
