@@ -57,6 +57,8 @@ def record(name: str, arguments: Sequence[str], results: Path = RESULTS) -> None
     if name in ELSEWHERE or not script.is_file():
         why = ELSEWHERE.get(name, f"there is no {script.relative_to(ROOT)}")
         raise SystemExit(f"record: {name} is not recorded: {why}")
+    # What starts now, whatever is committed while it runs.
+    at = commit()
     load, started, before = os.getloadavg()[0], time.perf_counter(), _processor_seconds()
     done = subprocess.run(
         [sys.executable, script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -74,7 +76,7 @@ def record(name: str, arguments: Sequence[str], results: Path = RESULTS) -> None
         )
     row = {
         "row": f"python benchmarks/{name}.py {shlex.join(arguments)}".strip(),
-        "commit": commit(),
+        "commit": at,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "machine": processor(),
         "cores": len(os.sched_getaffinity(0)),
