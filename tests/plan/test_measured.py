@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from moe_replay.plan.trainer.kernels import CPU
+from moe_replay.plan.trainer.settings import AdamStorage, Settings
+from moe_replay.plan.trainer.training import trainer_bytes
+from moe_replay.recipe.sections.training import MegatronSection
+from moe_replay.testing.layouts import layout
 from moe_replay.testing.planned import CASES, Compared, compare
 
 # The padding of shared buffers differs by a few hundred bytes between ranks.
@@ -47,3 +51,24 @@ def test_formulas_without_recomputation_are_far_off(tmp_path):
     planned = update_of(compare(tmp_path, CASES["plain"])).planned
     measured = update_of(compare(tmp_path, CASES["full recompute"])).measured
     assert planned > 2 * measured
+
+
+def test_a_stage_holds_what_it_sent_while_it_scores_the_next_microbatch(shape):
+    model = shape("qwen3-30b-a3b")
+
+    def scoring(num_microbatches: int) -> list[float]:
+        settings = Settings(
+            num_ranks=2,
+            megatron=MegatronSection(**layout(pp=2).model_dump()),
+            dtype_bytes=2,
+            adam=AdamStorage(dtype_bytes=4),
+            max_tokens=1024,
+            max_sequence_length=1024,
+            num_microbatches=num_microbatches,
+        )
+        stages = trainer_bytes(model, settings, [range(24), range(24, 48)], CPU)
+        return [stage.scoring.activations for stage in stages]
+
+    (first, last), (alone, last_alone) = scoring(2), scoring(1)
+    assert first - alone == 1024 * model.hidden_size * 2
+    assert last == last_alone
